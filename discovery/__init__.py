@@ -1,0 +1,1 @@
+"""Offline jobs: trace activations, train dictionaries, find circuits, write and measure policies."""

@@ -1,0 +1,24 @@
+"""Edits a language model's activations per request, the way a YAML policy says: the library and SDK."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interpretops.hooked import HookedModel
+    from interpretops.session import SteeringSession
+
+__all__ = ["HookedModel", "SteeringSession", "__version__"]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Load the SDK names on first use, so that importing the library needs no torch."""
+    if name == "HookedModel":
+        from interpretops.hooked import HookedModel
+
+        return HookedModel
+    if name == "SteeringSession":
+        from interpretops.session import SteeringSession
+
+        return SteeringSession
+    raise AttributeError(f"module 'interpretops' has no attribute {name!r}")

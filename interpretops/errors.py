@@ -1,0 +1,60 @@
+"""The errors this project raises: each a sentence, a stable code, a status and whether callers may read it."""
+
+from typing import ClassVar
+
+
+class InterpretOpsError(Exception):
+    """Anything that this project refuses to do."""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    public: ClassVar[bool] = False
+    """Whether the message may be shown to a caller of the gateway."""
+
+
+class ConfigError(InterpretOpsError):
+    """The configuration is wrong; the message names file, field, value and remedy."""
+
+    code = "invalid_config"
+
+
+class PolicyError(InterpretOpsError):
+    """A policy cannot be loaded or compiled; one line per fault."""
+
+    code = "invalid_policy"
+    status = 400
+
+
+class PlanError(InterpretOpsError):
+    """A plan file is not a whole, consistent plan, or does not fit this engine."""
+
+    code = "invalid_plan"
+    status = 400
+
+
+class DictionaryError(InterpretOpsError):
+    """A dictionary cannot be read, or is not of this model."""
+
+    code = "invalid_dictionary"
+    status = 400
+
+
+class AdapterError(InterpretOpsError):
+    """An adapter cannot be read, found, or does not fit the model."""
+
+    code = "invalid_adapter"
+    status = 400
+
+
+class ModelError(InterpretOpsError):
+    """A model folder is missing, incomplete or of an unknown kind."""
+
+    code = "invalid_model"
+    status = 400
+
+
+class EngineError(InterpretOpsError):
+    """The engine is not there, not proven, or refused."""
+
+    code = "engine_unavailable"
+    status = 503

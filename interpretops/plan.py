@@ -1,0 +1,405 @@
+"""The plan: a policy compiled to the numbers the engine applies, immutable and named by its sha256.
+
+Shape letters: D width of the site, K rank-one edits (units) at a site, C conditions of a gate,
+F features of a dictionary, E head-scale edits.
+
+At a site, with activation ``x [D]``, every unit k reads the same original ``x`` and the deltas sum::
+
+    u  = read[k] . x + bias[k]
+    a  = u if u > threshold[k] else 0          # identity: -inf; ReLU: 0; JumpReLU: theta
+    g  = gain[k]*a + offset[k] + (clip(a, low[k], high[k]) - a)
+    x' = x + open(gate[k]) * [|x| <= max_norm[k]] * g * write[k]
+
+| intervention | read | threshold | gain | offset | low, high | write |
+|---|---|---|---|---|---|---|
+| feature_scale s | encoder row | the SAE's | s-1 | 0 | -inf, inf | decoder row |
+| feature_clamp | encoder row | the SAE's | 0 | 0 | lo, hi | decoder row |
+| steering_vector c | 0 | -inf | 0 | c | -inf, inf | vector |
+| direction_ablation c | unit v | -inf | -c | 0 | -inf, inf | unit v |
+| lora_gate alpha | A row | -inf or 0 | alpha | 0 | -inf, inf | B column |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from interpretops.atomic_file import write_atomically
+from interpretops.errors import PlanError
+
+Point = Literal["attn_z", "attn_out", "mlp_out", "resid_post"]
+Combine = Literal["any", "all"]
+Scope = Literal["token", "prompt_end"]
+Phase = Literal["both", "prefill", "decode"]
+
+POINTS: tuple[Point, ...] = get_args(Point)
+"""The points of a layer at which an edit may act, in the order in which the model passes them."""
+
+FORMAT_VERSION = 1
+METADATA_KEY = "interpretops.plan"
+MAX_GATES = 8
+"""Most gates one plan may carry, the implicit always-open one included."""
+
+Array = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where edits act: a layer and a point in it."""
+
+    layer: int
+    point: Point
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        layer, _, point = text.partition(".")
+        if point not in POINTS or not layer.isdecimal():
+            raise PlanError(f"site = {text!r}, but a site is written <layer>.<point>, point one of {POINTS}")
+        return cls(int(layer), point)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts sites in the order of the forward pass."""
+        return self.layer, POINTS.index(self.point)
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.point}"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a plan must know of the model it was compiled for."""
+
+    name: str
+    fingerprint: str
+    """sha256 over names, shapes and samples of all weights; see `interpretops.model_spec`."""
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    def width(self, point: Point) -> int:
+        """D of the activation at a point; at ``attn_z`` all heads side by side."""
+        return self.num_heads * self.head_dim if point == "attn_z" else self.hidden_size
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The rank-one edits of one site, K of them; see the module's formula."""
+
+    read: Array
+    write: Array
+    bias: Array
+    threshold: Array
+    gain: Array
+    offset: Array
+    low: Array
+    high: Array
+    max_norm: Array
+    gate: IntArray
+    """[K] index into `Plan.gates`."""
+    topk: IntArray
+    """[K] row of the site's `TopK` whose activation this unit takes instead of its own, or -1."""
+
+    def __len__(self) -> int:
+        return int(self.read.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScale:
+    """Elementwise scaling at ``attn_z``: ``x' += open(gate) * delta * x``."""
+
+    delta: Array
+    """[E, D] scale minus one on the slices of the named heads, zero elsewhere."""
+    gate: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """A whole TopK encoder: a feature is active iff its pre-activation is among the k largest and positive."""
+
+    read: Array
+    bias: Array
+    k: int
+
+
+@dataclass(frozen=True, eq=False)
+class SiteEdits:
+    """All that one plan does at one site."""
+
+    units: Units
+    head_scale: HeadScale | None = None
+    topk: TopK | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """When edits act. Fires at a token iff ``read . x + bias > cut`` for any or all of its conditions.
+
+    A gate without conditions fires at every token, so that only its phase counts.
+    """
+
+    site: Site | None
+    read: Array
+    bias: Array
+    cut: Array
+    combine: Combine = "any"
+    scope: Scope = "token"
+    """`prompt_end` reads the last token of the prompt only."""
+    latched: bool = False
+    """Stay open from the first firing position to the end of the request; else only at the firing token."""
+    phase: Phase = "both"
+    max_norm: float = float("inf")
+
+    def __len__(self) -> int:
+        return int(self.read.shape[0])
+
+
+def _no_conditions() -> Array:
+    return np.zeros((0, 0), np.float32)
+
+
+ALWAYS = Gate(None, _no_conditions(), np.zeros(0, np.float32), np.zeros(0, np.float32))
+"""Gate 0 of every plan."""
+
+_UNIT_FIELDS = tuple(f.name for f in fields(Units))
+_INT_FIELDS = frozenset({"gate", "topk"})
+
+
+def empty_units(width: int) -> Units:
+    """No units at a site of width D."""
+    arrays: dict[str, Any] = {
+        name: np.zeros(0, np.int32 if name in _INT_FIELDS else np.float32) for name in _UNIT_FIELDS
+    }
+    arrays["read"] = arrays["write"] = np.zeros((0, width), np.float32)
+    return Units(**arrays)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A compiled policy. Equality is equality of `revision`."""
+
+    policy_id: str
+    target_class: str
+    model: ModelSpec
+    edits: Mapping[Site, SiteEdits]
+    gates: tuple[Gate, ...] = (ALWAYS,)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Plain JSON: which dictionaries and adapters the numbers came from, by sha256."""
+
+    @property
+    def revision(self) -> str:
+        """sha256 of the plan file: the revision's name everywhere."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The plan file: safetensors, the same bytes for the same plan."""
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        sites = sorted(self.edits, key=lambda site: site.order)
+        for site in sites:
+            edits = self.edits[site]
+            for name in _UNIT_FIELDS:
+                tensors[f"{site}.units.{name}"] = getattr(edits.units, name)
+            if edits.head_scale is not None:
+                tensors[f"{site}.head_scale.delta"] = edits.head_scale.delta
+                tensors[f"{site}.head_scale.gate"] = edits.head_scale.gate
+            if edits.topk is not None:
+                tensors[f"{site}.topk.read"] = edits.topk.read
+                tensors[f"{site}.topk.bias"] = edits.topk.bias
+        for index, gate in enumerate(self.gates):
+            for name in ("read", "bias", "cut"):
+                tensors[f"gates.{index}.{name}"] = getattr(gate, name)
+        header = {
+            "format": FORMAT_VERSION,
+            "policy_id": self.policy_id,
+            "target_class": self.target_class,
+            "model": asdict(self.model),
+            "sites": {str(s): {"k": t.k if (t := self.edits[s].topk) else None} for s in sites},
+            "gates": [
+                {
+                    "site": None if gate.site is None else str(gate.site),
+                    "combine": gate.combine,
+                    "scope": gate.scope,
+                    "latched": gate.latched,
+                    "phase": gate.phase,
+                    "max_norm": None if np.isinf(gate.max_norm) else gate.max_norm,
+                }
+                for gate in self.gates
+            ],
+            "provenance": dict(self.provenance),
+        }
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        # One metadata key only: the writer keeps no order among several.
+        return save_safetensors(
+            {name: np.ascontiguousarray(array) for name, array in tensors.items()}, {METADATA_KEY: text}
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Write ``folder/<revision>.safetensors`` whole or not at all."""
+        data = self.to_bytes()
+        path = folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
+        write_atomically(path, data)
+        return path
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Plan:
+        """Read a plan file; raises `PlanError` on anything that is not a whole, finite, consistent plan."""
+        try:
+            header = _read_header(data)
+            tensors = load_safetensors(data)
+            plan = cls._assemble(header, tensors)
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise PlanError(f"plan file unreadable: {error}; compile the policy again") from error
+        plan._validate()
+        return plan
+
+    @classmethod
+    def _assemble(cls, header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> Plan:
+        if header["format"] != FORMAT_VERSION:
+            raise PlanError(
+                f"plan format = {header['format']!r}, but this build reads {FORMAT_VERSION}; compile again"
+            )
+        edits: dict[Site, SiteEdits] = {}
+        for text, extra in header["sites"].items():
+            units = Units(**{name: tensors.pop(f"{text}.units.{name}") for name in _UNIT_FIELDS})
+            scale = tensors.pop(f"{text}.head_scale.delta", None)
+            encoder = tensors.pop(f"{text}.topk.read", None)
+            edits[Site.parse(text)] = SiteEdits(
+                units,
+                None if scale is None else HeadScale(scale, tensors.pop(f"{text}.head_scale.gate")),
+                None if encoder is None else TopK(encoder, tensors.pop(f"{text}.topk.bias"), int(extra["k"])),
+            )
+        gates = tuple(
+            Gate(
+                site=None if item["site"] is None else Site.parse(item["site"]),
+                read=tensors.pop(f"gates.{index}.read"),
+                bias=tensors.pop(f"gates.{index}.bias"),
+                cut=tensors.pop(f"gates.{index}.cut"),
+                combine=item["combine"],
+                scope=item["scope"],
+                latched=item["latched"],
+                phase=item["phase"],
+                max_norm=float("inf") if item["max_norm"] is None else float(item["max_norm"]),
+            )
+            for index, item in enumerate(header["gates"])
+        )
+        if tensors:
+            raise PlanError(f"plan file carries unknown tensors {sorted(tensors)}; compile the policy again")
+        return cls(
+            header["policy_id"],
+            header["target_class"],
+            ModelSpec(**header["model"]),
+            edits,
+            gates,
+            header["provenance"],
+        )
+
+    def _validate(self) -> None:
+        if not 1 <= len(self.gates) <= MAX_GATES:
+            raise PlanError(f"plan has {len(self.gates)} gates, but 1..{MAX_GATES} are possible")
+        if len(self.gates[0]) or self.gates[0].phase != "both" or self.gates[0].latched:
+            raise PlanError("gates[0] must be the always-open gate")
+        for index, gate in enumerate(self.gates):
+            _validate_gate(gate, f"gates[{index}]", self.model)
+        for site, edits in self.edits.items():
+            if site.layer >= self.model.num_layers:
+                raise PlanError(
+                    f"site {site}, but {self.model.name} has layers 0..{self.model.num_layers - 1}"
+                )
+            _validate_edits(site, edits, self.model.width(site.point), self.gates)
+
+
+def _read_header(data: bytes) -> dict[str, Any]:
+    if len(data) < 8:
+        raise PlanError(f"plan file has {len(data)} bytes: not a safetensors file")
+    size = int.from_bytes(data[:8], "little")
+    if size > len(data) - 8:
+        raise PlanError("plan file is cut short; compile the policy again")
+    metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    if METADATA_KEY not in metadata:
+        raise PlanError(f"not a plan: the file has no {METADATA_KEY!r} record")
+    header = json.loads(metadata[METADATA_KEY])
+    if not isinstance(header, dict):
+        raise PlanError("plan record is not an object")
+    return header
+
+
+def _validate_gate(gate: Gate, where: str, model: ModelSpec) -> None:
+    conditions = len(gate)
+    if (
+        gate.combine not in get_args(Combine)
+        or gate.scope not in get_args(Scope)
+        or gate.phase not in get_args(Phase)
+        or not isinstance(gate.latched, bool)
+    ):
+        raise PlanError(f"{where}: unknown combine, scope, phase or latched")
+    if (gate.site is None) != (conditions == 0):
+        raise PlanError(f"{where}: a gate reads at a site exactly when it has conditions")
+    if gate.site is not None:
+        width = model.width(gate.site.point)
+        if gate.site.layer >= model.num_layers or gate.read.shape != (conditions, width):
+            raise PlanError(f"{where}: read {gate.read.shape} at {gate.site} does not fit {model.name}")
+    if gate.bias.shape != (conditions,) or gate.cut.shape != (conditions,):
+        raise PlanError(f"{where}: bias and cut must have {conditions} entries")
+    for name in ("read", "bias", "cut"):
+        _expect(f"{where}.{name}", getattr(gate, name), np.float32)
+    if not gate.max_norm > 0:
+        raise PlanError(f"{where}.max_norm = {gate.max_norm}, but must be positive")
+
+
+def _validate_edits(site: Site, edits: SiteEdits, width: int, gates: tuple[Gate, ...]) -> None:
+    units, rank = edits.units, len(edits.units)
+    for name in _UNIT_FIELDS:
+        array = getattr(units, name)
+        shape = (rank, width) if name in ("read", "write") else (rank,)
+        if array.shape != shape:
+            raise PlanError(f"{site}.{name} has shape {array.shape}, but must have {shape}")
+        infinite = name in ("threshold", "low", "high", "max_norm")
+        _expect(f"{site}.{name}", array, np.int32 if name in _INT_FIELDS else np.float32, infinite=infinite)
+    if np.any(units.low > units.high) or np.any(units.max_norm <= 0):
+        raise PlanError(f"{site}: low must not exceed high, and max_norm must be positive")
+    features = 0 if edits.topk is None else edits.topk.read.shape[0]
+    if np.any(units.topk < -1) or np.any(units.topk >= features):
+        raise PlanError(f"{site}.topk names a feature outside 0..{features - 1}")
+    if edits.topk is not None:
+        _expect(f"{site}.topk.read", edits.topk.read, np.float32)
+        _expect(f"{site}.topk.bias", edits.topk.bias, np.float32)
+        fits = edits.topk.read.shape == (features, width) and edits.topk.bias.shape == (features,)
+        if not fits or not 1 <= edits.topk.k <= features:
+            raise PlanError(f"{site}.topk: shapes or k = {edits.topk.k} do not fit {features} features")
+    named = set(units.gate.tolist())
+    if edits.head_scale is not None:
+        scale = edits.head_scale
+        _expect(f"{site}.head_scale.delta", scale.delta, np.float32)
+        _expect(f"{site}.head_scale.gate", scale.gate, np.int32)
+        if site.point != "attn_z" or scale.delta.shape != (len(scale.gate), width):
+            raise PlanError(f"{site}.head_scale: head scales act at attn_z, with one row of {width} per gate")
+        named |= set(scale.gate.tolist())
+    for index in named:
+        if not 0 <= index < len(gates):
+            raise PlanError(f"{site}: gate {index}, but the plan has gates 0..{len(gates) - 1}")
+        reads_at = gates[index].site
+        if reads_at is not None and reads_at.order > site.order:
+            raise PlanError(f"{site}: gate {index} reads at {reads_at}, which comes after the edit")
+
+
+def _expect(name: str, array: npt.NDArray[Any], dtype: type, *, infinite: bool = False) -> None:
+    if array.dtype != dtype:
+        raise PlanError(f"{name} has dtype {array.dtype}, but must have {np.dtype(dtype)}")
+    bad = np.isnan(array).any() if infinite else not np.isfinite(array).all()
+    if bad:
+        raise PlanError(f"{name} holds a value that is not {'a number' if infinite else 'finite'}")
