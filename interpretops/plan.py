@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -130,7 +130,7 @@ class HeadScale:
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """A whole TopK encoder: a feature is active iff its pre-activation is among the k largest and positive."""
+    """A whole TopK encoder: a feature is active iff its pre-activation is positive and among the k largest."""
 
     read: Array
     bias: Array
@@ -248,6 +248,23 @@ class Plan:
             {name: np.ascontiguousarray(array) for name, array in tensors.items()}, {METADATA_KEY: text}
         )
 
+    def digest(self) -> str:
+        """sha256 over the numbers alone, as `PlanBank.digest` takes it from the tables of a loaded plan."""
+        edits: dict[Site, dict[str, npt.NDArray[Any]]] = {}
+        for site, here in self.edits.items():
+            width = self.model.width(site.point)
+            arrays: dict[str, npt.NDArray[Any]] = {name: getattr(here.units, name) for name in _UNIT_FIELDS}
+            scale = here.head_scale
+            arrays["scale"] = np.zeros((0, width), np.float32) if scale is None else scale.delta
+            arrays["scale_gate"] = np.zeros(0, np.int32) if scale is None else scale.gate
+            if here.topk is not None:
+                arrays["topk_read"], arrays["topk_bias"] = here.topk.read, here.topk.bias
+            edits[site] = arrays
+        return content_digest(
+            edits,
+            [(gate.site, {"read": gate.read, "bias": gate.bias, "cut": gate.cut}) for gate in self.gates[1:]],
+        )
+
     def save(self, folder: Path) -> Path:
         """Write ``folder/<revision>.safetensors`` whole or not at all."""
         data = self.to_bytes()
@@ -321,6 +338,26 @@ class Plan:
                     f"site {site}, but {self.model.name} has layers 0..{self.model.num_layers - 1}"
                 )
             _validate_edits(site, edits, self.model.width(site.point), self.gates)
+
+
+def content_digest(
+    edits: Mapping[Site, Mapping[str, npt.NDArray[Any]]],
+    gates: Sequence[tuple[Site | None, Mapping[str, npt.NDArray[Any]]]],
+) -> str:
+    """sha256 over the arrays of every site and gate, in an order of their own."""
+    digest = hashlib.sha256()
+
+    def feed(where: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        for name in sorted(arrays):
+            array = np.ascontiguousarray(arrays[name])
+            digest.update(f"{where}.{name}:{array.dtype.str}{array.shape}".encode())
+            digest.update(array.tobytes())
+
+    for site in sorted(edits, key=lambda site: site.order):
+        feed(str(site), edits[site])
+    for index, (site, arrays) in enumerate(gates):
+        feed(f"gate {index} {site}", arrays)
+    return digest.hexdigest()
 
 
 def _read_header(data: bytes) -> dict[str, Any]:

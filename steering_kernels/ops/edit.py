@@ -1,0 +1,41 @@
+"""The op's one public entry: checks its arguments once and picks the implementation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from steering_kernels.ops.grouped import apply_edits_grouped
+from steering_kernels.ops.step import StepMap
+from steering_kernels.ops.table import SiteTable
+
+
+def apply_edits(hidden: Tensor, table: SiteTable, step: StepMap, residual: Tensor | None = None) -> Tensor:
+    """Edit the tokens of the current forward pass at one site by the rows of their revisions.
+
+    hidden    [T', D]  float; T' >= T, tokens past the step's T are padding and stay as they are; not changed
+    table              the site's rows
+    step               the pass's tokens, their rows and open gates; ``step.edited`` is counted up
+    residual  [T', D]  where the stream is ``hidden + residual``: reads use the sum, writes go to ``hidden``
+
+    Returns the edited activation, ``hidden`` itself if nothing acts. Tokens of row 0 and tokens at which
+    no edit acts are bit-identical. Raises ValueError when shapes do not fit.
+    """
+    if not step.active:
+        return hidden
+    if hidden.ndim != 2 or hidden.shape[1] != table.width:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, but must be [T, {table.width}]")
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden has dtype {hidden.dtype}, but must be a float")
+    if residual is not None and residual.shape != hidden.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, but hidden {tuple(hidden.shape)}")
+    tokens = step.num_tokens
+    if hidden.shape[0] < tokens:
+        raise ValueError(f"hidden has {hidden.shape[0]} tokens, but the step was laid out for {tokens}")
+    if hidden.shape[0] == tokens:
+        return apply_edits_grouped(hidden, table, step, residual)
+    edited = apply_edits_grouped(
+        hidden[:tokens], table, step, None if residual is None else residual[:tokens]
+    )
+    out = hidden.clone()
+    out[:tokens] = edited
+    return out

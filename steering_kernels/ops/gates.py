@@ -1,0 +1,82 @@
+"""Gates: which tokens a revision's edits may act on, decided while the forward pass runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steering_kernels.ops.step import NEVER, StepMap
+
+
+@dataclass(frozen=True, eq=False)
+class GateView:
+    """One gate of one row, as the op evaluates it. Field meanings: `interpretops.plan.Gate`."""
+
+    row: int
+    index: int
+    """Column of ``StepMap.gate_open``; the row's units name it."""
+    read: Tensor
+    """[C, D] float64; C = 0 fires at every token"""
+    bias: Tensor
+    """[C] float64"""
+    cut: Tensor
+    """[C] float64"""
+    require_all: bool
+    prompt_end: bool
+    latched: bool
+    phase: str
+    max_norm: float
+
+
+def phase_mask(phase: str, position: Tensor, prompt_length: Tensor) -> Tensor | None:
+    """Tokens of a phase, by position against prompt length; None means all."""
+    if phase == "prefill":
+        return position < prompt_length
+    if phase == "decode":
+        return position >= prompt_length
+    return None
+
+
+def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
+    """Evaluate the gates that read at this site and open their columns of ``step.gate_open``.
+
+    x  [T, D] the site's activation before any edit; not changed.
+
+    A latched gate records the first position at which it fired in ``step.fired_at``.
+    """
+    groups = dict(step.groups)
+    for gate in gates:
+        if gate.row not in groups:
+            continue
+        index = groups[gate.row]
+        position, prompt_length = step.position, step.prompt_length
+        if index is not None:
+            position, prompt_length = position[index], prompt_length[index]
+        fires = _fires(x if index is None else x[index], gate)
+        if gate.prompt_end:
+            fires &= position == prompt_length - 1
+        if gate.latched:
+            slot = step.slot_of_token if index is None else step.slot_of_token[index]
+            column = step.fired_at[:, gate.index]
+            column.scatter_reduce_(0, slot, torch.where(fires, position, NEVER), "amin")
+            fires = position >= column[slot]
+        mask = phase_mask(gate.phase, position, prompt_length)
+        if mask is not None:
+            fires = fires & mask
+        if index is None:
+            step.gate_open[:, gate.index] = fires
+        else:
+            step.gate_open[index, gate.index] = fires
+
+
+def _fires(x: Tensor, gate: GateView) -> Tensor:
+    if gate.read.shape[0] == 0:
+        return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    wide = x.double()
+    above = torch.addmm(gate.bias, wide, gate.read.t()) > gate.cut
+    fires = above.all(dim=1) if gate.require_all else above.any(dim=1)
+    if gate.max_norm != float("inf"):
+        fires &= wide.norm(dim=1) <= gate.max_norm
+    return fires

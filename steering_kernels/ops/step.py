@@ -1,0 +1,83 @@
+"""The tokens of one forward pass: whose row edits each, its position, and which gates are open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NEVER = torch.iinfo(torch.int64).max
+"""Position at which a gate that has not fired would open."""
+
+
+class StepMap:
+    """Who is who in the batch of the current forward pass.
+
+    ``fired_at [S, G]`` outlives the step: the first position at which a latched gate of a request fired.
+    Because it is a position and not a flag, recomputing a request's tokens opens its gates at the same ones.
+    """
+
+    def __init__(self, *, requests: int, gates: int, device: torch.device) -> None:
+        self.device = device
+        self.gates = gates
+        self.fired_at = torch.full((requests, gates), NEVER, dtype=torch.int64, device=device)
+        self.edited = torch.zeros(requests, dtype=torch.int64, device=device)
+        """[S] (token, site) pairs that were changed, per request."""
+        self.clear()
+
+    def clear(self) -> None:
+        """No token of the coming forward pass is edited (dummy and warm-up passes)."""
+        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.active = False
+        self.num_tokens = 0
+        self.row_of_token = self.slot_of_token = self.position = self.prompt_length = empty
+        self.gate_open = torch.zeros(0, self.gates, dtype=torch.bool, device=self.device)
+        self.groups: list[tuple[int, Tensor | None]] = []
+
+    def begin(
+        self,
+        *,
+        rows: Sequence[int],
+        slots: Sequence[int],
+        num_tokens: Sequence[int],
+        first_position: Sequence[int],
+        prompt_length: Sequence[int],
+    ) -> None:
+        """Lay out a batch, one entry per request in batch order.
+
+        rows             row of the request's revision; 0 edits nothing
+        slots            index of the request in ``fired_at``
+        num_tokens       tokens of the request in this pass
+        first_position   position of the first of them in the request
+        prompt_length    prompt tokens of the request
+        """
+        self.clear()
+        if not any(rows):
+            return
+        counts = torch.tensor(num_tokens, dtype=torch.int64)
+        total = int(counts.sum())
+
+        def spread(values: Sequence[int]) -> Tensor:
+            return torch.repeat_interleave(torch.tensor(values, dtype=torch.int64), counts, output_size=total)
+
+        starts = counts.cumsum(0) - counts
+        within = torch.arange(total) - torch.repeat_interleave(starts, counts, output_size=total)
+        self.active = True
+        self.num_tokens = total
+        self.row_of_token = spread(rows).to(self.device)
+        self.slot_of_token = spread(slots).to(self.device)
+        self.position = (spread(first_position) + within).to(self.device)
+        self.prompt_length = spread(prompt_length).to(self.device)
+        self.gate_open = torch.zeros(total, self.gates, dtype=torch.bool, device=self.device)
+        self.gate_open[:, 0] = True
+        distinct = sorted(set(rows) - {0})
+        if len(distinct) == 1 and all(rows):
+            self.groups = [(distinct[0], None)]
+        else:
+            self.groups = [(row, (self.row_of_token == row).nonzero().flatten()) for row in distinct]
+
+    def forget_request(self, slot: int) -> None:
+        """Make a slot ready for another request."""
+        self.fired_at[slot] = NEVER
+        self.edited[slot] = 0

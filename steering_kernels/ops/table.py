@@ -1,0 +1,177 @@
+"""The table of one edit site: the units of all resident revisions in fixed storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+class TableFullError(Exception):
+    """The site's table has no room for another row; the message says how much there is."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowEdits:
+    """What one revision does at one site. Field meanings and formula: `interpretops.plan`."""
+
+    read: Tensor
+    """[K, D] float32"""
+    write: Tensor
+    """[K, D] float32"""
+    bias: Tensor
+    """[K] float32, like the six below"""
+    threshold: Tensor
+    gain: Tensor
+    offset: Tensor
+    low: Tensor
+    high: Tensor
+    max_norm: Tensor
+    gate: Tensor
+    """[K] int32, gate of the row; 0 is always open"""
+    topk: Tensor
+    """[K] int32, row of `topk_read` whose activation this unit takes, or -1"""
+    scale: Tensor
+    """[E, D] float32, elementwise deltas"""
+    scale_gate: Tensor
+    """[E] int32"""
+    topk_read: Tensor | None = None
+    """[F, D] float32"""
+    topk_bias: Tensor | None = None
+    """[F] float32"""
+    topk_k: int = 0
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name, in a fixed order."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                yield item.name, value
+
+
+_UNIT_COLUMNS = ("bias", "threshold", "gain", "offset", "low", "high", "max_norm")
+_UNIT_INDICES = ("gate", "topk")
+
+
+class RowView:
+    """One row of a table, ready for the CPU path: its numbers in float64 and what can be left out."""
+
+    def __init__(self, edits: RowEdits) -> None:
+        self.read_t = edits.read.double().t().contiguous()
+        self.write = edits.write.double()
+        self.bias = edits.bias.double()
+        self.threshold = edits.threshold.double()
+        self.gain = edits.gain.double()
+        self.offset = edits.offset.double()
+        self.low = edits.low.double()
+        self.high = edits.high.double()
+        self.max_norm = edits.max_norm.double()
+        self.gate = edits.gate.long()
+        self.rank = edits.read.shape[0]
+        self.reads = bool(edits.read.any()) or bool(edits.bias.any())
+        self.offsets = bool(edits.offset.any())
+        self.clamps = bool(torch.isfinite(edits.low).any() or torch.isfinite(edits.high).any())
+        self.thresholds = bool((edits.threshold > -torch.inf).any())
+        self.gated = bool((edits.gate != 0).any())
+        self.bounded = bool(torch.isfinite(edits.max_norm).any())
+        self.scale = edits.scale.double()
+        self.scale_gate = edits.scale_gate.long()
+        self.scales = edits.scale.shape[0] > 0
+        self.topk = edits.topk.long()
+        self.topk_units = (self.topk >= 0).nonzero().flatten()
+        self.topk_read_t = None if edits.topk_read is None else edits.topk_read.double().t().contiguous()
+        self.topk_bias = None if edits.topk_bias is None else edits.topk_bias.double()
+        self.topk_k = edits.topk_k
+
+
+class SiteTable:
+    """Fixed storage for the units of one site; row 0 is the exact no-op and stays empty.
+
+    Only content changes when revisions come and go: no tensor is allocated or moved, so a captured
+    graph may hold the addresses. (TopK encoders are the exception: they are kept beside the table.)
+    """
+
+    def __init__(self, width: int, *, rows: int, units: int, scales: int, device: torch.device) -> None:
+        self.width = width
+        self.rows = rows
+        self.read = torch.zeros(units, width, device=device)
+        self.write = torch.zeros(units, width, device=device)
+        self.columns = {name: torch.zeros(units, device=device) for name in _UNIT_COLUMNS}
+        self.indices = {name: torch.zeros(units, dtype=torch.int32, device=device) for name in _UNIT_INDICES}
+        self.start = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.count = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.scale = torch.zeros(scales, width, device=device)
+        self.scale_gate = torch.zeros(scales, dtype=torch.int32, device=device)
+        self.scale_start = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.scale_count = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.topk: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self.views: dict[int, RowView] = {}
+        """Rows that hold something, by row."""
+
+    def set_row(self, row: int, edits: RowEdits) -> None:
+        """Put edits into an empty row; raises `TableFullError` and changes nothing if they do not fit."""
+        if not 1 <= row < self.rows:
+            raise IndexError(f"row = {row}, but rows 1..{self.rows - 1} can be set")
+        if row in self.views:
+            raise ValueError(f"row {row} is occupied; clear it first")
+        if edits.read.shape[1] != self.width:
+            raise ValueError(f"edits have width {edits.read.shape[1]}, but the site has {self.width}")
+        units = _fit(self.start, self.count, edits.read.shape[0], self.read.shape[0], "units")
+        scales = _fit(
+            self.scale_start, self.scale_count, edits.scale.shape[0], self.scale.shape[0], "head scales"
+        )
+        end = units + edits.read.shape[0]
+        self.read[units:end] = edits.read
+        self.write[units:end] = edits.write
+        for name, column in (self.columns | self.indices).items():
+            column[units:end] = getattr(edits, name)
+        self.scale[scales : scales + edits.scale.shape[0]] = edits.scale
+        self.scale_gate[scales : scales + edits.scale.shape[0]] = edits.scale_gate
+        self.start[row], self.count[row] = units, edits.read.shape[0]
+        self.scale_start[row], self.scale_count[row] = scales, edits.scale.shape[0]
+        if edits.topk_read is not None and edits.topk_bias is not None:
+            self.topk[row] = (edits.topk_read.clone(), edits.topk_bias.clone(), edits.topk_k)
+        self.views[row] = RowView(self.get_row(row))
+
+    def get_row(self, row: int) -> RowEdits:
+        """The row as it stands in the table (tensors share its storage)."""
+        units = slice(int(self.start[row]), int(self.start[row]) + int(self.count[row]))
+        scales = slice(int(self.scale_start[row]), int(self.scale_start[row]) + int(self.scale_count[row]))
+        topk_read, topk_bias, k = self.topk.get(row, (None, None, 0))
+        return RowEdits(
+            read=self.read[units],
+            write=self.write[units],
+            **{name: column[units] for name, column in (self.columns | self.indices).items()},
+            scale=self.scale[scales],
+            scale_gate=self.scale_gate[scales],
+            topk_read=topk_read,
+            topk_bias=topk_bias,
+            topk_k=k,
+        )
+
+    def clear_row(self, row: int) -> None:
+        """Empty a row; its units are free for others. Clearing an empty row does nothing."""
+        self.views.pop(row, None)
+        self.topk.pop(row, None)
+        self.count[row] = self.start[row] = 0
+        self.scale_count[row] = self.scale_start[row] = 0
+
+
+def _fit(starts: Tensor, counts: Tensor, wanted: int, capacity: int, what: str) -> int:
+    """First gap of ``wanted`` free places among the taken ranges."""
+    if wanted == 0:
+        return 0
+    taken = sorted(
+        (start, start + count) for start, count in zip(starts.tolist(), counts.tolist(), strict=True) if count
+    )
+    begin = 0
+    for start, end in taken:
+        if start - begin >= wanted:
+            return begin
+        begin = max(begin, end)
+    if capacity - begin >= wanted:
+        return begin
+    used = sum(end - start for start, end in taken)
+    raise TableFullError(f"{wanted} {what} wanted, but {used} of {capacity} are taken at this site")
