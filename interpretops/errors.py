@@ -1,4 +1,4 @@
-"""The errors this project raises: each a sentence, a stable code, a status and whether callers may read it."""
+"""The errors this project raises: each a sentence, a code, a status and whether callers may read it."""
 
 from typing import ClassVar
 
@@ -23,6 +23,10 @@ class PolicyError(InterpretOpsError):
 
     code = "invalid_policy"
     status = 400
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
 
 
 class PlanError(InterpretOpsError):

@@ -1,0 +1,410 @@
+"""The policy: what a person writes. Every field is declared, documented and checked here once."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    Strict,
+    ValidationError,
+    model_validator,
+)
+
+from interpretops.errors import PolicyError
+from interpretops.plan import Combine, Phase, Point, Scope
+from interpretops.policy_faults import describe_faults
+from interpretops.policy_file import Document, read_yaml
+
+ALWAYS_GATE = "always"
+
+
+def _unique(values: tuple[int, ...]) -> tuple[int, ...]:
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(f"names {twice[0]} twice")
+    return values
+
+
+def _relative(path: str) -> str:
+    parts = path.split("/")
+    if path.startswith("/") or ".." in parts or "\\" in path or ":" in parts[0] or "\0" in path:
+        raise ValueError("must be a relative path without '..'")
+    return path
+
+
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
+Percentage = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e6)]
+Fraction = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
+Index = Annotated[int, Field(ge=0)]
+Indices = Annotated[
+    tuple[Index, ...], Field(min_length=1, max_length=4096), Strict(False), AfterValidator(_unique)
+]
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+RelativePath = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_relative)]
+NormBound = Annotated[float, Field(allow_inf_nan=False, gt=0)]
+
+
+class Strictly(BaseModel):
+    """Unknown keys are refused, types are not bent, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Vector(Strictly):
+    """A direction in activation space: a tensor of a safetensors file, or one feature's decoder row."""
+
+    file: RelativePath | None = None
+    """A safetensors file, beside the policy or in the model's folder of the artifacts."""
+    tensor: str | None = None
+    """Name of the tensor in the file; may be left out when the file holds a single one."""
+    feature: Index | None = None
+    """Take this feature's decoder row instead of a file."""
+    dictionary: Identifier | None = None
+    """Dictionary of `feature`; may be left out when the model has a single one at the place."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Vector":
+        if (self.file is None) == (self.feature is None):
+            raise ValueError("needs either 'file' or 'feature'")
+        if self.file is None and self.tensor is not None:
+            raise ValueError("has a 'tensor' but no 'file' to take it from")
+        if self.feature is None and self.dictionary is not None:
+            raise ValueError("has a 'dictionary' but no 'feature' of it")
+        return self
+
+
+class FeatureSelector(Strictly):
+    """Features of one dictionary at one place of the model."""
+
+    layer: Index
+    """Layer, counted from 0."""
+    point: Point = "resid_post"
+    """Point in the layer: `attn_z`, `attn_out`, `mlp_out` or `resid_post`."""
+    sae_feature_ids: Indices
+    """Ids of the features."""
+    dictionary: Identifier | None = None
+    """Id of the dictionary; may be left out when the model has a single one at this layer and point."""
+
+
+class _Layers(Strictly):
+    layer: Index | None = None
+    """One layer, counted from 0."""
+    layers: Indices | None = None
+    """Several layers, instead of `layer`."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.layer is None) == (self.layers is None):
+            raise ValueError("needs either 'layer' or 'layers'")
+        return self
+
+    @property
+    def named_layers(self) -> tuple[tuple[str | int, ...], ...]:
+        """Each named layer with its place under the selector: ``("layers", 1)`` for error messages."""
+        return (("layer",),) if self.layers is None else tuple(("layers", i) for i in range(len(self.layers)))
+
+    @property
+    def all_layers(self) -> tuple[int, ...]:
+        """The named layers."""
+        if self.layers is not None:
+            return self.layers
+        assert self.layer is not None
+        return (self.layer,)
+
+
+class PlaceSelector(_Layers):
+    """One or several layers, and the point in them."""
+
+    point: Point = "resid_post"
+    """Point in the layer: `attn_z`, `attn_out`, `mlp_out` or `resid_post`."""
+
+
+class HeadSelector(_Layers):
+    """Attention heads of one or several layers."""
+
+    heads: Indices
+    """Attention heads, counted from 0."""
+
+
+class AdapterSelector(Strictly):
+    """The part of an adapter that acts."""
+
+    block: Literal["attn", "mlp", "resid"]
+    """Kind of module: `attn` (attn_z, attn_out), `mlp` (mlp_out) or `resid` (resid_post)."""
+    heads: Indices | None = None
+    """Read these attention heads only; for adapters that read at `attn_z`."""
+    layers: Indices | None = None
+    """Act in these layers only; else in all layers of the adapter."""
+
+
+class _Intervention(Strictly):
+    gate: Identifier = ALWAYS_GATE
+    """When to act: `always`, or the name of an entry under `gates`."""
+
+
+class FeatureScale(_Intervention):
+    """Multiply the activation of features: 0 removes them, 1 leaves them, 2 doubles them."""
+
+    type: Literal["feature_scale"]
+    """Kind of the intervention."""
+    selector: FeatureSelector
+    """Which features."""
+    scale: Number
+    """Factor on the activation."""
+
+
+class FeatureClamp(_Intervention):
+    """Hold the activation of features inside a range."""
+
+    type: Literal["feature_clamp"]
+    """Kind of the intervention."""
+    selector: FeatureSelector
+    """Which features."""
+    clamp_range: Annotated[tuple[Number, Number], Strict(False)]
+    """Lowest and highest activation left standing, in the dictionary's own units."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "FeatureClamp":
+        low, high = self.clamp_range
+        if low > high:
+            raise ValueError(f"clamp_range = [{low}, {high}] is inverted; write [{high}, {low}]")
+        return self
+
+
+class SteeringVector(_Intervention):
+    """Add a fixed vector to the activation."""
+
+    type: Literal["steering_vector"]
+    """Kind of the intervention."""
+    selector: PlaceSelector
+    """Where."""
+    vector: Vector
+    """What to add, as it stands in its file: it is not normalised."""
+    strength: Number
+    """Factor on the vector; negative to subtract it."""
+    max_norm: NormBound | None = None
+    """Leave tokens with a larger activation norm (attention sinks) alone; else the dictionary's bound, if any."""
+
+
+class DirectionAblation(_Intervention):
+    """Remove a direction from the activation."""
+
+    type: Literal["direction_ablation"]
+    """Kind of the intervention."""
+    selector: PlaceSelector
+    """Where."""
+    vector: Vector
+    """Which direction; it is normalised to length one."""
+    strength: Number = 1.0
+    """Share of the direction to remove: 1 removes all of it, 0 nothing."""
+    max_norm: NormBound | None = None
+    """Leave tokens with a larger activation norm (attention sinks) alone; else the dictionary's bound, if any."""
+
+
+class HeadScale(_Intervention):
+    """Multiply the output of attention heads, before the output projection."""
+
+    type: Literal["head_scale"]
+    """Kind of the intervention."""
+    selector: HeadSelector
+    """Which heads."""
+    scale: Number
+    """Factor on the heads' output: 0 switches them off."""
+
+
+class LoraGate(_Intervention):
+    """Apply a low-rank adapter with a strength of its own."""
+
+    type: Literal["lora_gate"]
+    """Kind of the intervention."""
+    selector: AdapterSelector
+    """Which part of the adapter."""
+    alpha: Number
+    """Factor on the adapter's output; 1 applies it as trained."""
+    adapter: Identifier | None = None
+    """Id of the adapter; else the one that the artifacts hold for `meta.target_class`."""
+
+
+Intervention = Annotated[
+    FeatureScale | FeatureClamp | SteeringVector | DirectionAblation | HeadScale | LoraGate,
+    Field(discriminator="type"),
+]
+
+
+class Condition(Strictly):
+    """One reading of the activation at the gate's place: a feature, or a probe direction."""
+
+    feature: Index | None = None
+    """An SAE feature; the condition holds when its activation exceeds `threshold`."""
+    dictionary: Identifier | None = None
+    """Dictionary of `feature`; may be left out when the model has a single one at the gate's place."""
+    probe: Vector | None = None
+    """A direction; the condition holds when `probe . activation + bias` exceeds `threshold`."""
+    bias: Number = 0.0
+    """Added to the probe's reading."""
+    threshold: Number = 0.0
+    """The condition holds above this value."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Condition":
+        if (self.feature is None) == (self.probe is None):
+            raise ValueError("needs either 'feature' or 'probe'")
+        if self.probe is None and self.bias != 0:
+            raise ValueError("has a 'bias', which only a probe can have")
+        if self.feature is None and self.dictionary is not None:
+            raise ValueError("has a 'dictionary' but no 'feature' of it")
+        if self.feature is not None and self.threshold < 0:
+            raise ValueError(f"threshold = {self.threshold}, but a feature's activation is never negative")
+        return self
+
+
+class Gate(Strictly):
+    """When interventions act."""
+
+    layer: Index | None = None
+    """Layer at which the conditions read; not after the layers it controls."""
+    point: Point = "resid_post"
+    """Point of the layer at which the conditions read."""
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=64), Strict(False)] = ()
+    """What must hold for the gate to open; without any, the gate is open throughout its phase."""
+    combine: Combine = "any"
+    """Whether `any` condition suffices or `all` must hold."""
+    scope: Scope = "token"
+    """Read every `token`, or only the last token of the prompt (`prompt_end`)."""
+    latched: bool = False
+    """Once open, stay open to the end of the request."""
+    phase: Phase = "both"
+    """Act on the prompt (`prefill`), on generated tokens (`decode`), or on both."""
+    max_norm: NormBound | None = None
+    """Do not read tokens with a larger activation norm (attention sinks); else the dictionary's bound, if any."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Gate":
+        if self.conditions and self.layer is None:
+            raise ValueError("has conditions but no 'layer' at which they read")
+        if not self.conditions and (self.layer is not None or self.latched or self.scope != "token"):
+            raise ValueError(
+                "has no conditions, so 'layer', 'scope' and 'latched' mean nothing; only 'phase' does"
+            )
+        return self
+
+
+class Meta(Strictly):
+    """Who the policy is."""
+
+    id: Identifier
+    """Its name in headers, bindings, metrics and receipts."""
+    description: str = Field(default="", max_length=4096)
+    """What it is for."""
+    target_class: Identifier = "general"
+    """The kind of behaviour it is aimed at; finds the adapter of a `lora_gate`."""
+
+
+class Constraints(Strictly):
+    """What the policy may cost."""
+
+    max_latency_overhead_pct: Percentage | None = None
+    """Highest acceptable slow-down, in per cent."""
+    max_benign_loss_pct: Percentage | None = None
+    """Highest acceptable loss on benign tasks, in per cent."""
+
+
+class Suite(Strictly):
+    """A set of prompts on which the policy is measured."""
+
+    name: Identifier
+    """Its name."""
+
+
+class SuccessCriteria(Strictly):
+    """What the measurements must show before the policy becomes active."""
+
+    defense_efficacy_min: Fraction | None = None
+    """Least share of attacks that must be stopped."""
+    collateral_damage_max: Fraction | None = None
+    """Largest share of benign requests that may be harmed."""
+
+
+class Evaluation(Strictly):
+    """How the policy is measured."""
+
+    suites: Annotated[tuple[Suite, ...], Strict(False)] = ()
+    """The suites to run."""
+    success_criteria: SuccessCriteria = SuccessCriteria()
+    """The bar."""
+
+
+class Policy(Strictly):
+    """Edits of a model's activations, and when they act."""
+
+    meta: Meta
+    """Who the policy is."""
+    constraints: Constraints = Constraints()
+    """What it may cost."""
+    gates: dict[Identifier, Gate] = Field(default={}, max_length=7)
+    """Named conditions, for the `gate` of interventions."""
+    interventions: Annotated[tuple[Intervention, ...], Field(min_length=1, max_length=256), Strict(False)]
+    """The edits. All of a place read the same activation, and their changes add up."""
+    evaluation: Evaluation = Evaluation()
+    """How it is measured."""
+
+    _document: Document = PrivateAttr(default_factory=lambda: Document("<policy>", {}))
+    _folder: Path | None = PrivateAttr(default=None)
+
+    RESERVED_IDS: ClassVar[frozenset[str]] = frozenset({"none"})
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> "Policy":
+        lines = []
+        if self.meta.id in self.RESERVED_IDS:
+            lines.append(f"meta.id = {self.meta.id!r}, but that word means 'no policy'; choose another")
+        if ALWAYS_GATE in self.gates:
+            lines.append(f"gates.{ALWAYS_GATE} is built in; choose another name")
+        known = (ALWAYS_GATE, *self.gates)
+        for index, intervention in enumerate(self.interventions):
+            if intervention.gate not in known:
+                lines.append(
+                    f"interventions[{index}].gate = {intervention.gate!r}, but the gates are {', '.join(known)}"
+                )
+        for name in self.gates:
+            if all(intervention.gate != name for intervention in self.interventions):
+                lines.append(f"gates.{name} is used by no intervention; remove it, or name it in a 'gate'")
+        if lines:
+            raise ValueError("\n".join(lines))
+        return self
+
+    @property
+    def document(self) -> Document:
+        """The file it came from, for error messages."""
+        return self._document
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the policy's own vector files lie; None when it came from no file."""
+        return self._folder
+
+
+def load_policy(path: Path | str) -> Policy:
+    """Read a policy file. Raises `PolicyError` with one line for every fault that can be seen without a model."""
+    path = Path(path)
+    return policy_from_document(read_yaml(path, PolicyError), path.parent)
+
+
+def policy_from_document(document: Document, folder: Path | None) -> Policy:
+    """The policy in a parsed document; ``folder`` is where its vector files lie."""
+    try:
+        policy = Policy.model_validate(document.data)
+    except ValidationError as error:
+        raise PolicyError(*describe_faults(error, document, Policy)) from error
+    policy._document, policy._folder = document, folder
+    return policy
+
+
+def policy_schema() -> dict[str, Any]:
+    """JSON Schema of the policy file, for editors."""
+    schema = Policy.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
