@@ -1,0 +1,77 @@
+"""Reading a trace folder back: shuffled batches for training, held-out sequences for measuring."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from discovery.errors import DiscoveryError
+from discovery.frozen_model import hook_name
+from discovery.trace import HELD_OUT, read_trace_record
+
+
+class TraceReader:
+    """One layer of a finished trace, in memory in its stored dtype. Every shard's sha256 is checked."""
+
+    def __init__(self, folder: Path, layer: int) -> None:
+        self.folder, self.layer = folder, layer
+        self.record: dict[str, Any] = read_trace_record(folder)
+        name = hook_name(layer)
+        if name not in self.record["max_norm"]:
+            raise DiscoveryError(
+                f"{folder}: layer = {layer} was not traced; it has {sorted(self.record['max_norm'])}"
+            )
+        if not self.record.get("complete"):
+            raise DiscoveryError(
+                f"{folder}: the trace is not finished; run the same mechctl trace again to finish it"
+            )
+        self.max_norm = float(self.record["max_norm"][name])
+        parts = [self._read(entry["file"], entry["sha256"])[name] for entry in self.record["shards"]]
+        self.activations: Tensor = torch.cat(parts)
+
+    def _read(self, file: str, sha256: str) -> dict[str, Tensor]:
+        path = self.folder / file
+        try:
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise DiscoveryError(
+                    f"{path}: differs from what the trace recorded; trace again into another folder"
+                )
+            return load_safetensors(data)
+        except (OSError, SafetensorError) as error:
+            raise DiscoveryError(
+                f"{path}: cannot be read ({error}); trace again into another folder"
+            ) from error
+
+    def held_out(self, most_tokens: int) -> tuple[Tensor, Tensor]:
+        """Token ids and mask [B, T] of sequences that are not in the shards, about ``most_tokens`` of them."""
+        if "held_out" not in self.record:
+            raise DiscoveryError(f"{self.folder}: holds no held-out sequences; trace with --held-out above 0")
+        tensors = self._read(HELD_OUT, self.record["held_out"]["sha256"])
+        mask = tensors["mask"].long()
+        rows = int((mask.sum(1).cumsum(0) <= most_tokens).sum().clamp(min=1))
+        return tensors["tokens"][:rows].long(), mask[:rows]
+
+
+def shuffled_batches(activations: Tensor, size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    """Endless float32 batches [size, D], a new permutation each pass; batch ``start`` comes first.
+
+    Batch number n depends on seed and n alone, so that a resumed run sees what the first would have seen.
+    """
+    per_pass = len(activations) // size
+    if per_pass < 1:
+        raise DiscoveryError(f"batch = {size}, but the trace holds only {len(activations)} tokens")
+    number = start
+    order = None
+    while True:
+        epoch, place = divmod(number, per_pass)
+        if order is None or place == 0:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order = torch.randperm(len(activations), generator=generator)
+        yield activations[order[place * size : (place + 1) * size]].float()
+        number += 1

@@ -1,0 +1,12 @@
+"""What an offline job refuses to do, said in one line."""
+
+from typing import ClassVar
+
+from interpretops.errors import InterpretOpsError
+
+
+class DiscoveryError(InterpretOpsError):
+    """A job cannot start or go on; the message names file, field, value and remedy."""
+
+    code: ClassVar[str] = "invalid_job"
+    status: ClassVar[int] = 400

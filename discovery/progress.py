@@ -1,0 +1,64 @@
+"""A job's progress: a bar with rate and time left on a terminal, a line every few seconds elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 10.0
+
+
+class Meter:
+    """Counts units of work done. `done` and `total` may start above zero when a run is resumed."""
+
+    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._began_at = time.monotonic()
+        self._before = done
+        self._bar: Progress | None = None
+        self._line_at = self._began_at
+
+    @property
+    def rate(self) -> float:
+        """Units per second of this run."""
+        return (self.done - self._before) / max(time.monotonic() - self._began_at, 1e-9)
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """Count work and show it."""
+        self.done += amount
+        text = f"{self.rate:,.0f} {self.unit}/s {note}".rstrip()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self.done, total=self.total, text=text)
+        elif time.monotonic() - self._line_at >= LINE_EVERY_S or self.done >= self.total:
+            self._line_at = time.monotonic()
+            left = max(self.total - self.done, 0) / max(self.rate, 1e-9)
+            sys.stderr.write(
+                f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {text}, {left:,.0f} s left\n"
+            )
+            sys.stderr.flush()
+
+    def attach(self, bar: Progress) -> None:
+        self._bar = bar
+        bar.add_task(self.title, total=self.total, completed=self.done, text="")
+
+
+@contextmanager
+def meter(title: str, total: int, unit: str, done: int = 0) -> Iterator[Meter]:
+    """Show the progress of a job on stderr while the block runs."""
+    state = Meter(title, total, unit, done)
+    if not sys.stderr.isatty():
+        yield state
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        state.attach(bar)
+        yield state

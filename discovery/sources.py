@@ -1,0 +1,171 @@
+"""Reading prompts and plain text from files, with the licence each came under."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from discovery.errors import DiscoveryError
+from interpretops.policy_file import read_yaml
+
+Kind = Literal["prompts", "text"]
+MAX_BYTES = 2**30
+PROMPT_COLUMNS = ("prompt", "Prompt", "question", "Question", "instruction", "goal", "text")
+"""Fields that hold the prompt in objects and tables, the first that is there."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of a job's data."""
+
+    path: Path
+    kind: Kind
+    licence: str = "not stated"
+    name: str = ""
+    first: int = 0
+    """Index of the first prompt taken."""
+    limit: int | None = None
+    """Most prompts, or characters of text, taken; None: all."""
+
+    def record(self) -> dict[str, Any]:
+        """What a run record says of it: file name and sha256, never the folder it lay in."""
+        entry = asdict(self) | {"path": self.path.name, "sha256": sha256_of_file(self.path)}
+        return {key: value for key, value in entry.items() if value not in (None, "")}
+
+
+@dataclass(frozen=True)
+class DataList:
+    """The files of a job, sorted into named groups such as ``harmful`` and ``benign``."""
+
+    groups: dict[str, tuple[Source, ...]] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        return {name: [source.record() for source in sources] for name, sources in self.groups.items()}
+
+
+def sha256_of_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DiscoveryError(f"{path}: cannot be read ({error.strerror}); name an existing file") from error
+
+
+def read_data_list(path: Path, folder: Path | None = None) -> DataList:
+    """Read a YAML list of data: ``<group>: [{path, kind?, licence?, first?, limit?}, …]``.
+
+    Relative paths are looked up in ``folder``, else beside the list.
+    """
+    document = read_yaml(path, DiscoveryError)
+    root = path.parent if folder is None else folder
+    if not isinstance(document.data, dict) or not document.data:
+        raise DiscoveryError(f"{path}: must map group names to lists of files")
+    groups: dict[str, tuple[Source, ...]] = {}
+    for group, entries in document.data.items():
+        if not isinstance(entries, list) or not entries:
+            raise DiscoveryError(f"{path}: {group} must be a list of at least one file")
+        groups[group] = tuple(
+            _source(entry, f"{path}: {group}[{index}]", root) for index, entry in enumerate(entries)
+        )
+    return DataList(groups)
+
+
+def _source(entry: Any, where: str, root: Path) -> Source:
+    allowed = {"path", "kind", "licence", "name", "first", "limit"}
+    if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= allowed:
+        raise DiscoveryError(f"{where} = {entry!r}, but must be an object with path and of {sorted(allowed)}")
+    if entry.get("kind", "prompts") not in ("prompts", "text"):
+        raise DiscoveryError(f"{where}.kind = {entry['kind']!r}, but must be 'prompts' or 'text'")
+    return Source(
+        path=root / str(entry["path"]),
+        kind=entry.get("kind", "prompts"),
+        licence=str(entry.get("licence", "not stated")),
+        name=str(entry.get("name", Path(entry["path"]).stem)),
+        first=int(entry.get("first", 0)),
+        limit=None if entry.get("limit") is None else int(entry["limit"]),
+    )
+
+
+def refuse_noncommercial(sources: Iterable[Source], *, purpose: str) -> None:
+    """Raise when a source's licence forbids commercial use, so that nothing that ships is made from it."""
+    for source in sources:
+        words = source.licence.upper().replace("-", " ").split()
+        if "NC" in words or "NONCOMMERCIAL" in words:
+            raise DiscoveryError(
+                f"{source.path.name}: licence = {source.licence!r}, but {purpose} must not be made from "
+                "non-commercial data; leave the file out"
+            )
+
+
+def read_text(source: Source) -> str:
+    """The plain text of a source."""
+    text = _read(source.path)
+    text = text[source.first :][: source.limit]
+    if not text.strip():
+        raise DiscoveryError(f"{source.path}: holds no text")
+    return text
+
+
+def read_prompts(source: Source) -> list[str]:
+    """The prompts of a json, jsonl, csv, tsv, txt or yaml file, in its order."""
+    path, suffix = source.path, source.path.suffix.lower()
+    if suffix in (".yaml", ".yml"):
+        _read(path)
+        items = read_yaml(path, DiscoveryError).data
+    else:
+        items = _parse(path, suffix, _read(path))
+    if isinstance(items, dict):
+        lists = [value for value in items.values() if isinstance(value, list)]
+        named = items.get(source.name)
+        items = named if isinstance(named, list) else lists[0] if len(lists) == 1 else None
+    if not isinstance(items, list):
+        raise DiscoveryError(f"{path}: must hold a list of prompts (of strings, or of objects with a prompt)")
+    prompts = [_prompt(item, f"{path}: [{index}]") for index, item in enumerate(items)]
+    prompts = prompts[source.first :][: source.limit]
+    if not prompts:
+        raise DiscoveryError(f"{path}: holds no prompts from number {source.first} on")
+    return prompts
+
+
+def _parse(path: Path, suffix: str, text: str) -> Any:
+    try:
+        if suffix == ".json":
+            return json.loads(text)
+        if suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise DiscoveryError(f"{path}: not valid {suffix[1:].upper()} ({error})") from error
+    if suffix in (".csv", ".tsv"):
+        return list(csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
+    if suffix == ".txt":
+        return [line for line in text.splitlines() if line.strip()]
+    raise DiscoveryError(
+        f"{path}: ends in {suffix!r}, but prompts are read from json, jsonl, csv, tsv, txt, yaml"
+    )
+
+
+def _prompt(item: Any, where: str) -> str:
+    if isinstance(item, dict):
+        found: Sequence[Any] = [item[column] for column in PROMPT_COLUMNS if item.get(column)]
+        if not found:
+            raise DiscoveryError(f"{where} has {sorted(map(str, item))}, but none of {PROMPT_COLUMNS}")
+        item = found[0]
+    if not isinstance(item, str) or not item.strip():
+        raise DiscoveryError(f"{where} = {item!r}, but a prompt is text that is not empty")
+    return item
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DiscoveryError(f"{path}: is larger than {MAX_BYTES} bytes; split it")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DiscoveryError(f"{path}: cannot be read ({error.strerror}); name an existing file") from error
+    except UnicodeDecodeError as error:
+        raise DiscoveryError(f"{path}: is not UTF-8 (byte {error.start}); convert it") from error

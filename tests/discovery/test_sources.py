@@ -1,0 +1,90 @@
+"""Reading data files: every layout gives the same prompts, every fault one clear line."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from discovery.errors import DiscoveryError
+from discovery.sources import Source, read_data_list, read_prompts, read_text, refuse_noncommercial
+
+PROMPTS = ["Who are you?", 'Say "yes", then no', "Grüße aus Köln"]
+
+
+def _write(path: Path) -> Path:
+    objects = [{"prompt": prompt} for prompt in PROMPTS]
+    match path.suffix:
+        case ".json":
+            path.write_text(json.dumps(PROMPTS))
+        case ".jsonl":
+            path.write_text("\n".join(json.dumps(item) for item in objects))
+        case ".csv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, ["id", "prompt"])
+                writer.writeheader()
+                writer.writerows({"id": i, "prompt": p} for i, p in enumerate(PROMPTS))
+        case ".txt":
+            path.write_text("\n\n".join(PROMPTS) + "\n")
+        case ".yaml":
+            path.write_text(json.dumps({"harmful": PROMPTS, "licence": "Apache-2.0"}))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".txt", ".yaml"])
+def test_every_layout_gives_the_same_prompts(tmp_path: Path, suffix: str) -> None:
+    """json, jsonl, csv, txt and yaml files of the same prompts read alike."""
+    assert read_prompts(Source(_write(tmp_path / f"p{suffix}"), "prompts")) == PROMPTS
+
+
+def test_first_and_limit_cut_a_source(tmp_path: Path) -> None:
+    """A source takes the prompts from `first` on, at most `limit` of them."""
+    path = _write(tmp_path / "p.json")
+    assert read_prompts(Source(path, "prompts", first=1, limit=1)) == PROMPTS[1:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("p.json", "{", "not valid JSON"),
+        ("p.json", "[]", "holds no prompts"),
+        ("p.json", '["a", 3]', "[1] = 3"),
+        ("p.json", '[{"colour": "red"}]', "['colour']"),
+        ("p.json", '{"a": [], "b": []}', "must hold a list"),
+        ("p.xlsx", "x", "ends in '.xlsx'"),
+        ("p.txt", "", "holds no prompts"),
+    ],
+)
+def test_bad_prompt_file_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: str, expected: str
+) -> None:
+    """A file that holds no prompts is named, with what is wrong in it, in one line."""
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DiscoveryError) as caught:
+        read_prompts(Source(path, "prompts"))
+    assert str(path) in str(caught.value)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    """A file that is not there is named, for prompts as for text."""
+    for read, kind in ((read_prompts, "prompts"), (read_text, "text")):
+        with pytest.raises(DiscoveryError, match=r"gone\.txt: cannot be read"):
+            read(Source(tmp_path / "gone.txt", kind))  # type: ignore[arg-type]
+
+
+def test_data_list_names_wrong_entry(tmp_path: Path) -> None:
+    """An entry with an unknown key is refused with its group and index."""
+    path = tmp_path / "data.yaml"
+    path.write_text("harmful:\n  - path: a.json\n  - path: b.json\n    colour: red\n")
+    with pytest.raises(DiscoveryError, match=r"harmful\[1\]"):
+        read_data_list(path)
+
+
+def test_noncommercial_data_is_refused() -> None:
+    """Data under a non-commercial licence never enters what ships."""
+    with pytest.raises(DiscoveryError, match=r"alpaca\.json: licence = 'CC BY-NC 4\.0'"):
+        refuse_noncommercial([Source(Path("alpaca.json"), "prompts", "CC BY-NC 4.0")], purpose="a dictionary")
+    refuse_noncommercial([Source(Path("x.json"), "prompts", "CC BY-SA 3.0")], purpose="a dictionary")
