@@ -24,6 +24,8 @@ class StepMap:
         self.fired_at = torch.full((requests, gates), NEVER, dtype=torch.int64, device=device)
         self.edited = torch.zeros(requests, dtype=torch.int64, device=device)
         """[S] (token, site) pairs that were changed, per request."""
+        self.opened = torch.zeros(requests, dtype=torch.int64, device=device)
+        """[S] (token, gate) pairs at which a conditional gate was open, per request."""
         self.clear()
 
     def clear(self) -> None:
@@ -81,3 +83,4 @@ class StepMap:
         """Make a slot ready for another request."""
         self.fired_at[slot] = NEVER
         self.edited[slot] = 0
+        self.opened[slot] = 0

@@ -1,0 +1,141 @@
+"""Where a model family's edit sites are, and the hooks that run the op there.
+
+The names hold for Hugging Face models and for vLLM's, which keep them; only the layer's return value differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interpretops.bank import PlanBank
+from interpretops.errors import ModelError
+from interpretops.plan import Point, Site
+from steering_kernels.ops import apply_edits, update_gates
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of a decoder layer's submodules, relative to the layer."""
+
+    attention_projection: str
+    """Its input is ``attn_z``, all heads side by side."""
+    attention_out: str
+    """Its output is what attention adds to the residual stream."""
+    mlp_out: str
+    """Its output is what the MLP adds to the residual stream."""
+
+
+_LLAMA = Family("self_attn.o_proj", "self_attn.o_proj", "mlp")
+# Gemma normalises what attention and MLP add, so that the norms' outputs are the contributions.
+_GEMMA = Family("self_attn.o_proj", "post_attention_layernorm", "post_feedforward_layernorm")
+_NEOX = Family("attention.dense", "attention.dense", "mlp")
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA,
+    "Qwen3ForCausalLM": _LLAMA,
+    "Gemma2ForCausalLM": _GEMMA,
+    "Gemma3ForCausalLM": _GEMMA,
+    "GPTNeoXForCausalLM": _NEOX,
+}
+"""By the architecture that the model's config names. An architecture that is not here is refused."""
+
+
+def family_of(architecture: str) -> Family:
+    """The family of an architecture; raises `ModelError` for one whose sites are not known."""
+    if architecture not in FAMILIES:
+        raise ModelError(
+            f"architecture = {architecture!r}, but edit sites are known for {sorted(FAMILIES)}; "
+            "add the family to interpretops/hook_points.py, with a test"
+        )
+    return FAMILIES[architecture]
+
+
+def find_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
+    """The model's decoder layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and name.endswith("layers"):
+            return module
+    raise ModelError(f"{type(model).__name__} has no list of {num_layers} layers")
+
+
+class SiteHooks:
+    """Runs the op at the sites that resident revisions use, and nothing at all at the others.
+
+    Hooks come and go with the plans (eager execution only: a compiled model must have them from the start).
+    """
+
+    def __init__(self, model: nn.Module, bank: PlanBank, *, residual_pair: bool) -> None:
+        """``residual_pair``: layers return ``(hidden, residual)``, whose sum is the stream, as in vLLM."""
+        self.bank = bank
+        self.family = family_of(bank.spec.architecture)
+        self.layers = find_layers(model, bank.spec.num_layers)
+        self.residual_pair = residual_pair
+        self._handles: dict[Site, torch.utils.hooks.RemovableHandle] = {}
+
+    def refresh(self) -> None:
+        """Have a hook at exactly the sites that are in use now."""
+        wanted = self.bank.active_sites
+        for site in list(self._handles):
+            if site not in wanted:
+                self._handles.pop(site).remove()
+        for site in sorted(wanted - set(self._handles), key=lambda site: site.order):
+            self._handles[site] = self._install(site)
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+    def _install(self, site: Site) -> torch.utils.hooks.RemovableHandle:
+        layer = self.layers[site.layer]
+        if site.point == "attn_z":
+            module = layer.get_submodule(self.family.attention_projection)
+            return module.register_forward_pre_hook(self._before(site))
+        name: dict[Point, str] = {"attn_out": self.family.attention_out, "mlp_out": self.family.mlp_out}
+        module = layer if site.point == "resid_post" else layer.get_submodule(name[site.point])
+        return module.register_forward_hook(self._after(site))
+
+    def _before(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not self.bank.step.active:
+                return None
+            edited = self._run(site, args[0], None)
+            return None if edited is args[0] else (edited, *args[1:])
+
+        return hook
+
+    def _after(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        pair = self.residual_pair and site.point == "resid_post"
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if not self.bank.step.active:
+                return None
+            is_tuple = isinstance(output, tuple)
+            hidden = output[0] if is_tuple else output
+            edited = self._run(site, hidden, output[1] if pair else None)
+            if edited is hidden:
+                return None
+            return (edited, *output[1:]) if is_tuple else edited
+
+        return hook
+
+    def _run(self, site: Site, hidden: Tensor, residual: Tensor | None) -> Tensor:
+        flat = hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])
+        step = self.bank.step
+        gates = self.bank.gates_at.get(site)
+        if gates:
+            stream = flat if residual is None else flat + residual
+            update_gates(stream[: step.num_tokens], gates, step)
+        table = self.bank.tables.get(site)
+        if table is None or not table.views:
+            return hidden
+        edited = apply_edits(flat, table, step, residual)
+        return hidden if edited is flat else edited.reshape(hidden.shape)

@@ -1,0 +1,124 @@
+"""The engine core: admits only resident revisions, salts their cache blocks, loads and retires plans."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from typing import Any
+
+from interpretops.errors import PlanError
+from interpretops.plan import Plan
+from steering_kernels.vllm_plugin.engine_config import EngineOptions
+from steering_kernels.vllm_plugin.registry import NotAdmittedError, Registry
+from steering_kernels.vllm_plugin.report import move_to_outputs
+from steering_kernels.vllm_plugin.request_args import RequestArgs, compose_cache_salt
+from steering_kernels.vllm_plugin.wrapping import wrap_method
+
+
+def admit(registry: Registry, request: Any) -> None:
+    """Check an `EngineCoreRequest` before its blocks are hashed, and salt it. Raises if it may not run."""
+    if request.sampling_params is None:
+        raise NotAdmittedError("only requests that generate can be bound to a policy")
+    args = RequestArgs.read(request.sampling_params.extra_args)
+    if registry.admit(request.request_id, args):
+        # A latch that reads every token must see the cached ones too.
+        request.sampling_params.skip_reading_prefix_cache = True
+    request.cache_salt = compose_cache_salt(args.revision, request.cache_salt)
+
+
+def sees_whole_prompt(plan: Plan) -> bool:
+    """Whether a gate's verdict depends on tokens that the prefix cache would spare."""
+    return any(gate.latched and gate.scope == "token" for gate in plan.gates)
+
+
+def load(core: Any, plan: str) -> dict[str, Any]:
+    """Load a plan (base64) on every rank of this core and admit its requests, or say why not."""
+    data = base64.b64decode(plan)
+    revision = hashlib.sha256(data).hexdigest()
+    try:
+        parsed = Plan.from_bytes(data)
+    except PlanError as error:
+        return {"error": str(error), "code": error.code}
+    ranks = core.model_executor.collective_rpc("interpretops_load", args=(plan,))
+    failed = [rank for rank in ranks if rank.get("digest") != parsed.digest()]
+    if failed:
+        core.model_executor.collective_rpc("interpretops_unload", args=(revision,))
+        first = failed[0]
+        return {
+            "error": first.get("error", f"rank {first['rank']} holds other numbers than the plan"),
+            "code": first.get("code", "digest_mismatch"),
+        }
+    core.interpretops.add(revision, parsed.digest(), whole_prompt=sees_whole_prompt(parsed))
+    return {"revision": revision, "ranks": ranks}
+
+
+def retire(core: Any, revision: str) -> dict[str, Any]:
+    """Admit no more requests of a revision and free its rows as soon as none is in flight."""
+    in_flight = core.interpretops.retire(revision)
+    free_if_idle(core, revision)
+    return {"revision": revision, "in_flight": in_flight}
+
+
+def free_if_idle(core: Any, revision: str) -> None:
+    """Free the rows of a retired revision on every rank, unless requests still need them."""
+    if core.interpretops.drop_if_idle(revision):
+        core.model_executor.collective_rpc("interpretops_unload", args=(revision,))
+
+
+def attest(core: Any) -> dict[str, Any]:
+    """What this core admits and what each of its ranks holds."""
+    return {
+        "resident": core.interpretops.resident(),
+        "pass_through": core.interpretops.pass_through,
+        "ranks": core.model_executor.collective_rpc("interpretops_attest"),
+    }
+
+
+def patch_core() -> None:
+    """Patch `EngineCore` and `Scheduler`; utility methods are looked up by name on the core."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
+    def init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        self.interpretops = Registry(
+            pass_through=EngineOptions.read(vllm_config.additional_config).pass_through
+        )
+        self.interpretops_idle = []
+        original(self, vllm_config, *args, **kwargs)
+        self.scheduler.interpretops_core = self
+
+    def preprocess_add_request(original: Any, self: Any, request: Any) -> Any:
+        admit(self.interpretops, request)
+        try:
+            return original(self, request)
+        except BaseException:
+            self.interpretops.release(request.request_id)
+            raise
+
+    def free_request(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, request, *args, **kwargs)
+        core = self.interpretops_core
+        idle = core.interpretops.release(request.request_id)
+        if idle is not None:
+            core.interpretops_idle.append(idle)
+        return result
+
+    def update_from_output(original: Any, self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = original(self, scheduler_output, model_runner_output)
+        move_to_outputs(model_runner_output, outputs)
+        return outputs
+
+    def post_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        while self.interpretops_idle:
+            free_if_idle(self, self.interpretops_idle.pop())
+        return result
+
+    EngineCore.interpretops_load = load
+    EngineCore.interpretops_retire = retire
+    EngineCore.interpretops_attest = attest
+    wrap_method(EngineCore, "__init__", init)
+    wrap_method(EngineCore, "preprocess_add_request", preprocess_add_request)
+    wrap_method(EngineCore, "post_step", post_step)
+    wrap_method(Scheduler, "_free_request", free_request)
+    wrap_method(Scheduler, "update_from_output", update_from_output)

@@ -1,0 +1,91 @@
+"""What an engine may be configured as; what would break the token-to-row map is refused at boot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from interpretops.hook_points import FAMILIES
+from steering_kernels.ops import OP_VERSION
+
+CONFIG_KEY = "interpretops"
+SUPPORTED_VERSION = "0.32."
+WORKER_EXTENSION = "steering_kernels.vllm_plugin.worker.SteeringWorker"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Our own section of ``--additional-config``: ``{"interpretops": {…}}``."""
+
+    rows: int = 64
+    """Revisions that can be resident at once, plus one."""
+    units_per_site: int = 512
+    """Rank-one edits that all resident revisions may have together at one site."""
+    pass_through: bool = True
+    """Whether requests may name no policy."""
+    op_version: str = OP_VERSION
+    """Set by the plugin. Part of the compile-cache key, so that no stale compiled model is served."""
+
+    @classmethod
+    def read(cls, additional_config: Any) -> EngineOptions:
+        """Read the section; raises ValueError naming an unknown or ill-typed key."""
+        section = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, dict) else {}
+        known = {item.name: item for item in fields(cls)}
+        for key, value in section.items():
+            if key not in known:
+                raise ValueError(
+                    f"--additional-config {CONFIG_KEY}.{key}: unknown key; known are {sorted(known)}"
+                )
+            wanted = type(known[key].default)
+            if type(value) is not wanted or (isinstance(value, int) and wanted is int and value < 2):
+                raise ValueError(
+                    f"--additional-config {CONFIG_KEY}.{key} = {value!r}, but must be {wanted.__name__}"
+                )
+        return cls(**section)
+
+
+def check_version(version: str) -> None:
+    """Raises RuntimeError for a vLLM whose internals the plugin was not written for."""
+    if not version.startswith(SUPPORTED_VERSION):
+        raise RuntimeError(
+            f"vllm = {version}, but the interpretops plugin was written for {SUPPORTED_VERSION}x; "
+            "install that one, or take interpretops out of VLLM_PLUGINS"
+        )
+
+
+def refusals(config: Any) -> list[str]:
+    """Why an engine of this `VllmConfig` may not boot; empty if it may."""
+    parallel, cache, model = config.parallel_config, config.cache_config, config.model_config
+    architectures = list(getattr(model.hf_config, "architectures", None) or [])
+    unknown = not architectures or architectures[0] not in FAMILIES
+    found = {
+        f"architecture {architectures}, whose edit sites are not known ({sorted(FAMILIES)} are)": unknown,
+        "dual-batch overlap (--enable-dbo)": parallel.use_ubatching,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "KV-sharing fast prefill": cache.kv_sharing_fast_prefill,
+        "speculative decoding": config.speculative_config is not None,
+        "LoRA adapters of its own (use lora_gate policies)": config.lora_config is not None,
+        "an external KV cache (KV transfer)": config.kv_transfer_config is not None,
+        "prompt embeddings": model.enable_prompt_embeds,
+        "a pooling model": model.runner_type != "generate",
+        "graph capture and compilation; start with --enforce-eager": not model.enforce_eager,
+    }
+    return [what for what, refused in found.items() if refused]
+
+
+def prepare(config: Any) -> None:
+    """Refuse what must be refused; name our worker extension; put the op's version in the cache key."""
+    reasons = refusals(config)
+    if reasons:
+        raise ValueError("interpretops refuses to boot this engine with " + "; with ".join(reasons))
+    options = EngineOptions.read(config.additional_config)
+    extension = config.parallel_config.worker_extension_cls
+    if extension not in ("", WORKER_EXTENSION):
+        raise ValueError(f"--worker-extension-cls = {extension}, but interpretops needs {WORKER_EXTENSION}")
+    config.parallel_config.worker_extension_cls = WORKER_EXTENSION
+    section = {item.name: getattr(options, item.name) for item in fields(options)} | {
+        "op_version": OP_VERSION
+    }
+    config.additional_config = dict(config.additional_config) | {CONFIG_KEY: section}

@@ -1,0 +1,122 @@
+"""The engine's own HTTP routes for the gateway: plans, attestation, self-test, receipts."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import secrets
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from steering_kernels.vllm_plugin.receipts import RECEIPTS
+from steering_kernels.vllm_plugin.self_test import run_self_test
+
+PREFIX = "/interpretops/v1"
+MAX_PLAN_BYTES = 64 * 1024 * 1024
+_STATUS = {"table_full": 507, "invalid_plan": 400, "digest_mismatch": 500}
+
+
+def make_plugin() -> SteeringEndpoints:
+    """Entry point `vllm.endpoint_plugins`."""
+    return SteeringEndpoints()
+
+
+class EngineCores:
+    """Calls to every engine core behind this front end."""
+
+    def __init__(self, engine_client: Any) -> None:
+        self._client = engine_client
+
+    async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """One answer from each core: the client's own call would return only the first one's."""
+        core = self._client.engine_core
+        return list(await core.call_utility_all_async(method, *args))
+
+
+class SteeringEndpoints:
+    """vLLM's endpoint plugin protocol."""
+
+    name = "interpretops"
+    required_tasks = None
+
+    def __init__(self) -> None:
+        self.boot_id = secrets.token_hex(8)
+        """Another one after every start, so that the gateway notices an engine that has lost its plans."""
+        self._client: Any = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Register the routes."""
+        app.put(PREFIX + "/plans/{revision}")(self.put_plan)
+        app.delete(PREFIX + "/plans/{revision}")(self.delete_plan)
+        app.get(PREFIX + "/attest")(self.attest)
+        app.post(PREFIX + "/selftest")(self.self_test)
+        app.get(PREFIX + "/receipts/{nonce}")(self.receipt)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """vLLM hands over the engine client."""
+        self._client = engine_client
+
+    async def put_plan(self, revision: str, request: Request) -> Response:
+        """Make a plan resident on every rank of every engine core; all of them must hold its very numbers."""
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_PLAN_BYTES:
+                return _error(413, "plan_too_large", f"plan exceeds {MAX_PLAN_BYTES} bytes")
+        if hashlib.sha256(data).hexdigest() != revision:
+            return _error(400, "invalid_plan", f"body's sha256 is not {revision}: the plan file is damaged")
+        answers = await EngineCores(self._client).call("interpretops_load", base64.b64encode(data).decode())
+        for answer in answers:
+            if "error" in answer:
+                await EngineCores(self._client).call("interpretops_retire", revision)
+                code = "table_full" if "table full" in answer["error"] else answer["code"]
+                return _error(_STATUS.get(code, 500), code, answer["error"])
+        ranks = [rank for answer in answers for rank in answer["ranks"]]
+        return JSONResponse({"revision": revision, "ranks": ranks})
+
+    async def delete_plan(self, revision: str) -> Response:
+        """Retire a revision."""
+        answers = await EngineCores(self._client).call("interpretops_retire", revision)
+        return JSONResponse(
+            {"revision": revision, "in_flight": sum(int(answer["in_flight"]) for answer in answers)}
+        )
+
+    async def attest(self) -> Response:
+        """What every rank of every engine core holds."""
+        return JSONResponse(await self._attest())
+
+    async def self_test(self) -> Response:
+        """Prove through the running model that edits act, on every rank."""
+        failure = await run_self_test(self._client, EngineCores(self._client), await self._attest())
+        if failure is not None:
+            return JSONResponse({"ok": False, "reason": failure}, status_code=503)
+        return JSONResponse({"ok": True})
+
+    async def receipt(self, nonce: str) -> Response:
+        """The receipt of a finished answer; it can be had once."""
+        receipt = RECEIPTS.take(nonce)
+        if receipt is None:
+            return _error(404, "unknown_nonce", "no receipt for this nonce")
+        return JSONResponse(receipt)
+
+    async def _attest(self) -> dict[str, Any]:
+        import vllm
+
+        from interpretops import __version__
+
+        answers = await EngineCores(self._client).call("interpretops_attest")
+        return {
+            "plugin_version": __version__,
+            "vllm_version": vllm.__version__,
+            "boot_id": self.boot_id,
+            "model": answers[0]["ranks"][0]["model"],
+            "passthrough": all(answer["pass_through"] for answer in answers),
+            "engines": [{"resident": answer["resident"], "ranks": answer["ranks"]} for answer in answers],
+        }
+
+
+def _error(status: int, code: str, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"code": code, "message": message}}, status_code=status)

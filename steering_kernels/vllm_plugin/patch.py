@@ -1,0 +1,20 @@
+"""All patches, in every process: vLLM loads plugins before it knows what the process will be."""
+
+from steering_kernels.vllm_plugin.core import patch_core
+from steering_kernels.vllm_plugin.engine_config import check_version
+from steering_kernels.vllm_plugin.frontend import patch_frontend
+from steering_kernels.vllm_plugin.runner_v1 import patch_runner_v1
+from steering_kernels.vllm_plugin.runner_v2 import patch_runner_v2
+from steering_kernels.vllm_plugin.worker import patch_worker
+
+
+def apply_patches() -> None:
+    """Check the version and patch. Raises on anything unknown: vLLM then stops, which is what we want."""
+    import vllm
+
+    check_version(vllm.__version__)
+    patch_frontend()
+    patch_core()
+    patch_worker()
+    patch_runner_v1()
+    patch_runner_v2()

@@ -1,0 +1,67 @@
+"""What a worker reports of each request, and its way to the front end: on outputs that vLLM sends anyway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+ATTRIBUTE = "interpretops_reports"
+OUTPUT_KEY = "interpretops"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done for one request, cumulated since it began."""
+
+    revision: str | None
+    nonce: str
+    tokens_evaluated: int
+    """Tokens that passed through the model for this request, recomputed ones counted again."""
+    edits_applied: int
+    """(token, site) pairs that were changed."""
+    gates_fired: int
+    """(token, gate) pairs at which a conditional gate was open."""
+    cached_tokens: int
+    """Prompt tokens whose keys and values came from the prefix cache."""
+
+
+def attach_reports(output: Any, runtime: Any) -> Any:
+    """Put the runtime's reports on a runner's output, be it ready or still on its way from the device."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    reports = dict(runtime.reports())
+    if not reports or output is None:
+        return output
+    if isinstance(output, ModelRunnerOutput):
+        setattr(output, ATTRIBUTE, reports)
+        return output
+    get_output = output.get_output
+
+    def with_reports() -> Any:
+        ready = get_output()
+        setattr(ready, ATTRIBUTE, reports)
+        return ready
+
+    output.get_output = with_reports
+    return output
+
+
+def move_to_outputs(model_runner_output: Any, outputs_by_client: dict[int, Any]) -> None:
+    """In the engine core: hand each request's report on with its output of this step."""
+    reports = getattr(model_runner_output, ATTRIBUTE, None)
+    if not reports:
+        return
+    for outputs in outputs_by_client.values():
+        for output in outputs.outputs:
+            report = reports.get(output.request_id)
+            if report is not None:
+                output.kv_transfer_params = {OUTPUT_KEY: report}
+
+
+def take_report(output: Any) -> Report | None:
+    """In the front end: take the report off an output, so that the answer is as vLLM made it."""
+    params = output.kv_transfer_params
+    if not params or OUTPUT_KEY not in params:
+        return None
+    output.kv_transfer_params = None
+    return Report(*params[OUTPUT_KEY])

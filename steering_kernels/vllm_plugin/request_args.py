@@ -1,0 +1,58 @@
+"""What a request says to the engine: which revision, and the nonce of its receipt."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+REVISION_KEY = "interpretops_revision"
+NONCE_KEY = "interpretops_nonce"
+PASS_THROUGH = "none"  # noqa: S105 (no password)
+
+_REVISION = re.compile(r"[0-9a-f]{64}")
+_NONCE = re.compile(r"[0-9a-f]{16,64}")
+
+
+class RequestArgsError(ValueError):
+    """The request does not say which revision it demands, or says it wrongly."""
+
+
+@dataclass(frozen=True)
+class RequestArgs:
+    """A request's demand, checked."""
+
+    revision: str | None
+    """None passes through."""
+    nonce: str
+
+    @classmethod
+    def read(cls, extra_args: Mapping[str, Any] | None) -> RequestArgs:
+        """Read `SamplingParams.extra_args`. Raises `RequestArgsError`: silence is never a pass-through."""
+        args = extra_args or {}
+        revision, nonce = args.get(REVISION_KEY), args.get(NONCE_KEY)
+        if not isinstance(revision, str) or not (revision == PASS_THROUGH or _REVISION.fullmatch(revision)):
+            raise RequestArgsError(
+                f"vllm_xargs.{REVISION_KEY} = {revision!r}, but every request must name "
+                f"a revision (64 hex digits) or {PASS_THROUGH!r}"
+            )
+        if not isinstance(nonce, str) or not _NONCE.fullmatch(nonce):
+            raise RequestArgsError(f"vllm_xargs.{NONCE_KEY} must be 16 to 64 hex digits")
+        return cls(None if revision == PASS_THROUGH else revision, nonce)
+
+
+def compose_cache_salt(revision: str | None, client_salt: str | None) -> str | None:
+    """The salt of a request's blocks in the prefix cache: the revision and the client's own, together.
+
+    Blocks written under a revision hold edited keys and values; no other revision may read them.
+    """
+    if revision is None:
+        # A client's own salt must not be able to spell the salt of a revision.
+        return None if client_salt is None else "c" + _short(client_salt)
+    return "r" + revision if client_salt is None else "r" + revision + "c" + _short(client_salt)
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,105 @@
+"""The engine's self-test: a probe plan runs through the serving model, and every rank must show its edits."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from typing import Any
+
+import numpy as np
+
+from interpretops.plan import POINTS, ModelSpec, Plan, Site, SiteEdits, Units
+from steering_kernels.vllm_plugin.request_args import NONCE_KEY, REVISION_KEY
+
+PROMPT_TOKENS = 6
+
+
+def probe_plan(spec: ModelSpec, strength: float) -> Plan:
+    """Adds a constant vector of the given strength at the middle layer, at every point whole on each rank.
+
+    Strength 0 reads and writes through the same path and must change nothing.
+    """
+    layer = spec.num_layers // 2
+    edits = {}
+    for point in POINTS:
+        if point == "attn_z":
+            continue  # split over ranks under tensor parallelism
+        width = spec.width(point)
+        column = np.zeros(1, np.float32)
+        unbounded = np.full(1, np.inf, np.float32)
+        edits[Site(layer, point)] = SiteEdits(
+            Units(
+                read=np.zeros((1, width), np.float32),
+                write=np.where(np.arange(width) % 2, 1.0, -1.0).astype(np.float32)[None],
+                bias=column,
+                threshold=-unbounded,
+                gain=column,
+                offset=np.full(1, strength, np.float32),
+                low=-unbounded,
+                high=unbounded,
+                max_norm=unbounded,
+                gate=np.zeros(1, np.int32),
+                topk=np.full(1, -1, np.int32),
+            )
+        )
+    return Plan("interpretops-self-test", "self-test", spec, edits)
+
+
+async def run_self_test(engine_client: Any, cores: Any, attested: dict[str, Any]) -> str | None:
+    """None if edits act on every rank as they should; else what is wrong."""
+    spec = ModelSpec(**attested["model"])
+    quiet, loud = probe_plan(spec, 0.0), probe_plan(spec, 1.0)
+    try:
+        for plan in (quiet, loud):
+            for answer in await cores.call("interpretops_load", base64.b64encode(plan.to_bytes()).decode()):
+                if "error" in answer:
+                    return f"the probe plan was refused: {answer['error']}"
+        before = await _edits_by_rank(cores)
+        unsteered = await _top_logprobs(engine_client, quiet.revision)
+        if await _edits_by_rank(cores) != before:
+            return "an edit of strength 0 was counted as applied"
+        steered = await _top_logprobs(engine_client, loud.revision)
+        after = await _edits_by_rank(cores)
+    finally:
+        for plan in (quiet, loud):
+            await cores.call("interpretops_retire", plan.revision)
+    if steered == unsteered:
+        return "an edit that must change the model's output did not"
+    expected = PROMPT_TOKENS * len(loud.edits)
+    # Requests go to one engine core each; every rank of that core must have edited.
+    idle = [
+        [rank for rank, count in engine.items() if count - before[index][rank] < expected]
+        for index, engine in enumerate(after)
+    ]
+    if all(idle):
+        return f"no engine core applied all {expected} edits; ranks without them: {idle}"
+    partial = [ranks for index, ranks in enumerate(idle) if ranks and len(ranks) < len(after[index])]
+    return f"ranks {partial} did not apply the edits that others did" if partial else None
+
+
+async def _edits_by_rank(cores: Any) -> list[dict[int, int]]:
+    return [
+        {rank["rank"]: rank["edits_total"] for rank in answer["ranks"]}
+        for answer in await cores.call("interpretops_attest")
+    ]
+
+
+async def _top_logprobs(engine_client: Any, revision: str) -> dict[int, float]:
+    """Log-probabilities of the likeliest first tokens after a fixed prompt under a revision."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        logprobs=5,
+        extra_args={REVISION_KEY: revision, NONCE_KEY: secrets.token_hex(16)},
+    )
+    prompt = {"prompt_token_ids": list(range(5, 5 + PROMPT_TOKENS))}
+    result = None
+    async for output in engine_client.generate(
+        prompt, params, request_id=f"self-test-{secrets.token_hex(8)}"
+    ):
+        result = output
+    if result is None or not result.outputs[0].logprobs:
+        raise RuntimeError("the engine gave no answer to the self-test")
+    return {token: entry.logprob for token, entry in result.outputs[0].logprobs[0].items()}
