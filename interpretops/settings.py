@@ -1,0 +1,189 @@
+"""Loads the settings: a YAML file, over it `INTERPRETOPS_…` variables, over those command-line flags."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from interpretops.errors import ConfigError
+from interpretops.policy_file import parse_yaml, read_yaml, show_path
+from interpretops.settings_schema import Section, Settings
+
+__all__ = ["Settings", "load_settings"]
+
+ENV_PREFIX = "INTERPRETOPS_"
+CONFIG_VARIABLE = "INTERPRETOPS_CONFIG"
+COMMAND_LINE = "command line"
+
+
+def load_settings(
+    path: Path | None = None,
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """The settings of this process.
+
+    path       a YAML file; without one the file that INTERPRETOPS_CONFIG names, else none
+    overrides  values of command-line flags by dotted field, as `{"gateway.port": 8000}`; None is "not given"
+    environ    the environment, this process's own by default; `INTERPRETOPS_GATEWAY_PORT=8000` sets
+               `gateway.port`; lists are written as YAML: `INTERPRETOPS_ENGINE_EXTRA_ARGS='[--seed=1]'`
+
+    Relative paths in the file are relative to the file's folder, elsewhere to the working directory.
+    Raises `ConfigError` with one line per fault: source, field, value, what would be right.
+    """
+    environ = os.environ if environ is None else environ
+    if path is None and environ.get(CONFIG_VARIABLE):
+        path = Path(environ[CONFIG_VARIABLE])
+    values: dict[str, Any] = {} if path is None else _from_file(path)
+    sources: dict[tuple[str, ...], str] = {}
+    for (section, field), (variable, value) in _from_environment(environ).items():
+        _put(values, sources, (section, field) if field else (section,), value, variable)
+    for dotted, value in (overrides or {}).items():
+        if value is not None:
+            _put(values, sources, tuple(dotted.split(".")), _plain(value), COMMAND_LINE)
+    try:
+        # Through JSON, where strict mode still turns text into paths and lists into tuples.
+        return Settings.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, sources, str(path or "settings"))) from None
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    path = path.expanduser()
+    values = read_yaml(path, ConfigError).data
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}, but sections are expected: gateway: …")
+    # A section whose every line is commented out is an absent one.
+    values = {name: value for name, value in values.items() if value is not None}
+    _anchor_paths(values, path.resolve().parent)
+    return values
+
+
+def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
+    """Make the relative paths of a file relative to its folder, a model written as `./folder` included."""
+    for section, field in (
+        ("cache", "dir"),
+        ("paths", "policies"),
+        ("paths", "artifacts"),
+        ("paths", "plans"),
+    ):
+        part = values.get(section)
+        if isinstance(part, dict) and isinstance(part.get(field), str):
+            part[field] = str(folder / Path(part[field]).expanduser())
+    model = values.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    if isinstance(model, dict) and isinstance(name, str) and name.startswith(("./", "../")):
+        model["name"] = str(folder / name)
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[tuple[str, str], tuple[str, Any]]:
+    """`{(section, field): (variable, value)}` of the variables whose first word is one of our sections."""
+    found: dict[tuple[str, str], tuple[str, Any]] = {}
+    for variable, text in sorted(environ.items()):
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        section, _, field = variable.removeprefix(ENV_PREFIX).lower().partition("_")
+        info = Settings.model_fields.get(section)
+        if info is None:
+            continue
+        kind = info.annotation
+        inner = kind.model_fields.get(field) if isinstance(kind, type) and issubclass(kind, Section) else info
+        found[section, field] = variable, _parse_variable(text, inner, variable)
+    return found
+
+
+def _parse_variable(text: str, field: FieldInfo | None, variable: str) -> Any:
+    """The text itself where the field takes text, else the YAML value it spells."""
+    if field is not None:
+        kind: Any = field.annotation
+        try:
+            TypeAdapter(kind).validate_json(json.dumps(text), strict=True)
+        except ValidationError:
+            return parse_yaml(text.encode(), ConfigError, variable).data
+    return text
+
+
+def _put(
+    values: dict[str, Any],
+    sources: dict[tuple[str, ...], str],
+    where: tuple[str, ...],
+    value: Any,
+    source: str,
+) -> None:
+    *parents, last = where
+    part = values
+    for name in parents:
+        inner = part.get(name)
+        if not isinstance(inner, dict):
+            inner = {}
+            part[name] = inner
+        part = inner
+    part[last] = value
+    sources[where] = source
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return list(value) if isinstance(value, tuple) else value
+
+
+_SECRET_FIELDS = frozenset({("store", "postgres_dsn")})
+
+
+def _explain(error: ValidationError, sources: Mapping[tuple[str, ...], str], default_source: str) -> str:
+    lines = []
+    for fault in error.errors(include_url=False):
+        where = tuple(str(part) for part in fault["loc"])
+        source = next(
+            (sources[where[:n]] for n in range(len(where), 0, -1) if where[:n] in sources), default_source
+        )
+        field = show_path(fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{source}: {field} is not a setting; {_known(where[:-1])}")
+        elif fault["type"] == "value_error":
+            # Raised by a check over a whole section: its message already names field and value.
+            lines.append(f"{source}: {field}: {fault['ctx']['error']}")
+        elif fault["type"] == "string_pattern_mismatch":
+            field_info = _field(where)
+            meant = field_info.description if field_info else None
+            lines.append(
+                f"{source}: {field} = {_short(fault['input'])}, but expected is: {meant or fault['msg']}"
+            )
+        elif fault["type"] == "missing":
+            lines.append(f"{source}: {field} is missing; give it")
+        else:
+            shown = "(hidden)" if where in _SECRET_FIELDS else _short(fault["input"])
+            message = fault["msg"][0].lower() + fault["msg"][1:]
+            lines.append(f"{source}: {field} = {shown}, but {message.replace('input should', 'it should')}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _known(parents: tuple[str, ...]) -> str:
+    """The field names that stand where an unknown one was written."""
+    field = _field(parents)
+    kind = Settings if not parents else None if field is None else field.annotation
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return f"known here: {', '.join(kind.model_fields)}"
+    return "docs/configuration.md lists what is"
+
+
+def _field(where: tuple[str, ...]) -> FieldInfo | None:
+    """The declaration of a field of a section, or None for anything deeper."""
+    kind: Any = Settings
+    field: FieldInfo | None = None
+    for name in where:
+        field = kind.model_fields.get(name) if isinstance(kind, type) and issubclass(kind, Section) else None
+        kind = None if field is None else field.annotation
+    return field

@@ -1,0 +1,242 @@
+"""What can be set, for every command: one strict, frozen model with a working default for everything."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
+
+from interpretops.default_model import DEFAULT_MODEL
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+GUARDED_ENGINE_ARGS = frozenset(
+    {
+        "--additional-config",
+        "--api-key",
+        "--host",
+        "--kv-sharing-fast-prefill",
+        "--model",
+        "--port",
+        "--served-model-name",
+        "--uds",
+        "--worker-extension-cls",
+    }
+)
+"""Engine arguments that the guard sets itself or cannot allow."""
+
+
+def user_cache_dir() -> Path:
+    """The platform's own place for a user's caches."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "interpretops"
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "interpretops"
+
+
+def _shipped(name: str) -> Path:
+    """``name`` in the working directory, else the one beside this package in a checkout."""
+    here = Path.cwd() / name
+    beside = Path(__file__).resolve().parents[1] / name
+    return beside if not here.is_dir() and beside.is_dir() else here
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys refused, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSettings(Section):
+    """Which language model is served and studied."""
+
+    name: Name = DEFAULT_MODEL
+    """The default model's name, a folder, or a Hugging Face id."""
+    revision: Name | None = None
+    """Branch, tag or commit of a Hugging Face id; none takes the repository's main branch."""
+    alias: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")] | None = None
+    """Name under which clients see the model; none takes the folder's name or the id itself."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    """Number format of weights and activations; `auto` takes the model's own."""
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """`cpu`, `cuda`, `cuda:<n>`, or `auto`: a GPU when there is one."""
+
+    @property
+    def served_name(self) -> str:
+        """The name that clients write in their requests."""
+        if self.alias is not None:
+            return self.alias
+        folder = Path(self.name).expanduser()
+        return folder.resolve().name if folder.is_dir() else self.name
+
+
+class CacheSettings(Section):
+    """Where things are kept that can be made again."""
+
+    dir: Path = Field(default_factory=user_cache_dir)
+    """Converted models, compiled plans and traces. Default: `interpretops` in the user's own cache folder."""
+
+
+class StoreSettings(Section):
+    """Where lasting records go beside the local disk."""
+
+    postgres_dsn: SecretStr | None = None
+    """`postgresql://user:password@host:port/database`, or none. Never shown in logs."""
+    s3_endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s@]+$")] | None = None
+    """URL of an S3 service. Its keys come from the environment, never from this file."""
+    s3_bucket: Name | None = None
+    """Bucket for artifacts."""
+
+    @model_validator(mode="after")
+    def _check_dsn(self) -> Self:
+        dsn = self.postgres_dsn
+        if dsn is not None and not dsn.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("postgres_dsn must start with postgresql://")
+        return self
+
+
+class RuntimeSettings(Section):
+    """What the guard may cost."""
+
+    max_latency_overhead_pct: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20
+    """Most that steering may add to latency, in per cent of the unsteered engine."""
+
+
+class ComplianceSettings(Section):
+    """What is kept of the traffic, and for how long."""
+
+    pii_redaction: bool = True
+    """Redact personal data wherever an operator has asked for texts to be recorded."""
+    retention_days: Annotated[int, Field(ge=0)] = 14
+    """Days after which recorded material is deleted."""
+
+
+class GatewaySettings(Section):
+    """The HTTP front: where it listens and what it bounds."""
+
+    host: Name = "127.0.0.1"
+    """Address of the OpenAI endpoint."""
+    port: Port = 8000
+    """Port of the OpenAI endpoint; 0 takes any free one."""
+    admin_host: Name = "127.0.0.1"
+    """Address of the admin routes and metrics. Whoever reaches it can change policies: keep it private."""
+    admin_port: Port = 8001
+    """Port of the admin routes and metrics; 0 takes any free one."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
+    """Largest request body that is read."""
+    body_timeout_s: Seconds = 30.0
+    """Longest wait for a client to send its body."""
+    connect_timeout_s: Seconds = 5.0
+    """Longest wait for a connection to the engine."""
+    request_timeout_s: Seconds = 600.0
+    """Longest a request may take from admission to its last byte."""
+    stream_idle_timeout_s: Seconds = 120.0
+    """Longest silence of the engine within a stream."""
+    shutdown_grace_s: Seconds = 30.0
+    """How long running requests may finish after a request to stop."""
+    watch_policies: bool = True
+    """Reload when a file under `paths.policies` changes."""
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.port == self.admin_port != 0:
+            raise ValueError(f"port and admin_port are both {self.port}, but must differ")
+        return self
+
+
+class EngineSettings(Section):
+    """The vLLM engine behind the gateway."""
+
+    url: Annotated[str, StringConstraints(pattern=r"^(https?://[^\s/?#@]+/?|unix:///?[^\s]+)$")] | None = None
+    """An engine started elsewhere: `http://host:port` or `unix:///path`. None starts one here."""
+    max_num_seqs: Annotated[int, Field(ge=1)] = 32
+    """Most sequences in one batch."""
+    max_model_len: Annotated[int, Field(ge=16)] | None = None
+    """Longest context in tokens. None: the model's own, at most 2048 on a CPU."""
+    kv_cache_gib: Annotated[int, Field(ge=1)] = 2
+    """Memory for the KV cache on a CPU, in GiB. On a GPU vLLM sizes it itself."""
+    enforce_eager: bool | Literal["auto"] = "auto"
+    """Run without graphs and compilation. `auto`: on a CPU, where they gain nothing and start slowly."""
+    startup_timeout_s: Seconds = 900.0
+    """Longest wait for the engine to be ready."""
+    extra_args: tuple[str, ...] = ()
+    """Further arguments for `vllm serve`, one item each, e.g. `--tensor-parallel-size=2`."""
+
+    @model_validator(mode="after")
+    def _check_extra_args(self) -> Self:
+        for index, argument in enumerate(self.extra_args):
+            if argument.split("=", 1)[0].replace("_", "-") in GUARDED_ENGINE_ARGS:
+                raise ValueError(f"extra_args[{index}] = {argument!r}, but the guard sets that itself")
+        return self
+
+
+class PathSettings(Section):
+    """Folders that commands read and write."""
+
+    policies: Path = Field(default_factory=lambda: _shipped("policies"))
+    """Folder of policy files, read recursively. Default: `policies` here, else in the checkout."""
+    artifacts: Path = Field(default_factory=lambda: _shipped("sae_artifacts"))
+    """Folder of dictionaries and adapters. Default: `sae_artifacts` here, else in the checkout."""
+    plans: Path | None = None
+    """Folder of compiled plans. Default: `plans` under `cache.dir`."""
+
+
+class Match(Section):
+    """Which requests a binding is for: all that is given must hold; nothing given matches every request."""
+
+    model_alias: Name | None = None
+    """The model name as the client writes it, without a `+<policy id>` ending."""
+    key_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """sha256 (hex) of the client's bearer key, so that no key stands in the file."""
+    route: Literal["/v1/chat/completions", "/v1/completions"] | None = None
+    """The route asked for."""
+
+
+class Binding(Section):
+    """Which policy applies to whom."""
+
+    match: Match = Field(default_factory=Match)
+    """The requests this binding is for."""
+    policy: Annotated[str, StringConstraints(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9._-]{0,127})$")]
+    """A policy's id, `none`, or `*` for every policy loaded (only with mode `optional`)."""
+    mode: Literal["mandatory", "default", "optional"] = "optional"
+    """`mandatory`: always applies, the client cannot choose. `default`: applies unless the client chooses
+    another that is open to it, or `none`. `optional`: the client may choose it."""
+
+    @model_validator(mode="after")
+    def _star_is_a_choice(self) -> Self:
+        if self.policy == "*" and self.mode != "optional":
+            raise ValueError(f"policy '*' with mode {self.mode!r}, but only one policy can apply: name it")
+        return self
+
+
+class Settings(Section):
+    """All settings; `interpretops.settings.load_settings` makes them."""
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    """Which language model is served and studied."""
+    cache: CacheSettings = Field(default_factory=CacheSettings)
+    """Where things are kept that can be made again."""
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    """Where lasting records go beside the local disk."""
+    runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
+    """What the guard may cost."""
+    compliance: ComplianceSettings = Field(default_factory=ComplianceSettings)
+    """What is kept of the traffic, and for how long."""
+    gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+    """The HTTP front: where it listens and what it bounds."""
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    """The vLLM engine behind the gateway."""
+    paths: PathSettings = Field(default_factory=PathSettings)
+    """Folders that commands read and write."""
+    bindings: tuple[Binding, ...] = (Binding(policy="*"),)
+    """Which policy applies to whom, first match first. Default: every loaded policy may be chosen, none
+    applies unasked."""
+
+    @property
+    def plans_dir(self) -> Path:
+        """Where compiled plans are kept."""
+        return self.paths.plans or self.cache.dir / "plans"
