@@ -1,4 +1,4 @@
-"""Reading what a plan must know of a model from its folder: sizes from config.json, identity from the weights."""
+"""What a plan must know of a model, from its folder: sizes by config.json, identity by the weights."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from interpretops.errors import ModelError
+from interpretops.json_file import read_json_object
 from interpretops.plan import ModelSpec
 from interpretops.tensor_file import TensorFile
 
@@ -36,7 +37,7 @@ def read_model_spec(folder: Path) -> ModelSpec:
     that, so it takes milliseconds. Raises `ModelError`.
     """
     folder = Path(folder).resolve()
-    config = _read_config(folder / "config.json")
+    config = read_json_object(folder / "config.json", ModelError)
     architecture = _architecture(folder / "config.json", config)
 
     def size(key: str, default: int | None = None) -> int:
@@ -59,35 +60,18 @@ def read_model_spec(folder: Path) -> ModelSpec:
     return ModelSpec(name=folder.name, fingerprint=fingerprint, architecture=architecture, **sizes)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(
-            f"{path}: no model there ({error.strerror}); name a folder with config.json and *.safetensors"
-        ) from error
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: must hold a JSON object")
-    return config
-
-
 def _architecture(path: Path, config: dict[str, Any]) -> str:
     named = config.get("architectures") or [None]
     if named[0] not in ARCHITECTURES:
-        raise ModelError(
-            f"{path}: architectures[0] = {named[0]!r}, but edit sites are known for {', '.join(sorted(ARCHITECTURES))}"
-        )
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ModelError(f"{path}: architectures[0] = {named[0]!r}, but edit sites are known for {known}")
     return str(named[0])
 
 
 def _fingerprint(folder: Path, architecture: str, sizes: dict[str, int]) -> str:
     files = [TensorFile(path, ModelError) for path in sorted(folder.glob("*.safetensors"))]
     if not files:
-        raise ModelError(
-            f"{folder}: no *.safetensors files; convert the weights first (nothing else is ever loaded)"
-        )
+        raise ModelError(f"{folder}: no *.safetensors files; convert the weights, nothing else is loaded")
     digest = hashlib.sha256()
     digest.update(json.dumps([architecture, sizes], sort_keys=True).encode())
     owners = {name: file for file in files for name in file}

@@ -187,7 +187,7 @@ class SteeringVector(_Intervention):
     strength: Number
     """Factor on the vector; negative to subtract it."""
     max_norm: NormBound | None = None
-    """Leave tokens with a larger activation norm (attention sinks) alone; else the dictionary's bound, if any."""
+    """Tokens with a larger norm (attention sinks) are left alone; else the dictionary's bound, if any."""
 
 
 class DirectionAblation(_Intervention):
@@ -202,7 +202,7 @@ class DirectionAblation(_Intervention):
     strength: Number = 1.0
     """Share of the direction to remove: 1 removes all of it, 0 nothing."""
     max_norm: NormBound | None = None
-    """Leave tokens with a larger activation norm (attention sinks) alone; else the dictionary's bound, if any."""
+    """Tokens with a larger norm (attention sinks) are left alone; else the dictionary's bound, if any."""
 
 
 class HeadScale(_Intervention):
@@ -280,16 +280,14 @@ class Gate(Strictly):
     phase: Phase = "both"
     """Act on the prompt (`prefill`), on generated tokens (`decode`), or on both."""
     max_norm: NormBound | None = None
-    """Do not read tokens with a larger activation norm (attention sinks); else the dictionary's bound, if any."""
+    """Tokens with a larger norm (attention sinks) are not read; else the dictionary's bound, if any."""
 
     @model_validator(mode="after")
     def _complete(self) -> "Gate":
         if self.conditions and self.layer is None:
             raise ValueError("has conditions but no 'layer' at which they read")
         if not self.conditions and (self.layer is not None or self.latched or self.scope != "token"):
-            raise ValueError(
-                "has no conditions, so 'layer', 'scope' and 'latched' mean nothing; only 'phase' does"
-            )
+            raise ValueError("has no conditions, so 'layer', 'scope' and 'latched' mean nothing")
         return self
 
 
@@ -367,9 +365,8 @@ class Policy(Strictly):
         known = (ALWAYS_GATE, *self.gates)
         for index, intervention in enumerate(self.interventions):
             if intervention.gate not in known:
-                lines.append(
-                    f"interventions[{index}].gate = {intervention.gate!r}, but the gates are {', '.join(known)}"
-                )
+                name = f"interventions[{index}].gate = {intervention.gate!r}"
+                lines.append(f"{name}, but the gates are {', '.join(known)}")
         for name in self.gates:
             if all(intervention.gate != name for intervention in self.interventions):
                 lines.append(f"gates.{name} is used by no intervention; remove it, or name it in a 'gate'")
@@ -389,7 +386,7 @@ class Policy(Strictly):
 
 
 def load_policy(path: Path | str) -> Policy:
-    """Read a policy file. Raises `PolicyError` with one line for every fault that can be seen without a model."""
+    """Read a policy file; raises `PolicyError` with one line for every fault that shows without a model."""
     path = Path(path)
     return policy_from_document(read_yaml(path, PolicyError), path.parent)
 

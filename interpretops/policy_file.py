@@ -62,7 +62,7 @@ def read_yaml(path: Path, error: type[InterpretOpsError], source: str | None = N
 
 
 def parse_yaml(data: bytes, error: type[InterpretOpsError], source: str = "<yaml>") -> Document:
-    """Parse one document of YAML 1.2's core types. Aliases, anchors, tags, merges, duplicate keys: refused."""
+    """Parse one document of YAML 1.2's core types; aliases, anchors, tags, duplicate keys are refused."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as problem:

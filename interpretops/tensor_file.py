@@ -1,4 +1,4 @@
-"""Reading safetensors files lazily with numpy alone: bfloat16 included, only the touched rows leave the disk."""
+"""Safetensors files read lazily with numpy alone: bfloat16 included, only touched rows leave the disk."""
 
 import json
 import mmap

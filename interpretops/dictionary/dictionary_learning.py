@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from interpretops.dictionary.saelens import gated_threshold, read_config
+from interpretops.dictionary.saelens import gated_threshold
 from interpretops.dictionary.weights import Matrix, Weights, as_floats
 from interpretops.errors import DictionaryError
+from interpretops.json_file import read_json_object
 from interpretops.tensor_file import TensorFile
 
 WEIGHTS_NAME = "ae.safetensors"
@@ -22,7 +23,7 @@ CONVERSION = (
 def load_dictionary_learning(folder: Path, weights_path: Path) -> Weights:
     """The class of the dictionary is named by ``trainer.dict_class`` of config.json."""
     path = folder / "config.json"
-    trainer = read_config(path).get("trainer")
+    trainer = read_json_object(path, DictionaryError).get("trainer")
     name = trainer.get("dict_class") if isinstance(trainer, dict) else None
     tensors = TensorFile(weights_path, DictionaryError)
     if name not in _READERS:

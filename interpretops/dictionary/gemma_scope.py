@@ -1,4 +1,4 @@
-"""The Gemma Scope layouts, all JumpReLU: params.npz of the first release, params.safetensors of the second."""
+"""The Gemma Scope layouts, all JumpReLU: params.npz (first release), params.safetensors (second)."""
 
 import zipfile
 from collections.abc import Mapping

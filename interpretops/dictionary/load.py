@@ -30,7 +30,7 @@ _LOADERS: dict[Layout, Callable[[Path, Path], Weights]] = {
 
 
 class EncoderRows(NamedTuple):
-    """What K features read, everything folded in: ``a = u if u > threshold else 0``, ``u = read . x + bias``."""
+    """What K features read, all folded in: ``a = u if u > threshold else 0``, ``u = read . x + bias``."""
 
     read: Array
     """[K, D] float32"""
@@ -73,7 +73,7 @@ class Dictionary:
         return float("inf") if self.manifest.max_norm is None else self.manifest.max_norm
 
     def encoder_rows(self, ids: Sequence[int] | None = None) -> EncoderRows:
-        """Rows of some features, or of all, in float32; the decoder's bias and the normalisation folded in."""
+        """Float32 rows of some features, or all; the decoder's bias and the normalisation are folded in."""
         index = np.arange(self.width) if ids is None else np.asarray(ids, np.int64)
         weights = self.weights
         rows = weights.encoder.rows(ids)
@@ -113,10 +113,9 @@ def open_dictionary(folder: Path, manifest: DictionaryManifest | None = None) ->
 def _fit(folder: Path, manifest: DictionaryManifest, weights: Weights) -> Weights:
     """The weights, once they were found to be what the manifest says."""
     file, features, size = folder / MANIFEST_NAME, manifest.width, manifest.hidden_size
+    source = folder / manifest.weights.file
     if weights.encoder.array.ndim != 2 or weights.encoder.shape != weights.decoder.shape:
-        raise DictionaryError(
-            f"{folder / manifest.weights.file}: encoder and decoder are of different shapes"
-        )
+        raise DictionaryError(f"{source}: encoder and decoder are of different shapes")
     if weights.encoder.shape != (features, size):
         raise DictionaryError(
             f"{file}: width = {features}, hidden_size = {size}, but {manifest.weights.file} holds "
@@ -127,7 +126,7 @@ def _fit(folder: Path, manifest: DictionaryManifest, weights: Weights) -> Weight
         expected = (size,) if name in ("centre", "decoder_bias") else (features,)
         if array is not None and (array.shape != expected or not np.isfinite(array).all()):
             raise DictionaryError(
-                f"{folder / manifest.weights.file}: {name} must be {expected[0]} finite numbers, but has shape "
+                f"{source}: {name} must be {expected[0]} finite numbers, but has shape "
                 f"{array.shape}" + ("" if array.shape != expected else " and holds others")
             )
     if weights.activation != manifest.activation:

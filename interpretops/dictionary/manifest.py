@@ -97,7 +97,7 @@ class DictionaryManifest(_Record):
     activation: Activation
     """Activation function of the features: `relu`, `jumprelu` or `topk` (a gated one reads as `jumprelu`)."""
     normalisation: Literal["none", "scale"] = "none"
-    """`scale` when activations were multiplied by `scaling_factor` and the weights do not contain that yet."""
+    """`scale` when activations were multiplied by `scaling_factor`, which the weights do not contain yet."""
     scaling_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """The factor of `scale`."""
     max_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)

@@ -1,6 +1,5 @@
 """The SAELens layout (v6, and older files as v6 reads them): cfg.json and sae_weights.safetensors."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from interpretops.dictionary.weights import Matrix, Weights, as_floats
 from interpretops.errors import DictionaryError
+from interpretops.json_file import read_json_object
 from interpretops.tensor_file import TensorFile
 
 WEIGHTS_NAME = "sae_weights.safetensors"
@@ -15,21 +15,10 @@ CONFIG_NAME = "cfg.json"
 SCALER_NAME = "activation_scaler.json"
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object of the dictionary's folder."""
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DictionaryError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise DictionaryError(f"{path}: must hold a JSON object")
-    return config
-
-
 def load_saelens(folder: Path, weights_path: Path) -> Weights:
     """Architectures standard, topk, jumprelu and gated. BatchTopK is saved by SAELens as jumprelu."""
     path = folder / CONFIG_NAME
-    config = read_config(path)
+    config = read_json_object(path, DictionaryError)
     tensors = TensorFile(weights_path, DictionaryError)
     architecture = _architecture(config)
     _refuse_unfoldable(path, config, tensors)
@@ -75,7 +64,7 @@ def load_saelens(folder: Path, weights_path: Path) -> Weights:
 
 
 def gated_threshold(ratio: Any, magnitude_bias: Any, gate_bias: Any) -> Any:
-    """A gated encoder as a jumprelu one: with u = ratio*p + magnitude_bias, p + gate_bias > 0 iff u > this."""
+    """A gated encoder as a jumprelu one: u = ratio*p + magnitude_bias; p + gate_bias > 0 iff u > this."""
     return np.maximum(magnitude_bias - ratio * gate_bias, 0)
 
 
@@ -111,7 +100,7 @@ def _input_scale(folder: Path, config: dict[str, Any]) -> float:
             f"{folder / CONFIG_NAME}: normalize_activations = 'expected_average_only_in', but there is no "
             f"{SCALER_NAME} beside it with the factor; save the SAE with the factor folded into its weights"
         )
-    factor = read_config(path).get("scaling_factor")
+    factor = read_json_object(path, DictionaryError).get("scaling_factor")
     if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
         raise DictionaryError(f"{path}: scaling_factor = {factor!r}, but must be a positive number")
     return float(factor)

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from interpretops.dictionary.saelens import CONFIG_NAME, read_config
+from interpretops.dictionary.saelens import CONFIG_NAME
 from interpretops.dictionary.weights import Matrix, Weights, as_floats
 from interpretops.errors import DictionaryError
+from interpretops.json_file import read_json_object
 from interpretops.tensor_file import TensorFile
 
 WEIGHTS_NAME = "sae.safetensors"
@@ -16,7 +17,7 @@ WEIGHTS_NAME = "sae.safetensors"
 def load_sparsify(folder: Path, weights_path: Path) -> Weights:
     """encoder.weight [F, D], encoder.bias [F], W_dec [F, D], b_dec [D]: topk(relu(W (x - b_dec) + bias))."""
     path = folder / CONFIG_NAME
-    config = read_config(path)
+    config = read_json_object(path, DictionaryError)
     tensors = TensorFile(weights_path, DictionaryError)
     _refuse_variants(path, config, tensors)
     encoder = Matrix(_tensor(tensors, "encoder.weight"))
@@ -42,9 +43,7 @@ def _refuse_variants(path: Path, config: dict[str, Any], tensors: TensorFile) ->
         if config.get(flag):
             raise DictionaryError(f"{path}: {flag} = true, which is not supported")
     if "W_skip" in tensors and np.any(tensors["W_skip"]):
-        raise DictionaryError(
-            f"{tensors.path}: has a skip connection (W_skip): a transcoder, not a dictionary"
-        )
+        raise DictionaryError(f"{tensors.path}: has a W_skip: a transcoder, not a dictionary")
 
 
 def _tensor(tensors: TensorFile, name: str) -> Any:

@@ -1,0 +1,209 @@
+"""Low-rank adapters in PEFT's folder layout, read and written with numpy alone.
+
+An adapter acts at edit sites: ``x' = x + alpha * scaling * B activation(A x + bias)``, A [r, D], B [D, r].
+What PEFT's own configuration cannot say stands under its key ``interpretops``: for every site the
+activation (`identity` or `relu`) and the norm bound. Tensors are named as PEFT would name a module called
+after the point: ``base_model.model.model.layers.15.resid_post.lora_A.weight``, then ``lora_A.bias`` and
+``lora_B.weight`` alike.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import save as save_safetensors
+
+from interpretops.atomic_file import write_atomically
+from interpretops.dictionary.manifest import (
+    AdapterManifest,
+    ModelReference,
+    TrainingRecord,
+    WeightsReference,
+    check_weights,
+    read_adapter_manifest,
+    sha256_of,
+    write_manifest,
+)
+from interpretops.errors import AdapterError, PlanError
+from interpretops.json_file import read_json_object
+from interpretops.plan import Array, ModelSpec, Site
+from interpretops.tensor_file import TensorFile
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+AdapterActivation = Literal["identity", "relu"]
+
+_PREFIX = "base_model.model.model.layers"
+_TENSOR = re.compile(
+    re.escape(_PREFIX) + r"\.(?P<site>\d+\.\w+)\.(?P<part>lora_A\.weight|lora_A\.bias|lora_B\.weight)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSite:
+    """What an adapter does at one site."""
+
+    read: Array
+    """[r, D] rows of A"""
+    write: Array
+    """[r, D] columns of B, PEFT's scaling folded in"""
+    bias: Array
+    """[r]"""
+    activation: AdapterActivation = "identity"
+    max_norm: float | None = None
+    """Tokens with a larger activation norm are left alone."""
+
+    @property
+    def threshold(self) -> float:
+        """The activation as a threshold: a reading below it counts as 0."""
+        return 0.0 if self.activation == "relu" else float("-inf")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A low-rank adapter, ready to become units of a plan."""
+
+    manifest: AdapterManifest
+    sites: Mapping[Site, AdapterSite]
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """Open a folder of manifest.yaml, adapter_config.json and safetensors; raises `AdapterError`."""
+    manifest = read_adapter_manifest(folder)
+    path = check_weights(folder, manifest.weights, AdapterError)
+    config = read_json_object(folder / CONFIG_NAME, AdapterError)
+    described = _described_sites(folder / CONFIG_NAME, config)
+    scaling = _scaling(folder / CONFIG_NAME, config)
+    parts = _parts(TensorFile(path, AdapterError), described)
+    return Adapter(
+        manifest,
+        {
+            site: _site(path, site, parts.get(site, {}), options, scaling)
+            for site, options in sorted(described.items(), key=lambda item: item[0].order)
+        },
+    )
+
+
+def write_adapter(
+    folder: Path,
+    sites: Mapping[Site, AdapterSite],
+    *,
+    target_class: str,
+    model: ModelSpec,
+    training: TrainingRecord | None = None,
+    license_name: str | None = None,
+) -> AdapterManifest:
+    """Write a folder that `open_adapter` reads: weights, configuration, and last the manifest."""
+    rank = max(len(site.read) for site in sites.values())
+    tensors, described = {}, {}
+    for site, edit in sites.items():
+        stem = f"{_PREFIX}.{site}"
+        tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(edit.read, np.float32)
+        tensors[f"{stem}.lora_A.bias"] = np.ascontiguousarray(edit.bias, np.float32)
+        tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(edit.write.T, np.float32)
+        described[str(site)] = {"activation": edit.activation, "max_norm": edit.max_norm}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name,
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "target_modules": sorted({site.point for site in sites}),
+        "inference_mode": True,
+        "interpretops": {"sites": described},
+    }
+    write_atomically(folder / WEIGHTS_NAME, save_safetensors(tensors))
+    write_atomically(folder / CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    manifest = AdapterManifest(
+        id=folder.name,
+        target_class=target_class,
+        model=ModelReference(name=model.name, fingerprint=model.fingerprint),
+        weights=WeightsReference(file=WEIGHTS_NAME, sha256=sha256_of(folder / WEIGHTS_NAME)),
+        license=license_name,
+        training=training or TrainingRecord(),
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _described_sites(path: Path, config: dict[str, Any]) -> dict[Site, dict[str, Any]]:
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: peft_type = {config.get('peft_type')!r}, but must be 'LORA'")
+    for flag in ("use_dora", "fan_in_fan_out", "alora_invocation_tokens", "layer_replication"):
+        if config.get(flag):
+            raise AdapterError(f"{path}: {flag} = {config[flag]!r}, which is not supported")
+    for table in ("rank_pattern", "alpha_pattern"):
+        if config.get(table):
+            raise AdapterError(
+                f"{path}: {table} is not empty, which is not supported; use one rank and alpha"
+            )
+    ours = config.get("interpretops")
+    sites = ours.get("sites") if isinstance(ours, dict) else None
+    if not isinstance(sites, dict) or not sites:
+        raise AdapterError(
+            f"{path}: target_modules = {config.get('target_modules')!r}, but an edit reads and writes one "
+            "activation, and these modules map one to another; name edit sites under interpretops.sites"
+        )
+    described = {}
+    for text, options in sites.items():
+        try:
+            site = Site.parse(text)
+        except PlanError as error:
+            raise AdapterError(f"{path}: interpretops.sites: {error}") from error
+        described[site] = _checked_options(path, text, options)
+    return described
+
+
+def _checked_options(path: Path, text: str, options: Any) -> dict[str, Any]:
+    where = f"{path}: interpretops.sites[{text!r}]"
+    if not isinstance(options, dict) or not set(options) <= {"activation", "max_norm"}:
+        raise AdapterError(f"{where} must be an object with activation and max_norm only")
+    if options.get("activation", "identity") not in ("identity", "relu"):
+        raise AdapterError(f"{where}.activation = {options['activation']!r}, but must be identity or relu")
+    bound = options.get("max_norm")
+    if bound is not None and not (isinstance(bound, int | float) and 0 < bound < float("inf")):
+        raise AdapterError(f"{where}.max_norm = {bound!r}, but must be a positive number or null")
+    return {"activation": options.get("activation", "identity"), "max_norm": bound}
+
+
+def _scaling(path: Path, config: dict[str, Any]) -> float:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        raise AdapterError(f"{path}: r = {rank!r}, but must be a positive integer")
+    if not isinstance(alpha, int | float) or not abs(alpha) < float("inf"):
+        raise AdapterError(f"{path}: lora_alpha = {alpha!r}, but must be a number")
+    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def _parts(tensors: TensorFile, described: Mapping[Site, Any]) -> dict[Site, dict[str, Any]]:
+    parts: dict[Site, dict[str, Any]] = {}
+    for name in tensors:
+        match = _TENSOR.fullmatch(name)
+        owners = [] if match is None else [site for site in described if str(site) == match["site"]]
+        if match is None or not owners:
+            raise AdapterError(f"{tensors.path}: tensor {name!r} belongs to none of the described edit sites")
+        parts.setdefault(owners[0], {})[match["part"]] = np.array(tensors[name], np.float64)
+    return parts
+
+
+def _site(
+    path: Path, site: Site, parts: dict[str, Any], options: dict[str, Any], scaling: float
+) -> AdapterSite:
+    missing = {"lora_A.weight", "lora_B.weight"} - set(parts)
+    if missing:
+        raise AdapterError(f"{path}: has no {', '.join(sorted(missing))} for site {site}")
+    read, write = parts["lora_A.weight"], parts["lora_B.weight"].T * scaling
+    bias = parts.get("lora_A.bias", np.zeros(read.shape[:1]))
+    fits = read.ndim == 2 and read.shape == write.shape and bias.shape == read.shape[:1]
+    if not fits or not all(np.isfinite(array).all() for array in (read, write, bias)):
+        raise AdapterError(
+            f"{path}: site {site} has A {read.shape}, B {write.T.shape}, bias {bias.shape}, but needs "
+            "A [r, D], B [D, r], bias [r] of finite numbers"
+        )
+    return AdapterSite(*(array.astype(np.float32) for array in (read, write, bias)), **options)

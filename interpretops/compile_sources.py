@@ -1,0 +1,165 @@
+"""What a policy's names lead to: dictionaries, vectors and adapters, checked against the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from interpretops.adapter import Adapter
+from interpretops.artifacts import Artifacts
+from interpretops.dictionary import Dictionary
+from interpretops.errors import AdapterError, DictionaryError, PolicyError
+from interpretops.fault_list import FaultList
+from interpretops.plan import Array, ModelSpec, Site
+from interpretops.policy import Policy, Vector
+from interpretops.policy_file import KeyPath
+from interpretops.vectors import find_vector_file, read_vector
+
+
+class Sources:
+    """Resolves names of one policy; what does not fit goes to the list of faults, with its place.
+
+    ``provenance`` gathers the sha256 of everything that was used.
+    """
+
+    def __init__(self, policy: Policy, model: ModelSpec, artifacts: Artifacts, faults: FaultList) -> None:
+        self.policy = policy
+        self.model = model
+        self.artifacts = artifacts
+        self.faults = faults
+        self.provenance: dict[str, dict[str, Any]] = {"dictionaries": {}, "adapters": {}, "vectors": {}}
+
+    def layer_fits(self, path: KeyPath, layer: int) -> bool:
+        """Whether the model has the layer."""
+        if layer < self.model.num_layers:
+            return True
+        self.faults.add(path, f"= {layer}, but {self.model.name} has layers 0..{self.model.num_layers - 1}")
+        return False
+
+    def heads_fit(self, path: KeyPath, heads: tuple[int, ...]) -> bool:
+        """Whether the model has all the heads."""
+        wrong = [(index, head) for index, head in enumerate(heads) if head >= self.model.num_heads]
+        for index, head in wrong:
+            text = f"= {head}, but {self.model.name} has heads 0..{self.model.num_heads - 1}"
+            self.faults.add((*path, index), text)
+        return not wrong
+
+    def norm_bound(self, site: Site) -> float:
+        """The bound of the dictionaries at the site."""
+        return self.artifacts.norm_bound(site)
+
+    def features(
+        self, path: KeyPath, site: Site, name: str | None, ids: Mapping[KeyPath, int]
+    ) -> Dictionary | None:
+        """The dictionary named at ``path``, or the only one at the site, when it has all the features."""
+        dictionary = self._dictionary(path, site, name)
+        if dictionary is None:
+            return None
+        if dictionary.site != site:
+            self.faults.add(
+                (*path, "dictionary"), f"= {name!r}, but it reads at {dictionary.site} and not at {site}"
+            )
+            return None
+        return dictionary if self._ids_fit(dictionary, ids) else None
+
+    def vector(self, path: KeyPath, vector: Vector, site: Site) -> Array:
+        """[D] the direction; ones when there is a fault, so that compiling can look for more."""
+        width = self.model.width(site.point)
+        found = (
+            self._feature_vector(path, vector, site, width)
+            if vector.file is None
+            else self._file_vector(path, vector, width)
+        )
+        return np.ones(width, np.float32) if found is None else found
+
+    def adapter(self, path: KeyPath, name: str | None) -> Adapter | None:
+        """The adapter named, or the one for the policy's target class."""
+        try:
+            adapter = self.artifacts.adapter(name, self.policy.meta.target_class)
+        except AdapterError as error:
+            if name is None:
+                self.faults.add(path, f"names no 'adapter', and {error}")
+            else:
+                self.faults.add((*path, "adapter"), f"= {name!r}, but {error}")
+            return None
+        manifest = adapter.manifest
+        self.provenance["adapters"][manifest.id] = {"sha256": manifest.weights.sha256}
+        return adapter
+
+    def adapter_fits(self, path: KeyPath, adapter: Adapter, site: Site, width: int) -> bool:
+        """Whether the model has the adapter's site, and of its width."""
+        if site.layer < self.model.num_layers and width == self.model.width(site.point):
+            return True
+        self.faults.add(
+            path, f"uses adapter {adapter.manifest.id}, whose part at {site} does not fit {self.model.name}"
+        )
+        return False
+
+    def _dictionary(self, path: KeyPath, site: Site, name: str | None) -> Dictionary | None:
+        try:
+            if name is None:
+                dictionary = self.artifacts.dictionary(site)
+            else:
+                dictionary = self.artifacts.named_dictionary(name)
+        except DictionaryError as error:
+            if name is None:
+                self.faults.add((*path, "layer"), f"= {site.layer}, but {error}")
+            else:
+                self.faults.add((*path, "dictionary"), f"= {name!r}, but {error}")
+            return None
+        manifest = dictionary.manifest
+        width = self.model.width(manifest.point)
+        if manifest.hidden_size != width or manifest.layer >= self.model.num_layers:
+            self.faults.add(
+                path, f"uses {manifest.id}, which does not fit {self.model.name}: activation of {width}"
+            )
+            return None
+        self.provenance["dictionaries"][manifest.id] = {
+            "sha256": manifest.weights.sha256,
+            "site": str(dictionary.site),
+        }
+        return dictionary
+
+    def _ids_fit(self, dictionary: Dictionary, ids: Mapping[KeyPath, int]) -> bool:
+        wrong = {path: feature for path, feature in ids.items() if feature >= dictionary.width}
+        for path, feature in wrong.items():
+            name = dictionary.manifest.id
+            self.faults.add(
+                path, f"= {feature}, but dictionary {name} has features 0..{dictionary.width - 1}"
+            )
+        return not wrong
+
+    def _feature_vector(self, path: KeyPath, vector: Vector, site: Site, width: int) -> Array | None:
+        assert vector.feature is not None
+        dictionary = self._dictionary(path, site, vector.dictionary)
+        if dictionary is None or not self._ids_fit(dictionary, {(*path, "feature"): vector.feature}):
+            return None
+        row: Array = dictionary.decoder_rows([vector.feature])[0]
+        if row.shape != (width,) or not np.any(row):
+            self.faults.add(
+                path, f"= feature {vector.feature} of {dictionary.manifest.id}: unusable at {site}"
+            )
+            return None
+        return row
+
+    def _file_vector(self, path: KeyPath, vector: Vector, width: int) -> Array | None:
+        assert vector.file is not None
+        own = () if self.policy.folder is None else (self.policy.folder,)
+        try:
+            found = read_vector(
+                find_vector_file(vector.file, (*own, self.artifacts.root / self.model.name)),
+                vector.tensor,
+                width,
+            )
+        except PolicyError as error:
+            self.faults.add((*path, "file"), f"= {vector.file!r}, but {error}")
+            return None
+        if found.model_fingerprint not in (None, self.model.fingerprint):
+            self.faults.add(
+                (*path, "file"),
+                f"= {vector.file!r}, but it was made from a model of fingerprint "
+                f"{str(found.model_fingerprint)[:12]}; {self.model.name} has {self.model.fingerprint[:12]}",
+            )
+            return None
+        self.provenance["vectors"][vector.file] = {"sha256": found.sha256}
+        return found.values

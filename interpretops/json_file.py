@@ -1,0 +1,26 @@
+"""Reading the JSON configuration files that lie beside weights, bounded, with errors that name the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from interpretops.errors import InterpretOpsError
+
+MAX_BYTES = 16 * 2**20
+
+
+def read_json_object(path: Path, error: type[InterpretOpsError]) -> dict[str, Any]:
+    """The object in a file of at most 16 MiB; raises ``error`` with one line."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise error(f"{path}: is larger than {MAX_BYTES} bytes, the most that is read")
+        value = json.loads(data)
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: is not JSON ({problem})") from problem
+    if not isinstance(value, dict):
+        raise error(f"{path}: must hold a JSON object")
+    return value
