@@ -130,7 +130,7 @@ class HeadScale:
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """A whole TopK encoder: a feature is active iff its pre-activation is positive and among the k largest."""
+    """A whole TopK encoder: a feature is active iff its reading is positive and among the k largest."""
 
     read: Array
     bias: Array
@@ -176,14 +176,24 @@ def _no_conditions() -> Array:
 ALWAYS = Gate(None, _no_conditions(), np.zeros(0, np.float32), np.zeros(0, np.float32))
 """Gate 0 of every plan."""
 
-_UNIT_FIELDS = tuple(f.name for f in fields(Units))
-_INT_FIELDS = frozenset({"gate", "topk"})
+UNIT_FIELDS = tuple(f.name for f in fields(Units))
+INT_FIELDS = frozenset({"gate", "topk"})
+
+_UNREADABLE = (
+    SafetensorError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 def empty_units(width: int) -> Units:
     """No units at a site of width D."""
     arrays: dict[str, Any] = {
-        name: np.zeros(0, np.int32 if name in _INT_FIELDS else np.float32) for name in _UNIT_FIELDS
+        name: np.zeros(0, np.int32 if name in INT_FIELDS else np.float32) for name in UNIT_FIELDS
     }
     arrays["read"] = arrays["write"] = np.zeros((0, width), np.float32)
     return Units(**arrays)
@@ -212,7 +222,7 @@ class Plan:
         sites = sorted(self.edits, key=lambda site: site.order)
         for site in sites:
             edits = self.edits[site]
-            for name in _UNIT_FIELDS:
+            for name in UNIT_FIELDS:
                 tensors[f"{site}.units.{name}"] = getattr(edits.units, name)
             if edits.head_scale is not None:
                 tensors[f"{site}.head_scale.delta"] = edits.head_scale.delta
@@ -253,7 +263,7 @@ class Plan:
         edits: dict[Site, dict[str, npt.NDArray[Any]]] = {}
         for site, here in self.edits.items():
             width = self.model.width(site.point)
-            arrays: dict[str, npt.NDArray[Any]] = {name: getattr(here.units, name) for name in _UNIT_FIELDS}
+            arrays: dict[str, npt.NDArray[Any]] = {name: getattr(here.units, name) for name in UNIT_FIELDS}
             scale = here.head_scale
             arrays["scale"] = np.zeros((0, width), np.float32) if scale is None else scale.delta
             arrays["scale_gate"] = np.zeros(0, np.int32) if scale is None else scale.gate
@@ -275,13 +285,22 @@ class Plan:
     @classmethod
     def from_bytes(cls, data: bytes) -> Plan:
         """Read a plan file; raises `PlanError` on anything that is not a whole, finite, consistent plan."""
+        from interpretops.plan_check import check_plan  # here, because it knows this module's types
+
         try:
-            header = _read_header(data)
-            tensors = load_safetensors(data)
-            plan = cls._assemble(header, tensors)
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            plan = cls._assemble(_read_header(data), load_safetensors(data))
+        except (
+            SafetensorError,
+            LookupError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             raise PlanError(f"plan file unreadable: {error}; compile the policy again") from error
-        plan._validate()
+        except RecursionError as error:
+            raise PlanError("plan file unreadable: its header is nested too deeply") from error
+        check_plan(plan)
         return plan
 
     @classmethod
@@ -292,7 +311,7 @@ class Plan:
             )
         edits: dict[Site, SiteEdits] = {}
         for text, extra in header["sites"].items():
-            units = Units(**{name: tensors.pop(f"{text}.units.{name}") for name in _UNIT_FIELDS})
+            units = Units(**{name: tensors.pop(f"{text}.units.{name}") for name in UNIT_FIELDS})
             scale = tensors.pop(f"{text}.head_scale.delta", None)
             encoder = tensors.pop(f"{text}.topk.read", None)
             edits[Site.parse(text)] = SiteEdits(
@@ -325,20 +344,6 @@ class Plan:
             header["provenance"],
         )
 
-    def _validate(self) -> None:
-        if not 1 <= len(self.gates) <= MAX_GATES:
-            raise PlanError(f"plan has {len(self.gates)} gates, but 1..{MAX_GATES} are possible")
-        if len(self.gates[0]) or self.gates[0].phase != "both" or self.gates[0].latched:
-            raise PlanError("gates[0] must be the always-open gate")
-        for index, gate in enumerate(self.gates):
-            _validate_gate(gate, f"gates[{index}]", self.model)
-        for site, edits in self.edits.items():
-            if site.layer >= self.model.num_layers:
-                raise PlanError(
-                    f"site {site}, but {self.model.name} has layers 0..{self.model.num_layers - 1}"
-                )
-            _validate_edits(site, edits, self.model.width(site.point), self.gates)
-
 
 def content_digest(
     edits: Mapping[Site, Mapping[str, npt.NDArray[Any]]],
@@ -355,8 +360,8 @@ def content_digest(
 
     for site in sorted(edits, key=lambda site: site.order):
         feed(str(site), edits[site])
-    for index, (site, arrays) in enumerate(gates):
-        feed(f"gate {index} {site}", arrays)
+    for index, (reads_at, arrays) in enumerate(gates):
+        feed(f"gate {index} {reads_at}", arrays)
     return digest.hexdigest()
 
 
@@ -373,70 +378,3 @@ def _read_header(data: bytes) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise PlanError("plan record is not an object")
     return header
-
-
-def _validate_gate(gate: Gate, where: str, model: ModelSpec) -> None:
-    conditions = len(gate)
-    if (
-        gate.combine not in get_args(Combine)
-        or gate.scope not in get_args(Scope)
-        or gate.phase not in get_args(Phase)
-        or not isinstance(gate.latched, bool)
-    ):
-        raise PlanError(f"{where}: unknown combine, scope, phase or latched")
-    if (gate.site is None) != (conditions == 0):
-        raise PlanError(f"{where}: a gate reads at a site exactly when it has conditions")
-    if gate.site is not None:
-        width = model.width(gate.site.point)
-        if gate.site.layer >= model.num_layers or gate.read.shape != (conditions, width):
-            raise PlanError(f"{where}: read {gate.read.shape} at {gate.site} does not fit {model.name}")
-    if gate.bias.shape != (conditions,) or gate.cut.shape != (conditions,):
-        raise PlanError(f"{where}: bias and cut must have {conditions} entries")
-    for name in ("read", "bias", "cut"):
-        _expect(f"{where}.{name}", getattr(gate, name), np.float32)
-    if not gate.max_norm > 0:
-        raise PlanError(f"{where}.max_norm = {gate.max_norm}, but must be positive")
-
-
-def _validate_edits(site: Site, edits: SiteEdits, width: int, gates: tuple[Gate, ...]) -> None:
-    units, rank = edits.units, len(edits.units)
-    for name in _UNIT_FIELDS:
-        array = getattr(units, name)
-        shape = (rank, width) if name in ("read", "write") else (rank,)
-        if array.shape != shape:
-            raise PlanError(f"{site}.{name} has shape {array.shape}, but must have {shape}")
-        infinite = name in ("threshold", "low", "high", "max_norm")
-        _expect(f"{site}.{name}", array, np.int32 if name in _INT_FIELDS else np.float32, infinite=infinite)
-    if np.any(units.low > units.high) or np.any(units.max_norm <= 0):
-        raise PlanError(f"{site}: low must not exceed high, and max_norm must be positive")
-    features = 0 if edits.topk is None else edits.topk.read.shape[0]
-    if np.any(units.topk < -1) or np.any(units.topk >= features):
-        raise PlanError(f"{site}.topk names a feature outside 0..{features - 1}")
-    if edits.topk is not None:
-        _expect(f"{site}.topk.read", edits.topk.read, np.float32)
-        _expect(f"{site}.topk.bias", edits.topk.bias, np.float32)
-        fits = edits.topk.read.shape == (features, width) and edits.topk.bias.shape == (features,)
-        if not fits or not 1 <= edits.topk.k <= features:
-            raise PlanError(f"{site}.topk: shapes or k = {edits.topk.k} do not fit {features} features")
-    named = set(units.gate.tolist())
-    if edits.head_scale is not None:
-        scale = edits.head_scale
-        _expect(f"{site}.head_scale.delta", scale.delta, np.float32)
-        _expect(f"{site}.head_scale.gate", scale.gate, np.int32)
-        if site.point != "attn_z" or scale.delta.shape != (len(scale.gate), width):
-            raise PlanError(f"{site}.head_scale: head scales act at attn_z, with one row of {width} per gate")
-        named |= set(scale.gate.tolist())
-    for index in named:
-        if not 0 <= index < len(gates):
-            raise PlanError(f"{site}: gate {index}, but the plan has gates 0..{len(gates) - 1}")
-        reads_at = gates[index].site
-        if reads_at is not None and reads_at.order > site.order:
-            raise PlanError(f"{site}: gate {index} reads at {reads_at}, which comes after the edit")
-
-
-def _expect(name: str, array: npt.NDArray[Any], dtype: type, *, infinite: bool = False) -> None:
-    if array.dtype != dtype:
-        raise PlanError(f"{name} has dtype {array.dtype}, but must have {np.dtype(dtype)}")
-    bad = np.isnan(array).any() if infinite else not np.isfinite(array).all()
-    if bad:
-        raise PlanError(f"{name} holds a value that is not {'a number' if infinite else 'finite'}")

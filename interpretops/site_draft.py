@@ -5,9 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from interpretops.plan import Array, HeadScale, SiteEdits, TopK, Units, empty_units
-
-_INTEGERS = frozenset({"gate", "topk"})
+from interpretops.plan import INT_FIELDS, Array, HeadScale, SiteEdits, TopK, Units, empty_units
 
 
 @dataclass
@@ -39,7 +37,7 @@ class SiteDraft:
         count = len(read)
         columns: dict[str, Any] = {
             name: np.broadcast_to(
-                np.asarray(value, np.int32 if name in _INTEGERS else np.float32), (count,)
+                np.asarray(value, np.int32 if name in INT_FIELDS else np.float32), (count,)
             ).copy()
             for name, value in (defaults | values | {"gate": gate}).items()
         }

@@ -1,0 +1,20 @@
+"""Options that several commands of `mechctl` share, each declared once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Config = Annotated[
+    Path | None, typer.Option("--config", help="YAML settings; everything has a default.", show_default=False)
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Model folder or Hugging Face id; else the settings'.", show_default=False),
+]
+Artifacts = Annotated[
+    Path | None,
+    typer.Option(
+        "--artifacts", help="Folder of dictionaries and adapters; else the settings'.", show_default=False
+    ),
+]
