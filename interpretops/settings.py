@@ -11,9 +11,25 @@ from pydantic.fields import FieldInfo
 
 from interpretops.errors import ConfigError
 from interpretops.policy_file import parse_yaml, read_yaml, show_path
-from interpretops.settings_schema import Section, Settings
+from interpretops.settings_schema import (
+    Binding,
+    EngineSettings,
+    GatewaySettings,
+    Match,
+    ModelSettings,
+    Section,
+    Settings,
+)
 
-__all__ = ["Settings", "load_settings"]
+__all__ = [
+    "Binding",
+    "EngineSettings",
+    "GatewaySettings",
+    "Match",
+    "ModelSettings",
+    "Settings",
+    "load_settings",
+]
 
 ENV_PREFIX = "INTERPRETOPS_"
 CONFIG_VARIABLE = "INTERPRETOPS_CONFIG"

