@@ -1,0 +1,104 @@
+"""Gates: the same verdict for the same tokens, however the scheduler cuts, mixes and repeats them."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steering_kernels.ops import GateView, StepMap, gate_open_reference, update_gates
+
+CPU = torch.device("cpu")
+
+
+def make_gate(
+    *, prompt_end: bool, latched: bool, phase: str, row: int = 1, max_norm: float = float("inf")
+) -> GateView:
+    """Fires where the first component of x exceeds 0.5."""
+    return GateView(
+        row=row,
+        index=1,
+        read=torch.tensor([[1.0, 0.0]], dtype=torch.float64),
+        bias=torch.zeros(1, dtype=torch.float64),
+        cut=torch.full((1,), 0.5, dtype=torch.float64),
+        require_all=False,
+        prompt_end=prompt_end,
+        latched=latched,
+        phase=phase,
+        max_norm=max_norm,
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    above=st.lists(st.booleans(), min_size=2, max_size=14),
+    data=st.data(),
+    prompt_end=st.booleans(),
+    latched=st.booleans(),
+    phase=st.sampled_from(["both", "prefill", "decode"]),
+)
+def test_verdict_is_the_same_under_chunks_strangers_and_recompute(
+    above: list[bool], data: st.DataObject, prompt_end: bool, latched: bool, phase: str
+) -> None:
+    """Cut into any chunks, beside other requests, preempted and recomputed: gates open at the same tokens."""
+    total = len(above)
+    prompt_length = data.draw(st.integers(1, total), label="prompt length")
+    gate = make_gate(prompt_end=prompt_end, latched=latched, phase=phase)
+    stranger = make_gate(prompt_end=False, latched=True, phase="both", row=2)
+    expected = gate_open_reference(
+        above, list(range(total)), prompt_length, prompt_end=prompt_end, latched=latched, phase=phase
+    )
+    x = torch.tensor([[float(value), 0.0] for value in above])
+    step = StepMap(requests=4, gates=2, device=CPU)
+
+    def run(first: int, last: int) -> list[bool]:
+        neighbours = data.draw(st.integers(0, 3), label="neighbour tokens")
+        step.begin(
+            rows=[2, 1, 0] if neighbours else [1],
+            slots=[3, 1, 0] if neighbours else [1],
+            num_tokens=[neighbours, last - first, neighbours] if neighbours else [last - first],
+            first_position=[0, first, 0] if neighbours else [first],
+            prompt_length=[1, prompt_length, 1] if neighbours else [prompt_length],
+        )
+        noise = torch.ones(neighbours, 2)
+        update_gates(torch.cat([noise, x[first:last], noise]), [gate, stranger], step)
+        return step.gate_open[neighbours : neighbours + last - first, 1].tolist()
+
+    seen: list[bool] = []
+    while len(seen) < total:
+        seen += run(len(seen), data.draw(st.integers(len(seen) + 1, total), label="chunk end"))
+    assert seen == expected
+    # Preempted and recomputed from the start in one piece: the latch must not open earlier than it did.
+    assert run(0, total) == expected
+
+
+def test_latch_of_one_request_does_not_open_anothers() -> None:
+    """Two requests of one revision keep their own latches, and a slot handed on forgets its last owner."""
+    gate = make_gate(prompt_end=False, latched=True, phase="both")
+    step = StepMap(requests=2, gates=2, device=CPU)
+
+    def run(values: list[float]) -> list[bool]:
+        step.begin(rows=[1, 1], slots=[0, 1], num_tokens=[1, 1], first_position=[4, 4], prompt_length=[9, 9])
+        update_gates(torch.tensor([[value, 0.0] for value in values]), [gate], step)
+        return step.gate_open[:, 1].tolist()
+
+    assert run([1.0, 0.0]) == [True, False]
+    assert run([0.0, 0.0]) == [True, False]
+    step.forget_request(0)
+    assert run([0.0, 0.0]) == [False, False]
+
+
+def test_gate_does_not_fire_at_an_attention_sink() -> None:
+    """A token past the norm bound opens no gate."""
+    gate = make_gate(prompt_end=False, latched=False, phase="both", max_norm=10.0)
+    step = StepMap(requests=1, gates=2, device=CPU)
+    step.begin(rows=[1], slots=[0], num_tokens=[2], first_position=[0], prompt_length=[2])
+    update_gates(torch.tensor([[100.0, 0.0], [1.0, 0.0]]), [gate], step)
+    assert step.gate_open[:, 1].tolist() == [False, True]
+    assert step.opened.tolist() == [1]
+
+
+def test_pass_with_only_row_zero_costs_nothing() -> None:
+    """A batch without policies lays nothing out."""
+    step = StepMap(requests=1, gates=2, device=CPU)
+    step.begin(rows=[0, 0], slots=[0, 0], num_tokens=[5, 1], first_position=[0, 0], prompt_length=[5, 1])
+    assert not step.active
+    assert step.num_tokens == 0
