@@ -1,11 +1,13 @@
 """`mechctl`: every command is a thin function here that imports its work when it is called."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from interpretops import __version__
+from interpretops.cli_options import Artifacts, Config, Model
 from interpretops.cli_policy import policy_app
 from interpretops.errors import InterpretOpsError
 
@@ -37,6 +39,48 @@ def _options(
     ] = False,
 ) -> None:
     del version
+
+
+@app.command()
+def serve(
+    config: Config = None,
+    model: Model = None,
+    policies: Annotated[
+        Path | None,
+        typer.Option("--policies", help="Folder of policies; else the settings'.", show_default=False),
+    ] = None,
+    artifacts: Artifacts = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to listen on.", show_default="127.0.0.1")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Port of the endpoint; 0: any free one.", show_default="8000")
+    ] = None,
+    admin_port: Annotated[
+        int | None,
+        typer.Option("--admin-port", help="Port of admin routes and metrics; 0: any.", show_default="8001"),
+    ] = None,
+    engine_url: Annotated[
+        str | None,
+        typer.Option(
+            "--engine-url", help="A running `vllm serve` with our plugin; else one is started here."
+        ),
+    ] = None,
+) -> None:
+    """Serve a model behind an OpenAI-style endpoint, steered per request by policies."""
+    from interpretops.settings import load_settings
+    from proxy.serve import serve as run
+
+    overrides = {
+        "model.name": model,
+        "paths.policies": policies,
+        "paths.artifacts": artifacts,
+        "gateway.host": host,
+        "gateway.port": port,
+        "gateway.admin_port": admin_port,
+        "engine.url": engine_url,
+    }
+    run(load_settings(config, overrides))
 
 
 def main() -> None:

@@ -1,0 +1,156 @@
+"""The admin app, on a listener of its own: policies, reload, promotion, dry runs, metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from interpretops.errors import InterpretOpsError
+from proxy.app import add_health, answer_in_openai_shape
+from proxy.binding import HEADER, NONE, decide, read_caller
+from proxy.catalogue import Entry
+from proxy.metrics import CONTENT_TYPE_LATEST
+from proxy.policy_files import Revision
+from proxy.refusal import EngineNotReady, FieldNotAllowed, InvalidRequest, Refusal
+from proxy.sanitize import PASSED, parse_strict, read_body
+from proxy.state import GATEWAY, Gateway
+
+_MAX_BODY_BYTES = 64 * 1024
+
+
+class AdminRefused(Refusal):
+    """The admin asked for what cannot be done now; the message says why."""
+
+    code = "admin_refused"
+    status = 409
+
+
+def make_admin_app(gateway: Gateway) -> web.Application:
+    """The app that operators and Prometheus talk to."""
+    app = web.Application(middlewares=[answer_in_openai_shape, refuse_browsers])
+    app[GATEWAY] = gateway
+    app.router.add_get("/admin/policies", list_policies, allow_head=False)
+    app.router.add_post("/admin/reload", reload)
+    app.router.add_post("/admin/policies/{id}/{change:promote|rollback}", change_policy)
+    app.router.add_post("/admin/resolve", resolve)
+    app.router.add_get("/metrics", show_metrics, allow_head=False)
+    add_health(app)
+    return app
+
+
+@web.middleware
+async def refuse_browsers(request: web.Request, handler: Any) -> web.StreamResponse:
+    """A web page open on the operator's machine must not reach these routes."""
+    if "Origin" in request.headers:
+        raise FieldNotAllowed("the admin routes answer no web pages; call them without an Origin header")
+    response: web.StreamResponse = await handler(request)
+    return response
+
+
+async def list_policies(request: web.Request) -> web.Response:
+    """Every policy, what serves of it, and what is wrong with its newest file."""
+    gateway = request.app[GATEWAY]
+    entries = gateway.catalogue.entries
+    listed = [_entry(gateway, entries[policy]) for policy in sorted(entries)]
+    named = {str(entry["error"]) for entry in listed}
+    strays = {str(path): error for path, error in gateway.catalogue.file_errors.items() if error not in named}
+    return web.json_response(
+        {
+            "policies": listed,
+            "file_errors": strays,
+            "bindings": [binding.model_dump(mode="json") for binding in gateway.settings.bindings],
+            "not_ready": gateway.not_ready(),
+        }
+    )
+
+
+async def reload(request: web.Request) -> web.Response:
+    """Compile every file again. Answers when every request accepted from now on gets what was loaded."""
+    try:
+        report = await request.app[GATEWAY].catalogue.reload(force=True)
+    except InterpretOpsError as error:
+        raise EngineNotReady(str(error)) from error
+    return web.json_response(
+        {"ok": not report.failed, "loaded": report.loaded, "removed": report.removed, "failed": report.failed}
+    )
+
+
+async def change_policy(request: web.Request) -> web.Response:
+    """Promote a candidate, or go back to the revision before."""
+    gateway = request.app[GATEWAY]
+    policy, catalogue = request.match_info["id"], gateway.catalogue
+    change = catalogue.promote if request.match_info["change"] == "promote" else catalogue.rollback
+    try:
+        await change(policy)
+    except Refusal:
+        raise
+    except InterpretOpsError as error:
+        raise AdminRefused(str(error)) from error
+    return web.json_response(_entry(gateway, catalogue.entries[policy]))
+
+
+async def resolve(request: web.Request) -> web.Response:
+    """Say which policy a request would get, and why, without running it.
+
+    Body: ``{"model": …, "route"?: …, "policy"?: value of X-Steering-Policy, "authorization"?: its header}``.
+    """
+    gateway = request.app[GATEWAY]
+    raw = await read_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=10)
+    body = parse_strict(raw)
+    if unknown := body.keys() - {"model", "route", "policy", "authorization"}:
+        raise InvalidRequest(f"unknown fields {sorted(unknown)}; known: model, route, policy, authorization")
+    if not all(isinstance(value, str) for value in body.values()):
+        raise InvalidRequest("all fields are strings")
+    route = body.get("route", "/v1/chat/completions")
+    if route not in PASSED:
+        raise InvalidRequest(f"route = {route!r}, but must be one of {', '.join(PASSED)}", param="route")
+    engine = gateway.link.require()
+    headers: CIMultiDict[str] = CIMultiDict()
+    if "policy" in body:
+        headers[HEADER] = body["policy"]
+    if "authorization" in body:
+        headers["Authorization"] = body["authorization"]
+    model = body.get("model") or sorted(engine.served)[0]
+    caller = read_caller(route, CIMultiDictProxy(headers), model, engine.served)
+    decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
+    with gateway.catalogue.pin(decision.policy) as revision:
+        return web.json_response(
+            {
+                "policy": decision.policy,
+                "revision": NONE if revision is None else revision.revision,
+                "mode": decision.mode,
+                "asked_for": caller.choice,
+                "model": caller.model,
+                "route": route,
+            }
+        )
+
+
+async def show_metrics(request: web.Request) -> web.Response:
+    """Prometheus exposition."""
+    return web.Response(
+        body=request.app[GATEWAY].metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
+    )
+
+
+def _entry(gateway: Gateway, entry: Entry) -> dict[str, Any]:
+    active = entry.active
+    return {
+        "id": entry.policy,
+        "state": "unavailable" if active is None else "active",
+        "revision": None if active is None else active.revision,
+        "loaded_at": None if active is None else active.compiled_at.isoformat(),
+        "description": None if active is None else active.description,
+        "target_class": None if active is None else active.target_class,
+        "file": None if active is None else str(active.file),
+        "previous": _name(entry.previous),
+        "candidate": _name(entry.candidate),
+        "in_flight": 0 if active is None else gateway.catalogue.in_flight(active.revision),
+        "error": entry.error,
+    }
+
+
+def _name(revision: Revision | None) -> str | None:
+    return None if revision is None else revision.revision

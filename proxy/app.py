@@ -1,0 +1,214 @@
+"""The public app: OpenAI's routes that can be guarded, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from interpretops.errors import InterpretOpsError
+from proxy.binding import Caller, choices, decide, read_caller
+from proxy.refusal import (
+    InvalidRequest,
+    MethodNotAllowed,
+    Refusal,
+    UnknownModel,
+    UnknownRoute,
+    error_body,
+    error_headers,
+)
+from proxy.relay import REQUEST_ID_HEADER, Demand, relay
+from proxy.sanitize import PASSED, check_headers, clean, parse_strict, read_body
+from proxy.state import GATEWAY, TRAIL, Gateway, Trail
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def make_public_app(gateway: Gateway) -> web.Application:
+    """The app that applications talk to."""
+    app = web.Application(middlewares=[answer_in_openai_shape])
+    app[GATEWAY] = gateway
+    for route in PASSED:
+        app.router.add_post(route, generate)
+    app.router.add_get("/v1/models", list_models, allow_head=False)
+    app.router.add_get("/v1/models/{model:.+}", show_model, allow_head=False)
+    add_health(app)
+    return app
+
+
+def add_health(app: web.Application) -> None:
+    """The routes by which an orchestrator watches the gateway."""
+    app.router.add_get("/healthz", healthz, allow_head=False)
+    app.router.add_get("/readyz", readyz, allow_head=False)
+
+
+async def healthz(_request: web.Request) -> web.Response:
+    """The gateway's process answers."""
+    return web.json_response({"status": "ok"})
+
+
+async def readyz(request: web.Request) -> web.Response:
+    """The engine is proven, and the policies that bindings demand are loaded."""
+    ready = request.app[GATEWAY].not_ready() is None
+    return web.json_response({"ready": ready}, status=200 if ready else 503)
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    """Chat completions and completions, streamed or not, under the policy that the bindings decide."""
+    gateway, trail, route = request.app[GATEWAY], request[TRAIL], request.path
+    limits = gateway.settings.gateway
+    check_headers(request)
+    raw = await read_body(request, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
+    trail.began_at = time.perf_counter()
+    body = clean(route, parse_strict(raw))
+    trail.stream = body.get("stream") is True
+    engine = gateway.link.require()
+    caller = read_caller(route, request.headers, body["model"], engine.served)
+    decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
+    # No await between here and the pin: the revision is the one that is active now, and it stays resident.
+    with gateway.catalogue.pin(decision.policy) as revision:
+        if revision is not None:
+            trail.policy, trail.revision = revision.policy, revision.revision
+        body["model"] = caller.model
+        with gateway.metrics.in_flight.track_inprogress():
+            return await relay(request, Demand(gateway, engine, route, body, revision, trail))
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """The engine's model, and an alias for every policy that this caller may choose."""
+    return web.json_response({"object": "list", "data": _models(request)})
+
+
+async def show_model(request: web.Request) -> web.Response:
+    """One entry of the model list."""
+    name = request.match_info["model"]
+    for model in _models(request):
+        if model["id"] == name:
+            return web.json_response(model)
+    raise UnknownModel(
+        f"model {name[:128]!r} is not served here; GET /v1/models lists what is", param="model"
+    )
+
+
+def _models(request: web.Request) -> list[dict[str, Any]]:
+    gateway = request.app[GATEWAY]
+    listed: list[dict[str, Any]] = []
+    for model in gateway.link.require().models:
+        base = {
+            "object": "model",
+            "created": model.get("created", 0),
+            "owned_by": "interpretops",
+            "max_model_len": model.get("max_model_len"),
+        }
+        listed.append({"id": model["id"], **base})
+        caller = Caller("/v1/chat/completions", model["id"], None)
+        for policy in choices(gateway.settings.bindings, caller, gateway.catalogue.entries):
+            listed.append({"id": f"{model['id']}+{policy}", **base, "parent": model["id"]})
+    return listed
+
+
+@web.middleware
+async def answer_in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give every request an id, every error OpenAI's shape, and every end a line in the log."""
+    gateway = request.app[GATEWAY]
+    trail = request[TRAIL] = Trail(_request_id(request))
+    began = time.perf_counter()
+    status = 499
+    try:
+        response = await _refuse_errors(request, handler)
+        status = response.status
+    except (asyncio.CancelledError, aiohttp.ClientConnectionResetError, ConnectionError):
+        gateway.metrics.clients_gone.labels(_route(request)).inc()
+        trail.reason = "client_gone"
+        raise
+    finally:
+        _account(request, status, time.perf_counter() - began)
+    return response
+
+
+async def _refuse_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    trail = request[TRAIL]
+    try:
+        response = await handler(request)
+    except Refusal as refusal:
+        response = _refuse(request, refusal)
+    except web.HTTPNotFound:
+        response = _refuse(request, UnknownRoute(f"{request.path[:128]!r} is not served here"))
+    except web.HTTPMethodNotAllowed as error:
+        wrong = MethodNotAllowed(
+            f"{request.method} is not allowed here; use {', '.join(sorted(error.allowed_methods))}"
+        )
+        response = _refuse(request, wrong)
+    except web.HTTPException as error:
+        response = _refuse(request, InvalidRequest(error.reason))
+    except (aiohttp.ClientConnectionResetError, ConnectionError):
+        raise
+    except Exception as error:
+        # The text of an unforeseen error may quote the request: only its kind and place are kept.
+        where = error.__traceback__
+        while where is not None and where.tb_next is not None:
+            where = where.tb_next
+        place = "?" if where is None else f"{where.tb_frame.f_code.co_qualname}:{where.tb_lineno}"
+        told = str(error) if isinstance(error, InterpretOpsError) else None
+        request.app[GATEWAY].log.error(
+            "unforeseen", request_id=trail.request_id, kind=type(error).__name__, place=place, error=told
+        )
+        if request.writer.output_size > 0:
+            raise ConnectionResetError("the answer had begun and cannot be finished") from None
+        trail.reason = "internal_error"
+        response = web.json_response(error_body(500, "internal_error", "internal error"), status=500)
+    if not response.prepared:
+        response.headers.setdefault(REQUEST_ID_HEADER, trail.request_id)
+    return response
+
+
+def _refuse(request: web.Request, refusal: Refusal) -> web.Response:
+    request[TRAIL].reason = refusal.code
+    request.app[GATEWAY].metrics.refusals.labels(refusal.code).inc()
+    body = error_body(refusal.status, refusal.code, str(refusal), refusal.param)
+    response = web.json_response(body, status=refusal.status, headers=error_headers(refusal))
+    if refusal.status in (408, 413):
+        response.force_close()
+    return response
+
+
+def _account(request: web.Request, status: int, total_s: float) -> None:
+    gateway, trail, route = request.app[GATEWAY], request[TRAIL], _route(request)
+    if route in ("/healthz", "/readyz", "/metrics"):
+        return
+    metrics = gateway.metrics
+    metrics.requests.labels(route, trail.policy, str(status)).inc()
+    if trail.reason is None and trail.engine_s:
+        metrics.e2e.labels(trail.policy).observe(total_s)
+        metrics.overhead.observe(max(0.0, total_s - trail.engine_s))
+    if trail.ttft_s is not None:
+        metrics.ttft.labels(trail.policy).observe(trail.ttft_s)
+    gateway.log.info(
+        "request",
+        request_id=trail.request_id,
+        route=route,
+        status=status,
+        policy=trail.policy,
+        revision=trail.revision[:12],
+        stream=trail.stream,
+        reason=trail.reason,
+        duration_ms=round(total_s * 1e3, 3),
+        ttft_ms=None if trail.ttft_s is None else round(trail.ttft_s * 1e3, 3),
+    )
+
+
+def _route(request: web.Request) -> str:
+    """A label of few values: the route's pattern, never the path as written."""
+    resource = request.match_info.route.resource
+    return "unknown" if resource is None else resource.canonical
+
+
+def _request_id(request: web.Request) -> str:
+    given = request.headers.get(REQUEST_ID_HEADER, "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"

@@ -1,0 +1,246 @@
+"""Talks to one engine: vLLM's own routes and the plugin's, over a unix socket or TCP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote
+
+import aiohttp
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from interpretops.errors import EngineError
+from interpretops.plan import ModelSpec
+
+API: Final = "/interpretops/v1"
+_KEEPALIVE_S = 3.0
+"""Shorter than the engine's own 5 s, so that no request goes into a connection that is just being closed."""
+
+
+_HEALTH = aiohttp.ClientTimeout(total=5.0)
+
+
+class _Answer(BaseModel):
+    """What the plugin answers; fields that a newer plugin adds are left aside."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+
+class Rank(_Answer):
+    """One worker of an engine, and the plans in its tables."""
+
+    rank: int
+    resident: dict[str, str] = {}
+    """Revision to the digest of what the rank holds."""
+
+
+class RankGroup(_Answer):
+    """One engine core behind the API server."""
+
+    ranks: list[Rank]
+
+
+class Attestation(_Answer):
+    """What the engine says it is."""
+
+    plugin_version: str
+    vllm_version: str
+    boot_id: str
+    model: dict[str, Any]
+    engines: list[RankGroup]
+
+    def spec(self) -> ModelSpec:
+        """The model that plans must be compiled for."""
+        try:
+            return ModelSpec(**self.model)
+        except TypeError as error:
+            raise EngineError(f"engine attests an unknown model description: {error}") from None
+
+
+class Receipt(_Answer):
+    """What the engine did for one request."""
+
+    revision: str
+    requests: int
+    tokens_evaluated: int
+    edits_applied: int = 0
+    gates_fired: int = 0
+    cached_tokens: int = 0
+    finished: bool = True
+
+
+class _RankDigest(_Answer):
+    rank: int
+    digest: str
+
+
+class _Loaded(_Answer):
+    revision: str
+    ranks: list[_RankDigest]
+
+
+T = TypeVar("T", bound=_Answer)
+
+
+class EngineRefusedError(EngineError):
+    """The plugin answered with an error of its own."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.reason = code
+
+
+class EngineClient:
+    """A connection pool to one engine. Closed by `close`; after that every call raises `EngineError`."""
+
+    def __init__(self, address: str, *, connect_timeout_s: float, control_timeout_s: float = 60.0) -> None:
+        self.address = address
+        connector: aiohttp.BaseConnector
+        if address.startswith("unix://"):
+            connector = aiohttp.UnixConnector(
+                address.removeprefix("unix://"), limit=0, keepalive_timeout=_KEEPALIVE_S
+            )
+            self._base = "http://engine"
+        else:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+            self._base = address.rstrip("/")
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_create_end.append(_note_new_connection)
+        self._control = aiohttp.ClientTimeout(total=control_timeout_s, sock_connect=connect_timeout_s)
+        self._connect_timeout_s = connect_timeout_s
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            trace_configs=[trace],
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("User-Agent", "Accept-Encoding"),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections; requests in progress fail."""
+        await self._session.close()
+
+    async def generate(
+        self, route: str, body: bytes, *, total_timeout_s: float, idle_timeout_s: float | None
+    ) -> tuple[aiohttp.ClientResponse, bool]:
+        """Send a request. Returns the open response and whether its connection is a new one.
+
+        The caller closes the response. Raises aiohttp's own errors.
+        """
+        seen = SimpleNamespace(new=False)
+        response = await self._session.post(
+            self._base + route,
+            data=body,
+            headers={"Content-Type": "application/json"},
+            timeout=aiohttp.ClientTimeout(
+                total=total_timeout_s, sock_connect=self._connect_timeout_s, sock_read=idle_timeout_s
+            ),
+            allow_redirects=False,
+            trace_request_ctx=seen,
+        )
+        return response, bool(seen.new)
+
+    async def healthy(self) -> bool:
+        """Whether the engine's own health route says so."""
+        try:
+            async with self._session.get(self._base + "/health", timeout=_HEALTH) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    async def check_health(self) -> None:
+        """Raise `EngineError` unless the engine's own health route is content."""
+        if not await self.healthy():
+            raise EngineError("its health route does not say so")
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The engine's own model list."""
+        listed = (await self._call("GET", "/v1/models")).get("data")
+        if not isinstance(listed, list) or not listed:
+            raise EngineError("engine lists no models")
+        return [item for item in listed if isinstance(item, dict) and isinstance(item.get("id"), str)]
+
+    async def attest(self) -> Attestation:
+        """Ask the plugin what it is and holds."""
+        try:
+            return _parse(Attestation, await self._call("GET", f"{API}/attest"))
+        except EngineRefusedError as error:
+            raise EngineError(
+                f"the engine does not attest the interpretops plugin ({error}); start it with "
+                "VLLM_PLUGINS=interpretops and interpretops installed beside it"
+            ) from error
+
+    async def selftest(self) -> None:
+        """Let the engine prove through the running model that edits act; raises `EngineError` when not."""
+        answer = await self._call("POST", f"{API}/selftest", accept=(200, 503))
+        if answer.get("ok") is not True:
+            raise EngineError(f"engine's self-test failed: {answer.get('reason', 'no reason given')}")
+
+    async def load(self, revision: str, plan: bytes, digest: str) -> None:
+        """Make a plan resident on every rank; raises unless every rank attests its very numbers."""
+        loaded = _parse(_Loaded, await self._call("PUT", f"{API}/plans/{quote(revision)}", data=plan))
+        wrong = [rank.rank for rank in loaded.ranks if rank.digest != digest]
+        if loaded.revision != revision or not loaded.ranks or wrong:
+            raise EngineError(
+                f"plan {revision[:12]}: ranks {wrong} of the engine hold other numbers than the plan"
+            )
+
+    async def retire(self, revision: str) -> None:
+        """Admit no more requests under a plan; the engine frees its rows after the last one."""
+        await self._call("DELETE", f"{API}/plans/{quote(revision)}", accept=(200, 404))
+
+    async def receipt(self, nonce: str) -> Receipt | None:
+        """What was done for the request that carried ``nonce``; None when the engine knows of none."""
+        answer = await self._call("GET", f"{API}/receipts/{quote(nonce)}", accept=(200, 404))
+        return _parse(Receipt, answer) if "revision" in answer else None
+
+    async def _call(
+        self, method: str, path: str, *, data: bytes | None = None, accept: tuple[int, ...] = (200,)
+    ) -> Mapping[str, Any]:
+        try:
+            async with self._session.request(
+                method, self._base + path, data=data, timeout=self._control, allow_redirects=False
+            ) as response:
+                status = response.status
+                answer = await response.json(content_type=None)
+        except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:
+            raise EngineError(f"engine does not answer {method} {path}: {_why(error)}") from error
+        except ValueError:
+            raise EngineError(f"engine answers {method} {path} with something that is not JSON") from None
+        if not isinstance(answer, dict):
+            raise EngineError(f"engine answers {method} {path} with something that is no JSON object")
+        if status not in accept:
+            told = answer.get("error")
+            detail = told if isinstance(told, dict) else {}
+            message, code = detail.get("message", f"status {status}"), detail.get("code", status)
+            raise EngineRefusedError(
+                f"engine refuses {method} {path.rsplit('/', 1)[0]}: {message}", str(code)
+            )
+        return answer
+
+
+async def _note_new_connection(_session: object, context: SimpleNamespace, _params: object) -> None:
+    if context.trace_request_ctx is not None:
+        context.trace_request_ctx.new = True
+
+
+def _parse(kind: type[T], answer: Mapping[str, Any]) -> T:
+    try:
+        return kind.model_validate(answer)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise EngineError(
+            f"engine's {kind.__name__.strip('_')} is malformed: {where}: {first['msg']}"
+        ) from None
+
+
+def _why(error: BaseException) -> str:
+    return str(error) or type(error).__name__

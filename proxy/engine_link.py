@@ -1,0 +1,104 @@
+"""The one engine that may be used now: proven to steer, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from structlog.typing import FilteringBoundLogger
+
+from interpretops.errors import EngineError
+from interpretops.plan import ModelSpec
+from proxy.engine_client import Attestation, EngineClient
+from proxy.metrics import Metrics
+from proxy.refusal import EngineNotReady
+
+
+@dataclass(frozen=True)
+class ProvenEngine:
+    """An engine whose plugin has attested itself and passed its self-test."""
+
+    client: EngineClient
+    boot_id: str
+    spec: ModelSpec
+    models: tuple[dict[str, Any], ...]
+    """The engine's own entries of its model list."""
+    attested: Attestation
+
+    @property
+    def served(self) -> frozenset[str]:
+        """Names under which the engine serves the model."""
+        return frozenset(model["id"] for model in self.models)
+
+    async def check_same_boot(self) -> None:
+        """Raise unless the engine behind the address is still the process that was proven."""
+        boot_id = (await self.client.attest()).boot_id
+        if boot_id != self.boot_id:
+            raise EngineError(f"engine was restarted: boot {boot_id!r} instead of {self.boot_id!r}")
+
+
+class EngineLink:
+    """Holds the proven engine. Requests get it or a refusal; nothing in between."""
+
+    def __init__(self, metrics: Metrics, log: FilteringBoundLogger) -> None:
+        self._metrics = metrics
+        self._log = log
+        self._engine: ProvenEngine | None = None
+        self.reason = "the engine is starting"
+        """Why there is no engine, for operators."""
+
+    @property
+    def current(self) -> ProvenEngine | None:
+        """The proven engine, or None."""
+        return self._engine
+
+    def require(self) -> ProvenEngine:
+        """The proven engine; refuses the request when there is none."""
+        if self._engine is None:
+            raise EngineNotReady("the engine is not ready; try again in a moment")
+        return self._engine
+
+    async def prove(
+        self,
+        client: EngineClient,
+        prepare: Callable[[ProvenEngine], Awaitable[None]],
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Attest and test the engine, let ``prepare`` load the plans, then open it for requests.
+
+        Raises `EngineError` when any of it fails; there is no engine then.
+        """
+        self.lose("the engine is being proven")
+        attested = await client.attest()
+        self._metrics.engine_up.set(1)
+        progress("Proving the engine: self-test through the running model")
+        await client.selftest()
+        engine = ProvenEngine(
+            client, attested.boot_id, attested.spec(), tuple(await client.models()), attested
+        )
+        progress("Loading policies")
+        await prepare(engine)
+        # The self-test and the plans must be those of one and the same process.
+        await engine.check_same_boot()
+        self._engine = engine
+        self.reason = ""
+        self._metrics.ready.set(1)
+        self._log.info(
+            "engine_ready",
+            boot_id=attested.boot_id,
+            model=engine.spec.name,
+            fingerprint=engine.spec.fingerprint[:12],
+            plugin=attested.plugin_version,
+            vllm=attested.vllm_version,
+        )
+
+    def lose(self, reason: str, *, gone: bool = False) -> None:
+        """Close the engine to requests."""
+        if self._engine is not None:
+            self._log.error("engine_lost", reason=reason)
+        self._engine = None
+        self.reason = reason
+        self._metrics.ready.set(0)
+        if gone:
+            self._metrics.engine_up.set(0)

@@ -1,0 +1,178 @@
+"""Keeps an engine behind the gateway: starts it, waits for it, proves it, notices its end, begins again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+from structlog.typing import FilteringBoundLogger
+
+from interpretops.errors import EngineError
+from interpretops.settings import Settings
+from proxy.engine_client import EngineClient
+from proxy.engine_link import EngineLink, ProvenEngine
+from proxy.local_engine import LocalEngine
+from proxy.metrics import Metrics
+
+_POLL_S = 0.25
+_WATCH_EVERY_S = 1.0
+_ATTEST_EVERY = 5
+"""Health is asked every time, the plugin every fifth."""
+_MISSES = 3
+_BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+_STABLE_S = 60.0
+
+
+class Engine(Protocol):
+    """An engine, wherever it runs."""
+
+    @property
+    def address(self) -> str: ...
+    async def start(self) -> None: ...
+    async def wait_gone(self) -> str: ...
+    async def stop(self) -> None: ...
+    def tail(self) -> list[str]: ...
+
+
+class RemoteEngine:
+    """An engine started elsewhere: its life is not ours."""
+
+    def __init__(self, url: str) -> None:
+        self.address = url
+
+    async def start(self) -> None:
+        """Nothing to start."""
+
+    async def wait_gone(self) -> str:
+        """Never returns: only its silence tells."""
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def stop(self) -> None:
+        """Nothing to stop."""
+
+    def tail(self) -> list[str]:
+        """Its log is not here."""
+        return []
+
+
+def make_engine(settings: Settings, model: Path | None) -> Engine:
+    """The engine that the settings name: a new local one, or the one behind `engine.url`."""
+    if settings.engine.url is not None:
+        return RemoteEngine(settings.engine.url)
+    assert model is not None
+    return LocalEngine(settings, model, settings.cache.dir.expanduser() / "logs" / "engine.log")
+
+
+class EngineLoop:
+    """Runs one engine after the other until cancelled."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        link: EngineLink,
+        make: Callable[[], Engine],
+        prepare: Callable[[ProvenEngine], Awaitable[None]],
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._settings = settings
+        self._link = link
+        self._make = make
+        self._prepare = prepare
+        self._metrics = metrics
+        self._log = log
+        self._progress = progress
+        self.first_ready = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+        """Runs `run`; set by whoever starts it."""
+        self.last_words: list[str] = []
+        """The end of the log of the engine that was lost last."""
+
+    async def run(self) -> None:
+        """Never returns. Raises `EngineError` when the very first engine does not come up."""
+        failures = 0
+        while True:
+            began = time.monotonic()
+            try:
+                reason = await self._live()
+            except EngineError as error:
+                if not self.first_ready.is_set():
+                    raise
+                reason = str(error)
+            failures = 0 if time.monotonic() - began > _STABLE_S else failures + 1
+            delay_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
+            self._log.error("engine_restart", reason=reason, delay_s=delay_s)
+            await asyncio.sleep(delay_s)
+
+    async def _live(self) -> str:
+        """One engine's life, to its end; returns why it ended."""
+        engine = self._make()
+        client: EngineClient | None = None
+        gone: asyncio.Task[str] | None = None
+        try:
+            await engine.start()
+            self._metrics.engine_starts.inc()
+            client = EngineClient(engine.address, connect_timeout_s=self._settings.gateway.connect_timeout_s)
+            gone = asyncio.create_task(engine.wait_gone())
+            life = asyncio.create_task(self._serve(client))
+            try:
+                await asyncio.wait({gone, life}, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    self._link.lose(gone.result(), gone=True)
+                    raise EngineError(gone.result())
+                return life.result()
+            finally:
+                life.cancel()
+                with contextlib.suppress(asyncio.CancelledError, EngineError):
+                    await life
+        finally:
+            self._link.lose("the engine was lost and is being started again", gone=True)
+            if gone is not None:
+                gone.cancel()
+            if client is not None:
+                await client.close()
+            self.last_words = engine.tail()
+            await engine.stop()
+
+    async def _serve(self, client: EngineClient) -> str:
+        await self._wait_healthy(client)
+        await self._link.prove(client, self._prepare, self._progress)
+        self.first_ready.set()
+        return await self._watch()
+
+    async def _wait_healthy(self, client: EngineClient) -> None:
+        timeout_s = self._settings.engine.startup_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await client.healthy():  # noqa: ASYNC110 - another process's state
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise EngineError(
+                f"the engine did not answer within engine.startup_timeout_s = {timeout_s:g}; "
+                "raise it, or see the engine's log"
+            ) from None
+
+    async def _watch(self) -> str:
+        """Ask again and again whether it is still the same engine; returns why it is not."""
+        missed = turn = 0
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            engine = self._link.current
+            if engine is None:
+                return self._link.reason
+            turn += 1
+            try:
+                await engine.client.check_health()
+                if turn % _ATTEST_EVERY == 0 and (await engine.client.attest()).boot_id != engine.boot_id:
+                    return "the engine was restarted elsewhere"
+                missed = 0
+            except EngineError as error:
+                missed += 1
+                if missed >= _MISSES:
+                    return f"the engine stopped answering: {error}"

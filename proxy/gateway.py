@@ -1,0 +1,73 @@
+"""Puts the gateway together: one engine, one catalogue, two apps, and the tasks that keep them alive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+from structlog.typing import FilteringBoundLogger
+
+from interpretops.settings import Settings
+from proxy.admin import make_admin_app
+from proxy.app import make_public_app
+from proxy.binding import check_bindings, demanded
+from proxy.catalogue import Catalogue
+from proxy.engine_link import EngineLink
+from proxy.engine_loop import Engine, EngineLoop
+from proxy.metrics import Metrics
+from proxy.state import Gateway
+from proxy.watch import watch_policies
+
+
+@dataclass(frozen=True)
+class Apps:
+    """The two apps of one gateway, and what keeps its engine."""
+
+    public: web.Application
+    admin: web.Application
+    gateway: Gateway
+    engine_loop: EngineLoop
+
+
+def make_app(
+    settings: Settings,
+    make_engine: Callable[[], Engine],
+    log: FilteringBoundLogger,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Apps:
+    """Both apps over one state; the public one's start starts the engine, its cleanup ends it.
+
+    Raises `ConfigError`.
+    """
+    check_bindings(settings.bindings)
+    metrics = Metrics()
+    link = EngineLink(metrics, log)
+    paths = settings.paths
+    catalogue = Catalogue(paths.policies, paths.artifacts, demanded(settings.bindings), link, metrics, log)
+    gateway = Gateway(settings, link, catalogue, metrics, log)
+    loop = EngineLoop(settings, link, make_engine, catalogue.prepare, metrics, log, progress)
+
+    async def keep_engine(_app: web.Application) -> AsyncIterator[None]:
+        loop.task = asyncio.create_task(loop.run(), name="engine")
+        yield
+        await _end(loop.task)
+        await catalogue.close()
+
+    async def keep_watch(_app: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(watch_policies(paths.policies, catalogue, link, log), name="watch")
+        yield
+        await _end(task)
+
+    public = make_public_app(gateway)
+    public.cleanup_ctx.append(keep_engine)
+    if settings.gateway.watch_policies:
+        public.cleanup_ctx.append(keep_watch)
+    return Apps(public, make_admin_app(gateway), gateway, loop)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    # Its failure, if any, was seen by whoever waits for the task.
+    await asyncio.gather(task, return_exceptions=True)

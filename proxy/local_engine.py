@@ -1,0 +1,110 @@
+"""One local engine process: started on a private socket, watched, and ended with everything it started."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from interpretops.settings import Settings
+from proxy.engine_command import engine_command, engine_environment
+
+_GRACE_S = 10.0
+_TAIL_LINES = 12
+_KEEPER = Path(__file__).with_name("keeper.py")
+_CAUSE = re.compile(r"(^|[\]\s])[A-Za-z_.]*(Error|Exception): \S")
+
+
+class LocalEngine:
+    """An engine in processes of its own. Every instance has its own socket, so that a connection made to one
+    can never reach its successor."""
+
+    def __init__(self, settings: Settings, model: Path, log_file: Path) -> None:
+        self._settings = settings
+        self._model = model
+        self.log_file = log_file
+        # Short: a unix socket's path may have 107 bytes.
+        self._folder = Path(tempfile.mkdtemp(prefix="iops-"))
+        self._socket = self._folder / "engine.sock"
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def address(self) -> str:
+        """Where the engine listens."""
+        return f"unix://{self._socket}"
+
+    @property
+    def pid(self) -> int | None:
+        """The keeper's process id, which is also the id of the engine's process group."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Start the processes; returns long before the engine answers."""
+        command = engine_command(self._settings, self._model, self._socket)
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.log_file.replace(self.log_file.with_suffix(".previous.log"))
+        descriptor = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                # By its file and isolated: a folder `proxy` where the user stands must not be taken for ours.
+                *(sys.executable, "-I", str(_KEEPER), str(_GRACE_S)),
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=descriptor,
+                stderr=descriptor,
+                env=engine_environment(self._settings),
+                start_new_session=True,
+            )
+        finally:
+            os.close(descriptor)
+
+    async def wait_gone(self) -> str:
+        """Wait for the engine's end; why, in one line."""
+        assert self._process is not None
+        status = await self._process.wait()
+        cause = self._cause()
+        return f"engine ended with status {status}{f': {cause}' if cause else ''}; its log is {self.log_file}"
+
+    def tail(self) -> list[str]:
+        """The last lines of the engine's log."""
+        return [line[:300] for line in self._log_lines()[-_TAIL_LINES:]]
+
+    def _cause(self) -> str | None:
+        """The line of the log that most likely says why the engine died: its first error."""
+        return next((line.strip()[-400:] for line in self._log_lines() if _CAUSE.search(line)), None)
+
+    def _log_lines(self) -> list[str]:
+        try:
+            return self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return []
+
+    async def stop(self) -> None:
+        """End the engine: gently, then the whole process group."""
+        process = self._process
+        try:
+            if process is not None:
+                await asyncio.shield(_end(process))
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        async with asyncio.timeout(_GRACE_S + 5):
+            await process.wait()
+    except TimeoutError:
+        pass
+    # Also when the keeper was killed itself: its group bears its id until the last member is gone.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()

@@ -1,0 +1,99 @@
+"""The gateway's Prometheus metrics, each declared once, in a registry of its own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+__all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
+
+_TTFT_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_E2E_BUCKETS_S = (
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+)
+_OVERHEAD_BUCKETS_S = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 100e-3, 500e-3)
+
+
+class Metrics:
+    """Everything the gateway counts. Labels: route patterns, ids of loaded policies, codes, statuses."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "interpretops_requests", "Requests answered.", ("route", "policy", "status"), registry=registry
+        )
+        self.refusals = Counter(
+            "interpretops_refusals", "Requests refused, by reason.", ("reason",), registry=registry
+        )
+        self.receipts_failed = Counter(
+            "interpretops_receipts_failed",
+            "Answers withheld or cut off because the engine did not prove the demanded revision.",
+            ("policy",),
+            registry=registry,
+        )
+        self.clients_gone = Counter(
+            "interpretops_clients_gone", "Requests whose client went away.", ("route",), registry=registry
+        )
+        self.reloads = Counter(
+            "interpretops_policy_reloads", "Policy files loaded or refused.", ("result",), registry=registry
+        )
+        self.policy_info = Gauge(
+            "interpretops_policy_info",
+            "1 for the active revision.",
+            ("policy", "revision"),
+            registry=registry,
+        )
+        self.policy_broken = Gauge(
+            "interpretops_policy_broken",
+            "1 while the newest file of a policy is not what serves.",
+            ("policy",),
+            registry=registry,
+        )
+        self.engine_up = Gauge("interpretops_engine_up", "1 while the engine answers.", registry=registry)
+        self.ready = Gauge("interpretops_ready", "1 while the engine is proven to steer.", registry=registry)
+        self.engine_starts = Counter("interpretops_engine_starts", "Engines started.", registry=registry)
+        self.in_flight = Gauge("interpretops_requests_in_flight", "Requests in progress.", registry=registry)
+        self.ttft = Histogram(
+            "interpretops_time_to_first_token_seconds",
+            "Request read to first streamed event.",
+            ("policy",),
+            buckets=_TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.e2e = Histogram(
+            "interpretops_request_seconds",
+            "Request read to last byte.",
+            ("policy",),
+            buckets=_E2E_BUCKETS_S,
+            registry=registry,
+        )
+        self.overhead = Histogram(
+            "interpretops_gateway_overhead_seconds",
+            "Time in the gateway itself, before and after the engine.",
+            buckets=_OVERHEAD_BUCKETS_S,
+            registry=registry,
+        )
+
+    def render(self) -> bytes:
+        """The exposition text."""
+        return generate_latest(self.registry)

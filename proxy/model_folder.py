@@ -1,0 +1,71 @@
+"""Finds or makes the model's folder in a process of its own, so that torch never comes into the gateway's.
+
+`python -I model_folder.py NAME CACHE_DIR [REVISION]` prints progress lines and, last, the folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from interpretops.errors import ModelError
+from interpretops.model_source import resolve_model
+from interpretops.settings import Settings
+
+_FOLDER = "folder: "
+_FAULT = "fault: "
+
+
+async def find_model(settings: Settings, progress: Callable[[str], None]) -> Path:
+    """The folder of `model.name`, made or fetched first where needed. Raises `ModelError`."""
+    model = settings.model
+    arguments = [model.name, str(settings.cache.dir), *([model.revision] if model.revision else [])]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", __file__, *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    noise = asyncio.create_task(process.stderr.read())
+    faults: list[str] = []
+    try:
+        async for raw in process.stdout:
+            line = raw.decode(errors="replace").rstrip("\n")
+            if line.startswith(_FOLDER):
+                return Path(line.removeprefix(_FOLDER))
+            if line.startswith(_FAULT):
+                faults.append(line.removeprefix(_FAULT))
+            elif line:
+                progress(line)
+        last = (await noise).decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise ModelError("\n".join(faults) or f"model.name = {model.name!r} could not be prepared: {last[0]}")
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        noise.cancel()
+        await process.wait()
+
+
+def main(arguments: list[str]) -> int:
+    """The process's own part."""
+    name, cache_dir, *revision = arguments
+
+    def show(line: str) -> None:
+        print(line, flush=True)  # noqa: T201 - read by `find_model`
+
+    try:
+        folder = resolve_model(name, Path(cache_dir), show, revision=revision[0] if revision else None)
+    except ModelError as error:
+        for line in str(error).splitlines():
+            show(_FAULT + line)
+        return 1
+    show(f"{_FOLDER}{folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""Finds policy files and compiles them; content, not time, decides what is new."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from interpretops.compile import compile_policy
+from interpretops.errors import InterpretOpsError, PolicyError
+from interpretops.plan import ModelSpec
+from interpretops.policy import load_policy
+
+MAX_POLICY_BYTES: Final = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Revision:
+    """A compiled policy."""
+
+    policy: str
+    revision: str
+    plan: bytes
+    digest: str
+    """What every rank must attest; see `Plan.digest`."""
+    description: str
+    target_class: str
+    file: Path
+    model_fingerprint: str
+    compiled_at: datetime
+
+    @property
+    def label(self) -> str:
+        """``<id>@<12 hex>``, as callers see it."""
+        return f"{self.policy}@{self.revision[:12]}"
+
+
+def find_policies(folder: Path) -> Mapping[Path, str]:
+    """The policy files of a folder, by sha256: every ``*.yaml`` in it, every ``policy.yaml`` below.
+
+    Hidden files and folders are passed over. Raises `PolicyError` when the folder is not there.
+    """
+    if not folder.is_dir():
+        raise PolicyError(
+            f"paths.policies = {folder}, but there is no such folder; what was loaded keeps serving"
+        )
+    found: dict[Path, str] = {}
+    for path in sorted({*folder.glob("*.yaml"), *folder.glob("**/policy.yaml")}):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        try:
+            with path.open("rb") as file:
+                found[path] = hashlib.sha256(file.read(MAX_POLICY_BYTES + 1)).hexdigest()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            # Known, but unreadable: loading it will say why.
+            found[path] = f"unreadable: {error.strerror}"
+    return found
+
+
+class BrokenPolicyError(PolicyError):
+    """A policy file that does not become a plan."""
+
+    def __init__(self, policy: str | None, message: str) -> None:
+        super().__init__(message)
+        self.policy = policy
+        """The id that the file gives, where it could be read that far."""
+
+
+def compile_file(path: Path, model: ModelSpec, artifacts: Path) -> Revision:
+    """Load and compile one file. Raises `BrokenPolicyError`; takes up to seconds, so run it in a thread."""
+    policy_id: str | None = None
+    try:
+        policy = load_policy(path)
+        policy_id = policy.meta.id
+        plan = compile_policy(policy, model=model, artifacts=artifacts)
+        data, digest = plan.to_bytes(), plan.digest()
+    except InterpretOpsError as error:
+        raise BrokenPolicyError(policy_id, str(error)) from error
+    except OSError as error:
+        raise BrokenPolicyError(policy_id, f"{path}: cannot be read ({error.strerror})") from error
+    return Revision(
+        policy=policy.meta.id,
+        revision=hashlib.sha256(data).hexdigest(),
+        plan=data,
+        digest=digest,
+        description=policy.meta.description,
+        target_class=policy.meta.target_class,
+        file=path,
+        model_fingerprint=model.fingerprint,
+        compiled_at=datetime.now(UTC),
+    )

@@ -1,0 +1,222 @@
+"""Sends a request to the engine under its revision, and its answer back once a receipt proves it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import web
+
+from interpretops.errors import EngineError
+from proxy.binding import HEADER, NONE
+from proxy.engine_client import Receipt
+from proxy.engine_link import ProvenEngine
+from proxy.policy_files import Revision
+from proxy.refusal import (
+    EngineFailed,
+    EngineNotReady,
+    InvalidRequest,
+    PolicyUnavailable,
+    ReceiptFailed,
+    Refusal,
+    UnknownModel,
+    error_body,
+)
+from proxy.sanitize import serialize
+from proxy.sse import DONE, SseOverflowError, SseSplitter, comment, data_event
+from proxy.state import Gateway, Trail
+
+RECEIPT_HEADER: Final = "X-Steering-Receipt"
+REQUEST_ID_HEADER: Final = "X-Request-Id"
+_NOT_RESIDENT: Final = frozenset(("revision_not_resident", "unknown_revision", "table_full", "retired"))
+_GONE = (aiohttp.ClientError, OSError, TimeoutError)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """One request, ready to be sent: what it asks, and the revision that must steer it."""
+
+    gateway: Gateway
+    engine: ProvenEngine
+    route: str
+    body: Mapping[str, Any]
+    revision: Revision | None
+    trail: Trail
+
+    @property
+    def revision_id(self) -> str:
+        """64 hex, or `none`."""
+        return NONE if self.revision is None else self.revision.revision
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that every answer carries."""
+        label = NONE if self.revision is None else self.revision.label
+        return {HEADER: label, REQUEST_ID_HEADER: self.trail.request_id}
+
+
+async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
+    """Answer one request. Raises `Refusal` as long as nothing has been sent to the client."""
+    nonce = secrets.token_hex(16)
+    sealed = {"interpretops_revision": demand.revision_id, "interpretops_nonce": nonce}
+    payload = serialize({**demand.body, "vllm_xargs": sealed})
+    settings = demand.gateway.settings.gateway
+    streamed = demand.body.get("stream") is True
+    sent_at = time.perf_counter()
+    try:
+        upstream, new_connection = await demand.engine.client.generate(
+            demand.route,
+            payload,
+            total_timeout_s=settings.request_timeout_s,
+            idle_timeout_s=settings.stream_idle_timeout_s if streamed else None,
+        )
+    except (*_GONE, RuntimeError) as error:
+        raise _engine_gone(error) from error
+    try:
+        if upstream.status != 200:
+            raise await _engine_refusal(upstream)
+        if new_connection:
+            # An engine that was restarted behind the same address has no old connections.
+            await _check_boot(demand)
+        if streamed:
+            return await _relay_stream(request, demand, upstream, nonce, sent_at)
+        return await _relay_whole(demand, upstream, nonce, sent_at)
+    finally:
+        # Also when the client is gone or we were cancelled: the engine stops generating when this closes.
+        upstream.close()
+
+
+async def _relay_whole(
+    demand: Demand, upstream: aiohttp.ClientResponse, nonce: str, sent_at: float
+) -> web.StreamResponse:
+    try:
+        answer = await upstream.read()
+    except _GONE as error:
+        raise _engine_gone(error) from error
+    demand.trail.engine_s = time.perf_counter() - sent_at
+    receipt = await _proof(demand, nonce)
+    headers = {**demand.headers, RECEIPT_HEADER: json.dumps(receipt, separators=(",", ":"))}
+    return web.Response(body=answer, content_type="application/json", headers=headers)
+
+
+async def _relay_stream(
+    request: web.Request, demand: Demand, upstream: aiohttp.ClientResponse, nonce: str, sent_at: float
+) -> web.StreamResponse:
+    if upstream.content_type != "text/event-stream":
+        raise EngineFailed("the engine did not answer with an event stream")
+    trail = demand.trail
+    response = web.StreamResponse(
+        headers={**demand.headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    )
+    response.content_type = "text/event-stream"
+    response.charset = "utf-8"
+    splitter = SseSplitter()
+    await response.prepare(request)
+    try:
+        async for chunk in upstream.content.iter_any():
+            if events := splitter.feed(chunk):
+                if trail.ttft_s is None:
+                    trail.ttft_s = time.perf_counter() - trail.began_at
+                await response.write(events)
+        trail.engine_s = time.perf_counter() - sent_at
+        if splitter.failed:
+            trail.reason = EngineFailed.code
+            await response.write_eof()
+            return response
+        if not splitter.done:
+            raise EngineFailed("the engine ended the stream too early; the answer is incomplete")
+        receipt = await _proof(demand, nonce)
+    except Refusal as refusal:
+        return await _break_off(response, trail, refusal)
+    except SseOverflowError:
+        return await _break_off(response, trail, EngineFailed("the engine sent an event without end"))
+    except aiohttp.ClientConnectionResetError:
+        # Writing to the client failed; the engine's failures are the other kinds.
+        raise
+    except _GONE as error:
+        return await _break_off(response, trail, _engine_gone(error))
+    await response.write(comment("steering-receipt", receipt) + DONE)
+    await response.write_eof()
+    return response
+
+
+async def _break_off(response: web.StreamResponse, trail: Trail, refusal: Refusal) -> web.StreamResponse:
+    """End a stream that has begun: an error event, and no end marker, lest a client take it for whole."""
+    trail.reason = refusal.code
+    await response.write(data_event(error_body(refusal.status, refusal.code, str(refusal))))
+    await response.write_eof()
+    return response
+
+
+async def _proof(demand: Demand, nonce: str) -> dict[str, Any]:
+    """The receipt for the answer just read, as callers see it; raises when it does not prove the revision."""
+    why: str | None
+    receipt: Receipt | None = None
+    try:
+        receipt = await demand.engine.client.receipt(nonce)
+        why = _fault(receipt, demand.revision_id)
+    except EngineError as error:
+        why = str(error)
+    if receipt is None or why is not None:
+        demand.gateway.metrics.receipts_failed.labels(demand.trail.policy).inc()
+        demand.gateway.log.error(
+            "receipt_failed", request_id=demand.trail.request_id, demanded=demand.revision_id, why=why
+        )
+        raise ReceiptFailed(
+            "the engine did not prove that the demanded policy was applied; the answer is withheld"
+        )
+    return {
+        "policy": demand.trail.policy,
+        **receipt.model_dump(exclude={"finished"}),
+    }
+
+
+def _fault(receipt: Receipt | None, demanded: str) -> str | None:
+    if receipt is None:
+        return "no receipt"
+    if receipt.revision != demanded:
+        return f"receipt is for revision {receipt.revision[:64]!r}"
+    if receipt.requests < 1 or not receipt.finished:
+        return f"receipt covers {receipt.requests} requests, finished = {receipt.finished}"
+    if demanded != NONE and receipt.tokens_evaluated < 1:
+        return "receipt says that no token was evaluated"
+    return None
+
+
+async def _check_boot(demand: Demand) -> None:
+    try:
+        await demand.engine.check_same_boot()
+    except EngineError as error:
+        raise EngineNotReady(
+            "the engine was restarted and is not proven yet; try again in a moment"
+        ) from error
+
+
+async def _engine_refusal(upstream: aiohttp.ClientResponse) -> Refusal:
+    """The engine's own error, in OpenAI's shape; its inner failures without their text."""
+    try:
+        told = json.loads(await upstream.read())["error"]
+        message, code, param = str(told["message"]), told.get("code"), told.get("param")
+    except (*_GONE, ValueError, KeyError, TypeError, AttributeError):
+        return EngineFailed(f"the engine answered with status {upstream.status}")
+    if code in _NOT_RESIDENT:
+        return PolicyUnavailable("the engine does not hold the demanded policy at the moment; try again")
+    if upstream.status in (400, 413, 422):
+        return InvalidRequest(message, param=None if param is None else str(param))
+    if upstream.status == 404:
+        return UnknownModel(message, param="model")
+    return EngineFailed(f"the engine failed with status {upstream.status}")
+
+
+def _engine_gone(error: BaseException) -> Refusal:
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | RuntimeError):
+        return EngineNotReady("the engine cannot be reached; try again in a moment")
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return EngineFailed("the engine did not answer in time")
+    return EngineFailed("the engine went away while it answered; the answer is incomplete")

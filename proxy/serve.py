@@ -1,0 +1,176 @@
+"""The `mechctl serve` command: listens, starts the engine, shows progress, says ready, ends cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from rich.console import Console
+
+from interpretops.errors import ConfigError
+from interpretops.settings import Settings
+from proxy.engine_command import check_memory, engine_command
+from proxy.engine_loop import make_engine
+from proxy.gateway import Apps, make_app
+from proxy.logs import make_logger
+from proxy.model_folder import find_model
+
+_FORCED_EXIT = 130
+
+
+def serve(settings: Settings) -> None:
+    """Run until SIGINT or SIGTERM. Raises `InterpretOpsError`, of one line, when it cannot start."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    asyncio.run(_Serve(settings, console).run())
+
+
+class _Serve:
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self._settings = settings
+        self._console = console
+        self._stop = asyncio.Event()
+        self._status = console.status("Starting")
+
+    async def run(self) -> None:
+        self._take_signals()
+        gateway = self._settings.gateway
+        with (
+            _listen(gateway.host, gateway.port, "gateway.port", "--port") as public,
+            _listen(gateway.admin_host, gateway.admin_port, "gateway.admin_port", "--admin-port") as admin,
+        ):
+            if self._console.is_terminal:
+                self._status.start()
+            try:
+                await self._run_on(public, admin)
+            finally:
+                self._status.stop()
+
+    async def _run_on(self, public: socket.socket, admin: socket.socket) -> None:
+        settings, model = self._settings, None
+        if settings.engine.url is None:
+            model = await self._unless_stopped(find_model(settings, self._progress))
+            if model is None:
+                return
+            check_memory(settings, model)
+            engine_command(settings, model, Path("engine.sock"))
+            self._progress("Starting the engine (about a minute on a CPU)")
+        else:
+            self._progress(f"Waiting for the engine at {settings.engine.url}")
+        apps = make_app(settings, lambda: make_engine(settings, model), make_logger(), self._progress)
+        grace_s = settings.gateway.shutdown_grace_s
+        runners = [
+            web.AppRunner(app, handler_cancellation=True, shutdown_timeout=grace_s, access_log=None)
+            for app in (apps.public, apps.admin)
+        ]
+        try:
+            for runner, listener in zip(runners, (public, admin), strict=True):
+                await runner.setup()
+                await web.SockSite(runner, listener).start()
+            await self._until_stopped(apps, public, admin)
+        finally:
+            for runner in runners:
+                await runner.cleanup()
+
+    async def _until_stopped(self, apps: Apps, public: socket.socket, admin: socket.socket) -> None:
+        loop = apps.engine_loop
+        assert loop.task is not None
+        ready = asyncio.create_task(loop.first_ready.wait())
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({ready, stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
+        self._status.stop()
+        if ready.done():
+            self._announce(apps, public, admin)
+            await asyncio.wait({stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        stop.cancel()
+        if not self._stop.is_set():
+            for line in loop.last_words:
+                self._console.print(f"  {line}", style="dim", markup=False)
+            await loop.task
+        self._console.print("Stopping")
+
+    async def _unless_stopped(self, finding: Coroutine[Any, Any, Path]) -> Path | None:
+        task = asyncio.create_task(finding)
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return None
+
+    def _announce(self, apps: Apps, public: socket.socket, admin: socket.socket) -> None:
+        engine = apps.gateway.link.current
+        served = sorted(engine.served)[0] if engine is not None else self._settings.model.served_name
+        entries = apps.gateway.catalogue.entries
+        active = [policy for policy in sorted(entries) if entries[policy].active is not None]
+        for policy, entry in sorted(entries.items()):
+            if entry.error:
+                self._console.print(
+                    f"policy {policy} is not up to date: {entry.error}", style="yellow", markup=False
+                )
+        self._console.print(
+            f"model {served}, policies {', '.join(active) or 'none'}, admin and metrics on {_url(admin)}",
+            markup=False,
+        )
+        name = f"{served}+{active[0]}" if active else served
+        body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+        route = f"{_url(public)}/v1/chat/completions"
+        curl = f"curl {route} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+        # On standard output, where scripts wait for it.
+        sys.stdout.write(f"ready: {_url(public)}/v1   try: {curl}\n")
+        sys.stdout.flush()
+
+    def _progress(self, line: str) -> None:
+        if self._console.is_terminal:
+            self._status.update(line)
+        self._console.print(line, style="dim", markup=False)
+
+    def _take_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        if self._stop.is_set():
+            # Asked twice: go at once. The engine's keeper sees us gone and ends the engine.
+            os._exit(_FORCED_EXIT)
+        self._stop.set()
+
+
+def _listen(host: str, port: int, field: str, flag: str) -> socket.socket:
+    """A listening socket, before anything slow begins."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+    except OSError as error:
+        raise ConfigError(
+            f"{field.replace('port', 'host')} = {host!r}, but it is no address here ({error})"
+        ) from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            why = f"another program uses it; stop that, or choose another with {flag}"
+        else:
+            why = f"it cannot be opened ({error.strerror})"
+        raise ConfigError(f"{field} = {port}, but {why}") from error
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

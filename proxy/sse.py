@@ -1,0 +1,64 @@
+"""Server-sent events, relayed whole: the end marker and errors are seen, everything else is bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+DONE: Final = b"data: [DONE]\n\n"
+MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
+
+_DONE_PREFIX = b"data: [DONE]"
+_ERROR_PREFIXES = (b'data: {"error"', b'data: {"object":"error"', b"event: error")
+
+
+class SseOverflowError(Exception):
+    """One event is larger than any engine sends."""
+
+
+class SseSplitter:
+    """Splits a byte stream at event ends, keeps the end marker back, and notes an error event.
+
+    The engine ends a stream with its end marker even after an error event, so both must be known.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self.done = False
+        self.failed = False
+
+    def feed(self, chunk: bytes) -> bytes:
+        """The whole events that can be sent on now, bytes untouched; possibly none."""
+        data = self._rest + chunk
+        cut = data.rfind(b"\n\n") + 2
+        if cut == 1:
+            if len(data) > MAX_EVENT_BYTES:
+                raise SseOverflowError
+            self._rest = data
+            return b""
+        self._rest = data[cut:]
+        events = data[:cut]
+        if b"[DONE]" not in events and b"error" not in events:
+            return events
+        return self._inspect(events)
+
+    def _inspect(self, events: bytes) -> bytes:
+        kept: list[bytes] = []
+        for event in events.split(b"\n\n")[:-1]:
+            if event.startswith(_DONE_PREFIX):
+                self.done = True
+            else:
+                self.failed = self.failed or event.startswith(_ERROR_PREFIXES)
+                kept.append(event + b"\n\n")
+        return b"".join(kept)
+
+
+def data_event(payload: Mapping[str, Any]) -> bytes:
+    """A ``data:`` event."""
+    return b"data: " + json.dumps(payload, separators=(",", ":")).encode() + b"\n\n"
+
+
+def comment(name: str, payload: Mapping[str, Any]) -> bytes:
+    """A comment line that clients skip and auditors read."""
+    return f": {name} ".encode() + json.dumps(payload, separators=(",", ":")).encode() + b"\n\n"

@@ -1,0 +1,47 @@
+"""Notices that policy files changed: at once where the system tells, within two seconds where it does not."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import watchfiles
+from structlog.typing import FilteringBoundLogger
+
+from interpretops.errors import InterpretOpsError
+from proxy.catalogue import Catalogue
+from proxy.engine_link import EngineLink
+
+_POLL_S = 2.0
+"""Covers what no notification tells of: network folders, a folder that is made later, swapped links."""
+
+
+async def watch_policies(
+    folder: Path, catalogue: Catalogue, link: EngineLink, log: FilteringBoundLogger
+) -> None:
+    """Reload on every change, until cancelled. Contents are compared, so a false alarm costs nothing."""
+    changed = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_listen(folder, changed))
+        while True:
+            try:
+                async with asyncio.timeout(_POLL_S):
+                    await changed.wait()
+            except TimeoutError:
+                pass
+            changed.clear()
+            if link.current is None:
+                continue
+            try:
+                await catalogue.reload()
+            except InterpretOpsError as error:
+                log.warning("reload_postponed", error=str(error))
+
+
+async def _listen(folder: Path, changed: asyncio.Event) -> None:
+    while True:
+        try:
+            async for _ in watchfiles.awatch(folder, debounce=100, step=20, rust_timeout=5000):
+                changed.set()
+        except (FileNotFoundError, OSError):
+            await asyncio.sleep(_POLL_S)
