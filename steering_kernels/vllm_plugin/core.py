@@ -74,20 +74,28 @@ def attest(core: Any) -> dict[str, Any]:
     }
 
 
+def _registry(core: Any) -> Registry:
+    """The core's registry. `setdefault` is atomic: the input thread and the loop may both come first."""
+    options = EngineOptions.read(core.vllm_config.additional_config)
+    registry: Registry = vars(core).setdefault(
+        "_interpretops_registry", Registry(pass_through=options.pass_through)
+    )
+    return registry
+
+
+def _idle(core: Any) -> list[str]:
+    """Retired revisions whose last request has ended, to be freed after the step."""
+    idle: list[str] = vars(core).setdefault("_interpretops_idle", [])
+    return idle
+
+
 def patch_core() -> None:
     """Patch `EngineCore` and `Scheduler`; utility methods are looked up by name on the core."""
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
-    def init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        self.interpretops = Registry(
-            pass_through=EngineOptions.read(vllm_config.additional_config).pass_through
-        )
-        self.interpretops_idle = []
-        original(self, vllm_config, *args, **kwargs)
-        self.scheduler.interpretops_core = self
-
     def preprocess_add_request(original: Any, self: Any, request: Any) -> Any:
+        self.scheduler.interpretops_core = self
         admit(self.interpretops, request)
         try:
             return original(self, request)
@@ -114,10 +122,12 @@ def patch_core() -> None:
             free_if_idle(self, self.interpretops_idle.pop())
         return result
 
+    # vLLM loads plugins inside EngineCore.__init__, too late to wrap that: state is made at its first use.
+    EngineCore.interpretops = property(_registry)
+    EngineCore.interpretops_idle = property(_idle)
     EngineCore.interpretops_load = load
     EngineCore.interpretops_retire = retire
     EngineCore.interpretops_attest = attest
-    wrap_method(EngineCore, "__init__", init)
     wrap_method(EngineCore, "preprocess_add_request", preprocess_add_request)
     wrap_method(EngineCore, "post_step", post_step)
     wrap_method(Scheduler, "_free_request", free_request)
