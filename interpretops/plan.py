@@ -289,18 +289,12 @@ class Plan:
 
         try:
             plan = cls._assemble(_read_header(data), load_safetensors(data))
-        except (
-            SafetensorError,
-            LookupError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:
+            check_plan(plan)
+            canonical = plan.to_bytes() == data
+        except _UNREADABLE as error:
             raise PlanError(f"plan file unreadable: {error}; compile the policy again") from error
-        except RecursionError as error:
-            raise PlanError("plan file unreadable: its header is nested too deeply") from error
-        check_plan(plan)
+        if not canonical:  # else the file's sha256 and the plan's revision could differ
+            raise PlanError("plan file is not as this build writes it; compile the policy again")
         return plan
 
     @classmethod
