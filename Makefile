@@ -1,0 +1,49 @@
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?=
+ARGS ?=
+bin := .venv/bin
+
+.PHONY: help
+help: ## List these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+.PHONY: install
+install: ## Make .venv from locks/cpu.txt (nothing to do when that is done; PYTHON=… names an interpreter)
+	@PYTHON="$(PYTHON)" locks/install.sh
+
+.PHONY: run
+run: install ## Start engine and gateway on 127.0.0.1:8000 (ARGS="--port 9000 …" for more)
+	@exec $(bin)/mechctl serve $(ARGS)
+
+.PHONY: test
+test: install ## Run all tests (ARGS="-m 'not engine'" leaves out those that start an engine)
+	@$(bin)/python -m pytest --durations=10 $(ARGS)
+
+.PHONY: check
+check: install ## Style, types, layers, lock: all that needs no model
+	@$(bin)/ruff check .
+	@$(bin)/ruff format --check .
+	@$(bin)/mypy
+	@$(bin)/python locks/lock.py check
+	@$(bin)/python -m pytest -q tests/test_import_contract.py tests/test_lock.py
+
+.PHONY: bench
+bench: install ## Overhead of the guard, A/B in one run (results go to benchmarks/results)
+	@$(bin)/python -m benchmarks.overhead $(ARGS)
+
+.PHONY: lock
+lock: install ## Resolve pyproject.toml into locks/*.txt anew, keeping pins that still fit
+	@$(bin)/python locks/lock.py
+
+.PHONY: docs
+docs: install ## Write the generated reference pages under docs/ anew
+	@$(bin)/python -m interpretops.settings_reference > docs/configuration.md
+	@$(bin)/mechctl policy reference > docs/policy-reference.md
+
+.PHONY: clean
+clean: ## Remove .venv and what tools left behind (the model cache stays)
+	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
