@@ -1,0 +1,242 @@
+"""A small fake engine for what cannot be provoked on a real one, and a gateway in front of it."""
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from aiohttp import ClientSession, web
+from aiohttp.test_utils import TestServer
+
+from interpretops.plan import ModelSpec, Plan
+from interpretops.settings import load_settings
+from proxy.engine_loop import RemoteEngine
+from proxy.gateway import Apps, make_app
+
+MODEL = "tiny-model"
+SPEC = ModelSpec(MODEL, "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
+API = "/interpretops/v1"
+
+
+@dataclass
+class FakeEngine:
+    """The contract between gateway and engine in memory; `trick` names the one thing it does wrong."""
+
+    socket: Path
+    trick: str = ""
+    plans: dict[str, Plan] = field(default_factory=dict)
+    retired: list[str] = field(default_factory=list)
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    let_go: asyncio.Event = field(default_factory=asyncio.Event)
+    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    boot_id: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["FakeEngine"]:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/{route:chat/completions|completions}", self._generate)
+        app.router.add_get(API + "/attest", self._attest)
+        app.router.add_post(API + "/selftest", self._selftest)
+        app.router.add_put(API + "/plans/{revision}", self._load)
+        app.router.add_delete(API + "/plans/{revision}", self._retire)
+        app.router.add_get(API + "/receipts/{nonce}", self._receipt)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await runner.setup()
+        self.socket.unlink(missing_ok=True)
+        await web.UnixSite(runner, str(self.socket)).start()
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response(status=503 if self.trick == "unhealthy" else 200)
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": MODEL, "root": "/secret/path", "max_model_len": 64}]})
+
+    async def _attest(self, _request: web.Request) -> web.Response:
+        if self.trick == "no_plugin":
+            return web.json_response({"error": {"message": "Not Found", "code": 404}}, status=404)
+        held = {revision: plan.digest() for revision, plan in self.plans.items()}
+        ranks = [{"rank": 0, "resident": held, "model": asdict(SPEC)}]
+        return web.json_response(
+            {
+                "plugin_version": "0",
+                "vllm_version": "0",
+                "boot_id": self.boot_id,
+                "model": asdict(SPEC),
+                "engines": [{"ranks": ranks, "resident": {}}],
+                "passthrough": True,
+            }
+        )
+
+    async def _selftest(self, _request: web.Request) -> web.Response:
+        if self.trick == "selftest_fails":
+            return web.json_response({"ok": False, "reason": "nothing changed"}, status=503)
+        return web.json_response({"ok": True})
+
+    async def _load(self, request: web.Request) -> web.Response:
+        if self.trick == "table_full":
+            return web.json_response({"error": {"message": "full", "code": "table_full"}}, status=507)
+        revision, plan = request.match_info["revision"], Plan.from_bytes(await request.read())
+        self.plans[revision] = plan
+        digest = "0" * 64 if self.trick == "wrong_digest" else plan.digest()
+        return web.json_response({"revision": revision, "ranks": [{"rank": 0, "digest": digest}]})
+
+    async def _retire(self, request: web.Request) -> web.Response:
+        self.plans.pop(request.match_info["revision"], None)
+        self.retired.append(request.match_info["revision"])
+        self.let_go.set()
+        return web.json_response({"revision": request.match_info["revision"], "in_flight": 0})
+
+    async def _receipt(self, request: web.Request) -> web.Response:
+        receipt = self.receipts.pop(request.match_info["nonce"], None)
+        if receipt is None:
+            return web.json_response({"error": {"message": "unknown", "code": "x"}}, status=404)
+        return web.json_response(receipt)
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.seen.append(body)
+        self.arrived.set()
+        revision = body["vllm_xargs"]["interpretops_revision"]
+        if revision not in ("none", *self.plans):
+            return web.json_response({"error": {"message": "not resident", "code": 500}}, status=500)
+        try:
+            if self.trick == "hold":
+                await self.go_on.wait()
+            return await self._answer(request, body, revision)
+        except (asyncio.CancelledError, ConnectionError):
+            self.aborted.set()
+            raise
+
+    async def _answer(self, request: web.Request, body: dict[str, Any], revision: str) -> web.StreamResponse:
+        receipt = {"revision": revision, "requests": 1, "tokens_evaluated": 3, "finished": True}
+        if self.trick == "wrong_revision":
+            receipt["revision"] = "a" * 64
+        if self.trick == "nothing_evaluated":
+            receipt["tokens_evaluated"] = 0
+        if self.trick != "no_receipt":
+            self.receipts[body["vllm_xargs"]["interpretops_nonce"]] = receipt
+        if not body.get("stream"):
+            return web.json_response({"id": "x", "choices": [{"text": revision}], "model": MODEL})
+        response = web.StreamResponse()
+        response.content_type = "text/event-stream"
+        await response.prepare(request)
+        for index in range(4):
+            await response.write(b'data: {"id":"x","n":%d,"text":"[DONE] error"}\n\n' % index)
+            if self.trick == "dies" and index == 1:
+                await response.write(b'data: {"id":"x","n"')
+                assert request.transport is not None
+                request.transport.abort()
+            if self.trick == "hold_stream" and index == 1:
+                await self.go_on.wait()
+        if self.trick == "error_event":
+            await response.write(b'data: {"error": {"message": "engine core died"}}\n\n')
+        if self.trick != "no_done":
+            await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+@dataclass
+class Front:
+    """A running gateway: an HTTP session for each of its listeners, and its insides."""
+
+    public: ClientSession
+    admin: ClientSession
+    apps: Apps
+    policies: Path
+    log: list[Any]
+
+    async def chat(self, *, headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, Any, Any]:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **fields}
+        async with self.public.post("/v1/chat/completions", json=body, headers=headers) as answer:
+            text = await answer.text()
+            return answer.status, answer.headers, text if body.get("stream") else json.loads(text)
+
+    async def policy_list(self) -> Any:
+        async with self.admin.get("/admin/policies") as answer:
+            return await answer.json()
+
+
+def write_policy(folder: Path, name: str, scale: float = 0.5, heads: str = "[0]") -> Path:
+    """A policy that needs no dictionary."""
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        f"meta: {{id: {name}}}\ninterventions:\n"
+        f"  - {{type: head_scale, selector: {{layer: 1, heads: {heads}}}, scale: {scale}}}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def policy_writer() -> Callable[..., Path]:
+    return write_policy
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[FakeEngine]:
+    async with FakeEngine(tmp_path / "e.sock").running() as running:
+        yield running
+
+
+@pytest.fixture
+def until() -> Callable[..., Any]:
+    """Waits until an asynchronous condition holds; for what no event tells of, as another process's state."""
+
+    async def wait(condition: Callable[[], Any], timeout_s: float = 10) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not await condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    return wait
+
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+async def start(tmp_path: Path, engine: FakeEngine) -> AsyncIterator[Start]:
+    """Starts a gateway before the fake engine; ``bindings`` and ``gateway`` are sections of the settings."""
+    stack: list[Any] = []
+
+    async def run(*policies: str, wait: bool = True, **sections: Any) -> Front:
+        folder = tmp_path / "policies"
+        folder.mkdir(exist_ok=True)
+        for name in policies:
+            write_policy(folder, name)
+        overrides = {"paths.policies": folder, "paths.artifacts": tmp_path, "engine.url": engine.url}
+        settings = load_settings(overrides={**overrides, **sections}, environ={})
+        log: list[Any] = []
+        capture = structlog.testing.LogCapture()
+        capture.entries = log
+        logger = structlog.wrap_logger(None, processors=[capture])
+        apps = make_app(settings, lambda: RemoteEngine(engine.url), logger)
+        public, admin = TestServer(apps.public), TestServer(apps.admin)
+        await public.start_server()
+        await admin.start_server()
+        sessions = [ClientSession(server.make_url("/")) for server in (public, admin)]
+        stack.extend((*sessions, public, admin))
+        if wait:
+            await asyncio.wait_for(apps.engine_loop.first_ready.wait(), 10)
+        return Front(sessions[0], sessions[1], apps, folder, log)
+
+    yield run
+    for thing in stack:
+        await thing.close()

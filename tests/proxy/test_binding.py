@@ -1,0 +1,197 @@
+"""Which policy applies: what bindings demand, what callers may choose, and no way around either."""
+
+import itertools
+import json
+
+import pytest
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from interpretops.errors import ConfigError
+from interpretops.settings import Binding, Match
+from proxy.binding import HEADER, Caller, check_bindings, decide, read_caller
+from proxy.refusal import PolicyConflict, PolicyForbidden, UnknownModel, UnknownPolicy
+
+CHAT = "/v1/chat/completions"
+KNOWN = {"calm", "strict", "other"}
+ANY = (Binding(policy="*"),)
+MANDATORY = (*ANY, Binding(policy="strict", mode="mandatory"), Binding(policy="calm", mode="default"))
+
+
+def caller(choice=None, **fields):
+    return Caller(**{"route": CHAT, "model": "m", "choice": choice, **fields})
+
+
+@pytest.mark.parametrize(
+    ("bindings", "choice", "policy", "mode"),
+    [
+        (ANY, None, "none", "unbound"),
+        (ANY, "none", "none", "optional"),
+        (ANY, "calm", "calm", "optional"),
+        ((), None, "none", "unbound"),
+        ((Binding(policy="calm", mode="default"),), None, "calm", "default"),
+        ((Binding(policy="calm", mode="default"),), "none", "none", "optional"),
+        ((Binding(policy="calm", mode="default"), *ANY), "other", "other", "optional"),
+        (
+            (Binding(policy="calm", mode="default"), Binding(policy="other", mode="default")),
+            None,
+            "calm",
+            "default",
+        ),
+        (MANDATORY, None, "strict", "mandatory"),
+        (MANDATORY, "strict", "strict", "mandatory"),
+        ((Binding(policy="none", mode="mandatory"),), None, "none", "mandatory"),
+    ],
+)
+def test_decision(bindings, choice, policy, mode):
+    """Mandatory before the caller's choice before default; without any, nothing applies."""
+    decision = decide(bindings, caller(choice), KNOWN)
+    assert (decision.policy, decision.mode) == (policy, mode)
+
+
+@pytest.mark.parametrize("choice", ["none", "calm", "other", "unknown"])
+def test_mandatory_policy_cannot_be_chosen_away(choice):
+    """A caller who asks for anything else than the mandatory policy gets nothing."""
+    with pytest.raises(PolicyForbidden) as refused:
+        decide(MANDATORY, caller(choice), KNOWN)
+    assert (refused.value.status, refused.value.retry) == (403, False)
+
+
+@pytest.mark.parametrize(
+    ("bindings", "choice"), [(ANY, "unknown"), ((Binding(policy="calm"),), "other"), ((), "calm")]
+)
+def test_policy_that_is_not_open_is_unknown(bindings, choice):
+    """A policy that does not exist and one that is not open to the caller look the same."""
+    with pytest.raises(UnknownPolicy):
+        decide(bindings, caller(choice), KNOWN)
+
+
+def test_binding_applies_only_where_it_matches():
+    """Route, model and key must all match."""
+    for field, value in (("model_alias", "m"), ("route", CHAT), ("key_sha256", "0" * 64)):
+        bound = (Binding(policy="strict", mode="mandatory", match=Match(**{field: value})), *ANY)
+        same = caller(key_sha256="0" * 64)
+        assert decide(bound, same, KNOWN).policy == "strict"
+        other = caller(**{{"model_alias": "model"}.get(field, field): "x"})
+        assert decide(bound, other, KNOWN).policy == "none"
+
+
+def headers(*pairs):
+    return CIMultiDictProxy(CIMultiDict(pairs))
+
+
+def test_header_and_alias_must_agree():
+    """The same policy twice is fine, two policies are a conflict."""
+    assert read_caller(CHAT, headers((HEADER, "calm")), "m+calm", {"m"}).choice == "calm"
+    for given, model in (("none", "m+calm"), ("calm", "m+none"), ("calm", "m+other")):
+        with pytest.raises(PolicyConflict):
+            read_caller(CHAT, headers((HEADER, given)), model, {"m"})
+    with pytest.raises(PolicyConflict):
+        read_caller(CHAT, headers((HEADER, "calm"), ("x-steering-policy", "calm")), "m", {"m"})
+
+
+@pytest.mark.parametrize(
+    "value", ["", "calm,none", "calm none", "*", "../calm", "cälm", "calm@0123", "a" * 200]
+)
+def test_header_that_is_no_policy_id_is_refused(value):
+    """Only a plain id is read."""
+    with pytest.raises(UnknownPolicy):
+        read_caller(CHAT, headers((HEADER, value)), "m", {"m"})
+
+
+@pytest.mark.parametrize("model", ["x", "m+", "m+a+b", "+calm", "M", "m ", "m+../x", "m+calm+"])
+def test_model_that_is_not_served_is_unknown(model):
+    """A model's name is matched exactly, with at most one policy behind it."""
+    with pytest.raises(UnknownModel):
+        read_caller(CHAT, headers(), model, {"m"})
+
+
+def test_model_name_with_a_plus_is_served():
+    """A model whose own name holds a plus can be named, with and without a policy."""
+    assert read_caller(CHAT, headers(), "m+x", {"m+x"}).choice is None
+    assert read_caller(CHAT, headers(), "m+x+calm", {"m+x"}).choice == "calm"
+
+
+def test_two_mandatory_policies_for_the_same_requests_stop_the_start():
+    """What could only fail at every request fails at start, and says where."""
+    twice = (Binding(policy="a", mode="mandatory"), Binding(policy="b", mode="mandatory"))
+    with pytest.raises(ConfigError, match=r"bindings\[1\].policy = 'b', but 'a' is already mandatory"):
+        check_bindings(twice)
+
+
+MANDATORY_CALM = [{"policy": "calm", "mode": "mandatory"}, {"policy": "*"}]
+WAYS = {
+    "nothing": {},
+    "header none": {"headers": {"X-Steering-Policy": "none"}},
+    "header other": {"headers": {"X-Steering-Policy": "other"}},
+    "header twice": {"headers": [("X-Steering-Policy", "calm"), ("x-steering-policy", "none")]},
+    "alias none": {"fields": {"model": "tiny-model+none"}},
+    "alias other": {"fields": {"model": "tiny-model+other"}},
+    "alias case": {"fields": {"model": "Tiny-Model+none"}},
+    "xargs": {"fields": {"vllm_xargs": {"interpretops_revision": "none"}}},
+    "xargs case": {"fields": {"VLLM_XARGS": {"interpretops_revision": "none"}}},
+    "extra_body": {"fields": {"extra_body": {"vllm_xargs": {"interpretops_revision": "none"}}}},
+    "internal header": {"headers": {"X-Interpretops-Revision": "none"}},
+    "duplicate key": {"tail": ', "model": "tiny-model+none"'},
+    "duplicate xargs": {"tail": ', "vllm_xargs": {}, "vllm_xargs": {"interpretops_revision": "none"}'},
+    "escaped duplicate": {"tail": ', "\\u006dodel": "tiny-model+none"'},
+    "nested": {"fields": {"tools": [{"vllm_xargs": {"interpretops_revision": "none"}}]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "route", "stream"), [*itertools.product(WAYS, (CHAT, "/v1/completions"), (False, True))]
+)
+async def test_no_way_past_a_mandatory_policy(start, engine, way, route, stream):
+    """Whatever a client tries, the engine runs its request under the mandatory revision or not at all."""
+    front = await start("calm", "other", bindings=MANDATORY_CALM)
+    entry = front.apps.gateway.catalogue.entries["calm"]
+    tried = WAYS[way]
+    content = {"messages": []} if route == CHAT else {"prompt": "hi"}
+    body = json.dumps({"model": "tiny-model", "stream": stream, **content, **tried.get("fields", {})})
+    body = body[:-1] + tried.get("tail", "") + "}"
+    given = CIMultiDict(tried.get("headers", {}))
+    given["Content-Type"] = "application/json"
+    async with front.public.post(route, data=body.encode(), headers=given) as answer:
+        text = await answer.text()
+        steered = answer.headers.get("X-Steering-Policy", "")
+        assert answer.status in (200, 400, 403, 404), text
+        if answer.status == 200:
+            assert steered.startswith("calm@")
+        else:
+            assert answer.headers["x-should-retry"] == "false"
+    assert {seen["vllm_xargs"]["interpretops_revision"] for seen in engine.seen} <= {entry.active.revision}
+
+
+async def test_mandatory_policy_that_cannot_be_loaded_refuses_everyone(start, engine):
+    """Without the demanded policy there are no answers, and the gateway says that it is not ready."""
+    front = await start(bindings=[{"policy": "absent", "mode": "mandatory"}])
+    status, _, body = await front.chat()
+    assert (status, body["error"]["code"]) == (503, "policy_unavailable")
+    async with front.public.get("/readyz") as answer:
+        assert answer.status == 503
+    assert engine.seen == []
+
+
+async def test_model_list_offers_what_may_be_chosen(start, engine):
+    """The model list holds the model and one alias for every open policy, and no path of the server."""
+    front = await start("calm", "other")
+    async with front.public.get("/v1/models") as answer:
+        listed = await answer.json()
+    assert [model["id"] for model in listed["data"]] == ["tiny-model", "tiny-model+calm", "tiny-model+other"]
+    assert "/secret" not in json.dumps(listed)
+    async with front.public.get("/v1/models/tiny-model+calm") as answer:
+        assert (await answer.json())["parent"] == "tiny-model"
+    async with front.public.get("/v1/models/nothing") as answer:
+        assert answer.status == 404
+
+
+async def test_dry_run_explains_without_running(start, engine):
+    """`POST /admin/resolve` says which policy would apply and why, and runs nothing."""
+    front = await start("calm")
+    async with front.admin.post("/admin/resolve", json={"model": "tiny-model", "policy": "calm"}) as answer:
+        told = await answer.json()
+    assert (told["policy"], told["mode"]) == ("calm", "optional")
+    assert told["revision"] in engine.plans
+    async with front.admin.post("/admin/resolve", json={"model": "tiny-model", "policy": "nope"}) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (400, "unknown_policy")
+    assert engine.seen == []

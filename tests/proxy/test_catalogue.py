@@ -1,0 +1,184 @@
+"""Loading, reloading and taking back of policies, with requests in flight."""
+
+import asyncio
+import shutil
+
+import pytest
+
+from proxy.refusal import PolicyUnavailable
+
+CHANGED = 0.25
+
+
+async def reload(front, status=200):
+    async with front.admin.post("/admin/reload") as answer:
+        assert answer.status == status
+        return await answer.json()
+
+
+async def revision_of(front, policy):
+    return next(
+        entry["revision"] for entry in (await front.policy_list())["policies"] if entry["id"] == policy
+    )
+
+
+async def test_reload_takes_effect_with_its_acknowledgement(start, engine, policy_writer):
+    """Every request sent after the answer to a reload gets the new revision."""
+    front = await start("calm", **{"gateway.watch_policies": False})
+    old = await revision_of(front, "calm")
+    policy_writer(front.policies, "calm", CHANGED)
+    report = await reload(front)
+    _, headers, _ = await front.chat(model="tiny-model+calm")
+    new = await revision_of(front, "calm")
+    assert report == {"ok": True, "loaded": [f"calm@{new[:12]}"], "removed": [], "failed": {}}
+    assert headers["X-Steering-Policy"] == f"calm@{new[:12]}"
+    assert new != old
+
+
+async def test_requests_in_flight_keep_their_revision(start, engine, policy_writer):
+    """A request that was accepted before a reload ends under its revision, which is retired only then."""
+    front = await start("calm", **{"gateway.watch_policies": False})
+    old = await revision_of(front, "calm")
+    engine.trick = "hold"
+    early = asyncio.create_task(front.chat(model="tiny-model+calm"))
+    await engine.arrived.wait()
+    policy_writer(front.policies, "calm", CHANGED)
+    await reload(front)
+    assert old in engine.plans
+    engine.trick = ""
+    engine.go_on.set()
+    status, headers, _ = await early
+    assert (status, headers["X-Steering-Policy"]) == (200, f"calm@{old[:12]}")
+    await asyncio.wait_for(engine.let_go.wait(), 5)
+    assert engine.retired == [old]
+    assert await revision_of(front, "calm") in engine.plans
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "meta: {id: calm}\ninterventions: [",
+        "meta: {id: calm}\nunknown: 1\n",
+        "",
+        "meta: {id: calm}\ninterventions:\n"
+        "  - {type: head_scale, selector: {layer: 99, heads: [0]}, scale: 1}\n",
+    ],
+)
+async def test_broken_edit_keeps_the_old_revision(start, engine, damage):
+    """A file that cannot be loaded changes nothing, and shows in the list, the log and a metric."""
+    front = await start("calm", **{"gateway.watch_policies": False})
+    old = await revision_of(front, "calm")
+    (front.policies / "calm.yaml").write_text(damage)
+    report = await reload(front)
+    (entry,) = (await front.policy_list())["policies"]
+    assert not report["ok"]
+    assert (entry["revision"], entry["state"]) == (old, "active")
+    assert "calm.yaml" in entry["error"]
+    assert (await front.chat(model="tiny-model+calm"))[0] == 200
+    assert any(line["event"] == "policy_refused" for line in front.log)
+    metrics = front.apps.gateway.metrics.render()
+    assert b'interpretops_policy_broken{policy="calm"} 1.0' in metrics
+    assert b'interpretops_policy_reloads_total{result="failed"} 1.0' in metrics
+
+
+@pytest.mark.parametrize("trick", ["table_full", "wrong_digest"])
+async def test_revision_that_the_engine_does_not_attest_never_serves(start, engine, policy_writer, trick):
+    """An engine that cannot hold a plan, or holds other numbers, leaves the old revision in place."""
+    front = await start("calm", **{"gateway.watch_policies": False})
+    old = await revision_of(front, "calm")
+    engine.trick = trick
+    policy_writer(front.policies, "calm", CHANGED)
+    assert not (await reload(front))["ok"]
+    assert await revision_of(front, "calm") == old
+    engine.trick = ""
+    assert (await reload(front))["ok"]
+    assert await revision_of(front, "calm") != old
+
+
+async def test_new_file_that_does_not_compile_is_known_but_unavailable(start, engine, policy_writer):
+    """A policy without any good revision answers 503, another one with the same id changes nothing."""
+    front = await start("calm", **{"gateway.watch_policies": False})
+    policy_writer(front.policies, "bad", heads="[9]")
+    (front.policies / "copy.yaml").write_text((front.policies / "calm.yaml").read_text())
+    report = await reload(front)
+    assert set(report["failed"]) == {str(front.policies / name) for name in ("bad.yaml", "copy.yaml")}
+    status, headers, body = await front.chat(model="tiny-model+bad")
+    assert (status, body["error"]["code"]) == (503, "policy_unavailable")
+    assert headers["Retry-After"] == "1"
+    assert (await front.chat(model="tiny-model+calm"))[0] == 200
+
+
+async def test_policy_named_none_is_refused(start, engine, policy_writer):
+    """No policy may bear the name that asks for an unsteered answer."""
+    front = await start(**{"gateway.watch_policies": False})
+    policy_writer(front.policies, "none")
+    assert not (await reload(front))["ok"]
+    assert engine.plans == {}
+
+
+async def test_deleted_file_withdraws_its_policy_unless_bindings_demand_it(start, engine):
+    """A deleted optional policy is gone; a demanded one keeps serving, as do all when the folder is gone."""
+    bindings = [{"policy": "strict", "mode": "default"}, {"policy": "*"}]
+    front = await start("calm", "strict", bindings=bindings, **{"gateway.watch_policies": False})
+    strict = await revision_of(front, "strict")
+    (front.policies / "calm.yaml").unlink()
+    (front.policies / "strict.yaml").unlink()
+    report = await reload(front)
+    assert report["removed"] == ["calm"]
+    assert "strict.yaml: deleted, but bindings demand" in str(report["failed"])
+    assert (await front.chat(model="tiny-model+calm"))[0] == 400
+    shutil.rmtree(front.policies)
+    assert not (await reload(front))["ok"]
+    _, headers, _ = await front.chat()
+    assert headers["X-Steering-Policy"] == f"strict@{strict[:12]}"
+
+
+async def test_rollback_and_promote(start, engine, policy_writer):
+    """Rollback serves the revision before, keeps the newer one aside, and promote brings it back."""
+    front = await start("calm", **{"gateway.watch_policies": False})
+    old = await revision_of(front, "calm")
+    policy_writer(front.policies, "calm", CHANGED)
+    await reload(front)
+    new = await revision_of(front, "calm")
+
+    async def change(what, status=200):
+        async with front.admin.post(f"/admin/policies/calm/{what}") as answer:
+            assert answer.status == status
+            return await answer.json()
+
+    back = await change("rollback")
+    assert (back["revision"], back["candidate"], back["previous"]) == (old, new, None)
+    await change("rollback", 409)
+    assert (await reload(front))["loaded"] == []
+    assert await revision_of(front, "calm") == old
+    assert (await front.chat(model="tiny-model+calm"))[1]["X-Steering-Policy"] == f"calm@{old[:12]}"
+    forward = await change("promote")
+    assert (forward["revision"], forward["previous"], forward["candidate"]) == (new, old, None)
+    assert (await front.chat(model="tiny-model+calm"))[1]["X-Steering-Policy"] == f"calm@{new[:12]}"
+    await change("promote", 409)
+    async with front.admin.post("/admin/policies/unknown/rollback") as answer:
+        assert answer.status == 400
+
+
+async def test_edit_is_noticed_without_being_asked(start, engine, policy_writer, until):
+    """Writing a file is enough; a file of equal content is not loaded again."""
+    front = await start("calm")
+    old = await revision_of(front, "calm")
+    policy_writer(front.policies, "calm", CHANGED)
+
+    async def changed():
+        return await revision_of(front, "calm") != old
+
+    await until(changed)
+    (front.policies / "calm.yaml").touch()
+    await asyncio.sleep(0.3)
+    assert len([line for line in front.log if line["event"] == "policy_active"]) == 2
+
+
+async def test_unloaded_policy_cannot_be_pinned(start, engine):
+    """A revision that is not resident in the engine is never handed out."""
+    front = await start("calm")
+    catalogue = front.apps.gateway.catalogue
+    catalogue._resident.clear()
+    with pytest.raises(PolicyUnavailable), catalogue.pin("calm"):
+        pass

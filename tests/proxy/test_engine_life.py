@@ -1,0 +1,63 @@
+"""An engine must prove itself before anyone is served, and again whenever it was lost."""
+
+import asyncio
+
+import pytest
+
+from interpretops.errors import EngineError
+
+
+async def ready(front):
+    async with front.public.get("/readyz") as answer:
+        return answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("trick", "why"), [("no_plugin", "VLLM_PLUGINS=interpretops"), ("selftest_fails", "nothing changed")]
+)
+async def test_engine_that_does_not_prove_itself_serves_nobody(start, engine, trick, why):
+    """Without plugin or a passed self-test the start fails, and not even unsteered requests are served."""
+    engine.trick = trick
+    front = await start("calm", wait=False)
+    task = front.apps.engine_loop.task
+    await asyncio.wait({task}, timeout=10)
+    with pytest.raises(EngineError, match=why):
+        task.result()
+    for model in ("tiny-model", "tiny-model+calm", "tiny-model+none"):
+        status, headers, body = await front.chat(model=model)
+        assert (status, body["error"]["code"]) == (503, "engine_not_ready")
+        assert headers["x-should-retry"] == "true"
+    assert not await ready(front)
+    assert engine.seen == []
+
+
+async def test_plans_are_loaded_again_into_a_restarted_engine(start, engine, until):
+    """After a restart the gateway is not ready until the engine is proven and holds every plan again."""
+    front = await start("calm")
+    assert await ready(front)
+    engine.boot_id, engine.trick = "second", "unhealthy"
+    engine.plans.clear()
+
+    async def lost():
+        return not await ready(front)
+
+    await until(lost)
+    assert (await front.chat())[0] == 503
+    engine.trick = ""
+    await until(lambda: ready(front))
+    status, headers, _ = await front.chat(model="tiny-model+calm")
+    assert (status, headers["X-Steering-Policy"][:5]) == (200, "calm@")
+    assert len(engine.plans) == 1
+
+
+async def test_health_is_not_readiness(start, engine):
+    """The gateway's own health is independent of the engine's."""
+    engine.trick = "unhealthy"
+    front = await start("calm", wait=False)
+    async with front.public.get("/healthz") as answer:
+        assert answer.status == 200
+    assert not await ready(front)
+    async with front.admin.get("/metrics") as answer:
+        text = await answer.text()
+    assert "interpretops_ready 0.0" in text
+    assert (await front.policy_list())["not_ready"] == "the engine is starting"

@@ -1,0 +1,121 @@
+"""What reaches the client, and what is withheld, whatever the engine does."""
+
+import asyncio
+import json
+
+import pytest
+
+
+async def test_answer_carries_revision_and_receipt(start, engine):
+    """A steered answer names the revision that steered it, and shows the engine's receipt."""
+    front = await start("calm")
+    status, headers, body = await front.chat(headers={"X-Steering-Policy": "calm", "X-Request-Id": "abc"})
+    (revision,) = engine.plans
+    receipt = json.loads(headers["X-Steering-Receipt"])
+    assert (status, body["choices"][0]["text"]) == (200, revision)
+    assert headers["X-Steering-Policy"] == f"calm@{revision[:12]}"
+    assert headers["X-Request-Id"] == "abc"
+    assert (receipt["policy"], receipt["revision"], receipt["tokens_evaluated"]) == ("calm", revision, 3)
+
+
+@pytest.mark.parametrize("trick", ["no_receipt", "wrong_revision", "nothing_evaluated"])
+async def test_answer_without_proof_is_withheld(start, engine, trick):
+    """Without a receipt for the demanded revision nothing of the answer reaches the client."""
+    front = await start("calm")
+    engine.trick = trick
+    status, headers, body = await front.chat(model="tiny-model+calm")
+    assert status == 502
+    assert body["error"]["code"] == "receipt_failed"
+    assert headers["x-should-retry"] == "false"
+    assert "choices" not in body
+    assert b'interpretops_receipts_failed_total{policy="calm"} 1.0' in front.apps.gateway.metrics.render()
+
+
+async def test_stream_is_relayed_and_ends_with_its_receipt(start, engine):
+    """A stream's events arrive untouched, then the receipt as a comment, then the end marker, once."""
+    front = await start("calm")
+    status, headers, text = await front.chat(model="tiny-model+calm", stream=True)
+    events = text.split("\n\n")
+    assert status == 200
+    assert headers["Content-Type"].startswith("text/event-stream")
+    assert headers["X-Steering-Policy"].startswith("calm@")
+    assert [json.loads(event.removeprefix("data: "))["n"] for event in events[:4]] == [0, 1, 2, 3]
+    assert json.loads(events[4].removeprefix(": steering-receipt "))["revision"] in engine.plans
+    assert events[5:] == ["data: [DONE]", ""]
+
+
+@pytest.mark.parametrize(
+    ("trick", "code"),
+    [
+        ("dies", "engine_failed"),
+        ("no_done", "engine_failed"),
+        ("no_receipt", "receipt_failed"),
+        ("wrong_revision", "receipt_failed"),
+    ],
+)
+async def test_broken_stream_ends_in_an_error_without_end_marker(start, engine, trick, code):
+    """A stream that is cut or not proven ends in an error of OpenAI's shape, with whole events before it."""
+    front = await start("calm")
+    engine.trick = trick
+    _, _, text = await front.chat(model="tiny-model+calm", stream=True)
+    *before, last = [event for event in text.split("\n\n") if event]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == code
+    assert all("n" in json.loads(event.removeprefix("data: ")) for event in before)
+    assert "data: [DONE]\n" not in text
+
+
+async def test_engine_error_event_takes_the_end_marker_away(start, engine):
+    """The engine sends its end marker even after an error; the client must not take that for a clean end."""
+    front = await start("calm")
+    engine.trick = "error_event"
+    _, _, text = await front.chat(model="tiny-model+calm", stream=True)
+    assert '"error": {"message": "engine core died"}' in text
+    assert "data: [DONE]\n" not in text
+
+
+@pytest.mark.parametrize(("trick", "stream"), [("hold", False), ("hold", True), ("hold_stream", True)])
+async def test_client_that_leaves_stops_the_engine(start, engine, trick, stream):
+    """When a client goes away, before the first byte or in mid-stream, the engine's request is closed."""
+    front = await start("calm")
+    engine.trick = trick
+    body = {"model": "tiny-model", "messages": [], "stream": stream}
+    request = asyncio.create_task(front.public.post("/v1/chat/completions", json=body))
+    await engine.arrived.wait()
+    if trick == "hold_stream":
+        answer = await request
+        await answer.content.readany()
+        answer.close()
+    else:
+        request.cancel()
+    await asyncio.wait_for(engine.aborted.wait(), 5)
+
+
+async def test_engine_refusals_keep_openai_shape(start, engine):
+    """The engine's inner failures arrive as one of our codes, without its text."""
+    front = await start("calm")
+    engine.plans.clear()
+    status, _, body = await front.chat(model="tiny-model+calm")
+    assert (status, body["error"]["type"], body["error"]["code"]) == (502, "server_error", "engine_failed")
+
+
+async def test_restarted_engine_is_noticed_before_its_first_byte(start, engine):
+    """An engine that was restarted behind the same address answers nobody before it is proven again."""
+    front = await start("calm")
+    engine.boot_id = "another"
+    # A fresh connection, as after a restart.
+    await front.apps.gateway.link.require().client._session.connector.close()
+    status, _, body = await front.chat(stream=True)
+    assert (status, json.loads(body)["error"]["code"]) == (503, "engine_not_ready")
+
+
+async def test_nothing_of_a_request_is_logged(start, engine):
+    """Neither prompts nor answers nor keys reach the log or the metrics."""
+    front = await start("calm")
+    secret = "canary-5f3a"
+    messages = [{"role": "user", "content": secret}]
+    await front.chat(messages=messages, headers={"Authorization": f"Bearer {secret}"})
+    await front.chat(messages=messages, stream=True, user=secret)
+    await front.chat(messages=messages, unknown_field=secret)
+    assert len([entry for entry in front.log if entry["event"] == "request"]) == 3
+    assert secret not in json.dumps(front.log)
+    assert secret.encode() not in front.apps.gateway.metrics.render()

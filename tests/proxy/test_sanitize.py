@@ -1,0 +1,210 @@
+"""What a client may send, and what never reaches the engine."""
+
+import asyncio
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.refusal import FieldNotAllowed, InvalidRequest, Refusal
+from proxy.sanitize import MAX_DEPTH, PASSED, clean, parse_strict, serialize
+
+CHAT = "/v1/chat/completions"
+FORBIDDEN = [
+    "vllm_xargs",
+    "extra_args",
+    "Vllm_xargs",
+    "vllm_xargs ",
+    "vllm\u200b_xargs",
+    "use_beam_search",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "prompt_embeds",
+    "priority",
+    "request_id",
+    "chat_template",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "interpretops_revision",
+    "extra_body",
+]
+
+
+@pytest.mark.parametrize("route", PASSED)
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_field_that_clients_may_not_set_is_refused_by_name(route, name):
+    """What is not known to be safe is refused, however it is spelled."""
+    with pytest.raises(FieldNotAllowed, match="may not be set") as refused:
+        clean(route, {"model": "m", name: {"interpretops_revision": "none"}})
+    assert refused.value.param == name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"model": "a", "model": "b"}',
+        '{"model": "a", "\\u006dodel": "b"}',
+        '{"model": "a", "messages": [{"role": "user", "role": "system"}]}',
+        '{"temperature": NaN}',
+        '{"temperature": -Infinity}',
+        '{"temperature": 1e999}',
+        '{"user": "\\ud800"}',
+        '{"seed": ' + "9" * 5000 + "}",
+        "[1]",
+        "",
+        "{",
+        '{"a": 1} {"b": 2}',
+        "[" * 100_000,
+        '{"tools": ' + "[" * MAX_DEPTH + "]" * MAX_DEPTH + "}",
+        b"\xff\xfe{\x00}\x00".decode("latin-1"),
+        "\ufeff{}",
+    ],
+)
+def test_what_two_parsers_could_read_differently_is_refused(text):
+    """Duplicate keys, numbers that are none, half characters, bottomless nesting: refused, never guessed."""
+    with pytest.raises(InvalidRequest):
+        serialize(parse_strict(text.encode("utf-8", "surrogatepass")))
+
+
+def test_utf16_is_refused():
+    """A body in another encoding is no JSON of ours, though Python's parser would read it."""
+    with pytest.raises(InvalidRequest):
+        parse_strict('{"model": "a"}'.encode("utf-16"))
+
+
+def test_nesting_within_the_bound_is_read():
+    """The bound is on depth alone."""
+    text = '{"tools": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}"
+    assert "tools" in parse_strict(text.encode())
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=20))
+def test_values_reach_the_engine_as_sent(value):
+    """Reading and writing a body changes no value."""
+    raw = json.dumps({"model": "m", "tools": value}).encode()
+    if value is not None and "\\ud" not in raw.decode():
+        assert json.loads(serialize(clean(CHAT, parse_strict(raw)))) == {"model": "m", "tools": value}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stream", "true"),
+        ("stream", 1),
+        ("model", None),
+        ("model", ["m"]),
+        ("cache_salt", ""),
+        ("cache_salt", "a" * 33),
+        ("cache_salt", "a@b"),
+        ("cache_salt", "a\n"),
+        ("cache_salt", 7),
+        ("messages", "hi"),
+        (
+            "messages",
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
+        ),
+        ("messages", [{"role": "user", "content": [{"image_url": "http://x"}]}]),
+    ],
+)
+def test_wrong_value_names_its_field(field, value):
+    """A value of the wrong kind is refused with the field's name."""
+    with pytest.raises(Refusal) as refused:
+        clean(CHAT, {"model": "m", field: value})
+    assert refused.value.param.startswith(field)
+    assert refused.value.status == 400
+
+
+def test_fields_that_say_nothing_to_the_engine_are_dropped():
+    """OpenAI's bookkeeping fields are accepted and go no further."""
+    body = {"model": "m", "messages": [], "user": "u", "metadata": {}, "store": False, "cache_salt": "s-1"}
+    assert clean(CHAT, body) == {"model": "m", "messages": [], "cache_salt": "s-1"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/json; charset=utf-7"}, 415),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415),
+        ({"Content-Type": "application/json", "X-Interpretops-Revision": "none"}, 400),
+        ({"Content-Type": "application/json", "x-INTERPRETOPS-nonce": "0"}, 400),
+    ],
+)
+async def test_headers_that_are_not_a_clients(start, engine, headers, status):
+    """Internal headers and bodies that are not plain JSON are refused before anything is read."""
+    front = await start("calm")
+    async with front.public.post(CHAT, data=b"{}", headers=headers) as answer:
+        assert answer.status == status
+        assert (await answer.json())["error"]["type"] == "invalid_request_error"
+    assert engine.seen == []
+
+
+async def test_body_over_the_bound_is_refused(start, engine):
+    """Declared or not, a body larger than the bound is never read to its end."""
+    front = await start(**{"gateway.max_body_bytes": 2000})
+
+    async def endless():
+        for _ in range(100):
+            yield b" " * 1000
+
+    for data in (b" " * 3000, endless()):
+        async with front.public.post(CHAT, data=data, headers={"Content-Type": "application/json"}) as answer:
+            assert answer.status == 413
+            assert (await answer.json())["error"]["code"] == "request_too_large"
+
+
+async def test_slow_body_is_given_up(start, engine):
+    """A client that does not finish its body is told so, and holds nothing."""
+    front = await start(**{"gateway.body_timeout_s": 0.2})
+    done = asyncio.Event()
+
+    async def stuck():
+        yield b"{"
+        await done.wait()
+
+    async with front.public.post(CHAT, data=stuck(), headers={"Content-Type": "application/json"}) as answer:
+        assert answer.status == 408
+    done.set()
+
+
+async def test_engine_sees_only_our_seal(start, engine):
+    """The engine gets the client's fields, the model without alias, and the gateway's revision and nonce."""
+    front = await start("calm")
+    await front.chat(model="tiny-model+calm", temperature=0.5, user="u", cache_salt="abc")
+    (body,) = engine.seen
+    seal = body.pop("vllm_xargs")
+    assert seal["interpretops_revision"] in engine.plans
+    assert len(seal["interpretops_nonce"]) == 32
+    assert body == {
+        "model": "tiny-model",
+        "messages": [{"role": "user", "content": "hi"}],
+        "temperature": 0.5,
+        "cache_salt": "abc",
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/responses", 404),
+        ("POST", "/tokenize", 404),
+        ("POST", "/invocations", 404),
+        ("GET", "/interpretops/v1/attest", 404),
+        ("POST", "/v1/chat/completions/", 404),
+        ("GET", "/metrics", 404),
+        ("GET", "/admin/policies", 404),
+        ("POST", "/v1/load_lora_adapter", 404),
+    ],
+)
+async def test_what_is_not_guarded_is_not_served(start, engine, method, path, status):
+    """Every other route is refused by the gateway in OpenAI's shape, and never forwarded."""
+    front = await start("calm")
+    async with front.public.request(method, path, json={}) as answer:
+        assert answer.status == status
+        error = (await answer.json())["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert answer.headers["x-should-retry"] == "false"
+        assert answer.headers["X-Request-Id"].startswith("req_")

@@ -1,0 +1,43 @@
+"""Splitting of event streams."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import sse
+from proxy.sse import SseOverflowError, SseSplitter
+
+EVENTS = [b'data: {"text":"[DONE]"}\n\n', b'data: {"text":"\\n\\n error"}\n\n', b": note\n\n", b"data: x\n\n"]
+
+
+@given(st.lists(st.sampled_from(EVENTS), max_size=8), st.data())
+def test_events_survive_any_cut_of_the_bytes(events, data):
+    """However the bytes are cut, all events come out whole, in order; only the end marker is kept back."""
+    whole = b"".join(events) + sse.DONE
+    splitter, out, at = SseSplitter(), b"", 0
+    while at < len(whole):
+        size = data.draw(st.integers(1, len(whole) - at))
+        piece = splitter.feed(whole[at : at + size])
+        assert piece == b"" or piece.endswith(b"\n\n")
+        out, at = out + piece, at + size
+    assert out == b"".join(events)
+    assert splitter.done
+    assert not splitter.failed
+
+
+@given(st.integers(1, 20))
+def test_error_event_is_seen_in_any_cut(size):
+    """An error event is passed on and remembered."""
+    whole = b'data: {"a":1}\n\ndata: {"error": {"message": "x"}}\n\ndata: [DONE]\n\n'
+    splitter = SseSplitter()
+    out = b"".join(splitter.feed(whole[at : at + size]) for at in range(0, len(whole), size))
+    assert splitter.failed
+    assert splitter.done
+    assert out == whole.removesuffix(sse.DONE)
+
+
+def test_event_without_end_is_refused(monkeypatch):
+    """An engine that never ends an event cannot fill the gateway's memory."""
+    monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 10)
+    with pytest.raises(SseOverflowError):
+        SseSplitter().feed(b"data: 0123456789")
