@@ -1,0 +1,99 @@
+"""No process of an engine outlives its keeper, whoever dies first."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from proxy import keeper
+
+# A main process, a child, and a grandchild that leaves the process group, each deaf to SIGTERM.
+FAMILY = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+depth = int(sys.argv[1])
+if depth:
+    again = [sys.executable, "-c", sys.argv[2], str(depth - 1), sys.argv[2]]
+    subprocess.Popen(again, start_new_session=depth == 1)
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def family():
+    """A keeper over three stubborn generations; yields the keeper and everybody's process ids."""
+    command = [sys.executable, "-c", FAMILY, "2", FAMILY]
+    process = subprocess.Popen(
+        [sys.executable, "-I", keeper.__file__, "0.3", *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    pids = [int(process.stdout.readline()) for _ in range(3)]
+    yield process, pids
+    for pid in (process.pid, *pids):
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def assert_gone(pids, timeout_s=5.0):
+    """Every process ends soon; a zombie counts as ended."""
+    end = time.monotonic() + timeout_s
+    for pid in pids:
+        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end, f"process {pid} still runs"
+            time.sleep(0.02)
+
+
+def test_all_end_when_the_parent_lets_go(family):
+    """The end of the pipe, which also a killed parent leaves behind, ends three stubborn generations."""
+    process, pids = family
+    process.stdin.close()
+    assert_gone(pids)
+    assert process.wait(5) == 128 + signal.SIGKILL
+
+
+def test_all_end_when_the_keeper_is_told_to_stop(family):
+    """SIGTERM does the same."""
+    process, pids = family
+    process.terminate()
+    assert_gone(pids)
+
+
+def test_children_end_with_the_main_process(family):
+    """When the main process is killed, its orphans go too, and the keeper says how it ended."""
+    process, (main, *others) = family
+    mother = psutil.Process(process.pid).children()[0].pid
+    os.kill(mother, signal.SIGKILL)
+    assert_gone((main, *others))
+    assert process.wait(5) == 128 + signal.SIGKILL
+
+
+def test_status_of_the_command_is_passed_on():
+    """The keeper ends as its command ended."""
+    command = [sys.executable, "-I", keeper.__file__, "1", sys.executable, "-c", "raise SystemExit(7)"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        assert process.wait(10) == 7
+
+
+def test_main_process_ends_when_the_keeper_is_killed(family):
+    """A killed keeper takes the engine's main process along."""
+    process, _ = family
+    mother = psutil.Process(process.pid).children()[0].pid
+    process.kill()
+    assert_gone([mother])
+
+
+def test_keeper_imports_only_the_standard_library():
+    """It runs isolated, by its file."""
+    text = Path(keeper.__file__).read_text()
+    assert "from proxy" not in text
+    assert "import interpretops" not in text
