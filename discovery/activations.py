@@ -49,7 +49,7 @@ class TraceReader:
             ) from error
 
     def held_out(self, most_tokens: int) -> tuple[Tensor, Tensor]:
-        """Token ids and mask [B, T] of sequences that are not in the shards, about ``most_tokens`` of them."""
+        """Token ids and mask [B, T] of about ``most_tokens`` of the sequences kept out of the shards."""
         if "held_out" not in self.record:
             raise DiscoveryError(f"{self.folder}: holds no held-out sequences; trace with --held-out above 0")
         tensors = self._read(HELD_OUT, self.record["held_out"]["sha256"])

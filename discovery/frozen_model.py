@@ -5,7 +5,7 @@ layer l, named ``blocks.<l>.hook_resid_post`` as TransformerLens and SAELens nam
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +115,8 @@ class FrozenModel:
 
             return edit
 
-        with self.edited({layer: keep(layer) for layer in layers}):
-            try:
-                self.network.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
-            except _Enough:
-                pass
+        with self.edited({layer: keep(layer) for layer in layers}), suppress(_Enough):
+            self.network.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
         return kept
 
     @contextmanager

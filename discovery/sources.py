@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,15 +27,18 @@ class Source:
     kind: Kind
     licence: str = "not stated"
     name: str = ""
-    first: int = 0
-    """Index of the first prompt taken."""
+    part: tuple[float, float] = (0.0, 1.0)
+    """Which share of the file is taken: prompts in a fixed shuffled order, text as it stands."""
     limit: int | None = None
     """Most prompts, or characters of text, taken; None: all."""
+    wrap: bool = False
+    """Put each prompt into one of the wrappers of the job's data."""
 
     def record(self) -> dict[str, Any]:
         """What a run record says of it: file name and sha256, never the folder it lay in."""
         entry = asdict(self) | {"path": self.path.name, "sha256": sha256_of_file(self.path)}
-        return {key: value for key, value in entry.items() if value not in (None, "")}
+        plain = {"name": "", "limit": None, "wrap": False, "part": (0.0, 1.0)}
+        return {key: value for key, value in entry.items() if key not in plain or value != plain[key]}
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,12 @@ def sha256_of_file(path: Path) -> str:
 
 
 def read_data_list(path: Path, folder: Path | None = None) -> DataList:
-    """Read a YAML list of data: ``<group>: [{path, kind?, licence?, first?, limit?}, …]``.
+    """Read a YAML list of data: ``<group>: [{path, kind?, licence?, name?, part?, limit?, wrap?}, …]``.
 
-    Relative paths are looked up in ``folder``, else beside the list.
+    Relative paths are looked up beside the list, then in ``folder``.
     """
     document = read_yaml(path, DiscoveryError)
-    root = path.parent if folder is None else folder
+    roots = (path.parent, folder or path.parent)
     if not isinstance(document.data, dict) or not document.data:
         raise DiscoveryError(f"{path}: must map group names to lists of files")
     groups: dict[str, tuple[Source, ...]] = {}
@@ -70,23 +74,28 @@ def read_data_list(path: Path, folder: Path | None = None) -> DataList:
         if not isinstance(entries, list) or not entries:
             raise DiscoveryError(f"{path}: {group} must be a list of at least one file")
         groups[group] = tuple(
-            _source(entry, f"{path}: {group}[{index}]", root) for index, entry in enumerate(entries)
+            _source(entry, f"{path}: {group}[{index}]", roots) for index, entry in enumerate(entries)
         )
     return DataList(groups)
 
 
-def _source(entry: Any, where: str, root: Path) -> Source:
-    allowed = {"path", "kind", "licence", "name", "first", "limit"}
+def _source(entry: Any, where: str, roots: tuple[Path, Path]) -> Source:
+    allowed = {"path", "kind", "licence", "name", "part", "limit", "wrap"}
     if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= allowed:
         raise DiscoveryError(f"{where} = {entry!r}, but must be an object with path and of {sorted(allowed)}")
     if entry.get("kind", "prompts") not in ("prompts", "text"):
         raise DiscoveryError(f"{where}.kind = {entry['kind']!r}, but must be 'prompts' or 'text'")
+    beside = roots[0] / str(entry["path"])
+    part = entry.get("part", [0.0, 1.0])
+    if not isinstance(part, list) or len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
+        raise DiscoveryError(f"{where}.part = {part!r}, but must be [low, high] with 0 <= low < high <= 1")
     return Source(
-        path=root / str(entry["path"]),
+        path=beside if beside.exists() else roots[1] / str(entry["path"]),
         kind=entry.get("kind", "prompts"),
         licence=str(entry.get("licence", "not stated")),
         name=str(entry.get("name", Path(entry["path"]).stem)),
-        first=int(entry.get("first", 0)),
+        part=(float(part[0]), float(part[1])),
+        wrap=bool(entry.get("wrap", False)),
         limit=None if entry.get("limit") is None else int(entry["limit"]),
     )
 
@@ -105,7 +114,8 @@ def refuse_noncommercial(sources: Iterable[Source], *, purpose: str) -> None:
 def read_text(source: Source) -> str:
     """The plain text of a source."""
     text = _read(source.path)
-    text = text[source.first :][: source.limit]
+    low, high = (round(len(text) * share) for share in source.part)
+    text = text[low:high][: source.limit]
     if not text.strip():
         raise DiscoveryError(f"{source.path}: holds no text")
     return text
@@ -121,14 +131,17 @@ def read_prompts(source: Source) -> list[str]:
         items = _parse(path, suffix, _read(path))
     if isinstance(items, dict):
         lists = [value for value in items.values() if isinstance(value, list)]
-        named = items.get(source.name)
-        items = named if isinstance(named, list) else lists[0] if len(lists) == 1 else None
+        chosen = items.get(source.name)
+        items = chosen if isinstance(chosen, list) else lists[0] if len(lists) == 1 else None
     if not isinstance(items, list):
         raise DiscoveryError(f"{path}: must hold a list of prompts (of strings, or of objects with a prompt)")
     prompts = [_prompt(item, f"{path}: [{index}]") for index, item in enumerate(items)]
-    prompts = prompts[source.first :][: source.limit]
+    if source.part != (0.0, 1.0) or source.limit is not None:
+        random.Random(path.name).shuffle(prompts)  # noqa: S311 (an order, no secret)
+        low, high = (round(len(prompts) * share) for share in source.part)
+        prompts = prompts[low:high][: source.limit]
     if not prompts:
-        raise DiscoveryError(f"{path}: holds no prompts from number {source.first} on")
+        raise DiscoveryError(f"{path}: holds no prompts (part {source.part}, limit {source.limit})")
     return prompts
 
 

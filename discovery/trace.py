@@ -1,8 +1,9 @@
 """Tracing: prompts and text through the model, residual activations to sharded safetensors, resumable.
 
-A trace folder holds ``trace.json`` (the run record and the list of finished shards), ``shard-00000.safetensors``
-and so on, each with ``blocks.<l>.hook_resid_post`` [T, D], ``tokens`` [T], ``position`` [T] and ``sequence`` [T],
-and ``held_out.safetensors`` with the token ids of sequences that were left out, for measuring on.
+A trace folder holds ``trace.json`` (the run record and the list of finished shards), the shards
+(``shard-00000.safetensors``, …, each with ``blocks.<l>.hook_resid_post`` [T, D], ``tokens`` [T],
+``position`` [T] and ``sequence`` [T]), and ``held_out.safetensors``: the token ids of sequences that were
+left out, for measuring on.
 """
 
 import hashlib
@@ -73,7 +74,7 @@ class TokenSequence:
 
 
 def trace(model: FrozenModel, data: DataList, settings: TraceSettings, folder: Path) -> dict[str, Any]:
-    """Trace into ``folder``, going on where an earlier run with the same settings stopped. Returns the record."""
+    """Trace into ``folder``, or go on where an earlier run of the same stopped. Returns the record."""
     settings.check()
     model.check_layers(settings.layers)
     sequences = build_sequences(model, [s for group in data.groups.values() for s in group], settings)
@@ -129,7 +130,7 @@ def _begin(
             if earlier.get(key) != record[key]:
                 changed = earlier.get(key), record[key]
                 raise DiscoveryError(
-                    f"{path}: {key} is of another trace ({_difference(*changed)}); name another --out or remove it"
+                    f"{path}: {key} is of another trace ({_difference(*changed)}); name another --out"
                 )
         return earlier
     record["max_norm"] = _norm_bounds(model, kept, settings)
@@ -230,7 +231,7 @@ def _trace_shard(
         write_atomically(folder / name, data)
     except OSError as error:
         raise DiscoveryError(
-            f"{folder / name}: cannot be written ({error.strerror}); finished shards stand, run again to go on"
+            f"{folder / name}: cannot be written ({error.strerror}); finished shards stand: run again"
         ) from error
     read = sum(map(len, full))
     return {

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from interpretops import __version__
+from interpretops.cli_discovery import add_discovery_commands
 from interpretops.cli_options import Artifacts, Config, Model
 from interpretops.cli_policy import policy_app
 from interpretops.errors import InterpretOpsError
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(policy_app, name="policy")
+add_discovery_commands(app)
 
 
 def _show_version(asked: bool) -> None:

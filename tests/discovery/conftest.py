@@ -1,4 +1,4 @@
-"""A tiny random Llama with a byte tokenizer in a folder: real files, real forward passes, milliseconds each."""
+"""A tiny random Llama with a byte tokenizer, in a folder: real files and real forward passes, fast."""
 
 import json
 from pathlib import Path

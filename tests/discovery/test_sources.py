@@ -37,10 +37,17 @@ def test_every_layout_gives_the_same_prompts(tmp_path: Path, suffix: str) -> Non
     assert read_prompts(Source(_write(tmp_path / f"p{suffix}"), "prompts")) == PROMPTS
 
 
-def test_first_and_limit_cut_a_source(tmp_path: Path) -> None:
-    """A source takes the prompts from `first` on, at most `limit` of them."""
-    path = _write(tmp_path / "p.json")
-    assert read_prompts(Source(path, "prompts", first=1, limit=1)) == PROMPTS[1:2]
+def test_parts_of_a_source_are_disjoint_and_complete(tmp_path: Path) -> None:
+    """The parts [0, 0.6] and [0.6, 1] of a file share no prompt and miss none, run after run."""
+    path = tmp_path / "p.json"
+    prompts = [f"prompt {i}" for i in range(50)]
+    path.write_text(json.dumps(prompts))
+    low = read_prompts(Source(path, "prompts", part=(0.0, 0.6)))
+    high = read_prompts(Source(path, "prompts", part=(0.6, 1.0)))
+    assert len(low) == 30
+    assert sorted(low + high) == sorted(prompts)
+    assert low == read_prompts(Source(path, "prompts", part=(0.0, 0.6)))
+    assert low[:5] == read_prompts(Source(path, "prompts", part=(0.0, 0.6), limit=5))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,139 @@
+"""What the commands `trace`, `sae-train` and `fit-gate` do: from settings and paths to files and a line."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from discovery.errors import DiscoveryError
+from interpretops.settings import Settings
+
+Say = Callable[[str], None]
+
+
+def trace(
+    settings: Settings,
+    *,
+    prompts: Sequence[Path],
+    text: Sequence[Path],
+    data: Path | None,
+    data_folder: Path | None,
+    layers: Sequence[int],
+    out: Path,
+    options: dict[str, Any],
+    say: Say,
+) -> None:
+    """Trace prompts and text to ``out``; a run that was stopped goes on."""
+    from discovery.sources import DataList, Source, read_data_list
+    from discovery.trace import TraceSettings
+    from discovery.trace import trace as run
+
+    groups = dict(read_data_list(data, data_folder).groups) if data is not None else {}
+    given = [Source(path, "prompts") for path in prompts] + [Source(path, "text") for path in text]
+    if given:
+        groups["given"] = tuple(given)
+    if not groups:
+        raise DiscoveryError("no data: name --prompts, --text or a list of files with --data")
+    chosen = TraceSettings(layers=tuple(layers), **options)
+    chosen.check()
+    record = run(_model(settings, say), DataList(groups), chosen, out)
+    stored, sinks = (sum(entry[key] for entry in record["shards"]) for key in ("stored", "sinks"))
+    say(
+        f"{out}: {len(record['shards'])} shards, {stored:,} tokens stored, {sinks:,} attention sinks left out"
+    )
+
+
+def sae_train(
+    settings: Settings, *, trace: Path, out: Path, work: Path, options: dict[str, Any], say: Say
+) -> None:
+    """Train a dictionary on a trace, measure it on the trace's held-out sequences, write ``out``."""
+    from discovery.activations import TraceReader
+    from discovery.dictionary_artifact import measure, write_dictionary
+    from discovery.sae_train import TrainSettings, save_dictionary, train
+
+    chosen = TrainSettings(**options)
+    chosen.check()
+    reader = TraceReader(trace, chosen.layer)
+    _refuse_noncommercial(reader.record["data"])
+    model = _model(settings, say)
+    if model.spec.fingerprint != reader.record["model"]["fingerprint"]:
+        raise DiscoveryError(
+            f"{trace}: was traced from another model ({reader.record['model']['name']}, fingerprint "
+            f"{reader.record['model']['fingerprint'][:12]}), not {model.spec.name}; trace again"
+        )
+    trainer = train(reader, chosen, work)
+    draft = work / out.name
+    save_dictionary(trainer, draft)
+    metrics = measure(model, reader, chosen, draft)
+    write_dictionary(reader, chosen, metrics, draft)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(draft, out)
+    say(f"{out}: {json.dumps(metrics)}")
+
+
+def fit_gate(
+    settings: Settings,
+    *,
+    data: Path,
+    data_folder: Path | None,
+    adapter: str,
+    target_class: str,
+    policy_id: str,
+    out: Path | None,
+    work: Path,
+    gate: dict[str, Any],
+    edit: dict[str, Any],
+    say: Say,
+) -> None:
+    """Fit a probe gate and the learned edit behind it; write adapter folder and policy."""
+    from discovery.fit_gate import GateFit, GateSettings
+    from discovery.gate_artifact import policy_text, write_gate
+    from discovery.gate_data import load_gate_data
+    from discovery.gated_edit import EditSettings
+    from discovery.sources import read_data_list
+    from interpretops.atomic_file import write_atomically
+
+    listed = read_data_list(data, data_folder)
+    edit_settings = EditSettings(**edit)
+    prompts = load_gate_data(listed, edit_settings.seed)
+    fit = GateFit(_model(settings, say), prompts, GateSettings(**gate), edit_settings, work)
+    trained = fit.train()
+    outcomes = fit.outcomes(trained, [*prompts.select, *prompts.test])
+    write_atomically(work / "outcomes.json", json.dumps(outcomes).encode())
+    threshold = fit.choose_threshold(outcomes)
+    report = fit.report(outcomes, threshold)
+    root = settings.paths.artifacts / fit.model.spec.name / "adapters"
+    write_gate(fit, trained, listed, root / adapter, target_class, threshold, report)
+    text = policy_text(fit, adapter, policy_id, target_class, threshold)
+    path = work / f"{policy_id}.yaml" if out is None else out
+    write_atomically(path, text.encode())
+    for name, row in report.items():
+        say(f"{name}: {json.dumps(row)}")
+    say(f"{root / adapter}: adapter; {path}: policy")
+
+
+def _model(settings: Settings, say: Say) -> Any:
+    import torch
+
+    from discovery.frozen_model import FrozenModel
+    from interpretops.model_source import resolve_model
+
+    folder = resolve_model(settings.model.name, settings.cache.dir, say, revision=settings.model.revision)
+    device = settings.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if settings.model.dtype == "auto" else getattr(torch, settings.model.dtype)
+    return FrozenModel(folder, dtype, device)
+
+
+def _refuse_noncommercial(data: dict[str, list[dict[str, Any]]]) -> None:
+    from discovery.sources import Source, refuse_noncommercial
+
+    listed = [
+        Source(Path(entry["path"]), entry["kind"], entry.get("licence", "not stated"))
+        for entries in data.values()
+        for entry in entries
+    ]
+    refuse_noncommercial(listed, purpose="a dictionary")

@@ -1,0 +1,69 @@
+"""A trained dictionary's manifest: whose model, which place, what data, what it costs on held-out text."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from discovery.activations import TraceReader
+from discovery.frozen_model import FrozenModel
+from discovery.run_record import run_record, write_json
+from discovery.sae_train import WEIGHTS, TrainSettings, reconstruction
+from discovery.splice import splice_metrics
+from interpretops.dictionary.manifest import (
+    DictionaryManifest,
+    MetricsRecord,
+    ModelReference,
+    TrainingRecord,
+    WeightsReference,
+    sha256_of,
+    write_manifest,
+)
+
+MEASURED_TOKENS = 20_000
+
+
+def measure(
+    model: FrozenModel, reader: TraceReader, settings: TrainSettings, folder: Path
+) -> dict[str, float]:
+    """Splice the dictionary in ``folder``, as it lies on disk, into the model on the held-out sequences."""
+    tokens, mask = reader.held_out(MEASURED_TOKENS)
+    with torch.no_grad():
+        found = splice_metrics(model, settings.layer, reader.max_norm, reconstruction(folder), tokens, mask)
+    return found.record()
+
+
+def write_dictionary(
+    reader: TraceReader, settings: TrainSettings, metrics: dict[str, Any], folder: Path
+) -> None:
+    """Write manifest and run record beside the weights in ``folder``."""
+    model = reader.record["model"]
+    entries = [entry for group in reader.record["data"].values() for entry in group]
+    record = run_record("sae-train", settings.seed, asdict(settings), reader.record["data"])
+    traced = {key: reader.record[key] for key in ("settings", "seed", "commit", "max_norm", "held_out")}
+    write_json(folder / "run.json", record | {"trace": traced, "metrics": metrics})
+    manifest = DictionaryManifest(
+        id=folder.name,
+        layout="saelens",
+        model=ModelReference(name=model["name"], fingerprint=model["fingerprint"]),
+        layer=settings.layer,
+        point="resid_post",
+        width=settings.width,
+        hidden_size=int(model["hidden_size"]),
+        activation="jumprelu",
+        max_norm=round(reader.max_norm, 2),
+        weights=WeightsReference(file=WEIGHTS, sha256=sha256_of(folder / WEIGHTS)),
+        license="Apache-2.0",
+        training=TrainingRecord(
+            data=tuple(f"{entry['name']} ({entry.get('licence', 'not stated')})" for entry in entries),
+            tokens=settings.tokens,
+            seed=settings.seed,
+            method="SAELens BatchTopK, saved as JumpReLU",
+            k=settings.k,
+            traced_tokens=len(reader.activations),
+            commit=record["commit"],
+        ),
+        metrics=MetricsRecord(**metrics),
+    )
+    write_manifest(folder, manifest)

@@ -1,0 +1,70 @@
+"""Greedy answers under a learned edit whose gate is open from the last prompt token on."""
+
+from collections.abc import Sequence
+
+import torch
+
+from discovery.frozen_model import FrozenModel
+from discovery.gated_edit import GatedEdit
+from discovery.progress import Meter
+
+BATCH = 32
+
+
+@torch.no_grad()
+def edited_answers(
+    model: FrozenModel,
+    edit: GatedEdit | None,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    progress: Meter | None = None,
+) -> list[list[int]]:
+    """Answers of at most ``most`` tokens, without end-of-turn token; without an edit the model's own."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    found: list[list[int]] = [[] for _ in prompts]
+    start = 0
+    while start < len(order):
+        size = max(1, min(BATCH, 12_000 // len(prompts[order[min(start + BATCH, len(order)) - 1]])))
+        chunk = order[start : start + size]
+        start += size
+        for index, answer in zip(chunk, _answer(model, edit, [prompts[i] for i in chunk], most), strict=True):
+            found[index] = answer
+        if progress is not None:
+            progress.advance(len(chunk))
+    return found
+
+
+def _answer(
+    model: FrozenModel, edit: GatedEdit | None, prompts: Sequence[Sequence[int]], most: int
+) -> list[list[int]]:
+    tokens, mask = model.pad([ids[:-1] for ids in prompts], side="left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = model.network.base_model(
+        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True
+    ).past_key_values
+    now = torch.tensor([[ids[-1]] for ids in prompts], device=tokens.device)
+    place = mask.sum(1, keepdim=True)
+    answers: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    edits = {} if edit is None else {int(layer): edit.at(int(layer)) for layer in edit.a}
+    with model.edited(edits):
+        for _ in range(most):
+            mask = torch.cat([mask, torch.ones_like(place)], 1)
+            logits = model.network(
+                input_ids=now,
+                attention_mask=mask,
+                position_ids=place,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            if edit is not None:
+                edit.firing.clear()
+            now = logits[:, -1].argmax(-1, keepdim=True)
+            place = place + 1
+            for row, token in enumerate(now[:, 0].tolist()):
+                ended[row] = ended[row] or token in model.stop_ids
+                if not ended[row]:
+                    answers[row].append(token)
+            if all(ended):
+                break
+    return answers

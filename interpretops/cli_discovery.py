@@ -1,0 +1,183 @@
+"""`mechctl trace`, `sae-train` and `fit-gate`: the offline jobs, each resumable by running it again."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from interpretops.cli_options import Artifacts, Config, Model
+
+DataFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-folder", help="Where the paths of --data lie, if not beside it.", show_default=False
+    ),
+]
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+
+
+def add_discovery_commands(app: typer.Typer) -> None:
+    """Add the offline jobs to `mechctl`."""
+    for name, command in (("trace", trace), ("sae-train", sae_train), ("fit-gate", fit_gate)):
+        app.command(name)(command)
+
+
+def trace(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the trace; an unfinished one goes on.")],
+    layers: Annotated[str, typer.Option("--layers", help="Layers to trace in one pass, as 8,15,20.")],
+    prompts: Annotated[
+        list[Path] | None, typer.Option("--prompts", help="File of prompts: json, jsonl, csv, txt, yaml.")
+    ] = None,
+    text: Annotated[list[Path] | None, typer.Option("--text", help="File of plain text.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="YAML list of files with licences.")] = None,
+    data_folder: DataFolder = None,
+    context: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 256,
+    answer_tokens: Annotated[
+        int, typer.Option(help="Let the model answer each prompt with at most this many tokens.")
+    ] = 0,
+    shard_sequences: Annotated[int, typer.Option(help="Sequences of a shard.")] = 256,
+    held_out: Annotated[float, typer.Option(help="Share of sequences kept out, to measure on.")] = 0.03,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    sink_ratio: Annotated[
+        float, typer.Option(help="Leave out tokens whose norm exceeds this many medians.")
+    ] = 8.0,
+    seed: Annotated[int, typer.Option(help="Order of the sequences.")] = 0,
+    model: Model = None,
+    config: Config = None,
+) -> None:
+    """Run prompts and text through the model and write its residual stream to disk."""
+    from discovery import cli as jobs
+    from interpretops.settings import load_settings
+
+    jobs.trace(
+        load_settings(config, {"model.name": model}),
+        prompts=prompts or [],
+        text=text or [],
+        data=data,
+        data_folder=data_folder,
+        layers=_numbers("layers", layers),
+        out=out,
+        options={
+            "context": context,
+            "answer_tokens": answer_tokens,
+            "shard_sequences": shard_sequences,
+            "held_out_share": held_out,
+            "dtype": dtype,
+            "sink_ratio": sink_ratio,
+            "seed": seed,
+        },
+        say=_say,
+    )
+
+
+def sae_train(
+    trace: Annotated[Path, typer.Option("--trace", help="Folder of a finished trace.")],
+    layer: Annotated[int, typer.Option("--layer", help="Layer of the dictionary.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the dictionary; its name is the id.")],
+    work: Annotated[
+        Path, typer.Option("--work", help="Folder of the checkpoint; an unfinished training goes on.")
+    ] = Path("runs/sae-train"),
+    width: Annotated[int, typer.Option(help="Number of features.")] = 4096,
+    k: Annotated[float, typer.Option(help="Features active per token while training.")] = 32.0,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on, passes counted.")] = 750_000,
+    batch: Annotated[int, typer.Option(help="Tokens of a step.")] = 1024,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 4e-4,
+    seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
+    model: Model = None,
+    config: Config = None,
+) -> None:
+    """Train a sparse dictionary on a trace with SAELens, and measure it on held-out text."""
+    from discovery import cli as jobs
+    from interpretops.settings import load_settings
+
+    jobs.sae_train(
+        load_settings(config, {"model.name": model}),
+        trace=trace,
+        out=out,
+        work=work,
+        options={
+            "layer": layer,
+            "width": width,
+            "k": k,
+            "tokens": tokens,
+            "batch": batch,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        },
+        say=_say,
+    )
+
+
+def fit_gate(
+    data: Annotated[Path, typer.Option("--data", help="YAML list of prompt files, split by source.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="Id of the adapter that is written.")],
+    data_folder: DataFolder = None,
+    target_class: Annotated[str, typer.Option(help="Behaviour the edit is against.")] = "jailbreak",
+    policy_id: Annotated[str, typer.Option(help="Id of the policy that is written.")] = "jailbreak",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File of the policy; else in --work.", show_default=False)
+    ] = None,
+    work: Annotated[
+        Path, typer.Option("--work", help="Folder of checkpoints; an unfinished run goes on.")
+    ] = Path("runs/fit-gate"),
+    gate_layer: Annotated[int, typer.Option(help="Layer at which the probe reads.")] = 16,
+    loose_rate: Annotated[
+        float, typer.Option(help="Share of benign prompts that may open the gate while training.")
+    ] = 0.06,
+    benign_budget: Annotated[
+        float, typer.Option(help="Share of benign selection prompts that may be refused.")
+    ] = 0.02,
+    borderline_budget: Annotated[float, typer.Option(help="The same for borderline ones.")] = 0.12,
+    layers: Annotated[str, typer.Option("--layers", help="Layers of the edit.")] = "16,19,22",
+    rank: Annotated[int, typer.Option(help="ReLU rows at each layer.")] = 16,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 300,
+    batch: Annotated[int, typer.Option(help="Harmful prompts of a step; as many benign.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
+    benign_weight: Annotated[float, typer.Option(help="Weight of leaving benign answers alone.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
+    model: Model = None,
+    artifacts: Artifacts = None,
+    config: Config = None,
+) -> None:
+    """Learn a conditional refusal: a probe that opens a gate, and a low-rank edit behind it."""
+    from discovery import cli as jobs
+    from interpretops.settings import load_settings
+
+    jobs.fit_gate(
+        load_settings(config, {"model.name": model, "paths.artifacts": artifacts}),
+        data=data,
+        data_folder=data_folder,
+        adapter=adapter,
+        target_class=target_class,
+        policy_id=policy_id,
+        out=out,
+        work=work,
+        gate={
+            "layer": gate_layer,
+            "loose_rate": loose_rate,
+            "benign_budget": benign_budget,
+            "borderline_budget": borderline_budget,
+        },
+        edit={
+            "layers": _numbers("layers", layers),
+            "rank": rank,
+            "steps": steps,
+            "batch": batch,
+            "learning_rate": learning_rate,
+            "benign_weight": benign_weight,
+            "seed": seed,
+        },
+        say=_say,
+    )
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        typer.secho(f"--{name} = {text!r}, but must be numbers with commas between, as 8,15", err=True)
+        sys.exit(2)
