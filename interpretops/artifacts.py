@@ -47,13 +47,23 @@ class Artifacts:
                 self.unreadable.append(str(error).splitlines()[0])
         return found
 
+    @property
+    def model_folders(self) -> tuple[Path, ...]:
+        """Folders of this model: the one of its name, then those with artifacts of its fingerprint."""
+        folders = [self.root / self.model.name]
+        folders += [f.parent for f, m in self.all_dictionaries.items() if self._is_ours(m)]
+        folders += [f.parent.parent for f, m in self.all_adapters.items() if self._is_ours(m)]
+        return tuple(dict.fromkeys(folders))
+
+    def _is_ours(self, manifest: DictionaryManifest | AdapterManifest) -> bool:
+        return manifest.model.fingerprint == self.model.fingerprint
+
     def dictionaries_at(self, site: Site) -> dict[Path, DictionaryManifest]:
         """Those of this model that read at a site."""
         return {
             folder: manifest
             for folder, manifest in self.all_dictionaries.items()
-            if manifest.model.fingerprint == self.model.fingerprint
-            and (manifest.layer, manifest.point) == (site.layer, site.point)
+            if self._is_ours(manifest) and (manifest.layer, manifest.point) == (site.layer, site.point)
         }
 
     def norm_bound(self, site: Site) -> float:
@@ -74,7 +84,7 @@ class Artifacts:
     def named_dictionary(self, name: str) -> Dictionary:
         """A dictionary of this model by its id; raises `DictionaryError`, also for one of another model."""
         named = {f: m for f, m in self.all_dictionaries.items() if m.id == name}
-        ours = [f for f, m in named.items() if m.model.fingerprint == self.model.fingerprint]
+        ours = [f for f, m in named.items() if self._is_ours(m)]
         if len(ours) == 1:
             return self._open(ours[0])
         if ours:
@@ -90,11 +100,7 @@ class Artifacts:
 
     def adapter(self, name: str | None, target_class: str) -> Adapter:
         """An adapter of this model by id, or the only one for a target class; raises `AdapterError`."""
-        ours = {
-            folder: manifest
-            for folder, manifest in self.all_adapters.items()
-            if manifest.model.fingerprint == self.model.fingerprint
-        }
+        ours = {folder: manifest for folder, manifest in self.all_adapters.items() if self._is_ours(manifest)}
         if name is not None:
             found = [folder for folder, manifest in ours.items() if manifest.id == name]
             wanted = f"adapter {name!r}"
@@ -117,7 +123,7 @@ class Artifacts:
         return self._opened[folder]
 
     def _what_there_is(self) -> str:
-        ours = [m for m in self.all_dictionaries.values() if m.model.fingerprint == self.model.fingerprint]
+        ours = [m for m in self.all_dictionaries.values() if self._is_ours(m)]
         if ours:
             return f"there is {', '.join(f'{m.id} at {m.layer}.{m.point}' for m in ours)}{self._broken()}"
         others = sorted({m.model.name for m in self.all_dictionaries.values()})

@@ -147,7 +147,7 @@ class Sources:
         own = () if self.policy.folder is None else (self.policy.folder,)
         try:
             found = read_vector(
-                find_vector_file(vector.file, (*own, self.artifacts.root / self.model.name)),
+                find_vector_file(vector.file, (*own, *self.artifacts.model_folders)),
                 vector.tensor,
                 width,
             )

@@ -1,0 +1,404 @@
+"""Compiling: numbers mean what the policy says, bytes are the same twice, every fault has its place."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from interpretops.adapter import AdapterSite, write_adapter
+from interpretops.compile import compile_policy
+from interpretops.dictionary import Dictionary, ModelReference, open_dictionary
+from interpretops.errors import PolicyError
+from interpretops.plan import ModelSpec, Plan, Site
+from interpretops.policy import load_policy
+
+R3, WIDTH = Site(3, "resid_post"), 24
+MakeDictionary = Callable[..., Path]
+
+
+@pytest.fixture
+def compile_text(tmp_path: Path, model: ModelSpec, artifacts: Path) -> Callable[[str], Plan]:
+    """Compiles the interventions (and gates) of a policy text."""
+
+    def run(text: str) -> Plan:
+        path = tmp_path / "policy.yaml"
+        path.write_text(f"meta: {{id: p, target_class: jailbreak}}\n{text}")
+        return compile_policy(load_policy(path), model=model, artifacts=artifacts)
+
+    return run
+
+
+def faults(compile_text: Callable[[str], Plan], text: str) -> list[str]:
+    with pytest.raises(PolicyError) as error:
+        compile_text(text)
+    return [line.split("policy.yaml: ", 1)[1] for line in error.value.lines]
+
+
+def apply(plan: Plan, site: Site, x: np.ndarray) -> np.ndarray:
+    """[T, D] edited by the plan's formula in float64, all gates open."""
+    units = plan.edits[site].units
+    u = x @ units.read.T.astype(np.float64) + units.bias
+    a = np.where(u > units.threshold, u, 0)
+    g = units.gain * a + units.offset + (np.clip(a, units.low, units.high) - a)
+    near = np.linalg.norm(x, axis=1)[:, None] <= units.max_norm
+    return x + (near * g) @ units.write
+
+
+def activations(width: int = WIDTH) -> np.ndarray:
+    return np.random.default_rng(5).normal(size=(30, width))
+
+
+def features(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
+    """[T, F] straight from the weights: jumprelu(W (x - b_dec) + b), in float64."""
+    w = dictionary.weights
+    u = (x - w.decoder_bias) @ w.encoder.array + w.bias
+    return np.where(u > w.threshold, u, 0)
+
+
+@pytest.mark.parametrize(
+    ("edit", "change"),
+    [
+        ("type: feature_scale, scale: 0.35", lambda a: 0.35 * a),
+        ("type: feature_scale, scale: -2", lambda a: -2 * a),
+        ("type: feature_clamp, clamp_range: [0, 0.5]", lambda a: np.clip(a, 0, 0.5)),
+        ("type: feature_clamp, clamp_range: [1, 2]", lambda a: np.clip(a, 1, 2)),
+    ],
+)
+def test_feature_edit_is_encode_change_decode_in_delta_form(
+    make_dictionary: MakeDictionary,
+    compile_text: Callable[[str], Plan],
+    edit: str,
+    change: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """x' = x + (f(a) - a) W_dec over the named features; the reconstruction error stays."""
+    dictionary = open_dictionary(make_dictionary())
+    ids = [3, 17, 39]
+    plan = compile_text(f"interventions:\n  - {{{edit}, selector: {{layer: 3, sae_feature_ids: {ids}}}}}")
+    x = activations()
+    a = features(dictionary, x)[:, ids]
+    assert (a > 0).any(axis=0).all()
+    expected = x + (change(a) - a) @ dictionary.weights.decoder.array[ids].astype(np.float64)
+    np.testing.assert_allclose(apply(plan, R3, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_topk_feature_carries_the_whole_encoder(
+    make_dictionary: MakeDictionary, compile_text: Callable[[str], Plan]
+) -> None:
+    """A TopK dictionary's encoder is in the plan, and the units name their features in it."""
+    config = {"architecture": "topk", "k": 5}
+    dictionary = open_dictionary(make_dictionary(config=config, activation="topk"))
+    plan = compile_text(
+        "interventions:\n  - {type: feature_scale, scale: 0, selector: {layer: 3, sae_feature_ids: [4, 2]}}"
+    )
+    edits = plan.edits[R3]
+    assert edits.topk is not None
+    assert edits.topk.k == 5
+    np.testing.assert_array_equal(edits.topk.read, dictionary.encoder_rows().read)
+    np.testing.assert_array_equal(edits.units.topk, [4, 2])
+
+
+def test_vectors_steer_and_ablate(tmp_path: Path, compile_text: Callable[[str], Plan]) -> None:
+    """A steering vector adds strength times itself; an ablation takes the direction's share out."""
+    v, w = np.random.default_rng(1).normal(size=(2, WIDTH)).astype(np.float32)
+    save_file({"v": v, "w": w}, tmp_path / "vectors.safetensors")
+    plan = compile_text(
+        """interventions:
+  - type: steering_vector
+    selector: {layers: [1, 2]}
+    vector: {file: vectors.safetensors, tensor: v}
+    strength: -1.5
+  - type: direction_ablation
+    selector: {layer: 4, point: mlp_out}
+    vector: {file: vectors.safetensors, tensor: w}
+    max_norm: 100
+"""
+    )
+    x = activations()
+    for layer in (1, 2):
+        np.testing.assert_allclose(apply(plan, Site(layer, "resid_post"), x), x - 1.5 * v, atol=1e-5)
+    out = apply(plan, Site(4, "mlp_out"), x)
+    np.testing.assert_allclose(out @ w, 0, atol=1e-4)
+    far = apply(plan, Site(4, "mlp_out"), x * 1000)
+    np.testing.assert_array_equal(far, x * 1000)
+    assert set(plan.provenance["vectors"]) == {"vectors.safetensors"}
+
+
+def test_decoder_row_can_be_the_vector(
+    make_dictionary: MakeDictionary, compile_text: Callable[[str], Plan]
+) -> None:
+    """A feature of a dictionary serves as direction, with the dictionary's norm bound at its site."""
+    dictionary = open_dictionary(make_dictionary(max_norm=500.0))
+    plan = compile_text(
+        "interventions:\n"
+        "  - {type: steering_vector, selector: {layer: 3}, vector: {feature: 7}, strength: 2}\n"
+    )
+    np.testing.assert_array_equal(plan.edits[R3].units.write, dictionary.decoder_rows([7]))
+    assert plan.edits[R3].units.max_norm.tolist() == [500.0]
+
+
+def test_head_scale_touches_the_named_heads_only(compile_text: Callable[[str], Plan]) -> None:
+    """The scale minus one stands on the heads' slices, zero elsewhere."""
+    plan = compile_text(
+        "interventions:\n  - {type: head_scale, selector: {layer: 0, heads: [0, 2]}, scale: 0.25}"
+    )
+    scale = plan.edits[Site(0, "attn_z")].head_scale
+    assert scale is not None
+    np.testing.assert_allclose(scale.delta.reshape(3, 8)[:, 0], [-0.75, 0, -0.75])
+    assert len(plan.edits[Site(0, "attn_z")].units) == 0
+
+
+def adapter(artifacts: Path, model: ModelSpec, name: str, site: Site) -> AdapterSite:
+    rng = np.random.default_rng(2)
+    width = model.width(site.point)
+    part = AdapterSite(*rng.normal(size=(2, 4, width)).astype(np.float32), np.ones(4, np.float32), "relu")
+    write_adapter(
+        artifacts / model.name / "adapters" / name, {site: part}, target_class="jailbreak", model=model
+    )
+    return part
+
+
+def test_adapter_of_the_target_class_is_found_and_scaled(
+    artifacts: Path, model: ModelSpec, compile_text: Callable[[str], Plan]
+) -> None:
+    """Without `adapter`, the artifacts' one for the class acts: x + alpha * B relu(A x + bias)."""
+    part = adapter(artifacts, model, "calm", R3)
+    plan = compile_text("interventions:\n  - {type: lora_gate, selector: {block: resid}, alpha: 0.5}")
+    x = activations()
+    expected = x + 0.5 * np.maximum(x @ part.read.T.astype(np.float64) + part.bias, 0) @ part.write
+    np.testing.assert_allclose(apply(plan, R3, x), expected, rtol=1e-4, atol=1e-4)
+    assert list(plan.provenance["adapters"]) == ["calm"]
+
+
+def test_adapter_reads_the_named_heads_only(
+    artifacts: Path, model: ModelSpec, compile_text: Callable[[str], Plan]
+) -> None:
+    """Heads mask A's columns."""
+    part = adapter(artifacts, model, "calm", Site(1, "attn_z"))
+    plan = compile_text(
+        "interventions:\n  - {type: lora_gate, selector: {block: attn, heads: [1]}, alpha: 1}"
+    )
+    read = plan.edits[Site(1, "attn_z")].units.read.reshape(4, 3, 8)
+    np.testing.assert_array_equal(read[:, 1], part.read.reshape(4, 3, 8)[:, 1])
+    assert not read[:, [0, 2]].any()
+
+
+def test_gate_reads_features_and_probes(
+    tmp_path: Path, make_dictionary: MakeDictionary, compile_text: Callable[[str], Plan]
+) -> None:
+    """A feature condition on its activation becomes one on its reading, above its own threshold at least."""
+    dictionary = open_dictionary(make_dictionary(max_norm=700.0))
+    probe = np.arange(WIDTH, dtype=np.float32)
+    save_file({"probe": probe}, tmp_path / "p.safetensors")
+    plan = compile_text(
+        """gates:
+  g:
+    layer: 3
+    combine: all
+    scope: prompt_end
+    latched: true
+    phase: decode
+    conditions:
+      - {feature: 5, threshold: 2.5}
+      - {feature: 6}
+      - {probe: {file: p.safetensors}, bias: 0.5, threshold: -1}
+  later: {phase: decode}
+interventions:
+  - {type: feature_scale, scale: 0, selector: {layer: 3, sae_feature_ids: [1]}, gate: g}
+  - {type: head_scale, scale: 0, selector: {layer: 0, heads: [1]}, gate: later}
+"""
+    )
+    gate = plan.gates[1]
+    rows = dictionary.encoder_rows([5, 6])
+    np.testing.assert_array_equal(gate.read, np.stack([*rows.read, probe]))
+    np.testing.assert_allclose(gate.bias, [*rows.bias, 0.5])
+    np.testing.assert_allclose(gate.cut, [2.5, rows.threshold[1], -1])
+    assert (gate.site, gate.combine, gate.scope, gate.latched, gate.phase) == (
+        R3,
+        "all",
+        "prompt_end",
+        True,
+        "decode",
+    )
+    assert gate.max_norm == 700.0
+    assert (plan.gates[2].site, plan.gates[2].phase) == (None, "decode")
+    assert plan.edits[R3].units.gate.tolist() == [1]
+
+
+def test_compiling_twice_gives_the_same_bytes(
+    make_dictionary: MakeDictionary, compile_text: Callable[[str], Plan]
+) -> None:
+    """Same inputs, same revision; another number, another revision; a comment changes nothing."""
+    make_dictionary()
+    text = "interventions:\n  - {type: feature_scale, scale: %s, selector: {layer: 3, sae_feature_ids: [4]}}"
+    first = compile_text(text % "0.5")
+    assert compile_text(text % "0.5").to_bytes() == first.to_bytes()
+    assert compile_text("# a comment\n" + text % "0.5").revision == first.revision
+    assert compile_text(text % "0.25").revision != first.revision
+
+
+def test_plan_needs_the_dictionary_no_more(
+    make_dictionary: MakeDictionary, compile_text: Callable[[str], Plan]
+) -> None:
+    """The plan's bytes are complete: they read back after the dictionary is gone."""
+    folder = make_dictionary()
+    plan = compile_text(
+        "interventions:\n  - {type: feature_scale, scale: 0, selector: {layer: 3, sae_feature_ids: [4]}}"
+    )
+    record = plan.provenance["dictionaries"]["l3"]
+    assert record["sha256"] == open_dictionary(folder).manifest.weights.sha256
+    (folder / "sae_weights.safetensors").unlink()
+    assert Plan.from_bytes(plan.to_bytes()).revision == plan.revision
+
+
+def test_reference_policy_is_told_exactly_what_a_nine_head_model_lacks(
+    repository: Path, tmp_path: Path
+) -> None:
+    """Both layers without dictionary, head 9, no adapter: each in a line of its own, with its place."""
+    nine = ModelSpec("smollm2-135m-instruct", "cd" * 32, "LlamaForCausalLM", 576, 30, 9, 3, 64, 49152)
+    file = repository / "tests/fixtures/reference-policy.yaml"
+    with pytest.raises(PolicyError) as error:
+        compile_policy(load_policy(file), model=nine, artifacts=tmp_path)
+    found = [line.removeprefix(f"{file}: ") for line in error.value.lines]
+    remedy = f"{tmp_path} has none of this model; train one with `mechctl sae-train`"
+    assert found == [
+        "interventions[0].selector.layer = 12, but smollm2-135m-instruct has no dictionary at 12.resid_post; "
+        f"{remedy} (line 13)",
+        "interventions[1].selector.layer = 8, but smollm2-135m-instruct has no dictionary at 8.resid_post; "
+        f"{remedy} (line 18)",
+        "interventions[2].selector.heads[1] = 9, but smollm2-135m-instruct has heads 0..8 (line 24)",
+        f"interventions[2] names no 'adapter', and {tmp_path} has no adapter for target class 'jailbreak' of "
+        "smollm2-135m-instruct; there is none at all (line 21)",
+    ]
+
+
+SCALE_AT = """\
+interventions:
+  - {type: feature_scale, scale: 0, selector: {layer: %d, sae_feature_ids: [%s]}}"""
+STEER = "interventions:\n  - {type: steering_vector, selector: {layer: 1}, vector: {file: %s}, strength: 1}"
+SCALE = "{type: feature_scale, scale: 0, selector: {layer: 3, sae_feature_ids: [1], dictionary: %s}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            SCALE_AT % (3, "39, 40"),
+            "interventions[0].selector.sae_feature_ids[1] = 40, but dictionary l3 has features 0..39",
+        ),
+        (
+            SCALE_AT % (6, "1"),
+            "interventions[0].selector.layer = 6, but tiny has layers 0..5 (line 3)",
+        ),
+        (
+            SCALE_AT % (2, "1"),
+            "interventions[0].selector.layer = 2, but tiny has no dictionary at 2.resid_post; "
+            "there is l3 at 3.resid_post (line 3)",
+        ),
+        (
+            "interventions:\n  - " + SCALE % "nope",
+            "interventions[0].selector.dictionary = 'nope', but there is no such dictionary; "
+            "there is l3 at 3.resid_post (line 3)",
+        ),
+        (
+            "interventions:\n  - " + SCALE % "foreign",
+            "interventions[0].selector.dictionary = 'foreign', but it is a dictionary of other "
+            "(fingerprint efefefefefef), and the model is tiny (fingerprint abababababab) (line 3)",
+        ),
+        (
+            "interventions:\n  - {type: head_scale, scale: 0, selector: {layers: [0, 9], heads: [1]}}",
+            "interventions[0].selector.layers[1] = 9, but tiny has layers 0..5 (line 3)",
+        ),
+        (
+            STEER % "no.st",
+            "interventions[0].vector.file = 'no.st', but there is no such file in ",
+        ),
+        (
+            "gates: {g: {layer: 3, conditions: [{feature: 99}]}}\n"
+            "interventions:\n  - {type: head_scale, scale: 0, selector: {layer: 4, heads: [1]}, gate: g}",
+            "gates.g.conditions[0].feature = 99, but dictionary l3 has features 0..39 (line 2)",
+        ),
+        (
+            "gates: {g: {layer: 3, conditions: [{feature: 9}]}}\n"
+            "interventions:\n  - {type: head_scale, scale: 0, selector: {layer: 2, heads: [1]}, gate: g}",
+            "interventions[0].gate = 'g', but it reads at 3.resid_post, after the edit at 2.attn_z has acted",
+        ),
+        (
+            "interventions:\n"
+            "  - {type: feature_scale, scale: 0, selector: {layer: 3, sae_feature_ids: [1]}}\n"
+            "  - {type: feature_clamp, clamp_range: [0, 1], selector: {layer: 3, sae_feature_ids: [2, 1]}}",
+            "interventions[1].selector.sae_feature_ids[1] = 1, but "
+            "interventions[0].selector.sae_feature_ids[0] edits the same already; merge the two (line 4)",
+        ),
+        (
+            "interventions:\n  - {type: lora_gate, selector: {block: attn}, alpha: 1, adapter: calm}",
+            "interventions[0].adapter = 'calm', but ",
+        ),
+    ],
+)
+def test_what_the_model_or_artifacts_lack_is_named(
+    make_dictionary: MakeDictionary, compile_text: Callable[[str], Plan], text: str, expected: str
+) -> None:
+    """Ids, layers, dictionaries, files, gates, adapters that do not fit: field, value, remedy."""
+    make_dictionary()
+    make_dictionary("foreign", model=ModelReference(name="other", fingerprint="ef" * 32))
+    (line,) = faults(compile_text, text)
+    assert line.startswith(expected)
+
+
+def test_several_dictionaries_at_a_site_must_be_named(
+    make_dictionary: MakeDictionary, compile_text: Callable[[str], Plan]
+) -> None:
+    """Two candidates are no choice."""
+    make_dictionary()
+    make_dictionary("wide")
+    (line,) = faults(compile_text, "interventions:\n  - " + SCALE.replace(", dictionary: %s", ""))
+    assert "tiny has several dictionaries at 3.resid_post: l3, wide; name one" in line
+    assert compile_text("interventions:\n  - " + SCALE % "wide").provenance["dictionaries"].keys() == {"wide"}
+
+
+def test_feature_of_a_topk_dictionary_cannot_gate(
+    make_dictionary: MakeDictionary, compile_text: Callable[[str], Plan]
+) -> None:
+    """A gate reads rows; being among the k largest is not a row."""
+    make_dictionary(config={"architecture": "topk", "k": 5}, activation="topk")
+    text = "gates: {g: {layer: 3, conditions: [{feature: 1}]}}\n"
+    text += "interventions:\n  - {type: head_scale, scale: 0, selector: {layer: 4, heads: [1]}, gate: g}"
+    (line,) = faults(compile_text, text)
+    assert line.startswith("gates.g.conditions[0].feature = 1, but l3 is a TopK dictionary")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "words"),
+    [
+        ({"v": np.ones(7, np.float32)}, None, "tensor 'v' has shape [7], and the activation has 24 numbers"),
+        ({"v": np.zeros(WIDTH, np.float32)}, None, "must be finite and not all zeros"),
+        ({"v": np.full(WIDTH, np.nan, np.float32)}, None, "must be finite and not all zeros"),
+        ({"v": np.ones(WIDTH, np.float32), "w": np.ones(3)}, None, "the file holds v, w; name one of them"),
+        (
+            {"v": np.ones(WIDTH, np.float32)},
+            {"model_fingerprint": "ef" * 32},
+            "it was made from a model of fingerprint efefefefefef; tiny has abababababab",
+        ),
+    ],
+)
+def test_vector_that_does_not_fit_is_refused(
+    tmp_path: Path, compile_text: Callable[[str], Plan], tensors: Any, metadata: Any, words: str
+) -> None:
+    """Wrong width, zeros, NaN, an unnamed tensor, another model's vector."""
+    save_file(tensors, tmp_path / "v.safetensors", metadata)
+    (line,) = faults(compile_text, STEER % "v.safetensors")
+    assert words in line
+
+
+def test_vector_file_cannot_be_reached_through_a_link_out(
+    tmp_path: Path, compile_text: Callable[[str], Plan]
+) -> None:
+    """A symbolic link that leads out of the policy's folder is not followed."""
+    outside = tmp_path.parent / f"{tmp_path.name}-outside.safetensors"
+    save_file({"v": np.ones(WIDTH, np.float32)}, outside)
+    (tmp_path / "v.safetensors").symlink_to(outside)
+    (line,) = faults(compile_text, STEER % "v.safetensors")
+    assert "it leads out of" in line
