@@ -1,0 +1,62 @@
+"""The documents hold: their links lead somewhere and their examples are accepted as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from interpretops.policy import load_policy
+from interpretops.settings import load_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The fenced code blocks of one language."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    """Every relative link names a file or folder of the repository."""
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
+    missing = [
+        target for target in targets if "://" not in target and not (document.parent / target).exists()
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_yaml_examples_load(document: Path, tmp_path: Path) -> None:
+    """A YAML example is a policy or a configuration, and is accepted as it stands."""
+    for number, text in enumerate(blocks(document, "yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text, encoding="utf-8")
+        if "meta" in yaml.safe_load(text):
+            load_policy(path)
+        else:
+            load_settings(path, environ={})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_examples_are_python(document: Path) -> None:
+    """A Python example parses."""
+    for text in blocks(document, "python"):
+        compile(text, str(document), "exec")
+
+
+def test_make_targets_named_in_documents_exist() -> None:
+    """Each `make target` that a document tells people to type is a target."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {
+        word
+        for document in DOCUMENTS
+        for word in re.findall(
+            r"(?:^    |`)make ([a-z-]+)", document.read_text(encoding="utf-8"), re.MULTILINE
+        )
+    }
+    assert named <= targets
