@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -65,7 +66,9 @@ def make_engine(settings: Settings, model: Path | None) -> Engine:
     if settings.engine.url is not None:
         return RemoteEngine(settings.engine.url)
     assert model is not None
-    return LocalEngine(settings, model, settings.cache.dir.expanduser() / "logs" / "engine.log")
+    # By port, so that several gateways can share a cache.
+    name = f"engine-{settings.gateway.port or os.getpid()}.log"
+    return LocalEngine(settings, model, settings.cache.dir.expanduser() / "logs" / name)
 
 
 class EngineLoop:

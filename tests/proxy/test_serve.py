@@ -1,0 +1,337 @@
+"""`mechctl serve` as users run it: the real engine, the official client, edits and deaths under load."""
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import openai
+import psutil
+import pytest
+
+MECHCTL = [sys.executable, "-m", "interpretops.cli"]
+MODEL = "smollm2-135m-instruct"
+PROMPT = [{"role": "user", "content": "What is the capital of France, and why is it famous?"}]
+HEADS = """
+meta: {{id: {name}}}
+interventions:
+  - {{type: head_scale, selector: {{layers: [12, 13, 14, 15], heads: [0, 1, 2, 3, 4]}}, scale: {scale}}}
+"""
+
+pytestmark = pytest.mark.engine
+
+
+@dataclass
+class Served:
+    """A running gateway."""
+
+    process: subprocess.Popen[str]
+    url: str
+    admin: str
+    policies: Path
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+
+    def engine_processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def write(self, name: str, scale: float) -> None:
+        (self.policies / f"{name}.yaml").write_text(HEADS.format(name=name, scale=scale))
+
+    def ready(self) -> bool:
+        return httpx.get(f"{self.url}/readyz").status_code == 200
+
+    def say(self, **fields: Any) -> openai.types.chat.ChatCompletion:
+        asked = {"model": MODEL, "messages": PROMPT, "max_tokens": 24, "temperature": 0, **fields}
+        return self.client.chat.completions.create(**asked)
+
+
+def wait_for(condition: Any, timeout_s: float, what: str) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
+        time.sleep(0.1)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def start_serve(folder: Path, *flags: str, stderr: Path) -> subprocess.Popen[str]:
+    command = [*MECHCTL, "serve", "--port", "0", "--admin-port", "0", "--policies", str(folder), *flags]
+    with stderr.open("w") as file:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path) -> Iterator[Served]:
+    """One gateway with its own engine for the whole module."""
+    folder = tmp_path_factory.mktemp("policies")
+    errors = folder / "stderr.txt"
+    for name, scale in (("silent", 0.0), ("loud", 2.0)):
+        (folder / f"{name}.yaml").write_text(HEADS.format(name=name, scale=scale))
+    process = start_serve(folder, stderr=errors)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready: http://127.0.0.1:"), errors.read_text()
+        assert f"curl {line.split()[1]}/chat/completions" in line
+        admin = re.search(r"admin and metrics on (\S+)", errors.read_text())
+        assert admin is not None
+        yield Served(process, line.split()[1].removesuffix("/v1"), admin.group(1), folder)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+def test_official_client_works_unchanged(served):
+    """Chat, completion, stream and model list through the `openai` package."""
+    assert {model.id for model in served.client.models.list()} == {
+        MODEL,
+        f"{MODEL}+silent",
+        f"{MODEL}+loud",
+    }
+    whole = served.say()
+    assert whole.usage.completion_tokens == 24
+    pieces = served.say(stream=True, stream_options={"include_usage": True})
+    text, usage = "", None
+    for chunk in pieces:
+        text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+        usage = chunk.usage or usage
+    assert text == whole.choices[0].message.content
+    assert usage.completion_tokens == 24
+    completed = served.client.completions.create(model=f"{MODEL}+loud", prompt="The sky is", max_tokens=4)
+    assert completed.choices[0].text
+
+
+def test_policy_changes_the_answer_repeatably(served):
+    """The same prompt answers differently under `none` and a policy, and the same again each time."""
+    answers = [
+        [served.say(model=model).choices[0].message.content for _ in range(2)]
+        for model in (MODEL, f"{MODEL}+none", f"{MODEL}+silent", f"{MODEL}+loud")
+    ]
+    assert all(first == second for first, second in answers)
+    plain, none, silent, loud = (first for first, _ in answers)
+    assert plain == none
+    assert len({plain, silent, loud}) == 3
+
+
+def test_receipt_tells_what_the_engine_did(served):
+    """Header and alias choose the same revision; the receipt counts tokens and edits, and none under `none`."""
+    raw = served.client.chat.completions.with_raw_response
+    asked = {"messages": PROMPT, "max_tokens": 8, "temperature": 0}
+    by_header = raw.create(model=MODEL, extra_headers={"X-Steering-Policy": "loud"}, **asked)
+    by_alias = raw.create(model=f"{MODEL}+loud", **asked)
+    without = raw.create(model=MODEL, **asked)
+    assert by_header.headers["X-Steering-Policy"] == by_alias.headers["X-Steering-Policy"]
+    assert re.fullmatch(r"loud@[0-9a-f]{12}", by_header.headers["X-Steering-Policy"])
+    receipt = json.loads(by_header.headers["X-Steering-Receipt"])
+    assert receipt["requests"] == 1
+    assert receipt["tokens_evaluated"] >= 8
+    assert receipt["edits_applied"] > 0
+    assert without.headers["X-Steering-Policy"] == "none"
+    assert json.loads(without.headers["X-Steering-Receipt"])["edits_applied"] == 0
+
+
+def test_several_choices_are_all_steered(served):
+    """With `n` choices every one of them stands in the receipt."""
+    raw = served.client.chat.completions.with_raw_response
+    answer = raw.create(model=f"{MODEL}+loud", messages=PROMPT, max_tokens=4, n=3)
+    assert json.loads(answer.headers["X-Steering-Receipt"])["requests"] == 3
+    assert len(answer.parse().choices) == 3
+
+
+def test_clients_cannot_reach_the_engines_own_switches(served):
+    """What a client sends in `extra_body` never decides the revision; its mistakes are told."""
+    with pytest.raises(openai.BadRequestError, match="vllm_xargs") as refused:
+        served.say(extra_body={"vllm_xargs": {"interpretops_revision": "none"}})
+    assert refused.value.response.headers["x-should-retry"] == "false"
+    with pytest.raises(openai.BadRequestError, match=r"max_tokens|maximum context"):
+        served.say(max_tokens=100_000)
+    with pytest.raises(openai.NotFoundError):
+        served.say(model="gpt-4o")
+
+
+async def stream(
+    served: Served, session: aiohttp.ClientSession, model: str, tokens: int, began: asyncio.Event
+):
+    """One raw stream: its policy header and its text."""
+    body = {"model": model, "messages": PROMPT, "stream": True, "max_tokens": tokens, "ignore_eos": True}
+    async with session.post(f"{served.url}/v1/chat/completions", json=body) as answer:
+        text = b""
+        async for chunk in answer.content.iter_any():
+            text += chunk
+            began.set()
+        return answer.headers["X-Steering-Policy"], text.decode()
+
+
+async def test_edit_under_load_breaks_no_stream(served):
+    """Eight streams run on under their revision while new requests get the edited one, then a broken one."""
+    path = served.policies / "loud.yaml"
+    async with (
+        aiohttp.ClientSession() as session,
+        openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+
+        async def label() -> str:
+            raw = await client.chat.completions.with_raw_response.create(
+                model=f"{MODEL}+loud", messages=PROMPT, max_tokens=1
+            )
+            return str(raw.headers["X-Steering-Policy"])
+
+        old = await label()
+        events = [asyncio.Event() for _ in range(8)]
+        streams = [
+            asyncio.create_task(stream(served, session, f"{MODEL}+loud", 300, event)) for event in events
+        ]
+        await asyncio.gather(*(event.wait() for event in events))
+        served.write("loud", 1.5)
+        async with asyncio.timeout(20):
+            while (new := await label()) == old:
+                pass
+        assert not any(task.done() for task in streams)
+        path.write_text("meta: {id: loud}\ninterventions: [")
+        async with asyncio.timeout(20):
+            while True:
+                async with session.get(f"{served.admin}/admin/policies") as answer:
+                    (entry,) = [e for e in (await answer.json())["policies"] if e["id"] == "loud"]
+                if entry["error"]:
+                    break
+        assert await label() == new
+        async with session.get(f"{served.admin}/metrics") as answer:
+            assert 'interpretops_policy_broken{policy="loud"} 1.0' in await answer.text()
+        for given, text in await asyncio.gather(*streams):
+            assert given == old
+            assert text.endswith("\n\ndata: [DONE]\n\n")
+            (receipt,) = re.findall(r"^: steering-receipt (.*)$", text, re.MULTILINE)
+            assert json.loads(receipt)["revision"].startswith(old.removeprefix("loud@"))
+            assert json.loads(receipt)["tokens_evaluated"] >= 300
+    served.write("loud", 2.0)
+
+
+@pytest.mark.parametrize("victim", ["EngineCore", "serve"])
+async def test_engine_killed_in_mid_stream(served, victim):
+    """The stream ends in an error without end marker; until the engine is proven again nobody is served."""
+    await asyncio.to_thread(wait_for, served.ready, 120, "ready")
+    async with aiohttp.ClientSession() as session:
+        began = asyncio.Event()
+        running = asyncio.create_task(stream(served, session, f"{MODEL}+silent", 1000, began))
+        await began.wait()
+        (process,) = [p for p in served.engine_processes() if is_victim(p, victim)]
+        before = served.engine_processes()
+        process.kill()
+        label, text = await running
+        *_, last = [event for event in text.split("\n\n") if event]
+        assert json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert "data: [DONE]" not in text
+
+        async def ask(model: str) -> tuple[int, str | None]:
+            body = {"model": model, "messages": PROMPT, "max_tokens": 4}
+            async with session.post(f"{served.url}/v1/chat/completions", json=body) as answer:
+                await answer.read()
+                return answer.status, answer.headers.get("X-Steering-Policy")
+
+        seen = set()
+        async with asyncio.timeout(180):
+            while True:
+                steered, plain = await ask(f"{MODEL}+silent"), await ask(MODEL)
+                seen |= {steered, plain}
+                if steered[0] == plain[0] == 200:
+                    break
+                await asyncio.sleep(0.1)
+        assert (503, None) in seen
+        assert seen <= {(503, None), (502, None), (200, label), (200, "none")}
+        assert served.ready()
+        await asyncio.to_thread(wait_for, lambda: gone(before[1:]), 20, "the old engine's processes are gone")
+
+
+def is_victim(process: psutil.Process, victim: str) -> bool:
+    line = process.cmdline()
+    if victim == "EngineCore":
+        return "EngineCore" in " ".join(line)
+    return "serve" in line and "keeper.py" not in " ".join(line)
+
+
+def test_interrupt_leaves_nothing_behind(served):
+    """Ctrl-C ends gateway and engine, all of their processes, with status 0."""
+    wait_for(served.ready, 180, "ready")
+    processes = [psutil.Process(served.process.pid), *served.engine_processes()]
+    assert len(processes) >= 3
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(60) == 0
+    wait_for(lambda: gone(processes), 10, "all processes gone")
+
+
+def test_killed_gateway_leaves_nothing_behind(tmp_path, default_model_dir):
+    """Also a gateway that is killed outright, here while its engine starts, leaves no process."""
+    process = start_serve(tmp_path, stderr=tmp_path / "stderr.txt")
+    mine = psutil.Process(process.pid)
+
+    def engine_started() -> bool:
+        return any(
+            "vllm" in " ".join(p.cmdline()) and "serve" in p.cmdline() for p in mine.children(recursive=True)
+        )
+
+    wait_for(engine_started, 60, "engine started")
+    processes = mine.children(recursive=True)
+    process.kill()
+    process.wait()
+    wait_for(lambda: gone(processes), 30, "all processes gone")
+
+
+def fail(tmp_path: Path, *flags: str, config: str = "{}", timeout_s: float = 60) -> str:
+    """The error of a start that fails: one line, status 2, no traceback."""
+    file = tmp_path / "config.yaml"
+    file.write_text(config)
+    command = [*MECHCTL, "serve", "--config", str(file), "--policies", str(tmp_path), *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    return ended.stderr.strip().splitlines()[-1]
+
+
+def test_port_in_use_is_one_line(tmp_path):
+    """A port that is taken is named, with the flag that changes it, before anything slow begins."""
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert fail(tmp_path, "--port", str(port)) == (
+            f"gateway.port = {port}, but another program uses it; stop that, or choose another with --port"
+        )
+
+
+def test_missing_model_is_one_line(tmp_path):
+    """A model that is nowhere is named."""
+    told = fail(tmp_path, "--model", "no-such-model", "--port", "0", "--admin-port", "0")
+    assert told.startswith("model.name = 'no-such-model', but that is no folder here")
+
+
+def test_too_little_memory_is_one_line(tmp_path, default_model_dir):
+    """What would not fit is refused before the engine starts."""
+    config = "engine: {kv_cache_gib: 900000}"
+    told = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config)
+    assert re.match(r"engine.kv_cache_gib = 900000: .* needs about 9\d+\.\d GiB, but", told)
+
+
+def test_engine_that_dies_while_starting_is_one_line(tmp_path, default_model_dir):
+    """The engine's own reason stands in the error, and no process is left."""
+    config = "engine: {extra_args: ['--block-size=7777']}"
+    told = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config, timeout_s=180)
+    assert told.startswith("engine ended with status ")
+    assert "its log is" in told
