@@ -10,6 +10,7 @@ from interpretops import __version__
 from interpretops.cli_discovery import add_discovery_commands
 from interpretops.cli_options import Artifacts, Config, Model
 from interpretops.cli_policy import policy_app
+from interpretops.cli_steer import steer
 from interpretops.errors import InterpretOpsError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(policy_app, name="policy")
+app.command("steer")(steer)
 add_discovery_commands(app)
 
 

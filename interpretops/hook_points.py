@@ -65,6 +65,18 @@ def find_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
     raise ModelError(f"{type(model).__name__} has no list of {num_layers} layers")
 
 
+def site_module(layers: nn.ModuleList, family: Family, site: Site) -> nn.Module:
+    """The module whose output is a site's activation; at ``attn_z`` the one whose input it is."""
+    layer = layers[site.layer]
+    name: dict[Point, str] = {
+        "attn_z": family.attention_projection,
+        "attn_out": family.attention_out,
+        "mlp_out": family.mlp_out,
+        "resid_post": "",
+    }
+    return layer.get_submodule(name[site.point])
+
+
 class SiteHooks:
     """Runs the op at the sites that resident revisions use, and nothing at all at the others.
 
@@ -95,12 +107,9 @@ class SiteHooks:
         self._handles.clear()
 
     def _install(self, site: Site) -> torch.utils.hooks.RemovableHandle:
-        layer = self.layers[site.layer]
+        module = site_module(self.layers, self.family, site)
         if site.point == "attn_z":
-            module = layer.get_submodule(self.family.attention_projection)
             return module.register_forward_pre_hook(self._before(site))
-        name: dict[Point, str] = {"attn_out": self.family.attention_out, "mlp_out": self.family.mlp_out}
-        module = layer if site.point == "resid_post" else layer.get_submodule(name[site.point])
         return module.register_forward_hook(self._after(site))
 
     def _before(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:

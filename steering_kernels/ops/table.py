@@ -132,7 +132,12 @@ class SiteTable:
         self.start[row], self.count[row] = units, edits.read.shape[0]
         self.scale_start[row], self.scale_count[row] = scales, edits.scale.shape[0]
         if edits.topk_read is not None and edits.topk_bias is not None:
-            self.topk[row] = (edits.topk_read.clone(), edits.topk_bias.clone(), edits.topk_k)
+            device = self.read.device
+            self.topk[row] = (
+                edits.topk_read.to(device, copy=True),
+                edits.topk_bias.to(device, copy=True),
+                edits.topk_k,
+            )
         self.views[row] = RowView(self.get_row(row))
 
     def get_row(self, row: int) -> RowEdits:
