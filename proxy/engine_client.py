@@ -188,6 +188,7 @@ class EngineClient:
         loaded = _parse(_Loaded, await self._call("PUT", f"{API}/plans/{quote(revision)}", data=plan))
         wrong = [rank.rank for rank in loaded.ranks if rank.digest != digest]
         if loaded.revision != revision or not loaded.ranks or wrong:
+            await self.retire(revision)
             raise EngineError(
                 f"plan {revision[:12]}: ranks {wrong} of the engine hold other numbers than the plan"
             )

@@ -15,6 +15,8 @@ from typing import Any
 
 from aiohttp import web
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from interpretops.errors import ConfigError
 from interpretops.settings import Settings
@@ -38,7 +40,14 @@ class _Serve:
         self._settings = settings
         self._console = console
         self._stop = asyncio.Event()
-        self._status = console.status("Starting")
+        self._steps = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._step = self._steps.add_task("Starting", total=None)
 
     async def run(self) -> None:
         self._take_signals()
@@ -48,11 +57,11 @@ class _Serve:
             _listen(gateway.admin_host, gateway.admin_port, "gateway.admin_port", "--admin-port") as admin,
         ):
             if self._console.is_terminal:
-                self._status.start()
+                self._steps.start()
             try:
                 await self._run_on(public, admin)
             finally:
-                self._status.stop()
+                self._steps.stop()
 
     async def _run_on(self, public: socket.socket, admin: socket.socket) -> None:
         settings, model = self._settings, None
@@ -68,8 +77,9 @@ class _Serve:
         apps = make_app(settings, lambda: make_engine(settings, model), make_logger(), self._progress)
         grace_s = settings.gateway.shutdown_grace_s
         runners = [
-            web.AppRunner(app, handler_cancellation=True, shutdown_timeout=grace_s, access_log=None)
-            for app in (apps.public, apps.admin)
+            # A client that leaves stops its request; an admin who leaves stops no reload half-way.
+            web.AppRunner(app, handler_cancellation=leaves, shutdown_timeout=grace_s, access_log=None)
+            for app, leaves in ((apps.public, True), (apps.admin, False))
         ]
         try:
             for runner, listener in zip(runners, (public, admin), strict=True):
@@ -86,7 +96,7 @@ class _Serve:
         ready = asyncio.create_task(loop.first_ready.wait())
         stop = asyncio.create_task(self._stop.wait())
         await asyncio.wait({ready, stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
-        self._status.stop()
+        self._steps.stop()
         if ready.done():
             self._announce(apps, public, admin)
             await asyncio.wait({stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
@@ -132,9 +142,9 @@ class _Serve:
         sys.stdout.flush()
 
     def _progress(self, line: str) -> None:
-        if self._console.is_terminal:
-            self._status.update(line)
-        self._console.print(line, style="dim", markup=False)
+        self._steps.update(self._step, description=escape(line))
+        if not self._console.is_terminal:
+            self._console.print(line, markup=False)
 
     def _take_signals(self) -> None:
         loop = asyncio.get_running_loop()

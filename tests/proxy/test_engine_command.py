@@ -1,0 +1,71 @@
+"""How the local engine is started, and when it is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from interpretops.errors import ConfigError
+from interpretops.settings import load_settings
+from proxy.engine_command import check_memory, engine_command, engine_environment
+from proxy.local_engine import LocalEngine
+
+GIB = 2**30
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 1024}))
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 1000)
+    return tmp_path
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_engine_listens_on_its_private_socket_only(model):
+    """The engine gets a unix socket, and neither host nor port."""
+    settings = load_settings(overrides={"model.name": str(model), "model.device": "cpu"}, environ={})
+    command = engine_command(settings, model, Path("/run/e.sock"))
+    assert Path(command[0]).name == "vllm"
+    assert command[1:3] == ["serve", str(model)]
+    assert option(command, "--uds") == "/run/e.sock"
+    assert option(command, "--served-model-name") == model.name
+    assert option(command, "--max-model-len") == "1024"
+    assert "--enforce-eager" in command
+    assert not {"--host", "--port", "--api-key"} & set(command)
+
+
+def test_surroundings_cannot_take_the_plugin_away():
+    """Whatever the environment says, the plugin is named and development routes stay shut."""
+    hostile = {"VLLM_PLUGINS": "", "VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": "k", "HOME": "/h"}
+    settings = load_settings(overrides={"model.device": "cpu", "engine.kv_cache_gib": 3}, environ={})
+    environment = engine_environment(settings, hostile)
+    assert environment["VLLM_PLUGINS"] == "interpretops"
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert environment["HOME"] == "/h"
+    assert not {"VLLM_SERVER_DEV_MODE", "VLLM_API_KEY"} & environment.keys()
+
+
+def test_memory_is_checked_against_weights_and_cache(model):
+    """The bound counts weights, cache and the engine itself."""
+    settings = load_settings(overrides={"model.device": "cpu", "engine.kv_cache_gib": 3}, environ={})
+    check_memory(settings, model, available_bytes=6 * GIB)
+    with pytest.raises(ConfigError, match=r"kv_cache_gib = 3: .*needs about 5\.0 GiB, but 4\.0 GiB are free"):
+        check_memory(settings, model, available_bytes=4 * GIB)
+
+
+def test_cause_of_death_is_the_first_error_of_the_log(tmp_path, model):
+    """Of a long traceback the line that says why is shown."""
+    engine = LocalEngine(load_settings(environ={}), model, tmp_path / "engine.log")
+    engine.log_file.write_text(
+        "(EngineCore pid=7) ERROR 01-01 [core.py:1] Traceback (most recent call last):\n"
+        "(EngineCore pid=7) ERROR 01-01 [core.py:1] ValueError: block size 7 is not possible\n"
+        "(APIServer pid=6) RuntimeError: Engine core initialization failed.\n"
+    )
+    assert "ValueError: block size 7" in str(engine._cause())
+    assert len(engine.tail()) == 3
+    engine.log_file.unlink()
+    assert engine._cause() is None
+    assert engine.tail() == []
