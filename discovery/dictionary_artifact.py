@@ -26,7 +26,7 @@ MEASURED_TOKENS = 20_000
 
 def measure(
     model: FrozenModel, reader: TraceReader, settings: TrainSettings, folder: Path
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Splice the dictionary in ``folder``, as it lies on disk, into the model on the held-out sequences."""
     tokens, mask = reader.held_out(MEASURED_TOKENS)
     with torch.no_grad():

@@ -140,7 +140,7 @@ def train_edit(
             optimizer.step()
             step += 1
             progress.advance(
-                1, f"refuse {float(refuse):.3f}, stay {float(stay):.3f}, firing {float(firing):.3f}"
+                1, f"refuse {refuse.item():.3f}, stay {stay.item():.3f}, firing {firing.item():.3f}"
             )
             if step % 20 == 0 or step == settings.steps:
                 _save(edit, optimizer, checkpoint, identity, step)

@@ -29,8 +29,8 @@ class SpliceMetrics:
     ce_mean_ablated: float
     """The same with every activation replaced by the mean: what losing the layer would cost."""
     delta_ce: float
-    ce_recovered: float
-    """1 for a perfect dictionary, 0 for one no better than the mean."""
+    ce_recovered: float | None
+    """1 for a perfect dictionary, 0 for one no better than the mean; None where the mean costs nothing."""
     fvu: float
     """Fraction of variance unexplained."""
     l0: float
@@ -38,8 +38,8 @@ class SpliceMetrics:
     dead_share: float
     """Share of features that fired on none of these tokens."""
 
-    def record(self) -> dict[str, float]:
-        return {key: round(float(value), 6) for key, value in asdict(self).items()}
+    def record(self) -> dict[str, float | None]:
+        return {k: None if v is None else round(float(v), 6) for k, v in asdict(self).items()}
 
 
 @torch.no_grad()
@@ -89,6 +89,7 @@ def splice_metrics(
             picked = values[:, :-1][which].float()
             losses[name] += float(cross_entropy(picked, target[which], reduction="sum"))
     ce = {name: total / max(count, 1) for name, total in losses.items()}
+    lost = ce["mean"] - ce["model"]
     assert fired is not None
     return SpliceMetrics(
         tokens=count,
@@ -96,7 +97,7 @@ def splice_metrics(
         ce_spliced=ce["spliced"],
         ce_mean_ablated=ce["mean"],
         delta_ce=ce["spliced"] - ce["model"],
-        ce_recovered=(ce["mean"] - ce["spliced"]) / max(ce["mean"] - ce["model"], 1e-9),
+        ce_recovered=(ce["mean"] - ce["spliced"]) / lost if lost > 0 else None,
         fvu=float(errors / squares.clamp(min=1e-12)),
         l0=float(active) / max(seen, 1),
         dead_share=float((~fired).float().mean()),

@@ -16,7 +16,7 @@ from discovery.sources import DataList, Source
 from discovery.trace import TraceSettings, trace
 
 SETTINGS = TraceSettings(
-    layers=(1, 2), context=64, answer_tokens=6, shard_sequences=8, held_out_share=0.1, dtype="bfloat16"
+    layers=(1, 2), context=64, answer_tokens=3, shard_sequences=8, held_out_share=0.1, dtype="bfloat16"
 )
 
 

@@ -1,0 +1,117 @@
+"""Dictionaries: SAELens trains them, a killed run ends the same, the metrics are sane at their extremes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from discovery import sae_train
+from discovery.activations import TraceReader
+from discovery.dictionary_artifact import measure, write_dictionary
+from discovery.errors import DiscoveryError
+from discovery.frozen_model import FrozenModel
+from discovery.sae_train import TrainSettings, reconstruction, save_dictionary, train
+from discovery.sources import DataList, Source
+from discovery.splice import splice_metrics
+from discovery.trace import TraceSettings, trace
+from interpretops.dictionary.load import open_dictionary
+from interpretops.dictionary.manifest import read_manifest
+
+SETTINGS = TrainSettings(layer=2, width=64, k=4, tokens=64 * 40, batch=64, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def traced(tiny: FrozenModel, tmp_path_factory: pytest.TempPathFactory) -> TraceReader:
+    """A small trace of the tiny model at layer 2."""
+    folder = tmp_path_factory.mktemp("traced")
+    path = folder / "text.txt"
+    path.write_text("".join(f"Line {i}: the sum of {i} and {i * 7} is {i * 8}.\n" for i in range(120)))
+    settings = TraceSettings(layers=(2,), context=48, held_out_share=0.2)
+    data = DataList({"text": (Source(path, "text", "Apache-2.0", "lines"),)})
+    trace(tiny, data, settings, folder / "t")
+    return TraceReader(folder / "t", 2)
+
+
+def test_killed_training_ends_with_the_same_weights(
+    traced: TraceReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run killed after its checkpoint and started again ends with the weights of an unbroken run."""
+    whole = train(traced, SETTINGS, tmp_path / "whole", checkpoint_steps=10).sae.state_dict()
+    real = sae_train._save
+
+    def dies(*arguments: object) -> None:
+        real(*arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sae_train, "_save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(traced, SETTINGS, tmp_path / "broken", checkpoint_steps=10)
+    monkeypatch.undo()
+    resumed = train(traced, SETTINGS, tmp_path / "broken", checkpoint_steps=10).sae.state_dict()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(traced: TraceReader, tmp_path: Path) -> None:
+    """A checkpoint of another width is refused, and the setting is named."""
+    train(traced, SETTINGS, tmp_path, checkpoint_steps=40)
+    with pytest.raises(DiscoveryError, match="learning_rate"):
+        train(traced, TrainSettings(**{**vars(SETTINGS), "learning_rate": 2e-3}), tmp_path)
+
+
+def test_trained_dictionary_is_what_the_library_reads(
+    tiny: FrozenModel, traced: TraceReader, tmp_path: Path
+) -> None:
+    """The folder carries manifest and metrics, and the library folds it to what SAELens computes."""
+    trainer = train(traced, SETTINGS, tmp_path / "work")
+    folder = tmp_path / "tiny-dictionary"
+    save_dictionary(trainer, folder)
+    metrics = measure(tiny, traced, SETTINGS, folder)
+    write_dictionary(traced, SETTINGS, metrics, folder)
+    manifest = read_manifest(folder)
+    assert manifest.model.fingerprint == tiny.spec.fingerprint
+    assert manifest.metrics.fvu == metrics["fvu"] < 1.0
+    assert manifest.training.data == ("lines (Apache-2.0)",)
+    assert load_file(folder / "sae_weights.safetensors")["W_enc"].dtype == torch.float16
+    x = traced.activations[:50].float()
+    theirs, _ = reconstruction(folder)(x)
+    ours = open_dictionary(folder).encoder_rows()
+    u = x @ torch.tensor(ours.read).T + torch.tensor(ours.bias)
+    a = torch.where(u > torch.tensor(ours.threshold), u, torch.zeros(()))
+    torch.testing.assert_close(a, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "delta_is_zero", "fvu"),
+    [(lambda x: x, True, 0.0), (lambda x: x.mean(0).expand_as(x), False, 1.0)],
+    ids=["identity", "mean"],
+)
+def test_metrics_at_their_extremes(
+    tiny: FrozenModel,
+    traced: TraceReader,
+    rebuild: Callable[[Tensor], Tensor],
+    delta_is_zero: bool,
+    fvu: float,
+) -> None:
+    """A perfect dictionary costs nothing; one that knows the mean alone explains nothing."""
+    tokens, mask = traced.held_out(100_000)
+    found = splice_metrics(
+        tiny, 2, traced.max_norm, lambda x: (torch.ones(len(x), 3), rebuild(x)), tokens, mask
+    )
+    assert (abs(found.delta_ce) < 1e-6) is delta_is_zero
+    assert found.fvu == pytest.approx(fvu, abs=0.1)
+    assert found.l0 == 3
+    assert found.dead_share == 0
+
+
+def test_bad_training_settings_are_refused(traced: TraceReader, tmp_path: Path) -> None:
+    """A k above the width, and a batch larger than the trace, are named with their values."""
+    with pytest.raises(DiscoveryError, match=r"k = 99"):
+        train(traced, TrainSettings(layer=2, width=64, k=99, tokens=640, batch=64), tmp_path)
+    with pytest.raises(DiscoveryError, match="batch = 100000"):
+        train(traced, TrainSettings(layer=2, width=64, k=4, tokens=200_000, batch=100_000), tmp_path)
+    with pytest.raises(DiscoveryError, match=r"layer = 1 was not traced"):
+        TraceReader(traced.folder, 1)
