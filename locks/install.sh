@@ -10,6 +10,10 @@ wanted=3.11
 needed_kib=$((6 * 1024 * 1024))
 torch_index=https://download.pytorch.org/whl/cpu
 
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+trap 'echo "install: broken off; the same command goes on from here" >&2; exit 130' INT TERM
+
 fail() {
     printf 'install: %s\n' "$*" >&2
     exit 1
@@ -24,6 +28,9 @@ find_python() {
             return
         fi
     done
+    if [ -n "${PYTHON:-}" ]; then
+        fail "PYTHON=$PYTHON is no Python $wanted, which locks/cpu.txt is for; name another, or leave it out"
+    fi
     if command -v python3 >/dev/null 2>&1; then
         fail "locks/cpu.txt is for Python $wanted, but here is $(python3 --version 2>&1); install python$wanted" \
             "and name it: make install PYTHON=/path/to/python$wanted"
@@ -37,7 +44,7 @@ pip_install() {
     shift
     total=$(grep -c '^[A-Za-z0-9._-]*==' "$what" || true)
     if ! "$venv/bin/python" -m pip install --no-deps --no-input "$@" 2>&1 | tee -a "$log" | awk -v total="$total" -v tty="$([ -t 1 ] && echo 1 || echo 0)" '
-        /^Collecting /              { n++; name = $2; sub(/==.*/, "", name)
+        /^(Collecting|Processing) / { n++; name = $2; sub(/.*\//, "", name); sub(/[=-][=0-9].*/, "", name)
                                       if (tty) printf "\r\033[K  fetching %d/%d %s", n, total, name
                                       else if (n % 25 == 0) printf "  fetching %d/%d\n", n, total
                                       fflush() }
@@ -51,9 +58,8 @@ pip_install() {
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "locks/cpu.txt is for Linux on x86-64, but this is $(uname -sm)"
 python=$(find_python)
 
-mkdir -p "$venv"
 if command -v flock >/dev/null 2>&1; then
-    exec 9>"$venv/.lock"
+    exec 9<locks/install.sh
     flock --nonblock 9 || { echo "waiting for another installation in $venv"; flock 9; }
 fi
 
@@ -70,7 +76,10 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     [ "$free_kib" -ge "$needed_kib" ] ||
         fail "$((free_kib / 1024 / 1024)) GiB are free in $PWD, but the environment needs about 6; free some space"
     echo "making $venv with $("$python" --version)"
-    "$python" -m venv "$venv"
+    "$python" -m venv --clear "$venv" 2>"$scratch/venv" || {
+        cat "$scratch/venv" >&2
+        fail "$venv could not be made"
+    }
 fi
 
 : >"$log"
@@ -79,8 +88,7 @@ failed() {
     tail -n 15 "$log" >&2
     fail "pip failed; its whole output is in $log; run the same command again to go on"
 }
-torch=$(mktemp)
-trap 'rm -f "$torch"' EXIT
+torch=$scratch/torch.txt
 awk '/^[^ #]/ { ours = /^torch==/ } ours' locks/cpu.txt >"$torch"
 # torch's CPU build lies on no ordinary index: first where pip was told to look, then where PyTorch keeps it.
 pip_install "$torch" --require-hashes -r "$torch" ||
