@@ -70,7 +70,7 @@ def train(reader: TraceReader, settings: TrainSettings, work: Path, checkpoint_s
                 break
             output = trainer.step(batch)
             trainer.n_training_steps += 1
-            note = f"mse {float(output.losses['mse_loss']):.4f}, dead {int(trainer.dead_neurons.sum())}"
+            note = f"mse {output.losses['mse_loss'].item():.4f}, dead {int(trainer.dead_neurons.sum())}"
             progress.advance(len(batch), note if trainer.n_training_steps % 10 == 0 else "")
             if trainer.n_training_steps % checkpoint_steps == 0 or trainer.n_training_steps == steps:
                 _save(trainer, checkpoint, identity)

@@ -1,0 +1,71 @@
+"""The commands as a user types them: `mechctl trace` and `sae-train` end to end, faults in one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from interpretops.artifacts import Artifacts
+from interpretops.cli import main
+from interpretops.model_spec import read_model_spec
+from interpretops.plan import Site
+
+
+@pytest.fixture
+def mechctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Runs `mechctl` in this process; gives exit status, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mechctl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def test_prompts_to_dictionary(mechctl, tiny_folder: Path, prompts: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """`trace` then `sae-train` leave a dictionary that the library finds for the model."""
+    traced, out = tmp_path / "traced", tmp_path / "artifacts" / "tiny-llama" / "tiny-2"
+    model = ("--model", tiny_folder)
+    status, text, errors = mechctl(
+        "trace", "--prompts", prompts, "--layers", "1,2", "--out", traced, "--held-out", 0.2, *model
+    )
+    assert status == 0
+    assert "shards" in text
+    assert "tokens/s" in errors
+    train = ("sae-train", "--trace", traced, "--layer", 2, "--out", out, "--work", tmp_path / "work")
+    sizes = ("--width", 64, "--k", 4, "--tokens", 1280, "--batch", 64)
+    status, text, _ = mechctl(*train, *sizes, *model)
+    assert status == 0
+    assert "delta_ce" in text
+    found = Artifacts(tmp_path / "artifacts", read_model_spec(tiny_folder))
+    assert found.dictionary(Site(2, "resid_post")).width == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("trace", "--layers", "1", "--prompts", "gone.json", "--out", "t"), "gone.json: cannot be read"),
+        (("trace", "--layers", "1", "--out", "t"), "no data"),
+        (("trace", "--layers", "one", "--out", "t"), "--layers = 'one'"),
+        (("sae-train", "--trace", "gone", "--layer", "1", "--out", "d"), "holds no trace"),
+        (("fit-gate", "--data", "gone.yaml", "--adapter", "a"), "gone.yaml"),
+    ],
+)
+def test_fault_is_one_line(  # type: ignore[no-untyped-def]
+    mechctl,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    expected: str,
+) -> None:
+    """A missing file or a wrong value ends in exit status 2 and one line that names it."""
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = mechctl(*arguments, "--model", tiny_folder)
+    lines = [line for line in errors.splitlines() if line.strip() and not line.startswith("Loading")]
+    assert status == 2
+    assert len(lines) == 1
+    assert expected in lines[0]
