@@ -1,0 +1,76 @@
+"""One engine in a process of its own, run batch by batch on command: so a benchmark can interleave engines.
+
+Reads JSON lines from standard input, answers each on the file descriptor given as the first argument.
+"""
+
+import base64
+import json
+import os
+import secrets
+import sys
+import time
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+
+def main(descriptor: int) -> None:
+    """Serve commands until the input ends."""
+    with os.fdopen(descriptor, "w", buffering=1) as answers:
+
+        def answer(value: Any) -> None:
+            answers.write(json.dumps(value) + "\n")
+
+        setup = json.loads(sys.stdin.readline())
+        from vllm import LLM, SamplingParams
+
+        llm = LLM(**setup["engine"])
+        plugin = "interpretops" in os.environ["VLLM_PLUGINS"].split(",")
+        for plan in setup["plans"]:
+            loaded = llm.llm_engine.engine_core.engine_core.interpretops_load(plan)
+            if "error" in loaded:
+                raise SystemExit(loaded["error"])
+        answer("ready")
+        for line in sys.stdin:
+            job = json.loads(line)
+            params = [
+                SamplingParams(
+                    temperature=0.0,
+                    max_tokens=job["max_tokens"],
+                    ignore_eos=True,
+                    extra_args={
+                        "interpretops_revision": revision,
+                        "interpretops_nonce": secrets.token_hex(16),
+                    }
+                    if plugin
+                    else None,
+                )
+                for revision in job["revisions"]
+            ]
+            prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+            started = time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            seconds = time.perf_counter() - started
+            edits = 0
+            if plugin:
+                from steering_kernels.vllm_plugin.receipts import RECEIPTS
+
+                for param in params:
+                    receipt = RECEIPTS.take(param.extra_args["interpretops_nonce"])
+                    edits += receipt["edits_applied"] if receipt else 0
+            answer(
+                {
+                    "seconds": seconds,
+                    "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+                    "edits": edits,
+                }
+            )
+
+
+def encode_plan(data: bytes) -> str:
+    """A plan as the worker takes it."""
+    return base64.b64encode(data).decode()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

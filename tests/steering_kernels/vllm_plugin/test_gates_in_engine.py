@@ -1,0 +1,121 @@
+"""Gates in the real engine: one verdict however the scheduler cuts, caches, repeats (promises 5 and 8)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from interpretops.plan import Gate, ModelSpec, Plan, Site
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+PROMPT_TOKENS = 97
+OUTPUT_TOKENS = 12
+
+
+def make_gate(spec: ModelSpec, *, cut: float = 0.0, **options: Any) -> Gate:
+    """Reads the stream after layer 6 along a random direction: about half of all tokens lie above 0."""
+    read = np.random.default_rng(7).normal(size=(1, spec.hidden_size)).astype(np.float32)
+    read /= np.linalg.norm(read)
+    return Gate(
+        Site(6, "resid_post"),
+        read,
+        np.zeros(1, np.float32),
+        np.full(1, cut, np.float32),
+        max_norm=2000.0,
+        **options,
+    )
+
+
+def phase_gate(phase: Any) -> Gate:
+    nothing = np.zeros(0, np.float32)
+    return Gate(None, np.zeros((0, 0), np.float32), nothing, nothing, phase=phase)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    spec: ModelSpec, make_plan: Callable[..., Plan], run_engine: Callable[..., Any]
+) -> dict[str, dict[str, Any]]:
+    """The same requests in float32 on three engines: plain; chunked and cached; short of memory."""
+    plans = {
+        "token": make_plan(80.0, gate=make_gate(spec)),
+        "latched": make_plan(80.0, gate=make_gate(spec, cut=6.0, latched=True)),
+        "prompt_end": make_plan(80.0, gate=make_gate(spec, cut=-100.0, scope="prompt_end", latched=True)),
+        "closed": make_plan(80.0, gate=make_gate(spec, cut=100.0, scope="prompt_end", latched=True)),
+        "prefill": make_plan(80.0, gate=phase_gate("prefill")),
+        "decode": make_plan(80.0, gate=phase_gate("decode")),
+    }
+    rng = np.random.default_rng(0)
+    prompt = [1, *rng.integers(100, 40000, PROMPT_TOKENS - 1).tolist()]
+    work = [("none", "none"), *((name, plan.revision) for name, plan in plans.items())]
+    batch = [{"prompt": prompt, "revision": revision, "max_tokens": OUTPUT_TOKENS} for _, revision in work]
+    configurations = {
+        "plain": {"enable_prefix_caching": False, "max_num_batched_tokens": 2048},
+        # Chunks of 32: the last one of a 97-token prompt is a single token, as long as a decode step's.
+        "chunked": {
+            "enable_prefix_caching": True,
+            "enable_chunked_prefill": True,
+            "max_num_batched_tokens": 32,
+        },
+        # Room for 12 blocks of 32 tokens where seven requests want 28: most are preempted and recomputed.
+        "scarce": {
+            "enable_prefix_caching": True,
+            "num_gpu_blocks_override": 14,
+            "max_num_batched_tokens": 2048,
+        },
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, options in configurations.items():
+        result = run_engine([batch, batch], plans=list(plans.values()), dtype="float32", **options)
+        for half, answers in zip(("first", "second"), result["batches"], strict=True):
+            found[f"{name} {half}"] = dict(zip((kind for kind, _ in work), answers, strict=True))
+        found[name] = {"preemptions": result["preemptions"]}
+    return found
+
+
+ENGINES = ["plain second", "chunked first", "chunked second", "scarce first", "scarce second"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["none", "token", "latched", "prompt_end", "closed", "prefill", "decode"])
+def test_verdict_does_not_depend_on_chunks_cache_or_preemption(
+    runs: dict[str, dict[str, Any]], engine: str, kind: str
+) -> None:
+    """Every kind of gate gives the plain engine's answer, token by token."""
+    assert runs[engine][kind]["tokens"] == runs["plain first"][kind]["tokens"]
+
+
+def test_the_engines_did_what_they_were_made_for(runs: dict[str, dict[str, Any]]) -> None:
+    """The comparison means something: requests were preempted, and prompts came from the cache."""
+    assert runs["scarce"]["preemptions"] > 0
+    assert runs["chunked second"]["prompt_end"]["cached"] > 0
+    assert runs["plain second"]["prompt_end"]["cached"] == 0
+
+
+def test_latch_over_all_tokens_reads_nothing_from_the_cache(runs: dict[str, dict[str, Any]]) -> None:
+    """A verdict that needs every prompt token is not taken from blocks whose tokens are not scored again."""
+    assert runs["chunked second"]["latched"]["cached"] == 0
+
+
+def test_phase_is_decided_by_position(runs: dict[str, dict[str, Any]]) -> None:
+    """A one-token chunk of the prompt is prefill: the counts are exact on every engine."""
+    for engine in ("plain first", "chunked first"):
+        prefill, decode = (runs[engine][kind]["receipt"] for kind in ("prefill", "decode"))
+        assert prefill["edits_applied"] == PROMPT_TOKENS - 1  # the first token is an attention sink
+        assert decode["edits_applied"] == OUTPUT_TOKENS - 1  # the last one is sampled and never evaluated
+
+
+def test_closed_gate_leaves_the_answer_alone(runs: dict[str, dict[str, Any]]) -> None:
+    """A gate that does not fire gives the unsteered answer; one that does gives another."""
+    plain = runs["plain first"]
+    assert plain["closed"]["tokens"] == plain["none"]["tokens"]
+    assert plain["closed"]["receipt"]["edits_applied"] == 0
+    assert plain["prompt_end"]["tokens"] != plain["none"]["tokens"]
+    assert plain["prompt_end"]["receipt"]["edits_applied"] == OUTPUT_TOKENS
+
+
+def test_gate_at_the_prompt_end_edits_that_very_token_first(runs: dict[str, dict[str, Any]]) -> None:
+    """A latched prompt-end gate opens at the prompt's last token and stays open."""
+    receipt = runs["plain first"]["prompt_end"]["receipt"]
+    assert receipt["gates_fired"] == OUTPUT_TOKENS
