@@ -31,8 +31,8 @@ check: install ## Style, types, layers, lock: all that needs no model
 	@$(bin)/python -m pytest -q tests/test_import_contract.py tests/test_lock.py
 
 .PHONY: bench
-bench: install ## Overhead of the guard, A/B in one run (results go to benchmarks/results)
-	@$(bin)/python -m benchmarks.overhead $(ARGS)
+bench: install ## What steering costs, against vLLM alone in the same run (result: benchmarks/results)
+	@$(bin)/python -m benchmarks.steering $(ARGS)
 
 .PHONY: lock
 lock: install ## Resolve pyproject.toml into locks/*.txt anew, keeping pins that still fit
