@@ -102,7 +102,6 @@ def _show_plan(plan: "Plan") -> None:
     console.print(f"[bold]{plan.policy_id}[/] for {plan.model.name}")
     console.print(f"revision {plan.revision}")
     table = Table("site", "rank-one edits", "head scales", "TopK encoder", "gates", box=None)
-    names = {index: gate.phase for index, gate in enumerate(plan.gates)}
     for site, edits in sorted(plan.edits.items(), key=lambda item: item[0].order):
         used = set(edits.units.gate.tolist())
         scales = 0
@@ -114,9 +113,10 @@ def _show_plan(plan: "Plan") -> None:
         table.add_row(str(site), str(len(edits.units)), str(scales), encoder, gates)
     console.print(table)
     for index, gate in enumerate(plan.gates[1:], start=1):
-        reads = "" if gate.site is None else f" {gate.combine} of {len(gate)} at {gate.site}, {gate.scope}"
+        phase = "prompt and answer" if gate.phase == "both" else gate.phase
+        reads = "open" if gate.site is None else f"{gate.combine} of {len(gate)} at {gate.site}, {gate.scope}"
         latch = ", latched" if gate.latched else ""
-        console.print(f"gate {index}:{reads}{latch}, {names[index]}")
+        console.print(f"gate {index}: {reads}{latch}, acts on {phase}")
     for kind, items in plan.provenance.items():
         for name, record in items.items():
             console.print(f"{kind}: {name} sha256 {record['sha256']}", markup=False)

@@ -91,6 +91,9 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
         flat = np.frombuffer(self._bytes, dtype, prod(entry.shape), entry.start)
         return flat.reshape(entry.shape)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
     def __iter__(self) -> Any:
         return iter(self.entries)
 
