@@ -141,6 +141,16 @@ def test_saved_plan_is_named_by_its_revision(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
 
 
+def test_same_numbers_written_otherwise_are_refused() -> None:
+    """A file has to be the one writing of its plan, or its sha256 would not be the plan's revision."""
+    plan = Plan("p", "c", MODEL, {})
+    data = plan.to_bytes()
+    size = int.from_bytes(data[:8], "little")
+    spaced = (size + 8).to_bytes(8, "little") + data[8 : 8 + size] + b" " * 8 + data[8 + size :]
+    with pytest.raises(PlanError, match="not as this build writes it"):
+        Plan.from_bytes(spaced)
+
+
 def test_gate_that_reads_after_its_edit_is_refused() -> None:
     """An edit cannot wait for what the model computes later."""
     units = Units(
