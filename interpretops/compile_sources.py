@@ -11,7 +11,8 @@ from interpretops.dictionary import Dictionary
 from interpretops.errors import AdapterError, DictionaryError, PolicyError
 from interpretops.fault_list import FaultList
 from interpretops.plan import Array, ModelSpec, Site
-from interpretops.policy import Policy, Vector
+from interpretops.policy import Policy
+from interpretops.policy_fields import Vector
 from interpretops.policy_file import KeyPath
 from interpretops.vectors import find_vector_file, read_vector
 
