@@ -44,7 +44,7 @@ def vector_plan(
         offset=np.full(1, strength, np.float32),
         low=-infinite,
         high=infinite,
-        max_norm=np.full(1, 2000.0, np.float32),
+        max_norm=infinite,
         gate=np.full(1, 0 if gate is None else 1, np.int32),
         topk=np.full(1, -1, np.int32),
     )
