@@ -4,8 +4,9 @@
 
 All requests of the steered run are edited by five JumpReLU features at each of two layers, behind a gate at
 the prompt's end. Every round runs the three settings in a new order, so that drift of the machine falls on
-all of them alike; a ratio is taken within its round, and the median over rounds is
-reported with its quartiles. The output is checked in every round: idle must give the vanilla tokens, steered must have applied edits.
+all of them alike; a ratio is taken within its round, and the median over rounds is reported
+with its quartiles. The output is checked in every round: idle must give the vanilla tokens, steered must
+have applied edits.
 
 What it does not show: the gateway's own cost, prompts longer than 16 tokens, batches above 16.
 """
