@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from interpretops.dictionary import read_manifest
 from interpretops.policy import load_policy
 from interpretops.settings import load_settings
 
@@ -32,12 +33,17 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_yaml_examples_load(document: Path, tmp_path: Path) -> None:
-    """A YAML example is a policy or a configuration, and is accepted as it stands."""
+    """A YAML example is a policy, a manifest or a configuration, and is accepted (cut digests apart)."""
     for number, text in enumerate(blocks(document, "yaml")):
-        path = tmp_path / f"{number}.yaml"
-        path.write_text(text, encoding="utf-8")
-        if "meta" in yaml.safe_load(text):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = folder / "manifest.yaml"
+        path.write_text(re.sub(r"\b[0-9a-f]+…", "0" * 64, text), encoding="utf-8")
+        keys = yaml.safe_load(text)
+        if "meta" in keys:
             load_policy(path)
+        elif keys.get("kind") == "dictionary":
+            read_manifest(folder.rename(tmp_path / keys["id"]))
         else:
             load_settings(path, environ={})
 
