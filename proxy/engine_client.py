@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote
 
@@ -106,7 +105,9 @@ class EngineClient:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
             self._base = address.rstrip("/")
         trace = aiohttp.TraceConfig()
-        trace.on_connection_create_end.append(_note_new_connection)
+        trace.on_connection_create_end.append(self._note_connection)
+        self.connections_made = 0
+        """Connections opened so far, by any call."""
         self._control = aiohttp.ClientTimeout(total=control_timeout_s, sock_connect=connect_timeout_s)
         self._connect_timeout_s = connect_timeout_s
         self._session = aiohttp.ClientSession(
@@ -129,13 +130,9 @@ class EngineClient:
 
     async def generate(
         self, route: str, body: bytes, *, total_timeout_s: float, idle_timeout_s: float | None
-    ) -> tuple[aiohttp.ClientResponse, bool]:
-        """Send a request. Returns the open response and whether its connection is a new one.
-
-        The caller closes the response. Raises aiohttp's own errors.
-        """
-        seen = SimpleNamespace(new=False)
-        response = await self._session.post(
+    ) -> aiohttp.ClientResponse:
+        """Send a request; returns the open response, which the caller closes. Raises aiohttp's errors."""
+        return await self._session.post(
             self._base + route,
             data=body,
             headers={"Content-Type": "application/json"},
@@ -143,9 +140,7 @@ class EngineClient:
                 total=total_timeout_s, sock_connect=self._connect_timeout_s, sock_read=idle_timeout_s
             ),
             allow_redirects=False,
-            trace_request_ctx=seen,
         )
-        return response, bool(seen.new)
 
     async def healthy(self) -> bool:
         """Whether the engine's own health route says so."""
@@ -202,6 +197,9 @@ class EngineClient:
         answer = await self._call("GET", f"{API}/receipts/{quote(nonce)}", accept=(200, 404))
         return _parse(Receipt, answer) if "revision" in answer else None
 
+    async def _note_connection(self, *_trace: object) -> None:
+        self.connections_made += 1
+
     async def _call(
         self, method: str, path: str, *, data: bytes | None = None, accept: tuple[int, ...] = (200,)
     ) -> Mapping[str, Any]:
@@ -225,11 +223,6 @@ class EngineClient:
                 f"engine refuses {method} {path.rsplit('/', 1)[0]}: {message}", str(code)
             )
         return answer
-
-
-async def _note_new_connection(_session: object, context: SimpleNamespace, _params: object) -> None:
-    if context.trace_request_ctx is not None:
-        context.trace_request_ctx.new = True
 
 
 def _parse(kind: type[T], answer: Mapping[str, Any]) -> T:

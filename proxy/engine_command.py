@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
@@ -32,15 +33,17 @@ def engine_runs_on_cpu(settings: Settings) -> bool:
 
 
 def engine_command(settings: Settings, model: Path, socket: Path) -> list[str]:
-    """``vllm serve`` on a private unix socket."""
-    program = Path(sys.executable).with_name("vllm")
-    if not program.is_file():
+    """vLLM's OpenAI server on a private unix socket."""
+    if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            f"{program}: not there, so no engine can be started; install interpretops[cpu] or [gpu], "
-            "or name a running engine with --engine-url"
+            "engine.url = null, but vllm is not installed, so no engine can be started here; install "
+            "interpretops[cpu] or interpretops[gpu], or name a running engine with --engine-url"
         )
     engine, on_cpu = settings.engine, engine_runs_on_cpu(settings)
-    command = [str(program), "serve", str(model), "--uds", str(socket)]
+    # What `vllm serve` runs. That command asks for the metadata of a package by a name that the CPU build
+    # does not bear. -P: modules of the folder in which the user stands must not be taken for vLLM's.
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model), "--uds", str(socket)]
     command += ["--served-model-name", settings.model.served_name]
     command += ["--dtype", settings.model.dtype, "--max-num-seqs", str(engine.max_num_seqs)]
     length = engine.max_model_len or (min(_CPU_MAX_MODEL_LEN, _context_length(model)) if on_cpu else None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from structlog.typing import FilteringBoundLogger
@@ -15,7 +16,7 @@ from proxy.metrics import Metrics
 from proxy.refusal import EngineNotReady
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ProvenEngine:
     """An engine whose plugin has attested itself and passed its self-test."""
 
@@ -25,17 +26,38 @@ class ProvenEngine:
     models: tuple[dict[str, Any], ...]
     """The engine's own entries of its model list."""
     attested: Attestation
+    own: bool
+    """Started by this gateway: no other process can ever answer at its address."""
 
     @property
     def served(self) -> frozenset[str]:
         """Names under which the engine serves the model."""
         return frozenset(model["id"] for model in self.models)
 
-    async def check_same_boot(self) -> None:
+    _checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _checked: int = 0
+
+    async def check_boot(self) -> None:
         """Raise unless the engine behind the address is still the process that was proven."""
         boot_id = (await self.client.attest()).boot_id
         if boot_id != self.boot_id:
             raise EngineError(f"engine was restarted: boot {boot_id!r} instead of {self.boot_id!r}")
+
+    async def check_connections(self) -> None:
+        """Raise unless every connection made until now leads to the process that was proven.
+
+        A restarted engine shares no connection with the one before. So a connection may be trusted when the
+        proven process still answers after it was made; an engine of our own has an address of its own.
+        """
+        if self.own:
+            return
+        made = self.client.connections_made
+        async with self._checking:
+            if self._checked >= made:
+                return
+            made = self.client.connections_made
+            await self.check_boot()
+            self._checked = made
 
 
 class EngineLink:
@@ -62,6 +84,7 @@ class EngineLink:
     async def prove(
         self,
         client: EngineClient,
+        own: bool,
         prepare: Callable[[ProvenEngine], Awaitable[None]],
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -75,12 +98,12 @@ class EngineLink:
         progress("Proving the engine: self-test through the running model")
         await client.selftest()
         engine = ProvenEngine(
-            client, attested.boot_id, attested.spec(), tuple(await client.models()), attested
+            client, attested.boot_id, attested.spec(), tuple(await client.models()), attested, own
         )
         progress("Loading policies")
         await prepare(engine)
         # The self-test and the plans must be those of one and the same process.
-        await engine.check_same_boot()
+        await engine.check_boot()
         self._engine = engine
         self.reason = ""
         self._metrics.ready.set(1)

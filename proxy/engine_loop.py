@@ -31,6 +31,9 @@ _STABLE_S = 60.0
 class Engine(Protocol):
     """An engine, wherever it runs."""
 
+    own: bool
+    """Whether no other process can ever answer at its address."""
+
     @property
     def address(self) -> str: ...
     async def start(self) -> None: ...
@@ -40,7 +43,9 @@ class Engine(Protocol):
 
 
 class RemoteEngine:
-    """An engine started elsewhere: its life is not ours."""
+    """An engine started elsewhere: its life is not ours, and another may take its place unseen."""
+
+    own: bool = False
 
     def __init__(self, url: str) -> None:
         self.address = url
@@ -123,7 +128,7 @@ class EngineLoop:
             self._metrics.engine_starts.inc()
             client = EngineClient(engine.address, connect_timeout_s=self._settings.gateway.connect_timeout_s)
             gone = asyncio.create_task(engine.wait_gone())
-            life = asyncio.create_task(self._serve(client))
+            life = asyncio.create_task(self._serve(engine, client))
             try:
                 await asyncio.wait({gone, life}, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
@@ -143,9 +148,9 @@ class EngineLoop:
             self.last_words = engine.tail()
             await engine.stop()
 
-    async def _serve(self, client: EngineClient) -> str:
+    async def _serve(self, engine: Engine, client: EngineClient) -> str:
         await self._wait_healthy(client)
-        await self._link.prove(client, self._prepare, self._progress)
+        await self._link.prove(client, engine.own, self._prepare, self._progress)
         self.first_ready.set()
         return await self._watch()
 

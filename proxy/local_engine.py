@@ -25,6 +25,8 @@ class LocalEngine:
     """An engine in processes of its own. Every instance has its own socket, so that a connection made to one
     can never reach its successor."""
 
+    own: bool = True
+
     def __init__(self, settings: Settings, model: Path, log_file: Path) -> None:
         self._settings = settings
         self._model = model

@@ -70,7 +70,7 @@ async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
     streamed = demand.body.get("stream") is True
     sent_at = time.perf_counter()
     try:
-        upstream, new_connection = await demand.engine.client.generate(
+        upstream = await demand.engine.client.generate(
             demand.route,
             payload,
             total_timeout_s=settings.request_timeout_s,
@@ -81,9 +81,7 @@ async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
     try:
         if upstream.status != 200:
             raise await _engine_refusal(upstream)
-        if new_connection:
-            # An engine that was restarted behind the same address has no old connections.
-            await _check_boot(demand)
+        await _check_engine(demand)
         if streamed:
             return await _relay_stream(request, demand, upstream, nonce, sent_at)
         return await _relay_whole(demand, upstream, nonce, sent_at)
@@ -189,10 +187,11 @@ def _fault(receipt: Receipt | None, demanded: str) -> str | None:
     return None
 
 
-async def _check_boot(demand: Demand) -> None:
+async def _check_engine(demand: Demand) -> None:
     try:
-        await demand.engine.check_same_boot()
+        await demand.engine.check_connections()
     except EngineError as error:
+        demand.gateway.link.lose(str(error))
         raise EngineNotReady(
             "the engine was restarted and is not proven yet; try again in a moment"
         ) from error

@@ -44,8 +44,21 @@ class FakeEngine:
     def url(self) -> str:
         return f"unix://{self.socket}"
 
+    async def restart(self) -> None:
+        """Be another process at the same address."""
+        await self.runner.cleanup()
+        self.boot_id = secrets.token_hex(8)
+        await self._listen()
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator["FakeEngine"]:
+        await self._listen()
+        try:
+            yield self
+        finally:
+            await self.runner.cleanup()
+
+    async def _listen(self) -> None:
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
@@ -55,14 +68,10 @@ class FakeEngine:
         app.router.add_put(API + "/plans/{revision}", self._load)
         app.router.add_delete(API + "/plans/{revision}", self._retire)
         app.router.add_get(API + "/receipts/{nonce}", self._receipt)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
-        await runner.setup()
+        self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await self.runner.setup()
         self.socket.unlink(missing_ok=True)
-        await web.UnixSite(runner, str(self.socket)).start()
-        try:
-            yield self
-        finally:
-            await runner.cleanup()
+        await web.UnixSite(self.runner, str(self.socket)).start()
 
     async def _health(self, _request: web.Request) -> web.Response:
         return web.Response(status=503 if self.trick == "unhealthy" else 200)

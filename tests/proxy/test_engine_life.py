@@ -50,6 +50,20 @@ async def test_plans_are_loaded_again_into_a_restarted_engine(start, engine, unt
     assert len(engine.plans) == 1
 
 
+async def test_engine_that_was_replaced_unseen_is_proven_again(start, engine, until):
+    """An engine that is healthy at every look, but not the one before, gets its plans before requests."""
+    front = await start("calm")
+    engine.boot_id = "second"
+    engine.plans.clear()
+
+    async def loaded():
+        return len(engine.plans) == 1
+
+    await until(loaded)
+    await until(lambda: ready(front))
+    assert [line["boot_id"] for line in front.log if line["event"] == "engine_ready"][1:] == ["second"]
+
+
 async def test_health_is_not_readiness(start, engine):
     """The gateway's own health is independent of the engine's."""
     engine.trick = "unhealthy"

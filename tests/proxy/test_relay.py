@@ -101,11 +101,12 @@ async def test_engine_refusals_keep_openai_shape(start, engine):
 async def test_restarted_engine_is_noticed_before_its_first_byte(start, engine):
     """An engine that was restarted behind the same address answers nobody before it is proven again."""
     front = await start("calm")
-    engine.boot_id = "another"
-    # A fresh connection, as after a restart.
-    await front.apps.gateway.link.require().client._session.connector.close()
-    status, _, body = await front.chat(stream=True)
-    assert (status, json.loads(body)["error"]["code"]) == (503, "engine_not_ready")
+    await engine.restart()
+    for stream in (True, False):
+        status, _, body = await front.chat(stream=stream)
+        error = (json.loads(body) if stream else body)["error"]
+        assert (status, error["code"]) == (503, "engine_not_ready")
+    assert len(engine.seen) == 1
 
 
 async def test_nothing_of_a_request_is_logged(start, engine):

@@ -126,7 +126,6 @@ def test_fields_that_say_nothing_to_the_engine_are_dropped():
     [
         ({"Content-Type": "text/plain"}, 415),
         ({"Content-Type": "application/json; charset=utf-7"}, 415),
-        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415),
         ({"Content-Type": "application/json", "X-Interpretops-Revision": "none"}, 400),
         ({"Content-Type": "application/json", "x-INTERPRETOPS-nonce": "0"}, 400),
     ],
@@ -134,7 +133,8 @@ def test_fields_that_say_nothing_to_the_engine_are_dropped():
 async def test_headers_that_are_not_a_clients(start, engine, headers, status):
     """Internal headers and bodies that are not plain JSON are refused before anything is read."""
     front = await start("calm")
-    async with front.public.post(CHAT, data=b"{}", headers=headers) as answer:
+    body = b'{"model": "tiny-model", "messages": []}'
+    async with front.public.post(CHAT, data=body, headers=headers) as answer:
         assert answer.status == status
         assert (await answer.json())["error"]["type"] == "invalid_request_error"
     assert engine.seen == []

@@ -221,7 +221,7 @@ async def test_edit_under_load_breaks_no_stream(served):
     served.write("loud", 2.0)
 
 
-@pytest.mark.parametrize("victim", ["EngineCore", "serve"])
+@pytest.mark.parametrize("victim", ["EngineCore", "api_server"])
 async def test_engine_killed_in_mid_stream(served, victim):
     """The stream ends in an error without end marker; until the engine is proven again nobody is served."""
     await asyncio.to_thread(wait_for, served.ready, 120, "ready")
@@ -258,10 +258,8 @@ async def test_engine_killed_in_mid_stream(served, victim):
 
 
 def is_victim(process: psutil.Process, victim: str) -> bool:
-    line = process.cmdline()
-    if victim == "EngineCore":
-        return "EngineCore" in " ".join(line)
-    return "serve" in line and "keeper.py" not in " ".join(line)
+    line = " ".join(process.cmdline())
+    return victim in line and "keeper.py" not in line
 
 
 def test_interrupt_leaves_nothing_behind(served):
@@ -280,7 +278,7 @@ def test_killed_gateway_leaves_nothing_behind(tmp_path, default_model_dir):
     mine = psutil.Process(process.pid)
 
     def engine_started() -> bool:
-        return any(is_victim(child, "serve") for child in mine.children(recursive=True))
+        return any(is_victim(child, "api_server") for child in mine.children(recursive=True))
 
     wait_for(engine_started, 60, "engine started")
     processes = mine.children(recursive=True)
