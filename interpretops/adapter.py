@@ -5,6 +5,9 @@ What PEFT's own configuration cannot say stands under its key ``interpretops``: 
 activation (`identity` or `relu`) and the norm bound. Tensors are named as PEFT would name a module called
 after the point: ``base_model.model.model.layers.15.resid_post.lora_A.weight``, then ``lora_A.bias`` and
 ``lora_B.weight`` alike.
+
+An adapter that PEFT itself has trained on the attention's output projection (``o_proj``, or ``dense`` in
+GPT-NeoX) loads as it is and acts at ``attn_proj``; other target modules are refused by name.
 """
 
 import json
@@ -38,7 +41,14 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 AdapterActivation = Literal["identity", "relu"]
 
+PROJECTIONS = frozenset({"o_proj", "dense"})
+"""Names of the attention's output projection, the one module whose LoRA is an edit."""
+
 _PREFIX = "base_model.model.model.layers"
+_PEFT_TENSOR = re.compile(
+    r"base_model\.model\.(?:model|gpt_neox)\.layers\.(?P<layer>\d+)\.(?:self_attn\.o_proj|attention\.dense)"
+    r"\.(?P<part>lora_A\.weight|lora_B\.weight)"
+)
 _TENSOR = re.compile(
     re.escape(_PREFIX) + r"\.(?P<site>\d+\.\w+)\.(?P<part>lora_A\.weight|lora_A\.bias|lora_B\.weight)"
 )
@@ -77,9 +87,15 @@ def open_adapter(folder: Path) -> Adapter:
     manifest = read_adapter_manifest(folder)
     path = check_weights(folder, manifest.weights, AdapterError)
     config = read_json_object(folder / CONFIG_NAME, AdapterError)
-    described = _described_sites(folder / CONFIG_NAME, config)
+    tensors = TensorFile(path, AdapterError)
+    _check_lora(folder / CONFIG_NAME, config)
     scaling = _scaling(folder / CONFIG_NAME, config)
-    parts = _parts(TensorFile(path, AdapterError), described)
+    if config.get("interpretops") is not None:
+        described = _described_sites(folder / CONFIG_NAME, config)
+        parts = _parts(tensors, described)
+    else:
+        parts = _peft_parts(folder / CONFIG_NAME, config, tensors)
+        described = {site: _checked_options(path, str(site), {}) for site in parts}
     return Adapter(
         manifest,
         {
@@ -132,7 +148,7 @@ def write_adapter(
     return manifest
 
 
-def _described_sites(path: Path, config: dict[str, Any]) -> dict[Site, dict[str, Any]]:
+def _check_lora(path: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type = {config.get('peft_type')!r}, but must be 'LORA'")
     for flag in ("use_dora", "fan_in_fan_out", "alora_invocation_tokens", "layer_replication"):
@@ -143,12 +159,37 @@ def _described_sites(path: Path, config: dict[str, Any]) -> dict[Site, dict[str,
             raise AdapterError(
                 f"{path}: {table} is not empty, which is not supported; use one rank and alpha"
             )
+
+
+def _peft_parts(path: Path, config: dict[str, Any], tensors: TensorFile) -> dict[Site, dict[str, Any]]:
+    """The parts of an adapter that PEFT wrote, by edit site."""
+    targets = config.get("target_modules")
+    named = {targets} if isinstance(targets, str) else set(targets or ())
+    if not named or not named <= PROJECTIONS:
+        raise AdapterError(
+            f"{path}: target_modules = {targets!r}, but only the attention's output projection "
+            f"({' or '.join(sorted(PROJECTIONS))}) is an edit site; train the adapter on it alone"
+        )
+    if config.get("bias", "none") != "none" or config.get("modules_to_save"):
+        raise AdapterError(
+            f"{path}: bias and modules_to_save change the model itself, which is not supported"
+        )
+    parts: dict[Site, dict[str, Any]] = {}
+    for name in tensors:
+        match = _PEFT_TENSOR.fullmatch(name)
+        if match is None:
+            raise AdapterError(f"{tensors.path}: tensor {name!r} belongs to no attention output projection")
+        site = Site(int(match["layer"]), "attn_proj")
+        parts.setdefault(site, {})[match["part"]] = np.array(tensors[name], np.float64)
+    return parts
+
+
+def _described_sites(path: Path, config: dict[str, Any]) -> dict[Site, dict[str, Any]]:
     ours = config.get("interpretops")
     sites = ours.get("sites") if isinstance(ours, dict) else None
     if not isinstance(sites, dict) or not sites:
         raise AdapterError(
-            f"{path}: target_modules = {config.get('target_modules')!r}, but an edit reads and writes one "
-            "activation, and these modules map one to another; name edit sites under interpretops.sites"
+            f"{path}: interpretops.sites = {sites!r}, but must name the edit sites and their options"
         )
     described = {}
     for text, options in sites.items():
@@ -200,7 +241,8 @@ def _site(
         raise AdapterError(f"{path}: has no {', '.join(sorted(missing))} for site {site}")
     read, write = parts["lora_A.weight"], parts["lora_B.weight"].T * scaling
     bias = parts.get("lora_A.bias", np.zeros(read.shape[:1]))
-    fits = read.ndim == 2 and read.shape == write.shape and bias.shape == read.shape[:1]
+    same = read.shape == write.shape or (site.point == "attn_proj" and read.shape[:1] == write.shape[:1])
+    fits = read.ndim == write.ndim == 2 and same and bias.shape == read.shape[:1]
     if not fits or not all(np.isfinite(array).all() for array in (read, write, bias)):
         raise AdapterError(
             f"{path}: site {site} has A {read.shape}, B {write.T.shape}, bias {bias.shape}, but needs "

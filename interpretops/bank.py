@@ -36,6 +36,7 @@ class PlanBank:
         self.tables = {
             site: SiteTable(
                 spec.width(site.point),
+                read_width=spec.read_width(site.point),
                 rows=rows,
                 units=units_per_site,
                 scales=rows if site.point == "attn_z" else 0,

@@ -10,7 +10,7 @@ from interpretops.artifacts import Artifacts
 from interpretops.compile_sources import Sources
 from interpretops.errors import PlanError, PolicyError
 from interpretops.fault_list import FaultList
-from interpretops.plan import ALWAYS, Array, Gate, ModelSpec, Plan, Point, Site, TopK
+from interpretops.plan import ALWAYS, HEAD_POINTS, Array, Gate, ModelSpec, Plan, Point, Site, TopK
 from interpretops.policy import (
     ALWAYS_GATE,
     DirectionAblation,
@@ -26,7 +26,7 @@ from interpretops.policy_file import KeyPath
 from interpretops.site_draft import SiteDraft
 
 _POINTS_OF_BLOCK: dict[str, tuple[Point, ...]] = {
-    "attn": ("attn_z", "attn_out"),
+    "attn": ("attn_z", "attn_proj", "attn_out"),
     "mlp": ("mlp_out",),
     "resid": ("resid_post",),
 }
@@ -239,7 +239,7 @@ class _Compiler:
                 continue
             read = part.read
             if selector.heads is not None:
-                if site.point != "attn_z":
+                if site.point not in HEAD_POINTS:
                     self.faults.add(
                         (*place, "heads"),
                         f"is given, but the adapter reads at {site}, where there are no heads",

@@ -89,7 +89,7 @@ class Sources:
 
     def adapter_fits(self, path: KeyPath, adapter: Adapter, site: Site, width: int) -> bool:
         """Whether the model has the adapter's site, and of its width."""
-        if site.layer < self.model.num_layers and width == self.model.width(site.point):
+        if site.layer < self.model.num_layers and width == self.model.read_width(site.point):
             return True
         self.faults.add(
             path, f"uses adapter {adapter.manifest.id}, whose part at {site} does not fit {self.model.name}"

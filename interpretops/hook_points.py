@@ -70,6 +70,7 @@ def site_module(layers: nn.ModuleList, family: Family, site: Site) -> nn.Module:
     layer = layers[site.layer]
     name: dict[Point, str] = {
         "attn_z": family.attention_projection,
+        "attn_proj": family.attention_projection,
         "attn_out": family.attention_out,
         "mlp_out": family.mlp_out,
         "resid_post": "",
@@ -110,7 +111,8 @@ class SiteHooks:
         module = site_module(self.layers, self.family, site)
         if site.point == "attn_z":
             return module.register_forward_pre_hook(self._before(site))
-        return module.register_forward_hook(self._after(site))
+        # attn_proj and attn_out may share a module: the first must run first, whenever it was installed.
+        return module.register_forward_hook(self._after(site), prepend=site.point == "attn_proj")
 
     def _before(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -129,15 +131,20 @@ class SiteHooks:
                 return None
             is_tuple = isinstance(output, tuple)
             hidden = output[0] if is_tuple else output
-            edited = self._run(site, hidden, output[1] if pair else None)
+            source = args[0] if site.point == "attn_proj" else None
+            edited = self._run(site, hidden, output[1] if pair else None, source)
             if edited is hidden:
                 return None
             return (edited, *output[1:]) if is_tuple else edited
 
         return hook
 
-    def _run(self, site: Site, hidden: Tensor, residual: Tensor | None) -> Tensor:
+    def _run(
+        self, site: Site, hidden: Tensor, residual: Tensor | None, source: Tensor | None = None
+    ) -> Tensor:
         flat = hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])
+        if source is not None:
+            source = source.reshape(-1, source.shape[-1])
         step = self.bank.step
         gates = self.bank.gates_at.get(site)
         if gates:
@@ -146,5 +153,5 @@ class SiteHooks:
         table = self.bank.tables.get(site)
         if table is None or not table.views:
             return hidden
-        edited = apply_edits(flat, table, step, residual)
+        edited = apply_edits(flat, table, step, residual, source)
         return hidden if edited is flat else edited.reshape(hidden.shape)

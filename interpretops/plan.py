@@ -37,13 +37,19 @@ from safetensors.numpy import save as save_safetensors
 from interpretops.atomic_file import write_atomically
 from interpretops.errors import PlanError
 
-Point = Literal["attn_z", "attn_out", "mlp_out", "resid_post"]
+Point = Literal["attn_z", "attn_proj", "attn_out", "mlp_out", "resid_post"]
 Combine = Literal["any", "all"]
 Scope = Literal["token", "prompt_end"]
 Phase = Literal["both", "prefill", "decode"]
 
 POINTS: tuple[Point, ...] = get_args(Point)
-"""The points of a layer at which an edit may act, in the order in which the model passes them."""
+"""The points of a layer at which an edit may act, in the order in which the model passes them.
+
+All but one read and write one activation. At ``attn_proj`` units read the input of the attention's output
+projection (``attn_z``) and write to its output, as a LoRA adapter of that projection does.
+"""
+HEAD_POINTS: frozenset[Point] = frozenset({"attn_z", "attn_proj"})
+"""Points whose reading has the heads side by side."""
 
 FORMAT_VERSION = 1
 METADATA_KEY = "interpretops.plan"
@@ -93,8 +99,12 @@ class ModelSpec:
     vocab_size: int
 
     def width(self, point: Point) -> int:
-        """D of the activation at a point; at ``attn_z`` all heads side by side."""
+        """D of the activation that is written at a point; at ``attn_z`` all heads side by side."""
         return self.num_heads * self.head_dim if point == "attn_z" else self.hidden_size
+
+    def read_width(self, point: Point) -> int:
+        """D of the activation that is read at a point; another than `width` only at ``attn_proj``."""
+        return self.num_heads * self.head_dim if point in HEAD_POINTS else self.hidden_size
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,7 @@ def check_plan(plan: Plan) -> None:
     for site, edits in plan.edits.items():
         if site.layer >= plan.model.num_layers:
             raise PlanError(f"site {site}, but {plan.model.name} has layers 0..{plan.model.num_layers - 1}")
-        _check_edits(site, edits, plan.model.width(site.point), plan.gates)
+        _check_edits(site, edits, plan.model, plan.gates)
 
 
 def _check_model(model: ModelSpec) -> None:
@@ -65,6 +65,10 @@ def _check_gate(gate: Gate, where: str, model: ModelSpec) -> None:
         raise PlanError(f"{where}: a gate reads at a site exactly when it has conditions")
     if gate.site is not None:
         width = model.width(gate.site.point)
+        if gate.site.point == "attn_proj":
+            raise PlanError(
+                f"{where}: reads at attn_proj, which is an activation's way and not one; use attn_z"
+            )
         if gate.site.layer >= model.num_layers or gate.read.shape != (conditions, width):
             raise PlanError(f"{where}: read {gate.read.shape} at {gate.site} does not fit {model.name}")
     if gate.bias.shape != (conditions,) or gate.cut.shape != (conditions,):
@@ -75,11 +79,13 @@ def _check_gate(gate: Gate, where: str, model: ModelSpec) -> None:
         raise PlanError(f"{where}.max_norm = {gate.max_norm}, but must be positive")
 
 
-def _check_edits(site: Site, edits: SiteEdits, width: int, gates: tuple[Gate, ...]) -> None:
+def _check_edits(site: Site, edits: SiteEdits, model: ModelSpec, gates: tuple[Gate, ...]) -> None:
     units, rank = edits.units, len(edits.units)
+    width, read_width = model.width(site.point), model.read_width(site.point)
+    shapes = {"read": (rank, read_width), "write": (rank, width)}
     for name in UNIT_FIELDS:
         array = getattr(units, name)
-        shape = (rank, width) if name in ("read", "write") else (rank,)
+        shape = shapes.get(name, (rank,))
         if array.shape != shape:
             raise PlanError(f"{site}.{name} has shape {array.shape}, but must have {shape}")
         infinite = name in ("threshold", "low", "high", "max_norm")
@@ -92,7 +98,7 @@ def _check_edits(site: Site, edits: SiteEdits, width: int, gates: tuple[Gate, ..
     if edits.topk is not None:
         _expect(f"{site}.topk.read", edits.topk.read, np.float32)
         _expect(f"{site}.topk.bias", edits.topk.bias, np.float32)
-        fits = edits.topk.read.shape == (features, width) and edits.topk.bias.shape == (features,)
+        fits = edits.topk.read.shape == (features, read_width) and edits.topk.bias.shape == (features,)
         if not fits or not 1 <= edits.topk.k <= features:
             raise PlanError(f"{site}.topk: shapes or k = {edits.topk.k} do not fit {features} features")
     named = set(units.gate.tolist())

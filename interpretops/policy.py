@@ -6,10 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr, Strict, ValidationError, model_validator
 
 from interpretops.errors import PolicyError
-from interpretops.plan import Combine, Phase, Point, Scope
+from interpretops.plan import Combine, Phase, Scope
 from interpretops.policy_faults import describe_faults
 from interpretops.policy_fields import (
     AdapterSelector,
+    EditPoint,
     FeatureSelector,
     Fraction,
     HeadSelector,
@@ -153,7 +154,7 @@ class Gate(Strictly):
 
     layer: Index | None = None
     """Layer at which the conditions read; not after the layers it controls."""
-    point: Point = "resid_post"
+    point: EditPoint = "resid_post"
     """Point of the layer at which the conditions read."""
     conditions: Annotated[tuple[Condition, ...], Field(max_length=64), Strict(False)] = ()
     """What must hold for the gate to open; without any, the gate is open throughout its phase."""

@@ -4,8 +4,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
 
-from interpretops.plan import Point
-
 
 def _unique(values: tuple[int, ...]) -> tuple[int, ...]:
     twice = sorted({value for value in values if values.count(value) > 1})
@@ -31,6 +29,9 @@ Indices = Annotated[
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 RelativePath = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_relative)]
 NormBound = Annotated[float, Field(allow_inf_nan=False, gt=0)]
+
+EditPoint = Literal["attn_z", "attn_out", "mlp_out", "resid_post"]
+"""Points that a policy may name; adapters of a projection also act at `attn_proj`."""
 
 
 class Strictly(BaseModel):
@@ -67,7 +68,7 @@ class FeatureSelector(Strictly):
 
     layer: Index
     """Layer, counted from 0."""
-    point: Point = "resid_post"
+    point: EditPoint = "resid_post"
     """Point in the layer: `attn_z`, `attn_out`, `mlp_out` or `resid_post`."""
     sae_feature_ids: Indices
     """Ids of the features."""
@@ -104,7 +105,7 @@ class _Layers(Strictly):
 class PlaceSelector(_Layers):
     """One or several layers, and the point in them."""
 
-    point: Point = "resid_post"
+    point: EditPoint = "resid_post"
     """Point in the layer: `attn_z`, `attn_out`, `mlp_out` or `resid_post`."""
 
 

@@ -9,13 +9,20 @@ from steering_kernels.ops.step import StepMap
 from steering_kernels.ops.table import SiteTable
 
 
-def apply_edits(hidden: Tensor, table: SiteTable, step: StepMap, residual: Tensor | None = None) -> Tensor:
+def apply_edits(
+    hidden: Tensor,
+    table: SiteTable,
+    step: StepMap,
+    residual: Tensor | None = None,
+    source: Tensor | None = None,
+) -> Tensor:
     """Edit the tokens of the current forward pass at one site by the rows of their revisions.
 
     hidden    [T', D]  float; T' >= T, tokens past the step's T are padding and stay as they are; not changed
     table              the site's rows
     step               the pass's tokens, their rows and open gates; ``step.edited`` is counted up
     residual  [T', D]  where the stream is ``hidden + residual``: reads use the sum, writes go to ``hidden``
+    source    [T', Dr] where reads use another activation than ``hidden``
 
     Returns the edited activation, ``hidden`` itself if nothing acts. Tokens of row 0 and tokens at which
     no edit acts are bit-identical. Raises ValueError when shapes do not fit.
@@ -28,13 +35,23 @@ def apply_edits(hidden: Tensor, table: SiteTable, step: StepMap, residual: Tenso
         raise ValueError(f"hidden has dtype {hidden.dtype}, but must be a float")
     if residual is not None and residual.shape != hidden.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, but hidden {tuple(hidden.shape)}")
+    read_width = table.width if source is None else source.shape[-1]
+    if read_width != table.read_width or (source is not None and source.shape[0] != hidden.shape[0]):
+        raise ValueError(
+            f"source has shape {None if source is None else tuple(source.shape)}, "
+            f"but must be [{hidden.shape[0]}, {table.read_width}]"
+        )
     tokens = step.num_tokens
     if hidden.shape[0] < tokens:
         raise ValueError(f"hidden has {hidden.shape[0]} tokens, but the step was laid out for {tokens}")
     if hidden.shape[0] == tokens:
-        return apply_edits_grouped(hidden, table, step, residual)
+        return apply_edits_grouped(hidden, table, step, residual, source)
     edited = apply_edits_grouped(
-        hidden[:tokens], table, step, None if residual is None else residual[:tokens]
+        hidden[:tokens],
+        table,
+        step,
+        None if residual is None else residual[:tokens],
+        None if source is None else source[:tokens],
     )
     out = hidden.clone()
     out[:tokens] = edited

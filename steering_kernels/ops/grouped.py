@@ -13,7 +13,9 @@ from steering_kernels.ops.step import StepMap
 from steering_kernels.ops.table import RowView, SiteTable
 
 
-def apply_edits_grouped(hidden: Tensor, table: SiteTable, step: StepMap, residual: Tensor | None) -> Tensor:
+def apply_edits_grouped(
+    hidden: Tensor, table: SiteTable, step: StepMap, residual: Tensor | None, source: Tensor | None
+) -> Tensor:
     """See `apply_edits`. Returns ``hidden`` itself when no row of the batch edits at this site."""
     out = hidden
     for row, index in step.groups:
@@ -24,6 +26,8 @@ def apply_edits_grouped(hidden: Tensor, table: SiteTable, step: StepMap, residua
         stream = part
         if residual is not None:
             stream = part + (residual if index is None else residual[index])
+        elif source is not None:
+            stream = source if index is None else source[index]
         gate_open = step.gate_open if index is None else step.gate_open[index]
         delta, touched = _row_delta(stream.double(), view, gate_open)
         edited = torch.where(touched[:, None], (part.double() + delta).to(hidden.dtype), part)
@@ -38,7 +42,7 @@ def apply_edits_grouped(hidden: Tensor, table: SiteTable, step: StepMap, residua
 
 def _row_delta(x: Tensor, view: RowView, gate_open: Tensor) -> tuple[Tensor, Tensor]:
     """Delta [n, D] float64 and touched [n] bool of n tokens x [n, D] float64 of one row."""
-    delta = torch.zeros_like(x)
+    delta = x.new_zeros(x.shape[0], view.write.shape[1])
     touched = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     if view.rank:
         g = _unit_strength(x, view)

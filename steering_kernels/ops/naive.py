@@ -9,7 +9,12 @@ from steering_kernels.ops.table import RowEdits, SiteTable
 
 
 def apply_edits_reference(
-    hidden: Tensor, table: SiteTable, row_of_token: Tensor, gate_open: Tensor, residual: Tensor | None = None
+    hidden: Tensor,
+    table: SiteTable,
+    row_of_token: Tensor,
+    gate_open: Tensor,
+    residual: Tensor | None = None,
+    source: Tensor | None = None,
 ) -> Tensor:
     """Edit each token by the rows of its revision.
 
@@ -17,11 +22,13 @@ def apply_edits_reference(
     row_of_token  [T]     0 leaves the token as it is, bit for bit
     gate_open     [T, G]  bool; column 0 is true
     residual      [T, D]  where the stream is ``hidden + residual``: reads use the sum, rounded to its dtype
+    source        [T, Dr] where reads use another activation than ``hidden``
 
     Sums in float64.
     """
     out = hidden.clone()
     stream = hidden if residual is None else hidden + residual
+    stream = stream if source is None else source
     for token, row in enumerate(row_of_token.tolist()):
         if row == 0:
             continue
@@ -33,7 +40,7 @@ def apply_edits_reference(
 
 def token_delta_reference(x: Tensor, edits: RowEdits, gate_open: Tensor) -> Tensor | None:
     """What is added to one token's activation x [D] float64; None if no edit acts."""
-    delta = torch.zeros_like(x)
+    delta = x.new_zeros(edits.write.shape[1])
     acts = False
     active = _topk_activations(x, edits)
     for k in range(edits.read.shape[0]):

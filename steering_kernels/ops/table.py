@@ -93,10 +93,21 @@ class SiteTable:
     graph may hold the addresses. (TopK encoders are the exception: they are kept beside the table.)
     """
 
-    def __init__(self, width: int, *, rows: int, units: int, scales: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        rows: int,
+        units: int,
+        scales: int,
+        device: torch.device,
+        read_width: int | None = None,
+    ) -> None:
+        """``read_width``: D of what units read, where that is another activation than they write to."""
         self.width = width
+        self.read_width = width if read_width is None else read_width
         self.rows = rows
-        self.read = torch.zeros(units, width, device=device)
+        self.read = torch.zeros(units, self.read_width, device=device)
         self.write = torch.zeros(units, width, device=device)
         self.columns = {name: torch.zeros(units, device=device) for name in _UNIT_COLUMNS}
         self.indices = {name: torch.zeros(units, dtype=torch.int32, device=device) for name in _UNIT_INDICES}
@@ -116,8 +127,11 @@ class SiteTable:
             raise IndexError(f"row = {row}, but rows 1..{self.rows - 1} can be set")
         if row in self.views:
             raise ValueError(f"row {row} is occupied; clear it first")
-        if edits.read.shape[1] != self.width:
-            raise ValueError(f"edits have width {edits.read.shape[1]}, but the site has {self.width}")
+        if (edits.read.shape[1], edits.write.shape[1]) != (self.read_width, self.width):
+            raise ValueError(
+                f"edits read {edits.read.shape[1]} and write {edits.write.shape[1]} wide, "
+                f"but the site has {self.read_width} and {self.width}"
+            )
         units = _fit(self.start, self.count, edits.read.shape[0], self.read.shape[0], "units")
         scales = _fit(
             self.scale_start, self.scale_count, edits.scale.shape[0], self.scale.shape[0], "head scales"

@@ -13,7 +13,7 @@ from interpretops.bank import PlanBank
 from interpretops.errors import PlanError
 from interpretops.hook_points import SiteHooks
 from interpretops.model_spec import read_model_spec
-from interpretops.plan import POINTS, ModelSpec, Plan, Site
+from interpretops.plan import HEAD_POINTS, POINTS, ModelSpec, Plan, Site
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.request_args import RequestArgs
 
@@ -56,7 +56,7 @@ class SteeringRuntime:
     def load(self, plan: Plan) -> str:
         """Make a plan resident; returns the digest of what now stands in the tables."""
         if self.tensor_parallel > 1:
-            sharded = [str(s) for s in self._sites_of(plan) if s.point == "attn_z"]
+            sharded = [str(s) for s in self._sites_of(plan) if s.point in HEAD_POINTS]
             if sharded:
                 raise PlanError(
                     f"plan {plan.policy_id!r} acts at {sharded}, but attention heads are split over "

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from interpretops.plan import POINTS, ModelSpec, Plan, Site, SiteEdits, Units
+from interpretops.plan import HEAD_POINTS, POINTS, ModelSpec, Plan, Site, SiteEdits, Units
 from steering_kernels.vllm_plugin.request_args import NONCE_KEY, REVISION_KEY
 
 PROMPT_TOKENS = 6
@@ -22,7 +22,7 @@ def probe_plan(spec: ModelSpec, strength: float) -> Plan:
     layer = spec.num_layers // 2
     edits = {}
     for point in POINTS:
-        if point == "attn_z":
+        if point in HEAD_POINTS:
             continue  # split over ranks under tensor parallelism
         width = spec.width(point)
         column = np.zeros(1, np.float32)

@@ -75,10 +75,12 @@ def test_scaling_of_peft_is_folded(
 
 
 def test_saved_by_peft_for_a_module_is_refused_by_name(tmp_path: Path, model: ModelSpec) -> None:
-    """An adapter of projections maps one activation to another; the message names its modules."""
+    """A LoRA of anything but the attention output projection is no edit; the message names its modules."""
     folder = write(tmp_path / "calm", model)
     rewrite(folder, model, {"interpretops": None, "target_modules": ["q_proj", "v_proj"]}, {})
-    with pytest.raises(AdapterError, match=r"target_modules = \['q_proj', 'v_proj'\], but an edit reads and"):
+    with pytest.raises(
+        AdapterError, match=r"target_modules = \['q_proj', 'v_proj'\], but only the attention's output"
+    ):
         open_adapter(folder)
 
 

@@ -64,10 +64,13 @@ def plans(draw: st.DrawFn) -> Plan:
 
 def draw_edits(draw: st.DrawFn, rng: np.random.Generator, site: Site, gates: int) -> SiteEdits:
     width, count = MODEL.width(site.point), draw(st.integers(0, 4))
-    topk = TopK(rows(rng, 6, width), rows(rng, 6), draw(st.integers(1, 6))) if draw(st.booleans()) else None
+    read_width = MODEL.read_width(site.point)
+    topk = (
+        TopK(rows(rng, 6, read_width), rows(rng, 6), draw(st.integers(1, 6))) if draw(st.booleans()) else None
+    )
     infinite = np.full(count, np.inf, np.float32)
     units = Units(
-        read=rows(rng, count, width),
+        read=rows(rng, count, read_width),
         write=rows(rng, count, width),
         bias=rows(rng, count),
         threshold=rng.choice(np.array([-np.inf, 0, 1.5], np.float32), count),
