@@ -147,7 +147,7 @@ def _entry(gateway: Gateway, entry: Entry) -> dict[str, Any]:
         "file": None if active is None else str(active.file),
         "previous": _name(entry.previous),
         "candidate": _name(entry.candidate),
-        "in_flight": 0 if active is None else gateway.catalogue.in_flight(active.revision),
+        "in_flight": 0 if active is None else gateway.catalogue.residency.pins(active),
         "error": entry.error,
     }
 

@@ -53,7 +53,7 @@ def make_app(
         loop.task = asyncio.create_task(loop.run(), name="engine")
         yield
         await _end(loop.task)
-        await catalogue.close()
+        await catalogue.residency.close()
 
     async def keep_watch(_app: web.Application) -> AsyncIterator[None]:
         task = asyncio.create_task(watch_policies(paths.policies, catalogue, link, log), name="watch")

@@ -183,6 +183,14 @@ class Front:
         async with self.admin.get("/admin/policies") as answer:
             return await answer.json()
 
+    async def policy_error(self, policy: str) -> str | None:
+        listed = (await self.policy_list())["policies"]
+        return next(entry["error"] for entry in listed if entry["id"] == policy)
+
+    async def engine_ready(self) -> bool:
+        async with self.public.get("/readyz") as answer:
+            return answer.status == 200
+
 
 def write_policy(folder: Path, name: str, scale: float = 0.5, heads: str = "[0]") -> Path:
     """A policy that needs no dictionary."""

@@ -133,6 +133,42 @@ async def test_deleted_file_withdraws_its_policy_unless_bindings_demand_it(start
     assert headers["X-Steering-Policy"] == f"strict@{strict[:12]}"
 
 
+async def test_policy_that_bindings_demand_is_not_renamed_away(start, engine, policy_writer):
+    """Another id in the file of a demanded policy is a mistake; of an optional one it is another policy."""
+    bindings = [{"policy": "strict", "mode": "default"}, {"policy": "*"}]
+    front = await start("calm", "strict", bindings=bindings, **{"gateway.watch_policies": False})
+    strict = await revision_of(front, "strict")
+    for name in ("calm", "strict"):
+        path = front.policies / f"{name}.yaml"
+        path.write_text(path.read_text().replace(name, f"{name}-2"))
+    report = await reload(front)
+    assert report["removed"] == ["calm"]
+    assert [label[:7] for label in report["loaded"]] == ["calm-2@"]
+    assert "bindings demand 'strict'" in str(report["failed"])
+    assert await revision_of(front, "strict") == strict
+
+
+async def test_engine_that_cannot_hold_a_plan_again_gets_it_later(start, engine, until):
+    """After a restart a policy that the engine does not take is unavailable, until it takes it."""
+    front = await start("calm", **{"gateway.watch_policies": False})
+    engine.plans.clear()
+    engine.trick, engine.boot_id = "table_full", "second"
+
+    async def status(wanted):
+        return (await front.chat(model="tiny-model+calm"))[0] == wanted
+
+    await until(lambda: front.policy_error("calm"))
+    assert (await front.chat(model="tiny-model+calm"))[2]["error"]["code"] in (
+        "policy_unavailable",
+        "engine_not_ready",
+    )
+    engine.trick = ""
+    await until(front.engine_ready)
+    await reload(front)
+    assert await status(200)
+    assert not await front.policy_error("calm")
+
+
 async def test_rollback_and_promote(start, engine, policy_writer):
     """Rollback serves the revision before, keeps the newer one aside, and promote brings it back."""
     front = await start("calm", **{"gateway.watch_policies": False})
@@ -179,6 +215,6 @@ async def test_unloaded_policy_cannot_be_pinned(start, engine):
     """A revision that is not resident in the engine is never handed out."""
     front = await start("calm")
     catalogue = front.apps.gateway.catalogue
-    catalogue._resident.clear()
+    catalogue.residency.forget()
     with pytest.raises(PolicyUnavailable), catalogue.pin("calm"):
         pass

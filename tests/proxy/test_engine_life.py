@@ -7,11 +7,6 @@ import pytest
 from interpretops.errors import EngineError
 
 
-async def ready(front):
-    async with front.public.get("/readyz") as answer:
-        return answer.status == 200
-
-
 @pytest.mark.parametrize(
     ("trick", "why"), [("no_plugin", "VLLM_PLUGINS=interpretops"), ("selftest_fails", "nothing changed")]
 )
@@ -27,24 +22,24 @@ async def test_engine_that_does_not_prove_itself_serves_nobody(start, engine, tr
         status, headers, body = await front.chat(model=model)
         assert (status, body["error"]["code"]) == (503, "engine_not_ready")
         assert headers["x-should-retry"] == "true"
-    assert not await ready(front)
+    assert not await front.engine_ready()
     assert engine.seen == []
 
 
 async def test_plans_are_loaded_again_into_a_restarted_engine(start, engine, until):
     """After a restart the gateway is not ready until the engine is proven and holds every plan again."""
     front = await start("calm")
-    assert await ready(front)
+    assert await front.engine_ready()
     engine.boot_id, engine.trick = "second", "unhealthy"
     engine.plans.clear()
 
     async def lost():
-        return not await ready(front)
+        return not await front.engine_ready()
 
     await until(lost)
     assert (await front.chat())[0] == 503
     engine.trick = ""
-    await until(lambda: ready(front))
+    await until(front.engine_ready)
     status, headers, _ = await front.chat(model="tiny-model+calm")
     assert (status, headers["X-Steering-Policy"][:5]) == (200, "calm@")
     assert len(engine.plans) == 1
@@ -60,7 +55,7 @@ async def test_engine_that_was_replaced_unseen_is_proven_again(start, engine, un
         return len(engine.plans) == 1
 
     await until(loaded)
-    await until(lambda: ready(front))
+    await until(front.engine_ready)
     assert [line["boot_id"] for line in front.log if line["event"] == "engine_ready"][1:] == ["second"]
 
 
@@ -70,7 +65,7 @@ async def test_health_is_not_readiness(start, engine):
     front = await start("calm", wait=False)
     async with front.public.get("/healthz") as answer:
         assert answer.status == 200
-    assert not await ready(front)
+    assert not await front.engine_ready()
     async with front.admin.get("/metrics") as answer:
         text = await answer.text()
     assert "interpretops_ready 0.0" in text
