@@ -131,6 +131,15 @@ def edited_by_hand(model: HookedModel, plan: Plan) -> Iterator[None]:
         # Linear: what a change of the input does to the output.
         return lambda module, args, output: output + changed(site, args[0]) @ module.weight.T
 
+    def beside_projection(site: Site) -> Callable[..., Any]:
+        upstream = Site(site.layer, "attn_z")
+
+        def hook(_module: Any, args: tuple[Any, ...], output: Any) -> Any:
+            z = args[0] + changed(upstream, args[0]) if upstream in plan.edits else args[0]
+            return output + changed(site, z)
+
+        return hook
+
     def at(layer: int, gemma_name: str, neox_name: str, other_name: str) -> Any:
         return layers[layer].get_submodule(gemma_name if gemma else neox_name if neox else other_name)
 
@@ -138,9 +147,10 @@ def edited_by_hand(model: HookedModel, plan: Plan) -> Iterator[None]:
         after = layers[site.layer + 1] if site.layer + 1 < LAYERS else _final_norm(network)
         if site.point == "resid_post":
             handles.append(after.register_forward_pre_hook(before(site)))
-        elif site.point == "attn_z":
+        elif site.point in ("attn_z", "attn_proj"):
             module = at(site.layer, "self_attn.o_proj", "attention.dense", "self_attn.o_proj")
-            handles.append(module.register_forward_hook(through_projection(site)))
+            edit = through_projection if site.point == "attn_z" else beside_projection
+            handles.append(module.register_forward_hook(edit(site)))
         elif site.point == "attn_out":
             module = at(site.layer, "post_attention_layernorm", "post_attention_dropout", "self_attn")
             handles.append(module.register_forward_hook(adding(site)))
@@ -157,8 +167,8 @@ def edited_by_hand(model: HookedModel, plan: Plan) -> Iterator[None]:
 
 def token_delta(edits: SiteEdits, x: np.ndarray, is_open: list[bool]) -> np.ndarray:
     """The table of `interpretops.plan`, kind by kind as policies mean them, not as the op computes them."""
-    delta = np.zeros_like(x)
     units = edits.units
+    delta = np.zeros(units.write.shape[1])
     for k in range(len(units)):
         if not is_open[units.gate[k]] or np.linalg.norm(x) > units.max_norm[k]:
             continue
@@ -172,8 +182,8 @@ def token_delta(edits: SiteEdits, x: np.ndarray, is_open: list[bool]) -> np.ndar
             delta += (min(max(active, float(units.low[k])), float(units.high[k])) - active) * write
         elif kind == 2:  # steering_vector
             delta += float(units.offset[k]) * write
-        else:  # direction_ablation
-            delta -= -float(units.gain[k]) * (read @ x) * read
+        else:  # direction_ablation, or a row of an adapter
+            delta += float(units.gain[k]) * (read @ x) * write
     if edits.head_scale is not None:
         for scale, gate in zip(edits.head_scale.delta, edits.head_scale.gate, strict=True):
             if is_open[gate]:

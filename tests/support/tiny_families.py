@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from interpretops.plan import ALWAYS, Array, Gate, HeadScale, ModelSpec, Plan, Site, SiteEdits, Units
+from interpretops.plan import ALWAYS, POINTS, Array, Gate, HeadScale, ModelSpec, Plan, Site, SiteEdits, Units
 
 VOCAB = 128
 LAYERS = 3
@@ -41,7 +41,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "MistralForCausalLM": ("MistralConfig", _WIDE | {"sliding_window": 8}),
     "Qwen2ForCausalLM": ("Qwen2Config", {"num_key_value_heads": 1}),
     "Qwen3ForCausalLM": ("Qwen3Config", _WIDE),
-    "Gemma2ForCausalLM": ("Gemma2Config", _WIDE | _SLIDING | {"query_pre_attn_scalar": 32}),
+    "Gemma2ForCausalLM": (
+        "Gemma2Config",
+        _WIDE | _SLIDING | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0},
+    ),
     "Gemma3ForCausalLM": ("Gemma3TextConfig", _WIDE | _SLIDING | {"query_pre_attn_scalar": 32}),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", {"use_parallel_residual": True}),
 }
@@ -75,13 +78,13 @@ def gate_plan(
     latched: bool = True,
     fires: bool = True,
 ) -> Plan:
-    """Edits at all four points of layer 1 and after the last layer, half of them behind a gate.
+    """Edits at all points of layer 1 and after the last layer, half of them behind a gate.
 
     gate_stream  [T, D] the residual stream after layer 0 on `PROMPT`, unedited
     sites        of all these edits those to keep
     """
     rng = np.random.default_rng(5)
-    edits = {Site(1, point): _site_edits(spec, Site(1, point), rng) for point in _POINTS}
+    edits = {Site(1, point): _site_edits(spec, Site(1, point), rng) for point in POINTS}
     last = Site(LAYERS - 1, "resid_post")
     edits[last] = _site_edits(spec, last, rng)
     if sites is not None:
@@ -89,9 +92,6 @@ def gate_plan(
     return Plan(
         "families", "test", spec, edits, (ALWAYS, _gate(gate_stream, latched, fires), *_phase_gates())
     )
-
-
-_POINTS = ("attn_z", "attn_out", "mlp_out", "resid_post")
 
 
 def _gate(stream: Array, latched: bool, fires: bool) -> Gate:
@@ -115,11 +115,12 @@ def _phase_gates() -> tuple[Gate, Gate]:
 
 def _site_edits(spec: ModelSpec, site: Site, rng: np.random.Generator) -> SiteEdits:
     """Eight units, two of each kind, one of them behind the gate; at attn_z a scaled head besides."""
-    width, count = spec.width(site.point), 8
+    width, read_width, count = spec.width(site.point), spec.read_width(site.point), 8
     kind = np.arange(count) % 4  # feature_scale, feature_clamp, steering_vector, direction_ablation
-    read = rng.normal(size=(count, width)) / np.sqrt(width)
+    read = rng.normal(size=(count, read_width)) / np.sqrt(read_width)
     write = rng.normal(size=(count, width)) / np.sqrt(width)
-    write = np.where((kind == 3)[:, None], read, write)
+    if site.point != "attn_proj":  # where no direction can be ablated, as another is written than read
+        write = np.where((kind == 3)[:, None], read, write)
     infinite = np.full(count, np.inf)
     values = {
         "read": np.where((kind == 2)[:, None], 0.0, read),
