@@ -10,7 +10,7 @@ from interpretops.plan import Gate, ModelSpec, Plan, Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-PROMPT_TOKENS = 97
+PROMPT_TOKENS = 125
 OUTPUT_TOKENS = 12
 
 
@@ -51,16 +51,17 @@ def runs(
     batch = [{"prompt": prompt, "revision": revision, "max_tokens": OUTPUT_TOKENS} for _, revision in work]
     configurations = {
         "plain": {"enable_prefix_caching": False, "max_num_batched_tokens": 2048},
-        # Chunks of 32: the last one of a 97-token prompt is a single token, as long as a decode step's.
+        # Chunks of 31: the last one of a 125-token prompt is a single token, as long as a decode step's.
         "chunked": {
             "enable_prefix_caching": True,
             "enable_chunked_prefill": True,
-            "max_num_batched_tokens": 32,
+            "max_num_batched_tokens": 31,
         },
-        # Room for 12 blocks of 32 tokens where seven requests want 28: most are preempted and recomputed.
+        # Room for three prompts of four blocks each, and none for the fifth block that their answers need.
         "scarce": {
             "enable_prefix_caching": True,
             "num_gpu_blocks_override": 14,
+            "max_model_len": 256,
             "max_num_batched_tokens": 2048,
         },
     }
