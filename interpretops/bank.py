@@ -15,7 +15,7 @@ from steering_kernels.ops import GateView, RowEdits, SiteTable, StepMap, TableFu
 
 
 class PlanBank:
-    """Tables for a fixed set of sites, a row for each resident revision.
+    """Tables for the sites that plans may edit, a row for each resident revision.
 
     Not thread-safe against the forward pass: load and unload between passes.
     """
@@ -33,17 +33,10 @@ class PlanBank:
         device = device or torch.device("cpu")
         self.spec = spec
         self.rows = rows
-        self.tables = {
-            site: SiteTable(
-                spec.width(site.point),
-                read_width=spec.read_width(site.point),
-                rows=rows,
-                units=units_per_site,
-                scales=rows if site.point == "attn_z" else 0,
-                device=device,
-            )
-            for site in sites
-        }
+        self._sites = frozenset(sites)
+        self._units_per_site = units_per_site
+        self.tables: dict[Site, SiteTable] = {}
+        """Made at a site's first use and then kept: most sites of a model are never edited."""
         self.device = device
         self.step = StepMap(requests=requests, gates=MAX_GATES, device=device)
         self.gates_at: dict[Site, list[GateView]] = {}
@@ -72,7 +65,8 @@ class PlanBank:
             placed: list[Site] = []
             try:
                 for site, edits in plan.edits.items():
-                    self.tables[site].set_row(row, row_edits(edits, self.tables[site].width))
+                    table = self._table(site)
+                    table.set_row(row, row_edits(edits, table.width))
                     placed.append(site)
             except TableFullError as error:
                 for done in placed:
@@ -151,10 +145,22 @@ class PlanBank:
                 f"({self.spec.fingerprint[:12]}); compile the policy against it"
             )
         for site in plan.edits:
-            if site not in self.tables:
+            if site not in self._sites:
                 raise PlanError(
                     f"plan {plan.policy_id!r} edits at {site}, but this engine has no table there"
                 )
+
+    def _table(self, site: Site) -> SiteTable:
+        if site not in self.tables:
+            self.tables[site] = SiteTable(
+                self.spec.width(site.point),
+                read_width=self.spec.read_width(site.point),
+                rows=self.rows,
+                units=self._units_per_site,
+                scales=self.rows if site.point == "attn_z" else 0,
+                device=self.device,
+            )
+        return self.tables[site]
 
     def _index_gates(self) -> None:
         self.gates_at = {}

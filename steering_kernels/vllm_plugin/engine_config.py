@@ -65,6 +65,9 @@ def refusals(config: Any) -> list[str]:
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "KV-sharing fast prefill": cache.kv_sharing_fast_prefill,
+        "priority scheduling (more requests could be half done than there are slots)": (
+            config.scheduler_config.policy != "fcfs"
+        ),
         "speculative decoding": config.speculative_config is not None,
         "LoRA adapters of its own (use lora_gate policies)": config.lora_config is not None,
         "an external KV cache (KV transfer)": config.kv_transfer_config is not None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from interpretops.bank import PlanBank
@@ -39,11 +40,17 @@ class SteeringRuntime:
         *,
         max_requests: int,
         tensor_parallel: int,
+        device: torch.device,
     ) -> None:
         self.tensor_parallel = tensor_parallel
         sites = [Site(layer, point) for layer in range(spec.num_layers) for point in POINTS]
         self.bank = PlanBank(
-            spec, sites, rows=options.rows, units_per_site=options.units_per_site, requests=2 * max_requests
+            spec,
+            sites,
+            rows=options.rows,
+            units_per_site=options.units_per_site,
+            requests=2 * max_requests,
+            device=device,
         )
         self.hooks = SiteHooks(
             model, self.bank, residual_pair=not type(model).__name__.startswith("Transformers")
@@ -157,7 +164,7 @@ def model_folder(model: str, revision: str | None) -> Path:
     return Path(snapshot_download(model, revision=revision, local_files_only=True))
 
 
-def make_runtime(model: nn.Module, vllm_config: Any) -> SteeringRuntime:
+def make_runtime(model: nn.Module, vllm_config: Any, device: torch.device) -> SteeringRuntime:
     """The runtime of a worker whose model has just been loaded."""
     spec = read_model_spec(model_folder(vllm_config.model_config.model, vllm_config.model_config.revision))
     return SteeringRuntime(
@@ -166,4 +173,5 @@ def make_runtime(model: nn.Module, vllm_config: Any) -> SteeringRuntime:
         EngineOptions.read(vllm_config.additional_config),
         max_requests=vllm_config.scheduler_config.max_num_seqs,
         tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
+        device=device,
     )

@@ -51,7 +51,9 @@ def patch_worker() -> None:
 
     def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        self.model_runner.interpretops = make_runtime(self.model_runner.get_model(), self.vllm_config)
+        self.model_runner.interpretops = make_runtime(
+            self.model_runner.get_model(), self.vllm_config, self.device
+        )
         return result
 
     wrap_method(Worker, "load_model", load_model)

@@ -1,0 +1,152 @@
+"""Engines for the plugin's tests: batches in-process, and one server with the plugin for all HTTP tests."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from interpretops.model_spec import read_model_spec
+from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan, Site, SiteEdits, Units
+
+PROGRAM = Path(__file__).with_name("engine_program.py")
+
+RunEngine = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def spec(default_model_dir: Path) -> ModelSpec:
+    return read_model_spec(default_model_dir)
+
+
+def vector_plan(
+    spec: ModelSpec, strength: float, *, layer: int = 12, seed: int = 0, gate: Gate | None = None
+) -> Plan:
+    """Adds ``strength`` times a random unit direction to the residual stream after a layer."""
+    direction = np.random.default_rng(seed).normal(size=(1, spec.hidden_size)).astype(np.float32)
+    direction /= np.linalg.norm(direction)
+    infinite = np.full(1, np.inf, np.float32)
+    zero = np.zeros(1, np.float32)
+    units = Units(
+        read=np.zeros_like(direction),
+        write=direction,
+        bias=zero,
+        threshold=-infinite,
+        gain=zero,
+        offset=np.full(1, strength, np.float32),
+        low=-infinite,
+        high=infinite,
+        max_norm=infinite,
+        gate=np.full(1, 0 if gate is None else 1, np.int32),
+        topk=np.full(1, -1, np.int32),
+    )
+    gates = (ALWAYS,) if gate is None else (ALWAYS, gate)
+    return Plan(f"vector-{seed}", "test", spec, {Site(layer, "resid_post"): SiteEdits(units)}, gates)
+
+
+@pytest.fixture(scope="session")
+def make_plan(spec: ModelSpec) -> Callable[..., Plan]:
+    """`vector_plan` for the default model."""
+
+    def make(strength: float, **options: Any) -> Plan:
+        return vector_plan(spec, strength, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_engine(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
+    """Run batches through an engine of a given configuration in a process of its own."""
+
+    def run(
+        batches: list[list[dict[str, Any]]],
+        *,
+        plans: list[Plan] | None = None,
+        plugin: bool = True,
+        **engine: Any,
+    ) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("engine")
+        job = {
+            "engine": {
+                "model": str(default_model_dir),
+                "enforce_eager": True,
+                "max_model_len": 512,
+                "max_num_seqs": 16,
+                "block_size": 32,
+                **engine,
+            },
+            "plans": [str(plan.save(folder)) for plan in plans or []],
+            "batches": batches,
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        log = folder / "log.txt"
+        with log.open("wb") as stream:
+            done = subprocess.run(
+                [sys.executable, str(PROGRAM), str(folder / "job.json"), str(folder / "result.json")],
+                env=os.environ
+                | {"VLLM_PLUGINS": "interpretops" if plugin else "none", "VLLM_CPU_KVCACHE_SPACE": "1"},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=400,
+            )
+        assert done.returncode == 0, log.read_text()[-3000:]
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return result
+
+    return run
+
+
+@dataclass(frozen=True)
+class EngineServer:
+    """A running engine server and a client on its socket."""
+
+    process: subprocess.Popen[bytes]
+    socket: Path
+    log: Path
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://engine", timeout=120
+        )
+
+
+@pytest.fixture(scope="session")
+def engine_server(
+    default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineServer]:
+    """One server with the plugin, for every test that needs its HTTP routes."""
+    folder = tmp_path_factory.mktemp("server")
+    log, socket = folder / "log.txt", folder / "engine.sock"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(default_model_dir)]
+    command += ["--uds", str(socket), "--served-model-name", "m", "--enforce-eager", "--max-model-len", "512"]
+    command += ["--max-num-seqs", "16", "--additional-config", json.dumps({"interpretops": {"rows": 8}})]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"VLLM_PLUGINS": "interpretops", "VLLM_CPU_KVCACHE_SPACE": "1"},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = EngineServer(process, socket, log)
+    deadline = time.monotonic() + 300
+    while True:
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, "the engine did not start in 300 s"
+        try:
+            with server.client() as client:
+                if client.get("/health").status_code == 200:
+                    break
+        except httpx.TransportError:
+            time.sleep(0.5)
+    yield server
+    process.terminate()
+    process.wait(60)
