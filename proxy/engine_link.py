@@ -116,9 +116,9 @@ class EngineLink:
             vllm=attested.vllm_version,
         )
 
-    def lose(self, reason: str, *, gone: bool = False) -> None:
-        """Close the engine to requests."""
-        if self._engine is not None:
+    def lose(self, reason: str, *, gone: bool = False, meant: bool = False) -> None:
+        """Close the engine to requests; ``gone``: it answers no more, ``meant``: we end it ourselves."""
+        if self._engine is not None and not meant:
             self._log.error("engine_lost", reason=reason)
         self._engine = None
         self.reason = reason

@@ -139,6 +139,9 @@ class EngineLoop:
                 life.cancel()
                 with contextlib.suppress(asyncio.CancelledError, EngineError):
                     await life
+        except asyncio.CancelledError:
+            self._link.lose("the gateway stops", gone=True, meant=True)
+            raise
         finally:
             self._link.lose("the engine was lost and is being started again", gone=True)
             if gone is not None:

@@ -1,8 +1,9 @@
 """Runs one command and ends all its processes when it ends or when whoever started the keeper is gone.
 
-`python -I keeper.py GRACE_S COMMAND…`, started as the leader of a session of its own. Standard input is a
-pipe held by the parent: its end, however the parent came to it, stops the command. The keeper adopts orphaned
-grandchildren, so that none outlives it even if it left the process group.
+`python -I keeper.py GRACE_S FOLDER COMMAND…`, started as the leader of a session of its own. Standard input
+is a pipe held by the parent: its end, however the parent came to it, stops the command. The keeper adopts
+orphaned grandchildren, so that none outlives it even if it left the process group. At the end it removes the
+folder, which is the command's own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 def main(arguments: list[str]) -> int:
     """Run the command; its exit status, or 128 + the signal that ended it."""
-    grace_s, command = float(arguments[0]), arguments[1:]
+    grace_s, folder, command = float(arguments[0]), arguments[1], arguments[2:]
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     wake_reader, wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -56,6 +58,7 @@ def main(arguments: list[str]) -> int:
             child.kill()
             child.wait()
     _end_descendants()
+    shutil.rmtree(folder, ignore_errors=True)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 

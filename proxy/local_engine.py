@@ -17,6 +17,7 @@ from proxy.engine_command import engine_command, engine_environment
 
 _GRACE_S = 10.0
 _TAIL_LINES = 12
+_SOCKET = "engine.sock"
 _KEEPER = Path(__file__).with_name("keeper.py")
 _CAUSE = re.compile(r"(^|[\]\s])[A-Za-z_.]*(Error|Exception): \S")
 
@@ -31,15 +32,14 @@ class LocalEngine:
         self._settings = settings
         self._model = model
         self.log_file = log_file
-        # Short: a unix socket's path may have 107 bytes.
-        self._folder = Path(tempfile.mkdtemp(prefix="iops-"))
-        self._socket = self._folder / "engine.sock"
+        self._folder: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
 
     @property
     def address(self) -> str:
         """Where the engine listens."""
-        return f"unix://{self._socket}"
+        assert self._folder is not None
+        return f"unix://{self._folder / _SOCKET}"
 
     @property
     def pid(self) -> int | None:
@@ -48,7 +48,9 @@ class LocalEngine:
 
     async def start(self) -> None:
         """Start the processes; returns long before the engine answers."""
-        command = engine_command(self._settings, self._model, self._socket)
+        # Readable by us only. Short: a unix socket's path may have 107 bytes.
+        self._folder = Path(tempfile.mkdtemp(prefix="iops-"))
+        command = engine_command(self._settings, self._model, self._folder / _SOCKET)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             self.log_file.replace(self.log_file.with_suffix(".previous.log"))
@@ -56,7 +58,7 @@ class LocalEngine:
         try:
             self._process = await asyncio.create_subprocess_exec(
                 # By its file and isolated: a folder `proxy` where the user stands must not be taken for ours.
-                *(sys.executable, "-I", str(_KEEPER), str(_GRACE_S)),
+                *(sys.executable, "-I", str(_KEEPER), str(_GRACE_S), str(self._folder)),
                 *command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=descriptor,
@@ -95,7 +97,9 @@ class LocalEngine:
             if process is not None:
                 await asyncio.shield(_end(process))
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            # The keeper does so too, unless it was killed.
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -61,7 +61,7 @@ class _Serve:
             try:
                 await self._run_on(public, admin)
             finally:
-                self._steps.stop()
+                self._end_steps()
 
     async def _run_on(self, public: socket.socket, admin: socket.socket) -> None:
         settings, model = self._settings, None
@@ -96,7 +96,7 @@ class _Serve:
         ready = asyncio.create_task(loop.first_ready.wait())
         stop = asyncio.create_task(self._stop.wait())
         await asyncio.wait({ready, stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
-        self._steps.stop()
+        self._end_steps()
         if ready.done():
             self._announce(apps, public, admin)
             await asyncio.wait({stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
@@ -140,6 +140,10 @@ class _Serve:
         # On standard output, where scripts wait for it.
         sys.stdout.write(f"ready: {_url(public)}/v1   try: {curl}\n")
         sys.stdout.flush()
+
+    def _end_steps(self) -> None:
+        if self._steps.live.is_started:
+            self._steps.stop()
 
     def _progress(self, line: str) -> None:
         self._steps.update(self._step, description=escape(line))

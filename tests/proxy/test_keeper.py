@@ -26,11 +26,12 @@ time.sleep(600)
 
 
 @pytest.fixture
-def family():
+def family(tmp_path):
     """A keeper over three stubborn generations; yields the keeper and everybody's process ids."""
     command = [sys.executable, "-c", FAMILY, "2", FAMILY]
+    (tmp_path / "own").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-I", keeper.__file__, "0.3", *command],
+        [sys.executable, "-I", keeper.__file__, "0.3", str(tmp_path / "own"), *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
@@ -53,12 +54,13 @@ def assert_gone(pids, timeout_s=5.0):
             time.sleep(0.02)
 
 
-def test_all_end_when_the_parent_lets_go(family):
+def test_all_end_when_the_parent_lets_go(family, tmp_path):
     """The end of the pipe, which also a killed parent leaves behind, ends three stubborn generations."""
     process, pids = family
     process.stdin.close()
     assert_gone(pids)
     assert process.wait(5) == 128 + signal.SIGKILL
+    assert not (tmp_path / "own").exists()
 
 
 def test_all_end_when_the_keeper_is_told_to_stop(family):
@@ -79,7 +81,8 @@ def test_children_end_with_the_main_process(family):
 
 def test_status_of_the_command_is_passed_on():
     """The keeper ends as its command ended."""
-    command = [sys.executable, "-I", keeper.__file__, "1", sys.executable, "-c", "raise SystemExit(7)"]
+    command = [sys.executable, "-c", "raise SystemExit(7)"]
+    command = [sys.executable, "-I", keeper.__file__, "1", "/nowhere", *command]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.wait(10) == 7
 
