@@ -74,6 +74,15 @@ def test_everything_run_inside_is_steered(model: HookedModel, plan: Plan) -> Non
     assert not torch.equal(cached, model.run_with_cache(PROMPT, ["1.mlp_out"])[Site(1, "mlp_out")])
 
 
+def test_a_module_called_by_itself_is_left_alone(model: HookedModel, plan: Plan) -> None:
+    """Between passes no layout is left over that could edit what is not the session's to edit."""
+    module, x = model.network.model.layers[1].mlp, torch.ones(1, len(PROMPT), model.spec.hidden_size)
+    expected = module(x)
+    with SteeringSession(model, plan) as steer:
+        steer.logprobs(PROMPT)
+        assert torch.equal(module(x), expected)
+
+
 def test_gate_that_never_fires_leaves_every_bit(model: HookedModel, stream: Array) -> None:
     """A policy whose gate stays closed changes nothing at all, and its receipt says so."""
     closed = behind(gate_plan(model.spec, stream, fires=False), 1)

@@ -43,7 +43,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3ForCausalLM": ("Qwen3Config", _WIDE),
     "Gemma2ForCausalLM": (
         "Gemma2Config",
-        _WIDE | _SLIDING | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0},
+        _WIDE
+        | _SLIDING
+        | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0, "tie_word_embeddings": True},
     ),
     "Gemma3ForCausalLM": ("Gemma3TextConfig", _WIDE | _SLIDING | {"query_pre_attn_scalar": 32}),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", {"use_parallel_residual": True}),

@@ -1,9 +1,10 @@
-"""A program that asks one in-process vLLM engine for log-probabilities at every token, steered and not.
+"""A program that asks in-process vLLM engines for log-probabilities at every token, steered and not.
 
-Usage: logprobs_program.py JOB RESULT. The job names a model folder, engine arguments, plan files, how many
-tokens to tell of (-1: all), and requests (token ids, a revision, tokens to generate). The result is an npz
-file: of request i `ids_i` and `values_i` [T, K], a row after each token but the last, -1 and NaN where there
-is none; `tokens_i`, what was generated; `receipt_i`.
+Usage: logprobs_program.py FOLDER… Each folder holds a `job.json` that names a model folder, engine arguments,
+plan files, how many tokens to tell of (-1: all), and requests (token ids, a revision, tokens to generate).
+One engine after another, each in a child of its own, answers one. Into the folder it writes `log.txt` and
+`result.npz`: of request i `ids_i` and `values_i` [T, K], a row after each token but the last, -1 and NaN
+where there is none; `tokens_i`, what was generated; `receipt_i`.
 """
 
 import base64
@@ -17,14 +18,30 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
-def main(job_path: str, result_path: str) -> None:
-    """Run the job, all its requests in one batch."""
+def main(*folders: str) -> None:
+    """Import vLLM once, then answer each job in a fork: an engine leaves its process unfit for another."""
+    import vllm.entrypoints.llm  # noqa: F401 (what takes long is done before the first fork)
+
+    for folder in folders:
+        child = os.fork()
+        if child == 0:
+            log = os.open(Path(folder) / "log.txt", os.O_WRONLY | os.O_CREAT, 0o644)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            answer(Path(folder))
+            sys.stdout.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+def answer(folder: Path) -> None:
+    """Run the job of a folder, all its requests in one batch."""
     import numpy as np
     from vllm import LLM, SamplingParams
 
     from steering_kernels.vllm_plugin.receipts import RECEIPTS
 
-    job = json.loads(Path(job_path).read_text())
+    job = json.loads((folder / "job.json").read_text())
     llm = LLM(
         model=job["model"],
         skip_tokenizer_init=True,
@@ -36,9 +53,9 @@ def main(job_path: str, result_path: str) -> None:
     )
     core = llm.llm_engine.engine_core.engine_core
     for plan in job["plans"]:
-        answer = core.interpretops_load(base64.b64encode(Path(plan).read_bytes()).decode())
-        if "error" in answer:
-            raise SystemExit(answer["error"])
+        loaded = core.interpretops_load(base64.b64encode(Path(plan).read_bytes()).decode())
+        if "error" in loaded:
+            raise SystemExit(loaded["error"])
     nonces = [secrets.token_hex(16) for _ in job["requests"]]
     params = [
         SamplingParams(
@@ -64,7 +81,7 @@ def main(job_path: str, result_path: str) -> None:
         result |= {f"ids_{index}": ids, f"values_{index}": values}
         result[f"tokens_{index}"] = np.array(output.outputs[0].token_ids)
         result[f"receipt_{index}"] = np.array(json.dumps(RECEIPTS.take(nonces[index])))
-    np.savez(result_path, **result)
+    np.savez(folder / "result.npz", **result)
 
 
 if __name__ == "__main__":
