@@ -177,7 +177,8 @@ class PathSettings(Section):
     """Folders that commands read and write."""
 
     policies: Path = Field(default_factory=lambda: _shipped("policies"))
-    """Folder of policies: every `*.yaml` in it, every `policy.yaml` below. Default: `policies` here, else in the checkout."""
+    """Folder of policies: every `*.yaml` in it, every `policy.yaml` below. Default: `policies` here,
+    else in the checkout."""
     artifacts: Path = Field(default_factory=lambda: _shipped("sae_artifacts"))
     """Folder of dictionaries and adapters. Default: `sae_artifacts` here, else in the checkout."""
     plans: Path | None = None
