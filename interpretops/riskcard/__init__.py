@@ -1,0 +1,16 @@
+"""The Risk Card: what a policy revision does, measured, with intervals, and held against its criteria."""
+
+from interpretops.riskcard.card import BASELINES, MEASURES, RiskCard
+from interpretops.riskcard.file import RiskCardError, load_card, save_card
+from interpretops.riskcard.verdict import Verdict, verdict
+
+__all__ = [
+    "BASELINES",
+    "MEASURES",
+    "RiskCard",
+    "RiskCardError",
+    "Verdict",
+    "load_card",
+    "save_card",
+    "verdict",
+]

@@ -1,0 +1,60 @@
+"""The card's file: strict JSON under a checksum, so that a changed number or revision is noticed."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
+
+from interpretops.atomic_file import write_atomically
+from interpretops.errors import InterpretOpsError
+from interpretops.json_file import read_json_object
+from interpretops.policy_faults import describe_faults
+from interpretops.policy_file import Document
+from interpretops.riskcard.card import RiskCard
+
+CHECKSUM = "sha256"
+
+
+class RiskCardError(InterpretOpsError):
+    """A Risk Card cannot be read, was changed, or is of another revision."""
+
+    code: ClassVar[str] = "invalid_risk_card"
+    status: ClassVar[int] = 400
+
+
+def save_card(card: RiskCard, path: Path) -> None:
+    """Write a card whole or not at all; the same card gives the same bytes."""
+    content = card.model_dump(mode="json", exclude_none=True)
+    text = json.dumps(content | {CHECKSUM: _checksum(content)}, indent=1, sort_keys=True, ensure_ascii=False)
+    write_atomically(path, (text + "\n").encode())
+
+
+def load_card(path: Path, *, revision: str | None = None) -> RiskCard:
+    """Read a card; with ``revision``, also refuse the card of any other revision.
+
+    The checksum guards against edits and accidents, not against a forger: who signs cards signs the file.
+    """
+    content = read_json_object(path, RiskCardError)
+    given = content.pop(CHECKSUM, None)
+    try:
+        card = RiskCard.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        document = Document(str(path), content)
+        raise RiskCardError("\n".join(describe_faults(error, document, RiskCard))) from error
+    if given != _checksum(card.model_dump(mode="json", exclude_none=True)):
+        raise RiskCardError(
+            f"{path}: {CHECKSUM} = {given!r}, but the content has another; the card was changed after it was "
+            "made: make it again with `mechctl eval`"
+        )
+    if revision is not None and card.policy.revision != revision:
+        raise RiskCardError(
+            f"{path}: policy.revision = {card.policy.revision[:12]}…, but the policy compiles to "
+            f"{revision[:12]}…; measure that revision with `mechctl eval`"
+        )
+    return card
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,127 @@
+"""The tables of a card as plain rows, which every form of the card shows alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from interpretops.riskcard.card import BASELINES, MEASURES, Measure, MeasureName, RiskCard
+
+METHODS = {
+    "clopper_pearson": "Clopper-Pearson",
+    "paired_bootstrap": "paired bootstrap",
+    "bootstrap": "bootstrap",
+    "given": "as given",
+}
+NATS: frozenset[MeasureName] = frozenset({"delta_ce"})
+"""Measures that are no shares."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads and rows of text."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def number(name: MeasureName, value: float) -> str:
+    """A value in the measure's own unit."""
+    return f"{value:+.4f}" if name in NATS else f"{value:.1%}".replace("%", " %")
+
+
+def with_interval(name: MeasureName, measure: Measure | None) -> str:
+    """``2.0 % [0.9 %, 3.9 %] n=400``, or that there is none."""
+    if measure is None:
+        return "-"
+    if measure.value is None or measure.interval is None:
+        return "absent"
+    low, high = number(name, measure.interval.low), number(name, measure.interval.high)
+    return f"{number(name, measure.value)} [{low}, {high}] n={measure.n}"
+
+
+def measures_table(card: RiskCard) -> Table:
+    """Every measure with interval, counts and method; an absent one with its reason."""
+    rows = []
+    for name, (short, meaning) in MEASURES.items():
+        measure = card.measures[name]
+        if measure.value is None or measure.interval is None:
+            rows.append((short, "absent", "", "", "", f"{meaning}. Absent: {measure.absent}"))
+            continue
+        interval = f"{number(name, measure.interval.low)} to {number(name, measure.interval.high)}"
+        counts = f"{measure.n}" if measure.successes is None else f"{measure.successes} of {measure.n}"
+        method = METHODS[measure.interval.method]
+        rows.append((short, number(name, measure.value), interval, counts, method, meaning))
+    return Table(
+        "Measures", ("measure", "value", "95 % interval", "n", "interval by", "meaning"), tuple(rows)
+    )
+
+
+def sources_table(card: RiskCard) -> Table:
+    """The counts of each measure by the file they come from."""
+    rows = [
+        (
+            MEASURES[name][0],
+            source.name,
+            f"{source.n}" if source.successes is None else f"{source.successes} of {source.n}",
+            source.sha256,
+        )
+        for name in MEASURES
+        for source in card.measures[name].data
+    ]
+    return Table("Data", ("measure", "source", "n", "sha256"), tuple(rows))
+
+
+def baselines_table(card: RiskCard) -> Table:
+    """The policy and every baseline, by the measures that any of them has."""
+    shown = [
+        name
+        for name in MEASURES
+        if any(name in baseline.measures for baseline in card.baselines.values())
+        or (
+            card.measures[name].value is not None and name not in ("causal_contribution", "circuit_stability")
+        )
+    ]
+    rows = [("this policy", *(with_interval(name, card.measures[name]) for name in shown), "")]
+    for kind, meaning in BASELINES.items():
+        baseline = card.baselines[kind]
+        cells = [with_interval(name, baseline.measures.get(name)) for name in shown]
+        note = baseline.note if baseline.absent is None else f"absent: {baseline.absent}"
+        rows.append((meaning, *cells, note))
+    return Table("Baselines", ("", *(MEASURES[name][0] for name in shown), "note"), tuple(rows))
+
+
+def record_table(card: RiskCard) -> Table:
+    """How to repeat the measurement."""
+    record = card.record
+    rows = [
+        ("policy", f"{card.policy.id}, against {card.policy.target_class}"),
+        ("revision", card.policy.revision),
+        ("model", card.model.name),
+        ("fingerprint", card.model.fingerprint),
+        ("command", record.command),
+        ("suite", f"{record.suite}, sha256 {record.suite_sha256}"),
+        ("commit", record.commit),
+        ("machine", record.machine),
+        ("versions", _pairs(record.versions)),
+        ("judges", _pairs(record.judges)),
+        ("settings", _pairs(record.settings)),
+    ]
+    return Table("How to repeat it", ("what", "value"), tuple((head, value) for head, value in rows if value))
+
+
+def _pairs(values: dict[str, str] | dict[str, str | int | float | bool]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def comparison_table(cards: Sequence[RiskCard]) -> Table:
+    """Cards side by side, one column each."""
+    heads = ("", *(f"{card.policy.id}@{card.policy.revision[:12]}" for card in cards))
+    rows = [
+        ("model", *(card.model.name for card in cards)),
+        ("suite", *(f"{card.record.suite} ({card.record.suite_sha256[:12]})" for card in cards)),
+    ]
+    rows += [
+        (MEASURES[name][0], *(with_interval(name, card.measures[name]) for card in cards))
+        for name in MEASURES
+    ]
+    return Table("Comparison", heads, tuple(rows))

@@ -1,0 +1,74 @@
+"""Whether a card meets its policy's success criteria: judged by the bound of the interval, not the point."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from interpretops.policy import SuccessCriteria
+from interpretops.riskcard.card import Criteria, MeasureName, RiskCard
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One criterion and what was found."""
+
+    criterion: str
+    measure: MeasureName
+    demanded: float
+    bound: float | None
+    """The interval's end that counts; None when the measure is absent."""
+    value: float | None
+    passed: bool
+
+    def line(self) -> str:
+        """The finding as a sentence."""
+        side = "lower" if self.criterion.endswith("_min") else "upper"
+        sign = ">=" if side == "lower" else "<="
+        if self.bound is None:
+            return f"{self.criterion}: fails, as {self.measure} was not measured"
+        word = "holds" if self.passed else "fails"
+        return (
+            f"{self.criterion}: {word}, {side} 95 % bound {self.bound:.2%} (point {self.value:.2%}), "
+            f"demanded {sign} {self.demanded:.2%}"
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`pass` when every criterion holds, `fail` when one does not, `no criteria` when there is none."""
+
+    status: Literal["pass", "fail", "no criteria"]
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the policy may become active on the strength of this card."""
+        return self.status == "pass"
+
+
+def verdict(card: RiskCard, criteria: SuccessCriteria | Criteria | None = None) -> Verdict:
+    """Hold a card against criteria; without any given, against those that it was made under.
+
+    A minimum is met by the interval's lower bound, a maximum by its upper one. An absent measure fails.
+    """
+    chosen = card.criteria if criteria is None else criteria
+    findings = []
+    for name, measure, demanded in (
+        ("defense_efficacy_min", "defense_efficacy", chosen.defense_efficacy_min),
+        ("collateral_damage_max", "collateral_damage", chosen.collateral_damage_max),
+    ):
+        if demanded is not None:
+            findings.append(_finding(card, name, measure, demanded))  # type: ignore[arg-type]  # a literal
+    if not findings:
+        return Verdict("no criteria", ())
+    return Verdict("pass" if all(finding.passed for finding in findings) else "fail", tuple(findings))
+
+
+def _finding(card: RiskCard, criterion: str, name: MeasureName, demanded: float) -> Finding:
+    measure = card.measures[name]
+    if measure.interval is None:
+        return Finding(criterion, name, demanded, None, None, passed=False)
+    if criterion.endswith("_min"):
+        bound = measure.interval.low
+        return Finding(criterion, name, demanded, bound, measure.value, passed=bound >= demanded)
+    bound = measure.interval.high
+    return Finding(criterion, name, demanded, bound, measure.value, passed=bound <= demanded)
