@@ -33,11 +33,13 @@ class Source:
     """Most prompts, or characters of text, taken; None: all."""
     wrap: bool = False
     """Put each prompt into one of the wrappers of the job's data."""
+    field: str | None = None
+    """The field that holds the prompt in objects and tables; None: the first of `PROMPT_COLUMNS`."""
 
     def record(self) -> dict[str, Any]:
         """What a run record says of it: file name and sha256, never the folder it lay in."""
         entry = asdict(self) | {"path": self.path.name, "sha256": sha256_of_file(self.path)}
-        plain = {"name": "", "limit": None, "wrap": False, "part": (0.0, 1.0)}
+        plain = {"name": "", "limit": None, "wrap": False, "part": (0.0, 1.0), "field": None}
         return {key: value for key, value in entry.items() if key not in plain or value != plain[key]}
 
 
@@ -135,7 +137,8 @@ def read_prompts(source: Source) -> list[str]:
         items = chosen if isinstance(chosen, list) else lists[0] if len(lists) == 1 else None
     if not isinstance(items, list):
         raise DiscoveryError(f"{path}: must hold a list of prompts (of strings, or of objects with a prompt)")
-    prompts = [_prompt(item, f"{path}: [{index}]") for index, item in enumerate(items)]
+    columns = PROMPT_COLUMNS if source.field is None else (source.field,)
+    prompts = [_prompt(item, f"{path}: [{index}]", columns) for index, item in enumerate(items)]
     if source.part != (0.0, 1.0) or source.limit is not None:
         random.Random(path.name).shuffle(prompts)  # noqa: S311 (an order, no secret)
         low, high = (round(len(prompts) * share) for share in source.part)
@@ -162,11 +165,11 @@ def _parse(path: Path, suffix: str, text: str) -> Any:
     )
 
 
-def _prompt(item: Any, where: str) -> str:
+def _prompt(item: Any, where: str, columns: tuple[str, ...] = PROMPT_COLUMNS) -> str:
     if isinstance(item, dict):
-        found: Sequence[Any] = [item[column] for column in PROMPT_COLUMNS if item.get(column)]
+        found: Sequence[Any] = [item[column] for column in columns if item.get(column)]
         if not found:
-            raise DiscoveryError(f"{where} has {sorted(map(str, item))}, but none of {PROMPT_COLUMNS}")
+            raise DiscoveryError(f"{where} has {sorted(map(str, item))}, but none of {columns}")
         item = found[0]
     if not isinstance(item, str) or not item.strip():
         raise DiscoveryError(f"{where} = {item!r}, but a prompt is text that is not empty")

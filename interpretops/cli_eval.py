@@ -76,6 +76,13 @@ def evaluate(
     judge_model: Annotated[
         str | None, typer.Option("--judge-model", help="Its name; OPENAI_API_KEY is its key.")
     ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--baseline",
+            help="KIND=POLICY: a served policy as baseline; random_direction, ungated or diffmean.",
+        ),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", help="Measure nothing; show two cards side by side.", show_default=False),
@@ -99,7 +106,6 @@ def evaluate(
     if policy is None or suite is None or out is None:
         raise ConfigError("eval needs --policy, --suite and --out, or --compare with two cards")
     from discovery.evaluation.job import JobOptions, evaluate_policy
-
     from interpretops.settings import load_settings
 
     evaluate_policy(
@@ -115,6 +121,7 @@ def evaluate(
             seed=seed,
             judge_url=judge_url,
             judge_model=judge_model,
+            baselines=tuple(baseline or ()),
         ),
         say=typer.echo,
     )

@@ -92,9 +92,11 @@ class Source(Strictly):
     sha256: Sha256
     """Hash of the file."""
     n: Count
-    """As the measure's `n`, for this file alone."""
+    """Prompts, or pieces of text, that were taken from it."""
     successes: Count | None = None
     """As the measure's `successes`, for this file alone."""
+    pairs: Pairs | None = None
+    """As the measure's `pairs`, for this file alone."""
 
 
 class Measure(Strictly):

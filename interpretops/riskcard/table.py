@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from interpretops.riskcard.card import BASELINES, MEASURES, Measure, MeasureName, RiskCard
+from interpretops.riskcard.card import BASELINES, MEASURES, Measure, MeasureName, RiskCard, Source
 
 METHODS = {
     "clopper_pearson": "Clopper-Pearson",
@@ -62,13 +62,22 @@ def sources_table(card: RiskCard) -> Table:
         (
             MEASURES[name][0],
             source.name,
-            f"{source.n}" if source.successes is None else f"{source.successes} of {source.n}",
+            f"{source.n}",
+            _events(source),
             source.sha256,
         )
         for name in MEASURES
         for source in card.measures[name].data
     ]
-    return Table("Data", ("measure", "source", "n", "sha256"), tuple(rows))
+    return Table("Data", ("measure", "source", "n", "events", "sha256"), tuple(rows))
+
+
+def _events(source: Source) -> str:
+    """What was counted in one file: attacks that succeed for DE, failed answers for CD and over-refusal."""
+    if source.pairs is not None:
+        off, on = source.pairs.both + source.pairs.only_off, source.pairs.both + source.pairs.only_on
+        return f"{off} without the policy, {on} with it"
+    return "" if source.successes is None else f"{source.successes}"
 
 
 def baselines_table(card: RiskCard) -> Table:

@@ -1,0 +1,125 @@
+"""Asks the gateway under a policy or under none, and takes no answer without proof of which it was."""
+
+import asyncio
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from discovery.errors import DiscoveryError
+
+HEADER = "X-Steering-Policy"
+RECEIPT = "X-Steering-Receipt"
+NONE = "none"
+ATTEMPTS = 5
+FIRST_PAUSE_S = 0.5
+_LABEL = re.compile(r"(?P<id>[A-Za-z0-9][A-Za-z0-9._-]{0,127})@(?P<revision>[0-9a-f]{12})")
+_REVISION = re.compile(r"[0-9a-f]{64}")
+_BUSY = frozenset((408, 429, 500, 502, 503, 504))
+
+
+class UnprovenAnswerError(DiscoveryError):
+    """An answer came without proof of the policy that was asked for; it is not counted."""
+
+    code = "unproven_answer"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the gateway said it did for one request."""
+
+    revision: str
+    """64 hex, or `none`."""
+    gates_fired: int | None
+
+
+class Endpoint:
+    """An OpenAI-style endpoint of ours."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self._session = session
+        self.url = url.rstrip("/").removesuffix("/v1")
+
+    async def model(self) -> str:
+        """The name of the model that is served."""
+        listed, _ = await self._ask("GET", "/v1/models", None, {})
+        names = [str(entry.get("id", "")) for entry in listed.get("data", [])]
+        plain = [name for name in names if name and "+" not in name]
+        if not plain:
+            raise DiscoveryError(f"{self.url}: serves no model (GET /v1/models lists {names})")
+        return plain[0]
+
+    async def post(self, route: str, body: dict[str, Any], policy: str) -> tuple[dict[str, Any], Proof]:
+        """Ask under ``policy`` (an id, or `none`). Raises `UnprovenAnswerError` when that is not proven."""
+        answer, headers = await self._ask("POST", route, body, {HEADER: policy})
+        return answer, _proof(policy, headers, f"{self.url}{route}")
+
+    async def _ask(
+        self, method: str, route: str, body: dict[str, Any] | None, headers: dict[str, str]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        why = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+            try:
+                async with self._session.request(
+                    method, self.url + route, json=body, headers=headers
+                ) as response:
+                    data = await response.read()
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                why = f"{type(error).__name__}: {error}"
+                continue
+            if response.status == 200:
+                return _object(data, self.url + route), {
+                    key.lower(): value for key, value in response.headers.items()
+                }
+            why = f"status {response.status}: {_message(data)}"
+            if response.status not in _BUSY:
+                raise DiscoveryError(f"{self.url}{route}: {why}")
+        raise DiscoveryError(f"{self.url}{route}: {why}; when it serves again, the same command goes on")
+
+
+def _object(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise DiscoveryError(f"{where}: did not answer with JSON") from error
+    if not isinstance(value, dict):
+        raise DiscoveryError(f"{where}: did not answer with a JSON object")
+    return value
+
+
+def _message(data: bytes) -> str:
+    try:
+        return str(json.loads(data)["error"]["message"])[:300]
+    except (ValueError, KeyError, TypeError):
+        return "no reason given"
+
+
+def _proof(policy: str, headers: dict[str, str], where: str) -> Proof:
+    """The proof in an answer's headers; label and receipt must both name the policy that was asked for."""
+    label, text = headers.get(HEADER.lower()), headers.get(RECEIPT.lower())
+    fault = UnprovenAnswerError
+    if label is None or text is None:
+        missing = HEADER if label is None else RECEIPT
+        raise fault(f"{where}: answered without {missing}; --url must name our gateway, not the engine")
+    try:
+        receipt = json.loads(text)
+        revision = str(receipt["revision"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise fault(f"{where}: {RECEIPT} is no receipt; the answer is not counted") from error
+    if policy == NONE:
+        if label != NONE or revision != NONE:
+            raise fault(f"{where}: asked for {HEADER} none, but {HEADER} = {label!r}; is a policy mandatory?")
+        return Proof(NONE, None)
+    match = _LABEL.fullmatch(label)
+    if match is None or match["id"] != policy:
+        raise fault(f"{where}: asked for {HEADER} {policy}, but {HEADER} = {label!r}")
+    if not _REVISION.fullmatch(revision) or not revision.startswith(match["revision"]):
+        raise fault(f"{where}: {HEADER} = {label!r}, but the receipt is for revision {revision[:12]!r}")
+    if not isinstance(receipt.get("tokens_evaluated"), int) or receipt["tokens_evaluated"] < 1:
+        raise fault(f"{where}: the receipt says that {policy} read no token; the answer is not counted")
+    fired = receipt.get("gates_fired")
+    return Proof(revision, fired if isinstance(fired, int) else None)
