@@ -56,7 +56,10 @@ def write_dictionary(
         weights=WeightsReference(file=WEIGHTS, sha256=sha256_of(folder / WEIGHTS)),
         license="Apache-2.0",
         training=TrainingRecord(
-            data=tuple(f"{entry.get('name', entry['path'])} ({entry.get('licence', 'not stated')})" for entry in entries),
+            data=tuple(
+                f"{entry.get('name', entry['path'])} ({entry.get('licence', 'not stated')})"
+                for entry in entries
+            ),
             tokens=settings.tokens,
             seed=settings.seed,
             method="SAELens BatchTopK, saved as JumpReLU",

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from discovery.evaluation import endpoint as endpoint_module
 from discovery.evaluation.endpoint import Endpoint, UnprovenAnswerError
 from discovery.evaluation.job import JobOptions, Subject, evaluate_policy, measure
 from discovery.evaluation.judges import ModelJudge, PhraseJudge
-from discovery.evaluation.suite import load_suite
+from discovery.evaluation.suite import EvaluationSuite, load_suite
 from discovery.refusal import CLOSINGS, OPENING
 from interpretops.compile import compile_policy
 from interpretops.model_spec import read_model_spec
@@ -365,3 +366,27 @@ async def test_model_judge_takes_only_the_two_words() -> None:
     await runner.cleanup()
     assert await PhraseJudge().refused("p", REFUSAL)
     assert not await PhraseJudge().refused("p", ANSWER)
+
+
+def test_shipped_suite_takes_nothing_that_training_or_selection_saw(repository: Path) -> None:
+    """No source of the suite overlaps with the part of the same file that the policy was made from."""
+    suite_file = repository / "discovery/evaluation/suites/jailbreak-unseen.yaml"
+    suite = EvaluationSuite.model_validate(yaml.safe_load(suite_file.read_text()))
+    made_from = yaml.safe_load((repository / "discovery/prompts/jailbreak-data.yaml").read_text())
+    seen = [
+        entry for group, entries in made_from.items() if not group.startswith("test_") for entry in entries
+    ]
+    assert {source.role for source in suite.sources} == {"harmful", "benign", "borderline", "text"}
+    for source in suite.sources:
+        for entry in seen:
+            if entry["path"] == source.path:
+                low, high = entry.get("part", [0.0, 1.0])
+                assert high <= source.part[0] or source.part[1] <= low, source.path
+
+
+@pytest.mark.skipif("INTERPRETOPS_DATA" not in os.environ, reason="INTERPRETOPS_DATA names no data folder")
+def test_shipped_suite_finds_its_files(repository: Path) -> None:
+    """Each file of the shipped suite is found and gives prompts."""
+    suite_file = repository / "discovery/evaluation/suites/jailbreak-unseen.yaml"
+    loaded = load_suite(suite_file, os.environ["INTERPRETOPS_DATA"])
+    assert len(loaded.prompts) > 500

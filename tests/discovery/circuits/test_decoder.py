@@ -1,0 +1,77 @@
+"""The graph's runs are the model's: whole, cut into nodes, and edge by edge."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_families import PROMPT, save_family
+
+from discovery.circuits.decoder import ARCHITECTURES, GraphDecoder
+from discovery.errors import DiscoveryError
+from discovery.frozen_model import FrozenModel
+
+OTHER = [*PROMPT[:4], 3, *PROMPT[5:]]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path
+) -> GraphDecoder:
+    """A tiny random model of each family; the tokenizer is any."""
+    folder = save_family(request.param, tmp_path_factory.mktemp("family"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_folder / name).read_bytes())
+    return GraphDecoder(FrozenModel(folder, torch.float32))
+
+
+@torch.no_grad()
+def test_every_run_is_the_models_own(family: GraphDecoder) -> None:
+    """Run as nodes, with an input for each node, and with all edges kept, the logits are Hugging Face's."""
+    tokens = [PROMPT, OTHER]
+    expected = family.network(input_ids=torch.tensor(tokens)).logits[:, -1]
+    embedded = family.embed(tokens)
+    stream, outputs = family.run(embedded, keep=True)
+    assert outputs is not None
+    torch.testing.assert_close(outputs.sum(0), stream, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(family.logits(stream), expected, atol=1e-4, rtol=1e-4)
+    split = family.run_with_inputs(embedded)[0]
+    torch.testing.assert_close(family.logits(split), expected, atol=1e-4, rtol=1e-4)
+    whole = family.run_circuit(embedded, family.graph.allowed, outputs.flip(1))
+    torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_no_edge_gives_the_run_of_the_reference(family: GraphDecoder) -> None:
+    """With every edge ablated the logits are those of the corrupted prompt."""
+    corrupted = family.embed([OTHER])
+    stream, reference = family.run(corrupted, keep=True)
+    assert reference is not None
+    nothing = np.zeros_like(family.graph.allowed)
+    logits = family.run_circuit(family.embed([PROMPT]), nothing, reference)
+    torch.testing.assert_close(logits, family.logits(stream), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_ablating_all_edges_of_a_node_is_patching_it(family: GraphDecoder) -> None:
+    """All edges but those that leave one head: the same as putting in its corrupted output."""
+    node = family.graph.first_head(1) + 1
+    clean = family.embed([PROMPT])
+    reference = family.run(family.embed([OTHER]), keep=True)[1]
+    assert reference is not None
+    edges = family.graph.allowed.copy()
+    edges[:, node] = False
+    ablated = family.run_circuit(clean, edges, reference)
+    patched = family.logits(family.run(clean, {node: reference[node]})[0])
+    torch.testing.assert_close(ablated, patched, atol=1e-4, rtol=1e-4)
+    whole = family.logits(family.run(clean)[0])
+    assert float((whole - patched).abs().max()) > 1e-3
+
+
+def test_family_with_norms_behind_attention_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    """Gemma normalises what attention adds, which is then no sum over heads: refused by name."""
+    folder = save_family("Gemma2ForCausalLM", tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_folder / name).read_bytes())
+    with pytest.raises(DiscoveryError, match="architecture = Gemma2ForCausalLM"):
+        GraphDecoder(FrozenModel(folder, torch.float32))
