@@ -11,6 +11,7 @@ from interpretops.cli_discovery import add_discovery_commands
 from interpretops.cli_eval import add_eval_commands
 from interpretops.cli_options import Artifacts, Config, Model
 from interpretops.cli_policy import policy_app
+from interpretops.cli_search import search
 from interpretops.cli_steer import steer
 from interpretops.errors import InterpretOpsError
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(policy_app, name="policy")
 app.command("steer")(steer)
+app.command("search")(search)
 add_discovery_commands(app)
 add_eval_commands(app)
 

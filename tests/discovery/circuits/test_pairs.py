@@ -12,7 +12,8 @@ from discovery.frozen_model import FrozenModel
 
 IOI = (
     ",clean,corrupted,corrupted_hard,correct_idx,incorrect_idx\n"
-    '1,"Then, Aaron and Amber sat. Aaron gave a drink to","Then, Aaron and Amber sat. Tiffany gave a drink to",'
+    '1,"Then, Aaron and Amber sat. Aaron gave a drink to",'
+    '"Then, Aaron and Amber sat. Tiffany gave a drink to",'
     '"Then, Aaron and Amber sat. Amber gave a drink to",4,2\n'
 )
 

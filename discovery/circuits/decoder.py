@@ -1,0 +1,196 @@
+"""A Hugging Face decoder run as a graph: node outputs, each node's own input, ablation edge by edge.
+
+Shape letters: B sequences, T tokens, D width, H heads, N nodes, V vocabulary. Nothing is padded: the
+sequences of a batch are of one length.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from discovery.circuits.graph import Edges, Graph
+from discovery.errors import DiscoveryError
+from discovery.frozen_model import FrozenModel
+from interpretops.hook_points import family_of, site_module
+from interpretops.plan import Site
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Families in which a layer adds ``o_proj(heads)``, then ``mlp`` to the stream, with no norm after them."""
+
+
+class GraphDecoder:
+    """The computation of a frozen model, cut at every node's input and output.
+
+    A node's output is what it adds to the residual stream: the embedding, ``z_h W_O[h]`` of a head, an MLP's
+    output. A node's input is a sum of outputs. Raises `DiscoveryError` for a family in which that is not so.
+    """
+
+    def __init__(self, model: FrozenModel) -> None:
+        spec = model.spec
+        if spec.architecture not in ARCHITECTURES:
+            raise DiscoveryError(
+                f"{spec.name}: architecture = {spec.architecture}, but circuits are searched in "
+                f"{', '.join(ARCHITECTURES)}"
+            )
+        self.model, self.network, self.layers = model, model.network, model.layers
+        self.graph = Graph(spec.num_layers, spec.num_heads)
+        family = family_of(spec.architecture)
+        sites = range(spec.num_layers)
+        self.projections = [site_module(self.layers, family, Site(layer, "attn_z")) for layer in sites]
+        self.mlps = [site_module(self.layers, family, Site(layer, "mlp_out")) for layer in sites]
+        if any(projection.bias is not None for projection in self.projections):
+            raise DiscoveryError(f"{spec.name}: o_proj has a bias, which belongs to no head; not supported")
+        self.head_dim = spec.head_dim
+        self._contexts: dict[int, list[dict[str, Any]]] = {}
+
+    def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Embeddings [B, T, D] of sequences of one length."""
+        ids = torch.tensor([list(row) for row in tokens], device=self.model.device)
+        embedded: Tensor = self.network.get_input_embeddings()(ids)
+        return embedded
+
+    def logits(self, stream: Tensor) -> Tensor:
+        """Logits [B, V] at the last position of the final residual stream [B, T, D]."""
+        found: Tensor = self.network.get_output_embeddings()(self.network.base_model.norm(stream[:, -1]))
+        return found
+
+    def head_outputs(self, layer: int, streams: Tensor, heads: Sequence[int] | None = None) -> Tensor:
+        """What heads add to the stream. ``streams`` [1, B, T, D]: all H heads read it, output [H, B, T, D].
+
+        With ``heads`` (K of them) ``streams`` is [K, B, T, D], one input for each, and so is the output.
+        """
+        count, batch, length, _ = streams.shape
+        flat = self.layers[layer].get_submodule("input_layernorm")(streams.flatten(0, 1))
+        attention = self.layers[layer].get_submodule("self_attn")
+        context = self._context(layer, length)  # runs the model: before the hook that ends attention
+        kept: list[Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            kept.append(args[0])
+            raise _Enough
+
+        handle = self.projections[layer].register_forward_pre_hook(keep)
+        try:
+            with suppress(_Enough):
+                attention(hidden_states=flat, **context)
+        finally:
+            handle.remove()
+        z = kept[0].view(count, batch, length, self.graph.heads, self.head_dim)
+        weight = self._weight(layer)
+        if heads is None:
+            return torch.einsum("bthf,hfd->hbtd", z[0], weight)
+        own = torch.stack([z[row, :, :, head] for row, head in enumerate(heads)])
+        return torch.einsum("hbtf,hfd->hbtd", own, weight[list(heads)])
+
+    def mlp_output(self, layer: int, stream: Tensor) -> Tensor:
+        """What an MLP adds to the stream [B, T, D]."""
+        norm = self.layers[layer].get_submodule("post_attention_layernorm")
+        found: Tensor = self.mlps[layer](norm(stream))
+        return found
+
+    def run(
+        self, embedded: Tensor, patches: Mapping[int, Tensor] | None = None, *, keep: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The final stream [B, T, D], and with ``keep`` all nodes' outputs [N-1, B, T, D].
+
+        patches: outputs [B, T, D] to put in the place of nodes' own.
+        """
+        patches = patches or {}
+        stream = patches.get(0, embedded)
+        outputs = [stream[None]]
+        for layer in range(self.graph.layers):
+            start, mlp = self.graph.first_head(layer), self.graph.mlp(layer)
+            heads = self.head_outputs(layer, stream[None])
+            patched = [index for index in range(start, mlp) if index in patches]
+            if patched:
+                heads = heads.clone()
+                for index in patched:
+                    heads[index - start] = patches[index]
+            stream = stream + heads.sum(0)
+            added = patches[mlp] if mlp in patches else self.mlp_output(layer, stream)
+            stream = stream + added
+            if keep:
+                outputs += [heads, added[None]]
+        return stream, torch.cat(outputs) if keep else None
+
+    def run_with_inputs(self, embedded: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The final stream, and every node's own copy of its input, for gradients: per layer [H, B, T, D] of
+        the heads and [B, T, D] of the MLP, then [B, T, D] of the logits (which is the returned stream)."""
+        stream, inputs = embedded, []
+        every = range(self.graph.heads)
+        for layer in range(self.graph.layers):
+            read = stream.expand(self.graph.heads, *stream.shape).clone()
+            stream = stream + self.head_outputs(layer, read, every).sum(0)
+            read_mlp = stream.clone()
+            stream = stream + self.mlp_output(layer, read_mlp)
+            inputs += [read, read_mlp]
+        last = stream.clone()
+        return last, [*inputs, last]
+
+    @torch.no_grad()
+    def run_circuit(self, embedded: Tensor, edges: Edges, reference: Tensor) -> Tensor:
+        """Logits [B, V] when only ``edges`` carry what their sources compute and all others the reference.
+
+        reference: outputs [N-1, B or 1, T, D] of all nodes in the run that ablated edges carry
+
+        Exact: each node reads ``sum_u reference_u + sum_(u in edges) (output_u - reference_u)``. Nodes that
+        no edge of the circuit leaves are not computed.
+        """
+        graph = self.graph
+        used: list[bool] = np.logical_or.reduce(edges, axis=0).tolist()
+        weights = torch.from_numpy(np.ascontiguousarray(edges)).to(embedded)
+        surplus = embedded.new_zeros(graph.size - 1, *embedded.shape)
+        surplus[0] = embedded - reference[0]
+        ground = reference[0].expand_as(embedded).clone()
+
+        def read(nodes: Sequence[int], before: int) -> Tensor:
+            mixed = weights[list(nodes), :before] @ surplus[:before].flatten(1)
+            return ground + mixed.view(len(nodes), *embedded.shape)
+
+        for layer in range(graph.layers):
+            start, mlp = graph.first_head(layer), graph.mlp(layer)
+            heads = [head for head in range(graph.heads) if used[start + head]]
+            if heads:
+                nodes = [start + head for head in heads]
+                surplus[nodes] = self.head_outputs(layer, read(nodes, start), heads) - reference[nodes]
+            ground += reference[start:mlp].sum(0)
+            if used[mlp]:
+                surplus[mlp] = self.mlp_output(layer, read([mlp], mlp)[0]) - reference[mlp]
+            ground += reference[mlp]
+        return self.logits(read([graph.logits], graph.logits)[0])
+
+    def _weight(self, layer: int) -> Tensor:
+        """The output projection by head [H, head_dim, D]."""
+        weight: Tensor = self.projections[layer].get_parameter("weight")
+        return weight.view(weight.shape[0], self.graph.heads, self.head_dim).permute(1, 2, 0)
+
+    def _context(self, layer: int, length: int) -> dict[str, Any]:
+        """What attention gets besides its input (mask, rotations), taken from an ordinary forward pass."""
+        if length not in self._contexts:
+            found: list[dict[str, Any]] = []
+
+            def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+                skip = ("hidden_states", "past_key_values", "use_cache")
+                found.append({key: value for key, value in kwargs.items() if key not in skip})
+
+            handles = [
+                block.get_submodule("self_attn").register_forward_pre_hook(keep, with_kwargs=True)
+                for block in self.layers
+            ]
+            try:
+                with torch.no_grad():
+                    ids = torch.zeros(1, length, dtype=torch.long, device=self.model.device)
+                    self.network.base_model(input_ids=ids, use_cache=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self._contexts[length] = found
+        return self._contexts[length][layer]
+
+
+class _Enough(Exception):  # noqa: N818 (not an error: it ends attention before its output projection)
+    """The heads' outputs have been seen."""

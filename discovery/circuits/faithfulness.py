@@ -1,0 +1,109 @@
+"""How much of a behaviour a circuit keeps when every edge outside of it is ablated, exactly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from discovery.circuits.decoder import GraphDecoder
+from discovery.circuits.graph import Edges
+from discovery.circuits.metric import Metric, measure
+from discovery.circuits.pairs import Pair, batches
+from discovery.errors import DiscoveryError
+from interpretops.circuit import Ablation
+
+SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Shares of the model's edges at which MIB measures a circuit (arXiv:2504.13151, section 3)."""
+
+
+class Evaluator:
+    """Measures circuits on pairs under one kind of ablation.
+
+    counterfactual  ablated edges carry what their source computes on the corrupted prompt
+    mean            ablated edges carry the source's mean over clean and corrupted prompts of the same number
+                    of tokens, position by position (the first position is a sink, and like no other)
+    """
+
+    def __init__(
+        self, decoder: GraphDecoder, pairs: Sequence[Pair], metric: Metric, ablation: Ablation, batch: int
+    ) -> None:
+        self.decoder, self.pairs, self.metric, self.ablation = decoder, pairs, metric, ablation
+        self.batches = list(batches(pairs, batch))
+        self._means = self._mean_outputs() if ablation == "mean" else {}
+        nothing = np.zeros((decoder.graph.size, decoder.graph.size), bool)
+        self.full = self._full()
+        self.empty = self.metrics([nothing])[0]
+        if abs(self.full - self.empty) < 1e-6:
+            raise DiscoveryError(
+                f"the metric is {self.full:.6g} on clean prompts and {self.empty:.6g} with everything "
+                f"ablated ({ablation}): the model makes no difference that a circuit could carry"
+            )
+
+    def metrics(self, circuits: Sequence[Edges]) -> list[float]:
+        """Mean metric of each circuit over the pairs."""
+        totals = np.zeros(len(circuits))
+        for indices in self.batches:
+            pairs = [self.pairs[index] for index in indices]
+            clean = self.decoder.embed([pair.clean for pair in pairs])
+            reference = self._reference(pairs)
+            for number, edges in enumerate(circuits):
+                logits = self.decoder.run_circuit(clean, edges, reference)
+                totals[number] += float(measure(self.metric, logits, pairs).sum())
+        return [float(total) / len(self.pairs) for total in totals]
+
+    def faithfulness(self, metric: float) -> float:
+        """(m(C) - m(empty)) / (m(model) - m(empty)): 1 is the whole model, 0 nothing."""
+        return (metric - self.empty) / (self.full - self.empty)
+
+    @torch.no_grad()
+    def _full(self) -> float:
+        total = 0.0
+        for indices in self.batches:
+            pairs = [self.pairs[index] for index in indices]
+            stream = self.decoder.run(self.decoder.embed([pair.clean for pair in pairs]))[0]
+            total += float(measure(self.metric, self.decoder.logits(stream), pairs).sum())
+        return total / len(self.pairs)
+
+    def _reference(self, pairs: Sequence[Pair]) -> Tensor:
+        if self.ablation == "mean":
+            return self._means[len(pairs[0].clean)]
+        return self._outputs([pair.corrupted for pair in pairs])
+
+    @torch.no_grad()
+    def _outputs(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        outputs = self.decoder.run(self.decoder.embed(tokens), keep=True)[1]
+        assert outputs is not None
+        return outputs
+
+    def _mean_outputs(self) -> dict[int, Tensor]:
+        sums: dict[int, Tensor] = {}
+        counts: dict[int, int] = {}
+        for indices in self.batches:
+            for side in ("clean", "corrupted"):
+                tokens = [getattr(self.pairs[index], side) for index in indices]
+                length = len(tokens[0])
+                added = self._outputs(tokens).sum(1, keepdim=True)
+                sums[length] = sums[length] + added if length in sums else added
+                counts[length] = counts.get(length, 0) + len(tokens)
+        return {length: total / counts[length] for length, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class Areas:
+    """Areas over circuit sizes."""
+
+    cpr: float
+    cmd: float
+
+
+def areas(sizes: Sequence[float], curve: Sequence[float]) -> Areas:
+    """CPR and CMD of a faithfulness curve f over shares k of the model's edges.
+
+    MIB (Mueller et al. 2025, arXiv:2504.13151): CPR = integral of f(C_k) dk, CMD = integral of
+    |1 - f(C_k)| dk over k in [0, 1], by trapezoids between the measured sizes. The curve begins at k = 0
+    with f = 0, which is what the definition of f says of the empty circuit.
+    """
+    k, f = np.array([0.0, *sizes]), np.array([0.0, *curve])
+    return Areas(float(np.trapezoid(f, k)), float(np.trapezoid(np.abs(1 - f), k)))

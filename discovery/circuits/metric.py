@@ -1,0 +1,32 @@
+"""What a circuit is a circuit of: one number per prompt from the logits at its last position."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from discovery.circuits.pairs import Pair
+
+Metric = Literal["logit_diff", "log_odds", "prob_diff"]
+METRICS: tuple[Metric, ...] = ("logit_diff", "log_odds", "prob_diff")
+
+
+def measure(metric: Metric, logits: Tensor, pairs: Sequence[Pair]) -> Tensor:
+    """How far each prompt favours its answer tokens over its wrong ones [B]; logits [B, V].
+
+    logit_diff   mean logit of the answers minus mean logit of the wrong ones (IOI; refuse minus comply)
+    log_odds     log of the probability ratio of the two sets
+    prob_diff    probability of the answers minus that of the wrong ones (greater-than, Hanna et al. 2023)
+    """
+    rows = []
+    scaled = logits.float() if metric == "logit_diff" else logits.float().log_softmax(-1)
+    for row, pair in zip(scaled, pairs, strict=True):
+        right, wrong = row[list(pair.answers)], row[list(pair.wrong)]
+        if metric == "logit_diff":
+            rows.append(right.mean() - wrong.mean())
+        elif metric == "log_odds":
+            rows.append(right.logsumexp(0) - wrong.logsumexp(0))
+        else:
+            rows.append(right.exp().sum() - wrong.exp().sum())
+    return torch.stack(rows)

@@ -1,0 +1,309 @@
+"""The job `search`: from contrast pairs to a circuit file; every slow step is kept, so a run can go on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from discovery.circuits.attribution import edge_scores, node_scores, patching_effects
+from discovery.circuits.decoder import GraphDecoder
+from discovery.circuits.faithfulness import SIZES, Evaluator, areas
+from discovery.circuits.graph import Edges, growth_order, prune, random_order
+from discovery.circuits.metric import METRICS, Metric
+from discovery.circuits.pairs import Pair, batches
+from discovery.circuits.stability import inner_nodes, mean_chance, mean_jaccard, resample
+from discovery.errors import DiscoveryError
+from discovery.frozen_model import FrozenModel
+from discovery.progress import meter
+from discovery.run_record import write_json
+from interpretops.atomic_file import write_atomically
+from interpretops.circuit import (
+    Ablation,
+    Circuit,
+    CircuitEdge,
+    CircuitNode,
+    DataFile,
+    Faithfulness,
+    Method,
+    RandomCircuits,
+    Stability,
+)
+
+ABLATIONS: tuple[Ablation, ...] = ("counterfactual", "mean")
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What a search measures and how much of it."""
+
+    metric: Metric = "logit_diff"
+    edges: int = 200
+    steps: int = 5
+    seeds: int = 5
+    seed: int = 0
+    resamples: int = 4
+    random_circuits: int = 20
+    batch: int = 8
+
+    def check(self) -> None:
+        """Raise `DiscoveryError` for a value that cannot be."""
+        if self.metric not in METRICS:
+            raise DiscoveryError(f"metric = {self.metric!r}, but must be one of {', '.join(METRICS)}")
+        lowest = {"edges": 1, "steps": 5, "seeds": 5, "resamples": 1, "random_circuits": 20, "batch": 1}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise DiscoveryError(f"{name} = {getattr(self, name)}, but must be at least {least}")
+
+
+class CircuitSearch:
+    """One run: attribution of the discovery pairs, pruning, exact measures on the evaluation pairs.
+
+    Finished steps lie in a folder of ``work`` that is named by model, pairs and settings, so that another
+    run never meets them.
+    """
+
+    def __init__(
+        self,
+        model: FrozenModel,
+        discovery: Sequence[Pair],
+        evaluation: Sequence[Pair],
+        settings: SearchSettings,
+        work: Path,
+    ) -> None:
+        settings.check()
+        self.model, self.settings = model, settings
+        self.discovery, self.evaluation = discovery, evaluation
+        self.decoder = GraphDecoder(model)
+        self.graph = self.decoder.graph
+        if settings.edges > self.graph.edge_count:
+            raise DiscoveryError(
+                f"edges = {settings.edges}, but {model.spec.name} has {self.graph.edge_count} edges"
+            )
+        identity = [
+            model.spec.fingerprint,
+            str(model.network.dtype),
+            [asdict(pair) for pair in discovery],
+            [asdict(pair) for pair in evaluation],
+            asdict(settings),
+        ]
+        self.work = work / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+    def run(self, target_class: str, data: DataFile, record: dict[str, Any]) -> Circuit:
+        """Do what is not done yet; give the circuit."""
+        scores = self._attribute()
+        mean = self._dense(scores.mean(0))
+        edges = prune(self.graph, growth_order(self.graph, mean), self.settings.edges)
+        if not edges.any():
+            raise DiscoveryError(
+                f"edges = {self.settings.edges} are too few to lead from the input to the logits; allow more"
+            )
+        found = [self._faithfulness(ablation, mean, edges) for ablation in ABLATIONS]
+        ccs = self._contributions(edges, found[0])
+        return Circuit(
+            target_class=target_class,
+            model=self.model.spec.name,
+            fingerprint=self.model.spec.fingerprint,
+            metric=self.settings.metric,
+            method=Method(
+                steps=self.settings.steps,
+                wanted_edges=self.settings.edges,
+                edges_of_model=self.graph.edge_count,
+                nodes_of_model=self.graph.size,
+            ),
+            data=(data,),
+            seeds=self._seeds(),
+            nodes=self._nodes(edges, mean, ccs),
+            edges=tuple(
+                CircuitEdge(source=self.graph.name(s), target=self.graph.name(t), score=float(mean[t, s]))
+                for t, s in sorted(np.argwhere(edges).tolist(), key=lambda e: -abs(mean[e[0], e[1]]))
+            ),
+            faithfulness=tuple(found),
+            stability=self._stability(scores, edges),
+            run=record,
+        )
+
+    def _seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.settings.seed, self.settings.seed + self.settings.seeds))
+
+    def _attribute(self) -> Tensor:
+        """EAP-IG scores of every pair and allowed edge [P, E]; one file a batch."""
+        allowed = torch.from_numpy(self.graph.allowed)
+        parts = list(batches(self.discovery, self.settings.batch))
+        scores = torch.zeros(len(self.discovery), self.graph.edge_count)
+        with meter("search: attribution", len(self.discovery), "pairs") as progress:
+            for number, indices in enumerate(parts):
+                path = self.work / f"scores-{number:04d}.safetensors"
+                if path.exists():
+                    scores[indices] = load_file(path)["scores"]
+                else:
+                    pairs = [self.discovery[index] for index in indices]
+                    settings = self.settings
+                    part = edge_scores(self.decoder, pairs, settings.metric, settings.steps)[:, allowed]
+                    if not bool(torch.isfinite(part).all()):
+                        raise DiscoveryError(f"pairs {indices}: attribution is not finite; check the model")
+                    _write(path, save_safetensors({"scores": part.contiguous()}))
+                    scores[indices] = part
+                progress.advance(len(indices))
+        return scores
+
+    def _dense(self, scores: Tensor) -> Any:
+        dense = np.zeros((self.graph.size, self.graph.size))
+        dense[self.graph.allowed] = scores.double().numpy()
+        return dense
+
+    def _kept(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A step's result from its file, else computed and written."""
+        path = self.work / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        result = compute()
+        _write_json(path, result)
+        return result
+
+    def _faithfulness(self, ablation: Ablation, mean: Any, edges: Edges) -> Faithfulness:
+        evaluator = Evaluator(
+            self.decoder, self.evaluation, self.settings.metric, ablation, self.settings.batch
+        )
+        order = growth_order(self.graph, mean)
+        counts = [round(share * self.graph.edge_count) for share in SIZES[:-1]]
+        circuits = [prune(self.graph, order, count) for count in counts]
+        actual = [int(circuit.sum()) for circuit in circuits]
+        size = int(edges.sum())
+        count = self.settings.random_circuits
+        with meter(f"search: {ablation} ablation", count + 1, "circuits") as progress:
+            own = self._kept(f"{ablation}-found", lambda: evaluator.metrics([*circuits, edges]))
+            progress.advance(1)
+            others = []
+            for number in range(count):
+                measured = partial(self._random_metrics, evaluator, number, actual, size)
+                others.append(self._kept(f"{ablation}-random-{number:03d}", measured))
+                progress.advance(1)
+        curve = [evaluator.faithfulness(value) for value in own[:-1]] + [1.0]
+        area = areas(SIZES, curve)
+        return Faithfulness(
+            ablation=ablation,
+            full_metric=evaluator.full,
+            empty_metric=evaluator.empty,
+            circuit_metric=own[-1],
+            faithfulness=evaluator.faithfulness(own[-1]),
+            sizes=SIZES,
+            edges=(*actual, self.graph.edge_count),
+            curve=tuple(curve),
+            cpr=area.cpr,
+            cmd=area.cmd,
+            random=_random_summary(evaluator, own[-1], others),
+        )
+
+    def _random_metrics(
+        self, evaluator: Evaluator, number: int, counts: Sequence[int], size: int
+    ) -> list[float]:
+        return evaluator.metrics(self._random(number, counts, size))
+
+    def _random(self, number: int, counts: Sequence[int], size: int) -> list[Edges]:
+        order = random_order(self.graph, 1_000_003 + self.settings.seed * 1009 + number)
+        return [prune(self.graph, order, count) for count in (*counts, size)]
+
+    def _contributions(self, edges: Edges, counterfactual: Faithfulness) -> dict[int, float]:
+        """Causal Contribution Score of every head and MLP of the circuit.
+
+        CCS(u) = (m(M) - m(M without u)) / (m(M) - m(empty)): the share of the contrast that is lost when u
+        alone is replaced by its value on the corrupted prompt, everything after it recomputed.
+        """
+        nodes = [int(index) + 1 for index in np.flatnonzero(inner_nodes(edges))]
+
+        def compute() -> list[float]:
+            total = torch.zeros(len(nodes))
+            with meter("search: contributions", len(self.evaluation), "pairs") as progress:
+                for indices in batches(self.evaluation, self.settings.batch):
+                    pairs = [self.evaluation[index] for index in indices]
+                    total += patching_effects(self.decoder, pairs, self.settings.metric, nodes).sum(0)
+                    progress.advance(len(indices))
+            return [float(value) for value in total / len(self.evaluation)]
+
+        contrast = counterfactual.full_metric - counterfactual.empty_metric
+        effects = self._kept("contributions", compute) if nodes else []
+        return {node: effect / contrast for node, effect in zip(nodes, effects, strict=True)}
+
+    def _nodes(self, edges: Edges, mean: Any, ccs: dict[int, float]) -> tuple[CircuitNode, ...]:
+        scores = node_scores(torch.from_numpy(mean))
+        found = []
+        for index in (0, *ccs, self.graph.logits):
+            kind, layer, head = self.graph.place(index)
+            found.append(
+                CircuitNode(
+                    id=self.graph.name(index),
+                    kind=kind,
+                    layer=layer,
+                    head=head,
+                    score=float(scores[index]),
+                    ccs=ccs.get(index),
+                )
+            )
+        return tuple(found)
+
+    def _stability(self, scores: Tensor, edges: Edges) -> Stability:
+        draws = [(seed, draw) for seed in self._seeds() for draw in range(self.settings.resamples)]
+        found = []
+        with meter("search: stability", len(draws), "resamples") as progress:
+            for seed, draw in draws:
+                chosen = torch.from_numpy(resample(len(scores), seed, draw))
+                mean = self._dense(scores[chosen].mean(0))
+                found.append(prune(self.graph, growth_order(self.graph, mean), self.settings.edges))
+                progress.advance(1)
+        nodes = [inner_nodes(circuit) for circuit in found]
+        size = int(edges.sum())
+        random = [self._random(number, (), size)[0] for number in range(min(10, len(found)))]
+        return Stability(
+            resamples_per_seed=self.settings.resamples,
+            circuits=len(found),
+            edge_jaccard=mean_jaccard(found),
+            edge_chance=mean_chance(self.graph.edge_count, [int(circuit.sum()) for circuit in found]),
+            edge_random=mean_jaccard(random),
+            node_jaccard=mean_jaccard(nodes),
+            node_chance=mean_chance(self.graph.size - 2, [int(used.sum()) for used in nodes]),
+        )
+
+
+def _random_summary(evaluator: Evaluator, own: float, others: Sequence[Sequence[float]]) -> RandomCircuits:
+    curves = [[evaluator.faithfulness(value) for value in row] for row in others]
+    last = np.array([curve[-1] for curve in curves])
+    found = [areas(SIZES, [*curve[:-1], 1.0]) for curve in curves]
+    cpr, cmd = np.array([area.cpr for area in found]), np.array([area.cmd for area in found])
+    distance = abs(1 - evaluator.faithfulness(own))
+    return RandomCircuits(
+        count=len(others),
+        faithfulness_mean=float(last.mean()),
+        faithfulness_best=float(last[np.abs(1 - last).argmin()]),
+        cpr_mean=float(cpr.mean()),
+        cpr_best=float(cpr.max()),
+        cmd_mean=float(cmd.mean()),
+        cmd_best=float(cmd.min()),
+        share_at_least_as_close=float((np.abs(1 - last) <= distance).mean()),
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise DiscoveryError(
+            f"{path}: cannot be written ({error.strerror or error}); free space, and run the same again"
+        ) from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    try:
+        write_json(path, value)
+    except OSError as error:
+        raise DiscoveryError(
+            f"{path}: cannot be written ({error.strerror or error}); free space, and run the same again"
+        ) from error

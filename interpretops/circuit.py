@@ -1,0 +1,196 @@
+"""The circuit file: which components of a model carry a behaviour, how that was found and how well."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from interpretops.atomic_file import write_atomically
+from interpretops.errors import InterpretOpsError
+from interpretops.json_file import read_json_object
+from interpretops.policy_fields import Fraction, Index, Strictly
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+NodeKind = Literal["input", "head", "mlp", "logits"]
+Ablation = Literal["counterfactual", "mean"]
+
+
+class CircuitError(InterpretOpsError):
+    """A circuit file cannot be read, or does not hold together; one line per fault."""
+
+    code: ClassVar[str] = "invalid_circuit"
+    status: ClassVar[int] = 400
+
+
+class CircuitNode(Strictly):
+    """A component: the token embedding, an attention head, an MLP, or the logits."""
+
+    id: Annotated[str, Field(pattern=r"^(input|logits|a\d+\.h\d+|m\d+)$")]
+    """``input``, ``a<layer>.h<head>``, ``m<layer>`` or ``logits``."""
+    kind: NodeKind
+    layer: Index | None = None
+    head: Index | None = None
+    score: Finite
+    """Attribution: the scores of all edges that leave the node, those outside the circuit too, summed.
+
+    For ``logits``, which no edge leaves, those of the edges that enter it."""
+    ccs: Finite | None = None
+    """Causal Contribution Score: share of the metric's contrast that is lost when the node alone is exactly
+    replaced by its counterfactual value; None for ``input`` and ``logits``."""
+
+    @model_validator(mode="after")
+    def _named_by_kind(self) -> Self:
+        names = {"input": "input", "logits": "logits"}
+        names |= {"head": f"a{self.layer}.h{self.head}", "mlp": f"m{self.layer}"}
+        if self.id != names[self.kind]:
+            raise ValueError(f"has id {self.id!r}, but kind, layer and head make {names[self.kind]!r}")
+        return self
+
+
+class CircuitEdge(Strictly):
+    """What one node adds to the residual stream, as another node reads it."""
+
+    source: str
+    target: str
+    score: Finite
+
+
+class Method(Strictly):
+    """How the circuit was found."""
+
+    attribution: Literal["eap-ig"] = "eap-ig"
+    """Edge attribution patching with integrated gradients (Hanna et al. 2024, arXiv:2403.17806)."""
+    steps: Count
+    """Interpolation steps m between the corrupted and the clean embeddings."""
+    pruning: Literal["greedy"] = "greedy"
+    """Edges are added by falling absolute score, backwards from the logits; dead ends are cut."""
+    wanted_edges: Count
+    """Most edges that the circuit was allowed."""
+    edges_of_model: Count
+    nodes_of_model: Count
+
+
+class DataFile(Strictly):
+    """A file of contrast pairs."""
+
+    name: str
+    sha256: Sha256
+    discovery_pairs: Count
+    evaluation_pairs: Count
+    """Pairs that attribution did not see: faithfulness and contributions are measured on them."""
+    skipped_pairs: Index = 0
+    """Pairs left out because their two prompts or their two answers do not fit each other."""
+
+
+class RandomCircuits(Strictly):
+    """The same measures of connected random circuits of the same sizes."""
+
+    count: Count
+    faithfulness_mean: Finite
+    faithfulness_best: Finite
+    cpr_mean: Finite
+    cpr_best: Finite
+    cmd_mean: Finite
+    cmd_best: Finite
+    share_at_least_as_close: Fraction
+    """Share of them whose faithfulness is at least as near to 1 as the circuit's."""
+
+
+class Faithfulness(Strictly):
+    """How much of the model's behaviour the circuit alone keeps, under one kind of ablation."""
+
+    ablation: Ablation
+    full_metric: Finite
+    """Mean metric of the whole model on the clean prompts."""
+    empty_metric: Finite
+    """The same with every edge ablated."""
+    circuit_metric: Finite
+    faithfulness: Finite
+    """(circuit - empty) / (full - empty)."""
+    sizes: tuple[Fraction, ...]
+    """Shares of the model's edges at which the curve was measured."""
+    edges: tuple[Index, ...]
+    """Edges of the circuits of these sizes, dead ends cut."""
+    curve: tuple[Finite, ...]
+    """Faithfulness at `sizes`."""
+    cpr: Finite
+    """Integrated circuit performance ratio: area under the curve, higher is better (arXiv:2504.13151)."""
+    cmd: Finite
+    """Integrated circuit-model distance: area of \\|1 - curve\\|; lower is better."""
+    random: RandomCircuits | None = None
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Self:
+        if not len(self.sizes) == len(self.edges) == len(self.curve):
+            raise ValueError("needs as many 'edges' and points of 'curve' as 'sizes'")
+        return self
+
+
+class Stability(Strictly):
+    """Circuit Stability: how alike the circuits of resampled pairs are (mean pairwise Jaccard)."""
+
+    resamples_per_seed: Count
+    circuits: Count
+    edge_jaccard: Fraction
+    edge_chance: Fraction
+    """Expected for uniformly random edge sets of the same sizes."""
+    edge_random: Fraction | None = None
+    """Measured between connected random circuits of the same size."""
+    node_jaccard: Fraction
+    node_chance: Fraction
+
+
+class Circuit(Strictly):
+    """A circuit with all that is needed to judge it and to find it again."""
+
+    format: Literal[1] = 1
+    target_class: str
+    model: str
+    fingerprint: Sha256
+    metric: Literal["logit_diff", "log_odds", "prob_diff"]
+    method: Method
+    data: Annotated[tuple[DataFile, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    nodes: Annotated[tuple[CircuitNode, ...], Field(min_length=2)]
+    edges: Annotated[tuple[CircuitEdge, ...], Field(min_length=1)]
+    faithfulness: tuple[Faithfulness, ...]
+    stability: Stability
+    run: dict[str, Any]
+    """The run record: commit, settings, versions, machine."""
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        twice = [name for name, n in Counter(node.id for node in self.nodes).items() if n > 1]
+        twice += [
+            f"{s}->{t}" for (s, t), n in Counter((e.source, e.target) for e in self.edges).items() if n > 1
+        ]
+        if twice:
+            raise ValueError(f"names {twice[0]} twice")
+        known = {node.id for node in self.nodes}
+        for edge in self.edges:
+            for end in (edge.source, edge.target):
+                if end not in known:
+                    raise ValueError(f"has an edge {edge.source}->{edge.target}, but no node {end!r}")
+        return self
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False)
+        write_atomically(path, (text + "\n").encode())
+
+
+def load_circuit(path: Path) -> Circuit:
+    """Read a circuit file of at most 16 MiB; raises `CircuitError`."""
+    document = read_json_object(path, CircuitError)
+    try:
+        return Circuit.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        lines = [
+            f"{path}: {'.'.join(map(str, fault['loc'])) or 'circuit'}: {fault['msg']}"
+            for fault in error.errors()
+        ]
+        raise CircuitError("\n".join(lines[:8])) from error
