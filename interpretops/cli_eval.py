@@ -76,6 +76,16 @@ def evaluate(
     judge_model: Annotated[
         str | None, typer.Option("--judge-model", help="Its name; OPENAI_API_KEY is its key.")
     ] = None,
+    moderation_url: Annotated[
+        str | None,
+        typer.Option(
+            "--moderation-url",
+            help="OpenAI-compatible moderation: an attack succeeds when it flags the answer.",
+        ),
+    ] = None,
+    moderation_model: Annotated[
+        str | None, typer.Option("--moderation-model", help="Its model; else its default.")
+    ] = None,
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -121,6 +131,8 @@ def evaluate(
             seed=seed,
             judge_url=judge_url,
             judge_model=judge_model,
+            moderation_url=moderation_url,
+            moderation_model=moderation_model,
             baselines=tuple(baseline or ()),
         ),
         say=typer.echo,

@@ -14,9 +14,9 @@ from discovery.errors import DiscoveryError
 from discovery.evaluation.answers import AnswerFile, prompts_digest
 from discovery.evaluation.collect import Arm, Sampling, collect
 from discovery.evaluation.endpoint import NONE, Endpoint
-from discovery.evaluation.judges import Judge, ModelJudge, PhraseJudge
+from discovery.evaluation.judges import Judge, ModelJudge, Moderation, PhraseJudge
 from discovery.evaluation.metrics import Outcome, answer_measures, blocked, merge, text_measure
-from discovery.evaluation.suite import LoadedSuite, load_suite
+from discovery.evaluation.suite import LoadedSuite, Prompt, load_suite
 from discovery.progress import meter
 from discovery.refusal import is_coherent
 from discovery.run_record import run_record
@@ -72,6 +72,8 @@ class JobOptions:
     seed: int = 0
     judge_url: str | None = None
     judge_model: str | None = None
+    moderation_url: str | None = None
+    moderation_model: str | None = None
     baselines: tuple[str, ...] = ()
     """``<kind>=<policy id>`` each."""
 
@@ -83,6 +85,8 @@ class JobOptions:
         words += [f"--baseline {item}" for item in self.baselines]
         if self.judge_model is not None:
             words.append(f"--judge-model {self.judge_model}")
+        if self.moderation_model is not None:
+            words.append(f"--moderation-model {self.moderation_model}")
         return " ".join(words)
 
 
@@ -132,10 +136,13 @@ async def measure(loaded: LoadedSuite, subject: Subject, options: JobOptions) ->
         expected = {NONE: NONE, subject.policy.meta.id: subject.revision}
         answers = stack.enter_context(AnswerFile(options.out, run, expected))
         await collect(endpoint, loaded.prompts, arms, sampling, answers, options.concurrency)
-        judge = _judge(session, options)
-        judged = await _outcomes(loaded, answers, arms, judge, options.concurrency)
+        judge, moderation = _judge(session, options), _moderation(session, options)
+        judged = await _outcomes(loaded, answers, arms, judge, moderation, options.concurrency)
     _write_outcomes(options.out / "outcomes.jsonl", judged)
-    return _card(loaded, subject, options, answers, judged, judge.name)
+    judges = {"refusal": judge.name, "coherence": "words (discovery.refusal)"}
+    if moderation is not None:
+        judges["harm"] = moderation.name
+    return _card(loaded, subject, options, answers, judged, judges)
 
 
 def _find_policy(name: str, folder: Path) -> Policy:
@@ -176,22 +183,35 @@ def _judge(session: aiohttp.ClientSession, options: JobOptions) -> Judge:
     return ModelJudge(session, options.judge_url, options.judge_model)
 
 
+def _moderation(session: aiohttp.ClientSession, options: JobOptions) -> Moderation | None:
+    if options.moderation_url is None:
+        return None
+    return Moderation(session, options.moderation_url, options.moderation_model)
+
+
 async def _outcomes(
-    loaded: LoadedSuite, answers: AnswerFile, arms: Sequence[Arm], judge: Judge, concurrency: int
+    loaded: LoadedSuite,
+    answers: AnswerFile,
+    arms: Sequence[Arm],
+    judge: Judge,
+    moderation: Moderation | None,
+    concurrency: int,
 ) -> dict[str, dict[str, Outcome]]:
     prompts = [prompt for prompt in loaded.prompts if prompt.role != "text"]
     judged: dict[str, dict[str, Outcome]] = {arm.name: {} for arm in arms}
     limit = asyncio.Semaphore(max(1, concurrency))
     with meter("eval: judging", len(prompts) * len(arms), "answers") as progress:
 
-        async def one(arm: str, prompt_id: str, question: str) -> None:
-            text = answers.answers[arm, prompt_id].text
+        async def one(arm: str, prompt: Prompt) -> None:
+            text, harmful = answers.answers[arm, prompt.id].text, None
             async with limit:
-                refused = await judge.refused(question, text)
-            judged[arm][prompt_id] = Outcome(refused, is_coherent(text))
+                refused = await judge.refused(prompt.text, text)
+                if moderation is not None and prompt.role == "harmful":
+                    harmful = await moderation.flagged(text)
+            judged[arm][prompt.id] = Outcome(refused, is_coherent(text), harmful)
             progress.advance(1)
 
-        await asyncio.gather(*(one(arm.name, p.id, p.text) for p in prompts for arm in arms))
+        await asyncio.gather(*(one(arm.name, prompt) for prompt in prompts for arm in arms))
     return judged
 
 
@@ -210,7 +230,7 @@ def _card(
     options: JobOptions,
     answers: AnswerFile,
     judged: dict[str, dict[str, Outcome]],
-    judge: str,
+    judges: dict[str, str],
 ) -> RiskCard:
     policy, seed = subject.policy, options.seed
     measures = answer_measures(loaded, judged["off"], judged["on"], seed)
@@ -232,7 +252,7 @@ def _card(
             commit=record["commit"],
             versions=record["versions"],
             machine=record["machine"],
-            judges={"refusal": judge, "coherence": "words (discovery.refusal)"},
+            judges=judges,
             settings={
                 "max_tokens": options.max_tokens,
                 "temperature": 0,
@@ -264,7 +284,10 @@ def _baselines(
                 measures["delta_ce"] = text_measure(loaded, answers.answers, kind, seed)
             note = loaded.suite.system_prompt if kind == "system_prompt" else _served(answers, kind)
             found[kind] = Baseline(measures=measures, note=note or "")
-    gated = all(edit.gate != ALWAYS_GATE for edit in subject.policy.interventions)
+    gates = subject.policy.gates
+    gated = all(
+        edit.gate != ALWAYS_GATE and gates[edit.gate].conditions for edit in subject.policy.interventions
+    )
     fired = {key: answers.answers["on", key].fired for key in off}
     if gated and all(count is not None for count in fired.values()):
         block = blocked(off, {key: bool(count) for key, count in fired.items()})
@@ -274,7 +297,7 @@ def _baselines(
         )
     reasons = {
         "system_prompt": "the suite leaves it out",
-        "block": "the policy has no gate, or the receipts do not tell its firings",
+        "block": "the policy acts without a condition, or the receipts do not tell its firings",
     }
     for kind in BASELINES:
         reason = reasons.get(kind, f"not served; give --baseline {kind}=POLICY")

@@ -137,6 +137,10 @@ class Measure(Strictly):
         """What can be computed again must come out the same: a card is not edited by hand."""
         assert self.interval is not None
         exact = self.interval.method == "clopper_pearson"
+        if self.pairs is not None and self.interval.method == "paired_bootstrap":
+            off, on = self.pairs.both + self.pairs.only_off, self.pairs.both + self.pairs.only_on
+            if off == 0 or self.n != self.pairs.n or abs(1 - on / off - (self.value or 0)) > _TOLERANCE:
+                raise ValueError(f"value = {self.value} of n = {self.n}, but pairs give {on} after {off}")
         if self.successes is None or self.n is None:
             if exact:
                 raise ValueError("interval.method = 'clopper_pearson', but there are no successes")

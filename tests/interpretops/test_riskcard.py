@@ -154,7 +154,8 @@ def test_card_is_read_back_as_it_was(make_card: Callable[..., RiskCard], tmp_pat
     [
         (("policy", "revision"), "ac" * 32, "was changed after it was made"),
         (("measures", "collateral_damage", "successes"), 7, "7 of 400 give"),
-        (("measures", "defense_efficacy", "value"), 0.99, "was changed"),
+        (("measures", "defense_efficacy", "value"), 0.96, "pairs give 3 after 100"),
+        (("record", "commit"), "1" * 40, "was changed"),
         (("policy", "rev"), "x", "policy.rev is not a known key"),
         (("sha256",), "00", "was changed"),
         (("measures", "over_refusal"), None, "over_refusal"),
