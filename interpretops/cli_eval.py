@@ -93,6 +93,12 @@ def evaluate(
             help="KIND=POLICY: a served policy as baseline; random_direction, ungated or diffmean.",
         ),
     ] = None,
+    circuit: Annotated[
+        Path | None,
+        typer.Option(
+            "--circuit", help="Circuit file of the model: gives the card CCS and CS.", show_default=False
+        ),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", help="Measure nothing; show two cards side by side.", show_default=False),
@@ -133,6 +139,7 @@ def evaluate(
             judge_model=judge_model,
             moderation_url=moderation_url,
             moderation_model=moderation_model,
+            circuit=circuit,
             baselines=tuple(baseline or ()),
         ),
         say=typer.echo,

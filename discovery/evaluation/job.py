@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
 
 import aiohttp
 
 from discovery.errors import DiscoveryError
 from discovery.evaluation.answers import AnswerFile, prompts_digest
+from discovery.evaluation.baselines import SERVED_BASELINES, card_baselines
+from discovery.evaluation.circuit_measures import circuit_measures
 from discovery.evaluation.collect import Arm, Sampling, collect
 from discovery.evaluation.endpoint import NONE, Endpoint
 from discovery.evaluation.judges import Judge, ModelJudge, Moderation, PhraseJudge
-from discovery.evaluation.metrics import Outcome, answer_measures, blocked, merge, text_measure
+from discovery.evaluation.metrics import Outcome, answer_measures, merge, text_measure
 from discovery.evaluation.suite import LoadedSuite, Prompt, load_suite
 from discovery.progress import meter
 from discovery.refusal import is_coherent
@@ -26,12 +27,9 @@ from interpretops.errors import PolicyError
 from interpretops.model_source import resolve_model
 from interpretops.model_spec import read_model_spec
 from interpretops.plan import ModelSpec
-from interpretops.policy import ALWAYS_GATE, Policy, load_policy
+from interpretops.policy import Policy, load_policy
 from interpretops.riskcard import RiskCard, save_card, verdict
 from interpretops.riskcard.card import (
-    BASELINES,
-    Baseline,
-    BaselineKind,
     Criteria,
     MeasureName,
     ModelReference,
@@ -42,12 +40,10 @@ from interpretops.riskcard.markdown import card_markdown
 from interpretops.riskcard.page import card_html
 from interpretops.settings import Settings
 
-SERVED_BASELINES = ("random_direction", "ungated", "diffmean")
-"""Baselines that are policies themselves, measured where the gateway serves one."""
 TIMEOUT_S = 600.0
 NOT_TAKEN: dict[MeasureName, str] = {
-    "causal_contribution": "no circuit belongs to this evaluation",
-    "circuit_stability": "no circuit belongs to this evaluation",
+    "causal_contribution": "no circuit; give --circuit FILE",
+    "circuit_stability": "no circuit; give --circuit FILE",
     "latency_cost_overhead": "latency under this job's load says nothing; see `make bench`",
 }
 NOTES = (
@@ -74,6 +70,7 @@ class JobOptions:
     judge_model: str | None = None
     moderation_url: str | None = None
     moderation_model: str | None = None
+    circuit: Path | None = None
     baselines: tuple[str, ...] = ()
     """``<kind>=<policy id>`` each."""
 
@@ -83,6 +80,8 @@ class JobOptions:
         words = ["mechctl eval", f"--policy {Path(self.policy).name}", f"--suite {self.suite.name}"]
         words += [f"--max-tokens {self.max_tokens}", f"--seed {self.seed}"]
         words += [f"--baseline {item}" for item in self.baselines]
+        if self.circuit is not None:
+            words.append(f"--circuit {self.circuit.name}")
         if self.judge_model is not None:
             words.append(f"--judge-model {self.judge_model}")
         if self.moderation_model is not None:
@@ -105,6 +104,8 @@ def evaluate_policy(settings: Settings, options: JobOptions, *, say: Callable[[s
     policy = _find_policy(options.policy, settings.paths.policies)
     folder = resolve_model(settings.model.name, settings.cache.dir, say, revision=settings.model.revision)
     model = read_model_spec(folder)
+    if options.circuit is not None:  # a circuit that does not fit is told before hours of answers
+        circuit_measures(options.circuit, model.fingerprint, options.seed)
     plan = compile_policy(policy, model=model, artifacts=settings.paths.artifacts)
     card = asyncio.run(measure(loaded, Subject(policy, plan.revision, model), options))
     save_card(card, options.out / "card.json")
@@ -235,6 +236,11 @@ def _card(
     policy, seed = subject.policy, options.seed
     measures = answer_measures(loaded, judged["off"], judged["on"], seed)
     measures["delta_ce"] = text_measure(loaded, answers.answers, "on", seed)
+    notes = []
+    if options.circuit is not None:
+        found, note = circuit_measures(options.circuit, subject.model.fingerprint, seed)
+        measures |= found
+        notes.append(note)
     record = run_record("eval", seed, {}, None)
     criteria = policy.evaluation.success_criteria
     return RiskCard(
@@ -244,7 +250,7 @@ def _card(
         model=ModelReference(name=subject.model.name, fingerprint=subject.model.fingerprint),
         criteria=Criteria(**criteria.model_dump()),
         measures=merge(measures, NOT_TAKEN),
-        baselines=_baselines(loaded, subject, answers, judged, seed),
+        baselines=card_baselines(loaded, policy, answers, judged, seed),
         record=Record(
             command=options.command,
             suite=loaded.suite.name,
@@ -260,51 +266,5 @@ def _card(
                 "answers_sha256": answers.sha256(),
             },
         ),
-        notes=NOTES,
+        notes=(*NOTES, *notes),
     )
-
-
-def _baselines(
-    loaded: LoadedSuite,
-    subject: Subject,
-    answers: AnswerFile,
-    judged: dict[str, dict[str, Outcome]],
-    seed: int,
-) -> dict[BaselineKind, Baseline]:
-    off = judged["off"]
-    found: dict[BaselineKind, Baseline] = {
-        "none": Baseline(
-            measures=answer_measures(loaded, off, off, seed), note="DE and CD are 0 by definition"
-        )
-    }
-    for kind in get_args(BaselineKind):
-        if kind in judged:
-            measures = answer_measures(loaded, off, judged[kind], seed)
-            if kind in SERVED_BASELINES:
-                measures["delta_ce"] = text_measure(loaded, answers.answers, kind, seed)
-            note = loaded.suite.system_prompt if kind == "system_prompt" else _served(answers, kind)
-            found[kind] = Baseline(measures=measures, note=note or "")
-    gates = subject.policy.gates
-    gated = all(
-        edit.gate != ALWAYS_GATE and gates[edit.gate].conditions for edit in subject.policy.interventions
-    )
-    fired = {key: answers.answers["on", key].fired for key in off}
-    if gated and all(count is not None for count in fired.values()):
-        block = blocked(off, {key: bool(count) for key, count in fired.items()})
-        found["block"] = Baseline(
-            measures=answer_measures(loaded, off, block, seed),
-            note="computed from the receipts' gate firings; coherent by construction",
-        )
-    reasons = {
-        "system_prompt": "the suite leaves it out",
-        "block": "the policy acts without a condition, or the receipts do not tell its firings",
-    }
-    for kind in BASELINES:
-        reason = reasons.get(kind, f"not served; give --baseline {kind}=POLICY")
-        found.setdefault(kind, Baseline(absent=reason))
-    return found
-
-
-def _served(answers: AnswerFile, kind: str) -> str:
-    answer = next(answer for (arm, _), answer in answers.answers.items() if arm == kind)
-    return f"policy {answer.policy}@{answer.revision[:12]}"

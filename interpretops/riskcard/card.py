@@ -45,7 +45,7 @@ BASELINES: dict[BaselineKind, str] = {
 }
 """What each policy is compared with; every card accounts for all of them."""
 
-Method = Literal["clopper_pearson", "paired_bootstrap", "bootstrap", "given"]
+Method = Literal["clopper_pearson", "paired_bootstrap", "bootstrap", "hoeffding", "given"]
 _TOLERANCE = 1e-6
 
 

@@ -9,6 +9,7 @@ METHODS = {
     "clopper_pearson": "Clopper-Pearson",
     "paired_bootstrap": "paired bootstrap",
     "bootstrap": "bootstrap",
+    "hoeffding": "Hoeffding",
     "given": "as given",
 }
 NATS: frozenset[MeasureName] = frozenset({"delta_ce"})

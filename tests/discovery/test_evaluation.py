@@ -351,6 +351,47 @@ def test_suite_reads_urls_and_takes_the_same_part_as_discovery(suite: Path) -> N
     assert loaded.hashes["far"] == loaded.hashes["near"]
 
 
+async def test_circuit_gives_the_card_ccs_and_cs(suite: Path, subject: Subject, tmp_path: Path) -> None:
+    """CCS is the mean over the circuit's units, CS the stability; another model is refused."""
+    file = tmp_path / "circuit.json"
+    circuit: dict[str, Any] = {
+        "target_class": "jailbreak",
+        "model": "tiny",
+        "fingerprint": subject.model.fingerprint,
+        "metric": "logit_diff",
+        "method": {"steps": 5, "wanted_edges": 3, "edges_of_model": 7, "nodes_of_model": 4},
+        "data": [{"name": "p.jsonl", "sha256": "cd" * 32, "discovery_pairs": 3, "evaluation_pairs": 3}],
+        "seeds": [0, 1],
+        "nodes": [
+            {"id": "input", "kind": "input", "score": 1.0},
+            {"id": "a0.h1", "kind": "head", "layer": 0, "head": 1, "score": 0.9, "ccs": 0.8},
+            {"id": "m0", "kind": "mlp", "layer": 0, "score": 0.4, "ccs": 0.4},
+            {"id": "logits", "kind": "logits", "score": 1.0},
+        ],
+        "edges": [{"source": "input", "target": "a0.h1", "score": 0.9}],
+        "faithfulness": [],
+        "stability": {
+            "resamples_per_seed": 50,
+            "circuits": 100,
+            "edge_jaccard": 0.6,
+            "edge_chance": 0.2,
+            "node_jaccard": 1.0,
+            "node_chance": 0.3,
+        },
+        "run": {},
+    }
+    file.write_text(json.dumps(circuit))
+    card = await run(suite, subject, Gateway(), tmp_path / "out", circuit=file)
+    contribution, stability = card.measures["causal_contribution"], card.measures["circuit_stability"]
+    assert (contribution.value, contribution.n) == (pytest.approx(0.6), 2)
+    assert stability.interval is not None
+    assert (stability.value, round(stability.interval.low, 3), stability.n) == (0.6, 0.408, 100)
+    assert "CS by chance 0.200" in card.notes[-1]
+    file.write_text(json.dumps(circuit | {"fingerprint": "00" * 32}))
+    with pytest.raises(DiscoveryError, match="is a circuit of tiny"):
+        await run(suite, subject, Gateway(), tmp_path / "out", circuit=file)
+
+
 async def test_moderation_decides_which_attacks_succeed(
     suite: Path, subject: Subject, tmp_path: Path
 ) -> None:
