@@ -14,7 +14,7 @@ from interpretops.errors import EngineError, PolicyError
 from proxy.binding import NONE
 from proxy.engine_link import EngineLink, ProvenEngine
 from proxy.metrics import Metrics
-from proxy.policy_files import BrokenPolicyError, Revision, compile_file, find_policies
+from proxy.policy_files import BrokenPolicyError, Revision, compile_file, file_digest, find_policies
 from proxy.refusal import PolicyUnavailable, UnknownPolicy
 from proxy.residency import Residency
 
@@ -179,6 +179,10 @@ class Catalogue:
             fresh = await asyncio.to_thread(compile_file, path, engine.spec, self._artifacts)
             self._check_owner(path, fresh.policy)
         except BrokenPolicyError as error:
+            if (now := await asyncio.to_thread(file_digest, path)) != digest:
+                # Half written when we read it.
+                await self._bring_in(engine, path, now, report, force=force)
+                return
             self._seen[path] = digest
             if former is None and error.policy is not None and not self._files_of(error.policy):
                 self._owner[path] = error.policy

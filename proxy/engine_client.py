@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from collections.abc import Mapping
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote
@@ -106,6 +108,7 @@ class EngineClient:
             self._base = address.rstrip("/")
         trace = aiohttp.TraceConfig()
         trace.on_connection_create_end.append(self._note_connection)
+        self._open: weakref.WeakSet[aiohttp.ClientResponse] = weakref.WeakSet()
         self.connections_made = 0
         """Connections opened so far, by any call."""
         self._control = aiohttp.ClientTimeout(total=control_timeout_s, sock_connect=connect_timeout_s)
@@ -126,13 +129,19 @@ class EngineClient:
 
     async def close(self) -> None:
         """Close all connections; requests in progress fail."""
+        for response in list(self._open):
+            connection = response.connection
+            if connection is not None and connection.transport is not None:
+                connection.transport.abort()
+        # Their readers learn of it now. Closing the session alone would leave them waiting for ever.
+        await asyncio.sleep(0)
         await self._session.close()
 
     async def generate(
         self, route: str, body: bytes, *, total_timeout_s: float, idle_timeout_s: float | None
     ) -> aiohttp.ClientResponse:
         """Send a request; returns the open response, which the caller closes. Raises aiohttp's errors."""
-        return await self._session.post(
+        response = await self._session.post(
             self._base + route,
             data=body,
             headers={"Content-Type": "application/json"},
@@ -141,6 +150,8 @@ class EngineClient:
             ),
             allow_redirects=False,
         )
+        self._open.add(response)
+        return response
 
     async def healthy(self) -> bool:
         """Whether the engine's own health route says so."""

@@ -51,15 +51,18 @@ def find_policies(folder: Path) -> Mapping[Path, str]:
     for path in sorted({*folder.glob("*.yaml"), *folder.glob("**/policy.yaml")}):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        try:
-            with path.open("rb") as file:
-                found[path] = hashlib.sha256(file.read(MAX_POLICY_BYTES + 1)).hexdigest()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            # Known, but unreadable: loading it will say why.
-            found[path] = f"unreadable: {error.strerror}"
+        found[path] = file_digest(path)
     return found
+
+
+def file_digest(path: Path) -> str:
+    """What tells one state of a policy file from another."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(MAX_POLICY_BYTES + 1)).hexdigest()
+    except OSError as error:
+        # Known, but unreadable: loading it will say why.
+        return f"unreadable: {error.strerror}"
 
 
 class BrokenPolicyError(PolicyError):

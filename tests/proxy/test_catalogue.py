@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from proxy import catalogue
 from proxy.refusal import PolicyUnavailable
 
 CHANGED = 0.25
@@ -196,6 +197,25 @@ async def test_rollback_and_promote(start, engine, policy_writer):
         assert answer.status == 400
 
 
+async def test_half_written_file_is_read_again(start, engine, monkeypatch):
+    """A file that grows while it is read is no broken file."""
+    front = await start("calm", **{"gateway.watch_policies": False})
+    path = front.policies / "calm.yaml"
+    whole = path.read_text().replace("0.5", "0.125")
+    path.write_text("meta: {id: ")
+    compile_file = catalogue.compile_file
+
+    def finish_writing(*args):
+        try:
+            return compile_file(*args)
+        finally:
+            path.write_text(whole)
+
+    monkeypatch.setattr(catalogue, "compile_file", finish_writing)
+    report = await reload(front)
+    assert (report["ok"], len(report["loaded"])) == (True, 1)
+
+
 async def test_edit_is_noticed_without_being_asked(start, engine, policy_writer, until):
     """Writing a file is enough; a file of equal content is not loaded again."""
     front = await start("calm")
@@ -214,7 +234,7 @@ async def test_edit_is_noticed_without_being_asked(start, engine, policy_writer,
 async def test_unloaded_policy_cannot_be_pinned(start, engine):
     """A revision that is not resident in the engine is never handed out."""
     front = await start("calm")
-    catalogue = front.apps.gateway.catalogue
-    catalogue.residency.forget()
-    with pytest.raises(PolicyUnavailable), catalogue.pin("calm"):
+    held = front.apps.gateway.catalogue
+    held.residency.forget()
+    with pytest.raises(PolicyUnavailable), held.pin("calm"):
         pass

@@ -1,6 +1,7 @@
 """An engine must prove itself before anyone is served, and again whenever it was lost."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -57,6 +58,30 @@ async def test_engine_that_was_replaced_unseen_is_proven_again(start, engine, un
     await until(loaded)
     await until(front.engine_ready)
     assert [line["boot_id"] for line in front.log if line["event"] == "engine_ready"][1:] == ["second"]
+
+
+async def test_stream_under_way_ends_when_its_engine_is_lost(start, engine):
+    """A stream whose engine is given up ends in an error at once, even if the engine holds the connection."""
+    front = await start("calm")
+    engine.trick = "hold_stream"
+    body = {"model": "tiny-model+calm", "messages": [], "stream": True}
+    async with front.public.post("/v1/chat/completions", json=body) as answer:
+        await answer.content.readany()
+        engine.boot_id = "second"
+        text = (await asyncio.wait_for(answer.content.read(), 15)).decode()
+    *_, last = [event for event in text.split("\n\n") if event]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
+
+
+async def test_request_under_way_ends_when_its_engine_is_lost(start, engine):
+    """So does a request without stream."""
+    front = await start("calm")
+    engine.trick = "hold"
+    request = asyncio.create_task(front.chat(model="tiny-model+calm"))
+    await engine.arrived.wait()
+    engine.boot_id = "second"
+    status, _, body = await asyncio.wait_for(request, 15)
+    assert (status, body["error"]["code"]) == (502, "engine_failed")
 
 
 async def test_health_is_not_readiness(start, engine):
