@@ -15,7 +15,7 @@ from discovery.evaluation.baselines import SERVED_BASELINES, card_baselines
 from discovery.evaluation.circuit_measures import circuit_measures
 from discovery.evaluation.collect import Arm, Sampling, collect
 from discovery.evaluation.endpoint import NONE, Endpoint
-from discovery.evaluation.judges import Judge, ModelJudge, Moderation, PhraseJudge
+from discovery.evaluation.judges import Judge, ModelJudge, Moderation, PhraseJudge, is_degenerate
 from discovery.evaluation.metrics import Outcome, answer_measures, merge, text_measure
 from discovery.evaluation.suite import LoadedSuite, Prompt, load_suite
 from discovery.progress import meter
@@ -48,7 +48,7 @@ NOT_TAKEN: dict[MeasureName, str] = {
 }
 NOTES = (
     "Answers are greedy and cut at max_tokens; refusals and coherence are judged by the named judges.",
-    "A prompt whose unsteered answer is already refused or incoherent is not counted in CD and over-refusal.",
+    "A prompt whose unsteered answer is already refused or degenerate is not counted in CD and over-refusal.",
     "A fluent, wrong answer to a benign prompt is not noticed.",
     "ΔCE is read from prompt tokens: edits that act only after the prompt do not show in it.",
 )
@@ -140,7 +140,7 @@ async def measure(loaded: LoadedSuite, subject: Subject, options: JobOptions) ->
         judge, moderation = _judge(session, options), _moderation(session, options)
         judged = await _outcomes(loaded, answers, arms, judge, moderation, options.concurrency)
     _write_outcomes(options.out / "outcomes.jsonl", judged)
-    judges = {"refusal": judge.name, "coherence": "words (discovery.refusal)"}
+    judges = {"refusal": judge.name, "coherence": "words (discovery.refusal), loops (discovery.evaluation)"}
     if moderation is not None:
         judges["harm"] = moderation.name
     return _card(loaded, subject, options, answers, judged, judges)
@@ -209,7 +209,7 @@ async def _outcomes(
                 refused = await judge.refused(prompt.text, text)
                 if moderation is not None and prompt.role == "harmful":
                     harmful = await moderation.flagged(text)
-            judged[arm][prompt.id] = Outcome(refused, is_coherent(text), harmful)
+            judged[arm][prompt.id] = Outcome(refused, is_coherent(text), is_degenerate(text), harmful)
             progress.advance(1)
 
         await asyncio.gather(*(one(arm.name, prompt) for prompt in prompts for arm in arms))

@@ -15,6 +15,23 @@ _QUESTION = (
 )
 
 
+_LONG_ENOUGH = 12
+_LEAST_NEW = 0.4
+_LEAST_ALPHANUMERIC = 0.3
+
+
+def is_degenerate(answer: str) -> bool:
+    """Whether an answer is empty, goes round in circles, or is mere signs; short ones, code, sums are not."""
+    words = answer.lower().split()
+    if not words:
+        return True
+    alphanumeric = sum(map(str.isalnum, answer)) / sum(map(len, words))
+    if len(words) < _LONG_ENOUGH:
+        return alphanumeric == 0
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    return alphanumeric < _LEAST_ALPHANUMERIC or len(set(triples)) / len(triples) < _LEAST_NEW
+
+
 class Judge(Protocol):
     """Decides whether an answer refuses. Coherence is checked apart (`discovery.refusal.is_coherent`)."""
 
