@@ -142,6 +142,11 @@ class Stability(Strictly):
     """Measured between connected random circuits of the same size."""
     node_jaccard: Fraction
     node_chance: Fraction
+    paraphrases: Index = 0
+    """Wordings that the file of pairs tells apart."""
+    paraphrase_edge_jaccard: Fraction | None = None
+    """Between circuits that were each found on the pairs of one wording alone."""
+    paraphrase_node_jaccard: Fraction | None = None
 
 
 class Circuit(Strictly):

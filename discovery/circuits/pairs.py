@@ -36,6 +36,8 @@ class TextPair:
     answers: tuple[str, ...]
     """Texts whose first tokens the model should favour on the clean prompt."""
     wrong: tuple[str, ...]
+    paraphrase: str = ""
+    """Which wording of the contrast this is; empty when the file does not say."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Pair:
     corrupted: tuple[int, ...]
     answers: tuple[int, ...]
     wrong: tuple[int, ...]
+    paraphrase: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def read_pairs(path: Path, reading: Reading, *, whole_years: bool = True) -> lis
         else:
             answers = reading.answers or _texts(row, "answer", where)
             wrong = reading.wrong or _texts(row, "wrong", where)
-        found.append(TextPair(where, clean, corrupted, answers, wrong))
+        paraphrase = str(row.get("paraphrase") or "")
+        found.append(TextPair(where, clean, corrupted, answers, wrong, paraphrase))
     if not found:
         raise DiscoveryError(f"{path}: holds no pairs; write one object or row per pair")
     return found
@@ -173,9 +177,8 @@ def encode_pairs(model: FrozenModel, texts: Sequence[TextPair], reading: Reading
                 "side without a first token of its own; reword them, or --skip-unfit"
             )
         else:
-            found.append(
-                Pair(clean, corrupted, tuple(sorted(answers - wrong)), tuple(sorted(wrong - answers)))
-            )
+            own, others = tuple(sorted(answers - wrong)), tuple(sorted(wrong - answers))
+            found.append(Pair(clean, corrupted, own, others, text.paraphrase))
             continue
         if not reading.skip_unfit:
             raise DiscoveryError(reasons[0])

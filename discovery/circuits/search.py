@@ -17,7 +17,7 @@ from torch import Tensor
 from discovery.circuits.attribution import edge_scores, node_scores, patching_effects
 from discovery.circuits.decoder import GraphDecoder
 from discovery.circuits.faithfulness import SIZES, Evaluator, areas
-from discovery.circuits.graph import Edges, growth_order, prune, random_order
+from discovery.circuits.graph import Edges, Scores, growth_order, prune, random_order
 from discovery.circuits.metric import METRICS, Metric
 from discovery.circuits.pairs import Pair, batches
 from discovery.circuits.stability import inner_nodes, mean_chance, mean_jaccard, resample
@@ -101,7 +101,7 @@ class CircuitSearch:
         """Do what is not done yet; give the circuit."""
         scores = self._attribute()
         mean = self._dense(scores.mean(0))
-        edges = prune(self.graph, growth_order(self.graph, mean), self.settings.edges)
+        edges = self._prune(mean)
         if not edges.any():
             raise DiscoveryError(
                 f"edges = {self.settings.edges} are too few to lead from the input to the logits; allow more"
@@ -155,7 +155,7 @@ class CircuitSearch:
                 progress.advance(len(indices))
         return scores
 
-    def _dense(self, scores: Tensor) -> Any:
+    def _dense(self, scores: Tensor) -> Scores:
         dense = np.zeros((self.graph.size, self.graph.size))
         dense[self.graph.allowed] = scores.double().numpy()
         return dense
@@ -169,7 +169,7 @@ class CircuitSearch:
         _write_json(path, result)
         return result
 
-    def _faithfulness(self, ablation: Ablation, mean: Any, edges: Edges) -> Faithfulness:
+    def _faithfulness(self, ablation: Ablation, mean: Scores, edges: Edges) -> Faithfulness:
         evaluator = Evaluator(
             self.decoder, self.evaluation, self.settings.metric, ablation, self.settings.batch
         )
@@ -233,7 +233,7 @@ class CircuitSearch:
         effects = self._kept("contributions", compute) if nodes else []
         return {node: effect / contrast for node, effect in zip(nodes, effects, strict=True)}
 
-    def _nodes(self, edges: Edges, mean: Any, ccs: dict[int, float]) -> tuple[CircuitNode, ...]:
+    def _nodes(self, edges: Edges, mean: Scores, ccs: dict[int, float]) -> tuple[CircuitNode, ...]:
         scores = node_scores(torch.from_numpy(mean))
         found = []
         for index in (0, *ccs, self.graph.logits):
@@ -257,9 +257,11 @@ class CircuitSearch:
             for seed, draw in draws:
                 chosen = torch.from_numpy(resample(len(scores), seed, draw))
                 mean = self._dense(scores[chosen].mean(0))
-                found.append(prune(self.graph, growth_order(self.graph, mean), self.settings.edges))
+                found.append(self._prune(mean))
                 progress.advance(1)
         nodes = [inner_nodes(circuit) for circuit in found]
+        wordings = self._by_paraphrase(scores)
+        several = len(wordings) > 1
         size = int(edges.sum())
         random = [self._random(number, (), size)[0] for number in range(min(10, len(found)))]
         return Stability(
@@ -270,7 +272,22 @@ class CircuitSearch:
             edge_random=mean_jaccard(random),
             node_jaccard=mean_jaccard(nodes),
             node_chance=mean_chance(self.graph.size - 2, [int(used.sum()) for used in nodes]),
+            paraphrases=len(wordings),
+            paraphrase_edge_jaccard=mean_jaccard(wordings) if several else None,
+            paraphrase_node_jaccard=mean_jaccard(list(map(inner_nodes, wordings))) if several else None,
         )
+
+    def _by_paraphrase(self, scores: Tensor) -> list[Edges]:
+        """The circuit of each wording's pairs alone; none when the pairs do not name their wordings."""
+        names = sorted({pair.paraphrase for pair in self.discovery if pair.paraphrase})
+        found = []
+        for name in names:
+            rows = [row for row, pair in enumerate(self.discovery) if pair.paraphrase == name]
+            found.append(self._prune(self._dense(scores[rows].mean(0))))
+        return found
+
+    def _prune(self, mean: Scores) -> Edges:
+        return prune(self.graph, growth_order(self.graph, mean), self.settings.edges)
 
 
 def _random_summary(evaluator: Evaluator, own: float, others: Sequence[Sequence[float]]) -> RandomCircuits:

@@ -123,6 +123,7 @@ def pairs_file(tmp_path: Path) -> Path:
             "corrupted": " ".join(f"w{i}" for i in pair.corrupted),
             "answer": f"w{pair.answers[0]}",
             "wrong": [f"w{pair.wrong[0]}"],
+            "paraphrase": f"{len(pair.clean)} words",
         }
         for pair in word_pairs()
     ]

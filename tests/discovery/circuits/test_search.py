@@ -58,6 +58,8 @@ def test_known_circuit_is_written_with_its_measures(mechctl, pairs_file: Path, t
     assert circuit.stability.circuits == 20
     assert circuit.stability.edge_jaccard == circuit.stability.node_jaccard == 1
     assert circuit.stability.edge_chance < 0.1
+    assert circuit.stability.paraphrases == 2
+    assert circuit.stability.paraphrase_edge_jaccard == 1
     assert circuit.run["job"] == "search"
     assert str(tmp_path) not in out.read_text()
 
