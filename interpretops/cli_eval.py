@@ -40,9 +40,12 @@ def report(
     text = card_html(loaded) if form is Form.HTML else card_markdown(loaded)
     if output is None:
         typer.echo(text, nl=False)
-    else:
+        return
+    try:
         write_atomically(output, text.encode())
-        typer.echo(output)
+    except OSError as error:
+        raise ConfigError(f"--output = {output}: cannot be written ({error.strerror or error})") from error
+    typer.echo(output)
 
 
 def evaluate(

@@ -107,10 +107,16 @@ def evaluate_policy(settings: Settings, options: JobOptions, *, say: Callable[[s
     if options.circuit is not None:  # a circuit that does not fit is told before hours of answers
         circuit_measures(options.circuit, model.fingerprint, options.seed)
     plan = compile_policy(policy, model=model, artifacts=settings.paths.artifacts)
-    card = asyncio.run(measure(loaded, Subject(policy, plan.revision, model), options))
-    save_card(card, options.out / "card.json")
-    write_atomically(options.out / "card.md", card_markdown(card).encode())
-    write_atomically(options.out / "card.html", card_html(card).encode())
+    try:
+        card = asyncio.run(measure(loaded, Subject(policy, plan.revision, model), options))
+        save_card(card, options.out / "card.json")
+        write_atomically(options.out / "card.md", card_markdown(card).encode())
+        write_atomically(options.out / "card.html", card_html(card).encode())
+    except OSError as error:
+        raise DiscoveryError(
+            f"--out = {options.out}: cannot be written ({error.strerror or error}); what was answered is "
+            "kept, the same command goes on"
+        ) from error
     found = verdict(card)
     for finding in found.findings:
         say(finding.line())

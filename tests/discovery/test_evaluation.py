@@ -285,7 +285,9 @@ async def test_busy_endpoint_is_asked_again(suite: Path, subject: Subject, tmp_p
     assert card.measures["defense_efficacy"].n == 20
 
 
-async def test_whole_job_writes_card_and_pages(suite: Path, tiny_folder: Path, tmp_path: Path) -> None:
+async def test_whole_job_writes_card_and_pages(
+    suite: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From settings and a policy's id to `card.json`, Markdown and HTML, with the revision compiled here."""
     policies = tmp_path / "policies"
     policies.mkdir()
@@ -308,6 +310,10 @@ async def test_whole_job_writes_card_and_pages(suite: Path, tiny_folder: Path, t
     assert (tmp_path / "out" / "card.html").exists()
     assert "without a condition" in str(card.baselines["block"].absent)
     assert str(tmp_path) not in (tmp_path / "out" / "card.json").read_text()
+    blocked = JobOptions("guard", suite, "http://127.0.0.1:9", suite / "below")
+    monkeypatch.setattr(Endpoint, "model", lambda self: asyncio.sleep(0, "tiny"))
+    with pytest.raises(DiscoveryError, match=r"--out = .*cannot be written"):
+        await asyncio.to_thread(evaluate_policy, settings, blocked, say=lines.append)
     with pytest.raises(DiscoveryError, match=r"--policy = 'gone', but .* holds guard"):
         evaluate_policy(settings, JobOptions("gone", suite, "http://x", tmp_path / "o"), say=lines.append)
 

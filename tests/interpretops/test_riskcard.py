@@ -247,6 +247,8 @@ def test_commands_show_and_compare(
     assert mechctl(monkeypatch, "report", card, "--format", "html", "-o", tmp_path / "card.html") == 0
     assert (tmp_path / "card.html").read_text().startswith("<!doctype html>")
     capsys.readouterr()
+    assert mechctl(monkeypatch, "report", card, "-o", card / "below" / "a.md") == 2
+    assert "--output" in capsys.readouterr().err
     assert mechctl(monkeypatch, "eval", "--compare", card, card) == 0
     assert "97.0 %" in capsys.readouterr().out
     assert mechctl(monkeypatch, "report", tmp_path / "gone.json") == 2
