@@ -60,7 +60,7 @@ def test_shipped_adapter_was_made_from_permitted_data() -> None:
 
 def test_shipped_dictionaries_are_sound(spec: ModelSpec) -> None:
     """Every shipped dictionary opens, is small enough, and carries its metrics and its norm bound."""
-    found = Artifacts(ROOT / "sae_artifacts", spec).all_dictionaries()
+    found = Artifacts(ROOT / "sae_artifacts", spec).all_dictionaries
     assert found
     for folder, manifest in found.items():
         open_dictionary(folder)
