@@ -14,7 +14,7 @@ def edge_scores(decoder: GraphDecoder, pairs: Sequence[Pair], metric: Metric, st
     """EAP-IG scores [B, N, N] (target, source) of every edge, for each pair by itself, on the CPU.
 
     Edge attribution patching with integrated gradients (Hanna, Pezzelle, Belinkov 2024, "Have Faith in
-    Faithfulness", arXiv:2403.17806, equation 6), with the sign that a positive edge supports the metric M:
+    Faithfulness", arXiv:2403.17806), with the sign that a positive edge supports the metric M:
 
         score(u -> v) = (o_u(x) - o_u(x')) . 1/m sum_k dM(e' + a_k (e - e')) / d input_v
 

@@ -63,7 +63,8 @@ def search(
         circuit.save(out)
     except OSError as error:
         raise DiscoveryError(
-            f"{out}: cannot be written ({error.strerror or error}); the finished steps are in {run.work}"
+            f"{out}: cannot be written ({error.strerror or error}); "
+            f"the finished steps are in {run.steps.folder}"
         ) from error
     for line in summary(circuit):
         say(line)

@@ -15,7 +15,7 @@ from discovery.errors import DiscoveryError
 from interpretops.circuit import Ablation
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Shares of the model's edges at which MIB measures a circuit (arXiv:2504.13151, section 3)."""
+"""Shares of the model's edges at which MIB measures a circuit (arXiv:2504.13151)."""
 
 
 class Evaluator:

@@ -86,7 +86,7 @@ def growth_order(graph: Graph, scores: Scores) -> list[tuple[int, int]]:
     """Edges (target, source) in the order in which a circuit grows from the logits.
 
     Of the edges that enter a node of the circuit, the one of the highest absolute score comes next and
-    brings its source along: the greedy search of Hanna et al. (2024), section 3.
+    brings its source along: the greedy search of Hanna et al. (2024, arXiv:2403.17806).
     """
     waiting: list[tuple[float, int, int]] = []
     reached = {graph.logits}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from discovery.circuits.attribution import edge_scores, node_scores, patching_effects
@@ -21,11 +19,10 @@ from discovery.circuits.graph import Edges, Scores, growth_order, prune, random_
 from discovery.circuits.metric import METRICS, Metric
 from discovery.circuits.pairs import Pair, batches
 from discovery.circuits.stability import inner_nodes, mean_chance, mean_jaccard, resample
+from discovery.circuits.steps import Steps
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.progress import meter
-from discovery.run_record import write_json
-from interpretops.atomic_file import write_atomically
 from interpretops.circuit import (
     Ablation,
     Circuit,
@@ -95,7 +92,7 @@ class CircuitSearch:
             [asdict(pair) for pair in evaluation],
             asdict(settings),
         ]
-        self.work = work / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        self.steps = Steps(work / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16])
 
     def run(self, target_class: str, data: DataFile, record: dict[str, Any]) -> Circuit:
         """Do what is not done yet; give the circuit."""
@@ -136,38 +133,26 @@ class CircuitSearch:
 
     def _attribute(self) -> Tensor:
         """EAP-IG scores of every pair and allowed edge [P, E]; one file a batch."""
-        allowed = torch.from_numpy(self.graph.allowed)
         parts = list(batches(self.discovery, self.settings.batch))
         scores = torch.zeros(len(self.discovery), self.graph.edge_count)
         with meter("search: attribution", len(self.discovery), "pairs") as progress:
             for number, indices in enumerate(parts):
-                path = self.work / f"scores-{number:04d}.safetensors"
-                if path.exists():
-                    scores[indices] = load_file(path)["scores"]
-                else:
-                    pairs = [self.discovery[index] for index in indices]
-                    settings = self.settings
-                    part = edge_scores(self.decoder, pairs, settings.metric, settings.steps)[:, allowed]
-                    if not bool(torch.isfinite(part).all()):
-                        raise DiscoveryError(f"pairs {indices}: attribution is not finite; check the model")
-                    _write(path, save_safetensors({"scores": part.contiguous()}))
-                    scores[indices] = part
+                part = partial(self._batch_scores, indices)
+                scores[indices] = self.steps.tensor(f"scores-{number:04d}", part)
                 progress.advance(len(indices))
         return scores
+
+    def _batch_scores(self, indices: Sequence[int]) -> Tensor:
+        pairs = [self.discovery[index] for index in indices]
+        scores = edge_scores(self.decoder, pairs, self.settings.metric, self.settings.steps)
+        if not bool(torch.isfinite(scores).all()):
+            raise DiscoveryError(f"pairs {list(indices)}: attribution is not finite; check the model")
+        return scores[:, torch.from_numpy(self.graph.allowed)]
 
     def _dense(self, scores: Tensor) -> Scores:
         dense = np.zeros((self.graph.size, self.graph.size))
         dense[self.graph.allowed] = scores.double().numpy()
         return dense
-
-    def _kept(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A step's result from its file, else computed and written."""
-        path = self.work / f"{name}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        result = compute()
-        _write_json(path, result)
-        return result
 
     def _faithfulness(self, ablation: Ablation, mean: Scores, edges: Edges) -> Faithfulness:
         evaluator = Evaluator(
@@ -180,12 +165,12 @@ class CircuitSearch:
         size = int(edges.sum())
         count = self.settings.random_circuits
         with meter(f"search: {ablation} ablation", count + 1, "circuits") as progress:
-            own = self._kept(f"{ablation}-found", lambda: evaluator.metrics([*circuits, edges]))
+            own = self.steps.numbers(f"{ablation}-found", lambda: evaluator.metrics([*circuits, edges]))
             progress.advance(1)
             others = []
             for number in range(count):
                 measured = partial(self._random_metrics, evaluator, number, actual, size)
-                others.append(self._kept(f"{ablation}-random-{number:03d}", measured))
+                others.append(self.steps.numbers(f"{ablation}-random-{number:03d}", measured))
                 progress.advance(1)
         curve = [evaluator.faithfulness(value) for value in own[:-1]] + [1.0]
         area = areas(SIZES, curve)
@@ -230,7 +215,7 @@ class CircuitSearch:
             return [float(value) for value in total / len(self.evaluation)]
 
         contrast = counterfactual.full_metric - counterfactual.empty_metric
-        effects = self._kept("contributions", compute) if nodes else []
+        effects = self.steps.numbers("contributions", compute) if nodes else []
         return {node: effect / contrast for node, effect in zip(nodes, effects, strict=True)}
 
     def _nodes(self, edges: Edges, mean: Scores, ccs: dict[int, float]) -> tuple[CircuitNode, ...]:
@@ -306,21 +291,3 @@ def _random_summary(evaluator: Evaluator, own: float, others: Sequence[Sequence[
         cmd_best=float(cmd.min()),
         share_at_least_as_close=float((np.abs(1 - last) <= distance).mean()),
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise DiscoveryError(
-            f"{path}: cannot be written ({error.strerror or error}); free space, and run the same again"
-        ) from error
-
-
-def _write_json(path: Path, value: Any) -> None:
-    try:
-        write_json(path, value)
-    except OSError as error:
-        raise DiscoveryError(
-            f"{path}: cannot be written ({error.strerror or error}); free space, and run the same again"
-        ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from discovery.circuits import search as search_module
+from discovery.circuits import steps as steps_module
 from interpretops.circuit import load_circuit
 from interpretops.cli import main
 
@@ -149,10 +150,22 @@ def test_full_disk_leaves_what_was_done(  # type: ignore[no-untyped-def]
             raise OSError(28, "No space left on device")
         write_atomically(path, data)
 
-    monkeypatch.setattr(search_module, "write_atomically", full)
+    monkeypatch.setattr(steps_module, "write_atomically", full)
     status, _, lines = mechctl(
         "--pairs", pairs_file, "--edges", 3, "--out", tmp_path / "c.json", "--work", tmp_path / "work"
     )
     assert status == 2
     assert "No space left on device" in lines[-1]
     assert [path.name for path in (tmp_path / "work").rglob("*.safetensors")] == ["scores-0000.safetensors"]
+
+
+def test_damaged_step_is_named(mechctl, pairs_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A step's file that is damaged is named with the remedy, and is not taken for a result."""
+    words = ("--pairs", pairs_file, "--edges", 3, "--out", tmp_path / "c.json", "--work", tmp_path / "work")
+    assert mechctl(*words)[0] == 0
+    for pattern, content in (("contributions.json", "[1, "), ("scores-0000.safetensors", "junk")):
+        path = next((tmp_path / "work").rglob(pattern))
+        path.write_text(content)
+        status, _, lines = mechctl(*words)
+        assert status == 2
+        assert f"{path}: is no finished step" in lines[-1]
