@@ -236,6 +236,13 @@ async def test_folder_of_another_run_is_refused(suite: Path, subject: Subject, t
             lambda policy, headers: {**headers, "X-Steering-Receipt": '{"revision": "none"}'},
             "the receipt is for revision 'none'",
         ),
+        (
+            lambda policy, headers: {
+                **headers,
+                "X-Steering-Receipt": json.dumps({"revision": "cd" * 32, "tokens_evaluated": 5}),
+            },
+            "the receipt is for revision 'cdcdcdcdcdcd'",
+        ),
         (lambda policy, headers: {**headers, "X-Steering-Receipt": "{"}, "is no receipt"),
         (
             lambda policy, headers: {
