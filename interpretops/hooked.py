@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from interpretops.errors import ModelError
-from interpretops.hook_points import family_of, find_layers, site_module
+from interpretops.hook_points import find_layers, site_module
+from interpretops.model_family import family_of
 from interpretops.model_source import resolve_model
 from interpretops.model_spec import read_model_spec
 from interpretops.plan import POINTS, ModelSpec, Site

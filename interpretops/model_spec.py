@@ -7,21 +7,9 @@ from typing import Any
 
 from interpretops.errors import ModelError
 from interpretops.json_file import read_json_object
+from interpretops.model_family import FAMILIES
 from interpretops.plan import ModelSpec
 from interpretops.tensor_file import TensorFile
-
-ARCHITECTURES = frozenset(
-    {
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-        "GPTNeoXForCausalLM",
-    }
-)
-"""Model families whose edit sites are known."""
 
 SAMPLE_BYTES = 256
 
@@ -62,8 +50,8 @@ def read_model_spec(folder: Path) -> ModelSpec:
 
 def _architecture(path: Path, config: dict[str, Any]) -> str:
     named = config.get("architectures") or [None]
-    if named[0] not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
+    if named[0] not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
         raise ModelError(f"{path}: architectures[0] = {named[0]!r}, but edit sites are known for {known}")
     return str(named[0])
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from discovery.circuits.graph import Edges, Graph
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from interpretops.hook_points import family_of, site_module
+from interpretops.hook_points import site_module
+from interpretops.model_family import family_of
 from interpretops.plan import Site
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from interpretops.hook_points import FAMILIES
+from interpretops.model_family import FAMILIES
 from steering_kernels.ops import OP_VERSION
 
 CONFIG_KEY = "interpretops"
