@@ -39,7 +39,6 @@ class Engine(Protocol):
     async def start(self) -> None: ...
     async def wait_gone(self) -> str: ...
     async def stop(self) -> None: ...
-    def tail(self) -> list[str]: ...
 
 
 class RemoteEngine:
@@ -60,10 +59,6 @@ class RemoteEngine:
 
     async def stop(self) -> None:
         """Nothing to stop."""
-
-    def tail(self) -> list[str]:
-        """Its log is not here."""
-        return []
 
 
 def make_engine(settings: Settings, model: Path | None) -> Engine:
@@ -99,8 +94,6 @@ class EngineLoop:
         self.first_ready = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         """Runs `run`; set by whoever starts it."""
-        self.last_words: list[str] = []
-        """The end of the log of the engine that was lost last."""
 
     async def run(self) -> None:
         """Never returns. Raises `EngineError` when the very first engine does not come up."""
@@ -148,7 +141,6 @@ class EngineLoop:
                 gone.cancel()
             if client is not None:
                 await client.close()
-            self.last_words = engine.tail()
             await engine.stop()
 
     async def _serve(self, engine: Engine, client: EngineClient) -> str:

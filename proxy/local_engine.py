@@ -16,10 +16,15 @@ from interpretops.settings import Settings
 from proxy.engine_command import engine_command, engine_environment
 
 _GRACE_S = 10.0
-_TAIL_LINES = 12
 _SOCKET = "engine.sock"
 _KEEPER = Path(__file__).with_name("keeper.py")
-_CAUSE = re.compile(r"(^|[\]\s])[A-Za-z_.]*(Error|Exception): \S")
+_CAUSE = re.compile(
+    r"Value error, (?P<field>.+?)(?: \[type=|$)"
+    r"|(?:^|[\])] )(?P<raised>[A-Za-z_.]*(?:Error|Exception): \S.*)"
+    r"|: error: (?P<flag>.+)"
+)
+_HEADING = re.compile(r"validation errors? for")
+"""Opens a list of errors, and says none."""
 
 
 class LocalEngine:
@@ -76,19 +81,14 @@ class LocalEngine:
         cause = self._cause()
         return f"engine ended with status {status}{f': {cause}' if cause else ''}; its log is {self.log_file}"
 
-    def tail(self) -> list[str]:
-        """The last lines of the engine's log."""
-        return [line[:300] for line in self._log_lines()[-_TAIL_LINES:]]
-
     def _cause(self) -> str | None:
-        """The line of the log that most likely says why the engine died: its first error."""
-        return next((line.strip()[-400:] for line in self._log_lines() if _CAUSE.search(line)), None)
-
-    def _log_lines(self) -> list[str]:
+        """What the log most likely gives as the reason: its first error."""
         try:
-            return self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
-            return []
+            return None
+        found = (match for line in lines if (match := _CAUSE.search(line)) and not _HEADING.search(line))
+        return next((match.group(match.lastgroup or 0).strip(" .")[:400] for match in found), None)
 
     async def stop(self) -> None:
         """End the engine: gently, then the whole process group."""

@@ -103,8 +103,6 @@ class _Serve:
         ready.cancel()
         stop.cancel()
         if not self._stop.is_set():
-            for line in loop.last_words:
-                self._console.print(f"  {line}", style="dim", markup=False)
             await loop.task
         self._console.print("Stopping")
 

@@ -55,16 +55,30 @@ def test_memory_is_checked_against_weights_and_cache(model):
         check_memory(settings, model, available_bytes=4 * GIB)
 
 
-def test_cause_of_death_is_the_first_error_of_the_log(tmp_path, model):
-    """Of a long traceback the line that says why is shown."""
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (
+            "(Worker pid=7) ERROR 01-01 [core.py:1] Traceback (most recent call last):\n"
+            "(Worker pid=7) ERROR 01-01 [core.py:1] ValueError: block size 7 is not possible.\n"
+            "(APIServer pid=6) RuntimeError: Engine core initialization failed.\n",
+            "ValueError: block size 7 is not possible",
+        ),
+        (
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for SchedulerConfig\n"
+            "  Value error, max_num_batched_tokens (1) is too small. [type=value_error, input_value=1]\n",
+            "max_num_batched_tokens (1) is too small",
+        ),
+        (
+            "usage: api_server.py\napi_server.py: error: unrecognized arguments: --x\n",
+            "unrecognized arguments: --x",
+        ),
+        ("WARNING [x.py:1] this may raise `OSError: too many files`\nKilled\n", None),
+    ],
+)
+def test_cause_of_death_is_the_first_error_of_the_log(tmp_path, model, log, cause):
+    """Of a long log the words that say why are shown."""
     engine = LocalEngine(load_settings(environ={}), model, tmp_path / "engine.log")
-    engine.log_file.write_text(
-        "(EngineCore pid=7) ERROR 01-01 [core.py:1] Traceback (most recent call last):\n"
-        "(EngineCore pid=7) ERROR 01-01 [core.py:1] ValueError: block size 7 is not possible\n"
-        "(APIServer pid=6) RuntimeError: Engine core initialization failed.\n"
-    )
-    assert "ValueError: block size 7" in str(engine._cause())
-    assert len(engine.tail()) == 3
-    engine.log_file.unlink()
     assert engine._cause() is None
-    assert engine.tail() == []
+    engine.log_file.write_text(log)
+    assert engine._cause() == cause
