@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -67,7 +66,7 @@ def make_engine(settings: Settings, model: Path | None) -> Engine:
         return RemoteEngine(settings.engine.url)
     assert model is not None
     # By port, so that several gateways can share a cache.
-    name = f"engine-{settings.gateway.port or os.getpid()}.log"
+    name = f"engine-{settings.gateway.port}.log"
     return LocalEngine(settings, model, settings.cache.dir.expanduser() / "logs" / name)
 
 
