@@ -1,0 +1,121 @@
+"""A worker's runtime over a tiny model: what it remembers of a request, and for how long (promise 5)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_families import save_family
+from transformers import AutoModelForCausalLM
+
+from interpretops.model_spec import read_model_spec
+from interpretops.plan import ALWAYS, Gate, Plan, Site, SiteEdits, Units
+from steering_kernels.vllm_plugin.engine_config import EngineOptions
+from steering_kernels.vllm_plugin.request_args import RequestArgsError
+from steering_kernels.vllm_plugin.runtime import SteeringRuntime
+
+NONCE = "0" * 32
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory: pytest.TempPathFactory) -> tuple[SteeringRuntime, Any, Plan]:
+    """A runtime, its model, and a resident plan: an edit after layer 1 behind a latch at the prompt's end."""
+    folder = save_family("LlamaForCausalLM", tmp_path_factory.mktemp("model"))
+    spec = read_model_spec(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    runtime = SteeringRuntime(
+        model, spec, EngineOptions(), max_requests=4, tensor_parallel=1, device=torch.device("cpu")
+    )
+    runtime.hooks.residual_pair = False
+    one, infinite = np.ones(1, np.float32), np.full(1, np.inf, np.float32)
+    units = Units(
+        read=np.zeros((1, spec.hidden_size), np.float32),
+        write=np.ones((1, spec.hidden_size), np.float32),
+        bias=0 * one,
+        threshold=-infinite,
+        gain=0 * one,
+        offset=one,
+        low=-infinite,
+        high=infinite,
+        max_norm=infinite,
+        gate=np.ones(1, np.int32),
+        topk=np.full(1, -1, np.int32),
+    )
+    gate = Gate(
+        Site(0, "resid_post"),
+        np.zeros((1, spec.hidden_size), np.float32),
+        one,
+        0 * one,
+        scope="prompt_end",
+        latched=True,
+    )
+    plan = Plan("latched", "test", spec, {Site(1, "resid_post"): SiteEdits(units)}, (ALWAYS, gate))
+    runtime.load(plan)
+    return runtime, model, plan
+
+
+def run(runtime: SteeringRuntime, model: Any, request: str, first: int, count: int) -> int:
+    """One pass over some tokens of a request with a prompt of 5; returns the edits it has had until now."""
+    runtime.begin_step([request], [count], [first], [5])
+    with torch.no_grad():
+        model(torch.arange(1, count + 1)[None])
+    return int(dict(runtime.reports())[request][3])
+
+
+def arguments(revision: str) -> dict[str, str]:
+    return {"interpretops_revision": revision, "interpretops_nonce": NONCE}
+
+
+def test_latch_outlives_preemption_although_the_prompt_is_not_scored_again(
+    steered: tuple[SteeringRuntime, Any, Plan],
+) -> None:
+    """A resumed request whose prompt comes from the cache keeps its gate open from where it fired."""
+    runtime, model, plan = steered
+    runtime.track("a", arguments(plan.revision), 0)
+    assert run(runtime, model, "a", 0, 5) == 1
+    assert run(runtime, model, "a", 5, 1) == 2
+    runtime.track("a", arguments(plan.revision), 5)  # the V2 runner announces a resumed request as a new one
+    assert run(runtime, model, "a", 6, 1) == 3
+    runtime.untrack("a")
+
+
+def test_next_request_in_a_slot_begins_with_closed_gates(
+    steered: tuple[SteeringRuntime, Any, Plan],
+) -> None:
+    """Whoever gets the slot of a finished request inherits neither its latch nor its counts."""
+    runtime, model, plan = steered
+    runtime.track("b", arguments(plan.revision), 0)
+    assert run(runtime, model, "b", 0, 5) == 1
+    runtime.untrack("b")
+    runtime.track("c", arguments(plan.revision), 0)
+    assert run(runtime, model, "c", 2, 1) == 0
+    runtime.untrack("c")
+
+
+def test_pass_that_cannot_be_laid_out_does_not_run(steered: tuple[SteeringRuntime, Any, Plan]) -> None:
+    """An unknown request, a revision that is not resident, a request that names none: each raises."""
+    runtime, _model, _plan = steered
+    with pytest.raises(KeyError):
+        runtime.begin_step(["unknown"], [1], [0], [1])
+    runtime.track("d", arguments("f" * 64), 0)
+    with pytest.raises(KeyError):
+        runtime.begin_step(["d"], [1], [0], [1])
+    runtime.untrack("d")
+    with pytest.raises(RequestArgsError, match="every request must name"):
+        runtime.track("e", {}, 0)
+
+
+def test_hooks_stand_only_where_a_resident_plan_acts(
+    steered: tuple[SteeringRuntime, Any, Plan], tmp_path: Path
+) -> None:
+    """An idle engine runs the model's own code: unloading the last plan takes every hook off."""
+    runtime, model, plan = steered
+
+    def hooked() -> list[str]:
+        return [name for name, module in model.named_modules() if module._forward_hooks]
+
+    assert hooked() == ["model.layers.0", "model.layers.1"]
+    runtime.unload(plan.revision)
+    assert hooked() == []
+    runtime.load(plan)
