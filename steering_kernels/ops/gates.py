@@ -54,13 +54,17 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
         position, prompt_length = step.position, step.prompt_length
         if index is not None:
             position, prompt_length = position[index], prompt_length[index]
-        fires = _fires(x if index is None else x[index], gate)
-        if gate.prompt_end:
+        scored = step.ends_prompt or not gate.prompt_end
+        if not scored and not gate.latched:
+            continue  # closed, as the step began
+        fires = _fires(x if index is None else x[index], gate) if scored else position < 0
+        if gate.prompt_end and scored:
             fires &= position == prompt_length - 1
         if gate.latched:
             slot = step.slot_of_token if index is None else step.slot_of_token[index]
             column = step.fired_at[:, gate.index]
-            column.scatter_reduce_(0, slot, torch.where(fires, position, NEVER), "amin")
+            if scored:
+                column.scatter_reduce_(0, slot, torch.where(fires, position, NEVER), "amin")
             fires = position >= column[slot]
         mask = phase_mask(gate.phase, position, prompt_length)
         if mask is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,6 +35,8 @@ class StepMap:
         empty = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.active = False
         self.num_tokens = 0
+        self.ends_prompt = False
+        """Whether the pass holds the last token of any prompt."""
         self.row_of_token = self.slot_of_token = self.position = self.prompt_length = empty
         self.gate_open = torch.zeros(0, self.gates, dtype=torch.bool, device=self.device)
         self.groups: list[tuple[int, Tensor | None]] = []
@@ -57,27 +61,32 @@ class StepMap:
         self.clear()
         if not any(rows):
             return
-        counts = torch.tensor(num_tokens, dtype=torch.int64)
+        # Laid out in numpy: for the few tokens of a decode step its calls cost a fraction of torch's.
+        counts = np.asarray(num_tokens, np.int64)
         total = int(counts.sum())
+        request = np.repeat(np.arange(len(counts)), counts)
+        within = np.arange(total) - (counts.cumsum() - counts)[request]
+        row = np.asarray(rows, np.int64)[request]
+        position = np.asarray(first_position, np.int64)[request] + within
+        prompt = np.asarray(prompt_length, np.int64)[request]
 
-        def spread(values: Sequence[int]) -> Tensor:
-            return torch.repeat_interleave(torch.tensor(values, dtype=torch.int64), counts, output_size=total)
+        def place(values: npt.NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(values).to(self.device)
 
-        starts = counts.cumsum(0) - counts
-        within = torch.arange(total) - torch.repeat_interleave(starts, counts, output_size=total)
         self.active = True
         self.num_tokens = total
-        self.row_of_token = spread(rows).to(self.device)
-        self.slot_of_token = spread(slots).to(self.device)
-        self.position = (spread(first_position) + within).to(self.device)
-        self.prompt_length = spread(prompt_length).to(self.device)
+        self.ends_prompt = bool((position == prompt - 1).any())
+        self.row_of_token = place(row)
+        self.slot_of_token = place(np.asarray(slots, np.int64)[request])
+        self.position = place(position)
+        self.prompt_length = place(prompt)
         self.gate_open = torch.zeros(total, self.gates, dtype=torch.bool, device=self.device)
         self.gate_open[:, 0] = True
         distinct = sorted(set(rows) - {0})
         if len(distinct) == 1 and all(rows):
             self.groups = [(distinct[0], None)]
         else:
-            self.groups = [(row, (self.row_of_token == row).nonzero().flatten()) for row in distinct]
+            self.groups = [(index, place(np.flatnonzero(row == index))) for index in distinct]
 
     def forget_request(self, slot: int) -> None:
         """Make a slot ready for another request."""
