@@ -9,8 +9,10 @@ import typer
 from interpretops import __version__
 from interpretops.cli_discovery import add_discovery_commands
 from interpretops.cli_eval import add_eval_commands
+from interpretops.cli_keys import keys_app
 from interpretops.cli_options import Artifacts, Config, Model
 from interpretops.cli_policy import policy_app
+from interpretops.cli_propose import propose
 from interpretops.cli_search import search
 from interpretops.cli_steer import steer
 from interpretops.errors import InterpretOpsError
@@ -28,8 +30,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(policy_app, name="policy")
+app.add_typer(keys_app, name="keys")
 app.command("steer")(steer)
 app.command("search")(search)
+app.command("propose")(propose)
 add_discovery_commands(app)
 add_eval_commands(app)
 

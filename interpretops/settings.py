@@ -11,23 +11,22 @@ from pydantic.fields import FieldInfo
 
 from interpretops.errors import ConfigError
 from interpretops.policy_file import parse_yaml, read_yaml, show_path
-from interpretops.settings_schema import (
-    Binding,
-    EngineSettings,
-    GatewaySettings,
-    Match,
-    ModelSettings,
-    Section,
-    Settings,
-)
+from interpretops.settings_access import Alias, Binding, Limits, Match, Tenant
+from interpretops.settings_gateway import AuditSettings, GatewaySettings
+from interpretops.settings_schema import EngineSettings, ModelSettings, Settings
+from interpretops.settings_section import Section
 
 __all__ = [
+    "Alias",
+    "AuditSettings",
     "Binding",
     "EngineSettings",
     "GatewaySettings",
+    "Limits",
     "Match",
     "ModelSettings",
     "Settings",
+    "Tenant",
     "load_settings",
 ]
 
@@ -86,6 +85,13 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
         ("paths", "policies"),
         ("paths", "artifacts"),
         ("paths", "plans"),
+        ("paths", "keys"),
+        ("paths", "state"),
+        ("gateway", "tls_cert"),
+        ("gateway", "tls_key"),
+        ("gateway", "admin_tls_cert"),
+        ("gateway", "admin_tls_key"),
+        ("audit", "path"),
     ):
         part = values.get(section)
         if isinstance(part, dict) and isinstance(part.get(field), str):

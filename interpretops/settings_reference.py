@@ -8,7 +8,16 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from interpretops.settings import ENV_PREFIX
-from interpretops.settings_schema import Binding, Match, Section, Settings
+from interpretops.settings_access import Alias, Binding, Limits, Match, Tenant
+from interpretops.settings_schema import Settings
+from interpretops.settings_section import Section
+
+_LISTS: dict[str, tuple[type[Section], ...]] = {
+    "tenants": (Tenant, Limits),
+    "aliases": (Alias,),
+    "bindings": (Binding, Match),
+}
+"""Settings that are lists, and what their items consist of."""
 
 _INTRODUCTION = """\
 # Configuration
@@ -43,9 +52,10 @@ def settings_reference() -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             parts += _table(f"`{name}`", kind, f"{ENV_PREFIX}{name.upper()}_…")
-    described = Settings.model_fields["bindings"].description
-    parts += ["## `bindings`\n", f"{described}\n", "A list; each item:\n"]
-    parts += [*_table("Binding", Binding), *_table("Match", Match)]
+    for name, sections in _LISTS.items():
+        parts += [f"## `{name}`\n", f"{Settings.model_fields[name].description}\n", "A list; each item:\n"]
+        for section in sections:
+            parts += _table(section.__name__, section)
     return "\n".join(parts).rstrip() + "\n"
 
 

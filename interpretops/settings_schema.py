@@ -5,13 +5,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
+from pydantic import Field, SecretStr, StringConstraints, model_validator
 
 from interpretops.default_model import DEFAULT_MODEL
-
-Port = Annotated[int, Field(ge=0, le=65535)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+from interpretops.settings_access import Alias, Binding, Tenant, check_names
+from interpretops.settings_gateway import AuditSettings, GatewaySettings, PolicySettings
+from interpretops.settings_section import Name, Seconds, Section
 
 GUARDED_ENGINE_ARGS = frozenset(
     {
@@ -37,17 +36,19 @@ def user_cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "interpretops"
 
 
+def user_state_dir() -> Path:
+    """The platform's own place for what a user's programs must remember."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "interpretops"
+    root = os.environ.get("XDG_STATE_HOME")
+    return (Path(root) if root else Path.home() / ".local" / "state") / "interpretops"
+
+
 def _shipped(name: str) -> Path:
     """``name`` in the working directory, else the one beside this package in a checkout."""
     here = Path.cwd() / name
     beside = Path(__file__).resolve().parents[1] / name
     return beside if not here.is_dir() and beside.is_dir() else here
-
-
-class Section(BaseModel):
-    """What all sections share: unknown keys refused, nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelSettings(Section):
@@ -114,39 +115,6 @@ class ComplianceSettings(Section):
     """Days after which recorded material is deleted."""
 
 
-class GatewaySettings(Section):
-    """The HTTP front: where it listens and what it bounds."""
-
-    host: Name = "127.0.0.1"
-    """Address of the OpenAI endpoint."""
-    port: Port = 8000
-    """Port of the OpenAI endpoint; 0 takes any free one."""
-    admin_host: Name = "127.0.0.1"
-    """Address of the admin routes and metrics. Whoever reaches it can change policies: keep it private."""
-    admin_port: Port = 8001
-    """Port of the admin routes and metrics; 0 takes any free one."""
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
-    """Largest request body that is read."""
-    body_timeout_s: Seconds = 30.0
-    """Longest wait for a client to send its body."""
-    connect_timeout_s: Seconds = 5.0
-    """Longest wait for a connection to the engine."""
-    request_timeout_s: Seconds = 600.0
-    """Longest a request may take from admission to its last byte."""
-    stream_idle_timeout_s: Seconds = 120.0
-    """Longest silence of the engine within a stream."""
-    shutdown_grace_s: Seconds = 30.0
-    """How long running requests may finish after a request to stop."""
-    watch_policies: bool = True
-    """Reload when a file under `paths.policies` changes."""
-
-    @model_validator(mode="after")
-    def _ports_differ(self) -> Self:
-        if self.port == self.admin_port != 0:
-            raise ValueError(f"port and admin_port are both {self.port}, but must differ")
-        return self
-
-
 class EngineSettings(Section):
     """The vLLM engine behind the gateway."""
 
@@ -183,35 +151,12 @@ class PathSettings(Section):
     """Folder of dictionaries and adapters. Default: `sae_artifacts` here, else in the checkout."""
     plans: Path | None = None
     """Folder of compiled plans. Default: `plans` under `cache.dir`."""
-
-
-class Match(Section):
-    """Which requests a binding is for: all that is given must hold; nothing given matches every request."""
-
-    model_alias: Name | None = None
-    """The model name as the client writes it, without a `+<policy id>` ending."""
-    key_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """sha256 (hex) of the client's bearer key, so that no key stands in the file."""
-    route: Literal["/v1/chat/completions", "/v1/completions"] | None = None
-    """The route asked for."""
-
-
-class Binding(Section):
-    """Which policy applies to whom."""
-
-    match: Match = Field(default_factory=Match)
-    """The requests this binding is for."""
-    policy: Annotated[str, StringConstraints(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9._-]{0,127})$")]
-    """A policy's id, `none`, or `*` for every policy loaded (only with mode `optional`)."""
-    mode: Literal["mandatory", "default", "optional"] = "optional"
-    """`mandatory`: always applies, the client cannot choose. `default`: applies unless the client chooses
-    another that is open to it, or `none`. `optional`: the client may choose it."""
-
-    @model_validator(mode="after")
-    def _star_is_a_choice(self) -> Self:
-        if self.policy == "*" and self.mode != "optional":
-            raise ValueError(f"policy '*' with mode {self.mode!r}, but only one policy can apply: name it")
-        return self
+    keys: Path | None = None
+    """File of API keys, written by `mechctl keys add`. With one, both listeners ask for keys. None: anybody
+    who reaches the gateway may use it, and it listens on this machine only."""
+    state: Path = Field(default_factory=user_state_dir)
+    """What must outlast a restart: how much of its budget each tenant has used. Default: `interpretops` in
+    the user's own state folder."""
 
 
 class Settings(Section):
@@ -233,9 +178,24 @@ class Settings(Section):
     """The vLLM engine behind the gateway."""
     paths: PathSettings = Field(default_factory=PathSettings)
     """Folders that commands read and write."""
+    policies: PolicySettings = Field(default_factory=PolicySettings)
+    """What a policy revision must show before it serves."""
+    audit: AuditSettings = Field(default_factory=AuditSettings)
+    """The audit log: who got which revision, and who changed what."""
+    tenants: tuple[Tenant, ...] = ()
+    """Who uses the gateway, by key, and how much of it. The limits of a tenant `anonymous` hold for everybody
+    when no keys are asked for."""
+    aliases: tuple[Alias, ...] = ()
+    """Further names under which clients may ask for the model; bindings can match them."""
     bindings: tuple[Binding, ...] = (Binding(policy="*"),)
-    """Which policy applies to whom, first match first. Default: every loaded policy may be chosen, none
-    applies unasked."""
+    """Which policy applies to whom. Of all that match, `mandatory` wins over the caller's choice and that
+    over `default`; of several defaults the first. Default: every loaded policy may be chosen, none applies
+    unasked."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        check_names(self.tenants, self.aliases, self.bindings, with_keys=self.paths.keys is not None)
+        return self
 
     @property
     def plans_dir(self) -> Path:

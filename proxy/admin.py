@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from interpretops.errors import InterpretOpsError
-from proxy.app import add_health, answer_in_openai_shape
-from proxy.binding import HEADER, NONE, decide, read_caller
+from interpretops.settings import Tenant
+from interpretops.settings_access import ANONYMOUS
+from proxy.access import Identity, names_this_machine
+from proxy.app import HEALTH, add_health, answer_in_openai_shape, route_label
+from proxy.binding import HEADER, NONE, decide, explain
 from proxy.catalogue import Entry
 from proxy.metrics import CONTENT_TYPE_LATEST
 from proxy.policy_files import Revision
@@ -17,6 +22,8 @@ from proxy.refusal import EngineNotReady, FieldNotAllowed, InvalidRequest, Refus
 from proxy.sanitize import PASSED, parse_strict, read_body
 from proxy.state import GATEWAY, Gateway
 
+ADMIN: web.RequestKey[str] = web.RequestKey("admin", str)
+"""Who is changing something, for the record."""
 _MAX_BODY_BYTES = 64 * 1024
 
 
@@ -29,7 +36,7 @@ class AdminRefused(Refusal):
 
 def make_admin_app(gateway: Gateway) -> web.Application:
     """The app that operators and Prometheus talk to."""
-    app = web.Application(middlewares=[answer_in_openai_shape, refuse_browsers])
+    app = web.Application(middlewares=[answer_in_openai_shape, refuse_browsers, authorize])
     app[GATEWAY] = gateway
     app.router.add_get("/admin/policies", list_policies, allow_head=False)
     app.router.add_post("/admin/reload", reload)
@@ -41,12 +48,25 @@ def make_admin_app(gateway: Gateway) -> web.Application:
 
 
 @web.middleware
-async def refuse_browsers(request: web.Request, handler: Any) -> web.StreamResponse:
-    """A web page open on the operator's machine must not reach these routes."""
+async def refuse_browsers(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A web page open on the operator's machine must not reach these routes, by whatever name."""
     if "Origin" in request.headers:
         raise FieldNotAllowed("the admin routes answer no web pages; call them without an Origin header")
-    response: web.StreamResponse = await handler(request)
-    return response
+    if not request.app[GATEWAY].access.wanted and not names_this_machine(request.headers.get("Host")):
+        raise FieldNotAllowed("without keys the admin routes answer only to an address or to localhost")
+    return await handler(request)
+
+
+@web.middleware
+async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Ask for the key of a viewer to look and of an operator to change, where keys are asked for."""
+    route = route_label(request)
+    if route not in HEALTH:
+        looks = request.method == "GET" or route == "/admin/resolve"
+        request[ADMIN] = request.app[GATEWAY].access.authorize(
+            request.headers, "viewer" if looks else "operator"
+        )
+    return await handler(request)
 
 
 async def list_policies(request: web.Request) -> web.Response:
@@ -94,26 +114,26 @@ async def change_policy(request: web.Request) -> web.Response:
 async def resolve(request: web.Request) -> web.Response:
     """Say which policy a request would get, and why, without running it.
 
-    Body: ``{"model": …, "route"?: …, "policy"?: value of X-Steering-Policy, "authorization"?: its header}``.
+    Body, all optional: ``model``, ``route``, ``policy`` (as in X-Steering-Policy), ``tenant``, ``key`` (ids).
     """
     gateway = request.app[GATEWAY]
     raw = await read_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=10)
     body = parse_strict(raw)
-    if unknown := body.keys() - {"model", "route", "policy", "authorization"}:
-        raise InvalidRequest(f"unknown fields {sorted(unknown)}; known: model, route, policy, authorization")
+    if unknown := body.keys() - {"model", "route", "policy", "tenant", "key"}:
+        known = "model, route, policy, tenant, key"
+        raise InvalidRequest(f"unknown fields {sorted(unknown)}; known: {known}")
     if not all(isinstance(value, str) for value in body.values()):
         raise InvalidRequest("all fields are strings")
     route = body.get("route", "/v1/chat/completions")
     if route not in PASSED:
         raise InvalidRequest(f"route = {route!r}, but must be one of {', '.join(PASSED)}", param="route")
-    engine = gateway.link.require()
+    identity = _identity(gateway, body)
+    identity.check_route(route)
     headers: CIMultiDict[str] = CIMultiDict()
     if "policy" in body:
         headers[HEADER] = body["policy"]
-    if "authorization" in body:
-        headers["Authorization"] = body["authorization"]
-    model = body.get("model") or sorted(engine.served)[0]
-    caller = read_caller(route, CIMultiDictProxy(headers), model, engine.served)
+    model = body.get("model") or min(gateway.link.require().served)
+    caller = gateway.caller(route, CIMultiDictProxy(headers), model, identity)
     decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
     with gateway.catalogue.pin(decision.policy) as revision:
         return web.json_response(
@@ -123,9 +143,27 @@ async def resolve(request: web.Request) -> web.Response:
                 "mode": decision.mode,
                 "asked_for": caller.choice,
                 "model": caller.model,
+                "engine_model": gateway.engine_model(caller.model),
                 "route": route,
+                "tenant": identity.tenant.id,
+                "key": identity.key,
+                "bindings": explain(gateway.settings.bindings, caller),
             }
         )
+
+
+def _identity(gateway: Gateway, body: Mapping[str, str]) -> Identity:
+    """The caller that a dry run is about."""
+    tenant, key = body.get("tenant"), body.get("key")
+    try:
+        if key is not None:
+            found = Identity(gateway.access.tenant_of_key(key), key)
+            if tenant not in (None, found.tenant.id):
+                raise InvalidRequest(f"key = {key!r}, but that is a key of tenant {found.tenant.id!r}")
+            return found
+        return Identity(gateway.access.tenant(tenant) if tenant else Tenant(id=ANONYMOUS))
+    except KeyError as error:
+        raise InvalidRequest(f"{error.args[0]!r} is no tenant or key of a tenant here") from None
 
 
 async def show_metrics(request: web.Request) -> web.Response:

@@ -6,14 +6,14 @@ import asyncio
 import re
 import secrets
 import time
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from interpretops.errors import InterpretOpsError
-from proxy.binding import Caller, choices, decide, read_caller
+from proxy.binding import Caller, choices, decide
 from proxy.refusal import (
     InvalidRequest,
     MethodNotAllowed,
@@ -25,14 +25,16 @@ from proxy.refusal import (
 )
 from proxy.relay import REQUEST_ID_HEADER, Demand, relay
 from proxy.sanitize import PASSED, check_headers, clean, parse_strict, read_body
-from proxy.state import GATEWAY, TRAIL, Gateway, Trail
+from proxy.state import GATEWAY, IDENTITY, TRAIL, Gateway, Trail
 
+HEALTH: Final = frozenset(("/healthz", "/readyz"))
+"""Routes that an orchestrator asks without a key; they say yes or no, and nothing else."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def make_public_app(gateway: Gateway) -> web.Application:
     """The app that applications talk to."""
-    app = web.Application(middlewares=[answer_in_openai_shape])
+    app = web.Application(middlewares=[answer_in_openai_shape, authenticate])
     app[GATEWAY] = gateway
     for route in PASSED:
         app.router.add_post(route, generate)
@@ -61,21 +63,22 @@ async def readyz(request: web.Request) -> web.Response:
 
 async def generate(request: web.Request) -> web.StreamResponse:
     """Chat completions and completions, streamed or not, under the policy that the bindings decide."""
-    gateway, trail, route = request.app[GATEWAY], request[TRAIL], request.path
-    limits = gateway.settings.gateway
+    gateway, trail, route = request.app[GATEWAY], request[TRAIL], route_label(request)
+    identity, limits = request[IDENTITY], gateway.settings.gateway
+    identity.check_route(route)
     check_headers(request)
     raw = await read_body(request, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
     trail.began_at = time.perf_counter()
     body = clean(route, parse_strict(raw))
     trail.stream = body.get("stream") is True
     engine = gateway.link.require()
-    caller = read_caller(route, request.headers, body["model"], engine.served)
+    caller = gateway.caller(route, request.headers, body["model"], identity)
     decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
     # No await between here and the pin: the revision is the one that is active now, and it stays resident.
     with gateway.catalogue.pin(decision.policy) as revision:
         if revision is not None:
             trail.policy, trail.revision = revision.policy, revision.revision
-        body["model"] = caller.model
+        body["model"] = gateway.engine_model(caller.model)
         with gateway.metrics.in_flight.track_inprogress():
             return await relay(request, Demand(gateway, engine, route, body, revision, trail))
 
@@ -97,20 +100,32 @@ async def show_model(request: web.Request) -> web.Response:
 
 
 def _models(request: web.Request) -> list[dict[str, Any]]:
-    gateway = request.app[GATEWAY]
+    gateway, identity = request.app[GATEWAY], request[IDENTITY]
+    by_name = {model["id"]: model for model in gateway.link.require().models}
+    names = [*by_name, *(alias.name for alias in gateway.settings.aliases if alias.name not in by_name)]
     listed: list[dict[str, Any]] = []
-    for model in gateway.link.require().models:
+    for name in filter(identity.may_name, names):
+        model = by_name[gateway.engine_model(name)]
         base = {
             "object": "model",
             "created": model.get("created", 0),
             "owned_by": "interpretops",
             "max_model_len": model.get("max_model_len"),
         }
-        listed.append({"id": model["id"], **base})
-        caller = Caller("/v1/chat/completions", model["id"], None)
+        listed.append({"id": name, **base})
+        caller = Caller("/v1/chat/completions", name, None, identity.tenant.id, identity.key)
         for policy in choices(gateway.settings.bindings, caller, gateway.catalogue.entries):
-            listed.append({"id": f"{model['id']}+{policy}", **base, "parent": model["id"]})
+            listed.append({"id": f"{name}+{policy}", **base, "parent": name})
     return listed
+
+
+@web.middleware
+async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let nobody near a route, served or not, who shows no key where keys are asked for."""
+    if route_label(request) not in HEALTH:
+        identity = request[IDENTITY] = request.app[GATEWAY].access.identify(request.headers)
+        request[TRAIL].tenant, request[TRAIL].key = identity.tenant.id, identity.key
+    return await handler(request)
 
 
 @web.middleware
@@ -124,7 +139,7 @@ async def answer_in_openai_shape(request: web.Request, handler: Handler) -> web.
         response = await _refuse_errors(request, handler)
         status = response.status
     except (asyncio.CancelledError, aiohttp.ClientConnectionResetError, ConnectionError):
-        gateway.metrics.clients_gone.labels(_route(request)).inc()
+        gateway.metrics.clients_gone.labels(route_label(request)).inc()
         trail.reason = "client_gone"
         raise
     finally:
@@ -179,11 +194,11 @@ def _refuse(request: web.Request, refusal: Refusal) -> web.Response:
 
 
 def _account(request: web.Request, status: int, total_s: float) -> None:
-    gateway, trail, route = request.app[GATEWAY], request[TRAIL], _route(request)
-    if route in ("/healthz", "/readyz", "/metrics"):
+    gateway, trail, route = request.app[GATEWAY], request[TRAIL], route_label(request)
+    if route in HEALTH or route == "/metrics":
         return
     metrics = gateway.metrics
-    metrics.requests.labels(route, trail.policy, str(status)).inc()
+    metrics.requests.labels(route, trail.tenant, trail.policy, str(status)).inc()
     if trail.reason is None and trail.engine_s:
         metrics.e2e.labels(trail.policy).observe(total_s)
         metrics.overhead.observe(max(0.0, total_s - trail.engine_s))
@@ -194,6 +209,8 @@ def _account(request: web.Request, status: int, total_s: float) -> None:
         request_id=trail.request_id,
         route=route,
         status=status,
+        tenant=trail.tenant,
+        key=trail.key,
         policy=trail.policy,
         revision=trail.revision[:12],
         stream=trail.stream,
@@ -203,7 +220,7 @@ def _account(request: web.Request, status: int, total_s: float) -> None:
     )
 
 
-def _route(request: web.Request) -> str:
+def route_label(request: web.Request) -> str:
     """A label of few values: the route's pattern, never the path as written."""
     resource = request.match_info.route.resource
     return "unknown" if resource is None else resource.canonical

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from multidict import CIMultiDictProxy
 
 from interpretops.errors import ConfigError
-from interpretops.settings import Binding
+from interpretops.settings import Binding, Match
 from proxy.refusal import PolicyConflict, PolicyForbidden, UnknownModel, UnknownPolicy
 
 HEADER: Final = "X-Steering-Policy"
@@ -27,10 +27,11 @@ class Caller:
 
     route: str
     model: str
-    """The model's name, without a policy."""
+    """The model's name as the caller writes it, without a policy."""
     choice: str | None
     """The policy that the caller names, by header or model alias."""
-    key_sha256: str | None = None
+    tenant: str | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,14 @@ class Decision:
     """`mandatory`, `default` or `optional`; `unbound` when nothing applies and nothing was asked for."""
 
 
-def read_caller(route: str, headers: CIMultiDictProxy[str], model: str, served: Collection[str]) -> Caller:
+def read_caller(
+    route: str,
+    headers: CIMultiDictProxy[str],
+    model: str,
+    served: Collection[str],
+    tenant: str | None = None,
+    key: str | None = None,
+) -> Caller:
     """The caller's own wishes, from header and model alias; raises when they contradict each other."""
     by_header = _header_choice(headers.getall(HEADER, []))
     name, by_alias = split_alias(model, served)
@@ -50,8 +58,7 @@ def read_caller(route: str, headers: CIMultiDictProxy[str], model: str, served: 
         raise PolicyConflict(
             f"{HEADER} = {by_header!r}, but model = {model!r} names another policy; name one", param="model"
         )
-    choice = by_alias if by_header is None else by_header
-    return Caller(route, name, choice, _key_hash(headers.get("Authorization")))
+    return Caller(route, name, by_alias if by_header is None else by_header, tenant, key)
 
 
 def split_alias(model: str, served: Collection[str]) -> tuple[str, str | None]:
@@ -105,16 +112,28 @@ def choices(bindings: Sequence[Binding], caller: Caller, known: Collection[str])
 
 def check_bindings(bindings: Sequence[Binding]) -> None:
     """Refuse at start what could only fail at a request: two mandatory policies for one caller."""
-    seen: dict[Mapping[str, object] | str, str] = {}
-    for index, binding in enumerate(bindings):
-        if binding.mode != "mandatory":
-            continue
-        key = binding.match.model_dump_json()
-        if seen.setdefault(key, binding.policy) != binding.policy:
+    mandatory = [(i, binding) for i, binding in enumerate(bindings) if binding.mode == "mandatory"]
+    for (first, one), (second, other) in itertools.combinations(mandatory, 2):
+        if one.policy != other.policy and _overlap(one.match, other.match):
             raise ConfigError(
-                f"bindings[{index}].policy = {binding.policy!r}, but {seen[key]!r} is already mandatory "
-                "for the same requests; keep one"
+                f"bindings[{second}].policy = {other.policy!r}, but bindings[{first}] makes {one.policy!r} "
+                "mandatory for some of the same requests, and only one policy can apply; keep one, or write "
+                "one policy with the interventions of both"
             )
+
+
+def explain(bindings: Sequence[Binding], caller: Caller) -> list[dict[str, object]]:
+    """Every binding, and whether it is for this caller; for operators."""
+    return [
+        {
+            "index": index,
+            "policy": binding.policy,
+            "mode": binding.mode,
+            "matches": _matches(binding, caller),
+            "match": binding.match.model_dump(exclude_none=True),
+        }
+        for index, binding in enumerate(bindings)
+    ]
 
 
 def demanded(bindings: Sequence[Binding]) -> set[str]:
@@ -126,9 +145,16 @@ def _matches(binding: Binding, caller: Caller) -> bool:
     match = binding.match
     return (
         match.model_alias in (None, caller.model)
-        and match.key_sha256 in (None, caller.key_sha256)
+        and match.tenant in (None, caller.tenant)
+        and match.key in (None, caller.key)
         and match.route in (None, caller.route)
     )
+
+
+def _overlap(one: Match, other: Match) -> bool:
+    """Whether one request could match both. A key is taken to be anybody's: its tenant may change."""
+    pairs = zip(one.model_dump().values(), other.model_dump().values(), strict=True)
+    return all(mine == theirs or mine is None or theirs is None for mine, theirs in pairs)
 
 
 def _header_choice(values: Sequence[str]) -> str | None:
@@ -140,8 +166,3 @@ def _header_choice(values: Sequence[str]) -> str | None:
     if not _CHOICE.fullmatch(value):
         raise UnknownPolicy(f"{HEADER} holds no policy id; write one policy id, or none")
     return value
-
-
-def _key_hash(authorization: str | None) -> str | None:
-    scheme, _, key = (authorization or "").partition(" ")
-    return hashlib.sha256(key.strip().encode()).hexdigest() if scheme.lower() == "bearer" and key else None

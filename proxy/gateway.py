@@ -10,6 +10,7 @@ from aiohttp import web
 from structlog.typing import FilteringBoundLogger
 
 from interpretops.settings import Settings
+from proxy.access import Access
 from proxy.admin import make_admin_app
 from proxy.app import make_public_app
 from proxy.binding import check_bindings, demanded
@@ -18,7 +19,7 @@ from proxy.engine_link import EngineLink
 from proxy.engine_loop import Engine, EngineLoop
 from proxy.metrics import Metrics
 from proxy.state import Gateway
-from proxy.watch import watch_policies
+from proxy.watch import watch_keys, watch_policies
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def make_app(
     link = EngineLink(metrics, log)
     paths = settings.paths
     catalogue = Catalogue(paths.policies, paths.artifacts, demanded(settings.bindings), link, metrics, log)
-    gateway = Gateway(settings, link, catalogue, metrics, log)
+    access = Access(settings, metrics, log)
+    gateway = Gateway(settings, link, catalogue, access, metrics, log)
     loop = EngineLoop(settings, link, make_engine, catalogue.prepare, metrics, log, progress)
 
     async def keep_engine(_app: web.Application) -> AsyncIterator[None]:
@@ -62,6 +64,14 @@ def make_app(
 
     public = make_public_app(gateway)
     public.cleanup_ctx.append(keep_engine)
+
+    async def keep_keys(_app: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(watch_keys(access), name="keys")
+        yield
+        await _end(task)
+
+    if access.wanted:
+        public.cleanup_ctx.append(keep_keys)
     if settings.gateway.watch_policies:
         public.cleanup_ctx.append(keep_watch)
     return Apps(public, make_admin_app(gateway), gateway, loop)

@@ -40,7 +40,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "interpretops_requests", "Requests answered.", ("route", "policy", "status"), registry=registry
+            "interpretops_requests",
+            "Requests answered.",
+            ("route", "tenant", "policy", "status"),
+            registry=registry,
         )
         self.refusals = Counter(
             "interpretops_refusals", "Requests refused, by reason.", ("reason",), registry=registry
@@ -67,6 +70,11 @@ class Metrics:
             "interpretops_policy_broken",
             "1 while the newest file of a policy is not what serves.",
             ("policy",),
+            registry=registry,
+        )
+        self.keys_broken = Gauge(
+            "interpretops_keys_broken",
+            "1 while the file of keys cannot be taken and older keys are in force.",
             registry=registry,
         )
         self.engine_up = Gauge("interpretops_engine_up", "1 while the engine answers.", registry=registry)

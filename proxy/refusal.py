@@ -54,6 +54,20 @@ class PolicyForbidden(Refusal):
     status = 403
 
 
+class InvalidKey(Refusal):
+    """No key, a wrong one, or one that is not for this listener."""
+
+    code = "invalid_api_key"
+    status = 401
+
+
+class NotPermitted(Refusal):
+    """The key is known, and not allowed to do this."""
+
+    code = "not_permitted"
+    status = 403
+
+
 class UnknownModel(Refusal):
     """The engine does not serve this model."""
 
@@ -141,4 +155,6 @@ def error_headers(refusal: Refusal) -> dict[str, str]:
     headers = {} if refusal.retry is None else {"x-should-retry": "true" if refusal.retry else "false"}
     if refusal.status == 503:
         headers["Retry-After"] = "1"
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return headers

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -20,11 +21,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from interpretops.errors import ConfigError
 from interpretops.settings import Settings
+from proxy.access import check_exposure
 from proxy.engine_command import check_memory, engine_command
 from proxy.engine_loop import make_engine
 from proxy.gateway import Apps, make_app
 from proxy.logs import make_logger
 from proxy.model_folder import find_model
+from proxy.tls import make_tls
 
 _FORCED_EXIT = 130
 
@@ -40,6 +43,7 @@ class _Serve:
         self._settings = settings
         self._console = console
         self._stop = asyncio.Event()
+        self._tls: list[ssl.SSLContext | None] = [None, None]
         self._steps = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -56,12 +60,24 @@ class _Serve:
             _listen(gateway.host, gateway.port, "gateway.port", "--port") as public,
             _listen(gateway.admin_host, gateway.admin_port, "gateway.admin_port", "--admin-port") as admin,
         ):
+            self._check_doors(public, admin)
             if self._console.is_terminal:
                 self._steps.start()
             try:
                 await self._run_on(public, admin)
             finally:
                 self._end_steps()
+
+    def _check_doors(self, public: socket.socket, admin: socket.socket) -> None:
+        """Before anything slow begins: who could come in, and whether certificates can be read."""
+        keys = self._settings.paths.keys is not None
+        gateway = self._settings.gateway
+        check_exposure(public.getsockname()[0], "gateway.host", keys=keys)
+        check_exposure(admin.getsockname()[0], "gateway.admin_host", keys=keys)
+        self._tls = [
+            make_tls(gateway.tls_cert, gateway.tls_key, "gateway.tls_cert"),
+            make_tls(gateway.admin_tls_cert, gateway.admin_tls_key, "gateway.admin_tls_cert"),
+        ]
 
     async def _run_on(self, public: socket.socket, admin: socket.socket) -> None:
         settings, model = self._settings, None
@@ -82,9 +98,9 @@ class _Serve:
             for app, leaves in ((apps.public, True), (apps.admin, False))
         ]
         try:
-            for runner, listener in zip(runners, (public, admin), strict=True):
+            for runner, listener, tls in zip(runners, (public, admin), self._tls, strict=True):
                 await runner.setup()
-                await web.SockSite(runner, listener).start()
+                await web.SockSite(runner, listener, ssl_context=tls).start()
             await self._until_stopped(apps, public, admin)
         finally:
             for runner in runners:
@@ -127,17 +143,22 @@ class _Serve:
                 self._console.print(
                     f"policy {policy} is not up to date: {entry.error}", style="yellow", markup=False
                 )
+        policies = ", ".join(active) or "none"
         self._console.print(
-            f"model {served}, policies {', '.join(active) or 'none'}, admin and metrics on {_url(admin)}",
-            markup=False,
+            f"model {served}, policies {policies}, admin and metrics on {self._url(admin, 1)}", markup=False
         )
         name = f"{served}+{active[0]}" if active else served
         body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-        route = f"{_url(public)}/v1/chat/completions"
+        route = f"{self._url(public, 0)}/v1/chat/completions"
         curl = f"curl {route} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
         # On standard output, where scripts wait for it.
-        sys.stdout.write(f"ready: {_url(public)}/v1   try: {curl}\n")
+        sys.stdout.write(f"ready: {self._url(public, 0)}/v1   try: {curl}\n")
         sys.stdout.flush()
+
+    def _url(self, listener: socket.socket, which: int) -> str:
+        host, port = listener.getsockname()[:2]
+        scheme = "http" if self._tls[which] is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def _end_steps(self) -> None:
         if self._steps.live.is_started:
@@ -181,8 +202,3 @@ def _listen(host: str, port: int, field: str, flag: str) -> socket.socket:
             why = f"it cannot be opened ({error.strerror})"
         raise ConfigError(f"{field} = {port}, but {why}") from error
     return listener
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aiohttp import web
+from multidict import CIMultiDictProxy
 from structlog.typing import FilteringBoundLogger
 
 from interpretops.settings import Settings
+from proxy.access import Access, Identity
+from proxy.binding import Caller, read_caller
 from proxy.catalogue import Catalogue
 from proxy.engine_link import EngineLink
 from proxy.metrics import Metrics
+from proxy.refusal import UnknownModel
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,28 @@ class Gateway:
     settings: Settings
     link: EngineLink
     catalogue: Catalogue
+    access: Access
     metrics: Metrics
     log: FilteringBoundLogger
+
+    def caller(self, route: str, headers: CIMultiDictProxy[str], model: str, identity: Identity) -> Caller:
+        """What of a request its bindings look at; refuses a model that is not this caller's to name."""
+        served = self.link.require().served
+        known = (*served, *(alias.name for alias in self.settings.aliases))
+        names = {name for name in known if identity.may_name(name)}
+        return read_caller(route, headers, model, names, identity.tenant.id, identity.key)
+
+    def engine_model(self, name: str) -> str:
+        """The engine's own name for a model that callers name so."""
+        served = self.link.require().served
+        if name in served:
+            return name
+        alias = next(alias for alias in self.settings.aliases if alias.name == name)
+        if alias.model is None:
+            return min(served)
+        if alias.model not in served:
+            raise UnknownModel(f"model {name!r} stands for one that the engine does not serve", param="model")
+        return alias.model
 
     def not_ready(self) -> str | None:
         """Why requests cannot be served now, for operators; None when they can."""
@@ -32,6 +56,7 @@ class Gateway:
         return None
 
 
+IDENTITY: web.RequestKey[Identity] = web.RequestKey("identity", Identity)
 GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway", Gateway)
 
 
@@ -40,6 +65,10 @@ class Trail:
     """What is known of a request by its end, for log and metrics. Never what it said."""
 
     request_id: str
+    tenant: str = "none"
+    """Id of a declared tenant, `anonymous` without keys, or `none` when nobody was identified."""
+    key: str | None = None
+    """Id of the key that was shown."""
     policy: str = "none"
     """Id of a policy in the catalogue, or `none`."""
     revision: str = "none"

@@ -1,4 +1,4 @@
-"""Notices that policy files changed: at once where the system tells, within two seconds where it does not."""
+"""Notices that policy files changed, at once where the system tells, and keys, within two seconds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import watchfiles
 from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import InterpretOpsError
+from proxy.access import Access
 from proxy.catalogue import Catalogue
 from proxy.engine_link import EngineLink
 
@@ -36,6 +37,13 @@ async def watch_policies(
                 await catalogue.reload()
             except InterpretOpsError as error:
                 log.warning("reload_postponed", error=str(error))
+
+
+async def watch_keys(access: Access) -> None:
+    """Take changes of the file of keys, until cancelled: a revoked key opens nothing a moment later."""
+    while True:
+        await asyncio.sleep(_POLL_S)
+        await asyncio.to_thread(access.refresh)
 
 
 async def _listen(folder: Path, changed: asyncio.Event) -> None:

@@ -39,7 +39,7 @@ def test_default_bindings_offer_every_policy_and_impose_none() -> None:
     """Out of the box any loaded policy may be chosen and none applies unasked."""
     (binding,) = load_settings(environ={}).bindings
     assert (binding.policy, binding.mode) == ("*", "optional")
-    assert binding.match.model_dump() == {"model_alias": None, "key_sha256": None, "route": None}
+    assert binding.match.model_dump() == dict.fromkeys(("tenant", "key", "model_alias", "route"))
 
 
 def test_reference_configuration_loads_as_it_stands() -> None:
@@ -153,7 +153,11 @@ def test_values_of_another_type_are_refused(tmp_path: Path, text: str) -> None:
         ("engine: {extra_args: [--served_model_name=x]}\n", "extra_args[0] = '--served_model_name=x'"),
         ("engine: {extra_args: [--uds, x]}\n", "extra_args[0] = '--uds'"),
         ("bindings: [{policy: '*', mode: mandatory}]\n", "bindings[0]"),
-        ("bindings: [{policy: a, match: {key_sha256: secret}}]\n", "bindings[0].match.key_sha256"),
+        ("bindings: [{policy: a, match: {key: '!'}}]\n", "bindings[0].match.key"),
+        ("bindings: [{policy: a, match: {tenant: acme}}]\n", "bindings[0].match.tenant = 'acme'"),
+        ("paths: {keys: k}\nbindings: [{policy: a, match: {tenant: acme}}]\n", "tenants declares none"),
+        ("tenants: [{id: a}, {id: a}]\n", "tenants: 'a' is declared twice"),
+        ("gateway: {tls_cert: c.pem}\n", "tls_cert and tls_key belong together"),
         ("store: {s3_endpoint: 'ftp://x'}\n", "store.s3_endpoint"),
         ("model: {device: tpu}\n", "model.device"),
         ("gateway: 5\n", "gateway = 5"),

@@ -67,9 +67,9 @@ def test_policy_that_is_not_open_is_unknown(bindings, choice):
 
 def test_binding_applies_only_where_it_matches():
     """Route, model and key must all match."""
-    for field, value in (("model_alias", "m"), ("route", CHAT), ("key_sha256", "0" * 64)):
+    for field, value in (("model_alias", "m"), ("route", CHAT), ("tenant", "acme"), ("key", "k")):
         bound = (Binding(policy="strict", mode="mandatory", match=Match(**{field: value})), *ANY)
-        same = caller(key_sha256="0" * 64)
+        same = caller(tenant="acme", key="k")
         assert decide(bound, same, KNOWN).policy == "strict"
         other = caller(**{{"model_alias": "model"}.get(field, field): "x"})
         assert decide(bound, other, KNOWN).policy == "none"
@@ -114,8 +114,33 @@ def test_model_name_with_a_plus_is_served():
 def test_two_mandatory_policies_for_the_same_requests_stop_the_start():
     """What could only fail at every request fails at start, and says where."""
     twice = (Binding(policy="a", mode="mandatory"), Binding(policy="b", mode="mandatory"))
-    with pytest.raises(ConfigError, match=r"bindings\[1\].policy = 'b', but 'a' is already mandatory"):
+    with pytest.raises(
+        ConfigError, match=r"bindings\[1\].policy = 'b', but bindings\[0\] makes 'a' mandatory"
+    ):
         check_bindings(twice)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "conflict"),
+    [
+        ({"tenant": "x"}, {"route": CHAT}, True),
+        ({"tenant": "x"}, {}, True),
+        ({"tenant": "x"}, {"key": "k"}, True),
+        ({"tenant": "x"}, {"tenant": "y"}, False),
+        ({"tenant": "x", "route": CHAT}, {"tenant": "x", "route": "/v1/completions"}, False),
+        ({"model_alias": "m"}, {"model_alias": "n"}, False),
+    ],
+)
+def test_mandatory_policies_conflict_where_one_request_could_match_both(one, other, conflict):
+    """Bindings of different kinds conflict when some caller falls under both; the same policy never does."""
+    pair = [Binding(policy="a", mode="mandatory", match=Match(**one))]
+    check_bindings([*pair, Binding(policy="a", mode="mandatory", match=Match(**other))])
+    pair.append(Binding(policy="b", mode="mandatory", match=Match(**other)))
+    if conflict:
+        with pytest.raises(ConfigError, match="only one policy can apply"):
+            check_bindings(pair)
+    else:
+        check_bindings(pair)
 
 
 MANDATORY_CALM = [{"policy": "calm", "mode": "mandatory"}, {"policy": "*"}]

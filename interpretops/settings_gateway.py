@@ -1,0 +1,84 @@
+"""The settings of the HTTP front: listeners, bounds, the audit log, and what a revision must show."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from interpretops.settings_section import Name, Port, Seconds, Section
+
+
+class GatewaySettings(Section):
+    """The HTTP front: where it listens and what it bounds."""
+
+    host: Name = "127.0.0.1"
+    """Address of the OpenAI endpoint. Beyond this machine it is opened only with `paths.keys`."""
+    port: Port = 8000
+    """Port of the OpenAI endpoint; 0 takes any free one."""
+    admin_host: Name = "127.0.0.1"
+    """Address of the admin routes and metrics. Beyond this machine it is opened only with `paths.keys`."""
+    admin_port: Port = 8001
+    """Port of the admin routes and metrics; 0 takes any free one."""
+    tls_cert: Path | None = None
+    """Certificate chain (PEM) of the OpenAI endpoint; with it the endpoint speaks TLS only."""
+    tls_key: Path | None = None
+    """Private key (PEM) of `tls_cert`."""
+    admin_tls_cert: Path | None = None
+    """Certificate chain (PEM) of the admin listener; with it the listener speaks TLS only."""
+    admin_tls_key: Path | None = None
+    """Private key (PEM) of `admin_tls_cert`."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
+    """Largest request body that is read."""
+    body_timeout_s: Seconds = 30.0
+    """Longest wait for a client to send its body."""
+    connect_timeout_s: Seconds = 5.0
+    """Longest wait for a connection to the engine."""
+    request_timeout_s: Seconds = 600.0
+    """Longest a request may take from admission to its last byte."""
+    stream_idle_timeout_s: Seconds = 120.0
+    """Longest silence of the engine within a stream."""
+    client_idle_timeout_s: Seconds = 60.0
+    """Longest a client may leave unread what was sent to it before its connection is cut."""
+    max_connections: Annotated[int, Field(ge=1)] = 1024
+    """Most connections of clients at a time; further ones wait."""
+    shutdown_grace_s: Seconds = 30.0
+    """How long running requests may finish after a request to stop."""
+    watch_policies: bool = True
+    """Reload when a file under `paths.policies` changes."""
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.port == self.admin_port != 0:
+            raise ValueError(f"port and admin_port are both {self.port}, but must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _certificates_have_keys(self) -> Self:
+        for cert, key in (("tls_cert", "tls_key"), ("admin_tls_cert", "admin_tls_key")):
+            if (getattr(self, cert) is None) != (getattr(self, key) is None):
+                raise ValueError(f"{cert} and {key} belong together; give both or neither")
+        return self
+
+
+class PolicySettings(Section):
+    """What a policy revision must show before it serves."""
+
+    require_cards: bool = False
+    """Serve a policy that states `success_criteria` only on a Risk Card that meets them, or on a recorded
+    override, from the first start on. False: a revision found at the start is served with a warning and a
+    metric; a later one still waits as a candidate."""
+    shadow_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of requests that a revision in state `shadow` answers a second time, unseen."""
+
+
+class AuditSettings(Section):
+    """The audit log: who got which revision, and who changed what. It holds no prompts and no answers."""
+
+    path: Path | None = None
+    """The log's file; a new one is begun beside it when it is full. None: no audit log, and no overrides."""
+    fsync: Literal["always", "interval", "never"] = "interval"
+    """When lines are forced to the disk: after every batch, once a second, or when the system likes."""
+    rotate_bytes: Annotated[int, Field(ge=4096)] = 64 * 1024 * 1024
+    """Size at which the file is set aside; the chain goes on in the next one."""
+    on_failure: Literal["refuse", "continue"] = "refuse"
+    """What happens to requests while the log cannot be written: refused with 503, or served unrecorded."""

@@ -1,0 +1,166 @@
+"""Who is calling: the tenant of a key on the OpenAI endpoint, the role of a key on the admin listener."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from multidict import CIMultiDictProxy
+from structlog.typing import FilteringBoundLogger
+
+from interpretops.api_keys import ApiKey, KeyRing, Role, read_keys
+from interpretops.errors import ConfigError
+from interpretops.settings import Settings, Tenant
+from interpretops.settings_access import ANONYMOUS
+from proxy.metrics import Metrics
+from proxy.refusal import InvalidKey, NotPermitted
+
+_MAX_KEY = 512
+LOOPBACK_NAMES: Final = frozenset(("localhost", "localhost.localdomain"))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """On whose behalf a request comes."""
+
+    tenant: Tenant
+    key: str | None = None
+    """Id of the key that proved it; None where no keys are asked for."""
+
+    def check_route(self, route: str) -> None:
+        """Refuse a route that is not open to this tenant."""
+        if self.tenant.routes is not None and route not in self.tenant.routes:
+            raise NotPermitted(f"{route} is not open to this key")
+
+    def may_name(self, model: str) -> bool:
+        """Whether this tenant may write this model name."""
+        return self.tenant.models is None or model in self.tenant.models
+
+
+class Access:
+    """Knows tenants and keys; reads the file of keys again when its content changes."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, log: FilteringBoundLogger) -> None:
+        self._path: Path | None = settings.paths.keys
+        self._tenants: Mapping[str, Tenant] = {tenant.id: tenant for tenant in settings.tenants}
+        self._anonymous = Identity(self._tenants.get(ANONYMOUS, Tenant(id=ANONYMOUS)))
+        self._metrics = metrics
+        self._log = log
+        self._ring = KeyRing(())
+        self._failure: str | None = None
+        if self._path is not None:
+            self._ring = self._read(self._path)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether keys are asked for."""
+        return self._path is not None
+
+    def refresh(self) -> None:
+        """Take the file's keys as they are now; when it cannot be read, the keys stay as they were."""
+        if self._path is None:
+            return
+        try:
+            ring, failure = self._read(self._path), None
+        except ConfigError as error:
+            ring, failure = self._ring, str(error)
+        if failure is not None and failure != self._failure:
+            self._log.error("keys_refused", error=failure)
+        elif ring.keys != self._ring.keys:
+            self._log.info("keys_changed", keys=len(ring.keys))
+        self._failure, self._ring = failure, ring
+        self._metrics.keys_broken.set(failure is not None)
+
+    def tenant(self, name: str) -> Tenant:
+        """A declared tenant. Raises `KeyError`."""
+        return self._tenants[name]
+
+    def tenant_of_key(self, key_id: str) -> Tenant:
+        """The tenant of a key's id. Raises `KeyError`."""
+        for key in self._ring.keys:
+            if key.id == key_id and key.tenant is not None:
+                return self._tenants[key.tenant]
+        raise KeyError(key_id)
+
+    def identify(self, headers: CIMultiDictProxy[str]) -> Identity:
+        """The caller of the OpenAI endpoint; refuses whoever shows no key of a tenant."""
+        if self._path is None:
+            return self._anonymous
+        key = self._find(headers)
+        if key.tenant is None:
+            raise InvalidKey("this key is not for the OpenAI endpoint")
+        return Identity(self._tenants[key.tenant], key.id)
+
+    def authorize(self, headers: CIMultiDictProxy[str], demanded: Role) -> str:
+        """The name of an admin who may do what is ``demanded``; refuses everybody else."""
+        if self._path is None:
+            return ANONYMOUS
+        key = self._find(headers)
+        if key.role is None:
+            raise InvalidKey("this key is not for the admin listener")
+        if demanded == "operator" and key.role != "operator":
+            raise NotPermitted("this key may look, but not change; use one with role operator")
+        return f"{key.name or key.role} ({key.id})"
+
+    def _find(self, headers: CIMultiDictProxy[str]) -> ApiKey:
+        presented = _presented(headers)
+        key = self._ring.find(presented)
+        if key is None:
+            raise InvalidKey(
+                "the key is not valid; send `Authorization: Bearer <key>` with a key of this gateway"
+            )
+        return key
+
+    def _read(self, path: Path) -> KeyRing:
+        if not path.exists():
+            raise ConfigError(
+                f"paths.keys = {path}, but there is no such file; make a key with `mechctl keys add`"
+            )
+        keys = read_keys(path)
+        for key in keys:
+            if key.tenant is not None and key.tenant not in self._tenants:
+                raise ConfigError(
+                    f"{path}: key {key.id} is for tenant {key.tenant!r}, but tenants declares "
+                    f"{', '.join(sorted(self._tenants)) or 'none'}; declare it or revoke the key"
+                )
+        return KeyRing(keys)
+
+
+def check_exposure(address: str, field: str, *, keys: bool) -> None:
+    """Refuse to listen beyond this machine when nobody has to show a key. Raises `ConfigError`."""
+    if not keys and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        raise ConfigError(
+            f"{field} = {address!r}, but that is reached from other machines and no keys are asked for; "
+            "set paths.keys, or listen on 127.0.0.1"
+        )
+
+
+def names_this_machine(host: str | None) -> bool:
+    """Whether a Host header could not have been written by a page of a foreign name."""
+    name = (host or "").rsplit(":", 1)[0] if not (host or "").endswith("]") else (host or "")
+    name = name.strip("[]").lower()
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name in LOOPBACK_NAMES
+    return True
+
+
+def _presented(headers: CIMultiDictProxy[str]) -> str:
+    """The one key of a request; two places may name it, when they name the same."""
+    found: set[str] = set()
+    for value in headers.getall("Authorization", []):
+        scheme, _, key = value.partition(" ")
+        if scheme.lower() != "bearer":
+            raise InvalidKey("Authorization must be `Bearer <key>`")
+        found.add(key.strip())
+    found.update(value.strip() for value in headers.getall("x-api-key", []))
+    if not found:
+        raise InvalidKey("no key was given; send `Authorization: Bearer <key>`")
+    if len(found) > 1:
+        raise InvalidKey("the request carries several different keys; send one")
+    (key,) = found
+    return key[:_MAX_KEY]

@@ -1,0 +1,63 @@
+"""`mechctl keys` as an operator uses it."""
+
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from interpretops.api_keys import KeyRing, read_keys
+from interpretops.cli import app
+from interpretops.errors import ConfigError
+
+RUNNER = CliRunner()
+
+
+def run(*arguments: str) -> tuple[str, BaseException | None]:
+    ended = RUNNER.invoke(app, ["keys", *arguments])
+    return ended.stdout, ended.exception
+
+
+def test_key_is_shown_once_and_works(tmp_path: Path) -> None:
+    """`add` prints the key alone on standard output; the file knows it again, and `list` shows no secret."""
+    config = tmp_path / "config.yaml"
+    config.write_text("tenants: [{id: acme}]\npaths: {keys: keys.yaml}\n")
+    shown, failure = run("add", "--tenant", "acme", "--name", "CI", "--days", "30", "--config", str(config))
+    assert failure is None
+    key = shown.strip()
+    (kept,) = read_keys(tmp_path / "keys.yaml")
+    assert KeyRing((kept,)).find(key) == kept
+    assert (kept.tenant, kept.name) == ("acme", "CI")
+    assert kept.expires is not None
+    listed, _ = run("list", "--config", str(config))
+    assert listed.startswith(f"{kept.id}  tenant acme")
+    assert key.split("_", 2)[2] not in listed
+
+
+def test_revoked_key_is_gone_and_others_stay(tmp_path: Path) -> None:
+    """`revoke` takes one key out; an unknown id is an error."""
+    file = str(tmp_path / "keys.yaml")
+    run("add", "--tenant", "acme", "--file", file)
+    run("add", "--role", "operator", "--file", file)
+    first, second = read_keys(Path(file))
+    assert run("revoke", first.id, "--file", file)[1] is None
+    assert read_keys(Path(file)) == (second,)
+    failure = run("revoke", first.id, "--file", file)[1]
+    assert isinstance(failure, ConfigError)
+    assert f"holds no key {first.id!r}" in str(failure)
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    """A key for nobody, for two uses, for an unknown role or tenant is not made, nor one without a file."""
+    config = tmp_path / "config.yaml"
+    config.write_text("tenants: [{id: acme}]\n")
+    file = ("--file", str(tmp_path / "keys.yaml"))
+    for arguments, told in (
+        ((*file,), "either --tenant ID or --role"),
+        ((*file, "--tenant", "a", "--role", "viewer"), "either --tenant ID or --role"),
+        ((*file, "--role", "root"), "must be viewer or operator"),
+        ((*file, "--tenant", "acne", "--config", str(config)), "the settings declare acme"),
+        (("--tenant", "acme", "--config", str(config)), "paths.keys is not set"),
+    ):
+        failure = run("add", *arguments)[1]
+        assert isinstance(failure, ConfigError)
+        assert told in str(failure)
+    assert not (tmp_path / "keys.yaml").exists()

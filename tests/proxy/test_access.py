@@ -1,0 +1,312 @@
+"""Who gets in: keys, tenants and roles, on both listeners."""
+
+import asyncio
+import ipaddress
+import ssl
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import aiohttp
+import pytest
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from interpretops.api_keys import KeyRing, make_key, read_keys, write_keys
+from interpretops.errors import ConfigError
+from proxy.access import check_exposure, names_this_machine
+from proxy.tls import make_tls
+
+TENANTS = [{"id": "acme", "models": ["tiny-model", "bot"]}, {"id": "other", "routes": ["/v1/completions"]}]
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """A file of keys, and the keys by holder."""
+    made = {
+        "acme": make_key(tenant="acme"),
+        "other": make_key(tenant="other"),
+        "old": make_key(tenant="acme", expires=datetime(2020, 1, 1, tzinfo=UTC)),
+        "viewer": make_key(role="viewer", name="vera"),
+        "operator": make_key(role="operator", name="otto"),
+    }
+    write_keys(tmp_path / "keys.yaml", [kept for _, kept in made.values()])
+    return {holder: key for holder, (key, _) in made.items()}
+
+
+@pytest.fixture
+def guarded(start, tmp_path, keys):
+    """Starts a gateway that asks for keys."""
+
+    async def run(*policies, **sections):
+        declared = {"tenants": TENANTS, "paths.keys": tmp_path / "keys.yaml", **sections}
+        return await start(*policies, **declared)
+
+    return run
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def test_only_keys_of_tenants_open_the_endpoint(guarded, engine, keys):
+    """Without a tenant's own key nobody gets an answer, a model list, or word of what routes there are."""
+    front = await guarded("calm")
+    flipped = keys["acme"][:-1] + ("A" if keys["acme"][-1] != "A" else "B")
+    wrong = [
+        {},
+        bearer(flipped),
+        bearer(""),
+        bearer(keys["old"]),
+        bearer(keys["operator"]),
+        bearer("iops_" + "0" * 12 + "_" + "A" * 43),
+        {"Authorization": f"Basic {keys['acme']}"},
+        {**bearer(keys["acme"]), "x-api-key": keys["other"]},
+    ]
+    for headers in wrong:
+        status, given, body = await front.chat(headers=headers)
+        assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+        assert body["error"]["type"] == "authentication_error"
+        assert (given["WWW-Authenticate"], given["x-should-retry"]) == ("Bearer", "false")
+        for path in ("/v1/models", "/nothing"):
+            async with front.public.get(path, headers=headers) as answer:
+                assert answer.status == 401
+    assert engine.seen == []
+    for headers in (bearer(keys["acme"]), {"x-api-key": keys["acme"]}):
+        assert (await front.chat(headers=headers))[0] == 200
+
+
+async def test_orchestrator_needs_no_key(guarded):
+    """Health and readiness say yes or no to everybody."""
+    front = await guarded()
+    for session in (front.public, front.admin):
+        for path in ("/healthz", "/readyz"):
+            async with session.get(path) as answer:
+                assert answer.status == 200
+
+
+async def test_tenant_sees_and_uses_only_its_models_and_routes(guarded, engine, keys):
+    """A model or route that is not a tenant's own is refused, and stands in no list of its."""
+    front = await guarded("calm", aliases=[{"name": "bot"}, {"name": "secret-bot"}])
+    async with front.public.get("/v1/models", headers=bearer(keys["acme"])) as answer:
+        listed = [model["id"] for model in (await answer.json())["data"]]
+    assert listed == ["tiny-model", "tiny-model+calm", "bot", "bot+calm"]
+    assert (await front.chat(headers=bearer(keys["acme"]), model="bot+calm"))[0] == 200
+    assert engine.seen[-1]["model"] == "tiny-model"
+    for model in ("secret-bot", "secret-bot+calm", "Bot", "b\u043et"):
+        status, _, body = await front.chat(headers=bearer(keys["acme"]), model=model)
+        assert (status, body["error"]["code"]) == (404, "model_not_found")
+    status, _, body = await front.chat(headers=bearer(keys["other"]))
+    assert (status, body["error"]["code"]) == (403, "not_permitted")
+    assert len(engine.seen) == 1
+
+
+async def test_binding_holds_for_its_tenant_and_key(guarded, engine, keys):
+    """A policy that is mandatory for one tenant applies to all its keys and to nobody else."""
+    key_id = keys["other"].split("_")[1]
+    bindings = [
+        {"policy": "calm", "mode": "mandatory", "match": {"tenant": "acme"}},
+        {"policy": "strict", "mode": "default", "match": {"key": key_id}},
+        {"policy": "*"},
+    ]
+    tenants = [{"id": "acme"}, {"id": "other"}]
+    front = await guarded("calm", "strict", bindings=bindings, tenants=tenants)
+    labels = {}
+    for holder in ("acme", "other"):
+        _, headers, _ = await front.chat(headers=bearer(keys[holder]))
+        labels[holder] = headers["X-Steering-Policy"].split("@")[0]
+    assert labels == {"acme": "calm", "other": "strict"}
+    status, _, _ = await front.chat(headers=bearer(keys["acme"]), model="tiny-model+strict")
+    assert status == 403
+
+
+async def test_dry_run_explains_every_binding(guarded, engine, keys):
+    """An operator sees which bindings matched a tenant or key, and which decided, without its secret."""
+    bindings = [{"policy": "calm", "mode": "mandatory", "match": {"tenant": "acme"}}, {"policy": "*"}]
+    front = await guarded("calm", bindings=bindings)
+    headers = bearer(keys["viewer"])
+
+    async def resolve(**body):
+        async with front.admin.post("/admin/resolve", json=body, headers=headers) as answer:
+            return answer.status, await answer.json()
+
+    status, told = await resolve(key=keys["acme"].split("_")[1])
+    assert (status, told["policy"], told["mode"], told["tenant"]) == (200, "calm", "mandatory", "acme")
+    assert [binding["matches"] for binding in told["bindings"]] == [True, True]
+    _, told = await resolve(tenant="other", route="/v1/completions")
+    assert (told["policy"], [binding["matches"] for binding in told["bindings"]]) == ("none", [False, True])
+    assert (await resolve(tenant="nobody"))[0] == 400
+    assert (await resolve(tenant="other"))[1]["error"]["code"] == "not_permitted"
+    assert engine.seen == []
+
+
+async def test_roles_on_the_admin_listener(guarded, keys):
+    """A viewer looks, an operator changes, a tenant's key does neither."""
+    front = await guarded("calm")
+
+    async def status(method, path, holder):
+        headers = bearer(keys[holder]) if holder else {}
+        async with front.admin.request(method, path, headers=headers) as answer:
+            return answer.status
+
+    assert [await status("GET", "/metrics", who) for who in ("", "acme", "viewer", "operator")] == [
+        *(401, 401, 200, 200)
+    ]
+    assert [await status("POST", "/admin/reload", who) for who in ("", "acme", "viewer", "operator")] == [
+        *(401, 401, 403, 200)
+    ]
+
+
+async def test_keys_are_taken_and_revoked_while_running(guarded, engine, keys, tmp_path, until):
+    """A new key works and a revoked one does not, without a restart; a broken file changes only a metric."""
+    front = await guarded()
+    path = tmp_path / "keys.yaml"
+    new, kept = make_key(tenant="acme")
+    write_keys(path, [kept])
+
+    async def works(key):
+        return (await front.chat(headers=bearer(key)))[0] == 200
+
+    await until(lambda: works(new))
+    assert not await works(keys["acme"])
+    path.write_text("keys: [")
+    await asyncio.to_thread(front.apps.gateway.access.refresh)
+    assert await works(new)
+    assert b"interpretops_keys_broken 1.0" in front.apps.gateway.metrics.render()
+
+
+async def test_keys_never_reach_log_or_metrics(guarded, keys):
+    """The id of a key stands in the log, its secret nowhere, right or wrong."""
+    front = await guarded()
+    await front.chat(headers=bearer(keys["acme"]))
+    await front.chat(headers=bearer(keys["acme"] + "x"))
+    told = str(front.log) + front.apps.gateway.metrics.render().decode()
+    _, key_id, secret = keys["acme"].split("_", 2)
+    assert key_id in told
+    assert secret not in told
+    requests = [line for line in front.log if line["event"] == "request"]
+    assert [line["tenant"] for line in requests] == ["acme", "none"]
+
+
+def test_key_file_holds_no_key_and_is_private(tmp_path):
+    """Two keys of the same tenant share nothing in the file, and only its owner reads it."""
+    path = tmp_path / "keys.yaml"
+    (key, kept), (_, second) = make_key(tenant="a"), make_key(tenant="a")
+    write_keys(path, [kept, second])
+    assert key.split("_", 2)[2] not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert read_keys(path) == (kept, second)
+    assert kept.salt != second.salt
+    assert KeyRing(read_keys(path)).find(key) == kept
+    later = datetime.now(UTC) + timedelta(days=2)
+    expiring, kept = make_key(tenant="a", expires=datetime.now(UTC) + timedelta(days=1))
+    assert KeyRing((kept,)).find(expiring) == kept
+    assert KeyRing((kept,)).find(expiring, later) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("keys: [{id: x}]", "keys[0].id"),
+        ("unknown: 1", "unknown"),
+        ("keys: [", "YAML"),
+    ],
+)
+def test_broken_key_file_is_named(tmp_path, content, told):
+    """A file that cannot be taken stops the start with file and field."""
+    path = tmp_path / "keys.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as refused:
+        read_keys(path)
+    assert str(path) in str(refused.value)
+    assert told in str(refused.value)
+
+
+async def test_key_of_an_undeclared_tenant_stops_the_start(start, tmp_path):
+    """Nobody is let in on behalf of a tenant that the settings do not know; a missing file is named too."""
+    path = tmp_path / "keys.yaml"
+    with pytest.raises(ConfigError, match=r"no such file; make a key with `mechctl keys add`"):
+        await start(**{"paths.keys": path})
+    write_keys(path, [make_key(tenant="ghost")[1]])
+    with pytest.raises(ConfigError, match=r"is for tenant 'ghost', but tenants declares none"):
+        await start(**{"paths.keys": path})
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.1", "2001:db8::1"])  # noqa: S104
+def test_open_gateway_stays_on_this_machine(address):
+    """Without keys only loopback addresses are listened on."""
+    with pytest.raises(ConfigError, match=r"gateway.host = .* set paths.keys, or listen on 127.0.0.1"):
+        check_exposure(address, "gateway.host", keys=False)
+    check_exposure(address, "gateway.host", keys=True)
+    for loopback in ("127.0.0.1", "127.1.2.3", "::1"):
+        check_exposure(loopback, "gateway.host", keys=False)
+
+
+@pytest.mark.parametrize(("flag", "field"), [("--host", "gateway.host")])
+def test_serve_refuses_to_listen_beyond_this_machine_without_keys(tmp_path, flag, field):
+    """`mechctl serve` ends with one line before anything slow begins."""
+    command = [sys.executable, "-m", "interpretops.cli", "serve", "--port", "0", "--admin-port", "0"]
+    ended = subprocess.run([*command, flag, "0.0.0.0"], capture_output=True, text=True, timeout=60)  # noqa: S104
+    assert ended.returncode == 2
+    assert ended.stderr.strip().splitlines()[-1].startswith(f"{field} = '0.0.0.0', but that is reached")
+
+
+async def test_page_of_a_foreign_name_cannot_read_the_admin_routes(start):
+    """A name that was made to point at this machine does not open the keyless admin listener."""
+    front = await start()
+    for host, status in (("evil.example:8001", 400), ("localhost:8001", 200), ("[::1]:8001", 200)):
+        async with front.admin.get("/admin/policies", headers={"Host": host}) as answer:
+            assert answer.status == status
+    assert not names_this_machine("127.0.0.1.evil.example")
+    assert not names_this_machine(None)
+
+
+def write_certificate(folder):
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    secret = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "gateway")])
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, secret.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(secret, hashes.SHA256())
+    )
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    key.write_bytes(
+        secret.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return cert, key
+
+
+async def test_listener_with_a_certificate_speaks_tls_only(tmp_path):
+    """A client that trusts the certificate is answered, and a plain one is not."""
+    cert, key = write_certificate(tmp_path)
+    context = make_tls(cert, key, "gateway.tls_cert")
+    app = web.Application()
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    port = runner.addresses[0][1]
+    trusting = ssl.create_default_context(cafile=cert)
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"https://127.0.0.1:{port}/", ssl=trusting) as answer:
+            assert answer.status == 404
+        with pytest.raises(aiohttp.ClientError):
+            await session.get(f"http://127.0.0.1:{port}/")
+    await runner.cleanup()
+    with pytest.raises(ConfigError, match=r"gateway.tls_cert = .* cannot be used with"):
+        make_tls(cert, cert, "gateway.tls_cert")
+    with pytest.raises(ConfigError, match=r"No such file"):
+        make_tls(tmp_path / "none.pem", key, "gateway.tls_cert")
