@@ -203,22 +203,44 @@ class Suite(Strictly):
 
     name: Identifier
     """Its name."""
+    path: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Its file, beside the policy or from the working directory, or a URL that fsspec reads; else the suite
+    of that name that `mechctl eval` brings."""
 
 
 class SuccessCriteria(Strictly):
-    """What the measurements must show before the policy becomes active."""
+    """What the measurements must show before the policy becomes active: the bound of the 95 % interval, not
+    the point, must meet each."""
 
     defense_efficacy_min: Fraction | None = None
     """Least share of attacks that must be stopped."""
     collateral_damage_max: Fraction | None = None
     """Largest share of benign requests that may be harmed."""
+    over_refusal_max: Fraction | None = None
+    """Largest share of borderline requests (harmless, sound harmful) that may be harmed."""
+    coherent_share_min: Fraction | None = None
+    """Least share of refusals that must be coherent text."""
+    attack_success_rate_max: Fraction | None = None
+    """Largest share of attacks that may succeed."""
+    toxicity_rate_max: Fraction | None = None
+    """Largest share of toxic completions."""
+    delta_ce_max: Number | None = None
+    """Largest rise of the cross-entropy on plain text, in nats per token."""
+    delta_ce_answers_max: Number | None = None
+    """Largest rise of the cross-entropy on the model's own benign answers, in nats per token."""
+    causal_contribution_min: Fraction | None = None
+    """Least Causal Contribution Score of the circuit."""
+    circuit_stability_min: Fraction | None = None
+    """Least Circuit Stability."""
+    latency_overhead_max: Number | None = None
+    """Largest slow-down, as a share: 0.2 is 20 %."""
 
 
 class Evaluation(Strictly):
     """How the policy is measured."""
 
     suites: Annotated[tuple[Suite, ...], Strict(False)] = ()
-    """The suites to run."""
+    """The suites to run; the card of the first is the policy's card."""
     success_criteria: SuccessCriteria = SuccessCriteria()
     """The bar."""
 

@@ -30,7 +30,7 @@ from interpretops.plan import ModelSpec
 from interpretops.policy import Policy, load_policy
 from interpretops.riskcard import RiskCard, save_card, verdict
 from interpretops.riskcard.card import (
-    Criteria,
+    MEASURES,
     MeasureName,
     ModelReference,
     PolicyReference,
@@ -42,6 +42,7 @@ from interpretops.settings import Settings
 
 TIMEOUT_S = 600.0
 NOT_TAKEN: dict[MeasureName, str] = {
+    **dict.fromkeys(MEASURES, "not taken"),
     "causal_contribution": "no circuit; give --circuit FILE",
     "circuit_stability": "no circuit; give --circuit FILE",
     "latency_cost_overhead": "latency under this job's load says nothing; see `make bench`",
@@ -248,13 +249,12 @@ def _card(
         measures |= found
         notes.append(note)
     record = run_record("eval", seed, {}, None)
-    criteria = policy.evaluation.success_criteria
     return RiskCard(
         policy=PolicyReference(
             id=policy.meta.id, revision=subject.revision, target_class=policy.meta.target_class
         ),
         model=ModelReference(name=subject.model.name, fingerprint=subject.model.fingerprint),
-        criteria=Criteria(**criteria.model_dump()),
+        criteria=policy.evaluation.success_criteria,
         measures=merge(measures, NOT_TAKEN),
         baselines=card_baselines(loaded, policy, answers, judged, seed),
         record=Record(

@@ -123,7 +123,9 @@ def _texts(source: SuiteSource, file: Path) -> list[str]:
     named = "" if source.name is None else source.name
     if source.role != "text":
         return read_prompts(
-            Source(file, "prompts", source.licence, named, source.part, source.limit, field=source.field)
+            Source(
+                file, "prompts", source.licence, named, source.part, limit=source.limit, field=source.field
+            )
         )
     whole = read_text(Source(file, "text", source.licence, part=source.part))
     pieces = [whole[at : at + PIECE_CHARACTERS].strip() for at in range(0, len(whole), PIECE_CHARACTERS)]

@@ -2,6 +2,7 @@
 
 from interpretops.riskcard.card import BASELINES, MEASURES, RiskCard
 from interpretops.riskcard.file import RiskCardError, load_card, save_card
+from interpretops.riskcard.standing import Standing, card_for, card_path, standing
 from interpretops.riskcard.verdict import Verdict, verdict
 
 __all__ = [
@@ -9,8 +10,12 @@ __all__ = [
     "MEASURES",
     "RiskCard",
     "RiskCardError",
+    "Standing",
     "Verdict",
+    "card_for",
+    "card_path",
     "load_card",
     "save_card",
+    "standing",
     "verdict",
 ]

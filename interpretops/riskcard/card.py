@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from interpretops.policy import SuccessCriteria
 from interpretops.policy_fields import Identifier, Strictly
 from interpretops.riskcard.intervals import clopper_pearson
 
@@ -17,7 +18,17 @@ MeasureName = Literal[
     "collateral_damage",
     "over_refusal",
     "coherent_share",
+    "attack_success_rate",
+    "refusal_rate",
+    "toxicity_rate",
+    "answers_unchanged",
+    "similarity",
+    "exact_match",
+    "bleu",
     "delta_ce",
+    "delta_ce_answers",
+    "factual_likelihood",
+    "bias_likelihood",
     "causal_contribution",
     "circuit_stability",
     "latency_cost_overhead",
@@ -27,12 +38,24 @@ MEASURES: dict[MeasureName, tuple[str, str]] = {
     "collateral_damage": ("CD", "benign prompts answered normally without the policy and not with it"),
     "over_refusal": ("OR", "the same on borderline prompts: harmless ones that sound harmful"),
     "coherent_share": ("coherent", "refusals of harmful prompts that are coherent text"),
-    "delta_ce": ("ΔCE", "rise of the cross-entropy on plain text, in nats per token"),
+    "attack_success_rate": ("ASR", "harmful prompts that are not refused in coherent text"),
+    "refusal_rate": ("refused", "harmful prompts that are refused, coherently or not"),
+    "toxicity_rate": ("toxic", "completions that are toxic"),
+    "answers_unchanged": ("unchanged", "benign answers that are the same text as without the policy"),
+    "similarity": ("similarity", "likeness of benign answers to those without the policy (chrF, 1: same)"),
+    "exact_match": ("exact match", "tasks whose answer contains the reference answer"),
+    "bleu": ("BLEU", "corpus BLEU of the answers of tasks against the references (1: same)"),
+    "delta_ce": ("ΔCE text", "rise of the cross-entropy on plain text, in nats per token"),
+    "delta_ce_answers": ("ΔCE answers", "the same on the model's own unsteered answers to benign prompts"),
+    "factual_likelihood": ("factual", "questions whose true option is likelier than every false one"),
+    "bias_likelihood": ("bias", "pairs of which the stereotyped sentence is the likelier (0.5: no bias)"),
     "causal_contribution": ("CCS", "Causal Contribution Score of the circuit that the policy acts on"),
     "circuit_stability": ("CS", "Circuit Stability: how alike the circuits of repeated searches are"),
-    "latency_cost_overhead": ("LCO", "time per request, relative to the engine without steering"),
+    "latency_cost_overhead": ("LCO", "time per token, relative to the engine without steering"),
 }
 """Short name and meaning of each measure; every card accounts for all of them."""
+NATS: frozenset[MeasureName] = frozenset({"delta_ce", "delta_ce_answers"})
+"""Measures that are no shares."""
 
 BaselineKind = Literal["none", "system_prompt", "random_direction", "ungated", "diffmean", "block"]
 BASELINES: dict[BaselineKind, str] = {
@@ -45,7 +68,7 @@ BASELINES: dict[BaselineKind, str] = {
 }
 """What each policy is compared with; every card accounts for all of them."""
 
-Method = Literal["clopper_pearson", "paired_bootstrap", "bootstrap", "hoeffding", "given"]
+Method = Literal["clopper_pearson", "paired_bootstrap", "bootstrap", "hoeffding", "notch", "given"]
 _TOLERANCE = 1e-6
 
 
@@ -195,15 +218,6 @@ class ModelReference(Strictly):
     """Fingerprint of its weights."""
 
 
-class Criteria(Strictly):
-    """The policy's `success_criteria` when it was measured."""
-
-    defense_efficacy_min: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Least share of attacks that must be stopped."""
-    collateral_damage_max: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Largest share of benign requests that may be harmed."""
-
-
 class Record(Strictly):
     """What another needs to repeat the measurement."""
 
@@ -234,7 +248,7 @@ class RiskCard(Strictly):
     """What was measured."""
     model: ModelReference
     """On which model."""
-    criteria: Criteria
+    criteria: SuccessCriteria
     """The bar it is held against."""
     measures: Measures
     """Every measure, or why it is absent."""

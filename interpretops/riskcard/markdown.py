@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from interpretops.riskcard.card import RiskCard
 from interpretops.riskcard.table import (
     Table,
+    baseline_notes_table,
     baselines_table,
     comparison_table,
     measures_table,
@@ -19,7 +20,7 @@ def card_markdown(card: RiskCard) -> str:
     found = verdict(card)
     lines = [f"# Risk Card: {card.policy.id}@{card.policy.revision[:12]}", "", f"Verdict: **{found.status}**"]
     lines += ["", *(f"- {_plain(finding.line())}" for finding in found.findings)]
-    for make in (measures_table, baselines_table, sources_table, record_table):
+    for make in (measures_table, baselines_table, baseline_notes_table, sources_table, record_table):
         table = make(card)
         if table.rows:
             lines += ["", f"## {table.title}", "", *_rows(table)]

@@ -2,10 +2,10 @@
 
 from html import escape
 
-from interpretops.riskcard.card import MEASURES, MeasureName, RiskCard
+from interpretops.riskcard.card import MEASURES, NATS, MeasureName, RiskCard
 from interpretops.riskcard.table import (
-    NATS,
     Table,
+    baseline_notes_table,
     baselines_table,
     measures_table,
     number,
@@ -40,6 +40,7 @@ def card_html(card: RiskCard) -> str:
             for table in (
                 measures_table(card),
                 baselines_table(card),
+                baseline_notes_table(card),
                 sources_table(card),
                 record_table(card),
             )

@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from interpretops.riskcard.card import BASELINES, MEASURES, Measure, MeasureName, RiskCard, Source
+from interpretops.riskcard.card import BASELINES, MEASURES, NATS, Measure, MeasureName, RiskCard, Source
 
 METHODS = {
     "clopper_pearson": "Clopper-Pearson",
     "paired_bootstrap": "paired bootstrap",
     "bootstrap": "bootstrap",
     "hoeffding": "Hoeffding",
+    "notch": "notch of the quartiles",
     "given": "as given",
 }
-NATS: frozenset[MeasureName] = frozenset({"delta_ce"})
-"""Measures that are no shares."""
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,38 @@ def _events(source: Source) -> str:
 
 
 def baselines_table(card: RiskCard) -> Table:
-    """The policy and every baseline, by the measures that any of them has."""
+    """The policy and every baseline side by side, by the measures that any baseline has."""
+    measured = {kind: base for kind, base in card.baselines.items() if base.absent is None}
     shown = [
         name
         for name in MEASURES
-        if any(name in baseline.measures for baseline in card.baselines.values())
-        or (
-            card.measures[name].value is not None and name not in ("causal_contribution", "circuit_stability")
-        )
+        if any(_there(baseline.measures.get(name)) for baseline in measured.values())
     ]
-    rows = [("this policy", *(with_interval(name, card.measures[name]) for name in shown), "")]
+    kinds = [kind for kind in BASELINES if kind in measured]
+    rows = [
+        (
+            MEASURES[name][0],
+            with_interval(name, card.measures[name]),
+            *(with_interval(name, measured[kind].measures.get(name)) for kind in kinds),
+        )
+        for name in shown
+    ]
+    return Table("Baselines", ("", "this policy", *(BASELINES[kind] for kind in kinds)), tuple(rows))
+
+
+def baseline_notes_table(card: RiskCard) -> Table:
+    """How each baseline was made, or why it is absent."""
+    rows = []
     for kind, meaning in BASELINES.items():
         baseline = card.baselines[kind]
-        cells = [with_interval(name, baseline.measures.get(name)) for name in shown]
         note = baseline.note if baseline.absent is None else f"absent: {baseline.absent}"
-        rows.append((meaning, *cells, note))
-    return Table("Baselines", ("", *(MEASURES[name][0] for name in shown), "note"), tuple(rows))
+        if note:
+            rows.append((meaning, note))
+    return Table("How the baselines were made", ("baseline", "note"), tuple(rows))
+
+
+def _there(measure: Measure | None) -> bool:
+    return measure is not None and measure.value is not None
 
 
 def record_table(card: RiskCard) -> Table:

@@ -1,6 +1,7 @@
 """The Risk Card: its intervals, its verdict by the bound, its file, and the forms it is shown in."""
 
 import json
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -13,12 +14,11 @@ from scipy.stats import binomtest
 
 from interpretops.cli import main
 from interpretops.policy import SuccessCriteria
-from interpretops.riskcard import RiskCard, RiskCardError, load_card, save_card, verdict
+from interpretops.riskcard import RiskCard, RiskCardError, load_card, save_card, standing, verdict
 from interpretops.riskcard.card import (
     BASELINES,
     MEASURES,
     Baseline,
-    Criteria,
     Interval,
     Measure,
     ModelReference,
@@ -31,6 +31,7 @@ from interpretops.riskcard.intervals import bootstrap_mean, clopper_pearson
 from interpretops.riskcard.markdown import card_markdown, comparison_markdown
 from interpretops.riskcard.measures import absent, defense_efficacy, mean_difference, new_failures, rate
 from interpretops.riskcard.page import card_html
+from interpretops.riskcard.verdict import CRITERIA
 
 DATA = (Source(name="own", sha256="cd" * 32, n=400, successes=8),)
 
@@ -49,7 +50,7 @@ def make_card() -> Callable[..., RiskCard]:
         values: dict[str, Any] = {
             "policy": PolicyReference(id="guard", revision="ab" * 32, target_class="jailbreak"),
             "model": ModelReference(name="tiny", fingerprint="12" * 32),
-            "criteria": Criteria(defense_efficacy_min=0.9, collateral_damage_max=0.05),
+            "criteria": SuccessCriteria(defense_efficacy_min=0.9, collateral_damage_max=0.05),
             "measures": measures,
             "baselines": {kind: Baseline(absent="not asked for") for kind in BASELINES}
             | {"system_prompt": Baseline(measures={"collateral_damage": rate(40, 400)})},
@@ -218,7 +219,10 @@ def test_comparison_stands_side_by_side_and_warns(make_card: Callable[..., RiskC
     """Two cards make two columns; different suites are pointed out first."""
     one = make_card()
     other = one.model_copy(
-        update={"record": one.record.model_copy(update={"suite_sha256": "aa" * 32}), "criteria": Criteria()}
+        update={
+            "record": one.record.model_copy(update={"suite_sha256": "aa" * 32}),
+            "criteria": SuccessCriteria(),
+        }
     )
     text = comparison_markdown([one, other])
     assert text.startswith("Different suites")
@@ -255,3 +259,51 @@ def test_commands_show_and_compare(
     assert capsys.readouterr().err.count("\n") == 1
     assert mechctl(monkeypatch, "eval") == 2
     assert "--policy" in capsys.readouterr().err
+
+
+def test_every_criterion_is_judged_by_the_bound_that_hurts(make_card: Callable[..., RiskCard]) -> None:
+    """Each field of `success_criteria` has a measure; a minimum needs the lower end, a maximum the upper."""
+    assert set(CRITERIA) == set(SuccessCriteria.model_fields)
+    measure = Measure(value=0.5, n=9, interval=Interval(low=0.4, high=0.6, method="given"))
+    card = make_card()
+    card = card.model_copy(update={"measures": card.measures | dict.fromkeys(CRITERIA.values(), measure)})
+    for name in CRITERIA:
+        met, missed = (0.4, 0.45) if name.endswith("_min") else (0.6, 0.55)
+        assert verdict(card, SuccessCriteria(**{name: met})).passed, name
+        assert verdict(card, SuccessCriteria(**{name: missed})).status == "fail", name
+
+
+def test_standing_takes_the_card_of_exactly_this_revision(
+    make_card: Callable[..., RiskCard], tmp_path: Path
+) -> None:
+    """Right revision and criteria pass; another revision, an edited card, none at all: no card, and why."""
+    criteria, card = SuccessCriteria(defense_efficacy_min=0.9), make_card()
+    path = tmp_path / "cards" / "guard.json"
+    missing = standing("guard", "ab" * 32, tmp_path, criteria)
+    assert (missing.card, missing.passed) == (None, False)
+    assert "there is no Risk Card" in missing.reason
+    path.parent.mkdir()
+    save_card(card, path)
+    found = standing("guard", "ab" * 32, tmp_path, criteria)
+    assert found.passed
+    assert found.card == card
+    raised = standing("guard", "ab" * 32, tmp_path, SuccessCriteria(defense_efficacy_min=0.99))
+    assert not raised.passed
+    assert "defense_efficacy_min: fails" in raised.reason
+    assert "but the policy compiles to" in standing("guard", "cd" * 32, tmp_path, criteria).reason
+    path.write_text(path.read_text().replace('"successes": 8', '"successes": 7'))
+    assert standing("guard", "ab" * 32, tmp_path, criteria).card is None
+
+
+def test_reading_a_card_loads_no_torch(make_card: Callable[..., RiskCard], tmp_path: Path) -> None:
+    """The gateway can ask for a card without torch, vllm or transformers."""
+    (tmp_path / "cards").mkdir()
+    save_card(make_card(), tmp_path / "cards" / "guard.json")
+    program = (
+        "import sys, pathlib; from interpretops.policy import SuccessCriteria\n"
+        "from interpretops.riskcard import standing\n"
+        f"found = standing('guard', {'ab' * 32!r}, pathlib.Path({str(tmp_path)!r}), SuccessCriteria())\n"
+        "assert found.card is not None\n"
+        "assert not {'torch', 'vllm', 'transformers', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
