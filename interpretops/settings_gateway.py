@@ -30,7 +30,7 @@ class GatewaySettings(Section):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
     """Largest request body that is read."""
     body_timeout_s: Seconds = 30.0
-    """Longest wait for a client to send its body."""
+    """Longest wait for a client to send its body, and for a connection without a request to send one."""
     connect_timeout_s: Seconds = 5.0
     """Longest wait for a connection to the engine."""
     request_timeout_s: Seconds = 600.0
@@ -39,8 +39,6 @@ class GatewaySettings(Section):
     """Longest silence of the engine within a stream."""
     client_idle_timeout_s: Seconds = 60.0
     """Longest a client may leave unread what was sent to it before its connection is cut."""
-    max_connections: Annotated[int, Field(ge=1)] = 1024
-    """Most connections of clients at a time; further ones wait."""
     shutdown_grace_s: Seconds = 30.0
     """How long running requests may finish after a request to stop."""
     watch_policies: bool = True

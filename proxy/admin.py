@@ -36,7 +36,9 @@ class AdminRefused(Refusal):
 
 def make_admin_app(gateway: Gateway) -> web.Application:
     """The app that operators and Prometheus talk to."""
-    app = web.Application(middlewares=[answer_in_openai_shape, refuse_browsers, authorize])
+    app = web.Application(
+        middlewares=[gateway.stalls.mark, answer_in_openai_shape, refuse_browsers, authorize]
+    )
     app[GATEWAY] = gateway
     app.router.add_get("/admin/policies", list_policies, allow_head=False)
     app.router.add_post("/admin/reload", reload)

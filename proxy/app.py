@@ -14,6 +14,7 @@ from aiohttp.typedefs import Handler
 
 from interpretops.errors import InterpretOpsError
 from proxy.binding import Caller, choices, decide
+from proxy.limits import Meter
 from proxy.refusal import (
     InvalidRequest,
     MethodNotAllowed,
@@ -25,7 +26,8 @@ from proxy.refusal import (
 )
 from proxy.relay import REQUEST_ID_HEADER, Demand, relay
 from proxy.sanitize import PASSED, check_headers, clean, parse_strict, read_body
-from proxy.state import GATEWAY, IDENTITY, TRAIL, Gateway, Trail
+from proxy.state import GATEWAY, IDENTITY, Gateway
+from proxy.trail import TRAIL, Trail
 
 HEALTH: Final = frozenset(("/healthz", "/readyz"))
 """Routes that an orchestrator asks without a key; they say yes or no, and nothing else."""
@@ -34,7 +36,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 def make_public_app(gateway: Gateway) -> web.Application:
     """The app that applications talk to."""
-    app = web.Application(middlewares=[answer_in_openai_shape, authenticate])
+    app = web.Application(middlewares=[gateway.stalls.mark, answer_in_openai_shape, authenticate])
     app[GATEWAY] = gateway
     for route in PASSED:
         app.router.add_post(route, generate)
@@ -63,9 +65,17 @@ async def readyz(request: web.Request) -> web.Response:
 
 async def generate(request: web.Request) -> web.StreamResponse:
     """Chat completions and completions, streamed or not, under the policy that the bindings decide."""
-    gateway, trail, route = request.app[GATEWAY], request[TRAIL], route_label(request)
-    identity, limits = request[IDENTITY], gateway.settings.gateway
+    gateway, route = request.app[GATEWAY], route_label(request)
+    identity = request[IDENTITY]
     identity.check_route(route)
+    meter = gateway.limiter.meter(identity.tenant)
+    with meter.request():
+        return await _answer(request, route, meter)
+
+
+async def _answer(request: web.Request, route: str, meter: Meter) -> web.StreamResponse:
+    gateway, trail, identity = request.app[GATEWAY], request[TRAIL], request[IDENTITY]
+    limits = gateway.settings.gateway
     check_headers(request)
     raw = await read_body(request, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
     trail.began_at = time.perf_counter()
@@ -79,8 +89,17 @@ async def generate(request: web.Request) -> web.StreamResponse:
         if revision is not None:
             trail.policy, trail.revision = revision.policy, revision.revision
         body["model"] = gateway.engine_model(caller.model)
-        with gateway.metrics.in_flight.track_inprogress():
-            return await relay(request, Demand(gateway, engine, route, body, revision, trail))
+        charge = meter.reserve(body, len(raw))
+        trail.headers.update(meter.headers())
+        unknown: int | None = None
+        try:
+            with gateway.metrics.in_flight.track_inprogress():
+                return await relay(request, Demand(gateway, engine, route, body, revision, trail))
+        except Refusal:
+            unknown = 0
+            raise
+        finally:
+            gateway.settlements.settle(charge, engine, trail, unknown)
 
 
 async def list_models(request: web.Request) -> web.Response:
@@ -138,6 +157,8 @@ async def answer_in_openai_shape(request: web.Request, handler: Handler) -> web.
     try:
         response = await _refuse_errors(request, handler)
         status = response.status
+        if not response.prepared:
+            response.headers["openai-processing-ms"] = str(round((time.perf_counter() - began) * 1e3))
     except (asyncio.CancelledError, aiohttp.ClientConnectionResetError, ConnectionError):
         gateway.metrics.clients_gone.labels(route_label(request)).inc()
         trail.reason = "client_gone"

@@ -70,6 +70,11 @@ class Receipt(_Answer):
     cached_tokens: int = 0
     finished: bool = True
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompt and answer that went through the model or were found in its cache."""
+        return self.tokens_evaluated + self.cached_tokens
+
 
 class _RankDigest(_Answer):
     rank: int

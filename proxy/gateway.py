@@ -14,10 +14,14 @@ from proxy.access import Access
 from proxy.admin import make_admin_app
 from proxy.app import make_public_app
 from proxy.binding import check_bindings, demanded
+from proxy.budget import Budgets
 from proxy.catalogue import Catalogue
 from proxy.engine_link import EngineLink
 from proxy.engine_loop import Engine, EngineLoop
+from proxy.limits import Limiter
 from proxy.metrics import Metrics
+from proxy.settlements import Settlements
+from proxy.stalls import StallWatch
 from proxy.state import Gateway
 from proxy.watch import watch_keys, watch_policies
 
@@ -48,7 +52,11 @@ def make_app(
     paths = settings.paths
     catalogue = Catalogue(paths.policies, paths.artifacts, demanded(settings.bindings), link, metrics, log)
     access = Access(settings, metrics, log)
-    gateway = Gateway(settings, link, catalogue, access, metrics, log)
+    budgeted = any(tenant.limits.token_budget is not None for tenant in settings.tenants)
+    budgets = Budgets(paths.state.expanduser() if budgeted else None, log)
+    settlements = Settlements(metrics)
+    stalls = StallWatch(settings.gateway, metrics, log)
+    gateway = Gateway(settings, link, catalogue, access, Limiter(budgets), settlements, stalls, metrics, log)
     loop = EngineLoop(settings, link, make_engine, catalogue.prepare, metrics, log, progress)
 
     async def keep_engine(_app: web.Application) -> AsyncIterator[None]:
@@ -70,6 +78,15 @@ def make_app(
         yield
         await _end(task)
 
+    async def keep_budgets(_app: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(budgets.keep(), name="budgets")
+        yield
+        await _end(task)
+        await settlements.close()
+        budgets.close()
+
+    # Cleaned up in reverse: after all requests have ended, while the engine still knows their receipts.
+    public.cleanup_ctx.append(keep_budgets)
     if access.wanted:
         public.cleanup_ctx.append(keep_keys)
     if settings.gateway.watch_policies:

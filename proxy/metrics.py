@@ -72,6 +72,18 @@ class Metrics:
             ("policy",),
             registry=registry,
         )
+        self.connections_cut = Counter(
+            "interpretops_connections_cut",
+            "Connections of clients that sent no whole request or read no answer for too long.",
+            ("reason",),
+            registry=registry,
+        )
+        self.tokens = Counter(
+            "interpretops_tenant_tokens",
+            "Tokens that the engine worked through, by tenant.",
+            ("tenant",),
+            registry=registry,
+        )
         self.keys_broken = Gauge(
             "interpretops_keys_broken",
             "1 while the file of keys cannot be taken and older keys are in force.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from interpretops.errors import InterpretOpsError
@@ -14,9 +16,12 @@ class Refusal(InterpretOpsError):  # noqa: N818 - a refusal is an answer, not a 
     retry: ClassVar[bool | None] = False
     """Sent as ``x-should-retry``; None leaves the decision to the client."""
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.param = param
+        self.headers = {} if headers is None else headers
 
 
 class InvalidRequest(Refusal):
@@ -103,6 +108,28 @@ class SlowRequest(Refusal):
     status = 408
 
 
+class RateLimited(Refusal):
+    """The tenant uses more than it may at this moment."""
+
+    code = "rate_limit_exceeded"
+    status = 429
+    retry = True
+
+    def __init__(self, message: str, *, retry_after_s: float, headers: Mapping[str, str]) -> None:
+        wait = {
+            "Retry-After": str(math.ceil(retry_after_s)),
+            "retry-after-ms": str(math.ceil(retry_after_s * 1000)),
+        }
+        super().__init__(message, headers={**headers, **wait})
+
+
+class BudgetSpent(Refusal):
+    """The tenant has used what it may in this period."""
+
+    code = "insufficient_quota"
+    status = 429
+
+
 class UnsupportedMedia(Refusal):
     """The body is not plain UTF-8 JSON."""
 
@@ -152,7 +179,9 @@ def error_body(status: int, code: str, message: str, param: str | None = None) -
 
 def error_headers(refusal: Refusal) -> dict[str, str]:
     """Headers that tell OpenAI's clients whether trying again helps."""
-    headers = {} if refusal.retry is None else {"x-should-retry": "true" if refusal.retry else "false"}
+    headers = dict(refusal.headers)
+    if refusal.retry is not None:
+        headers["x-should-retry"] = "true" if refusal.retry else "false"
     if refusal.status == 503:
         headers["Retry-After"] = "1"
     if refusal.status == 401:

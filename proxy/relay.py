@@ -30,7 +30,8 @@ from proxy.refusal import (
 )
 from proxy.sanitize import serialize
 from proxy.sse import DONE, SseOverflowError, SseSplitter, comment, data_event
-from proxy.state import Gateway, Trail
+from proxy.state import Gateway
+from proxy.trail import Trail
 
 RECEIPT_HEADER: Final = "X-Steering-Receipt"
 REQUEST_ID_HEADER: Final = "X-Request-Id"
@@ -58,12 +59,12 @@ class Demand:
     def headers(self) -> dict[str, str]:
         """Headers that every answer carries."""
         label = NONE if self.revision is None else self.revision.label
-        return {HEADER: label, REQUEST_ID_HEADER: self.trail.request_id}
+        return {**self.trail.headers, HEADER: label, REQUEST_ID_HEADER: self.trail.request_id}
 
 
 async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
     """Answer one request. Raises `Refusal` as long as nothing has been sent to the client."""
-    nonce = secrets.token_hex(16)
+    nonce = demand.trail.nonce = secrets.token_hex(16)
     sealed = {"interpretops_revision": demand.revision_id, "interpretops_nonce": nonce}
     payload = serialize({**demand.body, "vllm_xargs": sealed})
     settings = demand.gateway.settings.gateway
@@ -158,6 +159,8 @@ async def _proof(demand: Demand, nonce: str) -> dict[str, Any]:
     receipt: Receipt | None = None
     try:
         receipt = await demand.engine.client.receipt(nonce)
+        if receipt is not None:
+            demand.trail.tokens = receipt.tokens
         why = _fault(receipt, demand.revision_id)
     except EngineError as error:
         why = str(error)

@@ -97,14 +97,17 @@ class _Serve:
             web.AppRunner(app, handler_cancellation=leaves, shutdown_timeout=grace_s, access_log=None)
             for app, leaves in ((apps.public, True), (apps.admin, False))
         ]
+        watch = asyncio.create_task(apps.gateway.stalls.run(lambda: _connections(runners)))
         try:
             for runner, listener, tls in zip(runners, (public, admin), self._tls, strict=True):
                 await runner.setup()
                 await web.SockSite(runner, listener, ssl_context=tls).start()
             await self._until_stopped(apps, public, admin)
         finally:
+            # What ends by itself may; what does not move is still cut meanwhile.
             for runner in runners:
                 await runner.cleanup()
+            watch.cancel()
 
     async def _until_stopped(self, apps: Apps, public: socket.socket, admin: socket.socket) -> None:
         loop = apps.engine_loop
@@ -179,6 +182,11 @@ class _Serve:
             # Asked twice: go at once. The engine's keeper sees us gone and ends the engine.
             os._exit(_FORCED_EXIT)
         self._stop.set()
+
+
+def _connections(runners: list[web.AppRunner]) -> list[web.RequestHandler]:
+    servers = [runner.server for runner in runners if runner.server is not None]
+    return [connection for server in servers for connection in server.connections]
 
 
 def _listen(host: str, port: int, field: str, flag: str) -> socket.socket:

@@ -13,8 +13,11 @@ from proxy.access import Access, Identity
 from proxy.binding import Caller, read_caller
 from proxy.catalogue import Catalogue
 from proxy.engine_link import EngineLink
+from proxy.limits import Limiter
 from proxy.metrics import Metrics
 from proxy.refusal import UnknownModel
+from proxy.settlements import Settlements
+from proxy.stalls import StallWatch
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Gateway:
     link: EngineLink
     catalogue: Catalogue
     access: Access
+    limiter: Limiter
+    settlements: Settlements
+    stalls: StallWatch
     metrics: Metrics
     log: FilteringBoundLogger
 
@@ -58,26 +64,3 @@ class Gateway:
 
 IDENTITY: web.RequestKey[Identity] = web.RequestKey("identity", Identity)
 GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway", Gateway)
-
-
-@dataclass
-class Trail:
-    """What is known of a request by its end, for log and metrics. Never what it said."""
-
-    request_id: str
-    tenant: str = "none"
-    """Id of a declared tenant, `anonymous` without keys, or `none` when nobody was identified."""
-    key: str | None = None
-    """Id of the key that was shown."""
-    policy: str = "none"
-    """Id of a policy in the catalogue, or `none`."""
-    revision: str = "none"
-    reason: str | None = None
-    stream: bool = False
-    engine_s: float = 0.0
-    """Time spent waiting for the engine or the client's reading."""
-    ttft_s: float | None = None
-    began_at: float = 0.0
-
-
-TRAIL: web.RequestKey[Trail] = web.RequestKey("trail", Trail)

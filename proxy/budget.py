@@ -1,0 +1,112 @@
+"""How much of its token budget each tenant has used in the current day or month, kept across restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Literal
+
+from structlog.typing import FilteringBoundLogger
+
+from interpretops.atomic_file import write_atomically
+from interpretops.errors import ConfigError
+
+Period = Literal["day", "month"]
+_SAVE_EVERY_S: Final = 1.0
+_FORMATS: Final = {"day": "%Y-%m-%d", "month": "%Y-%m"}
+
+
+class Budgets:
+    """Tokens used by tenant and period; in a file of ``folder``, or in memory alone."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        log: FilteringBoundLogger,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._file = None if folder is None else folder / "usage.json"
+        self._log = log
+        self._now = now
+        self._used: dict[str, tuple[str, int]] = {}
+        """Tenant to the period that is running, and what was used in it."""
+        self._changed = False
+        self._lock: int | None = None
+        if self._file is not None:
+            self._lock = _hold(self._file.with_suffix(".lock"))
+            self._used = _read(self._file)
+
+    def used(self, tenant: str, period: Period) -> int:
+        """Tokens used in the running period. A clock that is set back begins no new one."""
+        name = self._now().strftime(_FORMATS[period])
+        begun, amount = self._used.get(tenant, (name, 0))
+        return 0 if len(begun) != len(name) or name > begun else amount
+
+    def add(self, tenant: str, period: Period, tokens: int) -> None:
+        """Count tokens."""
+        name = self._now().strftime(_FORMATS[period])
+        begun, _ = self._used.get(tenant, (name, 0))
+        if len(begun) == len(name):
+            name = max(name, begun)
+        self._used[tenant] = name, self.used(tenant, period) + tokens
+        self._changed = True
+
+    async def keep(self) -> None:
+        """Save what changed, every second, until cancelled."""
+        while True:
+            await asyncio.sleep(_SAVE_EVERY_S)
+            await asyncio.to_thread(self.save)
+
+    def save(self) -> None:
+        """Write the file when something changed; a disk that is full is tried again the next time."""
+        if self._file is None or not self._changed:
+            return
+        self._changed = False
+        try:
+            write_atomically(self._file, json.dumps(self._used, sort_keys=True).encode())
+        except OSError as error:
+            self._changed = True
+            self._log.error("budget_not_saved", error=str(error))
+
+    def close(self) -> None:
+        """Save, and let another gateway have the file."""
+        self.save()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _hold(path: Path) -> int:
+    """Make sure that no other gateway counts in the same file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"paths.state = {path.parent}, but it cannot be written ({error.strerror})"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise ConfigError(
+            f"paths.state = {path.parent}, but another gateway counts budgets there; give each its own folder"
+        ) from error
+    return descriptor
+
+
+def _read(path: Path) -> dict[str, tuple[str, int]]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+        return {str(tenant): (str(period), int(used)) for tenant, (period, used) in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: is no record of budgets ({error}); mend it, or delete it to begin all budgets anew"
+        ) from None

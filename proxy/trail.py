@@ -1,0 +1,36 @@
+"""What is known of a request by its end, for log, metrics, audit and bill. Never what it said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+
+@dataclass
+class Trail:
+    """Filled by whoever handles the request."""
+
+    request_id: str
+    tenant: str = "none"
+    """Id of a declared tenant, `anonymous` without keys, or `none` when nobody was identified."""
+    key: str | None = None
+    """Id of the key that was shown."""
+    policy: str = "none"
+    """Id of a policy in the catalogue, or `none`."""
+    revision: str = "none"
+    reason: str | None = None
+    stream: bool = False
+    engine_s: float = 0.0
+    """Time spent waiting for the engine or the client's reading."""
+    tokens: int | None = None
+    """Tokens that the engine worked through, as its receipt says; None as long as there is none."""
+    nonce: str | None = None
+    """Names the receipt, once the request was sent to the engine."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Further headers of the answer."""
+    ttft_s: float | None = None
+    began_at: float = 0.0
+
+
+TRAIL: web.RequestKey[Trail] = web.RequestKey("trail", Trail)

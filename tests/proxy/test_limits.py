@@ -1,0 +1,207 @@
+"""What each tenant may use, told in the headers that OpenAI's clients read."""
+
+import asyncio
+import json
+from datetime import UTC, datetime
+
+import pytest
+import structlog
+
+from interpretops.errors import ConfigError
+from interpretops.settings import Limits, Tenant
+from proxy.budget import Budgets
+from proxy.limits import Limiter, estimate_tokens
+from proxy.refusal import BudgetSpent, RateLimited
+
+LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def meter_of(clock, **limits):
+    return Limiter(Budgets(None, LOG), clock).meter(Tenant(id="t", limits=Limits(**limits)))
+
+
+def anonymous(**limits):
+    return {"tenants": [{"id": "anonymous", "limits": limits}]}
+
+
+def take(meter):
+    with meter.request():
+        pass
+
+
+def test_requests_fill_up_evenly():
+    """As many requests as a minute allows pass at once, then one for every share of a minute."""
+    clock = Clock()
+    meter = meter_of(clock, requests_per_minute=3)
+    for _ in range(3):
+        take(meter)
+    with pytest.raises(RateLimited) as refused:
+        take(meter)
+    assert (refused.value.headers["Retry-After"], refused.value.headers["retry-after-ms"]) == ("20", "20000")
+    assert refused.value.headers["x-ratelimit-remaining-requests"] == "0"
+    clock.now += 19
+    with pytest.raises(RateLimited):
+        take(meter)
+    clock.now += 1.01
+    take(meter)
+    clock.now += 3600
+    assert meter.headers()["x-ratelimit-remaining-requests"] == "3"
+
+
+def test_tokens_are_set_aside_and_put_right():
+    """A request is admitted on an estimate; what it used is charged, and a debt is waited off."""
+    clock = Clock()
+    meter = meter_of(clock, tokens_per_minute=600)
+    charge = meter.reserve({"max_tokens": 500}, 400)
+    assert meter.headers()["x-ratelimit-remaining-tokens"] == "0"
+    with pytest.raises(RateLimited):
+        meter.reserve({"max_tokens": 1}, 4)
+    charge.settle(100)
+    charge.settle(100)
+    assert meter.headers()["x-ratelimit-remaining-tokens"] == "500"
+    meter.reserve({"max_tokens": 10}, 4).settle(1100)
+    with pytest.raises(RateLimited) as refused:
+        meter.reserve({"max_tokens": 1}, 0)
+    assert refused.value.headers["Retry-After"] == "61"
+    clock.now += 1000
+    huge = meter.reserve({"max_tokens": 10_000}, 0)
+    huge.settle(None)
+    assert meter.headers()["x-ratelimit-remaining-tokens"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"max_tokens": 10}, 110),
+        ({"max_completion_tokens": 20, "n": 3}, 160),
+        ({"max_output_tokens": 5}, 105),
+        ({}, 356),
+        ({"max_tokens": -5, "n": "many"}, 356),
+    ],
+)
+def test_estimate(body, tokens):
+    """Text at four bytes a token, and all that may be written; nonsense counts as unsaid."""
+    assert estimate_tokens(body, 400) == tokens
+
+
+def test_budget_outlasts_a_restart_and_a_clock_set_back(tmp_path):
+    """What was used stays used until the next period; a clock that goes backwards begins none."""
+    today = [datetime(2026, 3, 31, 23, tzinfo=UTC)]
+    limited = Tenant(id="t", limits=Limits(token_budget=100))
+
+    def fresh():
+        budgets = Budgets(tmp_path, LOG, lambda: today[0])
+        return budgets, Limiter(budgets).meter(limited)
+
+    budgets, meter = fresh()
+    meter.reserve({}, 0).settle(150)
+    budgets.close()
+    budgets, meter = fresh()
+    for moment in (datetime(2026, 3, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)):
+        today[0] = moment
+        with pytest.raises(BudgetSpent) as refused:
+            meter.reserve({}, 0)
+        assert (refused.value.status, refused.value.code) == (429, "insufficient_quota")
+        assert refused.value.retry is False
+    today[0] = datetime(2026, 4, 1, tzinfo=UTC)
+    meter.reserve({}, 0)
+    with pytest.raises(ConfigError, match=r"another gateway counts budgets there"):
+        fresh()
+    budgets.close()
+    (tmp_path / "usage.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"usage.json: is no record of budgets"):
+        fresh()
+
+
+async def test_too_many_requests_are_told_so(start, engine):
+    """The refusal has OpenAI's shape and says when to come back; answers say what is left."""
+    front = await start("calm", **anonymous(requests_per_minute=2, tokens_per_minute=100_000))
+    left = []
+    for _ in range(2):
+        status, headers, _ = await front.chat()
+        left.append(headers["x-ratelimit-remaining-requests"])
+        assert (status, headers["x-ratelimit-limit-tokens"]) == (200, "100000")
+    assert left == ["1", "0"]
+    status, headers, body = await front.chat()
+    assert (status, body["error"]["type"], body["error"]["code"]) == (
+        *(429, "rate_limit_error", "rate_limit_exceeded"),
+    )
+    assert headers["x-should-retry"] == "true"
+    assert 1 <= int(headers["Retry-After"]) <= 30
+    assert len(engine.seen) == 2
+    assert 'interpretops_refusals_total{reason="rate_limit_exceeded"} 1.0' in (
+        front.apps.gateway.metrics.render().decode()
+    )
+
+
+async def test_official_client_obeys(start, engine):
+    """The `openai` package raises its own RateLimitError, and a stream carries the headers too."""
+    import openai
+
+    front = await start("calm", **anonymous(requests_per_minute=1))
+    url = str(front.public._base_url)
+    async with openai.AsyncOpenAI(base_url=f"{url}v1", api_key="x", max_retries=0) as client:
+        asked = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}]}
+        raw = await client.chat.completions.with_raw_response.create(stream=True, **asked)
+        assert raw.headers["x-ratelimit-limit-requests"] == "1"
+        with pytest.raises(openai.RateLimitError) as refused:
+            await client.chat.completions.create(**asked)
+    assert refused.value.code == "rate_limit_exceeded"
+
+
+async def test_requests_at_a_time_are_bounded(start, engine, until):
+    """Beyond its number a tenant is refused at once; an end makes room, however it came."""
+    front = await start("calm", **anonymous(concurrency=1))
+    engine.trick = "hold"
+    first = asyncio.create_task(front.chat())
+    await engine.arrived.wait()
+    assert (await front.chat())[0] == 429
+    first.cancel()
+    await asyncio.wait_for(engine.aborted.wait(), 5)
+    engine.trick = ""
+    meter = front.apps.gateway.limiter.meter(front.apps.gateway.settings.tenants[0])
+
+    async def free():
+        return meter.in_flight == 0
+
+    await until(free)
+    assert (await front.chat())[0] == 200
+
+
+async def test_client_that_leaves_pays_what_the_engine_did(start, engine, until):
+    """Going away before the end does not make an answer free: the engine's receipt is asked for."""
+    front = await start("calm", **anonymous(tokens_per_minute=100_000))
+    engine.trick = "hold_stream"
+    body = {"model": "tiny-model", "messages": [], "stream": True, "max_tokens": 5}
+    answer = await front.public.post("/v1/chat/completions", json=body)
+    await answer.content.readany()
+    answer.close()
+    meter = front.apps.gateway.limiter.meter(front.apps.gateway.settings.tenants[0])
+
+    async def charged():
+        return b'interpretops_tenant_tokens_total{tenant="anonymous"} 3.0' in (
+            front.apps.gateway.metrics.render()
+        )
+
+    await until(charged)
+    assert meter.headers()["x-ratelimit-remaining-tokens"] in ("99997", "99998", "99999", "100000")
+    assert engine.receipts == {}
+
+
+async def test_malformed_requests_count_too(start, engine):
+    """Nonsense does not come for free, and costs no tokens."""
+    front = await start("calm", **anonymous(requests_per_minute=1, tokens_per_minute=1000))
+    async with front.public.post("/v1/chat/completions", data=b"{", headers={"Content-Type": "text/x"}) as a:
+        assert a.status == 415
+    status, headers, body = await front.chat()
+    assert (status, headers["x-ratelimit-remaining-tokens"]) == (429, "1000")
+    assert json.dumps(body)

@@ -1,0 +1,112 @@
+"""Connections that do not move are cut, on real sockets; those that move are left alone."""
+
+import asyncio
+import socket
+
+import pytest
+import structlog
+from aiohttp import web
+
+from interpretops.settings import load_settings
+from proxy.metrics import Metrics
+from proxy.stalls import StallWatch
+
+LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
+SMALL = 8192
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+async def site():
+    """A listener whose one route sends without end, its watch, and the clock of the watch."""
+    clock, metrics = Clock(), Metrics()
+    settings = load_settings(
+        overrides={"gateway.body_timeout_s": 5.0, "gateway.client_idle_timeout_s": 7.0}, environ={}
+    ).gateway
+    watch = StallWatch(settings, metrics, LOG, clock)
+    ended = asyncio.Event()
+
+    async def endless(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b"x" * 65536)
+        finally:
+            ended.set()
+
+    app = web.Application(middlewares=[watch.mark])
+    app.router.add_get("/", endless)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+
+    def look():
+        for connection in runner.server.connections:
+            watch.look(connection)
+
+    yield runner.addresses[0], look, clock, metrics, ended
+    await runner.cleanup()
+
+
+async def connect(address, until, runner_look, first=b""):
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
+    raw.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(raw, address)
+    reader, writer = await asyncio.open_connection(sock=raw, limit=SMALL)
+    writer.write(first)
+    await writer.drain()
+    return reader, writer
+
+
+async def closed(reader):
+    try:
+        return await asyncio.wait_for(reader.read(1), 5) == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+async def test_request_that_never_becomes_whole_is_cut(site, until, sent):
+    """A connection that sends nothing, or headers without end, is closed; not before its time."""
+    address, look, clock, metrics, _ = site
+    reader, writer = await connect(address, until, look, sent)
+    await asyncio.sleep(0.1)
+    look()
+    clock.now += 4.9
+    look()
+    assert b'connections_cut_total{reason="no_request"}' not in metrics.render()
+    writer.write(b"a")
+    clock.now += 0.2
+    look()
+    assert await closed(reader)
+    assert b'interpretops_connections_cut_total{reason="no_request"} 1.0' in metrics.render()
+    writer.close()
+
+
+async def test_answer_that_nobody_reads_is_cut(site, until):
+    """A client that stops reading loses its connection and its request; one that reads on keeps both."""
+    address, look, clock, metrics, ended = site
+    reader, writer = await connect(address, until, look, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    for _ in range(4):
+        clock.now += 6.0
+        look()
+        for _ in range(100):
+            await asyncio.wait_for(reader.read(65536), 5)
+    assert not ended.is_set()
+    async with asyncio.timeout(10):
+        while not ended.is_set():
+            clock.now += 3.0
+            look()
+            await asyncio.sleep(0.02)
+    assert b'interpretops_connections_cut_total{reason="unread_answer"} 1.0' in metrics.render()
+    writer.close()
