@@ -4,7 +4,7 @@ Shape letters: B sequences, T tokens, D width, H heads, N nodes, V vocabulary. N
 sequences of a batch are of one length.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +18,9 @@ from discovery.frozen_model import FrozenModel
 from interpretops.hook_points import site_module
 from interpretops.model_family import family_of
 from interpretops.plan import Site
+
+Hook = Callable[[nn.Module, Any, Tensor], Tensor]
+"""Takes a module, its arguments and its output, and returns another output."""
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Families in which a layer adds ``o_proj(heads)``, then ``mlp`` to the stream, with no norm after them."""
@@ -64,28 +67,64 @@ class GraphDecoder:
 
         With ``heads`` (K of them) ``streams`` is [K, B, T, D], one input for each, and so is the output.
         """
-        count, batch, length, _ = streams.shape
-        flat = self.layers[layer].get_submodule("input_layernorm")(streams.flatten(0, 1))
-        attention = self.layers[layer].get_submodule("self_attn")
-        context = self._context(layer, length)  # runs the model: before the hook that ends attention
+        normed = self.layers[layer].get_submodule("input_layernorm")(streams)
+        weight = self._weight(layer)
+        if heads is None:
+            z = self._attend(layer, normed[0]).view(*streams.shape[1:3], self.graph.heads, self.head_dim)
+            return torch.einsum("bthf,hfd->hbtd", z, weight)
+        z = self._attend(layer, normed[0], self._own_inputs(layer, normed, heads))
+        z = z.view(*streams.shape[1:3], len(heads), self.head_dim)
+        return torch.einsum("bthf,hfd->hbtd", z, weight[list(heads)])
+
+    def _attend(self, layer: int, normed: Tensor, own: Mapping[str, Hook] | None = None) -> Tensor:
+        """What a layer's attention hands to its output projection [B, T, heads * head_dim].
+
+        own: hooks that put other queries, keys and values in the place of those of ``normed``
+        """
+        attention: Any = self.layers[layer].get_submodule("self_attn")
+        context = self._context(layer, normed.shape[1])  # runs the model: before the hook that ends attention
         kept: list[Tensor] = []
 
         def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             kept.append(args[0])
             raise _Enough
 
-        handle = self.projections[layer].register_forward_pre_hook(keep)
+        handles = [self.projections[layer].register_forward_pre_hook(keep)]
+        handles += [
+            attention.get_submodule(name).register_forward_hook(hook) for name, hook in (own or {}).items()
+        ]
+        groups = attention.num_key_value_groups
+        attention.num_key_value_groups = 1 if own else groups
         try:
             with suppress(_Enough):
-                attention(hidden_states=flat, **context)
+                attention(hidden_states=normed, **context)
         finally:
-            handle.remove()
-        z = kept[0].view(count, batch, length, self.graph.heads, self.head_dim)
-        weight = self._weight(layer)
-        if heads is None:
-            return torch.einsum("bthf,hfd->hbtd", z[0], weight)
-        own = torch.stack([z[row, :, :, head] for row, head in enumerate(heads)])
-        return torch.einsum("hbtf,hfd->hbtd", own, weight[list(heads)])
+            attention.num_key_value_groups = groups
+            for handle in handles:
+                handle.remove()
+        return kept[0]
+
+    def _own_inputs(self, layer: int, normed: Tensor, heads: Sequence[int]) -> dict[str, Hook]:
+        """Hooks by which each of K heads computes its query, key and value from its own input [K, B, T, D].
+
+        Keys and values, which heads share, are computed for each head anew: attention then has K of each.
+        """
+        attention: Any = self.layers[layer].get_submodule("self_attn")
+        groups: int = attention.num_key_value_groups
+        shared = [head // groups for head in heads]
+
+        def projected(rows: Sequence[int]) -> Hook:
+            def hook(module: nn.Module, _args: Any, _output: Tensor) -> Tensor:
+                weight = module.get_parameter("weight").view(-1, self.head_dim, normed.shape[-1])[list(rows)]
+                found = normed.flatten(1, 2) @ weight.transpose(1, 2)
+                if module.bias is not None:
+                    found = found + module.get_parameter("bias").view(-1, 1, self.head_dim)[list(rows)]
+                found = found.view(*normed.shape[:3], -1).permute(1, 2, 0, 3)
+                return found.flatten(2)
+
+            return hook
+
+        return {"q_proj": projected(heads), "k_proj": projected(shared), "v_proj": projected(shared)}
 
     def mlp_output(self, layer: int, stream: Tensor) -> Tensor:
         """What an MLP adds to the stream [B, T, D]."""
