@@ -130,15 +130,25 @@ class FrozenModel:
                 handle.remove()
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-        """Greedy answers of at most ``most`` tokens to formatted prompts, end-of-turn tokens included."""
+    def answers(
+        self, prompts: Sequence[Sequence[int]], most: int, *, sample_seed: int | None = None
+    ) -> list[list[int]]:
+        """Answers of at most ``most`` tokens to formatted prompts, end-of-turn tokens included.
+
+        Greedy; with ``sample_seed`` drawn from the model's own distribution (temperature 1), which the same
+        prompts in the same order with the same seed repeat.
+        """
+        drawn: dict[str, Any] = {"do_sample": False}
+        if sample_seed is not None:
+            torch.manual_seed(sample_seed)
+            drawn = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
         tokens, mask = self.pad(prompts, side="left")
         stops = self.stop_ids
         out = self.network.generate(
             input_ids=tokens,
             attention_mask=mask,
             max_new_tokens=most,
-            do_sample=False,
+            **drawn,
             eos_token_id=stops or None,
             pad_token_id=self.pad_id,
         )

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from discovery.errors import DiscoveryError
 from interpretops.atomic_file import write_atomically
 
 PACKAGES = ("interpretops", "torch", "transformers", "sae-lens", "safetensors", "numpy")
@@ -57,6 +58,17 @@ def run_record(job: str, seed: int, settings: dict[str, Any], data: Any) -> dict
     }
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; a full disk ends in one line."""
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise DiscoveryError(
+            f"{path}: cannot be written ({error.strerror or error}); what is finished stands: "
+            "free space, and run the same command again"
+        ) from error
+
+
 def write_json(path: Path, record: Any) -> None:
     """Write a record whole or not at all."""
-    write_atomically(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    write_file(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())

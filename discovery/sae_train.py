@@ -4,13 +4,16 @@ The work folder holds ``checkpoint/`` (SAELens' training weights and trainer sta
 goes on where it stood: batch n is a function of the seed and n alone.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,9 +22,11 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import hook_name
 from discovery.progress import meter
 from discovery.run_record import write_json
+from discovery.stopping import stoppable
 
 CHECKPOINT = "checkpoint"
 WEIGHTS = "sae_weights.safetensors"
+IDENTITY = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,14 @@ def train(reader: TraceReader, settings: TrainSettings, work: Path, checkpoint_s
     trainer = _trainer(reader, settings)
     checkpoint = work / CHECKPOINT
     identity = asdict(settings) | {"shards": [entry["sha256"] for entry in reader.record["shards"]]}
+    if not checkpoint.exists() and (_fresh(checkpoint) / IDENTITY).exists():
+        _fresh(checkpoint).rename(checkpoint)  # killed between the two steps of taking its place
     if checkpoint.exists():
         _restore(trainer, checkpoint, identity)
     source = shuffled_batches(reader.activations, settings.batch, settings.seed, trainer.n_training_steps)
     steps = trainer.cfg.total_training_steps
-    with meter("sae-train", settings.tokens, "tokens", trainer.n_training_samples) as progress:
+    samples = trainer.n_training_samples
+    with stoppable() as stop, meter("sae-train", steps * settings.batch, "tokens", samples) as progress:
         for batch in source:
             if trainer.n_training_steps >= steps:
                 break
@@ -72,8 +80,10 @@ def train(reader: TraceReader, settings: TrainSettings, work: Path, checkpoint_s
             trainer.n_training_steps += 1
             note = f"mse {output.losses['mse_loss'].item():.4f}, dead {int(trainer.dead_neurons.sum())}"
             progress.advance(len(batch), note if trainer.n_training_steps % 10 == 0 else "")
-            if trainer.n_training_steps % checkpoint_steps == 0 or trainer.n_training_steps == steps:
+            due = trainer.n_training_steps % checkpoint_steps == 0 or trainer.n_training_steps == steps
+            if due or stop.asked is not None:
                 _save(trainer, checkpoint, identity)
+            stop.check(f"step {trainer.n_training_steps:,} of {steps:,} is saved in {checkpoint}")
     trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
     trainer.set_final_sae_metadata()
     return trainer
@@ -122,26 +132,46 @@ def _trainer(reader: TraceReader, settings: TrainSettings) -> Any:
 
 
 def _save(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
-    fresh = checkpoint.with_name(f".{CHECKPOINT}.new")
+    """Write a new checkpoint beside the old one, then take its place: one of the two is always whole."""
+    fresh = _fresh(checkpoint)
     shutil.rmtree(fresh, ignore_errors=True)
-    trainer.save_trainer_state(fresh)
-    save_file({k: v.contiguous() for k, v in trainer.sae.state_dict().items()}, fresh / WEIGHTS)
-    write_json(fresh / "settings.json", identity)
+    try:
+        trainer.save_trainer_state(fresh)
+        save_file({k: v.contiguous() for k, v in trainer.sae.state_dict().items()}, fresh / WEIGHTS)
+        write_json(fresh / IDENTITY, identity)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise DiscoveryError(
+            f"{fresh}: cannot be written ({_first_line(error)}); the checkpoint before it stands: "
+            "free space, and run the same command again"
+        ) from error
     shutil.rmtree(checkpoint, ignore_errors=True)
     fresh.rename(checkpoint)
 
 
-def _restore(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
-    import json
+def _fresh(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{CHECKPOINT}.new")
 
-    earlier = json.loads((checkpoint / "settings.json").read_bytes())
-    if earlier != json.loads(json.dumps(identity)):
-        differing = sorted(key for key in identity if earlier.get(key) != identity[key])
+
+def _restore(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
+    try:
+        earlier = json.loads((checkpoint / IDENTITY).read_bytes())
+        if earlier == json.loads(json.dumps(identity)):
+            trainer.sae.load_state_dict(load_file(checkpoint / WEIGHTS))
+            trainer.load_trainer_state(checkpoint)  # torch.load, which since 2.6 unpickles plain tensors only
+            return
+    except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError, SafetensorError) as error:
         raise DiscoveryError(
-            f"{checkpoint}: is of another training ({', '.join(differing)}); remove it or --work elsewhere"
-        )
-    trainer.sae.load_state_dict(load_file(checkpoint / WEIGHTS))
-    trainer.load_trainer_state(checkpoint)  # torch.load, which since 2.6 unpickles plain tensors only
+            f"{checkpoint}: is damaged ({_first_line(error)}); remove it and train again"
+        ) from error
+    differing = sorted(key for key in identity if earlier.get(key) != identity[key])
+    raise DiscoveryError(
+        f"{checkpoint}: is of another training ({', '.join(differing)}); remove it or --work elsewhere"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def save_dictionary(trainer: Any, folder: Path) -> None:
@@ -149,8 +179,6 @@ def save_dictionary(trainer: Any, folder: Path) -> None:
     trainer.sae.save_inference_model(folder)
     weights = {k: v.half().contiguous() for k, v in load_file(folder / WEIGHTS).items()}
     save_file(weights, folder / WEIGHTS)
-    import json
-
     config = json.loads((folder / "cfg.json").read_bytes())
     write_json(folder / "cfg.json", config | {"dtype": "float16"})
 

@@ -13,7 +13,9 @@ from typing import Any, Literal
 from discovery.errors import DiscoveryError
 from interpretops.policy_file import read_yaml
 
-Kind = Literal["prompts", "text"]
+Kind = Literal["prompts", "text", "openings"]
+KINDS: tuple[Kind, ...] = ("prompts", "text", "openings")
+"""Prompts are put into the chat format, text is read as it is, openings are continued by the model."""
 MAX_BYTES = 2**30
 PROMPT_COLUMNS = ("prompt", "Prompt", "question", "Question", "instruction", "goal", "text")
 """Fields that hold the prompt in objects and tables, the first that is there."""
@@ -29,17 +31,23 @@ class Source:
     name: str = ""
     part: tuple[float, float] = (0.0, 1.0)
     """Which share of the file is taken: prompts in a fixed shuffled order, text as it stands."""
+    times: int = 1
+    """How many texts the model writes from each opening."""
     limit: int | None = None
     """Most prompts, or characters of text, taken; None: all."""
     wrap: bool = False
     """Put each prompt into one of the wrappers of the job's data."""
+    templates: str = ""
+    """List of templates in the same file; each prompt is put into ``each`` of them (``{vp}``, ``{Vp}``)."""
+    each: int = 1
     field: str | None = None
     """The field that holds the prompt in objects and tables; None: the first of `PROMPT_COLUMNS`."""
 
     def record(self) -> dict[str, Any]:
         """What a run record says of it: file name and sha256, never the folder it lay in."""
         entry = asdict(self) | {"path": self.path.name, "sha256": sha256_of_file(self.path)}
-        plain = {"name": "", "limit": None, "wrap": False, "part": (0.0, 1.0), "field": None}
+        plain = {"name": "", "limit": None, "wrap": False, "part": (0.0, 1.0), "field": None, "times": 1}
+        plain |= {"templates": "", "each": 1}
         return {key: value for key, value in entry.items() if key not in plain or value != plain[key]}
 
 
@@ -63,7 +71,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def read_data_list(path: Path, folder: Path | None = None) -> DataList:
-    """Read a YAML list of data: ``<group>: [{path, kind?, licence?, name?, part?, limit?, wrap?}, …]``.
+    """Read a YAML list of data: ``<group>: [{path, kind?, licence?, name?, part?, limit?, times?}, …]``.
 
     Relative paths are looked up beside the list, then in ``folder``.
     """
@@ -82,11 +90,15 @@ def read_data_list(path: Path, folder: Path | None = None) -> DataList:
 
 
 def _source(entry: Any, where: str, roots: tuple[Path, Path]) -> Source:
-    allowed = {"path", "kind", "licence", "name", "part", "limit", "wrap"}
+    allowed = {"path", "kind", "licence", "name", "part", "limit", "times", "wrap", "templates", "each"}
     if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= allowed:
         raise DiscoveryError(f"{where} = {entry!r}, but must be an object with path and of {sorted(allowed)}")
-    if entry.get("kind", "prompts") not in ("prompts", "text"):
-        raise DiscoveryError(f"{where}.kind = {entry['kind']!r}, but must be 'prompts' or 'text'")
+    if entry.get("kind", "prompts") not in KINDS:
+        raise DiscoveryError(f"{where}.kind = {entry['kind']!r}, but must be one of {', '.join(KINDS)}")
+    counts = {name: entry.get(name, 1) for name in ("times", "each")}
+    for name, count in counts.items():
+        if type(count) is not int or count < 1:
+            raise DiscoveryError(f"{where}.{name} = {count!r}, but must be a whole number of at least 1")
     beside = roots[0] / str(entry["path"])
     part = entry.get("part", [0.0, 1.0])
     if not isinstance(part, list) or len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
@@ -97,6 +109,9 @@ def _source(entry: Any, where: str, roots: tuple[Path, Path]) -> Source:
         licence=str(entry.get("licence", "not stated")),
         name=str(entry.get("name", Path(entry["path"]).stem)),
         part=(float(part[0]), float(part[1])),
+        times=counts["times"],
+        templates=str(entry.get("templates", "")),
+        each=counts["each"],
         wrap=bool(entry.get("wrap", False)),
         limit=None if entry.get("limit") is None else int(entry["limit"]),
     )

@@ -3,13 +3,13 @@
 A trace folder holds ``trace.json`` (the run record and the list of finished shards), the shards
 (``shard-00000.safetensors``, …, each with ``blocks.<l>.hook_resid_post`` [T, D], ``tokens`` [T],
 ``position`` [T] and ``sequence`` [T]), and ``held_out.safetensors``: the token ids of sequences that were
-left out, for measuring on.
+left out, for measuring on, each with its kind (index in `KINDS`).
 """
 
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +20,15 @@ from torch import Tensor
 
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, hook_name, norm_bound
-from discovery.progress import Meter, meter
-from discovery.run_record import run_record, write_json
-from discovery.sources import DataList, Source, read_prompts, read_text
-from interpretops.atomic_file import write_atomically
+from discovery.progress import meter
+from discovery.run_record import run_record, write_file, write_json
+from discovery.sequences import TokenSequence, build_sequences, continued
+from discovery.sequences import batches as batches
+from discovery.sources import KINDS, DataList
+from discovery.stopping import stoppable
 
 RECORD = "trace.json"
 HELD_OUT = "held_out.safetensors"
-BATCH_TOKENS = 4096
 PILOT_SEQUENCES = 32
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -41,6 +42,8 @@ class TraceSettings:
     """Most tokens of a sequence; text is cut into pieces of this length."""
     answer_tokens: int = 0
     """Length of the model's own greedy answer that follows each prompt; 0: none."""
+    written_tokens: int = 0
+    """Length of the text that the model samples after each opening; 0 where there are no openings."""
     shard_sequences: int = 256
     held_out_share: float = 0.03
     dtype: Literal["float16", "bfloat16"] = "bfloat16"
@@ -54,6 +57,7 @@ class TraceSettings:
             ("layers", len(self.layers) > 0 and len(set(self.layers)) == len(self.layers)),
             ("context", self.context >= 8),
             ("answer_tokens", 0 <= self.answer_tokens < self.context),
+            ("written_tokens", 0 <= self.written_tokens < self.context),
             ("shard_sequences", self.shard_sequences >= 1),
             ("held_out_share", 0 <= self.held_out_share < 1),
             ("dtype", self.dtype in DTYPES),
@@ -65,54 +69,35 @@ class TraceSettings:
                 )
 
 
-@dataclass(frozen=True)
-class TokenSequence:
-    """Token ids of one sequence; ``wants_answer`` where the model's own answer is to follow."""
-
-    ids: tuple[int, ...]
-    wants_answer: bool
-
-
 def trace(model: FrozenModel, data: DataList, settings: TraceSettings, folder: Path) -> dict[str, Any]:
     """Trace into ``folder``, or go on where an earlier run of the same stopped. Returns the record."""
     settings.check()
     model.check_layers(settings.layers)
-    sequences = build_sequences(model, [s for group in data.groups.values() for s in group], settings)
+    sources = [source for group in data.groups.values() for source in group]
+    sequences = build_sequences(
+        model, sources, settings.context, settings.answer_tokens, settings.written_tokens
+    )
     random.Random(settings.seed).shuffle(sequences)  # noqa: S311 (an order, no secret)
     held_out = sequences[: round(len(sequences) * settings.held_out_share)]
     kept = sequences[len(held_out) :]
     shards = [kept[i : i + settings.shard_sequences] for i in range(0, len(kept), settings.shard_sequences)]
     record = _begin(model, data, settings, folder, kept)
     _write_held_out(model, held_out, settings, folder, record)
-    total = sum(len(s.ids) + s.wants_answer * settings.answer_tokens for s in kept)
+    added = {"": 0, "answer": settings.answer_tokens, "text": settings.written_tokens}
+    total = sum(len(s.ids) + added[s.follow] for s in kept)
     done = sum(entry["read"] for entry in record["shards"])
-    with meter("trace", total, "tokens", done) as progress:
+    with stoppable() as stop, meter("trace", total, "tokens", done) as progress:
+
+        def advance(tokens: int) -> None:
+            progress.advance(tokens)
+            stop.check(f"{len(record['shards'])} of {len(shards)} shards are finished")
+
         for index in range(len(record["shards"]), len(shards)):
-            entry = _trace_shard(model, shards[index], settings, record["max_norm"], folder, index, progress)
+            entry = _trace_shard(model, shards[index], settings, record["max_norm"], folder, index, advance)
             record["shards"].append(entry)
             record["complete"] = len(record["shards"]) == len(shards)
             write_json(folder / RECORD, record)
     return record
-
-
-def build_sequences(
-    model: FrozenModel, sources: Iterable[Source], settings: TraceSettings
-) -> list[TokenSequence]:
-    """All token sequences of the sources, in their order."""
-    found: list[TokenSequence] = []
-    room = settings.context - settings.answer_tokens
-    for source in sources:
-        if source.kind == "prompts":
-            for prompt in read_prompts(source):
-                ids = model.chat_ids(prompt, room)
-                found.append(TokenSequence(tuple(ids), settings.answer_tokens > 0))
-        else:
-            ids = model.text_ids(read_text(source))
-            pieces = (ids[i : i + settings.context] for i in range(0, len(ids), settings.context))
-            found.extend(TokenSequence(tuple(piece), False) for piece in pieces if len(piece) >= 8)
-    if not found:
-        raise DiscoveryError("the data hold no sequence of 8 tokens or more; add prompts or text")
-    return found
 
 
 def _begin(
@@ -136,12 +121,7 @@ def _begin(
     record["max_norm"] = _norm_bounds(model, kept, settings)
     record["shards"] = []
     record["complete"] = False
-    try:
-        write_json(path, record)
-    except OSError as error:
-        raise DiscoveryError(
-            f"{folder}: cannot be written to ({error.strerror}); name another --out"
-        ) from error
+    write_json(path, record)
     return record
 
 
@@ -165,32 +145,6 @@ def _norm_bounds(
     }
 
 
-def batches(sequences: Sequence[list[int]]) -> Iterable[list[tuple[int, list[int]]]]:
-    """(index, ids) of sequences in batches of at most ``BATCH_TOKENS`` padded tokens, shortest first."""
-    batch: list[tuple[int, list[int]]] = []
-    for item in sorted(enumerate(sequences), key=lambda entry: len(entry[1])):
-        if batch and (len(batch) + 1) * len(item[1]) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
-
-
-def with_answers(
-    model: FrozenModel, sequences: Sequence[TokenSequence], most: int, tick: Callable[[int], None]
-) -> list[list[int]]:
-    """The ids of each sequence, followed by the model's own answer where it is wanted."""
-    full = [list(s.ids) for s in sequences]
-    asked = [index for index, s in enumerate(sequences) if s.wants_answer]
-    for batch in batches([full[index] for index in asked]):
-        answers = model.answers([ids for _, ids in batch], most)
-        for (place, _), answer in zip(batch, answers, strict=True):
-            full[asked[place]] += answer
-        tick(sum(map(len, answers)))
-    return full
-
-
 def _trace_shard(
     model: FrozenModel,
     sequences: Sequence[TokenSequence],
@@ -198,9 +152,9 @@ def _trace_shard(
     max_norm: dict[str, float],
     folder: Path,
     index: int,
-    progress: Meter,
+    advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    full = with_answers(model, sequences, settings.answer_tokens, lambda _: None)
+    full = _continued(model, sequences, settings, index)
     rows: dict[int, dict[str, Tensor]] = {}
     sinks = 0
     for batch in batches(full):
@@ -221,18 +175,13 @@ def _trace_shard(
                 "position": here.nonzero()[:, 0].int().cpu(),
                 "sequence": torch.full((int(here.sum()),), place, dtype=torch.int32),
             }
-        progress.advance(int(mask.sum()))
+        advance(int(mask.sum()))
     names = rows[0]
     data = save_safetensors(
         {k: torch.cat([rows[i][k] for i in range(len(full))]).contiguous() for k in names}
     )
     name = f"shard-{index:05d}.safetensors"
-    try:
-        write_atomically(folder / name, data)
-    except OSError as error:
-        raise DiscoveryError(
-            f"{folder / name}: cannot be written ({error.strerror}); finished shards stand: run again"
-        ) from error
+    write_file(folder / name, data)
     read = sum(map(len, full))
     return {
         "file": name,
@@ -243,6 +192,13 @@ def _trace_shard(
     }
 
 
+def _continued(
+    model: FrozenModel, sequences: Sequence[TokenSequence], settings: TraceSettings, shard: int
+) -> list[list[int]]:
+    seed = settings.seed * 1_000_003 + shard + 1
+    return continued(model, sequences, settings.answer_tokens, settings.written_tokens, seed)
+
+
 def _write_held_out(
     model: FrozenModel,
     sequences: Sequence[TokenSequence],
@@ -250,12 +206,13 @@ def _write_held_out(
     folder: Path,
     record: dict[str, Any],
 ) -> None:
-    if not sequences or (folder / HELD_OUT).exists():
+    if not sequences or "held_out" in record:
         return
-    full = with_answers(model, sequences, settings.answer_tokens, lambda _: None)
+    full = _continued(model, sequences, settings, -1)
     tokens, mask = model.pad(full)
-    data = save_safetensors({"tokens": tokens.int().cpu(), "mask": mask.to(torch.uint8).cpu()})
-    write_atomically(folder / HELD_OUT, data)
+    kinds = torch.tensor([KINDS.index(s.kind) for s in sequences], dtype=torch.uint8)
+    data = save_safetensors({"tokens": tokens.int().cpu(), "mask": mask.to(torch.uint8).cpu(), "kind": kinds})
+    write_file(folder / HELD_OUT, data)
     record["held_out"] = {
         "sequences": len(sequences),
         "tokens": int(mask.sum()),

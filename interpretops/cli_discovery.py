@@ -39,6 +39,9 @@ def trace(
     answer_tokens: Annotated[
         int, typer.Option(help="Let the model answer each prompt with at most this many tokens.")
     ] = 0,
+    written_tokens: Annotated[
+        int, typer.Option(help="Length of the texts that the model samples from openings.")
+    ] = 0,
     shard_sequences: Annotated[int, typer.Option(help="Sequences of a shard.")] = 256,
     held_out: Annotated[float, typer.Option(help="Share of sequences kept out, to measure on.")] = 0.03,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
@@ -64,6 +67,7 @@ def trace(
         options={
             "context": context,
             "answer_tokens": answer_tokens,
+            "written_tokens": written_tokens,
             "shard_sequences": shard_sequences,
             "held_out_share": held_out,
             "dtype": dtype,

@@ -1,7 +1,11 @@
 """Dictionaries: SAELens trains them, a killed run ends the same, the metrics are sane at their extremes."""
 
-from collections.abc import Callable
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from discovery import sae_train
-from discovery.activations import TraceReader
+from discovery.activations import TraceReader, shuffled_batches
 from discovery.dictionary_artifact import measure, write_dictionary
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.sae_train import TrainSettings, reconstruction, save_dictionary, train
 from discovery.sources import DataList, Source
 from discovery.splice import splice_metrics
+from discovery.stopping import Stopped
 from discovery.trace import TraceSettings, trace
 from interpretops.dictionary.load import open_dictionary
 from interpretops.dictionary.manifest import read_manifest
@@ -55,6 +60,75 @@ def test_killed_training_ends_with_the_same_weights(
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_its_step(
+    traced: TraceReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """SIGINT and SIGTERM save the very step they came in; the weights end up as those of an unbroken run."""
+    whole = train(traced, SETTINGS, tmp_path / "whole").sae.state_dict()
+    seen = 0
+
+    def asked(*arguments: Any) -> Iterator[Tensor]:
+        nonlocal seen
+        for batch in shuffled_batches(*arguments):
+            seen += 1
+            if seen == 7:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    monkeypatch.setattr(sae_train, "shuffled_batches", asked)
+    with pytest.raises(Stopped, match=rf"{number.name}: step 7 of 40 is saved in "):
+        train(traced, SETTINGS, tmp_path / "broken")
+    resumed = train(traced, SETTINGS, tmp_path / "broken").sae.state_dict()
+    assert seen == 40 + 1  # one batch more is drawn before the end is seen
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_full_disk_leaves_the_checkpoint_before(traced: TraceReader, tmp_path: Path) -> None:
+    """A checkpoint that does not fit ends in one line; the one before it stands and is gone on from."""
+    whole = train(traced, SETTINGS, tmp_path / "whole").sae.state_dict()
+    real = sae_train._save
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full_after_one(*arguments: Any) -> None:
+        real(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sae_train, "_save", full_after_one)
+            with pytest.raises(DiscoveryError) as caught:
+                train(traced, SETTINGS, tmp_path / "full", checkpoint_steps=10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "cannot be written" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["checkpoint"]
+    resumed = train(traced, SETTINGS, tmp_path / "full", checkpoint_steps=10).sae.state_dict()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_killed_while_checkpoints_change_places_it_goes_on(traced: TraceReader, tmp_path: Path) -> None:
+    """A kill after the old checkpoint is gone and before the new one has its name loses no step."""
+    train(traced, SETTINGS, tmp_path)
+    (tmp_path / "checkpoint").rename(tmp_path / ".checkpoint.new")
+    assert train(traced, SETTINGS, tmp_path).n_training_steps == 40
+    assert not (tmp_path / ".checkpoint.new").exists()
+
+
+def test_damaged_checkpoint_is_named(traced: TraceReader, tmp_path: Path) -> None:
+    """A checkpoint that cannot be read ends in one line that names it."""
+    train(traced, SETTINGS, tmp_path)
+    path = tmp_path / "checkpoint" / "sae_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DiscoveryError, match=r"checkpoint: is damaged \("):
+        train(traced, SETTINGS, tmp_path)
+
+
 def test_other_settings_do_not_go_on_from_a_checkpoint(traced: TraceReader, tmp_path: Path) -> None:
     """A checkpoint of another width is refused, and the setting is named."""
     train(traced, SETTINGS, tmp_path, checkpoint_steps=40)
@@ -73,6 +147,7 @@ def test_trained_dictionary_is_what_the_library_reads(
     write_dictionary(traced, SETTINGS, metrics, folder)
     manifest = read_manifest(folder)
     assert manifest.model.fingerprint == tiny.spec.fingerprint
+    assert metrics["fvu"] is not None
     assert manifest.metrics.fvu == metrics["fvu"] < 1.0
     assert manifest.training.data == ("lines (Apache-2.0)",)
     assert load_file(folder / "sae_weights.safetensors")["W_enc"].dtype == torch.float16
