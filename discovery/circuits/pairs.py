@@ -38,6 +38,8 @@ class TextPair:
     wrong: tuple[str, ...]
     paraphrase: str = ""
     """Which wording of the contrast this is; empty when the file does not say."""
+    topic: str = ""
+    """Pairs of one topic, whatever their wording, stay together when pairs are held out."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Pair:
     answers: tuple[int, ...]
     wrong: tuple[int, ...]
     paraphrase: str = ""
+    topic: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ def read_pairs(path: Path, reading: Reading, *, whole_years: bool = True) -> lis
         else:
             answers = reading.answers or _texts(row, "answer", where)
             wrong = reading.wrong or _texts(row, "wrong", where)
-        paraphrase = str(row.get("paraphrase") or "")
-        found.append(TextPair(where, clean, corrupted, answers, wrong, paraphrase))
+        paraphrase, topic = (str(row.get(name) or "") for name in ("paraphrase", "topic"))
+        found.append(TextPair(where, clean, corrupted, answers, wrong, paraphrase, topic))
     if not found:
         raise DiscoveryError(f"{path}: holds no pairs; write one object or row per pair")
     return found
@@ -178,7 +181,7 @@ def encode_pairs(model: FrozenModel, texts: Sequence[TextPair], reading: Reading
             )
         else:
             own, others = tuple(sorted(answers - wrong)), tuple(sorted(wrong - answers))
-            found.append(Pair(clean, corrupted, own, others, text.paraphrase))
+            found.append(Pair(clean, corrupted, own, others, text.paraphrase, text.topic))
             continue
         if not reading.skip_unfit:
             raise DiscoveryError(reasons[0])
@@ -192,15 +195,20 @@ def _first_tokens(model: FrozenModel, texts: Sequence[str]) -> set[int]:
 
 
 def split_pairs(pairs: Sequence[Pair], held_out: float, limit: int | None) -> tuple[list[Pair], list[Pair]]:
-    """Discovery and evaluation pairs, in an order that does not depend on the seed."""
-    order = list(pairs)
-    random.Random(0).shuffle(order)  # noqa: S311 (an order, no secret)
-    order = order[:limit]
+    """Discovery and evaluation pairs, in an order that does not depend on the seed; no topic is in both."""
+    groups: dict[object, list[Pair]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault(pair.topic or index, []).append(pair)
+    shuffled = list(groups.values())
+    random.Random(0).shuffle(shuffled)  # noqa: S311 (an order, no secret)
+    order = [pair for group in shuffled for pair in group][:limit]
     kept = len(order) - round(len(order) * held_out)
+    while 0 < kept < len(order) and order[kept].topic and order[kept].topic == order[kept - 1].topic:
+        kept -= 1
     if not 1 <= kept < len(order):
         raise DiscoveryError(
             f"{len(order)} pairs with held-out = {held_out} leave {kept} to find the circuit and "
-            f"{len(order) - kept} to measure it; both need at least one"
+            f"{len(order) - kept} to measure it; both need at least one, of different topics"
         )
     return order[:kept], order[kept:]
 

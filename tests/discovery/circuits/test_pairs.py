@@ -1,5 +1,7 @@
 """Pairs as the public data sets write them: IOI's names, greater-than's years, classes with known answers."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from discovery.circuits.pairs import Pair, Reading, batches, encode_pairs, read_
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 
+SHIPPED = Path(__file__).parents[3] / "discovery" / "prompts" / "pairs"
 IOI = (
     ",clean,corrupted,corrupted_hard,correct_idx,incorrect_idx\n"
     '1,"Then, Aaron and Amber sat. Aaron gave a drink to",'
@@ -77,3 +80,39 @@ def test_metrics_by_hand() -> None:
     assert measure("logit_diff", logits, pair).exp().item() == pytest.approx(difference)
     assert measure("log_odds", logits, pair).exp().item() == pytest.approx(7 / 3)
     assert measure("prob_diff", logits, pair).item() == pytest.approx(0.4)
+
+
+def test_a_topic_is_never_on_both_sides(pairs: list[Pair]) -> None:
+    """Wordings of one topic are searched or measured together; without topics the split is by pair."""
+    named = [replace(pair, topic=f"t{index % 4}") for index, pair in enumerate(pairs)]
+    for held_out in (0.3, 0.5, 0.7):
+        found, measured = split_pairs(named, held_out, None)
+        assert len(found) + len(measured) == len(pairs)
+        assert not {pair.topic for pair in found} & {pair.topic for pair in measured}
+    assert [len(side) for side in split_pairs(pairs, 0.5, None)] == [6, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "chat", "fewest"), [("jailbreak", True, 60), ("toxicity", False, 60)])
+def test_shipped_pairs_fit_the_default_model(
+    default_model_dir: Path, name: str, chat: bool, fewest: int
+) -> None:
+    """None is of unequal length or without an answer of its own; wordings are many and equally frequent;
+    the model itself favours the answers more on the clean prompt, on average and for nine in ten pairs."""
+    model = FrozenModel(default_model_dir, torch.float32)
+    reading = Reading(chat=chat)
+    found, skipped = encode_pairs(model, read_pairs(SHIPPED / f"{name}.jsonl", reading), reading)
+    assert skipped == 0
+    assert len(found) >= fewest
+    wordings = Counter(pair.paraphrase for pair in found)
+    assert len(wordings) >= 3
+    assert len(set(wordings.values())) == 1
+    assert all(pair.topic for pair in found)
+    gained = []
+    with torch.no_grad():
+        for pair in found:
+            logits = model.network(input_ids=torch.tensor([pair.clean, pair.corrupted])).logits[:, -1]
+            clean, corrupted = measure("logit_diff", logits, [pair, pair])
+            gained.append(float(clean - corrupted))
+    assert sum(gain > 0 for gain in gained) >= 0.9 * len(gained)
+    assert sum(gained) / len(gained) > 1

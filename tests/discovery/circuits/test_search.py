@@ -107,6 +107,7 @@ def row(**changes: object) -> str:
         (row(answer="w8"), (), "leave one side without a first token of its own"),
         (row(answer=""), (), "row 1: answer = ''"),
         (row(), (), "both need at least one"),
+        (f"{row(topic='a')}\n{row(topic='a')}", (), "leave 0 to find the circuit and 2 to measure it"),
         (row(corrupted="w8"), ("--skip-unfit",), "no pair is left (1 skipped)"),
         (f"{row()}\n{row()}", ("--edges", 100), "edges = 100, but known-circuit has 82 edges"),
         (f"{row()}\n{row()}", ("--steps", 3), "steps = 3, but must be at least 5"),
