@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from interpretops import __version__
+from interpretops.cli_audit import audit_app
 from interpretops.cli_discovery import add_discovery_commands
 from interpretops.cli_eval import add_eval_commands
 from interpretops.cli_keys import keys_app
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(policy_app, name="policy")
 app.add_typer(keys_app, name="keys")
+app.add_typer(audit_app, name="audit")
 app.command("steer")(steer)
 app.command("search")(search)
 app.command("propose")(propose)

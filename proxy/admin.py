@@ -44,6 +44,7 @@ def make_admin_app(gateway: Gateway) -> web.Application:
     app.router.add_post("/admin/reload", reload)
     app.router.add_post("/admin/policies/{id}/{change:promote|rollback}", change_policy)
     app.router.add_post("/admin/resolve", resolve)
+    app.router.add_get("/admin/audit", audit_head, allow_head=False)
     app.router.add_get("/metrics", show_metrics, allow_head=False)
     add_health(app)
     return app
@@ -166,6 +167,21 @@ def _identity(gateway: Gateway, body: Mapping[str, str]) -> Identity:
         return Identity(gateway.access.tenant(tenant) if tenant else Tenant(id=ANONYMOUS))
     except KeyError as error:
         raise InvalidRequest(f"{error.args[0]!r} is no tenant or key of a tenant here") from None
+
+
+async def audit_head(request: web.Request) -> web.Response:
+    """The newest record's number and hash: kept elsewhere, they prove that nothing was cut off."""
+    audit = request.app[GATEWAY].audit
+    if audit is None:
+        raise AdminRefused("there is no audit log; set audit.path")
+    head = audit.head
+    return web.json_response(
+        {
+            "records": 0 if head is None else head.seq,
+            "hash": None if head is None else head.hash,
+            "failing": audit.failing,
+        }
+    )
 
 
 async def show_metrics(request: web.Request) -> web.Response:

@@ -68,6 +68,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
     gateway, route = request.app[GATEWAY], route_label(request)
     identity = request[IDENTITY]
     identity.check_route(route)
+    if gateway.audit is not None:
+        gateway.audit.require()
     meter = gateway.limiter.meter(identity.tenant)
     with meter.request():
         return await _answer(request, route, meter)
@@ -225,6 +227,22 @@ def _account(request: web.Request, status: int, total_s: float) -> None:
         metrics.overhead.observe(max(0.0, total_s - trail.engine_s))
     if trail.ttft_s is not None:
         metrics.ttft.labels(trail.policy).observe(trail.ttft_s)
+    if gateway.audit is not None and trail.tenant != "none":
+        gateway.audit.append(
+            "request",
+            request_id=trail.request_id,
+            tenant=trail.tenant,
+            key=trail.key,
+            route=route,
+            policy=trail.policy,
+            revision=trail.revision,
+            status=status,
+            reason=trail.reason,
+            stream=trail.stream,
+            tokens=trail.tokens,
+            edits=trail.edits,
+            gates=trail.gates,
+        )
     gateway.log.info(
         "request",
         request_id=trail.request_id,

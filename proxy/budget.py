@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from structlog.typing import FilteringBoundLogger
 
 from interpretops.atomic_file import write_atomically
 from interpretops.errors import ConfigError
+from proxy.file_lock import hold
 
 Period = Literal["day", "month"]
 _SAVE_EVERY_S: Final = 1.0
@@ -38,7 +38,7 @@ class Budgets:
         self._changed = False
         self._lock: int | None = None
         if self._file is not None:
-            self._lock = _hold(self._file.with_suffix(".lock"))
+            self._lock = hold(self._file.with_suffix(".lock"), "paths.state")
             self._used = _read(self._file)
 
     def used(self, tenant: str, period: Period) -> int:
@@ -79,25 +79,6 @@ class Budgets:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def _hold(path: Path) -> int:
-    """Make sure that no other gateway counts in the same file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            f"paths.state = {path.parent}, but it cannot be written ({error.strerror})"
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise ConfigError(
-            f"paths.state = {path.parent}, but another gateway counts budgets there; give each its own folder"
-        ) from error
-    return descriptor
 
 
 def _read(path: Path) -> dict[str, tuple[str, int]]:

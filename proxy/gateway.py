@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from aiohttp import web
 from structlog.typing import FilteringBoundLogger
 
+from interpretops import __version__
 from interpretops.settings import Settings
 from proxy.access import Access
 from proxy.admin import make_admin_app
 from proxy.app import make_public_app
+from proxy.audit import AuditLog
 from proxy.binding import check_bindings, demanded
 from proxy.budget import Budgets
 from proxy.catalogue import Catalogue
@@ -56,7 +58,10 @@ def make_app(
     budgets = Budgets(paths.state.expanduser() if budgeted else None, log)
     settlements = Settlements(metrics)
     stalls = StallWatch(settings.gateway, metrics, log)
-    gateway = Gateway(settings, link, catalogue, access, Limiter(budgets), settlements, stalls, metrics, log)
+    audit = AuditLog(settings.audit.path, settings.audit, metrics, log) if settings.audit.path else None
+    gateway = Gateway(
+        settings, link, catalogue, access, Limiter(budgets), settlements, stalls, audit, metrics, log
+    )
     loop = EngineLoop(settings, link, make_engine, catalogue.prepare, metrics, log, progress)
 
     async def keep_engine(_app: web.Application) -> AsyncIterator[None]:
@@ -77,6 +82,19 @@ def make_app(
         task = asyncio.create_task(watch_keys(access), name="keys")
         yield
         await _end(task)
+
+    async def keep_audit(_app: web.Application) -> AsyncIterator[None]:
+        assert audit is not None
+        audit.append("gateway_started", version=__version__)
+        task = asyncio.create_task(audit.keep(), name="audit")
+        yield
+        await _end(task)
+        audit.append("gateway_stopped")
+        await audit.close()
+
+    if audit is not None:
+        # First to begin and last to end: all else may have something to record.
+        public.cleanup_ctx.insert(0, keep_audit)
 
     async def keep_budgets(_app: web.Application) -> AsyncIterator[None]:
         task = asyncio.create_task(budgets.keep(), name="budgets")

@@ -84,6 +84,12 @@ class Metrics:
             ("tenant",),
             registry=registry,
         )
+        self.audit_failing = Gauge(
+            "interpretops_audit_failing", "1 while the audit log cannot be written.", registry=registry
+        )
+        self.audit_records = Counter(
+            "interpretops_audit_records", "Records written to the audit log.", registry=registry
+        )
         self.keys_broken = Gauge(
             "interpretops_keys_broken",
             "1 while the file of keys cannot be taken and older keys are in force.",

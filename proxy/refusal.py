@@ -145,6 +145,14 @@ class PolicyUnavailable(Refusal):
     retry = None
 
 
+class AuditUnavailable(Refusal):
+    """The audit log cannot be written, and nothing may happen unrecorded."""
+
+    code = "audit_unavailable"
+    status = 503
+    retry = True
+
+
 class EngineNotReady(Refusal):
     """The engine is not there, or has not been proven to steer."""
 

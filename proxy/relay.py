@@ -160,7 +160,7 @@ async def _proof(demand: Demand, nonce: str) -> dict[str, Any]:
     try:
         receipt = await demand.engine.client.receipt(nonce)
         if receipt is not None:
-            demand.trail.tokens = receipt.tokens
+            demand.trail.take(receipt)
         why = _fault(receipt, demand.revision_id)
     except EngineError as error:
         why = str(error)

@@ -10,6 +10,7 @@ from structlog.typing import FilteringBoundLogger
 
 from interpretops.settings import Settings
 from proxy.access import Access, Identity
+from proxy.audit import AuditLog
 from proxy.binding import Caller, read_caller
 from proxy.catalogue import Catalogue
 from proxy.engine_link import EngineLink
@@ -31,6 +32,7 @@ class Gateway:
     limiter: Limiter
     settlements: Settlements
     stalls: StallWatch
+    audit: AuditLog | None
     metrics: Metrics
     log: FilteringBoundLogger
 

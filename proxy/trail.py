@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from proxy.engine_client import Receipt
+
 
 @dataclass
 class Trail:
@@ -25,12 +27,20 @@ class Trail:
     """Time spent waiting for the engine or the client's reading."""
     tokens: int | None = None
     """Tokens that the engine worked through, as its receipt says; None as long as there is none."""
+    edits: int = 0
+    """(token, site) pairs that were changed, as the receipt says."""
+    gates: int = 0
+    """(token, gate) pairs at which a conditional gate was open, as the receipt says."""
     nonce: str | None = None
     """Names the receipt, once the request was sent to the engine."""
     headers: dict[str, str] = field(default_factory=dict)
     """Further headers of the answer."""
     ttft_s: float | None = None
     began_at: float = 0.0
+
+    def take(self, receipt: Receipt) -> None:
+        """Note what the engine did, whether or not it was what was demanded."""
+        self.tokens, self.edits, self.gates = receipt.tokens, receipt.edits_applied, receipt.gates_fired
 
 
 TRAIL: web.RequestKey[Trail] = web.RequestKey("trail", Trail)

@@ -114,7 +114,7 @@ def test_budget_outlasts_a_restart_and_a_clock_set_back(tmp_path):
         assert refused.value.retry is False
     today[0] = datetime(2026, 4, 1, tzinfo=UTC)
     meter.reserve({}, 0)
-    with pytest.raises(ConfigError, match=r"another gateway counts budgets there"):
+    with pytest.raises(ConfigError, match=r"another gateway writes in"):
         fresh()
     budgets.close()
     (tmp_path / "usage.json").write_text("[")

@@ -1,0 +1,166 @@
+"""The audit log's format: JSON lines, each holding the hash of the one before; and its verification."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+GENESIS: Final = "0" * 64
+"""What the first record follows."""
+_HASH = re.compile(rb',"hash":"([0-9a-f]{64})"}')
+_HASH_BYTES: Final = 75
+_MOST_FAULTS: Final = 50
+
+
+@dataclass(frozen=True)
+class Head:
+    """The newest record that is known to be on disk."""
+
+    seq: int
+    hash: str
+
+
+def make_line(seq: int, prev: str, time: str, event: str, fields: Mapping[str, Any]) -> tuple[bytes, str]:
+    """One line, and its hash, which is that of all bytes before it."""
+    record = {"seq": seq, "prev": prev, "time": time, "event": event, **fields}
+    body = json.dumps(record, separators=(",", ":"), ensure_ascii=True).encode()[:-1]
+    digest = hashlib.sha256(body).hexdigest()
+    return body + b',"hash":"' + digest.encode() + b'"}\n', digest
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """The record of a line without its end; None when it is none, or its hash is not that of its bytes."""
+    found = _HASH.fullmatch(line[-_HASH_BYTES:])
+    if found is None or hashlib.sha256(line[:-_HASH_BYTES]).hexdigest().encode() != found[1]:
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("seq"), int) and "prev" in record
+    return record if whole else None
+
+
+def head_path(log: Path) -> Path:
+    """Where the newest record on disk is noted, so that a log cut off at its end is noticed."""
+    return log.with_name(log.name + ".head")
+
+
+def read_head(log: Path) -> Head | None:
+    """The noted head; None when there is none or it cannot be read."""
+    try:
+        content = json.loads(head_path(log).read_bytes())
+        return Head(int(content["seq"]), str(content["hash"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def rotated_path(log: Path, first_seq: int) -> Path:
+    """Where a full file is set aside."""
+    return log.with_name(f"{log.stem}.{first_seq:012d}{log.suffix}")
+
+
+def log_files(log: Path) -> list[Path]:
+    """All files of a log in order, the one being written last."""
+    name = re.compile(re.escape(log.stem) + r"\.\d{12}" + re.escape(log.suffix))
+    aside = sorted(path for path in log.parent.glob(f"{log.stem}.*") if name.fullmatch(path.name))
+    return [*aside, *([log] if log.exists() else [])]
+
+
+@dataclass
+class Verification:
+    """What a log was found to be."""
+
+    records: int = 0
+    first: int | None = None
+    last: Head | None = None
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing was changed, removed, inserted or cut off."""
+        return not self.faults and self.records > 0
+
+
+def verify(log: Path, *, first: int = 1) -> Verification:
+    """Read a whole log and name every line that is not as it was written.
+
+    first  the number that the log must begin with; later ones after files were archived elsewhere
+    """
+    found = Verification()
+    expected, prev = first, GENESIS if first == 1 else None
+    head, head_seen = read_head(log), False
+    torn: tuple[str, bytes] | None = None
+    for place, line in _lines(log):
+        if len(found.faults) >= _MOST_FAULTS:
+            found.faults.append("further faults are not listed")
+            return found
+        record = read_line(line.rstrip(b"\n"))
+        if record is None:
+            if torn is not None:
+                found.faults.append(f"{torn[0]}: was changed: its hash is not that of its content")
+            torn = place, line.rstrip(b"\n")
+            continue
+        if torn is not None:
+            if _tells_of(record, torn[1]):
+                found.notes.append(f"{torn[0]}: was broken off by a crash, and recorded as such")
+            else:
+                found.faults.append(f"{torn[0]}: was changed: its hash is not that of its content")
+                # The record that stood there is accounted for; what follows it cannot name its hash any more.
+                expected, prev = expected + 1, None
+            torn = None
+        _check_place(found, place, record, expected, prev)
+        found.records += 1
+        found.first = record["seq"] if found.first is None else found.first
+        found.last = Head(record["seq"], line.rstrip(b"\n")[-66:-2].decode())
+        head_seen = head_seen or found.last == head
+        expected, prev = max(expected, record["seq"] + 1), found.last.hash
+    if torn is not None:
+        found.faults.append(f"{torn[0]}: was changed or broken off: its hash is not that of its content")
+    _check_end(found, log, head, head_seen=head_seen)
+    return found
+
+
+def _check_place(
+    found: Verification, place: str, record: Mapping[str, Any], expected: int, prev: str | None
+) -> None:
+    seq = record["seq"]
+    if seq < expected:
+        found.faults.append(
+            f"{place}: record {seq} was inserted or stands here again; {expected} should follow"
+        )
+    elif seq > expected:
+        missing = f"record {expected} was" if seq == expected + 1 else f"records {expected} to {seq - 1} were"
+        found.faults.append(f"{place}: {missing} removed before record {seq}")
+    elif prev is not None and record["prev"] != prev:
+        found.faults.append(f"{place}: record {seq} does not follow what stands before it: one was exchanged")
+
+
+def _check_end(found: Verification, log: Path, head: Head | None, *, head_seen: bool) -> None:
+    if found.last is None:
+        found.faults.append(f"{log}: holds no records")
+    elif head is None:
+        found.faults.append(f"{head_path(log)}: is missing or unreadable, so a cut-off end would not show")
+    elif head.seq > found.last.seq:
+        found.faults.append(
+            f"{log}: was cut off: ends with record {found.last.seq}, but {head.seq} had been written"
+        )
+    elif not head_seen:
+        found.faults.append(f"{head_path(log)}: names record {head.seq} with another hash than the log has")
+
+
+def _tells_of(record: Mapping[str, Any], torn: bytes) -> bool:
+    return (
+        record.get("event") == "recovered" and record.get("torn_sha256") == hashlib.sha256(torn).hexdigest()
+    )
+
+
+def _lines(log: Path) -> Iterator[tuple[str, bytes]]:
+    for path in log_files(log):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield f"{path}:{number}", line

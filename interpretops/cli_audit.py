@@ -1,0 +1,47 @@
+"""`mechctl audit`: checks that an audit log is as it was written."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from interpretops.cli_options import Config
+
+audit_app = typer.Typer(name="audit", help="Check the gateway's audit log.", no_args_is_help=True)
+
+
+@audit_app.callback()
+def _options() -> None:
+    """Check the gateway's audit log."""
+
+
+@audit_app.command()
+def verify(
+    log: Annotated[
+        Path | None, typer.Argument(help="The log's file; else `audit.path` of the settings.")
+    ] = None,
+    first: Annotated[
+        int, typer.Option("--first", min=1, help="Number of the first record, after files were archived.")
+    ] = 1,
+    config: Config = None,
+) -> None:
+    """Name every line that was changed, removed, inserted or cut off. Exit status 1 when there is one."""
+    from interpretops.audit_chain import verify as check
+    from interpretops.errors import ConfigError
+    from interpretops.settings import load_settings
+
+    path = log or load_settings(config).audit.path
+    if path is None:
+        raise ConfigError("audit.path is not set; set it in the file given with --config, or name the log")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no such log")
+    found = check(path, first=first)
+    for line in (*found.notes, *found.faults):
+        typer.echo(line)
+    if not found.intact:
+        raise typer.Exit(1)
+    assert found.last is not None
+    typer.echo(
+        f"{path}: {found.records} records, {found.first} to {found.last.seq}, are as they were written; "
+        f"the last has hash {found.last.hash}"
+    )
