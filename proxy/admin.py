@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,8 @@ from interpretops.settings_access import ANONYMOUS
 from proxy.access import Identity, names_this_machine
 from proxy.app import HEALTH, add_health, answer_in_openai_shape, route_label
 from proxy.binding import HEADER, NONE, decide, explain
-from proxy.catalogue import Entry
+from proxy.entry import Entry
 from proxy.metrics import CONTENT_TYPE_LATEST
-from proxy.policy_files import Revision
 from proxy.refusal import EngineNotReady, FieldNotAllowed, InvalidRequest, Refusal
 from proxy.sanitize import PASSED, parse_strict, read_body
 from proxy.state import GATEWAY, Gateway
@@ -25,6 +25,7 @@ from proxy.state import GATEWAY, Gateway
 ADMIN: web.RequestKey[str] = web.RequestKey("admin", str)
 """Who is changing something, for the record."""
 _MAX_BODY_BYTES = 64 * 1024
+_MAX_REASON = 1000
 
 
 class AdminRefused(Refusal):
@@ -91,27 +92,73 @@ async def list_policies(request: web.Request) -> web.Response:
 
 async def reload(request: web.Request) -> web.Response:
     """Compile every file again. Answers when every request accepted from now on gets what was loaded."""
+    gateway = request.app[GATEWAY]
     try:
-        report = await request.app[GATEWAY].catalogue.reload(force=True)
+        await asyncio.to_thread(gateway.access.refresh)
+        report = await gateway.catalogue.reload(force=True)
     except InterpretOpsError as error:
         raise EngineNotReady(str(error)) from error
     return web.json_response(
-        {"ok": not report.failed, "loaded": report.loaded, "removed": report.removed, "failed": report.failed}
+        {
+            "ok": not report.failed,
+            "loaded": report.loaded,
+            "removed": report.removed,
+            "failed": report.failed,
+            "waiting": report.waiting,
+        }
     )
 
 
 async def change_policy(request: web.Request) -> web.Response:
-    """Promote a candidate, or go back to the revision before."""
+    """Promote a candidate, or go back to the revision before. Recorded before it is done.
+
+    Body of a promotion, optional: ``{"override": {"by": …, "why": …}}``, to promote without a card that meets
+    the policy's criteria.
+    """
     gateway = request.app[GATEWAY]
-    policy, catalogue = request.match_info["id"], gateway.catalogue
-    change = catalogue.promote if request.match_info["change"] == "promote" else catalogue.rollback
+    policy, catalogue, change = request.match_info["id"], gateway.catalogue, request.match_info["change"]
+    override = await _override(request, change)
+    fields: dict[str, Any] = {"policy": policy, "by": request[ADMIN]}
+    if override is not None:
+        if gateway.audit is None:
+            raise AdminRefused("an override must be recorded, and there is no audit log; set audit.path")
+        fields["override"] = override
     try:
-        await change(policy)
+        if change == "promote":
+            fields["revision"] = catalogue.candidate(policy).revision
+        if gateway.audit is not None:
+            await gateway.audit.append_durably(change, **fields)
+        if change == "promote":
+            await catalogue.promote(policy, override=override is not None)
+        else:
+            await catalogue.rollback(policy)
     except Refusal:
         raise
     except InterpretOpsError as error:
+        if gateway.audit is not None:
+            gateway.audit.append(f"{change}_failed", **fields, why=str(error))
         raise AdminRefused(str(error)) from error
     return web.json_response(_entry(gateway, catalogue.entries[policy]))
+
+
+async def _override(request: web.Request, change: str) -> dict[str, str] | None:
+    """Who overrides what a card does not show, and why; None when nobody does."""
+    raw = await read_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=10)
+    body = parse_strict(raw) if raw.strip() else {}
+    override = body.get("override")
+    if body.keys() - {"override"} or (override is not None and change != "promote"):
+        raise InvalidRequest("the body of a promotion holds at most `override`, that of a rollback nothing")
+    if override is None:
+        return None
+    if not isinstance(override, dict) or override.keys() != {"by", "why"}:
+        raise InvalidRequest("override needs `by` and `why`, and nothing else", param="override")
+    for name, value in override.items():
+        if not isinstance(value, str) or not value.strip() or len(value) > _MAX_REASON:
+            raise InvalidRequest(
+                f"override.{name} must be a text of at most {_MAX_REASON} characters",
+                param=f"override.{name}",
+            )
+    return override
 
 
 async def resolve(request: web.Request) -> web.Response:
@@ -193,20 +240,4 @@ async def show_metrics(request: web.Request) -> web.Response:
 
 def _entry(gateway: Gateway, entry: Entry) -> dict[str, Any]:
     active = entry.active
-    return {
-        "id": entry.policy,
-        "state": "unavailable" if active is None else "active",
-        "revision": None if active is None else active.revision,
-        "loaded_at": None if active is None else active.compiled_at.isoformat(),
-        "description": None if active is None else active.description,
-        "target_class": None if active is None else active.target_class,
-        "file": None if active is None else str(active.file),
-        "previous": _name(entry.previous),
-        "candidate": _name(entry.candidate),
-        "in_flight": 0 if active is None else gateway.catalogue.residency.pins(active),
-        "error": entry.error,
-    }
-
-
-def _name(revision: Revision | None) -> str | None:
-    return None if revision is None else revision.revision
+    return entry.shown(0 if active is None else gateway.catalogue.residency.pins(active))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from structlog.typing import FilteringBoundLogger
@@ -13,31 +12,18 @@ from structlog.typing import FilteringBoundLogger
 from interpretops.errors import EngineError, PolicyError
 from proxy.binding import NONE
 from proxy.engine_link import EngineLink, ProvenEngine
+from proxy.entry import Entry, ReloadReport
 from proxy.metrics import Metrics
-from proxy.policy_files import BrokenPolicyError, Revision, compile_file, file_digest, find_policies
+from proxy.policy_files import (
+    BrokenPolicyError,
+    Revision,
+    compile_file,
+    file_digest,
+    find_policies,
+    judge,
+)
 from proxy.refusal import PolicyUnavailable, UnknownPolicy
 from proxy.residency import Residency
-
-
-@dataclass
-class Entry:
-    """One policy: what serves, what served before it, and what is wrong with its newest file."""
-
-    policy: str
-    active: Revision | None = None
-    previous: Revision | None = None
-    candidate: Revision | None = None
-    """What a rollback set aside; `promote` makes it active again."""
-    error: str | None = None
-
-
-@dataclass
-class ReloadReport:
-    """What a reload did."""
-
-    loaded: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    removed: list[str] = field(default_factory=list)
 
 
 class Catalogue:
@@ -55,7 +41,12 @@ class Catalogue:
         link: EngineLink,
         metrics: Metrics,
         log: FilteringBoundLogger,
+        *,
+        require_cards: bool = False,
+        record: Callable[..., None] = lambda event, **fields: None,
     ) -> None:
+        self._require_cards = require_cards
+        self._record = record
         self._folder = folder
         self._artifacts = artifacts
         self._demanded = frozenset(demanded)
@@ -93,7 +84,7 @@ class Catalogue:
             self.residency.forget()
             for entry in self.entries.values():
                 if entry.active is not None and entry.active.model_fingerprint != engine.spec.fingerprint:
-                    entry.active = entry.previous = entry.candidate = None
+                    entry.forget()
                     self._seen.clear()
             await self._reload(engine, force=False)
 
@@ -110,18 +101,32 @@ class Catalogue:
                 raise PolicyError(f"policy {policy!r} has no previous revision to go back to")
             target, aside = entry.previous, entry.active
             await self._activate(self._engine(), entry, target)
-            entry.previous, entry.candidate = None, aside
+            entry.previous = None
+            if aside is not None:
+                entry.wait(aside, "it was rolled back; promote it to serve it again", rolled_back=True)
             return target
 
-    async def promote(self, policy: str) -> Revision:
-        """Make the candidate active."""
+    async def promote(self, policy: str, *, override: bool = False) -> Revision:
+        """Make the candidate active: on a Risk Card that meets its criteria, or by an override."""
         async with self._lock:
             entry = self._entry(policy)
-            if entry.candidate is None:
-                raise PolicyError(f"policy {policy!r} has no candidate to promote")
-            target = entry.candidate
+            target = self.candidate(policy)
+            proven, why = await self._judge(target)
+            if not proven and not override:
+                raise PolicyError(
+                    f"policy {policy!r} is not promoted: {why}; or override that, with a reason"
+                )
             await self._activate(self._engine(), entry, target)
+            if not proven:
+                self._note_unproven(entry, f"overridden: {why}")
             return target
+
+    def candidate(self, policy: str) -> Revision:
+        """The revision that waits. Raises `PolicyError` when none does."""
+        waiting = self._entry(policy).candidate
+        if waiting is None:
+            raise PolicyError(f"policy {policy!r} has no candidate to promote")
+        return waiting
 
     def _available(self, policy: str) -> Revision | None:
         entry = self.entries.get(policy)
@@ -152,6 +157,8 @@ class Catalogue:
         for entry in self.entries.values():
             if entry.active is not None and entry.active not in self.residency:
                 await self._restore(engine, entry, report)
+            if entry.candidate is not None and not entry.rolled_back:
+                await self._look_at_card(engine, entry, report)
         for path, digest in files.items():
             if force or self._seen.get(path) != digest:
                 await self._bring_in(engine, path, digest, report, force=force)
@@ -176,7 +183,7 @@ class Catalogue:
         """Compile one file and make it active."""
         former = self._owner.get(path)
         try:
-            fresh = await asyncio.to_thread(compile_file, path, engine.spec, self._artifacts)
+            fresh = await asyncio.to_thread(compile_file, path, engine.spec, self._artifacts, self._folder)
             self._check_owner(path, fresh.policy)
         except BrokenPolicyError as error:
             if (now := await asyncio.to_thread(file_digest, path)) != digest:
@@ -190,14 +197,16 @@ class Catalogue:
             return
         self._owner[path] = fresh.policy
         entry = self.entries.setdefault(fresh.policy, Entry(fresh.policy))
-        held = force and entry.candidate is not None and entry.candidate.revision == fresh.revision
+        held = force and entry.is_held(fresh)
         try:
             if entry.active is not None and entry.active.revision == fresh.revision:
                 if entry.active not in self.residency:
                     await self.residency.load(engine, entry.active)
+                if not entry.rolled_back:
+                    # The file was changed back: what waited is nobody's wish any more.
+                    entry.candidate = entry.waits_for = None
             elif not held:
-                await self._activate(engine, entry, fresh)
-                report.loaded.append(fresh.label)
+                await self._admit(engine, entry, fresh, report)
         except EngineError as error:
             # Not remembered as seen: the next look tries again.
             self._note_failure(report, path, fresh.policy, f"{path}: {error}")
@@ -225,17 +234,60 @@ class Catalogue:
     def _files_of(self, policy: str) -> list[Path]:
         return [path for path, owned in self._owner.items() if owned == policy]
 
+    async def _admit(self, engine: ProvenEngine, entry: Entry, fresh: Revision, report: ReloadReport) -> None:
+        """Let a new revision serve, or wait until a Risk Card or an override speaks for it."""
+        if fresh.proven or (entry.active is None and not self._require_cards):
+            await self._activate(engine, entry, fresh)
+            report.loaded.append(fresh.label)
+            if not fresh.proven:
+                self._note_unproven(entry, fresh.card)
+            return
+        if entry.candidate is None or entry.candidate.revision != fresh.revision:
+            self._log.warning(
+                "policy_candidate", policy=entry.policy, revision=fresh.revision, why=fresh.card
+            )
+            self._record("policy_candidate", policy=entry.policy, revision=fresh.revision, why=fresh.card)
+        entry.wait(fresh, fresh.card)
+        report.waiting[fresh.label] = fresh.card
+
+    async def _look_at_card(self, engine: ProvenEngine, entry: Entry, report: ReloadReport) -> None:
+        """Serve a candidate whose card has come."""
+        waiting = entry.candidate
+        assert waiting is not None
+        proven, why = await self._judge(waiting)
+        if not proven:
+            entry.waits_for = why
+            return
+        try:
+            await self._activate(engine, entry, waiting)
+        except EngineError as error:
+            self._note_failure(report, waiting.file, entry.policy, f"{waiting.file}: {error}")
+        else:
+            report.loaded.append(waiting.label)
+
+    async def _judge(self, revision: Revision) -> tuple[bool, str]:
+        return await asyncio.to_thread(
+            judge, revision.policy, revision.revision, self._folder, revision.criteria
+        )
+
+    def _note_unproven(self, entry: Entry, why: str) -> None:
+        assert entry.active is not None
+        entry.unproven = why
+        self._metrics.policy_unproven.labels(entry.policy).set(1)
+        self._log.warning("policy_unproven", policy=entry.policy, revision=entry.active.revision, why=why)
+
     async def _activate(self, engine: ProvenEngine, entry: Entry, fresh: Revision) -> None:
         """Load into the engine, then swap: from here on every request that is accepted gets ``fresh``."""
         await self.residency.load(engine, fresh)
-        old = entry.active
-        entry.previous, entry.active, entry.candidate = old, fresh, None
+        old = entry.swap(fresh)
+        self._metrics.policy_unproven.labels(entry.policy).set(0)
         if old is not None:
             self._metrics.policy_info.remove(entry.policy, old.revision[:12])
             self.residency.retire(old)
         self._metrics.policy_info.labels(entry.policy, fresh.revision[:12]).set(1)
         self._metrics.reloads.labels("ok").inc()
         self._log.info("policy_active", policy=entry.policy, revision=fresh.revision, file=str(fresh.file))
+        self._record("policy_active", policy=entry.policy, revision=fresh.revision)
 
     def _forget_deleted(self, files: Mapping[Path, str], report: ReloadReport) -> None:
         known = {*self._seen, *self._owner, *self.file_errors} - {self._folder}
@@ -259,7 +311,9 @@ class Catalogue:
             return
         report.removed.append(policy)
         self._metrics.policy_broken.labels(policy).set(0)
+        self._metrics.policy_unproven.labels(policy).set(0)
         self._log.info("policy_removed", policy=policy, file=str(path))
+        self._record("policy_removed", policy=policy)
         if entry.active is not None:
             self._metrics.policy_info.remove(policy, entry.active.revision[:12])
             self.residency.retire(entry.active)

@@ -52,13 +52,22 @@ def make_app(
     metrics = Metrics()
     link = EngineLink(metrics, log)
     paths = settings.paths
-    catalogue = Catalogue(paths.policies, paths.artifacts, demanded(settings.bindings), link, metrics, log)
+    audit = AuditLog(settings.audit.path, settings.audit, metrics, log) if settings.audit.path else None
+    catalogue = Catalogue(
+        paths.policies,
+        paths.artifacts,
+        demanded(settings.bindings),
+        link,
+        metrics,
+        log,
+        require_cards=settings.policies.require_cards,
+        record=_nothing if audit is None else audit.append,
+    )
     access = Access(settings, metrics, log)
     budgeted = any(tenant.limits.token_budget is not None for tenant in settings.tenants)
     budgets = Budgets(paths.state.expanduser() if budgeted else None, log)
     settlements = Settlements(metrics)
     stalls = StallWatch(settings.gateway, metrics, log)
-    audit = AuditLog(settings.audit.path, settings.audit, metrics, log) if settings.audit.path else None
     gateway = Gateway(
         settings, link, catalogue, access, Limiter(budgets), settlements, stalls, audit, metrics, log
     )
@@ -110,6 +119,10 @@ def make_app(
     if settings.gateway.watch_policies:
         public.cleanup_ctx.append(keep_watch)
     return Apps(public, make_admin_app(gateway), gateway, loop)
+
+
+def _nothing(_event: str, **_fields: object) -> None:
+    """What happens to records without an audit log."""
 
 
 async def _end(task: asyncio.Task[None]) -> None:

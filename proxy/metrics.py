@@ -66,6 +66,12 @@ class Metrics:
             ("policy", "revision"),
             registry=registry,
         )
+        self.policy_unproven = Gauge(
+            "interpretops_policy_unproven",
+            "1 while a policy serves without a Risk Card that meets its success criteria.",
+            ("policy",),
+            registry=registry,
+        )
         self.policy_broken = Gauge(
             "interpretops_policy_broken",
             "1 while the newest file of a policy is not what serves.",

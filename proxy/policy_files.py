@@ -12,7 +12,8 @@ from typing import Final
 from interpretops.compile import compile_policy
 from interpretops.errors import InterpretOpsError, PolicyError
 from interpretops.plan import ModelSpec
-from interpretops.policy import load_policy
+from interpretops.policy import SuccessCriteria, load_policy
+from interpretops.riskcard import standing
 
 MAX_POLICY_BYTES: Final = 2**20
 
@@ -31,11 +32,25 @@ class Revision:
     file: Path
     model_fingerprint: str
     compiled_at: datetime
+    criteria: SuccessCriteria | None
+    """What the policy demands of its Risk Card; None when it demands nothing."""
+    card: str
+    """How the card stood when this was compiled, in one line."""
+    proven: bool
+    """Whether the card met the criteria then, or none were stated."""
 
     @property
     def label(self) -> str:
         """``<id>@<12 hex>``, as callers see it."""
         return f"{self.policy}@{self.revision[:12]}"
+
+
+def judge(policy: str, revision: str, folder: Path, criteria: SuccessCriteria | None) -> tuple[bool, str]:
+    """Whether a revision may become active on its Risk Card in ``folder``/cards, and why, in one line."""
+    if criteria is None:
+        return True, "the policy states no success_criteria"
+    found = standing(policy, revision, folder, criteria)
+    return found.passed, found.reason
 
 
 def find_policies(folder: Path) -> Mapping[Path, str]:
@@ -74,7 +89,7 @@ class BrokenPolicyError(PolicyError):
         """The id that the file gives, where it could be read that far."""
 
 
-def compile_file(path: Path, model: ModelSpec, artifacts: Path) -> Revision:
+def compile_file(path: Path, model: ModelSpec, artifacts: Path, folder: Path) -> Revision:
     """Load and compile one file. Raises `BrokenPolicyError`; takes up to seconds, so run it in a thread."""
     policy_id: str | None = None
     try:
@@ -86,9 +101,15 @@ def compile_file(path: Path, model: ModelSpec, artifacts: Path) -> Revision:
         raise BrokenPolicyError(policy_id, str(error)) from error
     except OSError as error:
         raise BrokenPolicyError(policy_id, f"{path}: cannot be read ({error.strerror})") from error
+    revision, criteria = hashlib.sha256(data).hexdigest(), policy.evaluation.success_criteria
+    stated = criteria if criteria.model_dump(exclude_none=True) else None
+    proven, card = judge(policy_id, revision, folder, stated)
     return Revision(
         policy=policy.meta.id,
-        revision=hashlib.sha256(data).hexdigest(),
+        revision=revision,
+        criteria=stated,
+        card=card,
+        proven=proven,
         plan=data,
         digest=digest,
         description=policy.meta.description,

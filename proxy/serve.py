@@ -142,6 +142,10 @@ class _Serve:
         entries = apps.gateway.catalogue.entries
         active = [policy for policy in sorted(entries) if entries[policy].active is not None]
         for policy, entry in sorted(entries.items()):
+            if entry.unproven:
+                self._console.print(
+                    f"policy {policy} serves unproven: {entry.unproven}", style="yellow", markup=False
+                )
             if entry.error:
                 self._console.print(
                     f"policy {policy} is not up to date: {entry.error}", style="yellow", markup=False

@@ -31,7 +31,7 @@ async def test_reload_takes_effect_with_its_acknowledgement(start, engine, polic
     report = await reload(front)
     _, headers, _ = await front.chat(model="tiny-model+calm")
     new = await revision_of(front, "calm")
-    assert report == {"ok": True, "loaded": [f"calm@{new[:12]}"], "removed": [], "failed": {}}
+    assert report == {"ok": True, "loaded": [f"calm@{new[:12]}"], "removed": [], "failed": {}, "waiting": {}}
     assert headers["X-Steering-Policy"] == f"calm@{new[:12]}"
     assert new != old
 

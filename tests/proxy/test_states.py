@@ -1,0 +1,193 @@
+"""A revision becomes active on a Risk Card that meets its criteria, or by an override that is recorded."""
+
+import json
+
+import pytest
+
+from interpretops.audit_chain import verify
+from interpretops.policy import SuccessCriteria
+from interpretops.riskcard import RiskCard, card_path, save_card
+from interpretops.riskcard.card import BASELINES, MEASURES, Baseline, ModelReference, PolicyReference, Record
+from interpretops.riskcard.measures import absent, rate
+
+CRITERIA = "evaluation: {success_criteria: {collateral_damage_max: 0.05}}\n"
+
+
+def write_strict(front, scale):
+    """A policy that states criteria."""
+    path = front.policies / "calm.yaml"
+    path.write_text(
+        "meta: {id: calm}\ninterventions:\n"
+        f"  - {{type: head_scale, selector: {{layer: 1, heads: [0]}}, scale: {scale}}}\n{CRITERIA}"
+    )
+
+
+def write_card(front, revision, harmed):
+    """A card that found ``harmed`` of 400 benign prompts harmed."""
+    measures = {name: absent("not asked for") for name in MEASURES}
+    measures["collateral_damage"] = rate(harmed, 400)
+    card = RiskCard(
+        policy=PolicyReference(id="calm", revision=revision, target_class="any"),
+        model=ModelReference(name="tiny", fingerprint="f" * 64),
+        criteria=SuccessCriteria(collateral_damage_max=0.05),
+        measures=measures,
+        baselines={kind: Baseline(absent="not asked for") for kind in BASELINES},
+        record=Record(
+            command="mechctl eval",
+            suite="own",
+            suite_sha256="e" * 64,
+            commit="0" * 40,
+            versions={},
+            machine="x",
+        ),
+    )
+    save_card(card, card_path("calm", front.policies))
+
+
+async def reload(front):
+    async with front.admin.post("/admin/reload") as answer:
+        return await answer.json()
+
+
+async def entry(front):
+    return (await front.policy_list())["policies"][0]
+
+
+async def promote(front, **body):
+    async with front.admin.post("/admin/policies/calm/promote", json=body) as answer:
+        return answer.status, await answer.json()
+
+
+async def served(front):
+    status, headers, _ = await front.chat(model="tiny-model+calm")
+    return headers["X-Steering-Policy"].removeprefix("calm@") if status == 200 else status
+
+
+@pytest.fixture
+async def front(start, engine, tmp_path):
+    """A gateway whose policy serves, and a changed file of it that states criteria and has no card."""
+    front = await start(
+        "calm", **{"gateway.watch_policies": False, "audit.path": tmp_path / "audit" / "audit.jsonl"}
+    )
+    front.first = (await entry(front))["revision"]
+    write_strict(front, 0.25)
+    front.report = await reload(front)
+    return front
+
+
+async def test_revision_without_a_card_waits(front):
+    """What serves goes on serving; the new revision is a candidate, and says what it waits for."""
+    found = await entry(front)
+    assert (found["revision"], found["error"]) == (front.first, None)
+    assert [listed["state"] for listed in found["revisions"]] == ["active", "candidate"]
+    assert "there is no Risk Card" in found["waits_for"]
+    assert list(front.report["waiting"].values()) == [found["waits_for"]]
+    assert await served(front) == front.first[:12]
+    status, body = await promote(front)
+    assert (status, body["error"]["code"]) == (409, "admin_refused")
+    assert "there is no Risk Card" in body["error"]["message"]
+    assert await served(front) == front.first[:12]
+
+
+async def test_card_that_meets_the_criteria_makes_it_serve(front):
+    """The card of exactly this revision is enough; one of another revision or below the bar is not."""
+    waiting = (await entry(front))["candidate"]
+    write_card(front, front.first, 0)
+    assert (await reload(front))["loaded"] == []
+    write_card(front, waiting, 40)
+    assert (await reload(front))["loaded"] == []
+    assert "fails" in (await entry(front))["waits_for"]
+    write_card(front, waiting, 2)
+    assert (await reload(front))["loaded"] == [f"calm@{waiting[:12]}"]
+    found = await entry(front)
+    assert (found["revision"], found["previous"], found["candidate"]) == (waiting, front.first, None)
+    assert await served(front) == waiting[:12]
+    assert found["unproven"] is None
+
+
+async def test_override_is_recorded_before_it_is_done(front, tmp_path):
+    """Who promoted without a card and why stands in the audit log, and the policy is shown as unproven."""
+    waiting = (await entry(front))["candidate"]
+    for wrong in ({"override": {}}, {"override": {"by": "x", "why": " "}}, {"override": 1}, {"force": True}):
+        assert (await promote(front, **wrong))[0] == 400
+    status, body = await promote(front, override={"by": "ada", "why": "hotfix of an outage"})
+    assert (status, body["revision"]) == (200, waiting)
+    assert "overridden: " in body["unproven"]
+    assert await served(front) == waiting[:12]
+    assert b'interpretops_policy_unproven{policy="calm"} 1.0' in front.apps.gateway.metrics.render()
+    path = tmp_path / "audit" / "audit.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    told = next(record for record in records if record["event"] == "promote")
+    assert told["override"] == {"by": "ada", "why": "hotfix of an outage"}
+    assert told["revision"] == waiting
+    after = records[records.index(told) + 1]
+    assert (after["event"], after["revision"]) == ("policy_active", waiting)
+    await front.apps.gateway.audit.sync()
+    assert verify(path).intact
+
+
+async def test_override_that_cannot_be_recorded_is_not_done(front, monkeypatch):
+    """Neither on a full disk nor without an audit log is anything served that its card does not allow."""
+    audit = front.apps.gateway.audit
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(audit, "_write", full)
+    override = {"by": "ada", "why": "x"}
+    status, body = await promote(front, override=override)
+    assert (status, body["error"]["code"]) == (503, "audit_unavailable")
+    assert (await entry(front))["revision"] == front.first
+    object.__setattr__(front.apps.gateway, "audit", None)
+    assert (await promote(front, override=override))[0] == 409
+    assert (await entry(front))["revision"] == front.first
+
+
+async def test_rolled_back_revision_waits_for_a_person(front):
+    """A card does not bring back what a person took back; promoting it does."""
+    waiting = (await entry(front))["candidate"]
+    write_card(front, waiting, 2)
+    await reload(front)
+    async with front.admin.post("/admin/policies/calm/rollback") as answer:
+        assert answer.status == 200
+    await reload(front)
+    assert await served(front) == front.first[:12]
+    assert (await promote(front))[0] == 200
+    assert await served(front) == waiting[:12]
+
+
+async def test_file_changed_back_leaves_no_candidate(front, policy_writer):
+    """What waited is forgotten when the file holds again what serves."""
+    policy_writer(front.policies, "calm")
+    await reload(front)
+    assert (await entry(front))["candidate"] is None
+
+
+async def test_first_start_serves_unproven_and_says_so(start, engine, tmp_path):
+    """Out of the box a policy without its card works, with a warning and a metric."""
+    folder = tmp_path / "policies"
+    folder.mkdir()
+    (folder / "calm.yaml").write_text(
+        "meta: {id: calm}\ninterventions:\n"
+        f"  - {{type: head_scale, selector: {{layer: 1, heads: [0]}}, scale: 0}}\n{CRITERIA}"
+    )
+    front = await start()
+    assert "there is no Risk Card" in (await entry(front))["unproven"]
+    assert await served(front) != 503
+    assert any(line["event"] == "policy_unproven" for line in front.log)
+    assert b'interpretops_policy_unproven{policy="calm"} 1.0' in front.apps.gateway.metrics.render()
+
+
+async def test_cards_can_be_demanded_from_the_first_start(start, engine, tmp_path):
+    """With `policies.require_cards` nothing serves that its card does not allow, also at the start."""
+    folder = tmp_path / "policies"
+    folder.mkdir()
+    (folder / "calm.yaml").write_text(
+        "meta: {id: calm}\ninterventions:\n"
+        f"  - {{type: head_scale, selector: {{layer: 1, heads: [0]}}, scale: 0}}\n{CRITERIA}"
+    )
+    front = await start(**{"policies.require_cards": True, "gateway.watch_policies": False})
+    assert await served(front) == 503
+    write_card(front, (await entry(front))["candidate"], 2)
+    await reload(front)
+    assert await served(front) == (await entry(front))["revision"][:12]
