@@ -1,4 +1,4 @@
-"""`mechctl eval` and `mechctl report`: measuring a policy, and showing what was measured."""
+"""`mechctl eval`, `baselines` and `report`: measuring a policy, and showing what was measured."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -18,8 +18,9 @@ class Form(StrEnum):
 
 
 def add_eval_commands(app: typer.Typer) -> None:
-    """Add the two commands to `mechctl`."""
+    """Add the three commands to `mechctl`."""
     app.command("eval")(evaluate)
+    app.command("baselines")(baselines)
     app.command("report")(report)
 
 
@@ -48,28 +49,98 @@ def report(
     typer.echo(output)
 
 
+Policy = Annotated[
+    str | None, typer.Option("--policy", help="Id of the policy, or its file.", show_default=False)
+]
+DataFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--data-folder",
+        envvar="INTERPRETOPS_DATA",
+        help="Folder or URL of the suites' files, if not beside them.",
+        show_default=False,
+    ),
+]
+Contrast = Annotated[
+    Path | None,
+    typer.Option(
+        "--contrast",
+        help="Prompts that the DiffMean baseline is made of; for jailbreak policies we bring our own.",
+        show_default=False,
+    ),
+]
+
+
+def baselines(
+    policy: Policy = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; it is made anew.", show_default=False)
+    ] = None,
+    contrast: Contrast = None,
+    data_folder: DataFolder = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random directions.")] = 0,
+    model: Model = None,
+    artifacts: Artifacts = None,
+    config: Config = None,
+) -> None:
+    """Write a policy's baselines as policies: ungated, random directions, DiffMean.
+
+    `mechctl eval` does so by itself when it starts its own gateway.
+    """
+    if policy is None or out is None:
+        raise ConfigError("baselines needs --policy and --out")
+    from discovery.evaluation.baselines import make_baselines
+    from discovery.evaluation.subject import open_subject
+    from interpretops.settings import load_settings
+
+    settings = load_settings(config, {"model.name": model, "paths.artifacts": artifacts})
+    made = make_baselines(
+        open_subject(policy, settings, typer.echo),
+        settings.paths.artifacts,
+        out,
+        contrast=contrast,
+        data_folder=data_folder,
+        seed=seed,
+    )
+    for kind, note in made.notes.items():
+        typer.echo(f"{made.ids[kind]}: {note}" if kind in made.ids else f"no {kind}: {note}")
+    typer.echo(f"mechctl serve --policies {made.policies} --artifacts {made.artifacts}")
+
+
 def evaluate(
-    policy: Annotated[
-        str | None, typer.Option("--policy", help="Id of the policy, or its file.", show_default=False)
-    ] = None,
+    policy: Policy = None,
     suite: Annotated[
-        Path | None, typer.Option("--suite", help="YAML file of the suite.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--suite",
+            help="File, URL or name of a suite; may be repeated. Else those that the policy names.",
+            show_default=False,
+        ),
     ] = None,
-    url: Annotated[str, typer.Option("--url", help="The gateway.")] = "http://127.0.0.1:8000",
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url", help="A running gateway; else one is started for this run.", show_default=False
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Folder of answers and card; an unfinished run goes on.", show_default=False
+            "--out",
+            help="Folder of answers and card; an unfinished run goes on.",
+            show_default="runs/eval-<policy>",
         ),
     ] = None,
-    data_folder: Annotated[
-        str | None,
-        typer.Option(
-            "--data-folder", help="Folder or URL of the suite's files, if not beside it.", show_default=False
-        ),
+    data_folder: DataFolder = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 48,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 32,
+    limit: Annotated[
+        int | None, typer.Option(help="Most prompts of each role, for a quick look.", show_default=False)
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 16,
+    baseline_limit: Annotated[
+        int, typer.Option(help="Most prompts of each role for served baselines; 0: none.")
+    ] = 40,
+    answer_limit: Annotated[int, typer.Option(help="Most own answers whose likelihood is read.")] = 60,
     judge_url: Annotated[
         str | None,
         typer.Option(
@@ -96,12 +167,30 @@ def evaluate(
             help="KIND=POLICY: a served policy as baseline; random_direction, ungated or diffmean.",
         ),
     ] = None,
+    contrast: Contrast = None,
     circuit: Annotated[
         Path | None,
         typer.Option(
             "--circuit", help="Circuit file of the model: gives the card CCS and CS.", show_default=False
         ),
     ] = None,
+    latency: Annotated[
+        Path | None,
+        typer.Option(
+            "--latency", help="Result of `make bench`; else the one in the checkout.", show_default=False
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Of this run's own engine; else as the engine likes.",
+            show_default=False,
+        ),
+    ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Put the card into `cards/` of the folder of policies.")
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", help="Measure nothing; show two cards side by side.", show_default=False),
@@ -113,8 +202,8 @@ def evaluate(
 ) -> None:
     """Measure a policy through the gateway, as users meet it, and write its Risk Card.
 
-    Every prompt of the suite is answered with and without the policy. Answers are kept in `--out`; the same
-    command goes on where it stood.
+    Every prompt is answered with and without the policy, and by its baselines. Answers are kept in `--out`;
+    the same command goes on where it stood.
     """
     if compare is not None:
         from interpretops.riskcard import load_card
@@ -122,28 +211,36 @@ def evaluate(
 
         typer.echo(comparison_markdown([load_card(path) for path in compare]), nl=False)
         return
-    if policy is None or suite is None or out is None:
-        raise ConfigError("eval needs --policy, --suite and --out, or --compare with two cards")
-    from discovery.evaluation.job import JobOptions, evaluate_policy
+    if policy is None:
+        raise ConfigError("eval needs --policy, or --compare with two cards")
+    from discovery.evaluation.job import evaluate_policy
+    from discovery.evaluation.options import JobOptions
     from interpretops.settings import load_settings
 
     evaluate_policy(
         load_settings(config, {"model.name": model, "paths.artifacts": artifacts}),
         JobOptions(
             policy=policy,
-            suite=suite,
+            suites=tuple(suite or ()),
             url=url,
             out=out,
             data_folder=data_folder,
             max_tokens=max_tokens,
             concurrency=concurrency,
             seed=seed,
+            limit=limit,
+            baseline_limit=baseline_limit,
+            answer_limit=answer_limit,
+            contrast=contrast,
             judge_url=judge_url,
             judge_model=judge_model,
             moderation_url=moderation_url,
             moderation_model=moderation_model,
             circuit=circuit,
+            latency=latency,
             baselines=tuple(baseline or ()),
+            prefix_cache=prefix_cache,
+            publish=publish,
         ),
         say=typer.echo,
     )

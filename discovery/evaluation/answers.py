@@ -30,6 +30,8 @@ class Answer(Strictly):
     """The answer; empty for plain text that was only scored."""
     fired: int | None = None
     """How often gates fired, as the receipt says."""
+    cached: int | None = None
+    """Prompt tokens that the engine took from its prefix cache, as the receipt says."""
     cross_entropy: float | None = None
     """Mean over the tokens of a piece of text, in nats."""
     tokens: int | None = None
@@ -74,8 +76,8 @@ class AnswerFile:
         self.answers[answer.arm, answer.id] = answer
 
     def sha256(self) -> str:
-        """Hash of all answers, in an order that does not depend on which came first."""
-        lines = sorted(answer.model_dump_json() for answer in self.answers.values())
+        """Hash of all answers, whatever their order and wherever their prompt tokens came from."""
+        lines = sorted(answer.model_dump_json(exclude={"cached"}) for answer in self.answers.values())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def _check(self, answer: Answer) -> None:

@@ -1,16 +1,99 @@
 """The baselines of a Risk Card: what the policy must beat, on the same prompts."""
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import get_args
 
+import yaml
+
+from discovery.errors import DiscoveryError
 from discovery.evaluation.answers import AnswerFile
-from discovery.evaluation.metrics import Outcomes, answer_measures, blocked, text_measure
+from discovery.evaluation.baseline_policies import SUFFIX, Derived, baseline_id, derive_baselines
+from discovery.evaluation.metrics import answer_measures, text_measure
+from discovery.evaluation.outcome import Outcomes, blocked
+from discovery.evaluation.subject import Subject
 from discovery.evaluation.suite import LoadedSuite
+from discovery.run_record import write_json
+from discovery.sources import sha256_of_file
+from interpretops.json_file import read_json_object
+from interpretops.plan import Array
 from interpretops.policy import ALWAYS_GATE, Policy
 from interpretops.riskcard.card import BASELINES, Baseline, BaselineKind
 
-SERVED_BASELINES = ("random_direction", "ungated", "diffmean")
+SERVED_BASELINES: tuple[BaselineKind, ...] = tuple(SUFFIX)
 """Baselines that are policies themselves, measured where the gateway serves one."""
+OWN_CONTRAST = Path(__file__).resolve().parents[1] / "prompts" / "contrast.yaml"
+
+
+def make_baselines(
+    subject: Subject, artifacts: Path, out: Path, *, contrast: Path | None, data_folder: str | None, seed: int
+) -> Derived:
+    """Derive the baselines of a policy into ``out``; what is there from the same inputs already is kept."""
+    assert subject.folder is not None
+    record = out / "derived.json"
+    inputs = {
+        "revision": subject.revision,
+        "seed": seed,
+        "contrast": None if contrast is None else sha256_of_file(contrast),
+        "policy": hashlib.sha256(json.dumps(subject.policy.model_dump(mode="json")).encode()).hexdigest(),
+    }
+    if record.exists():
+        found = read_json_object(record, DiscoveryError)
+        if found.get("inputs") == inputs:
+            return Derived(out / "policies", out / "artifacts", found["ids"], found["notes"])
+    made = derive_baselines(
+        subject.policy,
+        subject.model,
+        artifacts,
+        out,
+        seed=seed,
+        direction=_direction(subject, contrast, data_folder, seed),
+    )
+    write_json(record, {"inputs": inputs, "ids": made.ids, "notes": made.notes})
+    return made
+
+
+def _direction(
+    subject: Subject, contrast: Path | None, data_folder: str | None, seed: int
+) -> Callable[[int], tuple[Array, str]] | str:
+    """How to get the DiffMean vector: from the given contrast, for jailbreak policies else from our own."""
+    assert subject.folder is not None
+    if contrast is None and subject.policy.meta.target_class != "jailbreak":
+        return "no contrast of this class; give --contrast FILE"
+    from discovery.evaluation.diffmean import diffmean
+
+    if contrast is None or contrast == OWN_CONTRAST:
+        lists = yaml.safe_load(OWN_CONTRAST.read_text(encoding="utf-8"))
+        return diffmean(subject.folder, lists["harmful"], lists["benign"], OWN_CONTRAST.name)
+    from discovery.proposals.contrast import read_contrast
+
+    folder = None if data_folder is None else Path(data_folder)
+    found = read_contrast(contrast, folder, seed, subject.policy.meta.target_class)
+    target, benign = found["discovery", "target"], found["discovery", "benign"]
+    towards, away = (benign, target) if found.aim == "avoid" else (target, benign)
+    return diffmean(subject.folder, towards, away, contrast.name, chat="chat" in found.formats)
+
+
+def served_baselines(
+    policy: Policy, names: Sequence[str], given: Sequence[str], made: Derived | None
+) -> dict[BaselineKind, str]:
+    """Policy id of each baseline that the gateway serves: derived, found by its name, or given by hand."""
+    found: dict[BaselineKind, str] = {}
+    offered = {name.partition("+")[2] for name in names}
+    for kind in SERVED_BASELINES:
+        name = baseline_id(policy.meta.id, kind)
+        if (made is not None and made.ids.get(kind) == name) or (made is None and name in offered):
+            found[kind] = name
+    for item in given:
+        kind, _, name = item.partition("=")  # type: ignore[assignment]  # checked next
+        if kind not in SERVED_BASELINES or not name:
+            raise DiscoveryError(
+                f"--baseline = {item!r}, but must be KIND=POLICY with a kind of {', '.join(SERVED_BASELINES)}"
+            )
+        found[kind] = name
+    return found
 
 
 def card_baselines(
@@ -19,8 +102,12 @@ def card_baselines(
     answers: AnswerFile,
     judged: Mapping[str, Outcomes],
     seed: int,
+    made: Mapping[BaselineKind, str],
 ) -> dict[BaselineKind, Baseline]:
-    """Each baseline, measured from what the arms answered, or why it is absent."""
+    """Each baseline, measured from what the arms answered, or why it is absent.
+
+    made  how each derived baseline was made, or why it was not
+    """
     off = judged["off"]
     found: dict[BaselineKind, Baseline] = {
         "none": Baseline(
@@ -32,8 +119,12 @@ def card_baselines(
             measures = answer_measures(loaded, off, judged[kind], seed)
             if kind in SERVED_BASELINES:
                 measures["delta_ce"] = text_measure(loaded, answers.answers, kind, seed)
-            note = loaded.suite.system_prompt if kind == "system_prompt" else _served(answers, kind)
-            found[kind] = Baseline(measures=measures, note=note or "")
+            notes = [loaded.suite.system_prompt or ""] if kind == "system_prompt" else []
+            if kind in SERVED_BASELINES:
+                notes += [made.get(kind, ""), _served(answers, kind)]
+            if len(judged[kind]) < len(off):
+                notes.append(f"asked {len(judged[kind])} of the {len(off)} prompts")
+            found[kind] = Baseline(measures=measures, note="; ".join(note for note in notes if note))
     gates = policy.gates
     gated = all(edit.gate != ALWAYS_GATE and gates[edit.gate].conditions for edit in policy.interventions)
     fired = {key: answers.answers["on", key].fired for key in off}
@@ -41,14 +132,14 @@ def card_baselines(
         block = blocked(off, {key: bool(count) for key, count in fired.items()})
         found["block"] = Baseline(
             measures=answer_measures(loaded, off, block, seed),
-            note="computed from the receipts' gate firings; coherent by construction",
+            note="computed from the receipts' gate firings; coherent by construction; not steering",
         )
-    reasons = {
+    reasons: dict[BaselineKind, str] = {
         "system_prompt": "the suite leaves it out",
         "block": "the policy acts without a condition, or the receipts do not tell its firings",
     }
     for kind in BASELINES:
-        reason = reasons.get(kind, f"not served; give --baseline {kind}=POLICY")
+        reason = reasons.get(kind) or made.get(kind) or f"not served; give --baseline {kind}=POLICY"
         found.setdefault(kind, Baseline(absent=reason))
     return found
 

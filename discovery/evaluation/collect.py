@@ -8,7 +8,7 @@ from typing import Any
 from discovery.errors import DiscoveryError
 from discovery.evaluation.answers import Answer, AnswerFile
 from discovery.evaluation.endpoint import Endpoint
-from discovery.evaluation.suite import Prompt
+from discovery.evaluation.suite import ASKED, Prompt
 from discovery.progress import Meter, meter
 
 
@@ -22,10 +22,14 @@ class Arm:
     """Id of the policy, or `none`."""
     system: str | None = None
     """System prompt in front of every prompt."""
+    only: frozenset[str] | None = None
+    """Ids of the prompts that it is asked; None: all."""
 
     def asks(self, prompt: Prompt) -> bool:
         """Whether this arm is asked a prompt: plain text is scored, and that under a policy or none."""
-        return prompt.role != "text" or self.system is None
+        if self.only is not None and prompt.id not in self.only:
+            return False
+        return prompt.role in ASKED or (prompt.role == "text" and self.system is None)
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,26 @@ class Sampling:
     model: str
     max_tokens: int
     seed: int
+    context: str | None = None
+    """What the app says before every prompt of every arm."""
 
     def chat(self, prompt: Prompt, system: str | None) -> dict[str, Any]:
         """Body of a chat request."""
-        first = [] if system is None else [{"role": "system", "content": system}]
+        told = "\n\n".join(part for part in (self.context, system) if part)
+        first = [{"role": "system", "content": told}] if told else []
         return {
             "model": self.model,
             "messages": [*first, {"role": "user", "content": prompt.text}],
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "seed": self.seed,
+        }
+
+    def plain(self, prompt: Prompt, system: str | None) -> dict[str, Any]:
+        """Body of a request to go on with plain text."""
+        return {
+            "model": self.model,
+            "prompt": prompt.text if system is None else f"{system}\n\n{prompt.text}",
             "max_tokens": self.max_tokens,
             "temperature": 0,
             "seed": self.seed,
@@ -92,8 +109,11 @@ async def _work(
 ) -> None:
     for arm, prompt in todo:
         scored = prompt.role == "text"
-        route = "/v1/completions" if scored else "/v1/chat/completions"
-        body = sampling.score(prompt) if scored else sampling.chat(prompt, arm.system)
+        route = "/v1/chat/completions" if prompt.chat and not scored else "/v1/completions"
+        if scored:
+            body = sampling.score(prompt)
+        else:
+            body = (sampling.chat if prompt.chat else sampling.plain)(prompt, arm.system)
         told, proof = await endpoint.post(route, body, arm.policy)
         result = _scores(told, prompt) if scored else {"text": _text(told, prompt)}
         answers.add(
@@ -103,6 +123,7 @@ async def _work(
                 policy=arm.policy,
                 revision=proof.revision,
                 fired=proof.gates_fired,
+                cached=proof.cached_tokens,
                 **result,
             )
         )
@@ -111,7 +132,8 @@ async def _work(
 
 def _text(told: dict[str, Any], prompt: Prompt) -> str:
     try:
-        return str(told["choices"][0]["message"]["content"] or "")
+        choice = told["choices"][0]
+        return str((choice["message"]["content"] if prompt.chat else choice["text"]) or "")
     except (KeyError, IndexError, TypeError) as error:
         raise DiscoveryError(f"{prompt.id}: the endpoint's answer holds no message") from error
 

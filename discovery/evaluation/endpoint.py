@@ -33,6 +33,7 @@ class Proof:
     revision: str
     """64 hex, or `none`."""
     gates_fired: int | None
+    cached_tokens: int | None = None
 
 
 class Endpoint:
@@ -44,12 +45,16 @@ class Endpoint:
 
     async def model(self) -> str:
         """The name of the model that is served."""
-        listed, _ = await self._ask("GET", "/v1/models", None, {})
-        names = [str(entry.get("id", "")) for entry in listed.get("data", [])]
+        names = await self.names()
         plain = [name for name in names if name and "+" not in name]
         if not plain:
             raise DiscoveryError(f"{self.url}: serves no model (GET /v1/models lists {names})")
         return plain[0]
+
+    async def names(self) -> list[str]:
+        """All names that are served: the model, and ``<model>+<policy>`` for each policy to choose."""
+        listed, _ = await self._ask("GET", "/v1/models", None, {})
+        return [str(entry.get("id", "")) for entry in listed.get("data", [])]
 
     async def post(self, route: str, body: dict[str, Any], policy: str) -> tuple[dict[str, Any], Proof]:
         """Ask under ``policy`` (an id, or `none`). Raises `UnprovenAnswerError` when that is not proven."""
@@ -113,7 +118,7 @@ def _proof(policy: str, headers: dict[str, str], where: str) -> Proof:
     if policy == NONE:
         if label != NONE or revision != NONE:
             raise fault(f"{where}: asked for {HEADER} none, but {HEADER} = {label!r}; is a policy mandatory?")
-        return Proof(NONE, None)
+        return Proof(NONE, None, _count(receipt, "cached_tokens"))
     match = _LABEL.fullmatch(label)
     if match is None or match["id"] != policy:
         raise fault(f"{where}: asked for {HEADER} {policy}, but {HEADER} = {label!r}")
@@ -121,5 +126,9 @@ def _proof(policy: str, headers: dict[str, str], where: str) -> Proof:
         raise fault(f"{where}: {HEADER} = {label!r}, but the receipt is for revision {revision[:12]!r}")
     if not isinstance(receipt.get("tokens_evaluated"), int) or receipt["tokens_evaluated"] < 1:
         raise fault(f"{where}: the receipt says that {policy} read no token; the answer is not counted")
-    fired = receipt.get("gates_fired")
-    return Proof(revision, fired if isinstance(fired, int) else None)
+    return Proof(revision, _count(receipt, "gates_fired"), _count(receipt, "cached_tokens"))
+
+
+def _count(receipt: dict[str, Any], key: str) -> int | None:
+    found = receipt.get(key)
+    return found if isinstance(found, int) else None

@@ -1,37 +1,37 @@
-"""`mechctl eval`: a policy and a suite in, answers and a Risk Card out."""
+"""`mechctl eval`: a policy and suites in, answers and a Risk Card out."""
 
 import asyncio
-import json
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import aiohttp
 
 from discovery.errors import DiscoveryError
 from discovery.evaluation.answers import AnswerFile, prompts_digest
-from discovery.evaluation.baselines import SERVED_BASELINES, card_baselines
+from discovery.evaluation.baseline_policies import Derived
+from discovery.evaluation.baselines import card_baselines, make_baselines, served_baselines
 from discovery.evaluation.circuit_measures import circuit_measures
 from discovery.evaluation.collect import Arm, Sampling, collect
 from discovery.evaluation.endpoint import NONE, Endpoint
-from discovery.evaluation.judges import Judge, ModelJudge, Moderation, PhraseJudge, is_degenerate
-from discovery.evaluation.metrics import Outcome, answer_measures, merge, text_measure
-from discovery.evaluation.suite import LoadedSuite, Prompt, load_suite
-from discovery.progress import meter
-from discovery.refusal import is_coherent
+from discovery.evaluation.forced import forced_items, forced_measures, score_items
+from discovery.evaluation.judging import Bench, judge_answers, write_outcomes
+from discovery.evaluation.latency import find_result, latency_measure
+from discovery.evaluation.metrics import answer_measures, merge, task_measure, text_measure
+from discovery.evaluation.options import JobOptions
+from discovery.evaluation.outcome import Outcomes
+from discovery.evaluation.own_gateway import own_gateway
+from discovery.evaluation.subject import Subject, cut, open_subject, open_suites
+from discovery.evaluation.suite import LoadedSuite
 from discovery.run_record import run_record
 from interpretops.atomic_file import write_atomically
-from interpretops.compile import compile_policy
-from interpretops.errors import PolicyError
-from interpretops.model_source import resolve_model
-from interpretops.model_spec import read_model_spec
-from interpretops.plan import ModelSpec
-from interpretops.policy import Policy, load_policy
-from interpretops.riskcard import RiskCard, save_card, verdict
+from interpretops.riskcard import RiskCard, card_path, save_card, verdict
 from interpretops.riskcard.card import (
     MEASURES,
+    BaselineKind,
     MeasureName,
+    Measures,
     ModelReference,
     PolicyReference,
     Record,
@@ -45,95 +45,111 @@ NOT_TAKEN: dict[MeasureName, str] = {
     **dict.fromkeys(MEASURES, "not taken"),
     "causal_contribution": "no circuit; give --circuit FILE",
     "circuit_stability": "no circuit; give --circuit FILE",
-    "latency_cost_overhead": "latency under this job's load says nothing; see `make bench`",
 }
 NOTES = (
     "Answers are greedy and cut at max_tokens; refusals and coherence are judged by the named judges.",
     "A prompt whose unsteered answer is already refused or degenerate is not counted in CD and over-refusal.",
-    "A fluent, wrong answer to a benign prompt is not noticed.",
-    "ΔCE is read from prompt tokens: edits that act only after the prompt do not show in it.",
+    "A fluent, wrong answer to a benign prompt is not noticed by CD.",
+    "ΔCE text is read from prompt tokens: edits that act only after the prompt show in ΔCE answers alone.",
+    "ΔCE answers, factual and bias likelihood are read from the model in this process, by the same edit op.",
 )
 
 
 @dataclass(frozen=True)
-class JobOptions:
-    """What the command line says."""
+class Measured:
+    """What was answered, and what the judges said."""
 
-    policy: str
-    suite: Path
-    url: str
-    out: Path
-    data_folder: str | None = None
-    max_tokens: int = 64
-    concurrency: int = 16
-    seed: int = 0
-    judge_url: str | None = None
-    judge_model: str | None = None
-    moderation_url: str | None = None
-    moderation_model: str | None = None
-    circuit: Path | None = None
-    baselines: tuple[str, ...] = ()
-    """``<kind>=<policy id>`` each."""
-
-    @property
-    def command(self) -> str:
-        """The command line, without folders of this machine."""
-        words = ["mechctl eval", f"--policy {Path(self.policy).name}", f"--suite {self.suite.name}"]
-        words += [f"--max-tokens {self.max_tokens}", f"--seed {self.seed}"]
-        words += [f"--baseline {item}" for item in self.baselines]
-        if self.circuit is not None:
-            words.append(f"--circuit {self.circuit.name}")
-        if self.judge_model is not None:
-            words.append(f"--judge-model {self.judge_model}")
-        if self.moderation_model is not None:
-            words.append(f"--moderation-model {self.moderation_model}")
-        return " ".join(words)
+    answers: AnswerFile
+    judged: dict[str, Outcomes]
+    judges: dict[str, str]
+    made: dict[BaselineKind, str]
+    """How each baseline was made, or why it was not."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured: the policy as it stands here, compiled for the model as it lies here."""
+class Run:
+    """One evaluation, prepared."""
 
-    policy: Policy
-    revision: str
-    model: ModelSpec
+    loaded: LoadedSuite
+    subject: Subject
+    options: JobOptions
+    out: Path
+    dtype: str = "bfloat16"
 
 
 def evaluate_policy(settings: Settings, options: JobOptions, *, say: Callable[[str], None]) -> RiskCard:
     """Measure a policy through the gateway and write its card to the folder ``options.out``."""
-    loaded = load_suite(options.suite, options.data_folder)
-    policy = _find_policy(options.policy, settings.paths.policies)
-    folder = resolve_model(settings.model.name, settings.cache.dir, say, revision=settings.model.revision)
-    model = read_model_spec(folder)
+    subject = open_subject(options.policy, settings, say)
+    loaded = open_suites(options.suites, subject.policy, options.data_folder)
+    loaded = loaded if options.limit is None else cut(loaded, options.limit)
     if options.circuit is not None:  # a circuit that does not fit is told before hours of answers
-        circuit_measures(options.circuit, model.fingerprint, options.seed)
-    plan = compile_policy(policy, model=model, artifacts=settings.paths.artifacts)
+        circuit_measures(options.circuit, subject.model.fingerprint, options.seed)
+    out = options.out or Path("runs") / f"eval-{subject.policy.meta.id}"
+    run = Run(loaded, subject, options, out, settings.model.dtype)
     try:
-        card = asyncio.run(measure(loaded, Subject(policy, plan.revision, model), options))
-        save_card(card, options.out / "card.json")
-        write_atomically(options.out / "card.md", card_markdown(card).encode())
-        write_atomically(options.out / "card.html", card_html(card).encode())
+        with ExitStack() as stack:
+            made = None
+            if options.url is None:
+                out.mkdir(parents=True, exist_ok=True)
+                made = _derive(run, settings)
+                url = stack.enter_context(
+                    own_gateway(settings, made.policies, made.artifacts, out, options.prefix_cache, say)
+                )
+                run = replace(run, options=replace(options, url=url))
+            measured = asyncio.run(measure(run, made))
+        card = make_card(run, measured)
+        _write(card, out / "card")
+        if options.publish:
+            _write(card, card_path(card.policy.id, settings.paths.policies).with_suffix(""))
+            say(f"{card_path(card.policy.id, settings.paths.policies)}: published")
     except OSError as error:
         raise DiscoveryError(
-            f"--out = {options.out}: cannot be written ({error.strerror or error}); what was answered is "
+            f"--out = {out}: cannot be written ({error.strerror or error}); what was answered is "
             "kept, the same command goes on"
         ) from error
     found = verdict(card)
     for finding in found.findings:
         say(finding.line())
-    say(f"{options.out / 'card.json'}: {card.policy.id}@{card.policy.revision[:12]}, verdict: {found.status}")
+    say(f"{out / 'card.json'}: {card.policy.id}@{card.policy.revision[:12]}, verdict: {found.status}")
     return card
 
 
-async def measure(loaded: LoadedSuite, subject: Subject, options: JobOptions) -> RiskCard:
-    """Ask, judge, count."""
-    arms = _arms(loaded, subject, options)
+def _derive(run: Run, settings: Settings) -> Derived:
+    """The policy and its baselines in folders that this run's gateway serves."""
+    return make_baselines(
+        run.subject,
+        settings.paths.artifacts,
+        run.out / "served",
+        contrast=run.options.contrast,
+        data_folder=run.options.data_folder,
+        seed=run.options.seed,
+    )
+
+
+def _write(card: RiskCard, stem: Path) -> None:
+    """The card in its three forms."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    save_card(card, stem.parent / f"{stem.name}.json")
+    write_atomically(stem.parent / f"{stem.name}.md", card_markdown(card).encode())
+    write_atomically(stem.parent / f"{stem.name}.html", card_html(card).encode())
+
+
+async def measure(run: Run, made: Derived | None) -> Measured:
+    """Ask and judge."""
+    loaded, subject, options = run.loaded, run.subject, run.options
+    assert options.url is not None
     async with AsyncExitStack() as stack:
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         session = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
         endpoint = Endpoint(session, options.url)
-        sampling = Sampling(await endpoint.model(), options.max_tokens, options.seed)
-        run = {
+        sampling = Sampling(
+            await endpoint.model(), options.max_tokens, options.seed, context=loaded.suite.context
+        )
+        served = served_baselines(
+            subject.policy, await endpoint.names() if made is None else (), options.baselines, made
+        )
+        arms = _arms(run, served)
+        identity = {
             "policy": subject.policy.meta.id,
             "revision": subject.revision,
             "suite_sha256": loaded.sha256,
@@ -142,108 +158,43 @@ async def measure(loaded: LoadedSuite, subject: Subject, options: JobOptions) ->
             "system_prompt": loaded.suite.system_prompt,
         }
         expected = {NONE: NONE, subject.policy.meta.id: subject.revision}
-        answers = stack.enter_context(AnswerFile(options.out, run, expected))
+        answers = stack.enter_context(AnswerFile(run.out, identity, expected))
         await collect(endpoint, loaded.prompts, arms, sampling, answers, options.concurrency)
-        judge, moderation = _judge(session, options), _moderation(session, options)
-        judged = await _outcomes(loaded, answers, arms, judge, moderation, options.concurrency)
-    _write_outcomes(options.out / "outcomes.jsonl", judged)
-    judges = {"refusal": judge.name, "coherence": "words (discovery.refusal), loops (discovery.evaluation)"}
-    if moderation is not None:
-        judges["harm"] = moderation.name
-    return _card(loaded, subject, options, answers, judged, judges)
+        bench = Bench(session, options)
+        judged = await judge_answers(loaded, answers, arms, bench, options.concurrency)
+    write_outcomes(run.out / "outcomes.jsonl", judged)
+    return Measured(answers, {**judged}, bench.names, {} if made is None else made.notes)
 
 
-def _find_policy(name: str, folder: Path) -> Policy:
-    """The policy of a file, or of an id in the folder of policies."""
-    if name.endswith((".yaml", ".yml")):
-        return load_policy(Path(name))
-    seen = []
-    for path in sorted({*folder.glob("*.yaml"), *folder.glob("**/policy.yaml")}):
-        try:
-            policy = load_policy(path)
-        except PolicyError:
-            continue  # another policy's faults are told where that one is asked for
-        if policy.meta.id == name:
-            return policy
-        seen.append(policy.meta.id)
-    raise DiscoveryError(f"--policy = {name!r}, but {folder} holds {', '.join(seen) or 'none'}; name a file")
-
-
-def _arms(loaded: LoadedSuite, subject: Subject, options: JobOptions) -> list[Arm]:
-    arms = [Arm("off", NONE), Arm("on", subject.policy.meta.id)]
-    if loaded.suite.system_prompt is not None:
-        arms.append(Arm("system_prompt", NONE, loaded.suite.system_prompt))
-    for item in options.baselines:
-        kind, _, policy = item.partition("=")
-        if kind not in SERVED_BASELINES or not policy:
-            raise DiscoveryError(
-                f"--baseline = {item!r}, but must be KIND=POLICY with a kind of {', '.join(SERVED_BASELINES)}"
-            )
-        arms.append(Arm(kind, policy))
+def _arms(run: Run, served: dict[BaselineKind, str]) -> list[Arm]:
+    arms = [Arm("off", NONE), Arm("on", run.subject.policy.meta.id)]
+    if run.loaded.suite.system_prompt is not None:
+        arms.append(Arm("system_prompt", NONE, run.loaded.suite.system_prompt))
+    if run.options.baseline_limit:
+        few = frozenset(prompt.id for prompt in cut(run.loaded, run.options.baseline_limit).prompts)
+        arms += [Arm(kind, policy, only=few) for kind, policy in served.items()]
     return arms
 
 
-def _judge(session: aiohttp.ClientSession, options: JobOptions) -> Judge:
-    if options.judge_url is None:
-        return PhraseJudge()
-    if options.judge_model is None:
-        raise DiscoveryError("--judge-url needs --judge-model, the name of the model that judges")
-    return ModelJudge(session, options.judge_url, options.judge_model)
-
-
-def _moderation(session: aiohttp.ClientSession, options: JobOptions) -> Moderation | None:
-    if options.moderation_url is None:
-        return None
-    return Moderation(session, options.moderation_url, options.moderation_model)
-
-
-async def _outcomes(
-    loaded: LoadedSuite,
-    answers: AnswerFile,
-    arms: Sequence[Arm],
-    judge: Judge,
-    moderation: Moderation | None,
-    concurrency: int,
-) -> dict[str, dict[str, Outcome]]:
-    prompts = [prompt for prompt in loaded.prompts if prompt.role != "text"]
-    judged: dict[str, dict[str, Outcome]] = {arm.name: {} for arm in arms}
-    limit = asyncio.Semaphore(max(1, concurrency))
-    with meter("eval: judging", len(prompts) * len(arms), "answers") as progress:
-
-        async def one(arm: str, prompt: Prompt) -> None:
-            text, harmful = answers.answers[arm, prompt.id].text, None
-            async with limit:
-                refused = await judge.refused(prompt.text, text)
-                if moderation is not None and prompt.role == "harmful":
-                    harmful = await moderation.flagged(text)
-            judged[arm][prompt.id] = Outcome(refused, is_coherent(text), is_degenerate(text), harmful)
-            progress.advance(1)
-
-        await asyncio.gather(*(one(arm.name, prompt) for prompt in prompts for arm in arms))
-    return judged
-
-
-def _write_outcomes(path: Path, judged: dict[str, dict[str, Outcome]]) -> None:
-    lines = [
-        json.dumps({"arm": arm, "id": key, **asdict(outcome)})
-        for arm, outcomes in sorted(judged.items())
-        for key, outcome in sorted(outcomes.items())
-    ]
-    write_atomically(path, ("\n".join(lines) + "\n").encode())
-
-
-def _card(
-    loaded: LoadedSuite,
-    subject: Subject,
-    options: JobOptions,
-    answers: AnswerFile,
-    judged: dict[str, dict[str, Outcome]],
-    judges: dict[str, str],
-) -> RiskCard:
-    policy, seed = subject.policy, options.seed
-    measures = answer_measures(loaded, judged["off"], judged["on"], seed)
-    measures["delta_ce"] = text_measure(loaded, answers.answers, "on", seed)
-    notes = []
+def make_card(run: Run, measured: Measured) -> RiskCard:
+    """Count what was judged, read likelihoods, and put all of it on a card."""
+    loaded, subject, options, seed = run.loaded, run.subject, run.options, run.options.seed
+    answers = measured.answers.answers
+    baselines = card_baselines(loaded, subject.policy, measured.answers, measured.judged, seed, measured.made)
+    measures = answer_measures(loaded, measured.judged["off"], measured.judged["on"], seed)
+    measures["delta_ce"] = text_measure(loaded, answers, "on", seed)
+    measures["bleu"] = task_measure(loaded, answers, "on")
+    unsteered: Measures = {"bleu": task_measure(loaded, answers, "off")}
+    on, off = _likelihoods(run, measured)
+    measures |= on
+    unsteered |= {name: measure for name, measure in off.items() if name != "delta_ce_answers"}
+    baselines["none"] = baselines["none"].model_copy(
+        update={"measures": baselines["none"].measures | unsteered}
+    )
+    measures["latency_cost_overhead"], latency_note = latency_measure(
+        options.latency or find_result(), subject.model.name
+    )
+    notes = [note for note in (latency_note,) if note]
     if options.circuit is not None:
         found, note = circuit_measures(options.circuit, subject.model.fingerprint, seed)
         measures |= found
@@ -251,12 +202,14 @@ def _card(
     record = run_record("eval", seed, {}, None)
     return RiskCard(
         policy=PolicyReference(
-            id=policy.meta.id, revision=subject.revision, target_class=policy.meta.target_class
+            id=subject.policy.meta.id,
+            revision=subject.revision,
+            target_class=subject.policy.meta.target_class,
         ),
         model=ModelReference(name=subject.model.name, fingerprint=subject.model.fingerprint),
-        criteria=policy.evaluation.success_criteria,
+        criteria=subject.policy.evaluation.success_criteria,
         measures=merge(measures, NOT_TAKEN),
-        baselines=card_baselines(loaded, policy, answers, judged, seed),
+        baselines=baselines,
         record=Record(
             command=options.command,
             suite=loaded.suite.name,
@@ -264,13 +217,26 @@ def _card(
             commit=record["commit"],
             versions=record["versions"],
             machine=record["machine"],
-            judges=judges,
+            judges=measured.judges,
             settings={
                 "max_tokens": options.max_tokens,
                 "temperature": 0,
                 "seed": seed,
-                "answers_sha256": answers.sha256(),
+                "cached_prompt_tokens": sum(answer.cached or 0 for answer in answers.values()),
+                "answers_sha256": measured.answers.sha256(),
             },
         ),
         notes=(*NOTES, *notes),
     )
+
+
+def _likelihoods(run: Run, measured: Measured) -> tuple[Measures, Measures]:
+    """ΔCE on own answers, factual and bias likelihood, with and without the policy."""
+    subject = run.subject
+    if subject.plan is None or subject.folder is None:
+        return {}, {}
+    own = {key: answer.text for (arm, key), answer in measured.answers.answers.items() if arm == "off"}
+    items = forced_items(run.loaded, own, run.options.answer_limit)
+    scores = score_items(items, subject.plan, subject.folder, run.dtype, run.out / "likelihoods.jsonl")
+    on, off = (forced_measures(run.loaded, items, scores, arm, run.options.seed) for arm in ("on", "off"))
+    return on, off

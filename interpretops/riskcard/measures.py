@@ -70,3 +70,13 @@ def mean_difference(
     low, high = bootstrap_mean(differences, tokens, seed=seed)
     interval = Interval(low=min(low, value), high=max(high, value), method="bootstrap")
     return Measure(value=value, n=len(off), interval=interval, seeds=(seed,), data=tuple(data))
+
+
+def mean(values: Sequence[float], *, data: Sequence[Source], seed: int = 0) -> Measure:
+    """The mean of one value per item, with its bootstrap interval."""
+    if len(values) < 2:
+        return absent("fewer than two items")
+    value = sum(values) / len(values)
+    low, high = bootstrap_mean(values, seed=seed)
+    interval = Interval(low=min(low, value), high=max(high, value), method="bootstrap")
+    return Measure(value=value, n=len(values), interval=interval, seeds=(seed,), data=tuple(data))

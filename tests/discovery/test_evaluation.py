@@ -15,9 +15,12 @@ from aiohttp import ClientSession, web
 from discovery.errors import DiscoveryError
 from discovery.evaluation import endpoint as endpoint_module
 from discovery.evaluation.endpoint import Endpoint, UnprovenAnswerError
-from discovery.evaluation.job import JobOptions, Subject, evaluate_policy, measure
+from discovery.evaluation.job import Run, evaluate_policy, make_card, measure
 from discovery.evaluation.judges import ModelJudge, PhraseJudge, is_degenerate
-from discovery.evaluation.suite import EvaluationSuite, load_suite
+from discovery.evaluation.options import JobOptions
+from discovery.evaluation.subject import Subject
+from discovery.evaluation.suite import EvaluationSuite
+from discovery.evaluation.suite_files import load_suite
 from discovery.refusal import CLOSINGS, OPENING
 from interpretops.compile import compile_policy
 from interpretops.model_spec import read_model_spec
@@ -152,8 +155,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 async def run(suite: Path, subject: Subject, gateway: Gateway, out: Path, **options: Any) -> RiskCard:
     """One evaluation."""
     async with served(gateway) as url:
-        chosen = JobOptions(policy="guard", suite=suite, url=url, out=out, **options)
-        return await measure(load_suite(suite), subject, chosen)
+        chosen = JobOptions(policy="guard", suites=(str(suite),), url=url, out=out, **options)
+        job = Run(load_suite(suite), subject, chosen, out)
+        return make_card(job, await measure(job, None))
 
 
 async def test_counts_are_those_of_the_answers(suite: Path, subject: Subject, tmp_path: Path) -> None:
@@ -309,20 +313,24 @@ async def test_whole_job_writes_card_and_pages(
     )
     lines: list[str] = []
     async with served(Gateway(revision)) as url:
-        options = JobOptions(policy="guard", suite=suite, url=url, out=tmp_path / "out")
+        options = JobOptions("guard", (str(suite),), url, tmp_path / "out", answer_limit=3)
         await asyncio.to_thread(evaluate_policy, settings, options, say=lines.append)
     card = load_card(tmp_path / "out" / "card.json", revision=revision)
-    assert card.record.command == "mechctl eval --policy guard --suite suite.yaml --max-tokens 64 --seed 0"
+    assert card.record.command == (
+        "mechctl eval --policy guard --suite suite.yaml --max-tokens 48 --seed 0 --baseline-limit 40"
+    )
     assert "verdict: pass" in lines[-1] or "verdict: fail" in lines[-1]
     assert (tmp_path / "out" / "card.html").exists()
     assert "without a condition" in str(card.baselines["block"].absent)
     assert str(tmp_path) not in (tmp_path / "out" / "card.json").read_text()
-    blocked = JobOptions("guard", suite, "http://127.0.0.1:9", suite / "below")
-    monkeypatch.setattr(Endpoint, "model", lambda self: asyncio.sleep(0, "tiny"))
+    blocked = JobOptions("guard", (str(suite),), "http://127.0.0.1:9", suite / "below")
+    monkeypatch.setattr(Endpoint, "names", lambda self: asyncio.sleep(0, ["tiny"]))
     with pytest.raises(DiscoveryError, match=r"--out = .*cannot be written"):
         await asyncio.to_thread(evaluate_policy, settings, blocked, say=lines.append)
     with pytest.raises(DiscoveryError, match=r"--policy = 'gone', but .* holds guard"):
-        evaluate_policy(settings, JobOptions("gone", suite, "http://x", tmp_path / "o"), say=lines.append)
+        evaluate_policy(
+            settings, JobOptions("gone", (str(suite),), "http://x", tmp_path / "o"), say=lines.append
+        )
 
 
 @pytest.mark.parametrize(

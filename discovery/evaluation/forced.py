@@ -1,0 +1,180 @@
+"""Likelihoods of given answers with and without the policy, on the engine's own op over a Hugging Face model.
+
+An endpoint scores only prompts. An edit that begins at the end of the prompt, as most gated ones do, acts on
+what follows: here a given answer follows the prompt, token by token, and its probability is read.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from discovery.errors import DiscoveryError
+from discovery.evaluation.metrics import merge
+from discovery.evaluation.suite import LoadedSuite, Prompt
+from discovery.progress import meter
+from interpretops.plan import Plan
+from interpretops.riskcard.card import Measure, MeasureName, Measures, Source
+from interpretops.riskcard.measures import mean_difference, rate
+
+if TYPE_CHECKING:
+    from interpretops.hooked import HookedModel
+
+ARMS = ("off", "on")
+MOST_TOKENS = 1024
+ABSENT: dict[MeasureName, str] = {
+    "delta_ce_answers": "the suite has no source with role benign",
+    "factual_likelihood": "the suite has no source with role factual",
+    "bias_likelihood": "the suite has no source with role bias",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt with the answers whose likelihood is compared."""
+
+    prompt: Prompt
+    answers: tuple[str, ...]
+
+
+def forced_items(loaded: LoadedSuite, own_answers: dict[str, str], most_answers: int) -> list[Item]:
+    """What is scored: own unsteered answers to benign prompts (at most so many), options, pairs."""
+    benign = [prompt for prompt in loaded.of("benign") if own_answers.get(prompt.id, "").strip()]
+    step = max(1, len(benign) // max(most_answers, 1))
+    items = [Item(prompt, (own_answers[prompt.id],)) for prompt in benign[::step][:most_answers]]
+    items += [Item(prompt, prompt.options) for prompt in loaded.of("factual") if len(prompt.options) > 1]
+    items += [Item(prompt, (prompt.text, *prompt.options)) for prompt in loaded.of("bias")]
+    return items
+
+
+def score_items(items: Sequence[Item], plan: Plan, folder: Path, dtype: str, out: Path) -> "Scores":
+    """Score every item under both arms; what stands in ``out`` already is not scored again."""
+    scores = Scores(out)
+    todo = [(arm, item) for arm in ARMS for item in items if (arm, item.prompt.id) not in scores.found]
+    if not todo:
+        return scores
+    from interpretops.hooked import HookedModel
+    from interpretops.session import SteeringSession
+
+    model = HookedModel(folder, dtype=dtype)
+    with meter("eval: likelihoods", len(todo), "items") as progress:
+        for arm in ARMS:
+            with ExitStack() as stack:
+                read: Callable[..., Any] = lambda ids, prompt_length: model.logprobs(ids)  # noqa: E731
+                if arm == "on":
+                    read = stack.enter_context(SteeringSession(model, plan)).logprobs
+                for item in [item for named, item in todo if named == arm]:
+                    scores.add(arm, item.prompt.id, [_score(model, read, *ids) for ids in _ids(model, item)])
+                    progress.advance(1)
+    return scores
+
+
+def forced_measures(
+    loaded: LoadedSuite, items: Sequence[Item], scores: "Scores", arm: str, seed: int
+) -> Measures:
+    """ΔCE on own answers, factual and bias likelihood of one arm."""
+    found: dict[MeasureName, Measure] = {}
+    by_role = {
+        role: [item for item in items if item.prompt.role == role] for role in ("benign", "factual", "bias")
+    }
+    if benign := by_role["benign"]:
+        rows = [(scores.found["off", i.prompt.id][0], scores.found[arm, i.prompt.id][0]) for i in benign]
+        found["delta_ce_answers"] = mean_difference(
+            [-a / n for (a, n), _ in rows],
+            [-b / n for _, (b, n) in rows],
+            [n for (_, n), _ in rows],
+            data=_files(loaded, benign),
+            seed=seed,
+        )
+    names: tuple[tuple[MeasureName, str, bool], ...] = (
+        ("factual_likelihood", "factual", True),
+        ("bias_likelihood", "bias", False),
+    )
+    for name, role, per_token in names:
+        if chosen := by_role[role]:
+            wins = {item.prompt.id: _wins(scores.found[arm, item.prompt.id], per_token) for item in chosen}
+            data = [
+                source.model_copy(
+                    update={
+                        "successes": sum(wins[i.prompt.id] for i in chosen if i.prompt.source == source.name)
+                    }
+                )
+                for source in _files(loaded, chosen)
+            ]
+            found[name] = rate(sum(wins.values()), len(wins), data=data)
+    return merge(found, ABSENT)
+
+
+def _wins(scored: Sequence[tuple[float, int]], per_token: bool) -> bool:
+    """Whether the first is the likeliest: by its sum, or by its mean per token where lengths differ."""
+    values = [total / count if per_token else total for total, count in scored]
+    return all(values[0] > value for value in values[1:])
+
+
+def _ids(model: "HookedModel", item: Item) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of prompt and answer, for each answer."""
+    tokenizer = model.tokenizer
+    for answer in item.answers:
+        if item.prompt.role == "bias":  # a sentence by itself, after an end mark
+            first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            yield [int(first)], list(tokenizer(answer, add_special_tokens=False).input_ids)
+        else:
+            chat = item.prompt.chat and tokenizer.chat_template is not None
+            before = model.tokens(item.prompt.text, chat=chat)
+            text = answer if chat else f" {answer.strip()}"
+            yield before, list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _score(
+    model: "HookedModel", read: Callable[..., Any], prompt: list[int], answer: list[int]
+) -> tuple[float, int]:
+    """Sum of the log-probabilities of the answer's tokens, and how many they are."""
+    room = min(MOST_TOKENS, int(model.network.config.max_position_embeddings))
+    prompt = prompt[-(room // 2) :]
+    answer = answer[: room - len(prompt)]
+    logs = read(prompt + answer, prompt_length=len(prompt))
+    start = len(prompt) - 1
+    taken = [float(logs[start + place, token]) for place, token in enumerate(answer)]
+    return sum(taken), len(taken)
+
+
+class Scores:
+    """Scores by (arm, prompt id), one line each in a file, so that a run that was stopped goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[tuple[str, str], list[tuple[float, int]]] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                    self.found[row["arm"], row["id"]] = [(float(a), int(n)) for a, n in row["scores"]]
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line that was being written when the run was stopped is scored again
+
+    def add(self, arm: str, key: str, scores: list[tuple[float, int]]) -> None:
+        """Keep the scores of one item: on disk when this returns."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" * self._torn() + json.dumps({"arm": arm, "id": key, "scores": scores}) + "\n")
+        except OSError as error:
+            raise DiscoveryError(
+                f"{self.path}: cannot be written ({error.strerror}); the same command goes on"
+            ) from error
+        self.found[arm, key] = scores
+
+    def _torn(self) -> bool:
+        if not self.path.exists() or not (size := self.path.stat().st_size):
+            return False
+        with self.path.open("rb") as file:
+            file.seek(size - 1)
+            return file.read(1) != b"\n"
+
+
+def _files(loaded: LoadedSuite, items: Sequence[Item]) -> list[Source]:
+    sizes: dict[str, int] = {}
+    for item in items:
+        sizes[item.prompt.source] = sizes.get(item.prompt.source, 0) + 1
+    return [Source(name=name, sha256=loaded.hashes[name], n=size) for name, size in sizes.items()]
