@@ -7,7 +7,7 @@ from torch import Tensor
 
 from discovery.circuits.decoder import GraphDecoder
 from discovery.circuits.metric import Metric, measure
-from discovery.circuits.pairs import Pair
+from discovery.circuits.pairs import Pair, contrast_start
 
 
 def edge_scores(decoder: GraphDecoder, pairs: Sequence[Pair], metric: Metric, steps: int) -> Tensor:
@@ -22,26 +22,30 @@ def edge_scores(decoder: GraphDecoder, pairs: Sequence[Pair], metric: Metric, st
     residual stream, m the steps; summed over positions. Where the paper takes a_k = k/m, the midpoints
     a_k = (k - 1/2)/m are taken: the same integral with a smaller error. The scores of the edges that leave
     ``input`` sum to M(x) - M(x') up to that error (completeness of integrated gradients).
+
+    Where the prompts do not differ yet, nothing changes and no score arises: those tokens are run once.
     """
-    clean = decoder.embed([pair.clean for pair in pairs])
-    corrupted = decoder.embed([pair.corrupted for pair in pairs])
-    with torch.no_grad():
-        outputs, outputs_corrupted = (decoder.run(e, keep=True)[1] for e in (clean, corrupted))
-        assert outputs is not None
-        assert outputs_corrupted is not None
-        change = outputs - outputs_corrupted
-        del outputs, outputs_corrupted
-    gradients: list[Tensor] = []
-    for step in range(steps):
-        point = (corrupted + (step + 0.5) / steps * (clean - corrupted)).requires_grad_()
-        stream, inputs = decoder.run_with_inputs(point)
-        value = measure(metric, decoder.logits(stream), pairs).sum()
-        found = torch.autograd.grad(value, inputs)
-        gradients = (
-            [a + b / steps for a, b in zip(gradients, found, strict=True)]
-            if gradients
-            else [g / steps for g in found]
-        )
+    start = contrast_start(pairs)
+    with decoder.behind([pair.clean[:start] for pair in pairs]):
+        clean = decoder.embed([pair.clean[start:] for pair in pairs])
+        corrupted = decoder.embed([pair.corrupted[start:] for pair in pairs])
+        with torch.no_grad():
+            outputs, outputs_corrupted = (decoder.run(e, keep=True)[1] for e in (clean, corrupted))
+            assert outputs is not None
+            assert outputs_corrupted is not None
+            change = outputs - outputs_corrupted
+            del outputs, outputs_corrupted
+        gradients: list[Tensor] = []
+        for step in range(steps):
+            point = (corrupted + (step + 0.5) / steps * (clean - corrupted)).requires_grad_()
+            stream, inputs = decoder.run_with_inputs(point)
+            value = measure(metric, decoder.logits(stream), pairs).sum()
+            found = torch.autograd.grad(value, inputs)
+            gradients = (
+                [a + b / steps for a, b in zip(gradients, found, strict=True)]
+                if gradients
+                else [g / steps for g in found]
+            )
     return _by_edge(decoder, change, gradients)
 
 
@@ -72,13 +76,15 @@ def patching_effects(
 
     Activation patching, one forward pass per node; what EAP-IG approximates.
     """
-    clean = decoder.embed([pair.clean for pair in pairs])
-    corrupted = decoder.embed([pair.corrupted for pair in pairs])
-    outputs = decoder.run(corrupted, keep=True)[1]
-    assert outputs is not None
-    whole = measure(metric, decoder.logits(decoder.run(clean)[0]), pairs)
-    effects = [
-        whole - measure(metric, decoder.logits(decoder.run(clean, {node: outputs[node]})[0]), pairs)
-        for node in nodes
-    ]
+    start = contrast_start(pairs)
+    with decoder.behind([pair.clean[:start] for pair in pairs]):
+        clean = decoder.embed([pair.clean[start:] for pair in pairs])
+        corrupted = decoder.embed([pair.corrupted[start:] for pair in pairs])
+        outputs = decoder.run(corrupted, keep=True)[1]
+        assert outputs is not None
+        whole = measure(metric, decoder.logits(decoder.run(clean)[0]), pairs)
+        effects = [
+            whole - measure(metric, decoder.logits(decoder.run(clean, {node: outputs[node]})[0]), pairs)
+            for node in nodes
+        ]
     return torch.stack(effects, dim=1).cpu()

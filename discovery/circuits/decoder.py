@@ -4,23 +4,20 @@ Shape letters: B sequences, T tokens, D width, H heads, N nodes, V vocabulary. N
 sequences of a batch are of one length.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from discovery.circuits.attention import Attention
 from discovery.circuits.graph import Edges, Graph
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from interpretops.hook_points import site_module
 from interpretops.model_family import family_of
 from interpretops.plan import Site
-
-Hook = Callable[[nn.Module, Any, Tensor], Tensor]
-"""Takes a module, its arguments and its output, and returns another output."""
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Families in which a layer adds ``o_proj(heads)``, then ``mlp`` to the stream, with no norm after them."""
@@ -49,13 +46,28 @@ class GraphDecoder:
         if any(projection.bias is not None for projection in self.projections):
             raise DiscoveryError(f"{spec.name}: o_proj has a bias, which belongs to no head; not supported")
         self.head_dim = spec.head_dim
-        self._contexts: dict[int, list[dict[str, Any]]] = {}
+        self.attention = Attention(model, self.projections)
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Embeddings [B, T, D] of sequences of one length."""
         ids = torch.tensor([list(row) for row in tokens], device=self.model.device)
         embedded: Tensor = self.network.get_input_embeddings()(ids)
         return embedded
+
+    @contextmanager
+    def behind(self, tokens: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Within the block all sequences are what follows these tokens, one of which stands before each.
+
+        Exact where no run differs on them from the model's own, and several times cheaper: no node is
+        computed there again. Without tokens everything is as ever.
+        """
+        if not tokens or not tokens[0]:
+            yield
+            return
+        with torch.no_grad(), self.attention.recording() as past:
+            self.run(self.embed(tokens))
+        with self.attention.behind(past):
+            yield
 
     def logits(self, stream: Tensor) -> Tensor:
         """Logits [B, V] at the last position of the final residual stream [B, T, D]."""
@@ -70,61 +82,10 @@ class GraphDecoder:
         normed = self.layers[layer].get_submodule("input_layernorm")(streams)
         weight = self._weight(layer)
         if heads is None:
-            z = self._attend(layer, normed[0]).view(*streams.shape[1:3], self.graph.heads, self.head_dim)
+            z = self.attention.every_head(layer, normed[0])
             return torch.einsum("bthf,hfd->hbtd", z, weight)
-        z = self._attend(layer, normed[0], self._own_inputs(layer, normed, heads))
-        z = z.view(*streams.shape[1:3], len(heads), self.head_dim)
+        z = self.attention.own_inputs(layer, normed, heads)
         return torch.einsum("bthf,hfd->hbtd", z, weight[list(heads)])
-
-    def _attend(self, layer: int, normed: Tensor, own: Mapping[str, Hook] | None = None) -> Tensor:
-        """What a layer's attention hands to its output projection [B, T, heads * head_dim].
-
-        own: hooks that put other queries, keys and values in the place of those of ``normed``
-        """
-        attention: Any = self.layers[layer].get_submodule("self_attn")
-        context = self._context(layer, normed.shape[1])  # runs the model: before the hook that ends attention
-        kept: list[Tensor] = []
-
-        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept.append(args[0])
-            raise _Enough
-
-        handles = [self.projections[layer].register_forward_pre_hook(keep)]
-        handles += [
-            attention.get_submodule(name).register_forward_hook(hook) for name, hook in (own or {}).items()
-        ]
-        groups = attention.num_key_value_groups
-        attention.num_key_value_groups = 1 if own else groups
-        try:
-            with suppress(_Enough):
-                attention(hidden_states=normed, **context)
-        finally:
-            attention.num_key_value_groups = groups
-            for handle in handles:
-                handle.remove()
-        return kept[0]
-
-    def _own_inputs(self, layer: int, normed: Tensor, heads: Sequence[int]) -> dict[str, Hook]:
-        """Hooks by which each of K heads computes its query, key and value from its own input [K, B, T, D].
-
-        Keys and values, which heads share, are computed for each head anew: attention then has K of each.
-        """
-        attention: Any = self.layers[layer].get_submodule("self_attn")
-        groups: int = attention.num_key_value_groups
-        shared = [head // groups for head in heads]
-
-        def projected(rows: Sequence[int]) -> Hook:
-            def hook(module: nn.Module, _args: Any, _output: Tensor) -> Tensor:
-                weight = module.get_parameter("weight").view(-1, self.head_dim, normed.shape[-1])[list(rows)]
-                found = normed.flatten(1, 2) @ weight.transpose(1, 2)
-                if module.bias is not None:
-                    found = found + module.get_parameter("bias").view(-1, 1, self.head_dim)[list(rows)]
-                found = found.view(*normed.shape[:3], -1).permute(1, 2, 0, 3)
-                return found.flatten(2)
-
-            return hook
-
-        return {"q_proj": projected(heads), "k_proj": projected(shared), "v_proj": projected(shared)}
 
     def mlp_output(self, layer: int, stream: Tensor) -> Tensor:
         """What an MLP adds to the stream [B, T, D]."""
@@ -207,30 +168,3 @@ class GraphDecoder:
         """The output projection by head [H, head_dim, D]."""
         weight: Tensor = self.projections[layer].get_parameter("weight")
         return weight.view(weight.shape[0], self.graph.heads, self.head_dim).permute(1, 2, 0)
-
-    def _context(self, layer: int, length: int) -> dict[str, Any]:
-        """What attention gets besides its input (mask, rotations), taken from an ordinary forward pass."""
-        if length not in self._contexts:
-            found: list[dict[str, Any]] = []
-
-            def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-                skip = ("hidden_states", "past_key_values", "use_cache")
-                found.append({key: value for key, value in kwargs.items() if key not in skip})
-
-            handles = [
-                block.get_submodule("self_attn").register_forward_pre_hook(keep, with_kwargs=True)
-                for block in self.layers
-            ]
-            try:
-                with torch.no_grad():
-                    ids = torch.zeros(1, length, dtype=torch.long, device=self.model.device)
-                    self.network.base_model(input_ids=ids, use_cache=False)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            self._contexts[length] = found
-        return self._contexts[length][layer]
-
-
-class _Enough(Exception):  # noqa: N818 (not an error: it ends attention before its output projection)
-    """The heads' outputs have been seen."""

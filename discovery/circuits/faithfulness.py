@@ -10,7 +10,7 @@ from torch import Tensor
 from discovery.circuits.decoder import GraphDecoder
 from discovery.circuits.graph import Edges
 from discovery.circuits.metric import Metric, measure
-from discovery.circuits.pairs import Pair, batches
+from discovery.circuits.pairs import Pair, batches, contrast_start, shared_start
 from discovery.errors import DiscoveryError
 from interpretops.circuit import Ablation
 
@@ -31,6 +31,7 @@ class Evaluator:
     ) -> None:
         self.decoder, self.pairs, self.metric, self.ablation = decoder, pairs, metric, ablation
         self.batches = list(batches(pairs, batch))
+        self._starts = self._shared_starts()
         self._means = self._mean_outputs() if ablation == "mean" else {}
         nothing = np.zeros((decoder.graph.size, decoder.graph.size), bool)
         self.full = self._full()
@@ -46,11 +47,13 @@ class Evaluator:
         totals = np.zeros(len(circuits))
         for indices in self.batches:
             pairs = [self.pairs[index] for index in indices]
-            clean = self.decoder.embed([pair.clean for pair in pairs])
-            reference = self._reference(pairs)
-            for number, edges in enumerate(circuits):
-                logits = self.decoder.run_circuit(clean, edges, reference)
-                totals[number] += float(measure(self.metric, logits, pairs).sum())
+            start = self._start(pairs)
+            with self.decoder.behind([pair.clean[:start] for pair in pairs]):
+                clean = self.decoder.embed([pair.clean[start:] for pair in pairs])
+                reference = self._reference(pairs, start)
+                for number, edges in enumerate(circuits):
+                    logits = self.decoder.run_circuit(clean, edges, reference)
+                    totals[number] += float(measure(self.metric, logits, pairs).sum())
         return [float(total) / len(self.pairs) for total in totals]
 
     def faithfulness(self, metric: float) -> float:
@@ -66,10 +69,23 @@ class Evaluator:
             total += float(measure(self.metric, self.decoder.logits(stream), pairs).sum())
         return total / len(self.pairs)
 
-    def _reference(self, pairs: Sequence[Pair]) -> Tensor:
+    def _start(self, pairs: Sequence[Pair]) -> int:
+        """How many tokens of these pairs carry the same in every run: they are not run again."""
+        if self.ablation == "mean":
+            return self._starts[len(pairs[0].clean)]
+        return contrast_start(pairs)
+
+    def _shared_starts(self) -> dict[int, int]:
+        """By length of prompts, how many tokens all of them begin with alike."""
+        sides: dict[int, list[tuple[int, ...]]] = {}
+        for pair in self.pairs:
+            sides.setdefault(len(pair.clean), []).extend((pair.clean, pair.corrupted))
+        return {length: shared_start(tokens) for length, tokens in sides.items()}
+
+    def _reference(self, pairs: Sequence[Pair], start: int) -> Tensor:
         if self.ablation == "mean":
             return self._means[len(pairs[0].clean)]
-        return self._outputs([pair.corrupted for pair in pairs])
+        return self._outputs([pair.corrupted[start:] for pair in pairs])
 
     @torch.no_grad()
     def _outputs(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -78,15 +94,18 @@ class Evaluator:
         return outputs
 
     def _mean_outputs(self) -> dict[int, Tensor]:
+        """By length of prompts the mean outputs [N-1, 1, T, D] of all nodes behind the shared start."""
         sums: dict[int, Tensor] = {}
         counts: dict[int, int] = {}
         for indices in self.batches:
-            for side in ("clean", "corrupted"):
-                tokens = [getattr(self.pairs[index], side) for index in indices]
-                length = len(tokens[0])
-                added = self._outputs(tokens).sum(1, keepdim=True)
-                sums[length] = sums[length] + added if length in sums else added
-                counts[length] = counts.get(length, 0) + len(tokens)
+            pairs = [self.pairs[index] for index in indices]
+            length = len(pairs[0].clean)
+            start = self._starts[length]
+            with self.decoder.behind([pair.clean[:start] for pair in pairs]):
+                for tokens in ([p.clean[start:] for p in pairs], [p.corrupted[start:] for p in pairs]):
+                    added = self._outputs(tokens).sum(1, keepdim=True)
+                    sums[length] = sums[length] + added if length in sums else added
+                    counts[length] = counts.get(length, 0) + len(tokens)
         return {length: total / counts[length] for length, total in sums.items()}
 
 

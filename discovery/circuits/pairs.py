@@ -221,3 +221,15 @@ def batches(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
     for _, indices in sorted(lengths.items()):
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
+
+
+def shared_start(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with alike; of equal ones all but the last, which is always run."""
+    first = sequences[0]
+    most = min(map(len, sequences)) - 1
+    return next((i for i in range(most) if any(row[i] != first[i] for row in sequences)), most)
+
+
+def contrast_start(pairs: Sequence[Pair]) -> int:
+    """How many tokens come, in every pair, before its clean prompt differs from its corrupted one."""
+    return min(shared_start([pair.clean, pair.corrupted]) for pair in pairs)

@@ -75,3 +75,25 @@ def test_family_with_norms_behind_attention_is_refused(tmp_path: Path, tiny_fold
         (folder / name).write_bytes((tiny_folder / name).read_bytes())
     with pytest.raises(DiscoveryError, match="architecture = Gemma2ForCausalLM"):
         GraphDecoder(FrozenModel(folder, torch.float32))
+
+
+@torch.no_grad()
+def test_tokens_that_no_run_changes_are_left_out_exactly(family: GraphDecoder) -> None:
+    """Behind a shared start every run gives, at the remaining positions, what it gives of the whole prompts."""
+    tokens, others = [PROMPT, [*PROMPT[:5], 2, 7, *PROMPT[7:]]], [OTHER, [*PROMPT[:5], 9, 1, *PROMPT[7:]]]
+    embedded = family.embed(tokens)
+    stream = family.run(embedded)[0]
+    reference = family.run(family.embed(others), keep=True)[1]
+    assert reference is not None
+    edges = np.random.default_rng(0).random(family.graph.allowed.shape) < 0.5
+    edges &= family.graph.allowed
+    whole = family.run_circuit(embedded, edges, reference)
+    for start in (1, 4):
+        with family.behind([row[:start] for row in tokens]):
+            rest = family.embed([row[start:] for row in tokens])
+            torch.testing.assert_close(family.run(rest)[0], stream[:, start:], atol=1e-4, rtol=1e-4)
+            own = family.run_with_inputs(rest)[0]
+            torch.testing.assert_close(own, stream[:, start:], atol=1e-4, rtol=1e-4)
+            part = family.run_circuit(rest, edges, reference[:, :, start:])
+            torch.testing.assert_close(part, whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(family.run(embedded)[0], stream)

@@ -1,0 +1,171 @@
+"""A decoder's attention up to its output projection: by head with inputs of their own, behind known tokens.
+
+Shape letters: B sequences, T tokens, P tokens before them, D width, H heads, K of them, F head width.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discovery.frozen_model import FrozenModel
+
+Hook = Callable[[nn.Module, Any, Tensor], Tensor]
+"""Takes a module, its arguments and its output, and returns another output."""
+
+
+class Attention:
+    """Hugging Face's own attention modules, stopped before the output projection.
+
+    Tokens that no run changes need no computing twice: within `behind`, runs are of the tokens after them.
+    """
+
+    def __init__(self, model: FrozenModel, projections: Sequence[nn.Module]) -> None:
+        self.model, self.projections = model, projections
+        self.modules: list[Any] = [block.get_submodule("self_attn") for block in model.layers]
+        self.heads, self.head_dim = model.spec.num_heads, model.spec.head_dim
+        self._contexts: dict[int, list[dict[str, Any]]] = {}
+        self._past: list[_Past] | None = None
+
+    def every_head(self, layer: int, normed: Tensor) -> Tensor:
+        """z [B, T, H, F] of heads that all read ``normed`` [B, T, D]."""
+        return self._stopped(layer, normed, {}).view(*normed.shape[:2], self.heads, self.head_dim)
+
+    def own_inputs(self, layer: int, normed: Tensor, heads: Sequence[int]) -> Tensor:
+        """z [B, T, K, F] of K heads, each of which reads its own input of ``normed`` [K, B, T, D].
+
+        Keys and values, which heads share, are computed for each head anew: attention then has K of each.
+        """
+        groups: int = self.modules[layer].num_key_value_groups
+        shared = [head // groups for head in heads]
+
+        def projected(rows: Sequence[int]) -> Hook:
+            def hook(module: nn.Module, _args: Any, _output: Tensor) -> Tensor:
+                weight = module.get_parameter("weight").view(-1, self.head_dim, normed.shape[-1])[list(rows)]
+                found = normed.flatten(1, 2) @ weight.transpose(1, 2)
+                if module.bias is not None:
+                    found = found + module.get_parameter("bias").view(-1, 1, self.head_dim)[list(rows)]
+                found = found.view(*normed.shape[:3], -1).permute(1, 2, 0, 3)
+                return found.flatten(2)
+
+            return hook
+
+        hooks = {"q_proj": projected(heads), "k_proj": projected(shared), "v_proj": projected(shared)}
+        z = self._stopped(layer, normed[0], hooks, shared)
+        return z.view(*normed.shape[1:3], len(heads), self.head_dim)
+
+    @contextmanager
+    def recording(self) -> Iterator[list["_Past"]]:
+        """Within the block a run leaves its keys and values in the given list, layer by layer."""
+        assert self._past is None, "runs behind other tokens are not recorded"
+        self._past = [_Past() for _ in self.modules]
+        try:
+            yield self._past
+        finally:
+            self._past = None
+
+    @contextmanager
+    def behind(self, past: list["_Past"]) -> Iterator[None]:
+        """Within the block all runs are of the tokens that come after the recorded ones."""
+        assert self._past is None, "one recording at a time"
+        self._past = past
+        try:
+            yield
+        finally:
+            self._past = None
+
+    def _stopped(
+        self, layer: int, normed: Tensor, hooks: Mapping[str, Hook], shared: Sequence[int] | None = None
+    ) -> Tensor:
+        """What attention hands to its output projection [B, T, heads * F].
+
+        hooks: put other queries, keys and values in the place of those of ``normed``
+        shared: which of the recorded keys and values each of their heads reads
+        """
+        module = self.modules[layer]
+        # The context runs the model: it is taken before the hook that ends attention.
+        context = self._context(layer, normed.shape[1])
+        if self._past is not None:
+            self._past[layer].shared = shared
+            context = context | {"past_key_values": self._past[layer]}
+        kept: list[Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            kept.append(args[0])
+            raise _Enough
+
+        handles = [self.projections[layer].register_forward_pre_hook(keep)]
+        handles += [module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+        groups = module.num_key_value_groups
+        module.num_key_value_groups = groups if shared is None else 1
+        try:
+            with suppress(_Enough):
+                module(hidden_states=normed, **context)
+        finally:
+            module.num_key_value_groups = groups
+            for handle in handles:
+                handle.remove()
+        return kept[0]
+
+    def _context(self, layer: int, count: int) -> dict[str, Any]:
+        """What attention gets besides its input (mask, rotations) for the last ``count`` tokens."""
+        before = 0 if self._past is None else self._past[layer].length
+        context = self._whole_context(before + count)[layer]
+        if not before:
+            return context
+        cut = {key: value[:, before:] for key, value in context.items() if key == "position_ids"}
+        cut["position_embeddings"] = tuple(part[:, before:] for part in context["position_embeddings"])
+        mask = context.get("attention_mask")
+        if mask is None:
+            ones = torch.ones(before + count, before + count, dtype=torch.bool, device=self.model.device)
+            mask = ones.tril()[None, None]
+        return context | cut | {"attention_mask": mask[:, :, before:]}
+
+    def _whole_context(self, length: int) -> list[dict[str, Any]]:
+        """The context of every layer, taken from an ordinary forward pass over ``length`` tokens."""
+        if length not in self._contexts:
+            found: list[dict[str, Any]] = []
+
+            def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+                skip = ("hidden_states", "past_key_values", "use_cache", "cache_position")
+                found.append({key: value for key, value in kwargs.items() if key not in skip})
+
+            handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in self.modules]
+            try:
+                with torch.no_grad():
+                    ids = torch.zeros(1, length, dtype=torch.long, device=self.model.device)
+                    self.model.network.base_model(input_ids=ids, use_cache=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self._contexts[length] = found
+        return self._contexts[length]
+
+
+class _Past:
+    """A layer's keys and values [B, KV, P, F] of tokens that come first; used as transformers' cache."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.shared: Sequence[int] | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def update(self, keys: Tensor, values: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+        """Called by attention with what is new; the first time it is kept, later it is put behind that."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+            return keys, values
+        old = (self.keys, self.values)
+        if self.shared is not None:
+            old = (self.keys[:, list(self.shared)], self.values[:, list(self.shared)])
+        return torch.cat([old[0], keys], 2), torch.cat([old[1], values], 2)
+
+
+class _Enough(Exception):  # noqa: N818 (not an error: it ends attention before its output projection)
+    """The heads' outputs have been seen."""
