@@ -1,0 +1,74 @@
+"""Writing a proposal: vectors with the model's fingerprint, the policy with its header, the run record."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from discovery.errors import DiscoveryError
+from discovery.proposals.kept import write_whole
+from discovery.run_record import write_json
+from interpretops.compile import compile_policy
+from interpretops.errors import PolicyError
+from interpretops.plan import ModelSpec
+from interpretops.policy import policy_from_document
+from interpretops.policy_file import parse_yaml
+from interpretops.vectors import FINGERPRINT_KEY
+
+VECTORS = "vectors"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a proposal goes."""
+
+    policy_id: str
+    policy: Path
+    record: Path
+    artifacts: Path
+    """Root of dictionaries, adapters and vectors."""
+
+
+def vector_file(policy_id: str) -> str:
+    """The name by which a policy finds its vectors in the model's folder of the artifacts."""
+    return f"{VECTORS}/{policy_id}.safetensors"
+
+
+def write_vectors(path: Path, vectors: dict[str, Tensor], spec: ModelSpec) -> None:
+    """Write vectors that no other model may use."""
+    data = save_safetensors(
+        {name: vector.float().contiguous() for name, vector in vectors.items()},
+        {FINGERPRINT_KEY: spec.fingerprint},
+    )
+    write_whole(path, data)
+
+
+def policy_yaml(
+    document: dict[str, Any], header: list[str], suites: list[str], efficacy: float, damage: float
+) -> str:
+    """The policy file: what made it as a comment, then the document with its bar."""
+    criteria = {"defense_efficacy_min": efficacy, "collateral_damage_max": damage}
+    document = document | {
+        "evaluation": {"suites": [{"name": name} for name in suites], "success_criteria": criteria}
+    }
+    comment = "".join(f"# {line}\n" for line in header)
+    return comment + yaml.safe_dump(document, sort_keys=False, width=110)
+
+
+def write_policy(text: str, record: dict[str, Any], places: Places, spec: ModelSpec) -> str:
+    """Check that the policy compiles, write it and its record; returns the revision."""
+    document = parse_yaml(text.encode(), PolicyError, str(places.policy))
+    plan = compile_policy(
+        policy_from_document(document, places.policy.parent), model=spec, artifacts=places.artifacts
+    )
+    write_whole(places.policy, text.encode())
+    try:
+        write_json(places.record, record | {"policy": places.policy_id, "revision": plan.revision})
+    except OSError as error:
+        raise DiscoveryError(
+            f"{places.record}: cannot be written ({error.strerror or error}); the policy is written"
+        ) from error
+    return plan.revision

@@ -1,0 +1,51 @@
+"""What the command `propose` does: from settings, a contrast and a method to a policy with its record."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from discovery.errors import DiscoveryError
+from discovery.proposals.artifact import Places
+from discovery.proposals.contrast import read_contrast
+from discovery.proposals.settings import ProposeSettings
+from interpretops.settings import Settings
+
+Say = Callable[[str], None]
+
+
+def propose(
+    settings: Settings,
+    chosen: ProposeSettings,
+    *,
+    out: Path | None,
+    record: Path | None,
+    work: Path,
+    say: Say,
+) -> None:
+    """Search strength and threshold on selection prompts, write the best policy; a stopped run goes on."""
+    chosen.check()
+    contrast = read_contrast(chosen.contrast, chosen.data_folder, chosen.seed, chosen.target_class)
+    policy_id = chosen.policy_id or f"{contrast.name}-{chosen.method}"
+    policy = work / f"{policy_id}.yaml" if out is None else out
+    record = policy.parent / "records" / f"{policy_id}.json" if record is None else record
+    places = Places(policy_id, policy, record, settings.paths.artifacts)
+    if contrast.aim == "avoid":
+        from discovery.proposals.avoid import propose_avoiding
+
+        propose_avoiding(settings, chosen, contrast, places, work, say)
+    elif chosen.method == "gated-edit":
+        from discovery.proposals.gated import propose_gated_edit
+
+        propose_gated_edit(settings, chosen, contrast, places, work, say)
+    else:
+        from discovery.proposals.answering import Answering
+
+        Answering(settings, chosen, contrast, places, work, say).run()
+
+
+def no_point(policy_id: str, record: Path, best: str) -> DiscoveryError:
+    """Nothing kept the budgets: said in one line, after the curve was written."""
+    return DiscoveryError(
+        f"{policy_id}: no point of the grid does anything within the budgets; {best}; "
+        f"the curve is in {record}: "
+        "widen budgets, strengths or contrast"
+    )

@@ -1,0 +1,32 @@
+"""The dictionary that a proposal takes its features from."""
+
+from collections.abc import Collection
+
+from discovery.errors import DiscoveryError
+from interpretops.artifacts import Artifacts
+from interpretops.dictionary import Dictionary
+from interpretops.plan import ModelSpec
+from interpretops.settings import Settings
+
+
+def chosen_dictionary(
+    settings: Settings, name: str | None, spec: ModelSpec, layers: Collection[int] | None = None
+) -> Dictionary:
+    """The named dictionary, or the only one of the model (at some layers); else one line on what there is."""
+    root = settings.paths.artifacts
+    artifacts = Artifacts(root, spec)
+    if name is not None:
+        return artifacts.named_dictionary(name)
+    ours = [m for m in artifacts.all_dictionaries.values() if m.model.fingerprint == spec.fingerprint]
+    if layers is not None:
+        ours = [m for m in ours if m.layer in layers]
+    if len(ours) == 1:
+        return artifacts.named_dictionary(ours[0].id)
+    if ours:
+        there = ", ".join(m.id for m in ours)
+        raise DiscoveryError(f"--dictionary is not given, and {root} holds {there} for {spec.name}; name one")
+    others = sorted({m.model.name for m in artifacts.all_dictionaries.values()}) or ["none"]
+    raise DiscoveryError(
+        f"{root}: holds no dictionary of {spec.name} (fingerprint {spec.fingerprint[:12]}; there are "
+        f"those of {', '.join(others)}); train one with mechctl sae-train"
+    )

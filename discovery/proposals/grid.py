@@ -1,0 +1,184 @@
+"""Choosing gate and strength on selection prompts: an edit generates once, every gate is a mask on that.
+
+An edit behind a gate that is read at the prompt's end and latched does the same whichever gate let it act.
+So an answer is generated once for each edit, and only for prompts that the loosest gate opens on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from discovery.progress import Meter, meter
+from discovery.proposals.actions import Action
+from discovery.proposals.contrast import SIDES, Judged
+from discovery.proposals.gates import GateChoice
+from discovery.proposals.judging import fails, shows
+from discovery.proposals.kept import Kept, digest
+from discovery.proposals.settings import Budgets
+from interpretops.hooked import HookedModel
+from interpretops.policy import policy_from_document
+from interpretops.policy_file import Document
+from interpretops.session import SteeringSession
+
+BATCH = 32
+OPEN_GATE = "target"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One gate with one edit, measured on the selection prompts."""
+
+    action: dict[str, Any]
+    gate_rate: float
+    efficacy: float
+    """Share of target prompts, of those that were not answered as wanted anyway, that now are."""
+    damage: float
+    """Share of benign prompts that newly fail."""
+    over_reach: float
+    """The same for borderline prompts."""
+    gate_open: dict[str, float]
+    """Share of each side's prompts that open the gate."""
+    keeps_budgets: bool
+    effort: float
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON, rounded."""
+        return {
+            key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()
+        }
+
+
+class Grid:
+    """The selection prompts with the model's own answers, and a folder of what was generated."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        artifacts: Path,
+        folder: Path,
+        prompts: Mapping[str, Sequence[str]],
+        judge: Judged,
+        most: int,
+        kept: Kept,
+    ) -> None:
+        self.model, self.artifacts, self.folder, self.judge, self.most, self.kept = (
+            model, artifacts, folder, judge, most, kept,
+        )  # fmt: skip
+        self.ids = {side: [model.tokens(p) for p in prompts.get(side, ())] for side in SIDES}
+        total = sum(map(len, self.ids.values()))
+        with meter("propose: own answers", total, "answers") as progress:
+            self.own: dict[str, list[str]] = kept.json(
+                "own_answers", lambda: {side: self._answers(ids, progress) for side, ids in self.ids.items()}
+            )
+
+    def answers(
+        self, action: Action, opened: Mapping[str, Sequence[bool]], progress: Meter
+    ) -> dict[str, Any]:
+        """Steered answers of the prompts that open the loosest gate; None where it stays shut."""
+        name = f"points/{digest([action.interventions, opened])[:16]}"
+        if self.kept.has(name):
+            progress.advance(sum(map(sum, opened.values())))
+
+        def compute() -> dict[str, Any]:
+            session = SteeringSession(self.model, self._draft(action), artifacts=self.artifacts)
+            found: dict[str, Any] = {}
+            for side, mask in opened.items():
+                chosen = [ids for ids, is_open in zip(self.ids[side], mask, strict=True) if is_open]
+                with session:
+                    steered = iter(self._answers(chosen, progress))
+                found[side] = [next(steered) if is_open else None for is_open in mask]
+            return found
+
+        return self.kept.json(name, compute)
+
+    def point(
+        self, action: Action, gate: GateChoice, answers: Mapping[str, Sequence[str | None]], budgets: Budgets
+    ) -> Point:
+        """What one gate makes of an edit's answers."""
+        gained, failed, opened = 0, {"benign": 0, "borderline": 0}, {}
+        wanting = 0
+        for side in SIDES:
+            mask = gate.opens[side]
+            opened[side] = sum(mask) / max(len(mask), 1)
+            for is_open, own, steered in zip(mask, self.own[side], answers[side], strict=True):
+                answer = steered if is_open and steered is not None else own
+                if side == "target":
+                    if not shows(self.judge, own):
+                        wanting += 1
+                        gained += shows(self.judge, answer)
+                else:
+                    failed[side] += fails(answer, own, self.judge)
+        sizes = {side: len(self.own[side]) for side in SIDES}
+        keeps = all(
+            failed[side] <= int(share * sizes[side])
+            for side, share in (("benign", budgets.benign), ("borderline", budgets.borderline))
+        )
+        return Point(
+            action.settings,
+            gate.rate,
+            gained / max(wanting, 1),
+            failed["benign"] / max(sizes["benign"], 1),
+            failed["borderline"] / max(sizes["borderline"], 1),
+            {side: round(share, 4) for side, share in opened.items()},
+            keeps,
+            action.effort,
+        )
+
+    def _draft(self, action: Action) -> Any:
+        """The edit behind a gate that opens at the end of every prompt."""
+        site = action.interventions[0]["selector"]["layer"]
+        gate = {
+            "layer": site,
+            "conditions": [{"probe": {"file": "open.safetensors"}, "threshold": -1e6}],
+            "scope": "prompt_end",
+            "latched": True,
+        }
+        document = {
+            "meta": {"id": "draft"},
+            "gates": {OPEN_GATE: gate},
+            "interventions": [entry | {"gate": OPEN_GATE} for entry in action.interventions],
+        }
+        return policy_from_document(Document("<grid point>", document), self.folder)
+
+    @torch.no_grad()
+    def _answers(self, prompts: Sequence[Sequence[int]], progress: Meter) -> list[str]:
+        return greedy_answers(self.model, prompts, self.most, progress)
+
+
+def greedy_answers(
+    model: HookedModel, prompts: Sequence[Sequence[int]], most: int, progress: Meter
+) -> list[str]:
+    """Greedy answers of at most ``most`` tokens; steered when a session is open."""
+    found = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    pad = next(iter(model.stop_tokens), 0)
+    for start in range(0, len(order), BATCH):
+        chunk = order[start : start + BATCH]
+        width = max(len(prompts[index]) for index in chunk)
+        tokens = torch.full((len(chunk), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for row, index in enumerate(chunk):
+            tokens[row, width - len(prompts[index]) :] = torch.tensor(list(prompts[index]))
+            mask[row, width - len(prompts[index]) :] = 1
+        out = model.network.generate(
+            input_ids=tokens.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=most,
+            do_sample=False,
+            eos_token_id=sorted(model.stop_tokens) or None,
+            pad_token_id=pad,
+        )
+        for row, index in enumerate(chunk):
+            found[index] = model.tokenizer.decode(out[row, width:].tolist(), skip_special_tokens=True).strip()
+        progress.advance(len(chunk))
+    return found
+
+
+def best(points: Sequence[Point]) -> Point | None:
+    """The most effective point within the budgets; of equals the gentler one."""
+    within = [point for point in points if point.keeps_budgets and point.efficacy > 0]
+    key = lambda p: (p.efficacy, -p.damage, -p.over_reach, -p.effort)  # noqa: E731 (one line, used once)
+    return max(within, key=key, default=None)

@@ -1,0 +1,31 @@
+"""Deciding about answers: did a target prompt get what was wanted, did a benign one suffer."""
+
+import re
+
+from discovery.evaluation.judges import is_degenerate
+from discovery.proposals.contrast import Judged
+from discovery.refusal import is_coherent, is_refusal
+
+
+def shows(judge: Judged, answer: str) -> bool:
+    """Whether an answer holds what the class's judge looks for."""
+    if judge.kind == "refusal":
+        return is_refusal(answer) and is_coherent(answer)
+    if judge.kind == "words":
+        return any(_pattern(word).search(answer) for word in judge.words)
+    from discovery.evaluation.toxicity import is_toxic
+
+    return is_toxic(answer)
+
+
+def fails(answer: str, own: str, judge: Judged) -> bool:
+    """Whether a benign prompt suffers: its answer degenerates, refuses or shows the trait, not its own."""
+    return _failed(answer, judge) and not _failed(own, judge)
+
+
+def _failed(answer: str, judge: Judged) -> bool:
+    return is_refusal(answer) or is_degenerate(answer) or (judge.kind == "words" and shows(judge, answer))
+
+
+def _pattern(word: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)

@@ -1,0 +1,93 @@
+"""What a proposal starts from besides its contrast: a list of features, or a circuit."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from discovery.errors import DiscoveryError
+from discovery.sources import sha256_of_file
+from interpretops.circuit import Circuit, load_circuit
+from interpretops.plan import ModelSpec
+from interpretops.policy_file import read_yaml
+
+_FEATURE = re.compile(r"f(?P<layer>\d+)\.(?P<feature>\d+)")
+LAYERS_OF_CIRCUIT = 3
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where to act, when something other than the contrast decides it."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers of the edit; None leaves the choice to the settings."""
+    features: dict[int, tuple[int, ...]] | None = None
+    """Features by layer; for a list of features without a layer the key is -1."""
+    record: tuple[dict[str, Any], ...] = ()
+    """Name and sha256 of the file."""
+
+    def features_at(self, layer: int) -> tuple[int, ...] | None:
+        """The features at a layer, or None when the contrast is to pick them."""
+        if self.features is None:
+            return None
+        return tuple(self.features.get(layer, ())) + tuple(self.features.get(-1, ()))
+
+
+def from_features(text: str) -> Origin:
+    """Feature ids: as ``12,40``, or a file (txt, json, yaml) that lists them."""
+    if re.fullmatch(r"\d+(\s*,\s*\d+)*", text.strip()):
+        return Origin(features={-1: tuple(dict.fromkeys(int(part) for part in text.split(",")))})
+    path = Path(text)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise DiscoveryError(
+            f"--features = {text!r} is neither ids with commas between nor a file that can be read ({reason})"
+        ) from error
+    if path.suffix in (".yaml", ".yml"):
+        found: Any = read_yaml(path, DiscoveryError).data
+    elif path.suffix == ".json":
+        try:
+            found = json.loads(content)
+        except ValueError as error:
+            raise DiscoveryError(f"{path}: is not JSON ({error})") from error
+    else:
+        found = [int(word) if word.isdigit() else word for word in content.replace(",", " ").split()]
+    ids = found.get("features") if isinstance(found, dict) else found
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise DiscoveryError(f"{path}: must list feature ids, as [12, 40] or under 'features'")
+    record = {"path": path.name, "sha256": sha256_of_file(path)}
+    return Origin(features={-1: tuple(dict.fromkeys(ids))}, record=(record,))
+
+
+def from_circuit(path: Path, spec: ModelSpec) -> Origin:
+    """The layers in which a circuit's contributions are largest, and its features where it names any."""
+    circuit = load_circuit(path)
+    if circuit.fingerprint != spec.fingerprint:
+        raise DiscoveryError(
+            f"{path}: is a circuit of {circuit.model} (fingerprint {circuit.fingerprint[:12]}), not of "
+            f"{spec.name} (fingerprint {spec.fingerprint[:12]}); search it again"
+        )
+    features: dict[int, tuple[int, ...]] = {}
+    for node in circuit.nodes:
+        if named := _FEATURE.fullmatch(node.id):
+            layer = int(named["layer"])
+            features[layer] = (*features.get(layer, ()), int(named["feature"]))
+    weights = _layer_weights(circuit)
+    if not weights:
+        raise DiscoveryError(f"{path}: names no head, MLP or feature, so there is no layer to act in")
+    layers = tuple(sorted(sorted(weights, key=lambda layer: -weights[layer])[:LAYERS_OF_CIRCUIT]))
+    record = {"path": path.name, "sha256": sha256_of_file(path)}
+    return Origin(layers, features or None, (record,))
+
+
+def _layer_weights(circuit: Circuit) -> dict[int, float]:
+    """Sum of the contributions of a layer's nodes: causal ones where they were measured, else attributed."""
+    weights: dict[int, float] = {}
+    for node in circuit.nodes:
+        if node.layer is not None:
+            size = abs(node.score) if node.ccs is None else abs(node.ccs)
+            weights[node.layer] = weights.get(node.layer, 0.0) + size
+    return weights

@@ -1,0 +1,191 @@
+"""The learned edit of a class to avoid: the model, distilled from itself with the unwanted words struck out.
+
+ReLU rows at a few layers, ``x' = x + B relu(A x + b)``, act on every token without gate or state. At each
+position the goal is the model's own distribution with the probability of unwanted tokens divided by
+`STRIKE` and the rest scaled up; where none are likely, that is the model itself. Loss: KL divergence to it.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax, relu
+
+from discovery.frozen_model import Edit, FrozenModel
+from discovery.gate_probe import Probe
+from discovery.progress import meter
+from discovery.proposals.kept import write_whole
+from discovery.proposals.trait import Sampled
+
+STRIKE = 50.0
+TRAIT_WEIGHT = 3.0
+"""Weight of positions at which the goal differs from the model by more than `NEAR`."""
+NEAR = 0.02
+
+
+@dataclass(frozen=True)
+class StruckSettings:
+    """What decides the learned edit, apart from data and model."""
+
+    layers: tuple[int, ...]
+    rank: int = 8
+    steps: int = 150
+    batch: int = 3
+    """Sequences with the trait, without it, and of benign text, of each as many, in a step."""
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+
+class StruckEdit(nn.Module):
+    """ReLU rows at each layer, on every token but attention sinks; readings in units of a layer's norm."""
+
+    def __init__(
+        self, hidden_size: int, rank: int, norms: dict[int, float], bounds: dict[int, float], seed: int
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.norms, self.bounds = norms, bounds
+        self.a, self.b, self.bias = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        for layer in norms:
+            directions = torch.randn(rank, hidden_size, generator=generator) / hidden_size**0.5
+            self.a[str(layer)] = nn.Parameter(directions)
+            self.b[str(layer)] = nn.Parameter(torch.randn(rank, hidden_size, generator=generator) * 0.01)
+            self.bias[str(layer)] = nn.Parameter(torch.zeros(rank))
+
+    @torch.no_grad()
+    def start_from(self, layer: int, row: int, probe: Probe, cut: float) -> None:
+        """Let a row begin as a probe that fires above ``cut``."""
+        self.a[str(layer)][row] = probe.direction * self.norms[layer]
+        self.bias[str(layer)][row] = probe.bias - cut
+
+    def at(self, layer: int) -> Edit:
+        """The edit of one layer."""
+        key, norm, bound = str(layer), self.norms[layer], self.bounds[layer]
+
+        def edit(x: Tensor) -> Tensor:
+            wide = x.float()
+            fired = relu((wide / norm) @ self.a[key].T + self.bias[key])
+            changed: Tensor = (wide + norm * (fired @ self.b[key])).to(x.dtype)
+            return torch.where(wide.norm(dim=-1, keepdim=True) <= bound, changed, x)
+
+        return edit
+
+    def rows(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(read [R, D], bias [R], write [R, D]) in the model's own units."""
+        key, norm = str(layer), self.norms[layer]
+        return (
+            (self.a[key] / norm).detach().clone(),
+            self.bias[key].detach().clone(),
+            (self.b[key] * norm).detach().clone(),
+        )
+
+
+def start(model: FrozenModel, settings: StruckSettings, probes: dict[int, Probe], cuts: dict[int, float],
+          norms: dict[int, float], bounds: dict[int, float]) -> StruckEdit:  # fmt: skip
+    """Fresh rows; the first of each layer begins as the layer's probe, firing above its cut."""
+    edit = StruckEdit(model.spec.hidden_size, settings.rank, norms, bounds, settings.seed)
+    for layer in settings.layers:
+        edit.start_from(layer, 0, probes[layer], cuts[layer])
+    return edit
+
+
+def struck_goal(
+    logits: Tensor, words: Tensor, extra: Sequence[tuple[int, int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [B, T, V] of the goal, and [B, T] how much probability was struck.
+
+    ``words`` are struck everywhere; ``extra`` names (sequence, position, token) that are struck there alone.
+    """
+    own = log_softmax(logits.float(), -1)
+    struck = own.clone()
+    struck[..., words] -= float(torch.tensor(STRIKE).log())
+    for sequence, position, token in extra:
+        struck[sequence, position, token] = own[sequence, position, token] - float(torch.tensor(STRIKE).log())
+    left = struck.logsumexp(-1, keepdim=True)
+    return struck - left, 1 - left[..., 0].exp()
+
+
+def loss_of(model: FrozenModel, edit: StruckEdit, samples: Sequence[Sampled], words: Tensor) -> Tensor:
+    """Mean KL divergence of the goal from the edited model, positions with struck words weighing more."""
+    tokens, mask = model.pad([sample.ids for sample in samples])
+    extra = [
+        (row, len(s.prompt) - 1 + s.begins, s.answer[s.begins])
+        for row, s in enumerate(samples)
+        if s.begins is not None
+    ]
+    with torch.no_grad():
+        own = model.network(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        goal, struck = struck_goal(own, words, extra)
+    with model.edited({int(layer): edit.at(int(layer)) for layer in edit.a}):
+        logits = model.network(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    divergence = kl_div(log_softmax(logits.float(), -1), goal, log_target=True, reduction="none").sum(-1)
+    weight = mask * torch.where(struck > NEAR, TRAIT_WEIGHT, 1.0)
+    weight[:, 0] = 0
+    return (divergence * weight).sum() / weight.sum()
+
+
+def train_struck(
+    model: FrozenModel,
+    edit: StruckEdit,
+    groups: Sequence[Sequence[Sampled]],
+    words: Sequence[int],
+    settings: StruckSettings,
+    checkpoint: Path,
+) -> StruckEdit:
+    """Train, or go on from ``checkpoint``; ``groups`` are sampled from in equal numbers."""
+    optimizer = torch.optim.Adam(edit.parameters(), lr=settings.learning_rate)
+    step = _restore(edit, optimizer, checkpoint)
+    struck = torch.tensor(list(words), dtype=torch.long)
+    with meter("propose: edit", settings.steps, "steps", step) as progress:
+        while step < settings.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * min(
+                    1.0, (step + 1) / 10, 2 * (1 - step / settings.steps)
+                )
+            chance = random.Random(settings.seed * 1_000_003 + step)  # noqa: S311 (sampling)
+            chosen = [
+                sample for group in groups for sample in chance.sample(group, min(settings.batch, len(group)))
+            ]
+            loss = loss_of(model, edit, chosen, struck)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(edit.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            progress.advance(1, f"loss {loss.item():.4f}")
+            if step % 20 == 0 or step == settings.steps:
+                _save(edit, optimizer, checkpoint, step)
+    return edit
+
+
+def _save(edit: StruckEdit, optimizer: torch.optim.Optimizer, checkpoint: Path, step: int) -> None:
+    tensors = {f"edit.{name}": value.detach().clone() for name, value in edit.named_parameters()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{name}": value.detach().clone() for name, value in state.items()}
+    write_whole(checkpoint, save_safetensors(tensors, {"step": json.dumps(step)}))
+
+
+def _restore(edit: StruckEdit, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
+    if not checkpoint.exists():
+        return 0
+    with safe_open(checkpoint, "pt") as file:
+        step = int(json.loads(file.metadata()["step"]))
+    tensors = load_file(checkpoint)
+    with torch.no_grad():
+        for name, parameter in edit.named_parameters():
+            parameter.copy_(tensors[f"edit.{name}"])
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        if name.startswith("adam."):
+            _, index, part = name.split(".")
+            state.setdefault(int(index), {})[part] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return step
