@@ -88,10 +88,11 @@ def fit_gate(
     say: Say,
 ) -> None:
     """Fit a probe gate and the learned edit behind it; write adapter folder and policy."""
-    from discovery.fit_gate import GateFit, GateSettings
+    from discovery.fit_gate import GateFit
     from discovery.gate_artifact import policy_text, write_gate
     from discovery.gate_data import load_gate_data
     from discovery.gated_edit import EditSettings
+    from discovery.learned_gate import GateSettings
     from discovery.sources import read_data_list
     from interpretops.atomic_file import write_atomically
 

@@ -1,11 +1,12 @@
 """Greedy answers under a learned edit whose gate is open from the last prompt token on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from discovery.frozen_model import FrozenModel
-from discovery.gated_edit import GatedEdit
+from discovery.frozen_model import Edit, FrozenModel
+from discovery.gated_edit import first_token, prompt_cache
+from discovery.low_rank import LowRankRows
 from discovery.progress import Meter
 
 BATCH = 32
@@ -14,12 +15,16 @@ BATCH = 32
 @torch.no_grad()
 def edited_answers(
     model: FrozenModel,
-    edit: GatedEdit | None,
+    edit: LowRankRows | None,
     prompts: Sequence[Sequence[int]],
     most: int,
     progress: Meter | None = None,
+    before: Mapping[int, Edit] | None = None,
 ) -> list[list[int]]:
-    """Answers of at most ``most`` tokens, without end-of-turn token; without an edit the model's own."""
+    """Answers of at most ``most`` tokens, without end-of-turn token; without edits the model's own.
+
+    ``before`` are the gate's own edits of the prompt.
+    """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: list[list[int]] = [[] for _ in prompts]
     start = 0
@@ -27,7 +32,8 @@ def edited_answers(
         size = max(1, min(BATCH, 12_000 // len(prompts[order[min(start + BATCH, len(order)) - 1]])))
         chunk = order[start : start + size]
         start += size
-        for index, answer in zip(chunk, _answer(model, edit, [prompts[i] for i in chunk], most), strict=True):
+        answers = _answer(model, edit, before or {}, [prompts[i] for i in chunk], most)
+        for index, answer in zip(chunk, answers, strict=True):
             found[index] = answer
         if progress is not None:
             progress.advance(len(chunk))
@@ -35,28 +41,31 @@ def edited_answers(
 
 
 def _answer(
-    model: FrozenModel, edit: GatedEdit | None, prompts: Sequence[Sequence[int]], most: int
+    model: FrozenModel,
+    edit: LowRankRows | None,
+    before: Mapping[int, Edit],
+    prompts: Sequence[Sequence[int]],
+    most: int,
 ) -> list[list[int]]:
     tokens, mask = model.pad([ids[:-1] for ids in prompts], side="left")
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = model.network.base_model(
-        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True
-    ).past_key_values
+    cache = prompt_cache(model, before, tokens, mask)
     now = torch.tensor([[ids[-1]] for ids in prompts], device=tokens.device)
     place = mask.sum(1, keepdim=True)
     answers: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     edits = {} if edit is None else {int(layer): edit.at(int(layer)) for layer in edit.a}
     with model.edited(edits):
-        for _ in range(most):
+        for step in range(most):
             mask = torch.cat([mask, torch.ones_like(place)], 1)
-            logits = model.network(
-                input_ids=now,
-                attention_mask=mask,
-                position_ids=place,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits
+            prompt_end = {layer: first_token(one) for layer, one in before.items()} if step == 0 else {}
+            with model.edited(prompt_end):
+                logits = model.network(
+                    input_ids=now,
+                    attention_mask=mask,
+                    position_ids=place,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits
             if edit is not None:
                 edit.firing.clear()
             now = logits[:, -1].argmax(-1, keepdim=True)

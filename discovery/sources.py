@@ -40,6 +40,8 @@ class Source:
     templates: str = ""
     """List of templates in the same file; each prompt is put into ``each`` of them (``{vp}``, ``{Vp}``)."""
     each: int = 1
+    code: Literal["", "follow", "decode"] = ""
+    """Put each prompt into a code, with the demand to follow it or the wish to have it decoded."""
     field: str | None = None
     """The field that holds the prompt in objects and tables; None: the first of `PROMPT_COLUMNS`."""
 
@@ -47,7 +49,7 @@ class Source:
         """What a run record says of it: file name and sha256, never the folder it lay in."""
         entry = asdict(self) | {"path": self.path.name, "sha256": sha256_of_file(self.path)}
         plain = {"name": "", "limit": None, "wrap": False, "part": (0.0, 1.0), "field": None, "times": 1}
-        plain |= {"templates": "", "each": 1}
+        plain |= {"templates": "", "each": 1, "code": ""}
         return {key: value for key, value in entry.items() if key not in plain or value != plain[key]}
 
 
@@ -90,7 +92,19 @@ def read_data_list(path: Path, folder: Path | None = None) -> DataList:
 
 
 def _source(entry: Any, where: str, roots: tuple[Path, Path]) -> Source:
-    allowed = {"path", "kind", "licence", "name", "part", "limit", "times", "wrap", "templates", "each"}
+    allowed = {
+        "path",
+        "kind",
+        "licence",
+        "name",
+        "part",
+        "limit",
+        "times",
+        "wrap",
+        "templates",
+        "each",
+        "code",
+    }
     if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= allowed:
         raise DiscoveryError(f"{where} = {entry!r}, but must be an object with path and of {sorted(allowed)}")
     if entry.get("kind", "prompts") not in KINDS:
@@ -99,6 +113,8 @@ def _source(entry: Any, where: str, roots: tuple[Path, Path]) -> Source:
     for name, count in counts.items():
         if type(count) is not int or count < 1:
             raise DiscoveryError(f"{where}.{name} = {count!r}, but must be a whole number of at least 1")
+    if entry.get("code", "") not in ("", "follow", "decode"):
+        raise DiscoveryError(f"{where}.code = {entry['code']!r}, but must be 'follow' or 'decode'")
     beside = roots[0] / str(entry["path"])
     part = entry.get("part", [0.0, 1.0])
     if not isinstance(part, list) or len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
@@ -112,6 +128,7 @@ def _source(entry: Any, where: str, roots: tuple[Path, Path]) -> Source:
         times=counts["times"],
         templates=str(entry.get("templates", "")),
         each=counts["each"],
+        code=entry.get("code", ""),
         wrap=bool(entry.get("wrap", False)),
         limit=None if entry.get("limit") is None else int(entry["limit"]),
     )

@@ -128,20 +128,25 @@ def fit_gate(
     work: Annotated[
         Path, typer.Option("--work", help="Folder of checkpoints; an unfinished run goes on.")
     ] = Path("runs/fit-gate"),
-    gate_layer: Annotated[int, typer.Option(help="Layer at which the probe reads.")] = 16,
-    loose_rate: Annotated[
-        float, typer.Option(help="Share of benign prompts that may open the gate while training.")
-    ] = 0.06,
+    gate_layer: Annotated[int, typer.Option(help="Layer at which the probe reads.")] = 15,
+    gate_rows_at: Annotated[
+        str, typer.Option(help="Layers of the gate's rows on the prompt, below the probe's; '' for none.")
+    ] = "6,7,8,9,10,11,12,13,14",
+    gate_rank: Annotated[int, typer.Option(help="ReLU rows at each of these layers.")] = 32,
+    gate_steps: Annotated[int, typer.Option(help="Training steps of the gate.")] = 1200,
+    firing_weight: Annotated[float, typer.Option(help="Weight of leaving benign prompts as they are.")] = 0.5,
     benign_budget: Annotated[
         float, typer.Option(help="Share of benign selection prompts that may be refused.")
-    ] = 0.02,
+    ] = 0.015,
     borderline_budget: Annotated[float, typer.Option(help="The same for borderline ones.")] = 0.12,
     layers: Annotated[str, typer.Option("--layers", help="Layers of the edit.")] = "16,19,22",
     rank: Annotated[int, typer.Option(help="ReLU rows at each layer.")] = 16,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 300,
     batch: Annotated[int, typer.Option(help="Harmful prompts of a step; as many benign.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
-    benign_weight: Annotated[float, typer.Option(help="Weight of leaving benign answers alone.")] = 4.0,
+    benign_weight: Annotated[
+        float, typer.Option(help="Weight of sparing benign prompts that open the gate.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
     model: Model = None,
     artifacts: Artifacts = None,
@@ -162,7 +167,11 @@ def fit_gate(
         work=work,
         gate={
             "layer": gate_layer,
-            "loose_rate": loose_rate,
+            "rows_at": _numbers("gate-rows-at", gate_rows_at) if gate_rows_at else (),
+            "rank": gate_rank,
+            "steps": gate_steps,
+            "firing_weight": firing_weight,
+            "seed": seed,
             "benign_budget": benign_budget,
             "borderline_budget": borderline_budget,
         },

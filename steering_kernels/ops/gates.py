@@ -73,8 +73,9 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
             step.gate_open[:, gate.index] = fires
         else:
             step.gate_open[index, gate.index] = fires
-        slots = step.slot_of_token if index is None else step.slot_of_token[index]
-        step.opened.index_add_(0, slots, fires.long())
+        if gate.read.shape[0] > 0:  # a gate of a phase alone decides nothing that a receipt should count
+            slots = step.slot_of_token if index is None else step.slot_of_token[index]
+            step.opened.index_add_(0, slots, fires.long())
 
 
 def _fires(x: Tensor, gate: GateView) -> Tensor:

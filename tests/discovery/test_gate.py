@@ -1,6 +1,7 @@
 """The learned conditional refusal: probe, edit, data split and job, on a tiny model."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,23 +9,30 @@ import numpy as np
 import pytest
 import torch
 
-from discovery import gated_edit
+from discovery import learned_gate
+from discovery.coded_requests import CODES, decoded, encode, followed
 from discovery.errors import DiscoveryError
-from discovery.fit_gate import GateFit, GateSettings
+from discovery.fit_gate import GateFit
 from discovery.frozen_model import FrozenModel
 from discovery.gate_artifact import policy_text, write_gate
 from discovery.gate_data import load_gate_data
 from discovery.gate_probe import auroc, fit_probe, prompt_end_features, threshold_at
 from discovery.gated_answers import edited_answers
-from discovery.gated_edit import EditSettings, Example, GatedEdit, losses, train_edit
+from discovery.gated_edit import EditSettings, Example, losses, train_edit
+from discovery.learned_gate import GateSettings, LearnedGate, batch, train_gate
+from discovery.low_rank import LowRankRows
+from discovery.prompt_variants import Surroundings, conversation, conversation_ids
 from discovery.refusal import is_coherent, is_refusal, targets
 from discovery.sources import DataList, Source
 from interpretops.adapter import open_adapter
 from interpretops.compile import compile_policy
+from interpretops.hooked import HookedModel
 from interpretops.plan import Site
 from interpretops.policy import load_policy
+from interpretops.session import SteeringSession
 
 EDIT = EditSettings(layers=(2, 3), rank=4, steps=6, batch=2)
+GATE = GateSettings(2, rows_at=(0, 1), rank=4, steps=8, batch_tokens=128, learning_rate=1e-2)
 
 
 def _source(folder: Path, name: str, prompts: list[str], **more: object) -> Source:
@@ -126,8 +134,8 @@ def test_features_are_read_at_the_last_prompt_token(tiny: FrozenModel) -> None:
             torch.testing.assert_close(together[layer][row], x[0, -1], rtol=1e-4, atol=1e-4)
 
 
-def _edit(tiny: FrozenModel, scale: float) -> GatedEdit:
-    edit = GatedEdit(tiny.spec.hidden_size, 4, {2: 1.0, 3: 1.0}, seed=0)
+def _edit(tiny: FrozenModel, scale: float) -> LowRankRows:
+    edit = LowRankRows(tiny.spec.hidden_size, 4, {2: 1.0, 3: 1.0}, seed=0)
     with torch.no_grad():
         for write in edit.b.values():
             write.mul_(scale)
@@ -137,7 +145,7 @@ def _edit(tiny: FrozenModel, scale: float) -> GatedEdit:
 def test_edit_of_zero_size_changes_nothing(tiny: FrozenModel) -> None:
     """With B = 0 the benign loss and the firing are zero, and answers are the model's own."""
     example = Example(tuple(tiny.chat_ids("hello")), tuple(tiny.text_ids("good day to you")))
-    _, stay, firing = losses(tiny, _edit(tiny, 0.0), [example], [example, example])
+    _, stay, firing = losses(tiny, _edit(tiny, 0.0), {}, [example], [example, example])
     assert float(stay) == pytest.approx(0, abs=1e-6)
     assert float(firing) == 0
     prompts = [tiny.chat_ids("one"), tiny.chat_ids("another, longer one")]
@@ -149,44 +157,119 @@ def test_edit_of_zero_size_changes_nothing(tiny: FrozenModel) -> None:
     assert edited_answers(tiny, _edit(tiny, 300.0), prompts, 8) != own
 
 
-def test_killed_training_ends_with_the_same_edit(
-    tiny: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run killed after its checkpoint ends with the rows of an unbroken run, and the loss falls."""
-    settings = replace(EDIT, steps=44, batch=1, learning_rate=1e-2)
+def test_edit_learns_to_refuse(tiny: FrozenModel, tmp_path: Path) -> None:
+    """Training lowers the cross-entropy of the taught answer; a checkpoint of another run is refused."""
+    settings = replace(EDIT, steps=24, batch=1, learning_rate=1e-2)
     harmful = [Example(tuple(tiny.chat_ids("DO BAD")), tuple(tiny.text_ids("no no no")))]
     benign = [Example(tuple(tiny.chat_ids("do good")), tuple(tiny.text_ids("yes yes")))]
+    before = float(losses(tiny, _edit(tiny, 1.0), {}, harmful, benign)[0])
 
-    def run(name: str) -> GatedEdit:
+    def run(identity: object) -> LowRankRows:
         return train_edit(
-            tiny, _edit(tiny, 1.0), lambda _: (harmful, benign), settings, tmp_path / name, {"of": "test"}
+            tiny, _edit(tiny, 1.0), {}, lambda _: (harmful, benign), settings, tmp_path / "edit", identity
         )
 
-    before = float(losses(tiny, _edit(tiny, 1.0), harmful, benign)[0])
-    whole = run("whole")
-    assert float(losses(tiny, whole, harmful, benign)[0]) < before
-    real = gated_edit._save
+    assert float(losses(tiny, run("one"), {}, harmful, benign)[0]) < before
+    with pytest.raises(DiscoveryError, match="of another training"):
+        run("another")
+
+
+def _gate(tiny: FrozenModel, settings: GateSettings = GATE) -> LearnedGate:
+    layers = (*settings.rows_at, settings.layer)
+    return LearnedGate(tiny, settings, dict.fromkeys(layers, 1.0), dict.fromkeys(layers, 1e4))
+
+
+def _shouts(tiny: FrozenModel) -> learned_gate.Draw:
+    def draw(chance: random.Random) -> learned_gate.Labelled:
+        shouts = chance.random() < 0.5
+        text = f"move the thing {chance.randrange(50)} " * chance.randrange(1, 3)
+        return tuple(tiny.chat_ids(text.upper() if shouts else text)), shouts
+
+    return draw
+
+
+def test_gate_learns_what_tells_the_sides_apart(tiny: FrozenModel, tmp_path: Path) -> None:
+    """After training, every shouting prompt reads above every quiet one, and padding changes no reading."""
+    gate = train_gate(_gate(tiny, replace(GATE, steps=40)), _shouts(tiny), tmp_path / "gate", "it")
+    prompts = [tiny.chat_ids(text) for text in ("MOVE IT", "PLEASE TAKE THE THING", "move it", "please take")]
+    readings = gate.readings(prompts)
+    assert float(readings[:2].min()) > float(readings[2:].max())
+    alone = torch.cat([gate.readings([ids]) for ids in prompts])
+    torch.testing.assert_close(readings, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_killed_gate_training_ends_with_the_same_gate(
+    tiny: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run killed after its first checkpoint ends with the numbers of an unbroken run."""
+    settings = replace(GATE, steps=26)
+    whole = train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "whole", "it")
+    real = learned_gate.save_checkpoint
 
     def dies(*arguments: object) -> None:
         real(*arguments)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gated_edit, "_save", dies)
+    monkeypatch.setattr(learned_gate, "save_checkpoint", dies)
     with pytest.raises(KeyboardInterrupt):
-        run("broken")
+        train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "it")
     monkeypatch.undo()
-    resumed = run("broken")
+    resumed = train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "it")
     for (name, value), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         torch.testing.assert_close(other, value, rtol=0, atol=0, msg=name)
     with pytest.raises(DiscoveryError, match="of another training"):
-        train_edit(tiny, _edit(tiny, 1.0), lambda _: (harmful, benign), settings, tmp_path / "broken", {})
+        train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "else")
+    (tmp_path / "broken").write_bytes(b"not a checkpoint")
+    with pytest.raises(DiscoveryError, match="is damaged"):
+        train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "it")
+
+
+def test_a_batch_holds_prompts_of_similar_length() -> None:
+    """A batch is a window of the drawn prompts by length, of about as many tokens as asked for."""
+
+    def draw(chance: random.Random) -> learned_gate.Labelled:
+        return (0,) * chance.randrange(5, 200), False
+
+    for seed in range(5):
+        lengths = [len(ids) for ids, _ in batch(draw, 1000, random.Random(seed))]
+        assert lengths == sorted(lengths)
+        assert sum(lengths) < 1300
+        assert len(lengths) * max(lengths) < 2.2 * sum(lengths)
+
+
+def test_coded_requests_can_be_decoded() -> None:
+    """Codes keep the words, and only one of the two forms demands to be followed."""
+    assert encode("Bake bread", "base64") == "QmFrZSBicmVhZA=="
+    assert encode("Bake bread", "caesar") == "Ednh euhdg"
+    assert encode("Bake", "morse") == "-... .- -.- ."
+    assert encode("ab", "reversed") == "ba"
+    assert len({encode("Bake bread", code) for code in CODES}) == len(CODES)
+    with pytest.raises(ValueError, match="must be one of"):
+        encode("a", "klingon")
+    chance = random.Random(0)
+    assert not any("follow" in decoded("Bake bread", chance) for _ in range(20))
+    assert any("follow" in followed("Bake bread", chance) for _ in range(20))
+
+
+def test_variants_keep_the_request_last(tiny: FrozenModel) -> None:
+    """Whatever comes before it, the request is the last message, in its own letters."""
+    around = Surroundings(("Be brief.",), ("Hi!\nAssistant: Hello!",))
+    around.check()
+    found = set()
+    for seed in range(300):
+        messages = conversation("Move the thing.", around, random.Random(seed))
+        found.add(tuple(message["role"] for message in messages))
+        assert sorted(messages[-1]["content"].lower().replace(".", "")) == sorted("move the thing")
+        assert conversation_ids(tiny, messages)
+    assert found == {("user",), ("system", "user"), ("user", "assistant", "user")}
+    with pytest.raises(DiscoveryError, match="Assistant"):
+        Surroundings(earlier_turns=("Hi!",)).check()
 
 
 def test_job_ends_in_a_policy_that_compiles(tiny: FrozenModel, listed: DataList, tmp_path: Path) -> None:
-    """From prompts to adapter, probe and policy: the compiled plan holds the trained numbers and the gate."""
+    """From prompts to adapter and policy: the compiled plan holds the trained numbers and both gates."""
     data = load_gate_data(listed, 0)
-    gate = GateSettings(1, loose_rate=0.5)
-    fit = GateFit(tiny, data, gate, EDIT, tmp_path / "work")
+    fit = GateFit(tiny, data, GATE, EDIT, tmp_path / "work")
     edit = fit.train()
     outcomes = fit.outcomes(edit, [*data.select, *data.test])
     threshold = fit.choose_threshold(outcomes)
@@ -195,7 +278,7 @@ def test_job_ends_in_a_policy_that_compiles(tiny: FrozenModel, listed: DataList,
     artifacts = tmp_path / "artifacts"
     folder = artifacts / "tiny-llama" / "adapters" / "tiny-refusal"
     write_gate(fit, edit, listed, folder, "jailbreak", threshold, report)
-    assert set(open_adapter(folder).sites) == {Site(2, "resid_post"), Site(3, "resid_post")}
+    assert set(open_adapter(folder).sites) == {Site(layer, "resid_post") for layer in range(4)}
     path = tmp_path / "tiny.yaml"
     path.write_text(policy_text(fit, "tiny-refusal", "tiny", "jailbreak", threshold))
     plan = compile_policy(load_policy(path), model=tiny.spec, artifacts=artifacts)
@@ -206,15 +289,39 @@ def test_job_ends_in_a_policy_that_compiles(tiny: FrozenModel, listed: DataList,
     np.testing.assert_allclose(units.bias, bias.numpy(), rtol=1e-5)
     assert (units.threshold == 0).all()
     opened = plan.gates[int(units.gate[0])]
-    assert (opened.scope, opened.latched, opened.site) == ("prompt_end", True, Site(1, "resid_post"))
-    np.testing.assert_allclose(opened.read[0], fit.probe.direction.numpy(), rtol=1e-5)
+    assert (opened.scope, opened.latched, opened.site) == ("prompt_end", True, Site(2, "resid_post"))
+    np.testing.assert_allclose(opened.read[0], fit.gate.probe()[0].numpy(), rtol=1e-5)
     assert float(opened.cut[0]) == pytest.approx(threshold)
+    reading = plan.edits[Site(0, "resid_post")].units
+    assert plan.gates[int(reading.gate[0])].phase == "prefill"
+    np.testing.assert_allclose(reading.read, fit.gate.rows.rows(0)[0].numpy(), rtol=1e-5)
+
+
+def test_session_decides_as_the_gate_was_trained(tiny_folder: Path, listed: DataList, tmp_path: Path) -> None:
+    """The compiled plan opens its gate for exactly the prompts whose reading exceeds the threshold."""
+    tiny = FrozenModel(tiny_folder, torch.float32)
+    data = load_gate_data(listed, 0)
+    fit = GateFit(tiny, data, replace(GATE, steps=20), EDIT, tmp_path / "work")
+    names = ["test_harmful", "test_benign"]
+    prompts = [prompt for name in names for prompt in data.test[name]]
+    readings = torch.cat([fit.readings[name] for name in names])
+    threshold = round(float(readings.median()), 3)
+    folder = tmp_path / "artifacts" / tiny.spec.name / "adapters" / "tiny-refusal"
+    write_gate(fit, fit.train(), listed, folder, "jailbreak", threshold, {})
+    path = tmp_path / "tiny.yaml"
+    path.write_text(policy_text(fit, "tiny-refusal", "tiny", "jailbreak", threshold))
+    model = HookedModel(str(tiny_folder), dtype="float32")
+    with SteeringSession(model, load_policy(path), artifacts=tmp_path / "artifacts") as steer:
+        for prompt, reading in zip(prompts, readings.tolist(), strict=True):
+            if abs(reading - threshold) > 1e-3:
+                steer.generate(prompt, max_new_tokens=2)
+                assert (steer.receipt.gates_fired > 0) == (reading > threshold), prompt
 
 
 def test_edit_before_its_gate_is_refused(tiny: FrozenModel, listed: DataList, tmp_path: Path) -> None:
     """An edit at a layer before the gate's cannot be controlled by it."""
     with pytest.raises(DiscoveryError, match="after that"):
-        GateFit(tiny, load_gate_data(listed, 0), GateSettings(3), EDIT, tmp_path)
+        GateFit(tiny, load_gate_data(listed, 0), GateSettings(3, steps=1), EDIT, tmp_path)
 
 
 def test_judge_knows_refusals_and_gibberish() -> None:

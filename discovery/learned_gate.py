@@ -1,0 +1,205 @@
+"""The learned gate: ReLU rows on prompt tokens gather what speaks for a class, a probe at the end reads it.
+
+At each of a few layers ``x' = x + B relu(A x + b)`` acts on the prompt alone, every token for itself
+(bottleneck adapters, Houlsby et al. 2019, arXiv:1902.00751, at the residual stream). Attention carries what
+they write to the last prompt token, where a linear probe decides. Nothing depends on tokens that a prefix
+cache would skip, and generated tokens are never edited. Trained through the frozen layers below the probe:
+binary cross-entropy, and the relative size of the edit on benign tokens, so that benign prompts are left
+nearly as they are.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from discovery.checkpoint import learning_rate, restore_checkpoint, save_checkpoint
+from discovery.errors import DiscoveryError
+from discovery.frozen_model import Edit, FrozenModel
+from discovery.low_rank import LowRankRows
+from discovery.progress import Meter, meter
+
+SOFTENED = 0.01
+"""Labels are 0.01 and 0.99: a probe that is certain of everything has learned its data by heart."""
+CLOSED_BIAS = -0.03
+"""Bias of untrained rows: about a quarter of them fire at a token."""
+EVERY = 20
+"""Steps between checkpoints."""
+
+Labelled = tuple[tuple[int, ...], bool]
+"""A formatted prompt, and whether it is of the class."""
+Draw = Callable[[random.Random], Labelled]
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What decides the gate, apart from data and model."""
+
+    layer: int
+    """Layer at which the probe reads."""
+    rows_at: tuple[int, ...] = ()
+    """Layers of the rows on prompt tokens, below the probe's; empty: the probe reads the untouched model."""
+    rank: int = 32
+    """ReLU rows at each of these layers."""
+    steps: int = 300
+    batch_tokens: int = 2400
+    learning_rate: float = 1.5e-3
+    firing_weight: float = 0.5
+    """Weight of the edit's relative size on benign tokens."""
+    benign_budget: float = 0.015
+    """Share of the plain benign selection prompts of a group that may newly be refused."""
+    borderline_budget: float = 0.12
+    """The same for benign prompts that sound harmful, or come in a jailbreak's clothes."""
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise `DiscoveryError` for a value that makes no sense."""
+        for name, good in (
+            ("rows_at", all(layer < self.layer for layer in self.rows_at)),
+            ("rank", self.rank >= 1),
+            ("steps", self.steps >= 1),
+            ("batch_tokens", self.batch_tokens >= 64),
+            ("learning_rate", 0 < self.learning_rate < 1),
+            ("firing_weight", self.firing_weight >= 0),
+        ):
+            if not good:
+                raise DiscoveryError(
+                    f"{name} = {getattr(self, name)!r} is out of range; see mechctl fit-gate --help"
+                )
+
+
+class LearnedGate(nn.Module):
+    """Rows on the prompt and the probe behind them."""
+
+    def __init__(
+        self, model: FrozenModel, settings: GateSettings, norms: dict[int, float], bounds: dict[int, float]
+    ) -> None:
+        super().__init__()
+        settings.check()
+        self.model, self.settings = model, settings
+        width = model.spec.hidden_size
+        self.rows = LowRankRows(
+            width,
+            settings.rank,
+            {layer: norms[layer] for layer in settings.rows_at},
+            settings.seed,
+            bounds=bounds,
+            bias=CLOSED_BIAS,
+            write=0.0,
+        )
+        self.norm = norms[settings.layer]
+        self.direction = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def edits(self) -> dict[int, Edit]:
+        """The edits of the prompt by layer."""
+        return {layer: self.rows.at(layer) for layer in self.settings.rows_at}
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Readings [B] at the prompts' ends, and the mask [B, T] of their tokens."""
+        tokens, mask = self.model.pad(prompts)
+        kept: list[Tensor] = []
+
+        def keep(x: Tensor) -> Tensor:
+            kept.append(x)
+            raise _Enough
+
+        self.rows.firing.clear()
+        # Prompts are padded on the right, where causal attention does not look: no mask is needed.
+        with self.model.edited(self.edits() | {self.settings.layer: keep}), suppress(_Enough):
+            self.model.network.base_model(input_ids=tokens, use_cache=False)
+        last = kept[0][torch.arange(len(prompts)), mask.sum(1) - 1].float()
+        return (last / self.norm) @ self.direction + self.bias, mask
+
+    @torch.no_grad()
+    def readings(self, prompts: Sequence[Sequence[int]], progress: Meter | None = None) -> Tensor:
+        """Readings [N] of many prompts."""
+        found = torch.zeros(len(prompts))
+        for places in windows(prompts, 2 * self.settings.batch_tokens):
+            values, mask = self.read([prompts[place] for place in places])
+            found[places] = values.cpu()
+            if progress is not None:
+                progress.advance(int(mask.sum()))
+        return found
+
+    def probe(self) -> tuple[Tensor, float]:
+        """(direction [D], bias) in the model's own units."""
+        return (self.direction / self.norm).detach().clone(), float(self.bias.detach())
+
+
+class _Enough(Exception):  # noqa: N818 (not an error: it ends a forward pass early)
+    """The probe's layer has been seen."""
+
+
+def windows(prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    """Places of the prompts in batches of similar length, each of at most ``tokens`` with its padding."""
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    found: list[list[int]] = []
+    for place in order:
+        if found and (len(found[-1]) + 1) * len(prompts[place]) <= tokens:
+            found[-1].append(place)
+        else:
+            found.append([place])
+    return found
+
+
+def train_gate(gate: LearnedGate, draw: Draw, checkpoint: Path, identity: Any) -> LearnedGate:
+    """Train, or go on training from ``checkpoint``; step n depends on the seed and n alone."""
+    settings = gate.settings
+    rows = [parameter for name, parameter in gate.named_parameters() if name not in ("direction", "bias")]
+    groups = [{"params": rows}] if rows else []
+    optimizer = torch.optim.Adam([*groups, {"params": [gate.direction, gate.bias]}], betas=(0.9, 0.98))
+    identity = [asdict(settings), identity]
+    step = restore_checkpoint(gate, optimizer, checkpoint, identity)
+    with meter("fit-gate: gate", settings.steps, "steps", step) as progress:
+        while step < settings.steps:
+            rate = learning_rate(settings.learning_rate, step, settings.steps)
+            for group, factor in zip(reversed(optimizer.param_groups), (5, 1), strict=False):
+                group["lr"] = factor * rate
+            chance = random.Random(settings.seed * 1_000_003 + step)  # noqa: S311 (sampling)
+            wrong, firing = gate_losses(gate, batch(draw, settings.batch_tokens, chance))
+            optimizer.zero_grad()
+            (wrong + settings.firing_weight * firing).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            progress.advance(1, f"wrong {wrong.item():.3f}, firing {firing.item():.4f}")
+            if step % EVERY == 0 or step == settings.steps:
+                save_checkpoint(gate, optimizer, checkpoint, identity, step)
+    return gate
+
+
+def batch(draw: Draw, tokens: int, chance: random.Random) -> list[Labelled]:
+    """Prompts of similar length: a window of ``tokens`` out of several times as many, sorted by length."""
+    drawn: list[Labelled] = []
+    total = 0
+    while total < 4 * tokens:
+        drawn.append(draw(chance))
+        total += len(drawn[-1][0])
+    drawn.sort(key=lambda item: len(item[0]))
+    skip = chance.random() * (total - tokens)
+    chosen: list[Labelled] = []
+    for item in drawn:
+        skip -= len(item[0])
+        if skip < 0:
+            chosen.append(item)
+            if sum(len(ids) for ids, _ in chosen) >= tokens:
+                break
+    return chosen
+
+
+def gate_losses(gate: LearnedGate, examples: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy of the readings, and the edit's relative size per benign token and layer."""
+    readings, mask = gate.read([ids for ids, _ in examples])
+    wanted = torch.tensor([float(of_class) for _, of_class in examples], device=readings.device)
+    wrong = binary_cross_entropy_with_logits(readings, wanted.clamp(SOFTENED, 1 - SOFTENED))
+    benign = mask * (1 - wanted)[:, None]
+    sizes = [(size * benign).sum() / benign.sum().clamp(min=1) for size in gate.rows.firing]
+    firing = torch.stack(sizes).mean() if sizes else torch.zeros(())
+    return wrong, firing

@@ -1,0 +1,69 @@
+"""The same request as different people send it: in another case, with a slip, after an earlier turn."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from discovery.errors import DiscoveryError
+from discovery.frozen_model import FrozenModel
+
+ANSWER_MARK = "\nAssistant: "
+"""Between the user's and the assistant's words of an earlier turn."""
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What may come before a request in a conversation."""
+
+    system_prompts: tuple[str, ...] = ()
+    earlier_turns: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise `DiscoveryError` for an earlier turn without an answer."""
+        for turn in self.earlier_turns:
+            if ANSWER_MARK not in turn:
+                raise DiscoveryError(f"earlier_turns: {turn!r} has no line that begins with 'Assistant: '")
+
+
+def conversation(request: str, surroundings: Surroundings, chance: random.Random) -> list[Message]:
+    """The messages of one variant; most are the request as it is, and nothing before it."""
+    text, at = request, chance.random()
+    if at < 0.06:
+        text = request.lower()
+    elif at < 0.10:
+        text = request.rstrip(".?!") or request
+    elif at < 0.14:
+        text = _with_slips(request, chance)
+    elif at < 0.16:
+        text = request.upper()
+    messages = [{"role": "user", "content": text}]
+    at = chance.random()
+    if at < 0.08 and surroundings.system_prompts:
+        return [{"role": "system", "content": chance.choice(surroundings.system_prompts)}, *messages]
+    if at > 0.94 and surroundings.earlier_turns:
+        question, _, answer = chance.choice(surroundings.earlier_turns).partition(ANSWER_MARK)
+        return [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+            *messages,
+        ]
+    return messages
+
+
+def conversation_ids(model: FrozenModel, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Token ids of a conversation in the model's chat format; without one, of its last message."""
+    if model.tokenizer.chat_template is None:
+        return tuple(model.text_ids(messages[-1]["content"]))
+    text = model.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return tuple(model.text_ids(text))
+
+
+def _with_slips(text: str, chance: random.Random) -> str:
+    """Two neighbouring letters exchanged, once in about 25."""
+    letters = list(text)
+    for _ in range(max(1, len(letters) // 25)):
+        if len(letters) > 1:
+            place = chance.randrange(len(letters) - 1)
+            letters[place : place + 2] = reversed(letters[place : place + 2])
+    return "".join(letters)
