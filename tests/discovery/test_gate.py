@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from discovery import learned_gate
+from discovery.checkpoint import save_checkpoint
 from discovery.coded_requests import CODES, decoded, encode, followed
 from discovery.errors import DiscoveryError
 from discovery.fit_gate import GateFit
@@ -204,7 +205,7 @@ def test_killed_gate_training_ends_with_the_same_gate(
     """A run killed after its first checkpoint ends with the numbers of an unbroken run."""
     settings = replace(GATE, steps=26)
     whole = train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "whole", "it")
-    real = learned_gate.save_checkpoint
+    real = save_checkpoint
 
     def dies(*arguments: object) -> None:
         real(*arguments)  # type: ignore[arg-type]
