@@ -19,7 +19,8 @@ from proxy.binding import HEADER, NONE, decide, explain
 from proxy.entry import Entry
 from proxy.metrics import CONTENT_TYPE_LATEST
 from proxy.refusal import EngineNotReady, FieldNotAllowed, InvalidRequest, Refusal
-from proxy.sanitize import PASSED, parse_strict, read_body
+from proxy.routes import ROUTES
+from proxy.sanitize import parse_strict, read_body
 from proxy.state import GATEWAY, Gateway
 
 ADMIN: web.RequestKey[str] = web.RequestKey("admin", str)
@@ -175,8 +176,8 @@ async def resolve(request: web.Request) -> web.Response:
     if not all(isinstance(value, str) for value in body.values()):
         raise InvalidRequest("all fields are strings")
     route = body.get("route", "/v1/chat/completions")
-    if route not in PASSED:
-        raise InvalidRequest(f"route = {route!r}, but must be one of {', '.join(PASSED)}", param="route")
+    if route not in ROUTES:
+        raise InvalidRequest(f"route = {route!r}, but must be one of {', '.join(ROUTES)}", param="route")
     identity = _identity(gateway, body)
     identity.check_route(route)
     headers: CIMultiDict[str] = CIMultiDict()

@@ -18,14 +18,16 @@ from proxy.limits import Meter
 from proxy.refusal import (
     InvalidRequest,
     MethodNotAllowed,
+    NotGuarded,
     Refusal,
     UnknownModel,
     UnknownRoute,
     error_body,
     error_headers,
 )
-from proxy.relay import REQUEST_ID_HEADER, Demand, relay
-from proxy.sanitize import PASSED, check_headers, clean, parse_strict, read_body
+from proxy.relay import REQUEST_ID_HEADER, Demand, relay, relay_plain
+from proxy.routes import ROUTES, UNGUARDED, Route
+from proxy.sanitize import cache_salt, check_headers, clean, parse_strict, read_body
 from proxy.state import GATEWAY, IDENTITY, Gateway
 from proxy.trail import TRAIL, Trail
 
@@ -38,8 +40,10 @@ def make_public_app(gateway: Gateway) -> web.Application:
     """The app that applications talk to."""
     app = web.Application(middlewares=[gateway.stalls.mark, answer_in_openai_shape, authenticate])
     app[GATEWAY] = gateway
-    for route in PASSED:
+    for route in ROUTES:
         app.router.add_post(route, generate)
+    for route in UNGUARDED:
+        app.router.add_route("*", route, refuse_unguarded)
     app.router.add_get("/v1/models", list_models, allow_head=False)
     app.router.add_get("/v1/models/{model:.+}", show_model, allow_head=False)
     add_health(app)
@@ -64,7 +68,7 @@ async def readyz(request: web.Request) -> web.Response:
 
 
 async def generate(request: web.Request) -> web.StreamResponse:
-    """Chat completions and completions, streamed or not, under the policy that the bindings decide."""
+    """Answer on one of `ROUTES`, streamed or not, under the policy that the bindings decide."""
     gateway, route = request.app[GATEWAY], route_label(request)
     identity = request[IDENTITY]
     identity.check_route(route)
@@ -72,10 +76,10 @@ async def generate(request: web.Request) -> web.StreamResponse:
         gateway.audit.require()
     meter = gateway.limiter.meter(identity.tenant)
     with meter.request():
-        return await _answer(request, route, meter)
+        return await _answer(request, ROUTES[route], meter)
 
 
-async def _answer(request: web.Request, route: str, meter: Meter) -> web.StreamResponse:
+async def _answer(request: web.Request, route: Route, meter: Meter) -> web.StreamResponse:
     gateway, trail, identity = request.app[GATEWAY], request[TRAIL], request[IDENTITY]
     limits = gateway.settings.gateway
     check_headers(request)
@@ -84,13 +88,19 @@ async def _answer(request: web.Request, route: str, meter: Meter) -> web.StreamR
     body = clean(route, parse_strict(raw))
     trail.stream = body.get("stream") is True
     engine = gateway.link.require()
-    caller = gateway.caller(route, request.headers, body["model"], identity)
+    caller = gateway.caller(route.path, request.headers, body["model"], identity)
+    if not route.generates:
+        body["model"] = gateway.engine_model(caller.model)
+        trail.headers.update(meter.headers())
+        return await relay_plain(Demand(gateway, engine, route, body, None, trail))
     decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
     # No await between here and the pin: the revision is the one that is active now, and it stays resident.
     with gateway.catalogue.pin(decision.policy) as revision:
         if revision is not None:
             trail.policy, trail.revision = revision.policy, revision.revision
         body["model"] = gateway.engine_model(caller.model)
+        if gateway.access.wanted:
+            body["cache_salt"] = cache_salt(identity.tenant.id, body.get("cache_salt"))
         charge = meter.reserve(body, len(raw))
         trail.headers.update(meter.headers())
         unknown: int | None = None
@@ -102,6 +112,12 @@ async def _answer(request: web.Request, route: str, meter: Meter) -> web.StreamR
             raise
         finally:
             gateway.settlements.settle(charge, engine, trail, unknown)
+
+
+async def refuse_unguarded(request: web.Request) -> web.StreamResponse:
+    """A route that the engine has and no policy can be proven on."""
+    route = route_label(request)
+    raise NotGuarded(f"{route} is not served here: {UNGUARDED[route]}")
 
 
 async def list_models(request: web.Request) -> web.Response:
@@ -210,6 +226,9 @@ def _refuse(request: web.Request, refusal: Refusal) -> web.Response:
     request[TRAIL].reason = refusal.code
     request.app[GATEWAY].metrics.refusals.labels(refusal.code).inc()
     body = error_body(refusal.status, refusal.code, str(refusal), refusal.param)
+    if route_label(request).startswith("/v1/messages"):
+        # Anthropic's clients look for it; the rest is as everywhere.
+        body = {"type": "error", **body}
     response = web.json_response(body, status=refusal.status, headers=error_headers(refusal))
     if refusal.status in (408, 413):
         response.force_close()

@@ -87,6 +87,13 @@ class UnknownRoute(Refusal):
     status = 404
 
 
+class NotGuarded(Refusal):
+    """The engine has this route, and no policy can be proven on it."""
+
+    code = "route_not_guarded"
+    status = 403
+
+
 class MethodNotAllowed(Refusal):
     """The path exists under another method."""
 

@@ -28,8 +28,9 @@ from proxy.refusal import (
     UnknownModel,
     error_body,
 )
+from proxy.routes import Route
 from proxy.sanitize import serialize
-from proxy.sse import DONE, SseOverflowError, SseSplitter, comment, data_event
+from proxy.sse import SseOverflowError, SseSplitter, comment, error_event
 from proxy.state import Gateway
 from proxy.trail import Trail
 
@@ -45,7 +46,7 @@ class Demand:
 
     gateway: Gateway
     engine: ProvenEngine
-    route: str
+    route: Route
     body: Mapping[str, Any]
     revision: Revision | None
     trail: Trail
@@ -72,7 +73,7 @@ async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
     sent_at = time.perf_counter()
     try:
         upstream = await demand.engine.client.generate(
-            demand.route,
+            demand.route.path,
             payload,
             total_timeout_s=settings.request_timeout_s,
             idle_timeout_s=settings.stream_idle_timeout_s if streamed else None,
@@ -89,6 +90,33 @@ async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
     finally:
         # Also when the client is gone or we were cancelled: the engine stops generating when this closes.
         upstream.close()
+
+
+async def relay_plain(demand: Demand) -> web.StreamResponse:
+    """Answer a request for which no model runs, so that there is nothing to steer and nothing to prove."""
+    settings = demand.gateway.settings.gateway
+    sent_at = time.perf_counter()
+    try:
+        upstream = await demand.engine.client.generate(
+            demand.route.path,
+            serialize(demand.body),
+            total_timeout_s=settings.request_timeout_s,
+            idle_timeout_s=None,
+        )
+    except (*_GONE, RuntimeError) as error:
+        raise _engine_gone(error) from error
+    try:
+        if upstream.status != 200:
+            raise await _engine_refusal(upstream)
+        await _check_engine(demand)
+        answer = await upstream.read()
+    except _GONE as error:
+        raise _engine_gone(error) from error
+    finally:
+        upstream.close()
+    demand.trail.engine_s = time.perf_counter() - sent_at
+    headers = {**demand.trail.headers, REQUEST_ID_HEADER: demand.trail.request_id}
+    return web.Response(body=answer, content_type="application/json", headers=headers)
 
 
 async def _relay_whole(
@@ -115,7 +143,7 @@ async def _relay_stream(
     )
     response.content_type = "text/event-stream"
     response.charset = "utf-8"
-    splitter = SseSplitter()
+    splitter = SseSplitter(demand.route.end)
     await response.prepare(request)
     try:
         async for chunk in upstream.content.iter_any():
@@ -128,27 +156,28 @@ async def _relay_stream(
             trail.reason = EngineFailed.code
             await response.write_eof()
             return response
-        if not splitter.done:
+        if not splitter.end_event:
             raise EngineFailed("the engine ended the stream too early; the answer is incomplete")
         receipt = await _proof(demand, nonce)
     except Refusal as refusal:
-        return await _break_off(response, trail, refusal)
+        return await _break_off(response, demand, refusal)
     except SseOverflowError:
-        return await _break_off(response, trail, EngineFailed("the engine sent an event without end"))
+        return await _break_off(response, demand, EngineFailed("the engine sent an event without end"))
     except aiohttp.ClientConnectionResetError:
         # Writing to the client failed; the engine's failures are the other kinds.
         raise
     except _GONE as error:
-        return await _break_off(response, trail, _engine_gone(error))
-    await response.write(comment("steering-receipt", receipt) + DONE)
+        return await _break_off(response, demand, _engine_gone(error))
+    await response.write(comment("steering-receipt", receipt) + splitter.end_event)
     await response.write_eof()
     return response
 
 
-async def _break_off(response: web.StreamResponse, trail: Trail, refusal: Refusal) -> web.StreamResponse:
+async def _break_off(response: web.StreamResponse, demand: Demand, refusal: Refusal) -> web.StreamResponse:
     """End a stream that has begun: an error event, and no end marker, lest a client take it for whole."""
-    trail.reason = refusal.code
-    await response.write(data_event(error_body(refusal.status, refusal.code, str(refusal))))
+    demand.trail.reason = refusal.code
+    body = error_body(refusal.status, refusal.code, str(refusal))
+    await response.write(error_event(body, named=demand.route.named_events))
     await response.write_eof()
     return response
 

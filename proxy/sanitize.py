@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -11,82 +12,11 @@ from typing import Any, Final, NoReturn
 from aiohttp import web
 
 from proxy.refusal import FieldNotAllowed, InvalidRequest, SlowRequest, TooLarge, UnsupportedMedia
+from proxy.routes import DROPPED, Route
 
 MAX_DEPTH: Final = 64
 """Deepest nesting of a body; JSON schemas of tools need about ten."""
 
-_SAMPLING = frozenset(
-    [
-        "allowed_token_ids",
-        "bad_words",
-        "frequency_penalty",
-        "ignore_eos",
-        "include_stop_str_in_output",
-        "logit_bias",
-        "max_tokens",
-        "min_p",
-        "min_tokens",
-        "n",
-        "presence_penalty",
-        "prompt_logprobs",
-        "repetition_penalty",
-        "seed",
-        "skip_special_tokens",
-        "spaces_between_special_tokens",
-        "stop",
-        "stop_token_ids",
-        "temperature",
-        "top_k",
-        "top_p",
-        "truncate_prompt_tokens",
-        "truncation_side",
-    ]
-)
-_SHARED = _SAMPLING | frozenset(
-    [
-        "add_special_tokens",
-        "cache_salt",
-        "echo",
-        "logprob_token_ids",
-        "logprobs",
-        "model",
-        "response_format",
-        "return_token_ids",
-        "return_tokens_as_token_ids",
-        "stream",
-        "stream_options",
-        "structured_outputs",
-    ]
-)
-PASSED: Final[Mapping[str, frozenset[str]]] = {
-    "/v1/chat/completions": _SHARED
-    | frozenset(
-        [
-            "add_generation_prompt",
-            "chat_template_kwargs",
-            "continue_final_message",
-            "documents",
-            "include_reasoning",
-            "max_completion_tokens",
-            "messages",
-            "parallel_tool_calls",
-            "reasoning_effort",
-            "thinking_token_budget",
-            "tool_choice",
-            "tools",
-            "top_logprobs",
-        ]
-    ),
-    "/v1/completions": _SHARED | frozenset(("prompt", "suffix")),
-}
-"""Fields handed to the engine, by route. What is not here never reaches it."""
-
-DROPPED: Final = frozenset(
-    ["metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user", "verbosity"]
-)
-"""Fields of OpenAI's that say nothing to the engine: accepted, and not passed on."""
-
-_CONTENT_PARTS = frozenset(("text", "refusal"))
 _SALT = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _INTERNAL_HEADER = "x-interpretops-"
 
@@ -140,13 +70,13 @@ def parse_strict(data: bytes) -> dict[str, Any]:
     return body
 
 
-def clean(route: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def clean(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of ``body`` that the engine may see, values as the client sent them."""
-    passed = PASSED[route]
     for name in body:
-        if name not in passed and name not in DROPPED:
+        if name not in route.fields and name not in DROPPED:
             raise FieldNotAllowed(
-                f"field {name[:64]!r} may not be set on {route}; remove it from the request", param=name[:64]
+                f"field {name[:64]!r} may not be set on {route.path}; remove it from the request",
+                param=name[:64],
             )
     if not isinstance(body.get("model"), str):
         raise InvalidRequest("model is missing; name one of GET /v1/models", param="model")
@@ -156,9 +86,15 @@ def clean(route: str, body: Mapping[str, Any]) -> dict[str, Any]:
     salt = body.get("cache_salt")
     if salt is not None and not (isinstance(salt, str) and _SALT.fullmatch(salt)):
         raise InvalidRequest("cache_salt must be 1 to 32 of A-Z a-z 0-9 _ -", param="cache_salt")
-    if "messages" in body:
-        _check_messages(body["messages"])
-    return {name: value for name, value in body.items() if name in passed and value is not None}
+    for check in route.checks:
+        check(body)
+    kept = {name: value for name, value in body.items() if name in route.fields and value is not None}
+    return {**kept, **route.fixed}
+
+
+def cache_salt(tenant: str, given: str | None) -> str:
+    """The salt of a tenant's prompts in the engine's prefix cache, so that no other can find them there."""
+    return hashlib.sha256(f"{tenant}/{given or ''}".encode()).hexdigest()[:32]
 
 
 def serialize(body: Mapping[str, Any]) -> bytes:
@@ -167,24 +103,6 @@ def serialize(body: Mapping[str, Any]) -> bytes:
         return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except (ValueError, UnicodeEncodeError):
         raise InvalidRequest("the body holds a number or a character that JSON cannot carry") from None
-
-
-def _check_messages(messages: Any) -> None:
-    """Only text: media would make the engine fetch addresses that a client names."""
-    if not isinstance(messages, list):
-        raise InvalidRequest("messages must be a list", param="messages")
-    for index, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, list):
-            continue
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(part, str) or kind in _CONTENT_PARTS:
-                continue
-            raise FieldNotAllowed(
-                f"messages[{index}].content: part of type {str(kind)[:32]!r}, but only text is served",
-                param=f"messages[{index}].content",
-            )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

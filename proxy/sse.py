@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-DONE: Final = b"data: [DONE]\n\n"
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 
-_DONE_PREFIX = b"data: [DONE]"
-_ERROR_PREFIXES = (b'data: {"error"', b'data: {"object":"error"', b"event: error")
+_ERROR_PREFIXES = (
+    *(b'data: {"error"', b'data: {"object":"error"', b"event: error", b"event: response.failed"),
+)
 
 
 class SseOverflowError(Exception):
@@ -23,9 +23,13 @@ class SseSplitter:
     The engine ends a stream with its end marker even after an error event, so both must be known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end: bytes) -> None:
+        """``end``: how the event begins that ends a stream cleanly."""
+        self._end = end
+        self._mark = end.strip()
         self._rest = b""
-        self.done = False
+        self.end_event = b""
+        """The event that ends the stream, held back; empty until it has come."""
         self.failed = False
 
     def feed(self, chunk: bytes) -> bytes:
@@ -39,15 +43,15 @@ class SseSplitter:
             return b""
         self._rest = data[cut:]
         events = data[:cut]
-        if b"[DONE]" not in events and b"error" not in events:
+        if self._mark not in events and b"error" not in events and b"failed" not in events:
             return events
         return self._inspect(events)
 
     def _inspect(self, events: bytes) -> bytes:
         kept: list[bytes] = []
         for event in events.split(b"\n\n")[:-1]:
-            if event.startswith(_DONE_PREFIX):
-                self.done = True
+            if event.startswith(self._end):
+                self.end_event = event + b"\n\n"
             else:
                 self.failed = self.failed or event.startswith(_ERROR_PREFIXES)
                 kept.append(event + b"\n\n")
@@ -57,6 +61,13 @@ class SseSplitter:
 def data_event(payload: Mapping[str, Any]) -> bytes:
     """A ``data:`` event."""
     return b"data: " + json.dumps(payload, separators=(",", ":")).encode() + b"\n\n"
+
+
+def error_event(payload: Mapping[str, Any], *, named: bool) -> bytes:
+    """An error in mid-stream, with a name where the other events have one."""
+    if not named:
+        return data_event(payload)
+    return b"event: error\n" + data_event({"type": "error", **payload})
 
 
 def comment(name: str, payload: Mapping[str, Any]) -> bytes:

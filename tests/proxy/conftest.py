@@ -18,6 +18,7 @@ from interpretops.plan import ModelSpec, Plan
 from interpretops.settings import load_settings
 from proxy.engine_loop import RemoteEngine
 from proxy.gateway import Apps, make_app
+from proxy.routes import ROUTES
 
 MODEL = "tiny-model"
 SPEC = ModelSpec(MODEL, "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
@@ -33,6 +34,7 @@ class FakeEngine:
     plans: dict[str, Plan] = field(default_factory=dict)
     retired: list[str] = field(default_factory=list)
     seen: list[dict[str, Any]] = field(default_factory=list)
+    plain: list[dict[str, Any]] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     let_go: asyncio.Event = field(default_factory=asyncio.Event)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
@@ -62,7 +64,8 @@ class FakeEngine:
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/{route:chat/completions|completions}", self._generate)
+        for path, route in ROUTES.items():
+            app.router.add_post(path, self._generate if route.generates else self._plain)
         app.router.add_get(API + "/attest", self._attest)
         app.router.add_post(API + "/selftest", self._selftest)
         app.router.add_put(API + "/plans/{revision}", self._load)
@@ -148,6 +151,7 @@ class FakeEngine:
         response = web.StreamResponse()
         response.content_type = "text/event-stream"
         await response.prepare(request)
+        end = ROUTES[request.path].end
         for index in range(4):
             await response.write(b'data: {"id":"x","n":%d,"text":"[DONE] error"}\n\n' % index)
             if self.trick == "dies" and index == 1:
@@ -159,8 +163,13 @@ class FakeEngine:
         if self.trick == "error_event":
             await response.write(b'data: {"error": {"message": "engine core died"}}\n\n')
         if self.trick != "no_done":
-            await response.write(b"data: [DONE]\n\n")
+            await response.write(end + (b"data: {}\n\n" if end.endswith(b"\n") else b"\n\n"))
         return response
+
+    async def _plain(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.plain.append(body)
+        return web.json_response({"count": 3, "tokens": [1, 2, 3]})
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Which policy applies: what bindings demand, what callers may choose, and no way around either."""
 
-import itertools
 import json
 
 import pytest
@@ -141,50 +140,6 @@ def test_mandatory_policies_conflict_where_one_request_could_match_both(one, oth
             check_bindings(pair)
     else:
         check_bindings(pair)
-
-
-MANDATORY_CALM = [{"policy": "calm", "mode": "mandatory"}, {"policy": "*"}]
-WAYS = {
-    "nothing": {},
-    "header none": {"headers": {"X-Steering-Policy": "none"}},
-    "header other": {"headers": {"X-Steering-Policy": "other"}},
-    "header twice": {"headers": [("X-Steering-Policy", "calm"), ("x-steering-policy", "none")]},
-    "alias none": {"fields": {"model": "tiny-model+none"}},
-    "alias other": {"fields": {"model": "tiny-model+other"}},
-    "alias case": {"fields": {"model": "Tiny-Model+none"}},
-    "xargs": {"fields": {"vllm_xargs": {"interpretops_revision": "none"}}},
-    "xargs case": {"fields": {"VLLM_XARGS": {"interpretops_revision": "none"}}},
-    "extra_body": {"fields": {"extra_body": {"vllm_xargs": {"interpretops_revision": "none"}}}},
-    "internal header": {"headers": {"X-Interpretops-Revision": "none"}},
-    "duplicate key": {"tail": ', "model": "tiny-model+none"'},
-    "duplicate xargs": {"tail": ', "vllm_xargs": {}, "vllm_xargs": {"interpretops_revision": "none"}'},
-    "escaped duplicate": {"tail": ', "\\u006dodel": "tiny-model+none"'},
-    "nested": {"fields": {"tools": [{"vllm_xargs": {"interpretops_revision": "none"}}]}},
-}
-
-
-@pytest.mark.parametrize(
-    ("way", "route", "stream"), [*itertools.product(WAYS, (CHAT, "/v1/completions"), (False, True))]
-)
-async def test_no_way_past_a_mandatory_policy(start, engine, way, route, stream):
-    """Whatever a client tries, the engine runs its request under the mandatory revision or not at all."""
-    front = await start("calm", "other", bindings=MANDATORY_CALM)
-    entry = front.apps.gateway.catalogue.entries["calm"]
-    tried = WAYS[way]
-    content = {"messages": []} if route == CHAT else {"prompt": "hi"}
-    body = json.dumps({"model": "tiny-model", "stream": stream, **content, **tried.get("fields", {})})
-    body = body[:-1] + tried.get("tail", "") + "}"
-    given = CIMultiDict(tried.get("headers", {}))
-    given["Content-Type"] = "application/json"
-    async with front.public.post(route, data=body.encode(), headers=given) as answer:
-        text = await answer.text()
-        steered = answer.headers.get("X-Steering-Policy", "")
-        assert answer.status in (200, 400, 403, 404), text
-        if answer.status == 200:
-            assert steered.startswith("calm@")
-        else:
-            assert answer.headers["x-should-retry"] == "false"
-    assert {seen["vllm_xargs"]["interpretops_revision"] for seen in engine.seen} <= {entry.active.revision}
 
 
 async def test_mandatory_policy_that_cannot_be_loaded_refuses_everyone(start, engine):

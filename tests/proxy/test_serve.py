@@ -18,6 +18,8 @@ import openai
 import psutil
 import pytest
 
+from proxy.routes import ROUTES
+
 MECHCTL = [sys.executable, "-m", "interpretops.cli"]
 MODEL = "smollm2-135m-instruct"
 PROMPT = [{"role": "user", "content": "What is the capital of France, and why is it famous?"}]
@@ -158,6 +160,61 @@ def test_several_choices_are_all_steered(served):
     answer = raw.create(model=f"{MODEL}+loud", messages=PROMPT, max_tokens=4, n=3)
     assert json.loads(answer.headers["X-Steering-Receipt"])["requests"] == 3
     assert len(answer.parse().choices) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ["completions", "responses", "messages"])
+def test_every_route_is_steered_and_proven(served, route, stream):
+    """On every route the real engine's receipt proves the policy, and its text differs from the unsteered."""
+    fields = {
+        "completions": {"prompt": "The sky is", "max_tokens": 8},
+        "responses": {"input": "What is the capital of France?", "max_output_tokens": 8},
+        "messages": {"messages": PROMPT, "max_tokens": 8},
+    }[route]
+    texts = []
+    for policy in ("silent", "none"):
+        body = {"model": f"{MODEL}+{policy}", "stream": stream, "temperature": 0, **fields}
+        answer = httpx.post(f"{served.url}/v1/{route}", json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["X-Steering-Policy"].split("@")[0] == policy
+        if stream:
+            *_, told, end = [event for event in answer.text.split("\n\n") if event]
+            assert end.startswith(ROUTES[f"/v1/{route}"].end.decode().strip())
+            receipt = json.loads(told.removeprefix(": steering-receipt "))
+        else:
+            receipt = json.loads(answer.headers["X-Steering-Receipt"])
+        assert receipt["requests"] == 1
+        assert receipt["tokens_evaluated"] >= 8
+        assert (receipt["edits_applied"] > 0) == (policy == "silent")
+        # The texts of the answer alone: ids and times differ anyway.
+        texts.append(re.findall(r'"(?:text|delta)":\s*"((?:[^"\\]|\\.)*)"', answer.text))
+    assert texts[0]
+    assert texts[0] != texts[1]
+
+
+def test_tokens_are_counted_without_a_policy(served):
+    """Tokenizing, detokenizing and counting go through to the engine and run no model."""
+
+    def post(path: str, **body: Any) -> Any:
+        answer = httpx.post(f"{served.url}{path}", json={"model": MODEL, **body}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    tokens = post("/tokenize", prompt="The sky is blue.")["tokens"]
+    assert post("/detokenize", tokens=tokens)["prompt"] == "The sky is blue."
+    assert post("/v1/messages/count_tokens", messages=PROMPT)["input_tokens"] > 10
+
+
+def test_anthropics_client_works_unchanged(served):
+    """The `anthropic` package gets a message, a stream and errors of the kind it knows."""
+    anthropic = pytest.importorskip("anthropic")
+    client = anthropic.Anthropic(base_url=served.url, api_key="unused", max_retries=0)
+    asked = {"model": f"{MODEL}+silent", "messages": PROMPT, "max_tokens": 8}
+    assert client.messages.create(**asked).content[0].text
+    with client.messages.stream(**asked) as stream:
+        assert stream.get_final_text()
+    with pytest.raises(anthropic.NotFoundError):
+        client.messages.create(**{**asked, "model": "claude"})
 
 
 def test_clients_cannot_reach_the_engines_own_switches(served):

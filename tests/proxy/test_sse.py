@@ -5,23 +5,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import sse
+from proxy.routes import ROUTES
 from proxy.sse import SseOverflowError, SseSplitter
 
+DONE = b"data: [DONE]\n\n"
 EVENTS = [b'data: {"text":"[DONE]"}\n\n', b'data: {"text":"\\n\\n error"}\n\n', b": note\n\n", b"data: x\n\n"]
 
 
 @given(st.lists(st.sampled_from(EVENTS), max_size=8), st.data())
 def test_events_survive_any_cut_of_the_bytes(events, data):
     """However the bytes are cut, all events come out whole, in order; only the end marker is kept back."""
-    whole = b"".join(events) + sse.DONE
-    splitter, out, at = SseSplitter(), b"", 0
+    whole = b"".join(events) + DONE
+    splitter, out, at = SseSplitter(b"data: [DONE]"), b"", 0
     while at < len(whole):
         size = data.draw(st.integers(1, len(whole) - at))
         piece = splitter.feed(whole[at : at + size])
         assert piece == b"" or piece.endswith(b"\n\n")
         out, at = out + piece, at + size
     assert out == b"".join(events)
-    assert splitter.done
+    assert splitter.end_event == DONE
     assert not splitter.failed
 
 
@@ -29,15 +31,29 @@ def test_events_survive_any_cut_of_the_bytes(events, data):
 def test_error_event_is_seen_in_any_cut(size):
     """An error event is passed on and remembered."""
     whole = b'data: {"a":1}\n\ndata: {"error": {"message": "x"}}\n\ndata: [DONE]\n\n'
-    splitter = SseSplitter()
+    splitter = SseSplitter(b"data: [DONE]")
     out = b"".join(splitter.feed(whole[at : at + size]) for at in range(0, len(whole), size))
     assert splitter.failed
-    assert splitter.done
-    assert out == whole.removesuffix(sse.DONE)
+    assert splitter.end_event == DONE
+    assert out == whole.removesuffix(DONE)
+
+
+@pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages"])
+def test_named_end_is_kept_back_and_others_of_its_kind_are_not(route):
+    """The event that ends a stream waits for the receipt; its name inside a text is only a text."""
+    end = ROUTES[route].end
+    text = b"event: x\ndata: " + end.strip() + b"\n\n"
+    last = end + b'data: {"all": 1}\n\n'
+    splitter = SseSplitter(end)
+    assert splitter.feed(text + last) == text
+    assert splitter.end_event == last
+    failed = SseSplitter(end)
+    assert failed.feed(b"event: response.failed\ndata: {}\n\n")
+    assert failed.failed
 
 
 def test_event_without_end_is_refused(monkeypatch):
     """An engine that never ends an event cannot fill the gateway's memory."""
     monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 10)
     with pytest.raises(SseOverflowError):
-        SseSplitter().feed(b"data: 0123456789")
+        SseSplitter(b"data: [DONE]").feed(b"data: 0123456789")
