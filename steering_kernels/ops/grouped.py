@@ -22,13 +22,15 @@ def apply_edits_grouped(
         view = table.views.get(row)
         if view is None:
             continue
+        gate_open = step.gate_open if index is None else step.gate_open[index]
+        if view.gates is not None and not bool(gate_open[:, view.gates].any()):
+            continue  # most traffic most of the time: no gate is open, so nothing is read
         part = hidden if index is None else hidden[index]
         stream = part
         if residual is not None:
             stream = part + (residual if index is None else residual[index])
         elif source is not None:
             stream = source if index is None else source[index]
-        gate_open = step.gate_open if index is None else step.gate_open[index]
         delta, touched = _row_delta(stream.double(), view, gate_open)
         edited = torch.where(touched[:, None], (part.double() + delta).to(hidden.dtype), part)
         slots = step.slot_of_token if index is None else step.slot_of_token[index]

@@ -75,6 +75,9 @@ class RowView:
         self.clamps = bool(torch.isfinite(edits.low).any() or torch.isfinite(edits.high).any())
         self.thresholds = bool((edits.threshold > -torch.inf).any())
         self.gated = bool((edits.gate != 0).any())
+        named = sorted({*edits.gate.tolist(), *edits.scale_gate.tolist()})
+        self.gates = None if 0 in named else torch.tensor(named, device=edits.gate.device)
+        """Gates without which the row does nothing here; None when it acts under none."""
         self.bounded = bool(torch.isfinite(edits.max_norm).any())
         self.scale = edits.scale.double()
         self.scale_gate = edits.scale_gate.long()

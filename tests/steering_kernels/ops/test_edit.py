@@ -145,6 +145,20 @@ def test_token_at_which_no_edit_acts_is_bit_identical() -> None:
     assert step.edited.tolist() == [0, 0]
 
 
+def test_row_behind_closed_gates_is_not_read() -> None:
+    """With all gates of a row closed the activation is handed on as it came; one open token is edited."""
+    row = replace(make_row(0, 4, 3), gate=torch.ones(3, dtype=torch.int32))
+    table = make_table(4, [row])
+    step = make_step([1, 1])
+    hidden = torch.tensor([[1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 0.5, 1.0]])
+    step.gate_open[:, 1] = False
+    assert apply_edits(hidden, table, step) is hidden
+    step.gate_open[1, 1] = True
+    out = apply_edits(hidden, table, step)
+    assert torch.equal(out[0], hidden[0])
+    assert not torch.equal(out[1], hidden[1])
+
+
 def test_result_of_a_token_does_not_depend_on_its_batch() -> None:
     """A token edited alone, among its own kind and among strangers comes out the same, bit for bit."""
     table = make_table(576, [make_row(i, 576, 8) for i in range(3)])
