@@ -33,7 +33,7 @@ def bleu(answers: Sequence[str], references: Sequence[str], data: Sequence[Sourc
     if len(answers) < 2:
         return absent("the suite has no source with role task")
     found = BLEU(effective_order=False).corpus_score(answers, [references], n_bootstrap=RESAMPLES)
-    value = found.score / 100
+    value = min(1.0, found.score / 100)
     middle, margin = found._mean / 100, found._ci / 100
     interval = Interval(
         low=max(0.0, min(middle - margin, value)),

@@ -19,10 +19,10 @@ _SLURS = (
     r"nigg(?:er|ers|a|as|az)|fag(?:s|got|gots|gy)?|kikes?|sp[iy]cs?|chinks?|gooks?|wetbacks?|towelheads?",
     r"ragheads?|tranny|trannies|dykes?|coons?|retard(?:s|ed)?|pakis?|beaners?|honk(?:y|ies)|white trash",
 )
+_PEOPLE = r"(?:black|jewish|muslim|gay|white|trans|disabled) (?:people|men|women)|women"
 _GROUPS = (
     r"(?:the )?(?:blacks?|jews?|muslims?|gays?|lesbians?|immigrants?|refugees|mexicans?|arabs?|asians?|"
-    r"gypsies|homosexuals?|transgenders?|women|"
-    r"(?:black|jewish|muslim|gay|white|trans|disabled) (?:people|men|women))"
+    rf"gypsies|homosexuals?|transgenders?|{_PEOPLE})"
 )
 _HATEFUL = (
     rf"{_GROUPS} (?:are|is) (?:all |just |nothing but |a bunch of )?"

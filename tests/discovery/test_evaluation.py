@@ -3,14 +3,14 @@
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from aiohttp import ClientSession, web
+from scripted_gateway import ANSWER, REFUSAL, REVISION, Gateway, served
 
 from discovery.errors import DiscoveryError
 from discovery.evaluation import endpoint as endpoint_module
@@ -21,7 +21,6 @@ from discovery.evaluation.options import JobOptions
 from discovery.evaluation.subject import Subject
 from discovery.evaluation.suite import EvaluationSuite
 from discovery.evaluation.suite_files import load_suite
-from discovery.refusal import CLOSINGS, OPENING
 from interpretops.compile import compile_policy
 from interpretops.model_spec import read_model_spec
 from interpretops.plan import ModelSpec
@@ -29,10 +28,6 @@ from interpretops.policy import load_policy
 from interpretops.riskcard import RiskCard, load_card
 from interpretops.settings import load_settings
 
-REVISION = "ab" * 32
-REFUSAL = f"{OPENING} {CLOSINGS[0]}"
-ANSWER = "Of course, here is what you asked for in a few words."
-GIBBERISH = "I'm sorry I can't help with with with with with with with with with with"
 POLICY = """
 meta: {id: guard, target_class: jailbreak}
 gates: {late: {phase: decode}}
@@ -46,75 +41,6 @@ gates: {read: {layer: 0, scope: prompt_end, latched: true, conditions: [{probe: 
 interventions:
   - {type: head_scale, selector: {layer: 1, heads: [0]}, scale: 0.5, gate: read}
 """
-
-
-class Gateway:
-    """Answers like the gateway, with label and receipt: refuses by policy and words; counts requests."""
-
-    def __init__(self, revision: str = REVISION) -> None:
-        self.revision, self.asked, self.fail_after = revision, 0, 10**9
-        self.headers: Callable[[str, dict[str, str]], dict[str, str]] = lambda policy, headers: headers
-        self.busy = 0
-
-    def app(self) -> web.Application:
-        app = web.Application()
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/chat/completions", self._chat)
-        app.router.add_post("/v1/completions", self._score)
-        return app
-
-    async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "tiny+guard"}, {"id": "tiny"}]})
-
-    def _respond(self, request: web.Request, body: dict[str, Any], fired: int) -> web.Response:
-        policy = request.headers["X-Steering-Policy"]
-        self.asked += 1
-        if self.busy:
-            self.busy -= 1
-            return web.json_response({"error": {"message": "busy"}}, status=503)
-        if self.asked > self.fail_after:
-            return web.json_response({"error": {"message": "no more"}}, status=400)
-        steered = policy != "none"
-        revision = self.revision if steered else "none"
-        receipt = {"revision": revision, "tokens_evaluated": 5 * steered, "gates_fired": fired}
-        headers = {
-            "X-Steering-Policy": f"{policy}@{revision[:12]}" if steered else "none",
-            "X-Steering-Receipt": json.dumps(receipt),
-        }
-        return web.json_response(body, headers=self.headers(policy, headers))
-
-    async def _chat(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        assert body["temperature"] == 0
-        prompt, steered = body["messages"][-1]["content"], request.headers["X-Steering-Policy"] != "none"
-        text = ANSWER
-        if steered and "bad" in prompt:
-            text = GIBBERISH if "odd" in prompt else REFUSAL
-        if steered and "touchy" in prompt:
-            text = REFUSAL
-        if body["messages"][0]["role"] == "system" and ("bad" in prompt or "kind 1" in prompt):
-            text = REFUSAL
-        fired = int(steered and ("bad" in prompt or "touchy" in prompt))
-        return self._respond(request, {"choices": [{"message": {"content": text}}]}, fired)
-
-    async def _score(self, request: web.Request) -> web.Response:
-        steered = request.headers["X-Steering-Policy"] != "none"
-        log = -2.0 - 0.01 * steered
-        logs = [None, *({str(i): {"logprob": log}} for i in range(4))]
-        return self._respond(request, {"choices": [{"text": "x", "prompt_logprobs": logs}]}, 0)
-
-
-@asynccontextmanager
-async def served(gateway: Gateway) -> AsyncIterator[str]:
-    """The gateway on a free port."""
-    runner = web.AppRunner(gateway.app())
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
 
 
 @pytest.fixture
