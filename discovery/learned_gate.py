@@ -29,6 +29,8 @@ SOFTENED = 0.01
 """Labels are 0.01 and 0.99: a probe that is certain of everything has learned its data by heart."""
 CLOSED_BIAS = -0.03
 """Bias of untrained rows: about a quarter of them fire at a token."""
+GROWS = 0.4
+"""Share of the training over which the firing weight grows: first learn, then learn to hold still."""
 EVERY = 20
 """Steps between checkpoints."""
 
@@ -50,7 +52,7 @@ class GateSettings:
     steps: int = 300
     batch_tokens: int = 2400
     learning_rate: float = 1.5e-3
-    firing_weight: float = 0.5
+    firing_weight: float = 4.0
     """Weight of the edit's relative size on benign tokens."""
     benign_budget: float = 0.015
     """Share of the plain benign selection prompts of a group that may newly be refused."""
@@ -165,7 +167,8 @@ def train_gate(gate: LearnedGate, draw: Draw, checkpoint: Path, identity: Any) -
             chance = random.Random(settings.seed * 1_000_003 + step)  # noqa: S311 (sampling)
             wrong, firing = gate_losses(gate, batch(draw, settings.batch_tokens, chance))
             optimizer.zero_grad()
-            (wrong + settings.firing_weight * firing).backward()  # type: ignore[no-untyped-call]
+            weight = settings.firing_weight * min(1.0, step / (GROWS * settings.steps))
+            (wrong + weight * firing).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
             optimizer.step()
             step += 1

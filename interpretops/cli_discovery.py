@@ -15,6 +15,11 @@ DataFolder = Annotated[
     ),
 ]
 
+MeasuredText = Annotated[
+    Path | None,
+    typer.Option("--text", help="Text to measure on besides; never trained on.", show_default=False),
+]
+
 
 def _say(line: str) -> None:
     typer.echo(line)
@@ -22,7 +27,12 @@ def _say(line: str) -> None:
 
 def add_discovery_commands(app: typer.Typer) -> None:
     """Add the offline jobs to `mechctl`."""
-    for name, command in (("trace", trace), ("sae-train", sae_train), ("fit-gate", fit_gate)):
+    for name, command in (
+        ("trace", trace),
+        ("sae-train", sae_train),
+        ("sae-eval", sae_eval),
+        ("fit-gate", fit_gate),
+    ):
         app.command(name)(command)
 
 
@@ -91,6 +101,7 @@ def sae_train(
     batch: Annotated[int, typer.Option(help="Tokens of a step.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 4e-4,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
+    text: MeasuredText = None,
     model: Model = None,
     config: Config = None,
 ) -> None:
@@ -103,6 +114,7 @@ def sae_train(
         trace=trace,
         out=out,
         work=work,
+        text=text,
         options={
             "layer": layer,
             "width": width,
@@ -114,6 +126,21 @@ def sae_train(
         },
         say=_say,
     )
+
+
+def sae_eval(
+    dictionary: Annotated[Path, typer.Option("--dictionary", help="Folder of a dictionary with manifest.")],
+    trace: Annotated[Path, typer.Option("--trace", help="Trace whose held-out sequences are measured on.")],
+    text: MeasuredText = None,
+    model: Model = None,
+    config: Config = None,
+) -> None:
+    """Measure a dictionary on held-out sequences, beside SAELens' own numbers for the same tokens."""
+    from discovery import cli as jobs
+    from interpretops.settings import load_settings
+
+    settings = load_settings(config, {"model.name": model})
+    jobs.sae_eval(settings, dictionary=dictionary, trace=trace, text=text, say=_say)
 
 
 def fit_gate(
@@ -134,7 +161,7 @@ def fit_gate(
     ] = "6,7,8,9,10,11,12,13,14",
     gate_rank: Annotated[int, typer.Option(help="ReLU rows at each of these layers.")] = 32,
     gate_steps: Annotated[int, typer.Option(help="Training steps of the gate.")] = 1200,
-    firing_weight: Annotated[float, typer.Option(help="Weight of leaving benign prompts as they are.")] = 0.5,
+    firing_weight: Annotated[float, typer.Option(help="Weight of leaving benign prompts as they are.")] = 4.0,
     benign_budget: Annotated[
         float, typer.Option(help="Share of benign selection prompts that may be refused.")
     ] = 0.015,
