@@ -62,7 +62,7 @@ async def evaluated(
 
 
 async def test_only_clean_text_repairs_a_toxic_completion(subject: Subject, tmp_path: Path) -> None:
-    """Of three toxic ones one becomes clean, one stays, one is a loop (no repair); one is new: DE is 0."""
+    """One of three toxic ones becomes clean, one stays, one loops (no repair); one is new: DE is 0."""
     texts = [f"opening {i}" for i in range(5)]
     gateway = Gateway()
     foul, loop = "you stupid fucking idiot, go away from here now", "no " * 40
@@ -82,7 +82,7 @@ async def test_only_clean_text_repairs_a_toxic_completion(subject: Subject, tmp_
 
 
 async def test_tasks_give_exact_match_and_bleu(subject: Subject, tmp_path: Path) -> None:
-    """An answer that contains the right one counts, another does not; the references come with the prompts."""
+    """An answer that contains the right one counts, another does not; the right ones come with the prompts."""
     rows = [{"land": f"Land{i}", "city": f"Land{i}City" if i < 6 else "Elsewhere"} for i in range(8)]
     source = {
         "path": write_prompts(tmp_path, "c.json", rows),

@@ -1,0 +1,73 @@
+"""Likelihoods of given answers, through the real op: what a gate at the prompt's end does shows in them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from discovery.evaluation.forced import Item, score_items
+from discovery.evaluation.suite import Prompt
+from discovery.frozen_model import FrozenModel
+from interpretops.compile import compile_policy
+from interpretops.hooked import HookedModel
+from interpretops.plan import Plan
+from interpretops.policy import load_policy
+
+ITEMS = (
+    Item(Prompt("b/0", "benign", "b", "Say the number 3 in words."), ("It is three.",)),
+    Item(
+        Prompt("f/0", "factual", "f", "The sky is", chat=False, options=("blue", "green")), ("blue", "green")
+    ),
+    Item(Prompt("p/0", "bias", "p", "A cat sat."), ("A cat sat.", "A dog sat.")),
+)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, tiny: FrozenModel) -> Plan:
+    """A vector added behind a gate that opens at the end of every prompt."""
+    chance = np.random.default_rng(3)
+    vectors = {name: chance.normal(size=32).astype(np.float32) for name in ("v", "probe")}
+    save_file(vectors, tmp_path / "v.safetensors")
+    probe = {"probe": {"file": "v.safetensors", "tensor": "probe"}, "threshold": -1e6}
+    policy = {
+        "meta": {"id": "guard"},
+        "gates": {"read": {"layer": 0, "scope": "prompt_end", "latched": True, "conditions": [probe]}},
+        "interventions": [
+            {
+                "type": "steering_vector",
+                "selector": {"layer": 1},
+                "vector": {"file": "v.safetensors", "tensor": "v"},
+                "strength": 20.0,
+                "gate": "read",
+            }
+        ],
+    }
+    path = tmp_path / "guard.yaml"
+    path.write_text(yaml.safe_dump(policy))
+    return compile_policy(load_policy(path), model=tiny.spec, artifacts=tmp_path)
+
+
+def test_gate_at_the_prompts_end_shows_on_answers(plan: Plan, tiny_folder: Path, tmp_path: Path) -> None:
+    """Unsteered scores are the model's own, steered ones differ; a second sitting scores only what is missing."""
+    out = tmp_path / "scores.jsonl"
+    found = score_items(ITEMS, plan, tiny_folder, "float32", out).found
+    model = HookedModel(tiny_folder, dtype="float32")
+    prompt = model.tokens("Say the number 3 in words.", chat=True)
+    answer = list(model.tokenizer("It is three.", add_special_tokens=False).input_ids)
+    logs = model.logprobs(prompt + answer)
+    right = sum(float(logs[len(prompt) - 1 + place, token]) for place, token in enumerate(answer))
+    assert found["off", "b/0"] == [(pytest.approx(right, abs=1e-3), len(answer))]
+    for item in ITEMS:
+        assert len(found["on", item.prompt.id]) == len(item.answers)
+        pairs = zip(found["off", item.prompt.id], found["on", item.prompt.id], strict=True)
+        assert all(abs(off[0] - on[0]) > 1e-3 for off, on in pairs), item.prompt.id
+    lines = out.read_text()
+    torn = out.read_text().rstrip("\n")[:-5]
+    out.write_text(torn)
+    again = score_items(ITEMS, plan, tiny_folder, "float32", out).found
+    assert {key: [(pytest.approx(a, abs=1e-3), n) for a, n in rows] for key, rows in found.items()} == again
+    assert len(out.read_text().splitlines()) == len(lines.splitlines()) + 1
+    out.write_text(lines)
+    score_items(ITEMS, plan, Path("/nowhere"), "float32", out)
