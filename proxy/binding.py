@@ -12,12 +12,16 @@ from multidict import CIMultiDictProxy
 
 from interpretops.errors import ConfigError
 from interpretops.settings import Binding, Match
+from proxy.compositions import joint_name
 from proxy.refusal import PolicyConflict, PolicyForbidden, UnknownModel, UnknownPolicy
 
 HEADER: Final = "X-Steering-Policy"
 NONE: Final = "none"
 """The policy id that asks for an unsteered answer, where the bindings allow it."""
 
+MAX_JOINT: Final = 8
+"""Most sets of policies that may be mandatory together: each takes rows in the engine's tables."""
+_MOST_GROUPS: Final = 4096
 _CHOICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -39,6 +43,7 @@ class Decision:
     """The policy that applies, and why."""
 
     policy: str
+    """Its id; `a+b` for several that are mandatory together."""
     mode: str
     """`mandatory`, `default` or `optional`; `unbound` when nothing applies and nothing was asked for."""
 
@@ -79,10 +84,8 @@ def decide(bindings: Sequence[Binding], caller: Caller, known: Collection[str]) 
     matching = [binding for binding in bindings if _matches(binding, caller)]
     mandatory = {binding.policy for binding in matching if binding.mode == "mandatory"}
     if mandatory:
-        if len(mandatory) > 1:
-            raise ConfigError(f"bindings: {sorted(mandatory)} are all mandatory for one request; keep one")
-        (demanded,) = mandatory
-        if caller.choice not in (None, demanded):
+        demanded = joint_name(mandatory)
+        if caller.choice not in (None, *mandatory):
             raise PolicyForbidden(
                 f"policy {demanded!r} is mandatory here, but the request asks for {caller.choice!r}; "
                 f"leave out {HEADER} and the model's +<policy>"
@@ -110,16 +113,32 @@ def choices(bindings: Sequence[Binding], caller: Caller, known: Collection[str])
     return sorted(set(known) if "*" in named else set(known) & named)
 
 
-def check_bindings(bindings: Sequence[Binding]) -> None:
-    """Refuse at start what could only fail at a request: two mandatory policies for one caller."""
+def joint_mandatory(bindings: Sequence[Binding]) -> list[frozenset[str]]:
+    """All sets of several policies that one request could find mandatory; refuses what cannot be.
+
+    Matches are conjunctions of equalities: bindings that meet two by two all meet in one request.
+    """
     mandatory = [(i, binding) for i, binding in enumerate(bindings) if binding.mode == "mandatory"]
     for (first, one), (second, other) in itertools.combinations(mandatory, 2):
-        if one.policy != other.policy and _overlap(one.match, other.match):
+        differ = one.policy != other.policy and _meet(one.match, other.match)
+        if differ and NONE in (one.policy, other.policy):
             raise ConfigError(
                 f"bindings[{second}].policy = {other.policy!r}, but bindings[{first}] makes {one.policy!r} "
-                "mandatory for some of the same requests, and only one policy can apply; keep one, or write "
-                "one policy with the interventions of both"
+                "mandatory for some of the same requests; keep one"
             )
+    found: set[frozenset[str]] = set()
+    groups: list[list[Binding]] = [[]]
+    for _, binding in mandatory:
+        joined = [[*group, binding] for group in groups if all(_meet(b.match, binding.match) for b in group)]
+        groups.extend(joined)
+        sets = [frozenset(member.policy for member in group) for group in joined]
+        found.update(policies for policies in sets if len(policies) > 1)
+        if len(groups) > _MOST_GROUPS or len(found) > MAX_JOINT:
+            raise ConfigError(
+                f"bindings: more than {MAX_JOINT} sets of policies can be mandatory together; bind fewer, or "
+                "write one policy with the interventions of several"
+            )
+    return sorted(found, key=sorted)
 
 
 def explain(bindings: Sequence[Binding], caller: Caller) -> list[dict[str, object]]:
@@ -151,7 +170,7 @@ def _matches(binding: Binding, caller: Caller) -> bool:
     )
 
 
-def _overlap(one: Match, other: Match) -> bool:
+def _meet(one: Match, other: Match) -> bool:
     """Whether one request could match both. A key is taken to be anybody's: its tenant may change."""
     pairs = zip(one.model_dump().values(), other.model_dump().values(), strict=True)
     return all(mine == theirs or mine is None or theirs is None for mine, theirs in pairs)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from structlog.typing import FilteringBoundLogger
 
-from interpretops.errors import EngineError, PolicyError
+from interpretops.errors import EngineError, PlanError, PolicyError
 from proxy.binding import NONE
+from proxy.compositions import Compositions
 from proxy.engine_link import EngineLink, ProvenEngine
 from proxy.entry import Entry, ReloadReport
 from proxy.metrics import Metrics
@@ -42,6 +43,7 @@ class Catalogue:
         metrics: Metrics,
         log: FilteringBoundLogger,
         *,
+        joint: Collection[frozenset[str]] = (),
         require_cards: bool = False,
         record: Callable[..., None] = lambda event, **fields: None,
     ) -> None:
@@ -54,6 +56,7 @@ class Catalogue:
         self._metrics = metrics
         self._log = log
         self.residency = Residency(link, log)
+        self.compositions = Compositions(joint, self.residency)
         self.entries: dict[str, Entry] = {}
         self.file_errors: dict[Path, str] = {}
         """Why a file is not what serves, or serves nothing."""
@@ -64,7 +67,8 @@ class Catalogue:
     @property
     def missing(self) -> list[str]:
         """Policies that bindings demand and that cannot be served now."""
-        return sorted(policy for policy in self._demanded if self._available(policy) is None)
+        alone = sorted(policy for policy in self._demanded if self._available(policy) is None)
+        return [*alone, *self.compositions.missing]
 
     @contextmanager
     def pin(self, policy: str) -> Iterator[Revision | None]:
@@ -82,6 +86,9 @@ class Catalogue:
         """Load everything into an engine that has nothing yet."""
         async with self._lock:
             self.residency.forget()
+            compiled_for = {e.active.model_fingerprint for e in self.entries.values() if e.active is not None}
+            if compiled_for - {engine.spec.fingerprint}:
+                self.compositions.forget()
             for entry in self.entries.values():
                 if entry.active is not None and entry.active.model_fingerprint != engine.spec.fingerprint:
                     entry.forget()
@@ -129,6 +136,8 @@ class Catalogue:
         return waiting
 
     def _available(self, policy: str) -> Revision | None:
+        if policy in self.compositions:
+            return self.compositions.active(policy)
         entry = self.entries.get(policy)
         active = None if entry is None else entry.active
         return active if active is not None and active in self.residency else None
@@ -159,6 +168,10 @@ class Catalogue:
                 await self._restore(engine, entry, report)
             if entry.candidate is not None and not entry.rolled_back:
                 await self._look_at_card(engine, entry, report)
+        try:
+            await self.compositions.restore(engine)
+        except EngineError as error:
+            self._note_failure(report, self._folder, None, f"composed policies: {error}")
         for path, digest in files.items():
             if force or self._seen.get(path) != digest:
                 await self._bring_in(engine, path, digest, report, force=force)
@@ -279,7 +292,15 @@ class Catalogue:
     async def _activate(self, engine: ProvenEngine, entry: Entry, fresh: Revision) -> None:
         """Load into the engine, then swap: from here on every request that is accepted gets ``fresh``."""
         await self.residency.load(engine, fresh)
+        active = {policy: other.active for policy, other in self.entries.items() if other.active is not None}
+        try:
+            composed = await self.compositions.load(engine, fresh, active)
+        except (PlanError, EngineError) as error:
+            if entry.active is None or entry.active.revision != fresh.revision:
+                self.residency.retire(fresh)
+            raise EngineError(str(error)) from error
         old = entry.swap(fresh)
+        self.compositions.swap(composed)
         self._metrics.policy_unproven.labels(entry.policy).set(0)
         if old is not None:
             self._metrics.policy_info.remove(entry.policy, old.revision[:12])

@@ -15,7 +15,7 @@ from proxy.access import Access
 from proxy.admin import make_admin_app
 from proxy.app import make_public_app
 from proxy.audit import AuditLog
-from proxy.binding import check_bindings, demanded
+from proxy.binding import demanded, joint_mandatory
 from proxy.budget import Budgets
 from proxy.catalogue import Catalogue
 from proxy.engine_link import EngineLink
@@ -48,7 +48,6 @@ def make_app(
 
     Raises `ConfigError`.
     """
-    check_bindings(settings.bindings)
     metrics = Metrics()
     link = EngineLink(metrics, log)
     paths = settings.paths
@@ -60,6 +59,7 @@ def make_app(
         link,
         metrics,
         log,
+        joint=joint_mandatory(settings.bindings),
         require_cards=settings.policies.require_cards,
         record=_nothing if audit is None else audit.append,
     )

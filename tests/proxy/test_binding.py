@@ -7,7 +7,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from interpretops.errors import ConfigError
 from interpretops.settings import Binding, Match
-from proxy.binding import HEADER, Caller, check_bindings, decide, read_caller
+from proxy.binding import HEADER, Caller, decide, joint_mandatory, read_caller
 from proxy.refusal import PolicyConflict, PolicyForbidden, UnknownModel, UnknownPolicy
 
 CHAT = "/v1/chat/completions"
@@ -110,18 +110,14 @@ def test_model_name_with_a_plus_is_served():
     assert read_caller(CHAT, headers(), "m+x+calm", {"m+x"}).choice == "calm"
 
 
-def test_two_mandatory_policies_for_the_same_requests_stop_the_start():
-    """What could only fail at every request fails at start, and says where."""
-    twice = (Binding(policy="a", mode="mandatory"), Binding(policy="b", mode="mandatory"))
-    with pytest.raises(
-        ConfigError, match=r"bindings\[1\].policy = 'b', but bindings\[0\] makes 'a' mandatory"
-    ):
-        check_bindings(twice)
+def mandatory(policy, **match):
+    return Binding(policy=policy, mode="mandatory", match=Match(**match))
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "conflict"),
+    ("one", "other", "joint"),
     [
+        ({}, {}, True),
         ({"tenant": "x"}, {"route": CHAT}, True),
         ({"tenant": "x"}, {}, True),
         ({"tenant": "x"}, {"key": "k"}, True),
@@ -130,16 +126,28 @@ def test_two_mandatory_policies_for_the_same_requests_stop_the_start():
         ({"model_alias": "m"}, {"model_alias": "n"}, False),
     ],
 )
-def test_mandatory_policies_conflict_where_one_request_could_match_both(one, other, conflict):
-    """Bindings of different kinds conflict when some caller falls under both; the same policy never does."""
-    pair = [Binding(policy="a", mode="mandatory", match=Match(**one))]
-    check_bindings([*pair, Binding(policy="a", mode="mandatory", match=Match(**other))])
-    pair.append(Binding(policy="b", mode="mandatory", match=Match(**other)))
-    if conflict:
-        with pytest.raises(ConfigError, match="only one policy can apply"):
-            check_bindings(pair)
-    else:
-        check_bindings(pair)
+def test_policies_are_mandatory_together_where_one_request_could_match_both(one, other, joint):
+    """Bindings of different kinds meet when some caller falls under both; the same policy is always one."""
+    assert joint_mandatory([mandatory("a", **one), mandatory("a", **other)]) == []
+    found = joint_mandatory([mandatory("a", **one), mandatory("b", **other)])
+    assert found == ([frozenset("ab")] if joint else [])
+    both = caller(tenant="x", key="k")
+    decided = decide([mandatory("a"), mandatory("b")], both, KNOWN)
+    assert (decided.policy, decided.mode) == ("a+b", "mandatory")
+
+
+def test_every_set_that_could_meet_is_known():
+    """Of three bindings that meet in pairs and all together, every combination has a plan of its own."""
+    three = [mandatory("a", tenant="x"), mandatory("b", route=CHAT), mandatory("c")]
+    assert joint_mandatory(three) == [frozenset(s) for s in ("ab", "abc", "ac", "bc")]
+    with pytest.raises(ConfigError, match="more than 8 sets of policies"):
+        joint_mandatory([mandatory(name) for name in "abcdefgh"])
+
+
+def test_steering_and_its_absence_cannot_both_be_demanded():
+    """A mandatory policy and a mandatory `none` for one request stop the start, and say where."""
+    with pytest.raises(ConfigError, match=r"\[1\].policy = 'none', but bindings\[0\] makes 'a' mandatory"):
+        joint_mandatory([mandatory("a"), mandatory("none", route=CHAT)])
 
 
 async def test_mandatory_policy_that_cannot_be_loaded_refuses_everyone(start, engine):

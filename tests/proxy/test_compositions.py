@@ -1,0 +1,103 @@
+"""Several policies that are mandatory together: one plan, swapped with its members, or nobody is served."""
+
+import pytest
+
+BOTH = [
+    {"policy": "calm", "mode": "mandatory"},
+    {"policy": "strict", "mode": "mandatory", "match": {"route": "/v1/chat/completions"}},
+    {"policy": "*"},
+]
+
+
+def write(folder, name, layer, scale=0.5):
+    (folder / f"{name}.yaml").write_text(
+        f"meta: {{id: {name}}}\ninterventions:\n"
+        f"  - {{type: head_scale, selector: {{layer: {layer}, heads: [0]}}, scale: {scale}}}\n"
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "policies"
+    path.mkdir()
+    write(path, "calm", 1)
+    write(path, "strict", 2)
+    return path
+
+
+async def reload(front):
+    async with front.admin.post("/admin/reload") as answer:
+        return await answer.json()
+
+
+def sites(engine, revision):
+    return sorted(site.layer for site in engine.plans[revision].edits)
+
+
+async def test_request_under_two_mandatory_policies_gets_both(start, engine, folder):
+    """One compiled plan holds the edits of both; where only one is demanded, that one applies alone."""
+    front = await start(bindings=BOTH)
+    _, headers, _ = await front.chat()
+    assert headers["X-Steering-Policy"].startswith("calm+strict@")
+    assert sites(engine, engine.seen[-1]["vllm_xargs"]["interpretops_revision"]) == [1, 2]
+    async with front.public.post("/v1/completions", json={"model": "tiny-model", "prompt": "x"}) as answer:
+        assert answer.headers["X-Steering-Policy"].startswith("calm@")
+    assert sites(engine, engine.seen[-1]["vllm_xargs"]["interpretops_revision"]) == [1]
+    for choice, status in (("calm", 200), ("strict", 200), ("none", 403)):
+        asked, headers, _ = await front.chat(headers={"X-Steering-Policy": choice})
+        assert asked == status
+        assert status == 403 or headers["X-Steering-Policy"].startswith("calm+strict@")
+
+
+async def test_edit_of_one_member_reaches_the_whole_at_once(start, engine, folder):
+    """After a reload both the member alone and the composed plan hold the edit, and old rows are freed."""
+    front = await start(bindings=BOTH, **{"gateway.watch_policies": False})
+    before = set(engine.plans)
+    write(folder, "strict", 3)
+    assert (await reload(front))["ok"]
+    await front.chat()
+    now = engine.seen[-1]["vllm_xargs"]["interpretops_revision"]
+    assert sites(engine, now) == [1, 3]
+    assert now not in before
+    assert len(before & set(engine.plans)) == 1
+
+
+async def test_edit_that_makes_them_clash_changes_nothing(start, engine, folder):
+    """Policies that edit the same place are not composed: the last good plans serve on, the fault is told."""
+    front = await start(bindings=BOTH, **{"gateway.watch_policies": False})
+    _, before, _ = await front.chat()
+    write(folder, "strict", 1)
+    report = await reload(front)
+    (told,) = report["failed"].values()
+    assert "policies 'calm' and 'strict' cannot be composed: both edit 1.attn_z" in told
+    _, after, _ = await front.chat()
+    assert after["X-Steering-Policy"] == before["X-Steering-Policy"]
+    assert len(engine.plans) == 3
+
+
+async def test_policies_that_clash_from_the_start_serve_nobody(start, engine, folder):
+    """Nothing is served in place of what cannot be composed; readiness and the list say so."""
+    write(folder, "strict", 1)
+    front = await start(bindings=BOTH)
+    status, _, body = await front.chat()
+    assert (status, body["error"]["code"]) == (503, "policy_unavailable")
+    assert not await front.engine_ready()
+    assert "calm+strict" in (await front.policy_list())["not_ready"]
+    assert "cannot be composed" in await front.policy_error("strict")
+    assert engine.seen == []
+
+
+async def test_restarted_engine_gets_the_composed_plan_again(start, engine, folder, until):
+    """After a restart nobody is served before the engine holds the composed plan too."""
+    front = await start(bindings=BOTH)
+    engine.plans.clear()
+    engine.boot_id = "second"
+    seen = set()
+
+    async def served():
+        status, headers, _ = await front.chat()
+        seen.add((status, headers.get("X-Steering-Policy", "").split("@")[0]))
+        return status == 200 and len(engine.plans) == 3
+
+    await until(served)
+    assert seen <= {(200, "calm+strict"), (502, ""), (503, "")}
