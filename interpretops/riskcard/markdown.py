@@ -30,10 +30,13 @@ def card_markdown(card: RiskCard) -> str:
 
 
 def comparison_markdown(cards: Sequence[RiskCard]) -> str:
-    """Cards side by side, their verdicts last; a warning first when they are not of the same kind."""
+    """Cards side by side, their verdicts last; a warning first when they are not of the same kind.
+
+    Columns are filled up with blanks, so that the table reads as well in a terminal.
+    """
     table = comparison_table(cards)
     verdicts = ("verdict", *(verdict(card).status for card in cards))
-    lines = _rows(Table(table.title, table.heads, (*table.rows, verdicts)))
+    lines = _rows(Table(table.title, table.heads, (*table.rows, verdicts)), aligned=True)
     for what, values in (
         ("suites", {card.record.suite_sha256 for card in cards}),
         ("models", {card.model.fingerprint for card in cards}),
@@ -43,9 +46,14 @@ def comparison_markdown(cards: Sequence[RiskCard]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(table: Table) -> list[str]:
-    rows = [table.heads, tuple("---" for _ in table.heads), *table.rows]
-    return ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows]
+def _rows(table: Table, *, aligned: bool = False) -> list[str]:
+    rows = [[_plain(cell) for cell in row] for row in (table.heads, *table.rows)]
+    widths = [max(3, *(len(row[place]) for row in rows)) if aligned else 3 for place in range(len(rows[0]))]
+    rows.insert(1, ["-" * width for width in widths])
+    return [
+        "| " + " | ".join(cell.ljust(width * aligned) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
 
 
 def _plain(text: str) -> str:

@@ -148,5 +148,9 @@ def comparison_table(cards: Sequence[RiskCard]) -> Table:
     rows += [
         (MEASURES[name][0], *(with_interval(name, card.measures[name]) for card in cards))
         for name in MEASURES
+        if any(card.measures[name].value is not None for card in cards)
     ]
+    rows.append(("answers", *(f"{card.record.settings.get('answers_sha256', '-')}"[:12] for card in cards)))
+    cached = "cached_prompt_tokens"
+    rows.append(("cached tokens", *(f"{card.record.settings.get(cached, '-')}" for card in cards)))
     return Table("Comparison", heads, tuple(rows))

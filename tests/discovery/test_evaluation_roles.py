@@ -82,7 +82,7 @@ async def test_only_clean_text_repairs_a_toxic_completion(subject: Subject, tmp_
 
 
 async def test_tasks_give_exact_match_and_bleu(subject: Subject, tmp_path: Path) -> None:
-    """An answer that contains the right one counts, another does not; the right ones come with the prompts."""
+    """An answer that contains the right one counts, another does not; right ones come with the prompts."""
     rows = [{"land": f"Land{i}", "city": f"Land{i}City" if i < 6 else "Elsewhere"} for i in range(8)]
     source = {
         "path": write_prompts(tmp_path, "c.json", rows),

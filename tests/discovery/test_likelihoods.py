@@ -50,7 +50,7 @@ def plan(tmp_path: Path, tiny: FrozenModel) -> Plan:
 
 
 def test_gate_at_the_prompts_end_shows_on_answers(plan: Plan, tiny_folder: Path, tmp_path: Path) -> None:
-    """Unsteered scores are the model's own, steered ones differ; a second sitting scores only what is missing."""
+    """Unsteered scores are the model's own, steered ones differ; a second sitting scores what is missing."""
     out = tmp_path / "scores.jsonl"
     found = score_items(ITEMS, plan, tiny_folder, "float32", out).found
     model = HookedModel(tiny_folder, dtype="float32")
