@@ -1,7 +1,6 @@
 """Who gets in: keys, tenants and roles, on both listeners."""
 
 import asyncio
-import ipaddress
 import ssl
 import subprocess
 import sys
@@ -10,10 +9,7 @@ from datetime import UTC, datetime, timedelta
 import aiohttp
 import pytest
 from aiohttp import web
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from certificates import write_certificate
 
 from interpretops.api_keys import KeyRing, make_key, read_keys, write_keys
 from interpretops.errors import ConfigError
@@ -262,31 +258,6 @@ async def test_page_of_a_foreign_name_cannot_read_the_admin_routes(start):
             assert answer.status == status
     assert not names_this_machine("127.0.0.1.evil.example")
     assert not names_this_machine(None)
-
-
-def write_certificate(folder):
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
-    secret = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "gateway")])
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder(name, name, secret.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .sign(secret, hashes.SHA256())
-    )
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    key.write_bytes(
-        secret.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return cert, key
 
 
 async def test_listener_with_a_certificate_speaks_tls_only(tmp_path):
