@@ -113,13 +113,13 @@ async def reload(request: web.Request) -> web.Response:
 async def change_policy(request: web.Request) -> web.Response:
     """Promote a candidate, or go back to the revision before. Recorded before it is done.
 
-    Body of a promotion, optional: ``{"override": {"by": …, "why": …}}``, to promote without a card that meets
-    the policy's criteria.
+    Body of a promotion, optional: ``{"to": "shadow"}`` to run the candidate unseen beside the active one;
+    ``{"override": {"by": …, "why": …}}`` to promote without a card that meets the policy's criteria.
     """
     gateway = request.app[GATEWAY]
     policy, catalogue, change = request.match_info["id"], gateway.catalogue, request.match_info["change"]
-    override = await _override(request, change)
-    fields: dict[str, Any] = {"policy": policy, "by": request[ADMIN]}
+    override, to = await _wish(request, change)
+    fields: dict[str, Any] = {"policy": policy, "by": request[ADMIN], "to": to}
     if override is not None:
         if gateway.audit is None:
             raise AdminRefused("an override must be recorded, and there is no audit log; set audit.path")
@@ -129,7 +129,9 @@ async def change_policy(request: web.Request) -> web.Response:
             fields["revision"] = catalogue.candidate(policy).revision
         if gateway.audit is not None:
             await gateway.audit.append_durably(change, **fields)
-        if change == "promote":
+        if to == "shadow":
+            await catalogue.cast_shadow(policy)
+        elif change == "promote":
             await catalogue.promote(policy, override=override is not None)
         else:
             await catalogue.rollback(policy)
@@ -142,15 +144,17 @@ async def change_policy(request: web.Request) -> web.Response:
     return web.json_response(_entry(gateway, catalogue.entries[policy]))
 
 
-async def _override(request: web.Request, change: str) -> dict[str, str] | None:
-    """Who overrides what a card does not show, and why; None when nobody does."""
+async def _wish(request: web.Request, change: str) -> tuple[dict[str, str] | None, str]:
+    """Who overrides what a card does not show, and why, if anybody does; and the state that is wished for."""
     raw = await read_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=10)
     body = parse_strict(raw) if raw.strip() else {}
-    override = body.get("override")
-    if body.keys() - {"override"} or (override is not None and change != "promote"):
-        raise InvalidRequest("the body of a promotion holds at most `override`, that of a rollback nothing")
+    override, to = body.get("override"), body.get("to", "active")
+    if body.keys() - {"override", "to"} or (body and change != "promote"):
+        raise InvalidRequest("a promotion's body holds at most `override` and `to`, a rollback's nothing")
+    if to not in ("active", "shadow"):
+        raise InvalidRequest("to must be active or shadow", param="to")
     if override is None:
-        return None
+        return None, to
     if not isinstance(override, dict) or override.keys() != {"by", "why"}:
         raise InvalidRequest("override needs `by` and `why`, and nothing else", param="override")
     for name, value in override.items():
@@ -159,7 +163,7 @@ async def _override(request: web.Request, change: str) -> dict[str, str] | None:
                 f"override.{name} must be a text of at most {_MAX_REASON} characters",
                 param=f"override.{name}",
             )
-    return override
+    return override, to
 
 
 async def resolve(request: web.Request) -> web.Response:
@@ -241,4 +245,8 @@ async def show_metrics(request: web.Request) -> web.Response:
 
 def _entry(gateway: Gateway, entry: Entry) -> dict[str, Any]:
     active = entry.active
-    return entry.shown(0 if active is None else gateway.catalogue.residency.pins(active))
+    tally = gateway.shadows.tallies.get(entry.policy)
+    return {
+        **entry.shown(0 if active is None else gateway.catalogue.residency.pins(active)),
+        "shadow": None if tally is None else tally.shown(),
+    }

@@ -104,12 +104,18 @@ async def _answer(request: web.Request, route: Route, meter: Meter) -> web.Strea
         charge = meter.reserve(body, len(raw))
         trail.headers.update(meter.headers())
         unknown: int | None = None
+        shadow = gateway.catalogue.shadow(decision.policy)
+        trail.keep_answer = gateway.shadows.wanted(shadow)
         try:
             with gateway.metrics.in_flight.track_inprogress():
-                return await relay(request, Demand(gateway, engine, route, body, revision, trail))
+                response = await relay(request, Demand(gateway, engine, route, body, revision, trail))
         except Refusal:
             unknown = 0
             raise
+        else:
+            if shadow is not None and trail.keep_answer and trail.reason is None:
+                gateway.shadows.repeat(engine, route, body, shadow, trail)
+            return response
         finally:
             gateway.settlements.settle(charge, engine, trail, unknown)
 

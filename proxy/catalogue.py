@@ -128,6 +128,21 @@ class Catalogue:
                 self._note_unproven(entry, f"overridden: {why}")
             return target
 
+    async def cast_shadow(self, policy: str) -> Revision:
+        """Let the candidate run beside the active revision, on a share of its traffic, unseen."""
+        async with self._lock:
+            entry, target = self._entry(policy), self.candidate(policy)
+            await self.residency.load(self._engine(), target)
+            entry.candidate_state = "shadow"
+            self._record("policy_shadow", policy=policy, revision=target.revision)
+            return target
+
+    def shadow(self, policy: str) -> Revision | None:
+        """The revision that runs beside the active one of ``policy``, if there is one and it is resident."""
+        entry = self.entries.get(policy)
+        found = None if entry is None else entry.shadow
+        return found if found is not None and found in self.residency else None
+
     def candidate(self, policy: str) -> Revision:
         """The revision that waits. Raises `PolicyError` when none does."""
         waiting = self._entry(policy).candidate
@@ -166,6 +181,9 @@ class Catalogue:
         for entry in self.entries.values():
             if entry.active is not None and entry.active not in self.residency:
                 await self._restore(engine, entry, report)
+            if entry.shadow is not None and entry.shadow not in self.residency:
+                # Lost with an engine; it waits as any candidate until a person casts it again.
+                entry.candidate_state = "candidate"
             if entry.candidate is not None and not entry.rolled_back:
                 await self._look_at_card(engine, entry, report)
         try:
@@ -216,6 +234,7 @@ class Catalogue:
                 if entry.active not in self.residency:
                     await self.residency.load(engine, entry.active)
                 if not entry.rolled_back:
+                    self._end_shadow(entry, entry.active)
                     # The file was changed back: what waited is nobody's wish any more.
                     entry.candidate = entry.waits_for = None
             elif not held:
@@ -260,6 +279,7 @@ class Catalogue:
                 "policy_candidate", policy=entry.policy, revision=fresh.revision, why=fresh.card
             )
             self._record("policy_candidate", policy=entry.policy, revision=fresh.revision, why=fresh.card)
+        self._end_shadow(entry, fresh)
         entry.wait(fresh, fresh.card)
         report.waiting[fresh.label] = fresh.card
 
@@ -277,6 +297,13 @@ class Catalogue:
             self._note_failure(report, waiting.file, entry.policy, f"{waiting.file}: {error}")
         else:
             report.loaded.append(waiting.label)
+
+    def _end_shadow(self, entry: Entry, fresh: Revision) -> None:
+        """Free a shadow that another revision takes the place of."""
+        shadow = entry.shadow
+        if shadow is not None and shadow.revision != fresh.revision:
+            entry.candidate_state = "candidate"
+            self.residency.retire(shadow)
 
     async def _judge(self, revision: Revision) -> tuple[bool, str]:
         return await asyncio.to_thread(
@@ -299,6 +326,7 @@ class Catalogue:
             if entry.active is None or entry.active.revision != fresh.revision:
                 self.residency.retire(fresh)
             raise EngineError(str(error)) from error
+        self._end_shadow(entry, fresh)
         old = entry.swap(fresh)
         self.compositions.swap(composed)
         self._metrics.policy_unproven.labels(entry.policy).set(0)
@@ -335,6 +363,8 @@ class Catalogue:
         self._metrics.policy_unproven.labels(policy).set(0)
         self._log.info("policy_removed", policy=policy, file=str(path))
         self._record("policy_removed", policy=policy)
+        if entry.shadow is not None:
+            self.residency.retire(entry.shadow)
         if entry.active is not None:
             self._metrics.policy_info.remove(policy, entry.active.revision[:12])
             self.residency.retire(entry.active)

@@ -37,16 +37,22 @@ class Entry:
         """Whether a revision is the one that was rolled back."""
         return self.rolled_back and self.candidate is not None and self.candidate.revision == fresh.revision
 
+    @property
+    def shadow(self) -> Revision | None:
+        """The candidate, while it is to run beside the active revision."""
+        return self.candidate if self.candidate_state == "shadow" else None
+
     def swap(self, fresh: Revision) -> Revision | None:
         """Make a revision the active one; the one that was is returned."""
         old = self.active
         self.previous, self.active, self.candidate, self.waits_for = old, fresh, None, None
-        self.unproven, self.rolled_back = None, False
+        self.candidate_state, self.unproven, self.rolled_back = "candidate", None, False
         return old
 
     def forget(self) -> None:
         """All of it was compiled for another model."""
         self.active = self.previous = self.candidate = self.waits_for = self.unproven = None
+        self.candidate_state = "candidate"
 
     def shown(self, in_flight: int) -> dict[str, Any]:
         """For operators."""

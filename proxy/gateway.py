@@ -23,6 +23,7 @@ from proxy.engine_loop import Engine, EngineLoop
 from proxy.limits import Limiter
 from proxy.metrics import Metrics
 from proxy.settlements import Settlements
+from proxy.shadow import Shadows
 from proxy.stalls import StallWatch
 from proxy.state import Gateway
 from proxy.watch import watch_keys, watch_policies
@@ -68,8 +69,25 @@ def make_app(
     budgets = Budgets(paths.state.expanduser() if budgeted else None, log)
     settlements = Settlements(metrics)
     stalls = StallWatch(settings.gateway, metrics, log)
+    shadows = Shadows(
+        settings.policies.shadow_share,
+        catalogue.residency,
+        settings.gateway.request_timeout_s,
+        metrics,
+        log,
+    )
     gateway = Gateway(
-        settings, link, catalogue, access, Limiter(budgets), settlements, stalls, audit, metrics, log
+        settings=settings,
+        link=link,
+        catalogue=catalogue,
+        access=access,
+        limiter=Limiter(budgets),
+        settlements=settlements,
+        stalls=stalls,
+        shadows=shadows,
+        audit=audit,
+        metrics=metrics,
+        log=log,
     )
     loop = EngineLoop(settings, link, make_engine, catalogue.prepare, metrics, log, progress)
 
@@ -109,6 +127,7 @@ def make_app(
         task = asyncio.create_task(budgets.keep(), name="budgets")
         yield
         await _end(task)
+        await shadows.close()
         await settlements.close()
         budgets.close()
 

@@ -66,6 +66,12 @@ class Metrics:
             ("policy", "revision"),
             registry=registry,
         )
+        self.shadow_requests = Counter(
+            "interpretops_shadow_requests",
+            "Requests repeated under a revision in state shadow, by what it would have changed.",
+            ("policy", "result"),
+            registry=registry,
+        )
         self.policy_unproven = Gauge(
             "interpretops_policy_unproven",
             "1 while a policy serves without a Risk Card that meets its success criteria.",

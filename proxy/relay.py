@@ -128,6 +128,8 @@ async def _relay_whole(
         raise _engine_gone(error) from error
     demand.trail.engine_s = time.perf_counter() - sent_at
     receipt = await _proof(demand, nonce)
+    if demand.trail.keep_answer:
+        demand.trail.answer = answer
     headers = {**demand.headers, RECEIPT_HEADER: json.dumps(receipt, separators=(",", ":"))}
     return web.Response(body=answer, content_type="application/json", headers=headers)
 

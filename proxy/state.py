@@ -18,6 +18,7 @@ from proxy.limits import Limiter
 from proxy.metrics import Metrics
 from proxy.refusal import UnknownModel
 from proxy.settlements import Settlements
+from proxy.shadow import Shadows
 from proxy.stalls import StallWatch
 
 
@@ -32,6 +33,7 @@ class Gateway:
     limiter: Limiter
     settlements: Settlements
     stalls: StallWatch
+    shadows: Shadows
     audit: AuditLog | None
     metrics: Metrics
     log: FilteringBoundLogger

@@ -33,6 +33,10 @@ class Trail:
     """(token, gate) pairs at which a conditional gate was open, as the receipt says."""
     nonce: str | None = None
     """Names the receipt, once the request was sent to the engine."""
+    keep_answer: bool = False
+    """Whether the answer is to be compared with a shadow's."""
+    answer: bytes | None = None
+    """The answer, where it is to be compared; forgotten with the request."""
     headers: dict[str, str] = field(default_factory=dict)
     """Further headers of the answer."""
     ttft_s: float | None = None

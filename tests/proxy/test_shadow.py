@@ -1,0 +1,99 @@
+"""A shadow runs beside the active revision, reaches nobody, and counts what it would have changed."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+async def front(start, engine, tmp_path):
+    """A gateway with a policy that serves and one that waits for its card, every request sampled."""
+    front = await start("calm", **{"gateway.watch_policies": False, "policies.shadow_share": 1.0})
+    path = front.policies / "calm.yaml"
+    text = path.read_text().replace("0.5", "0.25")
+    path.write_text(text + "evaluation: {success_criteria: {collateral_damage_max: 0.05}}\n")
+    async with front.admin.post("/admin/reload"):
+        pass
+    return front
+
+
+async def entry(front):
+    return (await front.policy_list())["policies"][0]
+
+
+async def cast(front, **body):
+    async with front.admin.post("/admin/policies/calm/promote", json={"to": "shadow", **body}) as answer:
+        return answer.status
+
+
+def asked(engine):
+    return [seen["vllm_xargs"]["interpretops_revision"] for seen in engine.seen]
+
+
+async def test_shadow_answers_nobody_and_is_counted(front, engine, until):
+    """The caller gets the active revision's answer, once; the shadow's result is a count and a metric."""
+    found = await entry(front)
+    assert await cast(front) == 200
+    assert [listed["state"] for listed in (await entry(front))["revisions"]] == ["active", "shadow"]
+    for fields, total in (
+        ({"temperature": 0}, {"changed": 1}),
+        ({"temperature": 1}, {"changed": 1, "uncompared": 1}),
+        ({"temperature": 0, "stream": True}, {"changed": 1, "uncompared": 2}),
+    ):
+        engine.seen.clear()
+        _, headers, body = await front.chat(model="tiny-model+calm", **fields)
+        assert headers["X-Steering-Policy"] == f"calm@{found['revision'][:12]}"
+        assert found["candidate"] not in json.dumps(body)
+
+        async def counted(total=total):
+            tally = (await entry(front))["shadow"]
+            return tally is not None and tally["requests"] == total
+
+        await until(counted)
+        assert asked(engine) == [found["revision"], found["candidate"]]
+        assert not engine.seen[1].get("stream")
+    assert (await entry(front))["shadow"]["revision"] == found["candidate"]
+    metrics = front.apps.gateway.metrics.render()
+    assert b'interpretops_shadow_requests_total{policy="calm",result="changed"} 1.0' in metrics
+
+
+async def test_shadow_that_fails_disturbs_no_answer(front, engine, until):
+    """Whatever becomes of the shadow, the caller has its answer; the failure is counted."""
+    await cast(front)
+    candidate = (await entry(front))["candidate"]
+    engine.plans.pop(candidate)
+    assert (await front.chat(model="tiny-model+calm"))[0] == 200
+
+    async def counted():
+        tally = (await entry(front))["shadow"]
+        return tally is not None and tally["requests"] == {"failed": 1}
+
+    await until(counted)
+
+
+async def test_only_requests_of_its_policy_are_repeated(front, engine):
+    """Pass-through and other policies have no shadow, nor has a candidate that was not cast."""
+    await front.chat(model="tiny-model+calm")
+    await cast(front)
+    await front.chat()
+    assert len(engine.seen) == 2
+
+
+async def test_shadow_ends_with_its_candidate(front, engine, policy_writer, until):
+    """A file that changes again frees the shadow's rows; a promotion needs its card as before."""
+    await cast(front)
+    candidate = (await entry(front))["candidate"]
+    assert candidate in engine.plans
+    async with front.admin.post("/admin/policies/calm/promote") as answer:
+        assert answer.status == 409
+    policy_writer(front.policies, "calm", 0.75)
+    async with front.admin.post("/admin/reload"):
+        pass
+
+    async def freed():
+        return candidate not in engine.plans
+
+    await until(freed)
+    assert (await entry(front))["candidate"] is None
+    assert await cast(front) == 409
+    assert await cast(front, to="retired") == 400
