@@ -45,11 +45,19 @@ def trace(
 
 
 def sae_train(
-    settings: Settings, *, trace: Path, out: Path, work: Path, options: dict[str, Any], say: Say
+    settings: Settings,
+    *,
+    trace: Path,
+    out: Path,
+    work: Path,
+    text: Path | None,
+    measured_tokens: int,
+    options: dict[str, Any],
+    say: Say,
 ) -> None:
     """Train a dictionary on a trace, measure it on the trace's held-out sequences, write ``out``."""
     from discovery.activations import TraceReader
-    from discovery.dictionary_artifact import measure, write_dictionary
+    from discovery.dictionary_artifact import write_dictionary
     from discovery.sae_train import TrainSettings, save_dictionary, train
 
     chosen = TrainSettings(**options)
@@ -57,20 +65,76 @@ def sae_train(
     reader = TraceReader(trace, chosen.layer)
     _refuse_noncommercial(reader.record["data"])
     model = _model(settings, say)
-    if model.spec.fingerprint != reader.record["model"]["fingerprint"]:
-        raise DiscoveryError(
-            f"{trace}: was traced from another model ({reader.record['model']['name']}, fingerprint "
-            f"{reader.record['model']['fingerprint'][:12]}), not {model.spec.name}; trace again"
-        )
+    _check_traced(reader.record, model, trace)
     trainer = train(reader, chosen, work)
     draft = work / out.name
     save_dictionary(trainer, draft)
-    metrics = measure(model, reader, chosen, draft)
+    metrics = _measure(model, trace, chosen.layer, reader.max_norm, draft, text, measured_tokens)
     write_dictionary(reader, chosen, metrics, draft)
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(draft, out)
     say(f"{out}: {json.dumps(metrics)}")
+
+
+def sae_eval(
+    settings: Settings,
+    *,
+    dictionary: Path,
+    trace: Path,
+    text: Path | None,
+    measured_tokens: int,
+    say: Say,
+) -> None:
+    """Measure a SAELens dictionary on the held-out sequences of a trace, and on a text; write nothing."""
+    from interpretops.dictionary.manifest import read_manifest
+
+    manifest = read_manifest(dictionary)
+    if manifest.layout != "saelens" or manifest.point != "resid_post":
+        raise DiscoveryError(
+            f"{dictionary}: is of layout {manifest.layout} at {manifest.point}, but what can be measured is "
+            "saelens at resid_post"
+        )
+    bound = float("inf") if manifest.max_norm is None else manifest.max_norm
+    model = _model(settings, say)
+    if manifest.model.fingerprint != model.spec.fingerprint:
+        raise DiscoveryError(
+            f"{dictionary}: belongs to {manifest.model.name} (fingerprint "
+            f"{manifest.model.fingerprint[:12]}), not to {model.spec.name}; name its model with --model"
+        )
+    found = _measure(model, trace, manifest.layer, bound, dictionary, text, measured_tokens)
+    say(json.dumps(found, indent=1))
+
+
+def _check_traced(record: dict[str, Any], model: Any, trace: Path) -> None:
+    if model.spec.fingerprint != record["model"]["fingerprint"]:
+        raise DiscoveryError(
+            f"{trace}: was traced from another model ({record['model']['name']}, fingerprint "
+            f"{record['model']['fingerprint'][:12]}), not {model.spec.name}; trace again"
+        )
+
+
+def _measure(
+    model: Any,
+    trace: Path,
+    layer: int,
+    max_norm: float,
+    dictionary: Path,
+    text: Path | None,
+    measured_tokens: int,
+) -> dict[str, Any]:
+    from discovery.activations import read_held_out, text_to_measure
+    from discovery.dictionary_artifact import measure
+    from discovery.sources import Source
+    from discovery.trace import read_trace_record
+
+    record = read_trace_record(trace)
+    _check_traced(record, model, trace)
+    besides = None
+    if text is not None:
+        context = int(record["settings"]["context"])
+        besides = text_to_measure(model, Source(text, "text"), context, measured_tokens)
+    return measure(model, layer, max_norm, dictionary, read_held_out(trace, measured_tokens), besides)
 
 
 def fit_gate(

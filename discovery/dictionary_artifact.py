@@ -4,13 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from discovery.activations import TraceReader
+from discovery.activations import HeldOut, TraceReader
 from discovery.frozen_model import FrozenModel
 from discovery.run_record import run_record, write_json
 from discovery.sae_train import WEIGHTS, TrainSettings, reconstruction
-from discovery.splice import splice_metrics
+from discovery.saelens_metrics import saelens_metrics
+from discovery.splice import splice_by_part
 from interpretops.dictionary.manifest import (
     DictionaryManifest,
     MetricsRecord,
@@ -21,17 +20,28 @@ from interpretops.dictionary.manifest import (
     write_manifest,
 )
 
-MEASURED_TOKENS = 20_000
-
 
 def measure(
-    model: FrozenModel, reader: TraceReader, settings: TrainSettings, folder: Path
-) -> dict[str, float | None]:
-    """Splice the dictionary in ``folder``, as it lies on disk, into the model on the held-out sequences."""
-    tokens, mask = reader.held_out(MEASURED_TOKENS)
-    with torch.no_grad():
-        found = splice_metrics(model, settings.layer, reader.max_norm, reconstruction(folder), tokens, mask)
-    return found.record()
+    model: FrozenModel,
+    layer: int,
+    max_norm: float,
+    folder: Path,
+    held_out: HeldOut,
+    text: HeldOut | None = None,
+) -> dict[str, Any]:
+    """Splice the dictionary in ``folder``, as it lies on disk, into the model on the held-out sequences.
+
+    The whole, each part, and ``saelens``: what SAELens' own evaluation finds on the same tokens. ``text`` is
+    measured besides and counts for no more than its own part.
+    """
+    rebuild = reconstruction(folder)
+    told = (model, layer, max_norm, rebuild)
+    whole, parts = splice_by_part(*told, held_out.tokens, held_out.mask, held_out.parts)
+    if text is not None:
+        parts |= splice_by_part(*told, text.tokens, text.mask, text.parts)[1]
+    saelens = saelens_metrics(model, layer, max_norm, folder, held_out.tokens, held_out.mask)
+    shown = {name: part.record() for name, part in parts.items()}
+    return whole.record() | {"parts": shown, "saelens": saelens}
 
 
 def write_dictionary(

@@ -3,8 +3,8 @@
 Attention sinks (tokens above the norm bound) are neither replaced nor counted.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,66 +42,128 @@ class SpliceMetrics:
         return {k: None if v is None else round(float(v), 6) for k, v in asdict(self).items()}
 
 
-@torch.no_grad()
+@dataclass
+class _Tally:
+    """Sums over the tokens of one part; those of several parts add up to their union's."""
+
+    fired: Tensor
+    total: Tensor
+    seen: int = 0
+    squares: float = 0.0
+    errors: float = 0.0
+    active: float = 0.0
+    count: int = 0
+    loss: dict[str, float] = field(default_factory=lambda: {"model": 0.0, "spliced": 0.0, "mean": 0.0})
+
+    def add_activations(self, x: Tensor, features: Tensor, rebuilt: Tensor) -> None:
+        self.fired |= (features != 0).any(0)
+        self.total += x.double().sum(0)
+        self.seen += len(x)
+        self.squares += float(x.double().square().sum())
+        self.errors += float((x - rebuilt).double().square().sum())
+        self.active += float((features != 0).sum())
+
+    def add(self, other: "_Tally") -> None:
+        self.fired |= other.fired
+        self.total += other.total
+        for name in ("seen", "squares", "errors", "active", "count"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, loss in other.loss.items():
+            self.loss[name] += loss
+
+    def metrics(self) -> SpliceMetrics:
+        ce = {name: total / max(self.count, 1) for name, total in self.loss.items()}
+        variance = self.squares - float(self.total.square().sum()) / max(self.seen, 1)
+        lost = ce["mean"] - ce["model"]
+        return SpliceMetrics(
+            tokens=self.count,
+            ce_model=ce["model"],
+            ce_spliced=ce["spliced"],
+            ce_mean_ablated=ce["mean"],
+            delta_ce=ce["spliced"] - ce["model"],
+            ce_recovered=(ce["mean"] - ce["spliced"]) / lost if lost > 0 else None,
+            fvu=self.errors / max(variance, 1e-12),
+            l0=self.active / max(self.seen, 1),
+            dead_share=float((~self.fired).float().mean()),
+        )
+
+
 def splice_metrics(
     model: FrozenModel, layer: int, max_norm: float, reconstruct: Reconstruct, tokens: Tensor, mask: Tensor
 ) -> SpliceMetrics:
     """Measure a dictionary on token ids and mask [B, T]."""
-    fired: Tensor | None = None
-    squares = errors = active = torch.zeros((), dtype=torch.float64)
+    return splice_by_part(model, layer, max_norm, reconstruct, tokens, mask, [""] * len(tokens))[0]
+
+
+@torch.no_grad()
+def splice_by_part(
+    model: FrozenModel,
+    layer: int,
+    max_norm: float,
+    reconstruct: Reconstruct,
+    tokens: Tensor,
+    mask: Tensor,
+    parts: Sequence[str],
+) -> tuple[SpliceMetrics, dict[str, SpliceMetrics]]:
+    """Measure a dictionary on token ids and mask [B, T]: on all, and on each part (one name per row)."""
     mean = _mean(model, layer, max_norm, tokens, mask)
-    losses = {"model": 0.0, "spliced": 0.0, "mean": 0.0}
-    count = 0
-    seen = 0
-    for start in range(0, len(tokens), ROWS):
-        ids = tokens[start : start + ROWS].to(model.device)
-        live = mask[start : start + ROWS].to(model.device)
-        counted: Tensor | None = None
+    features = reconstruct(mean[None])[0].shape[1]
 
-        def splice(x: Tensor, live: Tensor = live) -> Tensor:
-            nonlocal counted, fired, squares, errors, active, seen
-            counted = live.bool() & (x.float().norm(dim=-1) <= max_norm)
-            flat = x[counted].float()
-            features, rebuilt = reconstruct(flat)
-            fired = (features != 0).any(0) if fired is None else fired | (features != 0).any(0)
-            active = active + (features != 0).sum().double()
-            squares = squares + (flat - mean).double().square().sum()
-            errors = errors + (flat - rebuilt).double().square().sum()
-            seen += len(flat)
-            edited = x.clone()
-            edited[counted] = rebuilt.to(x.dtype)
-            return edited
+    def tally() -> _Tally:
+        fired = torch.zeros(features, dtype=torch.bool, device=model.device)
+        return _Tally(fired, torch.zeros_like(mean, dtype=torch.float64))
 
-        def ablate(x: Tensor, live: Tensor = live) -> Tensor:
-            edited = x.clone()
-            edited[live.bool() & (x.float().norm(dim=-1) <= max_norm)] = mean.to(x.dtype)
-            return edited
+    tallies = {part: tally() for part in dict.fromkeys(parts)}
+    for part, into in tallies.items():
+        rows = torch.tensor([row for row, name in enumerate(parts) if name == part])
+        for some in torch.split(rows, ROWS):
+            live = mask[some]
+            longest = int(live.sum(1).max())
+            ids, live = tokens[some, :longest].to(model.device), live[:, :longest].to(model.device)
+            _measure(model, layer, max_norm, reconstruct, ids, live, mean, into)
+    whole = tally()
+    for into in tallies.values():
+        whole.add(into)
+    return whole.metrics(), {part: into.metrics() for part, into in tallies.items()}
 
-        logits = {}
-        for name, edits in (("model", {}), ("spliced", {layer: splice}), ("mean", {layer: ablate})):
-            with model.edited(edits):
-                logits[name] = model.network(input_ids=ids, attention_mask=live, use_cache=False).logits
-        assert counted is not None
-        target = ids[:, 1:]
-        which = counted[:, :-1] & live[:, 1:].bool()
-        count += int(which.sum())
-        for name, values in logits.items():
-            picked = values[:, :-1][which].float()
-            losses[name] += float(cross_entropy(picked, target[which], reduction="sum"))
-    ce = {name: total / max(count, 1) for name, total in losses.items()}
-    lost = ce["mean"] - ce["model"]
-    assert fired is not None
-    return SpliceMetrics(
-        tokens=count,
-        ce_model=ce["model"],
-        ce_spliced=ce["spliced"],
-        ce_mean_ablated=ce["mean"],
-        delta_ce=ce["spliced"] - ce["model"],
-        ce_recovered=(ce["mean"] - ce["spliced"]) / lost if lost > 0 else None,
-        fvu=float(errors / squares.clamp(min=1e-12)),
-        l0=float(active) / max(seen, 1),
-        dead_share=float((~fired).float().mean()),
-    )
+
+def _measure(
+    model: FrozenModel,
+    layer: int,
+    max_norm: float,
+    reconstruct: Reconstruct,
+    ids: Tensor,
+    live: Tensor,
+    mean: Tensor,
+    into: _Tally,
+) -> None:
+    counted = live.bool()
+
+    def splice(x: Tensor) -> Tensor:
+        nonlocal counted
+        counted = live.bool() & (x.float().norm(dim=-1) <= max_norm)
+        flat = x[counted].float()
+        features, rebuilt = reconstruct(flat)
+        into.add_activations(flat, features, rebuilt)
+        edited = x.clone()
+        edited[counted] = rebuilt.to(x.dtype)
+        return edited
+
+    def ablate(x: Tensor) -> Tensor:
+        edited = x.clone()
+        edited[live.bool() & (x.float().norm(dim=-1) <= max_norm)] = mean.to(x.dtype)
+        return edited
+
+    logits = {}
+    for name, edits in (("model", {}), ("spliced", {layer: splice}), ("mean", {layer: ablate})):
+        with model.edited(edits):
+            logits[name] = model.network(input_ids=ids, attention_mask=live, use_cache=False).logits
+    target = ids[:, 1:]
+    which = counted[:, :-1] & live[:, 1:].bool()
+    into.count += int(which.sum())
+    for name, values in logits.items():
+        picked = values[:, :-1][which].float()
+        into.loss[name] += float(cross_entropy(picked, target[which], reduction="sum"))
 
 
 def _mean(model: FrozenModel, layer: int, max_norm: float, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ MeasuredText = Annotated[
     Path | None,
     typer.Option("--text", help="Text to measure on besides; never trained on.", show_default=False),
 ]
+MeasuredTokens = Annotated[int, typer.Option(help="Held-out tokens to measure on, and as many of --text.")]
 
 
 def _say(line: str) -> None:
@@ -102,6 +103,7 @@ def sae_train(
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 4e-4,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
     text: MeasuredText = None,
+    measured_tokens: MeasuredTokens = 20_000,
     model: Model = None,
     config: Config = None,
 ) -> None:
@@ -115,6 +117,7 @@ def sae_train(
         out=out,
         work=work,
         text=text,
+        measured_tokens=measured_tokens,
         options={
             "layer": layer,
             "width": width,
@@ -132,6 +135,7 @@ def sae_eval(
     dictionary: Annotated[Path, typer.Option("--dictionary", help="Folder of a dictionary with manifest.")],
     trace: Annotated[Path, typer.Option("--trace", help="Trace whose held-out sequences are measured on.")],
     text: MeasuredText = None,
+    measured_tokens: MeasuredTokens = 20_000,
     model: Model = None,
     config: Config = None,
 ) -> None:
@@ -140,7 +144,14 @@ def sae_eval(
     from interpretops.settings import load_settings
 
     settings = load_settings(config, {"model.name": model})
-    jobs.sae_eval(settings, dictionary=dictionary, trace=trace, text=text, say=_say)
+    jobs.sae_eval(
+        settings,
+        dictionary=dictionary,
+        trace=trace,
+        text=text,
+        measured_tokens=measured_tokens,
+        say=_say,
+    )
 
 
 def fit_gate(

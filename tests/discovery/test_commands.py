@@ -1,5 +1,6 @@
 """The commands as a user types them: `mechctl trace` and `sae-train` end to end, faults in one line."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def mechctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def test_prompts_to_dictionary(mechctl, tiny_folder: Path, prompts: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """`trace` then `sae-train` leave a dictionary that the library finds for the model."""
+    """`trace`, then `sae-train`, leave a dictionary that the library finds; `sae-eval` finds its figures."""
     traced, out = tmp_path / "traced", tmp_path / "artifacts" / "tiny-llama" / "tiny-2"
     model = ("--model", tiny_folder)
     status, text, errors = mechctl(
@@ -41,7 +42,13 @@ def test_prompts_to_dictionary(mechctl, tiny_folder: Path, prompts: Path, tmp_pa
     assert status == 0
     assert "delta_ce" in text
     found = Artifacts(tmp_path / "artifacts", read_model_spec(tiny_folder))
-    assert found.dictionary(Site(2, "resid_post")).width == 64
+    dictionary = found.dictionary(Site(2, "resid_post"))
+    assert dictionary.width == 64
+    status, text, _ = mechctl("sae-eval", "--dictionary", out, "--trace", traced, *model)
+    assert status == 0
+    again = json.loads(text[text.index("{") :])
+    assert again["delta_ce"] == pytest.approx(dictionary.manifest.metrics.delta_ce, abs=1e-4)
+    assert again["saelens"]["l0"] == pytest.approx(again["l0"], abs=0.2)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from discovery import sae_train
-from discovery.activations import TraceReader, shuffled_batches
+from discovery.activations import TraceReader, read_held_out, shuffled_batches, text_to_measure
 from discovery.dictionary_artifact import measure, write_dictionary
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.sae_train import TrainSettings, reconstruction, save_dictionary, train
+from discovery.saelens_metrics import saelens_metrics
 from discovery.sources import DataList, Source
-from discovery.splice import splice_metrics
+from discovery.splice import splice_by_part, splice_metrics
 from discovery.stopping import Stopped
 from discovery.trace import TraceSettings, trace
 from interpretops.dictionary.load import open_dictionary
@@ -143,11 +144,16 @@ def test_trained_dictionary_is_what_the_library_reads(
     trainer = train(traced, SETTINGS, tmp_path / "work")
     folder = tmp_path / "tiny-dictionary"
     save_dictionary(trainer, folder)
-    metrics = measure(tiny, traced, SETTINGS, folder)
+    extra = folder.with_name("extra.txt")
+    extra.write_text("Something else altogether. " * 20)
+    text = text_to_measure(tiny, Source(extra, "text"), 48, 200)
+    metrics = measure(tiny, 2, traced.max_norm, folder, read_held_out(traced.folder, 20_000), text)
     write_dictionary(traced, SETTINGS, metrics, folder)
     manifest = read_manifest(folder)
     assert manifest.model.fingerprint == tiny.spec.fingerprint
-    assert metrics["fvu"] is not None
+    assert set(metrics["parts"]) == {"text", "extra"}
+    assert metrics["tokens"] == metrics["parts"]["text"]["tokens"]
+    assert metrics["saelens"]["l0"] == pytest.approx(metrics["l0"], abs=1e-3)
     assert manifest.metrics.fvu == metrics["fvu"] < 1.0
     assert manifest.training.data == ("lines (Apache-2.0)",)
     assert load_file(folder / "sae_weights.safetensors")["W_enc"].dtype == torch.float16
@@ -172,7 +178,8 @@ def test_metrics_at_their_extremes(
     fvu: float,
 ) -> None:
     """A perfect dictionary costs nothing; one that knows the mean alone explains nothing."""
-    tokens, mask = traced.held_out(100_000)
+    held_out = read_held_out(traced.folder, 100_000)
+    tokens, mask = held_out.tokens, held_out.mask
     found = splice_metrics(
         tiny, 2, traced.max_norm, lambda x: (torch.ones(len(x), 3), rebuild(x)), tokens, mask
     )
@@ -190,3 +197,37 @@ def test_bad_training_settings_are_refused(traced: TraceReader, tmp_path: Path) 
         train(traced, TrainSettings(layer=2, width=64, k=4, tokens=200_000, batch=100_000), tmp_path)
     with pytest.raises(DiscoveryError, match=r"layer = 1 was not traced"):
         TraceReader(traced.folder, 1)
+
+
+def test_metrics_agree_with_saelens_own(tiny: FrozenModel, traced: TraceReader, tmp_path: Path) -> None:
+    """On the same tokens SAELens' own evaluation finds our figures, sinks left out on both sides."""
+    folder = tmp_path / "tiny-dictionary"
+    save_dictionary(train(traced, SETTINGS, tmp_path / "work"), folder)
+    held_out = read_held_out(traced.folder, 3_000)
+    tokens, mask = held_out.tokens, held_out.mask
+    x = tiny.residuals(tokens, mask, [2])[2].norm(dim=-1)
+    bound = float(x[mask.bool()].quantile(0.9))  # every tenth token counts as a sink
+    ours = splice_metrics(tiny, 2, bound, reconstruction(folder), tokens, mask)
+    theirs = saelens_metrics(tiny, 2, bound, folder, tokens, mask)
+    assert theirs["explained_variance"] == pytest.approx(1 - ours.fvu, abs=1e-3)
+    assert theirs["l0"] == pytest.approx(ours.l0, abs=1e-3)
+    assert theirs["dead_share"] == pytest.approx(ours.dead_share, abs=1e-3)
+    assert theirs["ce_loss_without_sae"] == pytest.approx(ours.ce_model, abs=1e-3)
+    assert theirs["ce_loss_with_sae"] == pytest.approx(ours.ce_spliced, abs=1e-3)
+
+
+def test_parts_add_up_to_the_whole(tiny: FrozenModel, traced: TraceReader, tmp_path: Path) -> None:
+    """Each part is measured as if it were alone, and their tokens and losses add up to the whole's."""
+    folder = tmp_path / "tiny-dictionary"
+    save_dictionary(train(traced, SETTINGS, tmp_path / "work"), folder)
+    held_out = read_held_out(traced.folder, 3_000)
+    tokens, mask = held_out.tokens, held_out.mask
+    names = ["even" if row % 2 == 0 else "odd" for row in range(len(tokens))]
+    rebuild = reconstruction(folder)
+    whole, parts = splice_by_part(tiny, 2, traced.max_norm, rebuild, tokens, mask, names)
+    alone = splice_metrics(tiny, 2, traced.max_norm, rebuild, tokens[::2], mask[::2])
+    assert parts["even"].fvu == pytest.approx(alone.fvu, rel=1e-4)
+    assert parts["even"].delta_ce == pytest.approx(alone.delta_ce, abs=1e-5)
+    assert whole.tokens == parts["even"].tokens + parts["odd"].tokens
+    summed = sum(part.ce_spliced * part.tokens for part in parts.values())
+    assert whole.ce_spliced * whole.tokens == pytest.approx(summed)
