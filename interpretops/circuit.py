@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,7 +16,11 @@ from interpretops.policy_fields import Fraction, Index, Strictly
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-NodeKind = Literal["input", "head", "mlp", "logits"]
+ComponentKind = Literal["input", "head", "mlp", "logits"]
+"""Nodes that edges join."""
+NodeKind = ComponentKind | Literal["feature", "error"]
+FORMATS = (1, 2)
+"""Formats that can be read; 2 adds dictionaries and their features. Files are written in the last one."""
 Ablation = Literal["counterfactual", "mean"]
 
 
@@ -27,17 +32,22 @@ class CircuitError(InterpretOpsError):
 
 
 class CircuitNode(Strictly):
-    """A component: the token embedding, an attention head, an MLP, or the logits."""
+    """A component (the token embedding, a head, an MLP, the logits), or a feature of the residual stream."""
 
-    id: Annotated[str, Field(pattern=r"^(input|logits|a\d+\.h\d+|m\d+)$")]
-    """``input``, ``a<layer>.h<head>``, ``m<layer>`` or ``logits``."""
+    id: Annotated[str, Field(pattern=r"^(input|logits|a\d+\.h\d+|m\d+|f\d+\.\d+|e\d+)$")]
+    """``input``, ``a<layer>.h<head>``, ``m<layer>``, ``logits``, ``f<layer>.<feature>`` or ``e<layer>``."""
     kind: NodeKind
+    """``error`` is what a dictionary's features leave of the stream."""
     layer: Index | None = None
     head: Index | None = None
+    feature: Index | None = None
+    dictionary: str | None = None
+    """Of a feature or an error: the dictionary's id."""
     score: Finite
     """Attribution: the scores of all edges that leave the node, those outside the circuit too, summed.
 
-    For ``logits``, which no edge leaves, those of the edges that enter it."""
+    For ``logits``, which no edge leaves, those of the edges that enter it. For a feature the integrated
+    gradient along its own change."""
     ccs: Finite | None = None
     """Causal Contribution Score: share of the metric's contrast that is lost when the node alone is exactly
     replaced by its counterfactual value; None for ``input`` and ``logits``."""
@@ -46,8 +56,13 @@ class CircuitNode(Strictly):
     def _named_by_kind(self) -> Self:
         names = {"input": "input", "logits": "logits"}
         names |= {"head": f"a{self.layer}.h{self.head}", "mlp": f"m{self.layer}"}
+        names |= {"feature": f"f{self.layer}.{self.feature}", "error": f"e{self.layer}"}
         if self.id != names[self.kind]:
             raise ValueError(f"has id {self.id!r}, but kind, layer and head make {names[self.kind]!r}")
+        if (self.dictionary is None) == (self.kind in ("feature", "error")):
+            raise ValueError(
+                f"has dictionary {self.dictionary!r}; a feature names its dictionary, others none"
+            )
         return self
 
 
@@ -149,10 +164,39 @@ class Stability(Strictly):
     paraphrase_node_jaccard: Fraction | None = None
 
 
+class CircuitDictionary(Strictly):
+    """A dictionary of the residual stream, and how much of the contrast its features carry.
+
+    Shares are of the contrast M(clean) - M(corrupted), as Causal Contribution Scores are."""
+
+    id: str
+    layer: Index
+    width: Count
+    weights_sha256: Sha256
+    active: Index
+    """Features whose activation differs between the sides of some pair that was searched."""
+    score_features: Finite
+    """Sum of the attribution scores of all features."""
+    score_error: Finite
+    """That of the reconstruction error, a node of its own."""
+    ccs_all: Finite
+    """Share lost when all features together have their counterfactual values."""
+    ccs_named: Finite
+    """Share lost when the features among the circuit's nodes have theirs together."""
+    random_sets: Index
+    """Random sets of as many active features, beside which `ccs_named` is to be seen."""
+    ccs_random_mean: Finite
+    ccs_random_best: Finite
+    jaccard: Fraction
+    """Mean pairwise Jaccard of the features named on resampled pairs."""
+    chance: Fraction
+    """The same expected of uniformly random sets of active features."""
+
+
 class Circuit(Strictly):
     """A circuit with all that is needed to judge it and to find it again."""
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     target_class: str
     model: str
     fingerprint: Sha256
@@ -162,6 +206,8 @@ class Circuit(Strictly):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     nodes: Annotated[tuple[CircuitNode, ...], Field(min_length=2)]
     edges: Annotated[tuple[CircuitEdge, ...], Field(min_length=1)]
+    """Between components: features are scored, but not joined by edges."""
+    dictionaries: tuple[CircuitDictionary, ...] = ()
     faithfulness: tuple[Faithfulness, ...]
     stability: Stability
     run: dict[str, Any]
@@ -175,12 +221,31 @@ class Circuit(Strictly):
         ]
         if twice:
             raise ValueError(f"names {twice[0]} twice")
-        known = {node.id for node in self.nodes}
+        known = {node.id for node in self.nodes if node.dictionary is None}
         for edge in self.edges:
             for end in (edge.source, edge.target):
                 if end not in known:
                     raise ValueError(f"has an edge {edge.source}->{edge.target}, but no node {end!r}")
+        layers = {found.id: found.layer for found in self.dictionaries}
+        for node in self.nodes:
+            if node.dictionary is not None and layers.get(node.dictionary) != node.layer:
+                raise ValueError(f"has a node {node.id}, but no dictionary {node.dictionary!r} at that layer")
+        if self.format == 1 and self.dictionaries:
+            raise ValueError("names dictionaries, which format 1 does not have")
         return self
+
+    def components(self) -> tuple[CircuitNode, ...]:
+        """The heads and MLPs, strongest contribution first."""
+        return _strongest(node for node in self.nodes if node.kind in ("head", "mlp"))
+
+    def features(self, dictionary: str | None = None) -> tuple[CircuitNode, ...]:
+        """The features, of one dictionary or of all, strongest contribution first.
+
+        A positive contribution supports the behaviour, a negative one works against it.
+        """
+        return _strongest(
+            node for node in self.nodes if node.kind == "feature" and dictionary in (None, node.dictionary)
+        )
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
@@ -188,9 +253,18 @@ class Circuit(Strictly):
         write_atomically(path, (text + "\n").encode())
 
 
+def _strongest(nodes: Iterable[CircuitNode]) -> tuple[CircuitNode, ...]:
+    return tuple(sorted(nodes, key=lambda node: -abs(node.ccs or 0.0)))
+
+
 def load_circuit(path: Path) -> Circuit:
     """Read a circuit file of at most 16 MiB; raises `CircuitError`."""
     document = read_json_object(path, CircuitError)
+    if (found := document.get("format", FORMATS[-1])) not in FORMATS:
+        raise CircuitError(
+            f"{path}: format = {found!r}, but this version reads {' and '.join(map(str, FORMATS))}; "
+            "update interpretops, or search the circuit again"
+        )
     try:
         return Circuit.model_validate_json(json.dumps(document))
     except ValidationError as error:

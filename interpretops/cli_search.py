@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from interpretops.cli_options import Config, Model
+from interpretops.cli_options import Artifacts, Config, Model
 
 
 def search(
@@ -41,9 +41,17 @@ def search(
     random_circuits: Annotated[
         int, typer.Option(help="Random circuits of the same sizes, at least 20.")
     ] = 20,
+    dictionary: Annotated[
+        list[str] | None,
+        typer.Option("--dictionary", help="Dictionary whose features are scored too; may be repeated."),
+    ] = None,
+    features: Annotated[
+        int, typer.Option(help="Features of each dictionary whose contribution is measured exactly.")
+    ] = 32,
     batch: Annotated[int, typer.Option(help="Pairs of a forward pass.")] = 8,
     seed: Annotated[int, typer.Option(help="First seed of resamples and random circuits.")] = 0,
     model: Model = None,
+    artifacts: Artifacts = None,
     config: Config = None,
 ) -> None:
     """Search the circuit that carries a behaviour, and measure how faithful and how stable it is."""
@@ -56,7 +64,7 @@ def search(
     layout_as_given: Any = layout
     metric_as_given: Any = metric
     command.search(
-        load_settings(config, {"model.name": model}),
+        load_settings(config, {"model.name": model, "paths.artifacts": artifacts}),
         pairs=pairs,
         target_class=target_class,
         out=out,
@@ -78,8 +86,10 @@ def search(
             resamples=resamples,
             random_circuits=random_circuits,
             batch=batch,
+            features=features,
         ),
         held_out=held_out,
         limit=limit,
+        dictionaries=dictionary or (),
         say=typer.echo,
     )

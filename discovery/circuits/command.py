@@ -1,9 +1,8 @@
 """What the command `search` does: from settings and a file of pairs to a circuit file and a few lines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from discovery.circuits.pairs import (
     CLASS_ANSWERS,
@@ -16,9 +15,13 @@ from discovery.circuits.pairs import (
 )
 from discovery.circuits.search import CircuitSearch, SearchSettings
 from discovery.errors import DiscoveryError
+from discovery.frozen_model import FrozenModel
 from discovery.run_record import run_record
 from discovery.sources import sha256_of_file
-from interpretops.circuit import Circuit, DataFile
+from interpretops.artifacts import Artifacts
+from interpretops.circuit import Circuit, CircuitNode, DataFile
+from interpretops.dictionary import Dictionary
+from interpretops.errors import DictionaryError
 from interpretops.settings import Settings
 
 Say = Callable[[str], None]
@@ -35,6 +38,7 @@ def search(
     chosen: SearchSettings,
     held_out: float,
     limit: int | None,
+    dictionaries: Sequence[str],
     say: Say,
 ) -> None:
     """Search the circuit of a contrast and write it to ``out``; a run that was stopped goes on."""
@@ -44,6 +48,7 @@ def search(
     reading = _with_class_answers(reading, target_class, pairs)
     read_pairs(pairs, reading)  # a fault of the file shows before a model is loaded
     model = _model(settings, say)
+    opened = _dictionaries(settings, model, dictionaries)
     texts = read_pairs(pairs, reading, whole_years=len(model.text_ids("52")) == 1)
     encoded, skipped = encode_pairs(model, texts, reading)
     discovery, evaluation = split_pairs(encoded, held_out, limit)
@@ -55,8 +60,9 @@ def search(
         skipped_pairs=skipped,
     )
     options = asdict(chosen) | {"reading": asdict(reading), "held_out": held_out, "limit": limit}
+    options |= {"dictionaries": list(dictionaries)}
     record = run_record("search", chosen.seed, options, data.model_dump())
-    run = CircuitSearch(model, discovery, evaluation, chosen, work)
+    run = CircuitSearch(model, discovery, evaluation, chosen, work, opened)
     say(f"{pairs}: {len(discovery)} pairs to search, {len(evaluation)} to measure, {skipped} skipped")
     circuit = run.run(target_class, data, record)
     try:
@@ -73,8 +79,9 @@ def search(
 
 def summary(circuit: Circuit) -> list[str]:
     """A circuit's measures in a few lines."""
+    components = sum(node.dictionary is None for node in circuit.nodes)
     lines = [
-        f"{len(circuit.nodes)} of {circuit.method.nodes_of_model} nodes, "
+        f"{components} of {circuit.method.nodes_of_model} nodes, "
         f"{len(circuit.edges)} of {circuit.method.edges_of_model} edges"
     ]
     for found in circuit.faithfulness:
@@ -94,11 +101,34 @@ def summary(circuit: Circuit) -> list[str]:
         f"(chance {stable.edge_chance:.3f}), nodes {stable.node_jaccard:.3f} "
         f"(chance {stable.node_chance:.3f})"
     )
-    strongest = sorted(
-        (node for node in circuit.nodes if node.ccs is not None), key=lambda node: -abs(node.ccs or 0.0)
-    )
-    lines.append("strongest: " + ", ".join(f"{node.id} {node.ccs:.2f}" for node in strongest[:8]))
+    lines.append("strongest: " + _named(circuit.components()))
+    for held in circuit.dictionaries:
+        whole = held.score_features + held.score_error
+        lines.append(
+            f"{held.id}: {held.active} of {held.width} features differ, which carry "
+            f"{held.ccs_all:.3f} of the contrast (by attribution {held.score_features / whole:.3f}); "
+            f"{len(circuit.features(held.id))} named ones {held.ccs_named:.3f} "
+            f"({held.random_sets} random sets: {held.ccs_random_mean:.3f}); stability {held.jaccard:.3f} "
+            f"(chance {held.chance:.3f})"
+        )
+        lines.append("strongest: " + _named(circuit.features(held.id)))
     return lines
+
+
+def _named(nodes: Sequence[CircuitNode]) -> str:
+    return ", ".join(f"{node.id} {node.ccs:.2f}" for node in nodes[:8])
+
+
+def _dictionaries(settings: Settings, model: FrozenModel, names: Sequence[str]) -> list[Dictionary]:
+    """The dictionaries of the model that the command names."""
+    artifacts = Artifacts(settings.paths.artifacts, model.spec)
+    found = []
+    for name in dict.fromkeys(names):
+        try:
+            found.append(artifacts.named_dictionary(name))
+        except DictionaryError as error:
+            raise DiscoveryError(f"--dictionary {name}: {error}") from error
+    return found
 
 
 def _with_class_answers(reading: Reading, target_class: str, pairs: Path) -> Reading:
@@ -110,16 +140,14 @@ def _with_class_answers(reading: Reading, target_class: str, pairs: Path) -> Rea
     return replace(reading, answers=answers, wrong=wrong)
 
 
-def _model(settings: Settings, say: Say) -> Any:
-    """The model in float32 unless the settings name a dtype: in bfloat16, small effects drown in rounding."""
+def _model(settings: Settings, say: Say) -> FrozenModel:
+    """The model in float32, whatever dtype it is served in: in bfloat16, small effects drown in rounding."""
     import torch
 
-    from discovery.frozen_model import FrozenModel
     from interpretops.model_source import resolve_model
 
     folder = resolve_model(settings.model.name, settings.cache.dir, say, revision=settings.model.revision)
     device = settings.model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if settings.model.dtype == "auto" else getattr(torch, settings.model.dtype)
-    return FrozenModel(folder, dtype, device)
+    return FrozenModel(folder, torch.float32, device)

@@ -94,16 +94,22 @@ class GraphDecoder:
         return found
 
     def run(
-        self, embedded: Tensor, patches: Mapping[int, Tensor] | None = None, *, keep: bool = False
+        self,
+        embedded: Tensor,
+        patches: Mapping[int, Tensor] | None = None,
+        *,
+        keep: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The final stream [B, T, D], and with ``keep`` all nodes' outputs [N-1, B, T, D].
 
-        patches: outputs [B, T, D] to put in the place of nodes' own.
+        patches: outputs [B, T, D] to put in the place of nodes' own
+        layers: those to run instead of all; ``embedded`` is then the stream that enters the first of them
         """
         patches = patches or {}
         stream = patches.get(0, embedded)
         outputs = [stream[None]]
-        for layer in range(self.graph.layers):
+        for layer in range(self.graph.layers) if layers is None else layers:
             start, mlp = self.graph.first_head(layer), self.graph.mlp(layer)
             heads = self.head_outputs(layer, stream[None])
             patched = [index for index in range(start, mlp) if index in patches]

@@ -12,7 +12,7 @@ from discovery.circuits.graph import Edges
 from discovery.circuits.metric import Metric, measure
 from discovery.circuits.pairs import Pair, batches, contrast_start, shared_start
 from discovery.errors import DiscoveryError
-from interpretops.circuit import Ablation
+from interpretops.circuit import Ablation, RandomCircuits
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the model's edges at which MIB measures a circuit (arXiv:2504.13151)."""
@@ -126,3 +126,22 @@ def areas(sizes: Sequence[float], curve: Sequence[float]) -> Areas:
     """
     k, f = np.array([0.0, *sizes]), np.array([0.0, *curve])
     return Areas(float(np.trapezoid(f, k)), float(np.trapezoid(np.abs(1 - f), k)))
+
+
+def random_summary(evaluator: Evaluator, own: float, others: Sequence[Sequence[float]]) -> RandomCircuits:
+    """Measures of random circuits, given the metric of each at `SIZES` and, last, at the circuit's size."""
+    curves = [[evaluator.faithfulness(value) for value in row] for row in others]
+    last = np.array([curve[-1] for curve in curves])
+    found = [areas(SIZES, [*curve[:-1], 1.0]) for curve in curves]
+    cpr, cmd = np.array([area.cpr for area in found]), np.array([area.cmd for area in found])
+    distance = abs(1 - evaluator.faithfulness(own))
+    return RandomCircuits(
+        count=len(others),
+        faithfulness_mean=float(last.mean()),
+        faithfulness_best=float(last[np.abs(1 - last).argmin()]),
+        cpr_mean=float(cpr.mean()),
+        cpr_best=float(cpr.max()),
+        cmd_mean=float(cmd.mean()),
+        cmd_best=float(cmd.min()),
+        share_at_least_as_close=float((np.abs(1 - last) <= distance).mean()),
+    )

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from interpretops.circuit import NodeKind
+from interpretops.circuit import ComponentKind
 
 Edges = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.float64]
@@ -39,7 +39,7 @@ class Graph:
     def mlp(self, layer: int) -> int:
         return self.first_head(layer) + self.heads
 
-    def place(self, index: int) -> tuple[NodeKind, int | None, int | None]:
+    def place(self, index: int) -> tuple[ComponentKind, int | None, int | None]:
         """Kind, layer and head of a node."""
         if index == 0:
             return "input", None, None

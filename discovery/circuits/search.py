@@ -14,7 +14,9 @@ from torch import Tensor
 
 from discovery.circuits.attribution import edge_scores, node_scores, patching_effects
 from discovery.circuits.decoder import GraphDecoder
-from discovery.circuits.faithfulness import SIZES, Evaluator, areas
+from discovery.circuits.faithfulness import SIZES, Evaluator, areas, random_summary
+from discovery.circuits.feature_search import FeatureSearch, FeatureSettings
+from discovery.circuits.features import FeatureSite
 from discovery.circuits.graph import Edges, Scores, growth_order, prune, random_order
 from discovery.circuits.metric import METRICS, Metric
 from discovery.circuits.pairs import Pair, batches
@@ -31,9 +33,9 @@ from interpretops.circuit import (
     DataFile,
     Faithfulness,
     Method,
-    RandomCircuits,
     Stability,
 )
+from interpretops.dictionary import Dictionary
 
 ABLATIONS: tuple[Ablation, ...] = ("counterfactual", "mean")
 
@@ -50,12 +52,15 @@ class SearchSettings:
     resamples: int = 4
     random_circuits: int = 20
     batch: int = 8
+    features: int = 32
+    """Features of each dictionary whose exact contribution is measured."""
 
     def check(self) -> None:
         """Raise `DiscoveryError` for a value that cannot be."""
         if self.metric not in METRICS:
             raise DiscoveryError(f"metric = {self.metric!r}, but must be one of {', '.join(METRICS)}")
         lowest = {"edges": 1, "steps": 5, "seeds": 5, "resamples": 1, "random_circuits": 20, "batch": 1}
+        lowest["features"] = 1
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise DiscoveryError(f"{name} = {getattr(self, name)}, but must be at least {least}")
@@ -75,6 +80,7 @@ class CircuitSearch:
         evaluation: Sequence[Pair],
         settings: SearchSettings,
         work: Path,
+        dictionaries: Sequence[Dictionary] = (),
     ) -> None:
         settings.check()
         self.model, self.settings = model, settings
@@ -85,12 +91,17 @@ class CircuitSearch:
             raise DiscoveryError(
                 f"edges = {settings.edges}, but {model.spec.name} has {self.graph.edge_count} edges"
             )
+        self.sites = [FeatureSite(self.decoder, dictionary) for dictionary in dictionaries]
+        layers = [site.manifest.layer for site in self.sites]
+        if len(set(layers)) < len(layers):
+            names = ", ".join(site.manifest.id for site in self.sites)
+            raise DiscoveryError(f"dictionaries {names}: two are of one layer; search them one after another")
         identity = [
             model.spec.fingerprint,
             str(model.network.dtype),
             [asdict(pair) for pair in discovery],
             [asdict(pair) for pair in evaluation],
-            asdict(settings),
+            {name: value for name, value in asdict(settings).items() if name != "features"},
         ]
         self.steps = Steps(work / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16])
 
@@ -105,6 +116,9 @@ class CircuitSearch:
             )
         found = [self._faithfulness(ablation, mean, edges) for ablation in ABLATIONS]
         ccs = self._contributions(edges, found[0])
+        of_features = [
+            self._features(site).run(found[0].full_metric - found[0].empty_metric) for site in self.sites
+        ]
         return Circuit(
             target_class=target_class,
             model=self.model.spec.name,
@@ -118,11 +132,12 @@ class CircuitSearch:
             ),
             data=(data,),
             seeds=self._seeds(),
-            nodes=self._nodes(edges, mean, ccs),
+            nodes=(*self._nodes(edges, mean, ccs), *(node for nodes, _ in of_features for node in nodes)),
             edges=tuple(
                 CircuitEdge(source=self.graph.name(s), target=self.graph.name(t), score=float(mean[t, s]))
                 for t, s in sorted(np.argwhere(edges).tolist(), key=lambda e: -abs(mean[e[0], e[1]]))
             ),
+            dictionaries=tuple(record for _, record in of_features),
             faithfulness=tuple(found),
             stability=self._stability(scores, edges),
             run=record,
@@ -130,6 +145,18 @@ class CircuitSearch:
 
     def _seeds(self) -> tuple[int, ...]:
         return tuple(range(self.settings.seed, self.settings.seed + self.settings.seeds))
+
+    def _features(self, site: FeatureSite) -> FeatureSearch:
+        settings = FeatureSettings(
+            metric=self.settings.metric,
+            steps=self.settings.steps,
+            seeds=self._seeds(),
+            resamples=self.settings.resamples,
+            random_sets=self.settings.random_circuits,
+            batch=self.settings.batch,
+            most=self.settings.features,
+        )
+        return FeatureSearch(site, self.discovery, self.evaluation, settings, self.steps)
 
     def _attribute(self) -> Tensor:
         """EAP-IG scores of every pair and allowed edge [P, E]; one file a batch."""
@@ -185,7 +212,7 @@ class CircuitSearch:
             curve=tuple(curve),
             cpr=area.cpr,
             cmd=area.cmd,
-            random=_random_summary(evaluator, own[-1], others),
+            random=random_summary(evaluator, own[-1], others),
         )
 
     def _random_metrics(
@@ -273,21 +300,3 @@ class CircuitSearch:
 
     def _prune(self, mean: Scores) -> Edges:
         return prune(self.graph, growth_order(self.graph, mean), self.settings.edges)
-
-
-def _random_summary(evaluator: Evaluator, own: float, others: Sequence[Sequence[float]]) -> RandomCircuits:
-    curves = [[evaluator.faithfulness(value) for value in row] for row in others]
-    last = np.array([curve[-1] for curve in curves])
-    found = [areas(SIZES, [*curve[:-1], 1.0]) for curve in curves]
-    cpr, cmd = np.array([area.cpr for area in found]), np.array([area.cmd for area in found])
-    distance = abs(1 - evaluator.faithfulness(own))
-    return RandomCircuits(
-        count=len(others),
-        faithfulness_mean=float(last.mean()),
-        faithfulness_best=float(last[np.abs(1 - last).argmin()]),
-        cpr_mean=float(cpr.mean()),
-        cpr_best=float(cpr.max()),
-        cmd_mean=float(cmd.mean()),
-        cmd_best=float(cmd.min()),
-        share_at_least_as_close=float((np.abs(1 - last) <= distance).mean()),
-    )

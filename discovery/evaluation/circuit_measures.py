@@ -26,7 +26,7 @@ def circuit_measures(path: Path, fingerprint: str, seed: int) -> tuple[Measures,
             f"{path}: is a circuit of {circuit.model} (fingerprint {circuit.fingerprint[:12]}), but the "
             f"policy is measured on a model with {fingerprint[:12]}; search that model"
         )
-    units = [node.ccs for node in circuit.nodes if node.ccs is not None]
+    units = [node.ccs for node in circuit.components() if node.ccs is not None]
     name = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem)[:64]
     data = (Source(name=name, sha256=sha256_of_file(path), n=len(circuit.nodes)),)
     if len(units) < 2:

@@ -1,17 +1,26 @@
 """A Llama whose circuit is known by construction: one head copies, a second one speaks the copy."""
 
+import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from discovery.circuits.decoder import GraphDecoder
 from discovery.circuits.pairs import Pair
 from discovery.frozen_model import FrozenModel
+from interpretops.cli import main
+from interpretops.dictionary import DictionaryManifest, ModelReference, WeightsReference, write_manifest
+from interpretops.model_spec import read_model_spec
+from interpretops.plan import ModelSpec
+from interpretops.site import Point
 
 WORDS = 16
 """Vocabulary, and width of each of the three parts of the stream: what is read, copied, spoken."""
@@ -130,3 +139,72 @@ def pairs_file(tmp_path: Path) -> Path:
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+@pytest.fixture(scope="session")
+def artifacts(known_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dictionaries of the known model: `words` (a feature for each word that was copied), `late`, `heads`."""
+    root = tmp_path_factory.mktemp("artifacts")
+    spec = read_model_spec(known_folder)
+    for name, layer, point in (("words", 0, "resid_post"), ("late", 1, "resid_post"), ("heads", 0, "attn_z")):
+        save_words(root / spec.name / name, spec, layer, point)
+    return root
+
+
+def save_words(folder: Path, spec: ModelSpec, layer: int, point: Point) -> Path:
+    """A dictionary whose feature i is word i in the second third of the stream; 4 more never fire."""
+    eye = np.zeros((WORDS + 4, 3 * WORDS), np.float32)
+    eye[:WORDS, WORDS : 2 * WORDS] = np.eye(WORDS)
+    eye[WORDS:, -1] = 1
+    weights = {
+        "W_enc": np.ascontiguousarray(eye.T),
+        "W_dec": eye,
+        "b_enc": np.repeat(np.float32([0, -100]), [WORDS, 4]),
+        "b_dec": np.zeros(3 * WORDS, np.float32),
+        "threshold": np.full(WORDS + 4, 0.05, np.float32),
+    }
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "sae_weights.safetensors")
+    config = {
+        "architecture": "jumprelu",
+        "d_in": 3 * WORDS,
+        "d_sae": WORDS + 4,
+        "normalize_activations": "none",
+        "apply_b_dec_to_input": True,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    (folder / "cfg.json").write_text(json.dumps(config))
+    manifest = DictionaryManifest(
+        id=folder.name,
+        layout="saelens",
+        model=ModelReference(name=spec.name, fingerprint=spec.fingerprint),
+        layer=layer,
+        point=point,
+        width=WORDS + 4,
+        hidden_size=3 * WORDS,
+        activation="jumprelu",
+        weights=WeightsReference(
+            file="sae_weights.safetensors",
+            sha256=hashlib.sha256((folder / "sae_weights.safetensors").read_bytes()).hexdigest(),
+        ),
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture
+def mechctl(known_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Runs `mechctl search` on the known model; gives exit status, stdout, lines of stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, list[str]]:
+        words = ["mechctl", "search", "--model", known_folder, *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if line.strip() and "Loading" not in line]
+        return int(ended.value.code or 0), out, lines
+
+    return run

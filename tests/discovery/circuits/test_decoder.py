@@ -79,7 +79,7 @@ def test_family_with_norms_behind_attention_is_refused(tmp_path: Path, tiny_fold
 
 @torch.no_grad()
 def test_tokens_that_no_run_changes_are_left_out_exactly(family: GraphDecoder) -> None:
-    """Behind a shared start every run gives, at the remaining positions, what it gives of the whole prompts."""
+    """Behind a shared start every run gives, for the remaining tokens, what it gives of the whole prompts."""
     tokens, others = [PROMPT, [*PROMPT[:5], 2, 7, *PROMPT[7:]]], [OTHER, [*PROMPT[:5], 9, 1, *PROMPT[7:]]]
     embedded = family.embed(tokens)
     stream = family.run(embedded)[0]

@@ -1,34 +1,18 @@
 """`mechctl search` as a user types it: the known circuit in a file, stop and resume, faults in one line."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from discovery.circuits import command
 from discovery.circuits import search as search_module
 from discovery.circuits import steps as steps_module
+from discovery.frozen_model import FrozenModel
 from interpretops.circuit import load_circuit
-from interpretops.cli import main
 
 CIRCUIT = {("input", "a0.h1"), ("a0.h1", "a2.h0"), ("a2.h0", "logits")}
-
-
-@pytest.fixture
-def mechctl(known_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Runs `mechctl search` on the known model; gives exit status, stdout, lines of stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, list[str]]:
-        words = ["mechctl", "search", "--model", known_folder, *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if line.strip() and "Loading" not in line]
-        return int(ended.value.code or 0), out, lines
-
-    return run
 
 
 def test_known_circuit_is_written_with_its_measures(mechctl, pairs_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -88,6 +72,23 @@ def test_stopped_run_goes_on_and_ends_the_same(  # type: ignore[no-untyped-def]
     assert mechctl(*common, "--out", tmp_path / "b.json", "--work", tmp_path / "other")[0] == 0
     assert len(calls) - before - resumed == resumed + 1
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+
+
+def test_search_is_in_float32_whatever_is_served(  # type: ignore[no-untyped-def]
+    mechctl, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings' number format is the engine's; in bfloat16, small effects would drown in rounding."""
+    seen = []
+    real = command.FrozenModel
+
+    def noting(folder: Path, dtype: torch.dtype, device: str) -> FrozenModel:
+        seen.append(dtype)
+        return real(folder, dtype, device)
+
+    monkeypatch.setattr(command, "FrozenModel", noting)
+    words = ("--pairs", pairs_file, "--edges", 3, "--out", tmp_path / "c.json", "--work", tmp_path / "work")
+    assert mechctl(*words)[0] == 0
+    assert seen == [torch.float32]
 
 
 def row(**changes: object) -> str:
