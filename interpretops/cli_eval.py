@@ -65,7 +65,7 @@ Contrast = Annotated[
     Path | None,
     typer.Option(
         "--contrast",
-        help="Prompts that the DiffMean baseline is made of; for jailbreak policies we bring our own.",
+        help="Prompts that the DiffMean baseline is made of; else those that we bring for the class.",
         show_default=False,
     ),
 ]
@@ -132,7 +132,7 @@ def evaluate(
         ),
     ] = None,
     data_folder: DataFolder = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 48,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 40,
     concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 32,
     limit: Annotated[
         int | None, typer.Option(help="Most prompts of each role, for a quick look.", show_default=False)

@@ -36,7 +36,7 @@ def make_baselines(
     inputs = {
         "revision": subject.revision,
         "seed": seed,
-        "contrast": None if contrast is None else sha256_of_file(contrast),
+        "contrast": _hash_of(contrast or _contrast_of(subject.policy.meta.target_class)),
         "policy": hashlib.sha256(json.dumps(subject.policy.model_dump(mode="json")).encode()).hexdigest(),
     }
     if record.exists():
@@ -55,25 +55,43 @@ def make_baselines(
     return made
 
 
+def _hash_of(path: Path | None) -> str | None:
+    return None if path is None else sha256_of_file(path)
+
+
 def _direction(
     subject: Subject, contrast: Path | None, data_folder: str | None, seed: int
 ) -> Callable[[int], tuple[Array, str]] | str:
-    """How to get the DiffMean vector: from the given contrast, for jailbreak policies else from our own."""
+    """How to get the DiffMean vector: from the given contrast, else from the one that we bring."""
     assert subject.folder is not None
-    if contrast is None and subject.policy.meta.target_class != "jailbreak":
-        return "no contrast of this class; give --contrast FILE"
     from discovery.evaluation.diffmean import diffmean
 
-    if contrast is None or contrast == OWN_CONTRAST:
+    given, contrast = contrast, contrast or _contrast_of(subject.policy.meta.target_class)
+    if contrast is None:
+        return "no contrast of this class; give --contrast FILE"
+    if contrast == OWN_CONTRAST:
         lists = yaml.safe_load(OWN_CONTRAST.read_text(encoding="utf-8"))
         return diffmean(subject.folder, lists["harmful"], lists["benign"], OWN_CONTRAST.name)
     from discovery.proposals.contrast import read_contrast
 
     folder = None if data_folder is None else Path(data_folder)
-    found = read_contrast(contrast, folder, seed, subject.policy.meta.target_class)
+    try:
+        found = read_contrast(contrast, folder, seed, subject.policy.meta.target_class)
+    except DiscoveryError as error:
+        if given is not None:
+            raise
+        return f"the contrast of the class cannot be read ({str(error).splitlines()[0].rsplit('/', 1)[-1]})"
     target, benign = found["discovery", "target"], found["discovery", "benign"]
     towards, away = (benign, target) if found.aim == "avoid" else (target, benign)
     return diffmean(subject.folder, towards, away, contrast.name, chat="chat" in found.formats)
+
+
+def _contrast_of(target_class: str) -> Path | None:
+    """The contrast prompts that come with the project for a class; None when there are none."""
+    if target_class == "jailbreak":
+        return OWN_CONTRAST
+    path = OWN_CONTRAST.with_name(f"{target_class}.yaml")
+    return path if path.is_file() else None
 
 
 def served_baselines(

@@ -17,7 +17,7 @@ class JobOptions:
     out: Path | None = None
     """None: `runs/eval-<policy id>`."""
     data_folder: str | None = None
-    max_tokens: int = 48
+    max_tokens: int = 40
     concurrency: int = 32
     seed: int = 0
     limit: int | None = None

@@ -243,7 +243,7 @@ async def test_whole_job_writes_card_and_pages(
         await asyncio.to_thread(evaluate_policy, settings, options, say=lines.append)
     card = load_card(tmp_path / "out" / "card.json", revision=revision)
     assert card.record.command == (
-        "mechctl eval --policy guard --suite suite.yaml --max-tokens 48 --seed 0 --baseline-limit 40"
+        "mechctl eval --policy guard --suite suite.yaml --max-tokens 40 --seed 0 --baseline-limit 40"
     )
     assert "verdict: pass" in lines[-1] or "verdict: fail" in lines[-1]
     assert (tmp_path / "out" / "card.html").exists()
