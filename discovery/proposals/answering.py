@@ -18,7 +18,14 @@ from discovery.proposals.actions import (
     direction_actions,
     feature_actions,
 )
-from discovery.proposals.artifact import Places, policy_yaml, vector_file, write_policy, write_vectors
+from discovery.proposals.artifact import (
+    Places,
+    policy_yaml,
+    vector_file,
+    write_policy,
+    write_record,
+    write_vectors,
+)
 from discovery.proposals.command import no_point
 from discovery.proposals.contrast import PARTS, SIDES, Contrast, subset
 from discovery.proposals.dictionaries import chosen_dictionary
@@ -28,7 +35,7 @@ from discovery.proposals.grid import Grid, Point, best
 from discovery.proposals.kept import Kept, digest
 from discovery.proposals.origin import Origin, from_circuit, from_features
 from discovery.proposals.settings import ProposeSettings
-from discovery.run_record import run_record, write_json
+from discovery.run_record import run_record
 from interpretops.dictionary import Dictionary
 from interpretops.hooked import HookedModel
 from interpretops.settings import Settings
@@ -102,7 +109,7 @@ class Answering:
         record = self._record(draft, points)
         choice = best([point for point, _, _ in points])
         if choice is None:
-            write_json(self.places.record, record | {"chosen": None})
+            write_record(self.places.record, record | {"chosen": None})
             nearest = max((p for p, _, _ in points), key=lambda p: p.efficacy - p.damage - p.over_reach)
             raise no_point(self.places.policy_id, self.places.record, f"the nearest: {_words(nearest)}")
         _, action, gate = next(entry for entry in points if entry[0] == choice)
@@ -126,7 +133,15 @@ class Answering:
             return None
         named = self.origin.features or {}
         layers = named.keys() if named and -1 not in named else None
-        return chosen_dictionary(self.settings, self.chosen.dictionary, self.model.spec, layers)
+        name = self.chosen.dictionary or self.origin.dictionary
+        found = chosen_dictionary(self.settings, name, self.model.spec, layers)
+        layer = found.manifest.layer
+        if self.chosen.method == "sae-feature" and self.chosen.layers not in (None, (layer,)):
+            raise DiscoveryError(
+                f"--layers = {self.chosen.layers}, but {found.manifest.id} reads at layer {layer}; "
+                "leave --layers out, or name another --dictionary"
+            )
+        return found
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Writing a proposal: vectors with the model's fingerprint, the policy with its header, the run record."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,7 @@ import yaml
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from discovery.errors import DiscoveryError
 from discovery.proposals.kept import write_whole
-from discovery.run_record import write_json
 from interpretops.compile import compile_policy
 from interpretops.errors import PolicyError
 from interpretops.plan import ModelSpec
@@ -64,11 +63,11 @@ def write_policy(text: str, record: dict[str, Any], places: Places, spec: ModelS
     plan = compile_policy(
         policy_from_document(document, places.policy.parent), model=spec, artifacts=places.artifacts
     )
+    write_record(places.record, record | {"policy": places.policy_id, "revision": plan.revision})
     write_whole(places.policy, text.encode())
-    try:
-        write_json(places.record, record | {"policy": places.policy_id, "revision": plan.revision})
-    except OSError as error:
-        raise DiscoveryError(
-            f"{places.record}: cannot be written ({error.strerror or error}); the policy is written"
-        ) from error
     return plan.revision
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a run record whole or not at all."""
+    write_whole(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())

@@ -17,7 +17,14 @@ from discovery.cli import _model as frozen_model
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.progress import Meter, meter
-from discovery.proposals.artifact import Places, policy_yaml, vector_file, write_policy, write_vectors
+from discovery.proposals.artifact import (
+    Places,
+    policy_yaml,
+    vector_file,
+    write_policy,
+    write_record,
+    write_vectors,
+)
 from discovery.proposals.avoid_edits import AvoidEdits, Candidate
 from discovery.proposals.command import no_point
 from discovery.proposals.contrast import PARTS, SIDES, Contrast, subset
@@ -26,7 +33,7 @@ from discovery.proposals.judging import fails, shows
 from discovery.proposals.kept import Kept, digest
 from discovery.proposals.settings import ProposeSettings
 from discovery.proposals.trait import Sampled, locate, sampled_answers
-from discovery.run_record import run_record, write_json
+from discovery.run_record import run_record
 from interpretops.hooked import HookedModel
 from interpretops.policy import policy_from_document
 from interpretops.policy_file import Document
@@ -124,7 +131,7 @@ class Avoiding:
         record = self._record(points, edits.found, len(shown), len(samples))
         within = [entry for entry in points if entry[0].keeps_budgets and entry[0].efficacy > 0]
         if not within:
-            write_json(self.places.record, record | {"chosen": None})
+            write_record(self.places.record, record | {"chosen": None})
             nearest = max((point for point, _ in points), key=lambda p: p.efficacy - 5 * p.damage)
             raise no_point(self.places.policy_id, self.places.record, f"the nearest: {_words(nearest)}")
         point, candidate = max(within, key=lambda entry: (entry[0].efficacy, -entry[0].text_cost))

@@ -11,7 +11,7 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, norm_bound
 from discovery.gate_probe import Probe, auroc, fit_probe, threshold_at
 from discovery.progress import meter
-from discovery.proposals.artifact import Places, vector_file, write_vectors
+from discovery.proposals.artifact import Places, vector_file, write_record, write_vectors
 from discovery.proposals.contrast import Contrast
 from discovery.proposals.dictionaries import chosen_dictionary
 from discovery.proposals.kept import Kept, digest
@@ -20,7 +20,7 @@ from discovery.proposals.reading import encode, feature_auroc
 from discovery.proposals.settings import ProposeSettings
 from discovery.proposals.struck import StruckSettings, start, train_struck
 from discovery.proposals.trait import Sampled, trait_tokens, trait_vocabulary
-from discovery.run_record import commit, run_record, write_json
+from discovery.run_record import commit, run_record
 from interpretops.adapter import AdapterSite, write_adapter
 from interpretops.dictionary.manifest import TrainingRecord
 from interpretops.plan import Site
@@ -231,16 +231,22 @@ class AvoidEdits:
             steps=settings.steps,
             commit=commit(),
         )
-        write_adapter(
-            folder,
-            sites,
-            target_class=self.contrast.name,
-            model=self.model.spec,
-            training=training,
-            license_name="Apache-2.0",
-        )
+        try:
+            write_adapter(
+                folder,
+                sites,
+                target_class=self.contrast.name,
+                model=self.model.spec,
+                training=training,
+                license_name="Apache-2.0",
+            )
+        except OSError as error:
+            raise DiscoveryError(
+                f"{folder}: cannot be written ({error.strerror or error}); "
+                f"the training is kept in {checkpoint}"
+            ) from error
         record = run_record("propose", settings.seed, self.chosen.record(), self.contrast.record)
-        write_json(folder / "run.json", record | {"found": self.found})
+        write_record(folder / "run.json", record | {"found": self.found})
         mark = digest([value.tolist() for _, value in edit.named_parameters()])
         return [
             Candidate(

@@ -49,6 +49,7 @@ def propose_gated_edit(
     layers = chosen.layers or tuple(
         sorted({middle, round(spec.num_layers * 0.63), round(spec.num_layers * 0.73)})
     )
+    read_at = max(min(layers) - 1, 0) if chosen.gate_layer is None else chosen.gate_layer
     draft = work / f"{places.policy_id}.draft.yaml"
     jobs.fit_gate(
         settings,
@@ -60,7 +61,10 @@ def propose_gated_edit(
         out=draft,
         work=work / "fit-gate",
         gate={
-            "layer": min(layers) if chosen.gate_layer is None else chosen.gate_layer,
+            "layer": read_at,
+            "rows_at": tuple(range(read_at * 2 // 5, read_at)),
+            "steps": chosen.steps,
+            "seed": chosen.seed,
             "benign_budget": chosen.budgets.benign,
             "borderline_budget": chosen.budgets.borderline,
         },

@@ -13,6 +13,8 @@ from interpretops.plan import ModelSpec
 from interpretops.policy_file import read_yaml
 
 _FEATURE = re.compile(r"f(?P<layer>\d+)\.(?P<feature>\d+)")
+_ERROR = re.compile(r"e\d+")
+"""What a dictionary's features leave of the stream: it is no place to act."""
 LAYERS_OF_CIRCUIT = 3
 
 
@@ -24,6 +26,8 @@ class Origin:
     """Layers of the edit; None leaves the choice to the settings."""
     features: dict[int, tuple[int, ...]] | None = None
     """Features by layer; for a list of features without a layer the key is -1."""
+    dictionary: str | None = None
+    """The dictionary that a circuit's features are of."""
     record: tuple[dict[str, Any], ...] = ()
     """Name and sha256 of the file."""
 
@@ -71,23 +75,26 @@ def from_circuit(path: Path, spec: ModelSpec) -> Origin:
             f"{spec.name} (fingerprint {spec.fingerprint[:12]}); search it again"
         )
     features: dict[int, tuple[int, ...]] = {}
+    dictionaries: set[str | None] = set()
     for node in circuit.nodes:
         if named := _FEATURE.fullmatch(node.id):
             layer = int(named["layer"])
             features[layer] = (*features.get(layer, ()), int(named["feature"]))
+            dictionaries.add(getattr(node, "dictionary", None))
     weights = _layer_weights(circuit)
     if not weights:
         raise DiscoveryError(f"{path}: names no head, MLP or feature, so there is no layer to act in")
     layers = tuple(sorted(sorted(weights, key=lambda layer: -weights[layer])[:LAYERS_OF_CIRCUIT]))
     record = {"path": path.name, "sha256": sha256_of_file(path)}
-    return Origin(layers, features or None, (record,))
+    dictionary = dictionaries.pop() if len(dictionaries) == 1 else None
+    return Origin(layers, features or None, dictionary, (record,))
 
 
 def _layer_weights(circuit: Circuit) -> dict[int, float]:
     """Sum of the contributions of a layer's nodes: causal ones where they were measured, else attributed."""
     weights: dict[int, float] = {}
     for node in circuit.nodes:
-        if node.layer is not None:
+        if node.layer is not None and not _ERROR.fullmatch(node.id):
             size = abs(node.score) if node.ccs is None else abs(node.ccs)
             weights[node.layer] = weights.get(node.layer, 0.0) + size
     return weights

@@ -7,7 +7,7 @@ position the goal is the model's own distribution with the probability of unwant
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax, relu
+from torch.nn.functional import kl_div, log_softmax
 
-from discovery.frozen_model import Edit, FrozenModel
+from discovery.frozen_model import FrozenModel
 from discovery.gate_probe import Probe
+from discovery.low_rank import LowRankRows
 from discovery.progress import meter
 from discovery.proposals.kept import write_whole
 from discovery.proposals.trait import Sampled
@@ -44,56 +45,14 @@ class StruckSettings:
     seed: int = 0
 
 
-class StruckEdit(nn.Module):
-    """ReLU rows at each layer, on every token but attention sinks; readings in units of a layer's norm."""
-
-    def __init__(
-        self, hidden_size: int, rank: int, norms: dict[int, float], bounds: dict[int, float], seed: int
-    ) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.norms, self.bounds = norms, bounds
-        self.a, self.b, self.bias = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        for layer in norms:
-            directions = torch.randn(rank, hidden_size, generator=generator) / hidden_size**0.5
-            self.a[str(layer)] = nn.Parameter(directions)
-            self.b[str(layer)] = nn.Parameter(torch.randn(rank, hidden_size, generator=generator) * 0.01)
-            self.bias[str(layer)] = nn.Parameter(torch.zeros(rank))
-
-    @torch.no_grad()
-    def start_from(self, layer: int, row: int, probe: Probe, cut: float) -> None:
-        """Let a row begin as a probe that fires above ``cut``."""
-        self.a[str(layer)][row] = probe.direction * self.norms[layer]
-        self.bias[str(layer)][row] = probe.bias - cut
-
-    def at(self, layer: int) -> Edit:
-        """The edit of one layer."""
-        key, norm, bound = str(layer), self.norms[layer], self.bounds[layer]
-
-        def edit(x: Tensor) -> Tensor:
-            wide = x.float()
-            fired = relu((wide / norm) @ self.a[key].T + self.bias[key])
-            changed: Tensor = (wide + norm * (fired @ self.b[key])).to(x.dtype)
-            return torch.where(wide.norm(dim=-1, keepdim=True) <= bound, changed, x)
-
-        return edit
-
-    def rows(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(read [R, D], bias [R], write [R, D]) in the model's own units."""
-        key, norm = str(layer), self.norms[layer]
-        return (
-            (self.a[key] / norm).detach().clone(),
-            self.bias[key].detach().clone(),
-            (self.b[key] * norm).detach().clone(),
-        )
-
-
 def start(model: FrozenModel, settings: StruckSettings, probes: dict[int, Probe], cuts: dict[int, float],
-          norms: dict[int, float], bounds: dict[int, float]) -> StruckEdit:  # fmt: skip
+          norms: dict[int, float], bounds: dict[int, float]) -> LowRankRows:  # fmt: skip
     """Fresh rows; the first of each layer begins as the layer's probe, firing above its cut."""
-    edit = StruckEdit(model.spec.hidden_size, settings.rank, norms, bounds, settings.seed)
-    for layer in settings.layers:
-        edit.start_from(layer, 0, probes[layer], cuts[layer])
+    edit = LowRankRows(model.spec.hidden_size, settings.rank, norms, settings.seed, bounds=bounds)
+    with torch.no_grad():
+        for layer in settings.layers:
+            edit.a[str(layer)][0] = probes[layer].direction * norms[layer]
+            edit.bias[str(layer)][0] = probes[layer].bias - cuts[layer]
     return edit
 
 
@@ -113,7 +72,7 @@ def struck_goal(
     return struck - left, 1 - left[..., 0].exp()
 
 
-def loss_of(model: FrozenModel, edit: StruckEdit, samples: Sequence[Sampled], words: Tensor) -> Tensor:
+def loss_of(model: FrozenModel, edit: LowRankRows, samples: Sequence[Sampled], words: Tensor) -> Tensor:
     """Mean KL divergence of the goal from the edited model, positions with struck words weighing more."""
     tokens, mask = model.pad([sample.ids for sample in samples])
     extra = [
@@ -126,6 +85,7 @@ def loss_of(model: FrozenModel, edit: StruckEdit, samples: Sequence[Sampled], wo
         goal, struck = struck_goal(own, words, extra)
     with model.edited({int(layer): edit.at(int(layer)) for layer in edit.a}):
         logits = model.network(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    edit.firing.clear()
     divergence = kl_div(log_softmax(logits.float(), -1), goal, log_target=True, reduction="none").sum(-1)
     weight = mask * torch.where(struck > NEAR, TRAIT_WEIGHT, 1.0)
     weight[:, 0] = 0
@@ -134,13 +94,17 @@ def loss_of(model: FrozenModel, edit: StruckEdit, samples: Sequence[Sampled], wo
 
 def train_struck(
     model: FrozenModel,
-    edit: StruckEdit,
+    edit: LowRankRows,
     groups: Sequence[Sequence[Sampled]],
     words: Sequence[int],
     settings: StruckSettings,
     checkpoint: Path,
-) -> StruckEdit:
-    """Train, or go on from ``checkpoint``; ``groups`` are sampled from in equal numbers."""
+    tick: Callable[[int], object] = int,
+) -> LowRankRows:
+    """Train, or go on from ``checkpoint``; ``groups`` are sampled from in equal numbers.
+
+    ``tick`` hears of every finished step, before it is kept.
+    """
     optimizer = torch.optim.Adam(edit.parameters(), lr=settings.learning_rate)
     step = _restore(edit, optimizer, checkpoint)
     struck = torch.tensor(list(words), dtype=torch.long)
@@ -160,20 +124,21 @@ def train_struck(
             nn.utils.clip_grad_norm_(edit.parameters(), 1.0)
             optimizer.step()
             step += 1
+            tick(step)
             progress.advance(1, f"loss {loss.item():.4f}")
-            if step % 20 == 0 or step == settings.steps:
+            if step % 10 == 0 or step == settings.steps:
                 _save(edit, optimizer, checkpoint, step)
     return edit
 
 
-def _save(edit: StruckEdit, optimizer: torch.optim.Optimizer, checkpoint: Path, step: int) -> None:
+def _save(edit: LowRankRows, optimizer: torch.optim.Optimizer, checkpoint: Path, step: int) -> None:
     tensors = {f"edit.{name}": value.detach().clone() for name, value in edit.named_parameters()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": value.detach().clone() for name, value in state.items()}
     write_whole(checkpoint, save_safetensors(tensors, {"step": json.dumps(step)}))
 
 
-def _restore(edit: StruckEdit, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
+def _restore(edit: LowRankRows, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
     if not checkpoint.exists():
         return 0
     with safe_open(checkpoint, "pt") as file:
