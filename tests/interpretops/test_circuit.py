@@ -1,6 +1,7 @@
 """The circuit file: what is saved is what is loaded, and what does not hold together is refused by name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,93 @@ def document() -> dict[str, Any]:
         },
         "run": {"commit": "unknown"},
     }
+
+
+def with_features() -> dict[str, Any]:
+    """The same circuit with two features of a dictionary and its error."""
+    named = {"kind": "feature", "layer": 2, "dictionary": "words"}
+    return document() | {
+        "format": 2,
+        "nodes": [
+            *document()["nodes"],
+            named | {"id": "f2.7", "feature": 7, "score": 0.2, "ccs": 0.1},
+            named | {"id": "f2.9", "feature": 9, "score": 0.1, "ccs": -0.4},
+            named | {"id": "e2", "kind": "error", "score": 0.3, "ccs": 0.5},
+        ],
+        "dictionaries": [
+            {
+                "id": "words",
+                "layer": 2,
+                "width": 16,
+                "weights_sha256": "ef" * 32,
+                "active": 4,
+                "score_features": 0.4,
+                "score_error": 0.3,
+                "ccs_all": 0.5,
+                "ccs_named": 0.3,
+                "random_sets": 20,
+                "ccs_random_mean": 0.1,
+                "ccs_random_best": 0.2,
+                "jaccard": 0.9,
+                "chance": 0.5,
+            }
+        ],
+    }
+
+
+def load(content: dict[str, Any], folder: Path) -> Circuit:
+    (folder / "circuit.json").write_text(json.dumps(content))
+    return load_circuit(folder / "circuit.json")
+
+
+def test_features_and_components_are_told_apart(tmp_path: Path) -> None:
+    """Heads and MLPs are components; features come by their dictionary, the strongest first."""
+    circuit = load(with_features(), tmp_path)
+    assert [node.id for node in circuit.components()] == ["a0.h1"]
+    assert [node.feature for node in circuit.features()] == [9, 7]
+    assert circuit.features("words") == circuit.features()
+    assert circuit.features("others") == ()
+
+
+def test_file_of_the_first_format_still_loads(tmp_path: Path) -> None:
+    """Format 1 knew no dictionaries: such a file loads, and one that names them is refused."""
+    assert load(document() | {"format": 1}, tmp_path).dictionaries == ()
+    with pytest.raises(CircuitError, match="names dictionaries, which format 1 does not have"):
+        load(with_features() | {"format": 1}, tmp_path)
+
+
+def test_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    """What this version cannot know is not guessed: one line names the format and the remedy."""
+    with pytest.raises(CircuitError, match="format = 3, but this version reads 1 and 2; update") as error:
+        load(document() | {"format": 3}, tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("node", "change", "expected"),
+    [
+        (3, {"id": "f2.8"}, "kind, layer and head make 'f2.7'"),
+        (3, {"dictionary": None}, "a feature names its dictionary"),
+        (3, {"dictionary": "gone"}, "no dictionary 'gone' at that layer"),
+        (1, {"dictionary": "words"}, "a feature names its dictionary, others none"),
+    ],
+)
+def test_feature_that_fits_no_dictionary_is_named(
+    tmp_path: Path, node: int, change: dict[str, Any], expected: str
+) -> None:
+    """A feature node agrees with its name and with a dictionary of the file."""
+    content = with_features()
+    content["nodes"][node] |= change
+    with pytest.raises(CircuitError, match=re.escape(expected)):
+        load(content, tmp_path)
+
+
+def test_no_edge_joins_features(tmp_path: Path) -> None:
+    """Edges are between components."""
+    content = with_features()
+    content["edges"].append({"source": "f2.7", "target": "logits", "score": 0.1})
+    with pytest.raises(CircuitError, match=r"no node 'f2\.7'"):
+        load(content, tmp_path)
 
 
 def test_saved_circuit_is_loaded_equal(tmp_path: Path) -> None:
