@@ -9,6 +9,7 @@ from discovery.frozen_model import FrozenModel
 from discovery.run_record import run_record, write_json
 from discovery.sae_train import WEIGHTS, TrainSettings, reconstruction
 from discovery.saelens_metrics import saelens_metrics
+from discovery.sources import licence_of_weights
 from discovery.splice import splice_by_part
 from interpretops.dictionary.manifest import (
     DictionaryManifest,
@@ -64,7 +65,7 @@ def write_dictionary(
         activation="jumprelu",
         max_norm=round(reader.max_norm, 2),
         weights=WeightsReference(file=WEIGHTS, sha256=sha256_of(folder / WEIGHTS)),
-        license="Apache-2.0",
+        license=licence_of_weights(entry.get("licence", "") for entry in entries),
         training=TrainingRecord(
             data=tuple(
                 f"{entry.get('name', entry['path'])} ({entry.get('licence', 'not stated')})"

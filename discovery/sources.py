@@ -145,6 +145,12 @@ def refuse_noncommercial(sources: Iterable[Source], *, purpose: str) -> None:
             )
 
 
+def licence_of_weights(licences: Iterable[str]) -> str:
+    """The licence of weights made from data under these: a share-alike one is passed on, else our own."""
+    shared = [licence for licence in licences if "SA" in licence.upper().replace("-", " ").split()]
+    return shared[0] if shared else "Apache-2.0"
+
+
 def read_text(source: Source) -> str:
     """The plain text of a source."""
     text = _read(source.path)

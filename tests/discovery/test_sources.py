@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 
 from discovery.errors import DiscoveryError
-from discovery.sources import Source, read_data_list, read_prompts, read_text, refuse_noncommercial
+from discovery.sources import (
+    Source,
+    licence_of_weights,
+    read_data_list,
+    read_prompts,
+    read_text,
+    refuse_noncommercial,
+)
+from interpretops.dictionary.manifest import read_manifest
 
+ARTIFACTS = Path(__file__).resolve().parents[2] / "sae_artifacts"
 PROMPTS = ["Who are you?", 'Say "yes", then no', "Grüße aus Köln"]
 
 
@@ -95,3 +104,25 @@ def test_noncommercial_data_is_refused() -> None:
     with pytest.raises(DiscoveryError, match=r"alpaca\.json: licence = 'CC BY-NC 4\.0'"):
         refuse_noncommercial([Source(Path("alpaca.json"), "prompts", "CC BY-NC 4.0")], purpose="a dictionary")
     refuse_noncommercial([Source(Path("x.json"), "prompts", "CC BY-SA 3.0")], purpose="a dictionary")
+
+
+@pytest.mark.parametrize(
+    ("licences", "expected"),
+    [
+        (["Apache-2.0", "public domain", "MIT", "CC BY 4.0"], "Apache-2.0"),
+        (["Apache-2.0", "CC BY-SA 3.0"], "CC BY-SA 3.0"),
+    ],
+)
+def test_share_alike_data_pass_their_licence_on(licences: list[str], expected: str) -> None:
+    """Weights made from share-alike text are not marked as ours to license freely."""
+    assert licence_of_weights(licences) == expected
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ARTIFACTS.glob("*/*/manifest.yaml")), ids=lambda path: path.parent.name
+)
+def test_shipped_dictionary_is_under_the_licence_of_its_data(path: Path) -> None:
+    """A shipped dictionary's manifest names the licence that its training data ask for."""
+    manifest = read_manifest(path.parent)
+    licences = [name.rpartition("(")[2].rstrip(")") for name in manifest.training.data]
+    assert manifest.license == licence_of_weights(licences)
