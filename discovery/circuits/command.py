@@ -43,6 +43,12 @@ def search(
 ) -> None:
     """Search the circuit of a contrast and write it to ``out``; a run that was stopped goes on."""
     chosen.check()
+    if not target_class.strip():
+        raise DiscoveryError("--class is empty; name the behaviour that the pairs contrast")
+    if not 0 < held_out < 1:
+        raise DiscoveryError(f"held-out = {held_out}, but must be a share between 0 and 1")
+    if limit is not None and limit < 2:
+        raise DiscoveryError(f"limit = {limit}, but must be at least 2: one pair to search, one to measure")
     if reading.layout not in LAYOUTS:
         raise DiscoveryError(f"layout = {reading.layout!r}, but must be one of {', '.join(LAYOUTS)}")
     reading = _with_class_answers(reading, target_class, pairs)

@@ -35,7 +35,7 @@ class GraphDecoder:
         if spec.architecture not in ARCHITECTURES:
             raise DiscoveryError(
                 f"{spec.name}: architecture = {spec.architecture}, but circuits are searched in "
-                f"{', '.join(ARCHITECTURES)}"
+                f"{', '.join(ARCHITECTURES)}; without a circuit, mechctl propose --from contrast serves"
             )
         self.model, self.network, self.layers = model, model.network, model.layers
         self.graph = Graph(spec.num_layers, spec.num_heads)

@@ -68,13 +68,18 @@ def test_ablating_all_edges_of_a_node_is_patching_it(family: GraphDecoder) -> No
     assert float((whole - patched).abs().max()) > 1e-3
 
 
-def test_family_with_norms_behind_attention_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
-    """Gemma normalises what attention adds, which is then no sum over heads: refused by name."""
-    folder = save_family("Gemma2ForCausalLM", tmp_path)
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "GPTNeoXForCausalLM"])
+def test_family_of_another_graph_is_refused(architecture: str, tmp_path: Path, tiny_folder: Path) -> None:
+    """Gemma normalises what attention adds, which is then no sum over heads; GPT-NeoX' layers are parallel:
+    one line names the family, those that there are, and what to do instead."""
+    folder = save_family(architecture, tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny_folder / name).read_bytes())
-    with pytest.raises(DiscoveryError, match="architecture = Gemma2ForCausalLM"):
+    with pytest.raises(
+        DiscoveryError, match=f"architecture = {architecture}, but .* --from contrast"
+    ) as error:
         GraphDecoder(FrozenModel(folder, torch.float32))
+    assert len(str(error.value).splitlines()) == 1
 
 
 @torch.no_grad()
