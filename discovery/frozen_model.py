@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from discovery.errors import DiscoveryError
-from interpretops.errors import ModelError
+from interpretops.hook_points import find_layers
+from interpretops.hooked import load_network, load_tokenizer
 from interpretops.model_spec import read_model_spec
 from interpretops.plan import ModelSpec
 
@@ -34,16 +34,9 @@ class FrozenModel:
         self.folder = Path(folder)
         self.spec: ModelSpec = read_model_spec(self.folder)
         self.device = torch.device(device)
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(self.folder))
-            self.network: Any = AutoModelForCausalLM.from_pretrained(str(self.folder), dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"{self.folder}: transformers cannot load it ({str(error).splitlines()[0]})"
-            ) from error
-        self.network.to(self.device).eval().requires_grad_(False)
-        body = self.network.base_model
-        self.layers: nn.ModuleList = getattr(body, "layers", None) or body.language_model.layers
+        self.tokenizer: Any = load_tokenizer(self.folder)
+        self.network: Any = load_network(self.folder, dtype).to(self.device).eval().requires_grad_(False)
+        self.layers: nn.ModuleList = find_layers(self.network, self.spec.num_layers)
         self.pad_id: int = next(
             int(token)
             for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)

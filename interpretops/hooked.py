@@ -68,7 +68,7 @@ class HookedModel:
         self.folder: Path = resolve_model(str(model_name), cache, progress, revision=revision)
         self.spec: ModelSpec = read_model_spec(self.folder)
         progress(f"Loading {self.spec.name}")
-        self.network: Any = _load_network(self.folder, wanted).to(self.device).eval().requires_grad_(False)
+        self.network: Any = load_network(self.folder, wanted).to(self.device).eval().requires_grad_(False)
         """The transformers model itself."""
         self._family = family_of(self.spec.architecture)
         self._layers = find_layers(self.network, self.spec.num_layers)
@@ -82,12 +82,7 @@ class HookedModel:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer, read on first use."""
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{self.folder}: no tokenizer can be read ({_first_line(error)})") from error
+        return load_tokenizer(self.folder)
 
     @property
     def stop_tokens(self) -> frozenset[int]:
@@ -251,7 +246,18 @@ def _device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _load_network(folder: Path, dtype: torch.dtype | str) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model folder; raises `ModelError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: no tokenizer can be read ({_first_line(error)})") from error
+
+
+def load_network(folder: Path, dtype: torch.dtype | str) -> Any:
+    """The transformers model in a folder, from safetensors alone; raises `ModelError`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
