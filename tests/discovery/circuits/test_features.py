@@ -15,8 +15,6 @@ from discovery.circuits.pairs import Pair
 from interpretops.artifacts import Artifacts
 from interpretops.circuit import load_circuit
 
-ROOT = "words"
-
 
 @pytest.fixture
 def words(known: GraphDecoder, artifacts: Path) -> FeatureSite:
@@ -83,6 +81,15 @@ def test_sinks_have_no_features(words: FeatureSite, pairs: list[Pair]) -> None:
     effects = feature_effects(words, pairs[:1], "logit_diff", [[pairs[0].answers[0]]])[0]
     assert effects[:2].tolist() == [0, 0]
     assert float(effects[2]) > 1
+
+
+def test_topk_keeps_the_strongest_alone(words: FeatureSite) -> None:
+    """A TopK dictionary's feature is active only among the k strongest of its token."""
+    x = torch.zeros(1, words.read.shape[1])
+    x[0, 16 + 3], x[0, 16 + 5], x[0, 16 + 6] = 1.0, 3.0, 2.0
+    assert words.activations(x).nonzero()[:, 1].tolist() == [3, 5, 6]
+    words.k = 2
+    assert words.activations(x).nonzero()[:, 1].tolist() == [5, 6]
 
 
 def test_search_names_features_beside_components(  # type: ignore[no-untyped-def]
