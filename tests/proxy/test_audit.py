@@ -197,15 +197,15 @@ async def test_requests_are_recorded_and_nothing_of_what_they_said(start, engine
     async with front.admin.get("/admin/audit") as answer:
         told = await answer.json()
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record["event"] for record in records] == ["gateway_started", *["request"] * 3]
-    first = records[1]
+    assert [record["event"] for record in records] == ["gateway_started", "policy_active", *["request"] * 3]
+    first = records[2]
     assert first["request_id"] == headers["X-Request-Id"]
     assert (first["tenant"], first["policy"], first["status"]) == ("anonymous", "calm", 200)
     assert f"calm@{first['revision'][:12]}" == headers["X-Steering-Policy"]
     assert first["tokens"] == 3
-    assert (records[3]["status"], records[3]["reason"]) == (400, "field_not_allowed")
+    assert (records[4]["status"], records[4]["reason"]) == (400, "field_not_allowed")
     assert secret not in path.read_text()
-    assert (told["records"], told["hash"], told["failing"]) == (4, records[-1]["hash"], None)
+    assert (told["records"], told["hash"], told["failing"]) == (5, records[-1]["hash"], None)
 
 
 async def test_request_that_could_not_be_recorded_is_refused(start, engine, tmp_path):

@@ -140,6 +140,14 @@ async def test_routes_without_a_model_run_generate_nothing(start, engine, path, 
     assert engine.plain == [{"model": "tiny-model", **body}]
 
 
+async def test_unproven_engine_counts_no_tokens_either(start, engine):
+    """What a restarted engine says reaches nobody before it is proven, on any route."""
+    front = await start("calm")
+    await engine.restart()
+    async with front.public.post("/tokenize", json={"model": "tiny-model", "prompt": "hi"}) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (503, "engine_not_ready")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
