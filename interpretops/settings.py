@@ -171,7 +171,8 @@ def _explain(error: ValidationError, sources: Mapping[tuple[str, ...], str], def
             lines.append(f"{source}: {field} is not a setting; {_known(where[:-1])}")
         elif fault["type"] == "value_error":
             # Raised by a check over a whole section: its message already names field and value.
-            lines.append(f"{source}: {field}: {fault['ctx']['error']}")
+            place = f"{field}: " if fault["loc"] else ""
+            lines.append(f"{source}: {place}{fault['ctx']['error']}")
         elif fault["type"] == "string_pattern_mismatch":
             field_info = _field(where)
             meant = field_info.description if field_info else None
