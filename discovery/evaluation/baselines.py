@@ -1,7 +1,5 @@
 """The baselines of a Risk Card: what the policy must beat, on the same prompts."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
@@ -37,7 +35,6 @@ def make_baselines(
         "revision": subject.revision,
         "seed": seed,
         "contrast": _hash_of(contrast or _contrast_of(subject.policy.meta.target_class)),
-        "policy": hashlib.sha256(json.dumps(subject.policy.model_dump(mode="json")).encode()).hexdigest(),
     }
     if record.exists():
         found = read_json_object(record, DiscoveryError)
