@@ -39,12 +39,15 @@ def test_shipped_policy_compiles(path: Path, spec: ModelSpec) -> None:
     assert examples["policy"] == policy.meta.id
 
 
-def test_jailbreak_edits_act_behind_a_gate_alone(spec: ModelSpec) -> None:
-    """The shipped conditional policy has no edit that acts while its gate is closed."""
+def test_jailbreak_edits_act_on_the_prompt_or_behind_its_gate(spec: ModelSpec) -> None:
+    """The shipped policy edits generated tokens only once its gate is open; the rest acts on the prompt."""
     path = ROOT / "policies" / "jailbreak.yaml"
     plan = compile_policy(load_policy(path), model=spec, artifacts=ROOT / "sae_artifacts")
-    assert all((edits.units.gate > 0).all() for edits in plan.edits.values())
-    assert [gate.scope for gate in plan.gates[1:]] == ["prompt_end"]
+    named = {int(gate) for edits in plan.edits.values() for gate in edits.units.gate}
+    assert 0 not in named
+    reading, refusing = (plan.gates[index] for index in sorted(named))
+    assert (reading.phase, len(reading.read)) == ("prefill", 0)
+    assert (refusing.scope, refusing.latched, len(refusing.read)) == ("prompt_end", True, 1)
 
 
 def test_shipped_adapter_was_made_from_permitted_data() -> None:
