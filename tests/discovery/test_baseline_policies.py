@@ -11,8 +11,11 @@ import torch
 import yaml
 from safetensors.numpy import save_file
 
+from discovery.evaluation import baselines
 from discovery.evaluation.baseline_policies import Derived, derive_baselines
+from discovery.evaluation.baselines import make_baselines
 from discovery.evaluation.diffmean import diffmean
+from discovery.evaluation.subject import Subject
 from discovery.frozen_model import FrozenModel
 from interpretops.adapter import AdapterSite, write_adapter
 from interpretops.compile import compile_policy
@@ -207,3 +210,24 @@ def test_diffmean_is_the_difference_of_the_means(derive: Derive, tiny_folder: Pa
     assert np.linalg.norm(units.write[0] * units.offset[0] - right) < 0.05 * np.linalg.norm(right)
     assert "11 prompts less that of 9 (own)" in made.notes["diffmean"]
     assert len(plans["guard.diffmean"].gates) == 2
+
+
+def test_baselines_are_made_once_and_say_what_is_missing(
+    bench: Path, tiny: FrozenModel, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class that we bring no contrast for has no DiffMean; the same inputs derive nothing anew."""
+    path = bench / "policies" / "plain.yaml"
+    content = {"meta": {"id": "plain", "target_class": "unheard-of"}, "interventions": [EDITS["vector"]]}
+    path.write_text(yaml.safe_dump(content))
+    policy = load_policy(path)
+    plan = compile_policy(policy, model=tiny.spec, artifacts=bench / "artifacts")
+    subject = Subject(policy, plan.revision, tiny.spec, plan, tiny_folder)
+    options: dict[str, Any] = {"contrast": None, "data_folder": None, "seed": 0}
+    made = make_baselines(subject, bench / "artifacts", bench / "out", **options)
+    assert made.ids == {"random_direction": "plain.random"}
+    assert made.notes["diffmean"] == "no contrast of this class; give --contrast FILE"
+    monkeypatch.setattr(baselines, "derive_baselines", None)
+    again = make_baselines(subject, bench / "artifacts", bench / "out", **options)
+    assert (again.ids, again.notes) == (made.ids, made.notes)
+    with pytest.raises(TypeError):
+        make_baselines(subject, bench / "artifacts", bench / "out", **{**options, "seed": 1})
