@@ -46,6 +46,8 @@ AT_ONCE = 96
 """Continuations that are drawn, and then kept, together."""
 LONGEST_TEXT = 56
 """Tokens of a piece of text that an edit is trained on."""
+BENIGN_SAMPLES = 64
+"""Benign discovery prompts whose sampled answers an edit is held to."""
 BENIGN = 40
 """Benign selection prompts that every point of the grid answers."""
 TEXTS = {"discovery": 120, "selection": 40}
@@ -118,9 +120,9 @@ class Avoiding:
                 f"{self.chosen.contrast}: {len(shown)} of {len(samples)} continuations show the trait, but "
                 "both kinds are needed, at least 4 of each; give other target prompts"
             )
+        own = self._samples("selection")
         edits = AvoidEdits(self.settings, self.chosen, self.contrast, self.model, self.kept, self.places)
         candidates = edits.candidates(samples, self._benign_samples(), self._text_samples("discovery"))
-        own = self._samples("selection")
         points = []
         with meter("propose: grid", len(candidates), "points") as progress:
             for candidate in candidates:
@@ -187,8 +189,7 @@ class Avoiding:
 
     def _benign_samples(self) -> list[Sampled]:
         prompts = [
-            self.model.chat_ids(prompt)
-            for prompt in self.prompts["discovery"]["benign"][: TEXTS["discovery"]]
+            self.model.chat_ids(prompt) for prompt in self.prompts["discovery"]["benign"][:BENIGN_SAMPLES]
         ]
         answers = self._sampled("samples_benign", self.model.network, prompts)
         return [Sampled(tuple(p), tuple(a), None) for p, a in zip(prompts, answers, strict=True) if a]

@@ -27,7 +27,7 @@ from discovery.proposals.kept import write_whole
 from discovery.proposals.trait import Sampled
 
 STRIKE = 50.0
-TRAIT_WEIGHT = 3.0
+TRAIT_WEIGHT = 8.0
 """Weight of positions at which the goal differs from the model by more than `NEAR`."""
 NEAR = 0.02
 
@@ -41,7 +41,7 @@ class StruckSettings:
     steps: int = 150
     batch: int = 3
     """Sequences with the trait, without it, and of benign text, of each as many, in a step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     seed: int = 0
 
 

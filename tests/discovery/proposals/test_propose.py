@@ -8,6 +8,7 @@ import pytest
 
 from discovery.frozen_model import FrozenModel
 from discovery.proposals import kept as kept_steps
+from discovery.proposals.contrast import read_contrast
 from interpretops.compile import compile_policy
 from interpretops.policy import load_policy
 
@@ -247,3 +248,23 @@ def test_feature_beyond_the_dictionary_is_refused(
     (line,) = _lines(errors)
     assert status == 2
     assert "feature 900: tiny-2 has features 0..47" in line
+
+
+def test_learned_edit_is_fitted_by_fit_gate_on_the_same_split(
+    mechctl: Run, class_file: Callable[..., Path], tiny: FrozenModel, tmp_path: Path
+) -> None:
+    """`gated-edit` ends in a policy that compiles, and fit-gate's lists hold the contrast's own two parts."""
+    path = class_file(judge={"kind": "refusal"}, wanted=[])
+    out = tmp_path / "p" / "x.yaml"
+    chosen = ("--method", "gated-edit", "--policy-id", "x", "--out", out, "--steps", 2, "--rank", 2)
+    fixed = ("--contrast", path, "--model", tiny.folder, "--artifacts", tmp_path / "artifacts")
+    status, _, errors = mechctl("propose", *fixed, *chosen, "--work", tmp_path / "work")
+    assert status == 0, errors
+    plan = compile_policy(load_policy(out), model=tiny.spec, artifacts=tmp_path / "artifacts")
+    record = json.loads((tmp_path / "p" / "records" / "x.json").read_text())
+    assert record["revision"] == plan.revision
+    contrast = read_contrast(path, None, 0)
+    listed = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "work" / "data").glob("*.json")}
+    assert listed["harmful"] == list(contrast["discovery", "target"])
+    assert listed["select_borderline"] == list(contrast["selection", "borderline"])
+    assert len(listed) == 6
