@@ -154,21 +154,32 @@ class GraphDecoder:
         surplus[0] = embedded - reference[0]
         ground = reference[0].expand_as(embedded).clone()
 
-        def read(nodes: Sequence[int], before: int) -> Tensor:
-            mixed = weights[list(nodes), :before] @ surplus[:before].flatten(1)
-            return ground + mixed.view(len(nodes), *embedded.shape)
+        def read(nodes: Sequence[int], first: int, last: int) -> Tensor:
+            """What nodes get beyond the reference from sources first..last-1; others are not touched."""
+            sources = first + np.flatnonzero(edges[list(nodes), first:last].any(0))
+            if not len(sources):
+                return embedded.new_zeros(len(nodes), *embedded.shape)
+            part = surplus[first:last] if 2 * len(sources) > last - first else surplus[sources]
+            wanted = (
+                weights[list(nodes), first:last] if len(part) == last - first else weights[nodes][:, sources]
+            )
+            return (wanted @ part.flatten(1)).view(len(nodes), *embedded.shape)
 
         for layer in range(graph.layers):
             start, mlp = graph.first_head(layer), graph.mlp(layer)
             heads = [head for head in range(graph.heads) if used[start + head]]
+            nodes = [start + head for head in heads] + [mlp] * used[mlp]
+            if nodes:  # in one go: each source is fetched from memory once a layer
+                mixed = read(nodes, 0, start)
             if heads:
-                nodes = [start + head for head in heads]
-                surplus[nodes] = self.head_outputs(layer, read(nodes, start), heads) - reference[nodes]
+                own = self.head_outputs(layer, ground + mixed[: len(heads)], heads)
+                surplus[nodes[: len(heads)]] = own - reference[nodes[: len(heads)]]
             ground += reference[start:mlp].sum(0)
             if used[mlp]:
-                surplus[mlp] = self.mlp_output(layer, read([mlp], mlp)[0]) - reference[mlp]
+                stream = ground + mixed[-1] + read([mlp], start, mlp)[0]
+                surplus[mlp] = self.mlp_output(layer, stream) - reference[mlp]
             ground += reference[mlp]
-        return self.logits(read([graph.logits], graph.logits)[0])
+        return self.logits(ground + read([graph.logits], 0, graph.logits)[0])
 
     def _weight(self, layer: int) -> Tensor:
         """The output projection by head [H, head_dim, D]."""
