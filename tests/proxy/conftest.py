@@ -131,7 +131,7 @@ class FakeEngine:
         if revision not in ("none", *self.plans):
             return web.json_response({"error": {"message": "not resident", "code": 500}}, status=500)
         try:
-            if self.trick == "hold":
+            if self.trick in ("hold", f"hold {revision}"):
                 await self.go_on.wait()
             return await self._answer(request, body, revision)
         except (asyncio.CancelledError, ConnectionError):

@@ -71,6 +71,36 @@ async def test_shadow_that_fails_disturbs_no_answer(front, engine, until):
     await until(counted)
 
 
+async def test_shadow_under_way_keeps_its_rows(front, engine, policy_writer, until):
+    """Rows of a shadow are freed only after its last request, as those of any revision."""
+    await cast(front)
+    found = await entry(front)
+    before, candidate = found["revision"], found["candidate"]
+    engine.trick = f"hold {candidate}"
+    await front.chat(model="tiny-model+calm")
+
+    async def under_way():
+        return candidate in asked(engine)
+
+    await until(under_way)
+    policy_writer(front.policies, "calm", 0.75)
+    async with front.admin.post("/admin/reload"):
+        pass
+
+    async def freed_the_active_one():
+        return before in engine.retired
+
+    await until(freed_the_active_one)
+    assert candidate in engine.plans
+    engine.go_on.set()
+
+    async def freed():
+        return candidate not in engine.plans
+
+    await until(freed)
+    assert front.apps.gateway.shadows.tallies["calm"].requests == {"uncompared": 1}
+
+
 async def test_only_requests_of_its_policy_are_repeated(front, engine):
     """Pass-through and other policies have no shadow, nor has a candidate that was not cast."""
     await front.chat(model="tiny-model+calm")
