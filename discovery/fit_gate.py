@@ -35,7 +35,7 @@ SHARE_OF_TEXT = 0.05
 """Share of training examples that are pieces of plain text."""
 HARD_BENIGN = 600
 """How many benign training prompts, the ones nearest to opening the gate, the edit is held to."""
-JUDGED_TOKENS = 44
+JUDGED_TOKENS = 32
 MEASURED = 96
 """Training prompts on which the norms of the residual stream are measured."""
 SINK_RATIO = 8.0
@@ -65,7 +65,7 @@ class GateFit:
         self.gate = train_gate(
             LearnedGate(model, gate, self.norms, self.max_norm),
             self._draw,
-            work / "gate.safetensors",
+            work,
             self.identity,
         )
         self.prompts = format_groups(model, data.select | data.test)

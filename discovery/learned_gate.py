@@ -3,13 +3,14 @@
 At each of a few layers ``x' = x + B relu(A x + b)`` acts on the prompt alone, every token for itself
 (bottleneck adapters, Houlsby et al. 2019, arXiv:1902.00751, at the residual stream). Attention carries what
 they write to the last prompt token, where a linear probe decides. Nothing depends on tokens that a prefix
-cache would skip, and generated tokens are never edited. Trained through the frozen layers below the probe:
-binary cross-entropy, and the relative size of the edit on benign tokens, so that benign prompts are left
-nearly as they are.
+cache would skip, and generated tokens are never edited. Trained through the frozen layers below the probe in
+two parts. First it learns to tell: binary cross-entropy, and the relative size of the edit on benign tokens.
+Then it learns to hold still as well: the distance of benign prompts from where the untouched model would
+have them, at every layer up to the probe, so that their answers stay what they were.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ CLOSED_BIAS = -0.03
 """Bias of untrained rows: about a quarter of them fire at a token."""
 GROWS = 0.4
 """Share of the training over which the firing weight grows: first learn, then learn to hold still."""
+HOLD_RATE = 0.4
+"""The second part's learning rate, as a share of the first one's."""
+SECOND = 500
+"""Keeps the second part's draws apart from the first one's."""
 EVERY = 20
 """Steps between checkpoints."""
 
@@ -54,6 +59,10 @@ class GateSettings:
     learning_rate: float = 1.5e-3
     firing_weight: float = 4.0
     """Weight of the edit's relative size on benign tokens."""
+    hold_steps: int = 100
+    """Steps of the second part."""
+    hold_weight: float = 3.0
+    """Weight of the relative distance of benign prompts from the untouched model's, in the second part."""
     benign_budget: float = 0.015
     """Share of the plain benign selection prompts of a group that may newly be refused."""
     borderline_budget: float = 0.12
@@ -69,6 +78,8 @@ class GateSettings:
             ("batch_tokens", self.batch_tokens >= 64),
             ("learning_rate", 0 < self.learning_rate < 1),
             ("firing_weight", self.firing_weight >= 0),
+            ("hold_steps", self.hold_steps >= 0),
+            ("hold_weight", self.hold_weight >= 0),
         ):
             if not good:
                 raise DiscoveryError(
@@ -106,18 +117,30 @@ class LearnedGate(nn.Module):
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Readings [B] at the prompts' ends, and the mask [B, T] of their tokens."""
         tokens, mask = self.model.pad(prompts)
+        self.rows.firing.clear()
+        last = self.stream(tokens, self.edits())[-1][torch.arange(len(prompts)), mask.sum(1) - 1].float()
+        return (last / self.norm) @ self.direction + self.bias, mask
+
+    def stream(self, tokens: Tensor, edits: Mapping[int, Edit]) -> list[Tensor]:
+        """The residual stream [B, T, D] under some edits, at the rows' layers and last at the probe's.
+
+        Prompts are padded on the right, where causal attention does not look: no mask is needed.
+        """
         kept: list[Tensor] = []
 
-        def keep(x: Tensor) -> Tensor:
-            kept.append(x)
-            raise _Enough
+        def keep(layer: int) -> Edit:
+            def edit(x: Tensor) -> Tensor:
+                kept.append(edits[layer](x) if layer in edits else x)
+                if layer == self.settings.layer:
+                    raise _Enough
+                return kept[-1]
 
-        self.rows.firing.clear()
-        # Prompts are padded on the right, where causal attention does not look: no mask is needed.
-        with self.model.edited(self.edits() | {self.settings.layer: keep}), suppress(_Enough):
+            return edit
+
+        layers = (*self.settings.rows_at, self.settings.layer)
+        with self.model.edited({layer: keep(layer) for layer in layers}), suppress(_Enough):
             self.model.network.base_model(input_ids=tokens, use_cache=False)
-        last = kept[0][torch.arange(len(prompts)), mask.sum(1) - 1].float()
-        return (last / self.norm) @ self.direction + self.bias, mask
+        return kept
 
     @torch.no_grad()
     def readings(self, prompts: Sequence[Sequence[int]], progress: Meter | None = None) -> Tensor:
@@ -151,31 +174,68 @@ def windows(prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
     return found
 
 
-def train_gate(gate: LearnedGate, draw: Draw, checkpoint: Path, identity: Any) -> LearnedGate:
-    """Train, or go on training from ``checkpoint``; step n depends on the seed and n alone."""
+def train_gate(gate: LearnedGate, draw: Draw, work: Path, identity: Any) -> LearnedGate:
+    """Train both parts, or go on from the checkpoints in ``work``.
+
+    Step n of a part depends on the seed and n alone.
+    """
+    settings = asdict(gate.settings)
+    first = {name: value for name, value in settings.items() if not name.startswith("hold_")}
+    _train_part(gate, draw, work / "gate.safetensors", [first, identity], holds=False)
+    if gate.settings.rows_at and gate.settings.hold_steps:
+        _train_part(gate, draw, work / "gate-held.safetensors", [settings, identity], holds=True)
+    return gate
+
+
+def _train_part(gate: LearnedGate, draw: Draw, checkpoint: Path, identity: Any, *, holds: bool) -> None:
     settings = gate.settings
+    steps = settings.hold_steps if holds else settings.steps
+    highest = settings.learning_rate * (HOLD_RATE if holds else 1)
     rows = [parameter for name, parameter in gate.named_parameters() if name not in ("direction", "bias")]
     groups = [{"params": rows}] if rows else []
     optimizer = torch.optim.Adam([*groups, {"params": [gate.direction, gate.bias]}], betas=(0.9, 0.98))
-    identity = [asdict(settings), identity]
     step = restore_checkpoint(gate, optimizer, checkpoint, identity)
-    with meter("fit-gate: gate", settings.steps, "steps", step) as progress:
-        while step < settings.steps:
-            rate = learning_rate(settings.learning_rate, step, settings.steps)
+    title = "fit-gate: gate holds still" if holds else "fit-gate: gate"
+    with meter(title, steps, "steps", step) as progress:
+        while step < steps:
+            rate = learning_rate(highest, step, steps)
             for group, factor in zip(reversed(optimizer.param_groups), (5, 1), strict=False):
                 group["lr"] = factor * rate
-            chance = random.Random(settings.seed * 1_000_003 + step)  # noqa: S311 (sampling)
-            wrong, firing = gate_losses(gate, batch(draw, settings.batch_tokens, chance))
+            chance = random.Random((settings.seed + SECOND * holds) * 1_000_003 + step)  # noqa: S311
+            examples = batch(draw, settings.batch_tokens, chance)
+            wrong, firing = gate_losses(gate, examples)
+            weight = settings.firing_weight * (1.0 if holds else min(1.0, step / (GROWS * steps)))
+            loss, note = wrong + weight * firing, f"wrong {wrong.item():.3f}, firing {firing.item():.4f}"
+            if holds:
+                moved = distance(gate, [ids for ids, of_class in examples if not of_class])
+                loss, note = loss + settings.hold_weight * moved, f"{note}, moved {moved.item():.4f}"
             optimizer.zero_grad()
-            weight = settings.firing_weight * min(1.0, step / (GROWS * settings.steps))
-            (wrong + weight * firing).backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
             optimizer.step()
             step += 1
-            progress.advance(1, f"wrong {wrong.item():.3f}, firing {firing.item():.4f}")
-            if step % EVERY == 0 or step == settings.steps:
+            progress.advance(1, note)
+            if step % EVERY == 0 or step == steps:
                 save_checkpoint(gate, optimizer, checkpoint, identity, step)
-    return gate
+
+
+def distance(gate: LearnedGate, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """How far the rows move benign prompts: relative, mean over layers; of all tokens, and of the last again.
+
+    The last token counts as much as the rest together, since the answer begins there.
+    """
+    if not prompts:
+        return torch.zeros(())
+    tokens, mask = gate.model.pad(prompts)
+    with torch.no_grad():
+        untouched = gate.stream(tokens, {})
+    ends = (torch.arange(len(prompts)), mask.sum(1) - 1)
+    found = []
+    for before, after in zip(untouched, gate.stream(tokens, gate.edits()), strict=True):
+        size = before.float().norm(dim=-1)
+        moved = (after.float() - before.float()).norm(dim=-1) / size.clamp(min=1e-6)
+        found.append((moved * mask).sum() / mask.sum() + moved[ends].mean())
+    return torch.stack(found).mean()
 
 
 def batch(draw: Draw, tokens: int, chance: random.Random) -> list[Labelled]:

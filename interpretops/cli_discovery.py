@@ -172,6 +172,9 @@ def fit_gate(
     ] = "6,7,8,9,10,11,12,13,14",
     gate_rank: Annotated[int, typer.Option(help="ReLU rows at each of these layers.")] = 32,
     gate_steps: Annotated[int, typer.Option(help="Training steps of the gate.")] = 1200,
+    hold_steps: Annotated[
+        int, typer.Option(help="Further steps in which the gate learns to leave benign prompts as they are.")
+    ] = 250,
     firing_weight: Annotated[float, typer.Option(help="Weight of leaving benign prompts as they are.")] = 4.0,
     benign_budget: Annotated[
         float, typer.Option(help="Share of benign selection prompts that may be refused.")
@@ -209,6 +212,7 @@ def fit_gate(
             "rank": gate_rank,
             "steps": gate_steps,
             "firing_weight": firing_weight,
+            "hold_steps": hold_steps,
             "seed": seed,
             "benign_budget": benign_budget,
             "borderline_budget": borderline_budget,

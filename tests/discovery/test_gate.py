@@ -20,7 +20,7 @@ from discovery.gate_data import load_gate_data
 from discovery.gate_probe import auroc, fit_probe, prompt_end_features, threshold_at
 from discovery.gated_answers import edited_answers
 from discovery.gated_edit import EditSettings, Example, losses, train_edit
-from discovery.learned_gate import GateSettings, LearnedGate, batch, train_gate
+from discovery.learned_gate import GateSettings, LearnedGate, batch, distance, train_gate
 from discovery.low_rank import LowRankRows
 from discovery.prompt_variants import Surroundings, conversation, conversation_ids
 from discovery.refusal import is_coherent, is_refusal, targets
@@ -33,7 +33,7 @@ from interpretops.policy import load_policy
 from interpretops.session import SteeringSession
 
 EDIT = EditSettings(layers=(2, 3), rank=4, steps=6, batch=2)
-GATE = GateSettings(2, rows_at=(0, 1), rank=4, steps=8, batch_tokens=128, learning_rate=1e-2)
+GATE = GateSettings(2, rows_at=(0, 1), rank=4, steps=8, hold_steps=6, batch_tokens=128, learning_rate=1e-2)
 
 
 def _source(folder: Path, name: str, prompts: list[str], **more: object) -> Source:
@@ -220,9 +220,20 @@ def test_killed_gate_training_ends_with_the_same_gate(
         torch.testing.assert_close(other, value, rtol=0, atol=0, msg=name)
     with pytest.raises(DiscoveryError, match="of another training"):
         train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "else")
-    (tmp_path / "broken").write_bytes(b"not a checkpoint")
+    (tmp_path / "broken" / "gate-held.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(DiscoveryError, match="is damaged"):
         train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "it")
+
+
+def test_gate_learns_to_leave_benign_prompts_where_they_were(tiny: FrozenModel, tmp_path: Path) -> None:
+    """The second part of the training brings benign prompts back to where the untouched model has them."""
+    settings = replace(GATE, steps=30, hold_steps=30, hold_weight=10.0, firing_weight=0.0)
+    quiet = [tiny.chat_ids(f"move the thing {i}") for i in range(6)]
+    moved = [
+        float(distance(train_gate(_gate(tiny, s), _shouts(tiny), tmp_path / str(s.hold_steps), "it"), quiet))
+        for s in (replace(settings, hold_steps=0), settings)
+    ]
+    assert 0 < moved[1] < moved[0] / 2
 
 
 def test_a_batch_holds_prompts_of_similar_length() -> None:
