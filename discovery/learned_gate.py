@@ -114,12 +114,12 @@ class LearnedGate(nn.Module):
         """The edits of the prompt by layer."""
         return {layer: self.rows.at(layer) for layer in self.settings.rows_at}
 
-    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Readings [B] at the prompts' ends, and the mask [B, T] of their tokens."""
-        tokens, mask = self.model.pad(prompts)
+    def read(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Readings [B] at the ends of prompts [B, T], and the residual stream on the way (see `stream`)."""
         self.rows.firing.clear()
-        last = self.stream(tokens, self.edits())[-1][torch.arange(len(prompts)), mask.sum(1) - 1].float()
-        return (last / self.norm) @ self.direction + self.bias, mask
+        stream = self.stream(tokens, self.edits())
+        last = stream[-1][torch.arange(len(tokens)), mask.sum(1) - 1].float()
+        return (last / self.norm) @ self.direction + self.bias, stream
 
     def stream(self, tokens: Tensor, edits: Mapping[int, Edit]) -> list[Tensor]:
         """The residual stream [B, T, D] under some edits, at the rows' layers and last at the probe's.
@@ -147,8 +147,8 @@ class LearnedGate(nn.Module):
         """Readings [N] of many prompts."""
         found = torch.zeros(len(prompts))
         for places in windows(prompts, 2 * self.settings.batch_tokens):
-            values, mask = self.read([prompts[place] for place in places])
-            found[places] = values.cpu()
+            tokens, mask = self.model.pad([prompts[place] for place in places])
+            found[places] = self.read(tokens, mask)[0].cpu()
             if progress is not None:
                 progress.advance(int(mask.sum()))
         return found
@@ -203,12 +203,10 @@ def _train_part(gate: LearnedGate, draw: Draw, checkpoint: Path, identity: Any, 
                 group["lr"] = factor * rate
             chance = random.Random((settings.seed + SECOND * holds) * 1_000_003 + step)  # noqa: S311
             examples = batch(draw, settings.batch_tokens, chance)
-            wrong, firing = gate_losses(gate, examples)
+            wrong, firing, moved = gate_losses(gate, examples, holds=holds)
             weight = settings.firing_weight * (1.0 if holds else min(1.0, step / (GROWS * steps)))
-            loss, note = wrong + weight * firing, f"wrong {wrong.item():.3f}, firing {firing.item():.4f}"
-            if holds:
-                moved = distance(gate, [ids for ids, of_class in examples if not of_class])
-                loss, note = loss + settings.hold_weight * moved, f"{note}, moved {moved.item():.4f}"
+            loss = wrong + weight * firing + settings.hold_weight * moved
+            note = f"wrong {wrong.item():.3f}, firing {firing.item():.4f}, moved {moved.item():.4f}"
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
@@ -217,25 +215,6 @@ def _train_part(gate: LearnedGate, draw: Draw, checkpoint: Path, identity: Any, 
             progress.advance(1, note)
             if step % EVERY == 0 or step == steps:
                 save_checkpoint(gate, optimizer, checkpoint, identity, step)
-
-
-def distance(gate: LearnedGate, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """How far the rows move benign prompts: relative, mean over layers; of all tokens, and of the last again.
-
-    The last token counts as much as the rest together, since the answer begins there.
-    """
-    if not prompts:
-        return torch.zeros(())
-    tokens, mask = gate.model.pad(prompts)
-    with torch.no_grad():
-        untouched = gate.stream(tokens, {})
-    ends = (torch.arange(len(prompts)), mask.sum(1) - 1)
-    found = []
-    for before, after in zip(untouched, gate.stream(tokens, gate.edits()), strict=True):
-        size = before.float().norm(dim=-1)
-        moved = (after.float() - before.float()).norm(dim=-1) / size.clamp(min=1e-6)
-        found.append((moved * mask).sum() / mask.sum() + moved[ends].mean())
-    return torch.stack(found).mean()
 
 
 def batch(draw: Draw, tokens: int, chance: random.Random) -> list[Labelled]:
@@ -257,12 +236,35 @@ def batch(draw: Draw, tokens: int, chance: random.Random) -> list[Labelled]:
     return chosen
 
 
-def gate_losses(gate: LearnedGate, examples: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy of the readings, and the edit's relative size per benign token and layer."""
-    readings, mask = gate.read([ids for ids, _ in examples])
-    wanted = torch.tensor([float(of_class) for _, of_class in examples], device=readings.device)
-    wrong = binary_cross_entropy_with_logits(readings, wanted.clamp(SOFTENED, 1 - SOFTENED))
-    benign = mask * (1 - wanted)[:, None]
+def gate_losses(
+    gate: LearnedGate, examples: Sequence[Labelled], *, holds: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Binary cross-entropy of the readings, size of the edit on benign tokens, distance of benign prompts.
+
+    Size and distance are relative and means over the layers; the distance is 0 unless ``holds``.
+    """
+    tokens, mask = gate.model.pad([ids for ids, _ in examples])
+    readings, stream = gate.read(tokens, mask)
+    of_class = torch.tensor([wanted for _, wanted in examples], device=readings.device)
+    wrong = binary_cross_entropy_with_logits(readings, of_class.float().clamp(SOFTENED, 1 - SOFTENED))
+    benign = mask * ~of_class[:, None]
     sizes = [(size * benign).sum() / benign.sum().clamp(min=1) for size in gate.rows.firing]
     firing = torch.stack(sizes).mean() if sizes else torch.zeros(())
-    return wrong, firing
+    if not holds or bool(of_class.all()):
+        return wrong, firing, torch.zeros(())
+    return wrong, firing, distance(gate, tokens[~of_class], mask[~of_class], [x[~of_class] for x in stream])
+
+
+def distance(gate: LearnedGate, tokens: Tensor, mask: Tensor, stream: Sequence[Tensor]) -> Tensor:
+    """How far ``stream`` is from the untouched one: of all tokens, and once more of the last.
+
+    The last token counts as much as the rest together, since the answer begins there.
+    """
+    with torch.no_grad():
+        untouched = gate.stream(tokens, {})
+    ends = (torch.arange(len(tokens)), mask.sum(1) - 1)
+    found = []
+    for before, after in zip(untouched, stream, strict=True):
+        moved = (after.float() - before.float()).norm(dim=-1) / before.float().norm(dim=-1).clamp(min=1e-6)
+        found.append((moved * mask).sum() / mask.sum() + moved[ends].mean())
+    return torch.stack(found).mean()

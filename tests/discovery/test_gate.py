@@ -229,10 +229,11 @@ def test_gate_learns_to_leave_benign_prompts_where_they_were(tiny: FrozenModel, 
     """The second part of the training brings benign prompts back to where the untouched model has them."""
     settings = replace(GATE, steps=30, hold_steps=30, hold_weight=10.0, firing_weight=0.0)
     quiet = [tiny.chat_ids(f"move the thing {i}") for i in range(6)]
-    moved = [
-        float(distance(train_gate(_gate(tiny, s), _shouts(tiny), tmp_path / str(s.hold_steps), "it"), quiet))
-        for s in (replace(settings, hold_steps=0), settings)
-    ]
+    moved = []
+    for one in (replace(settings, hold_steps=0), settings):
+        gate = train_gate(_gate(tiny, one), _shouts(tiny), tmp_path / str(one.hold_steps), "it")
+        tokens, mask = tiny.pad(quiet)
+        moved.append(float(distance(gate, tokens, mask, gate.read(tokens, mask)[1])))
     assert 0 < moved[1] < moved[0] / 2
 
 
