@@ -36,6 +36,8 @@ class Answer(Strictly):
     """Mean over the tokens of a piece of text, in nats."""
     tokens: int | None = None
     """Tokens that `cross_entropy` is the mean of."""
+    too_long: bool = False
+    """The prompt does not fit into the model's context: there is no answer, and the prompt does not count."""
 
 
 class AnswerFile:
@@ -80,7 +82,14 @@ class AnswerFile:
         lines = sorted(answer.model_dump_json(exclude={"cached"}) for answer in self.answers.values())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
+    @property
+    def too_long(self) -> frozenset[str]:
+        """Ids of the prompts that did not fit under some arm; they count under none."""
+        return frozenset(answer.id for answer in self.answers.values() if answer.too_long)
+
     def _check(self, answer: Answer) -> None:
+        if answer.too_long:
+            return
         known = self._revisions.setdefault(answer.policy, answer.revision)
         if known != answer.revision:
             raise DiscoveryError(

@@ -160,5 +160,5 @@ def card_baselines(
 
 
 def _served(answers: AnswerFile, kind: str) -> str:
-    answer = next(answer for (arm, _), answer in answers.answers.items() if arm == kind)
+    answer = next(a for (arm, _), a in answers.answers.items() if arm == kind and not a.too_long)
     return f"policy {answer.policy}@{answer.revision[:12]}"

@@ -17,6 +17,7 @@ ATTEMPTS = 5
 FIRST_PAUSE_S = 0.5
 _LABEL = re.compile(r"(?P<id>[A-Za-z0-9][A-Za-z0-9._-]{0,127})@(?P<revision>[0-9a-f]{12})")
 _REVISION = re.compile(r"[0-9a-f]{64}")
+_TOO_LONG = re.compile(r"maximum (context|model) length", re.IGNORECASE)
 _BUSY = frozenset((408, 429, 500, 502, 503, 504))
 
 
@@ -24,6 +25,12 @@ class UnprovenAnswerError(DiscoveryError):
     """An answer came without proof of the policy that was asked for; it is not counted."""
 
     code = "unproven_answer"
+
+
+class PromptTooLongError(DiscoveryError):
+    """A prompt does not fit into the model's context."""
+
+    code = "prompt_too_long"
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class Endpoint:
                     key.lower(): value for key, value in response.headers.items()
                 }
             why = f"status {response.status}: {_message(data)}"
+            if response.status == 400 and _TOO_LONG.search(why):
+                raise PromptTooLongError(f"{self.url}{route}: {why}")
             if response.status not in _BUSY:
                 raise DiscoveryError(f"{self.url}{route}: {why}")
         raise DiscoveryError(f"{self.url}{route}: {why}; when it serves again, the same command goes on")

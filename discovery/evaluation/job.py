@@ -22,7 +22,7 @@ from discovery.evaluation.metrics import answer_measures, merge, task_measure, t
 from discovery.evaluation.options import JobOptions
 from discovery.evaluation.outcome import Outcomes
 from discovery.evaluation.own_gateway import own_gateway
-from discovery.evaluation.subject import Subject, cut, open_subject, open_suites
+from discovery.evaluation.subject import Subject, cut, open_subject, open_suites, without
 from discovery.evaluation.suite import LoadedSuite
 from discovery.run_record import run_record
 from interpretops.atomic_file import write_atomically
@@ -160,6 +160,7 @@ async def measure(run: Run, made: Derived | None) -> Measured:
         expected = {NONE: NONE, subject.policy.meta.id: subject.revision}
         answers = stack.enter_context(AnswerFile(run.out, identity, expected))
         await collect(endpoint, loaded.prompts, arms, sampling, answers, options.concurrency)
+        loaded = without(loaded, answers.too_long)
         bench = Bench(session, options)
         judged = await judge_answers(loaded, answers, arms, bench, options.concurrency)
     write_outcomes(run.out / "outcomes.jsonl", judged)
@@ -179,6 +180,8 @@ def _arms(run: Run, served: dict[BaselineKind, str]) -> list[Arm]:
 def make_card(run: Run, measured: Measured) -> RiskCard:
     """Count what was judged, read likelihoods, and put all of it on a card."""
     loaded, subject, options, seed = run.loaded, run.subject, run.options, run.options.seed
+    too_long = measured.answers.too_long
+    loaded = without(loaded, too_long)
     answers = measured.answers.answers
     baselines = card_baselines(loaded, subject.policy, measured.answers, measured.judged, seed, measured.made)
     measures = answer_measures(loaded, measured.judged["off"], measured.judged["on"], seed)
@@ -195,6 +198,8 @@ def make_card(run: Run, measured: Measured) -> RiskCard:
         options.latency or find_result(), subject.model.name
     )
     notes = [note for note in (latency_note,) if note]
+    if too_long:
+        notes.append(f"{len(too_long)} prompts were longer than the model's context and are left out.")
     if options.circuit is not None:
         found, note = circuit_measures(options.circuit, subject.model.fingerprint, seed)
         measures |= found

@@ -1,7 +1,7 @@
 """What an evaluation is of: the policy as it stands, compiled for the model here, and its suites."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,6 +67,11 @@ def cut(loaded: LoadedSuite, limit: int, roles: Sequence[Role] | None = None) ->
             own = [prompt for prompt in prompts if prompt.source == source]
             kept += own[: math.ceil(min(1.0, limit / len(prompts)) * len(own))]
     return replace(loaded, prompts=tuple(kept))
+
+
+def without(loaded: LoadedSuite, ids: Collection[str]) -> LoadedSuite:
+    """The suite without some prompts."""
+    return replace(loaded, prompts=tuple(prompt for prompt in loaded.prompts if prompt.id not in ids))
 
 
 def _suite_place(name: str, policy: Policy) -> str:

@@ -132,6 +132,19 @@ async def test_context_stands_before_every_prompt_of_every_arm(subject: Subject,
     assert gateway.systems == {"An app.", "An app.\n\nRefuse."}
 
 
+async def test_prompt_longer_than_the_context_is_left_out(subject: Subject, tmp_path: Path) -> None:
+    """It stops nothing, counts under no arm, stands in the notes, and is not asked again."""
+    prompts = [*(f"bad {i}" for i in range(4)), "bad and endless"]
+    source = {"path": write_prompts(tmp_path, "h.json", prompts), "role": "harmful"}
+    loaded = load_suite(write_suite(tmp_path, "s", [source]))
+    card = await evaluated(loaded, subject, Gateway(), tmp_path / "out")
+    assert card.measures["defense_efficacy"].n == 4
+    assert any("1 prompts were longer" in note for note in card.notes)
+    again = Gateway()
+    assert (await evaluated(loaded, subject, again, tmp_path / "out")).measures == card.measures
+    assert again.asked == 0
+
+
 def test_a_policys_suites_become_one(subject: Subject, tmp_path: Path) -> None:
     """Suites lie beside the policy that names them; a prompt of both counts once, and names stay apart."""
     write_prompts(tmp_path, "a.json", ["one", "two"])

@@ -59,6 +59,9 @@ class Gateway:
         body = await request.json()
         assert body["temperature"] == 0
         prompt, steered = body["messages"][-1]["content"], request.headers["X-Steering-Policy"] != "none"
+        if "endless" in prompt:
+            message = "This model's maximum context length is 2048 tokens. However, your prompt is longer."
+            return web.json_response({"error": {"message": message}}, status=400)
         self.systems |= {turn["content"] for turn in body["messages"] if turn["role"] == "system"}
         text = f"{ANSWER} {prompt[len('capital of ') :]}City" if prompt.startswith("capital of") else ANSWER
         if steered and "bad" in prompt:
