@@ -73,6 +73,10 @@ def propose(
     suite: Annotated[
         list[str] | None, typer.Option("--suite", help="Name of a suite of the policy; may be repeated.")
     ] = None,
+    defense_efficacy_min: Annotated[
+        float | None, typer.Option(help="The policy's bar; with one it serves only once its card meets it.")
+    ] = None,
+    collateral_damage_max: Annotated[float | None, typer.Option(help="The same for damage.")] = None,
     target_class: Annotated[
         str | None, typer.Option("--class", help="Class of the policy; else the contrast's.")
     ] = None,
@@ -122,6 +126,8 @@ def propose(
             steps=steps,
             rank=rank,
             suites=tuple(suite or ()),
+            defense_efficacy_min=defense_efficacy_min,
+            collateral_damage_max=collateral_damage_max,
             target_class=target_class,
             seed=seed,
         ),

@@ -42,6 +42,7 @@ from interpretops.settings import Settings
 
 DIRECTION_STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
 FEATURE_STRENGTHS = (1.0, 2.0, 3.0, 5.0)
+BARS = ("defense_efficacy_min", "collateral_damage_max")
 LAYER_SHARES = (0.4, 0.5, 0.6)
 """Depths, as shares of the model's layers, at which a direction is tried when no layers are named."""
 
@@ -244,9 +245,7 @@ class Answering:
             "gates": {name: gate.document},
             "interventions": [entry | {"gate": name} for entry in action.interventions],
         }
-        return policy_yaml(
-            document, header, list(self.chosen.suites), 0.5, max(self.chosen.budgets.benign, 0.05)
-        )
+        return policy_yaml(document, header, self.chosen)
 
     def _record(self, draft: Draft, points: Sequence[tuple[Point, Action, GateChoice]]) -> dict[str, Any]:
         sizes = {
@@ -267,7 +266,7 @@ class Answering:
 
 def _that_decide(chosen: ProposeSettings) -> dict[str, Any]:
     """The settings that shape the kept steps: names, budgets and grids may change between runs."""
-    free = ("policy_id", "suites", "budgets", "strengths", "counts", "gate", "gate_layer", "layers")
+    free = ("policy_id", "suites", *BARS, "budgets", "strengths", "counts", "gate", "gate_layer", "layers")
     return {key: value for key, value in chosen.record().items() if key not in free}
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from discovery.proposals.kept import write_whole
+from discovery.proposals.settings import ProposeSettings
 from interpretops.compile import compile_policy
 from interpretops.errors import PolicyError
 from interpretops.plan import ModelSpec
@@ -45,14 +46,18 @@ def write_vectors(path: Path, vectors: dict[str, Tensor], spec: ModelSpec) -> No
     write_whole(path, data)
 
 
-def policy_yaml(
-    document: dict[str, Any], header: list[str], suites: list[str], efficacy: float, damage: float
-) -> str:
-    """The policy file: what made it as a comment, then the document with its bar."""
-    criteria = {"defense_efficacy_min": efficacy, "collateral_damage_max": damage}
-    document = document | {
-        "evaluation": {"suites": [{"name": name} for name in suites], "success_criteria": criteria}
+def policy_yaml(document: dict[str, Any], header: list[str], chosen: ProposeSettings) -> str:
+    """The policy file: what made it as a comment, then the document with its suites and its bar, if any."""
+    bars = {
+        "defense_efficacy_min": chosen.defense_efficacy_min,
+        "collateral_damage_max": chosen.collateral_damage_max,
     }
+    evaluation = {
+        "suites": [{"name": name} for name in chosen.suites],
+        "success_criteria": {name: bar for name, bar in bars.items() if bar is not None},
+    }
+    if given := {key: value for key, value in evaluation.items() if value}:
+        document = document | {"evaluation": given}
     comment = "".join(f"# {line}\n" for line in header)
     return comment + yaml.safe_dump(document, sort_keys=False, width=110)
 

@@ -148,9 +148,7 @@ class Avoiding:
             f"{_words(point)}.",
             f"Data, versions and all rejected points: records/{self.places.record.name}.",
         ]
-        text = policy_yaml(
-            candidate.document, header, list(self.chosen.suites), 0.5, max(self.chosen.budgets.benign, 0.05)
-        )
+        text = policy_yaml(candidate.document, header, self.chosen)
         revision = write_policy(text, record | {"chosen": asdict(point)}, self.places, self.model.spec)
         self.say(f"chosen: {_words(point)}")
         self.say(f"{self.places.policy}: policy, revision {revision[:12]}; {self.places.record}: record")

@@ -86,7 +86,7 @@ def propose_gated_edit(
         f"data, versions and all thresholds: records/{places.record.name}.",
     ]
     document = dict(read_yaml(draft, DiscoveryError).data)
-    text = policy_yaml(document, header, list(chosen.suites), 0.5, max(chosen.budgets.benign, 0.05))
+    text = policy_yaml(document, header, chosen)
     revision = write_policy(text, record, places, spec)
     say(f"{places.policy}: policy, revision {revision[:12]}; {places.record}: record")
 

@@ -53,6 +53,9 @@ class ProposeSettings:
     rank: int = 16
     """Of the learned edit."""
     suites: tuple[str, ...] = ()
+    defense_efficacy_min: float | None = None
+    """The policy's bar; with one it serves only once its Risk Card meets it."""
+    collateral_damage_max: float | None = None
     target_class: str | None = None
     seed: int = 0
 
@@ -84,6 +87,8 @@ class ProposeSettings:
             ("most-discovery", self.most_discovery >= 4),
             ("most-selection", self.most_selection >= 2),
             ("pairs", self.pairs >= 2),
+            ("defense-efficacy-min", 0 <= (self.defense_efficacy_min or 0) <= 1),
+            ("collateral-damage-max", 0 <= (self.collateral_damage_max or 0) <= 1),
         ):
             if not good:
                 raise DiscoveryError(f"--{name} is out of range; see mechctl propose --help")

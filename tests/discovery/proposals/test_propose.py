@@ -257,6 +257,7 @@ def test_learned_edit_is_fitted_by_fit_gate_on_the_same_split(
     path = class_file(judge={"kind": "refusal"}, wanted=[])
     out = tmp_path / "p" / "x.yaml"
     chosen = ("--method", "gated-edit", "--policy-id", "x", "--out", out, "--steps", 2, "--rank", 2)
+    chosen = (*chosen, "--suite", "shouts", "--defense-efficacy-min", 0.4)
     fixed = ("--contrast", path, "--model", tiny.folder, "--artifacts", tmp_path / "artifacts")
     status, _, errors = mechctl("propose", *fixed, *chosen, "--work", tmp_path / "work")
     assert status == 0, errors
@@ -268,3 +269,7 @@ def test_learned_edit_is_fitted_by_fit_gate_on_the_same_split(
     assert listed["harmful"] == list(contrast["discovery", "target"])
     assert listed["select_borderline"] == list(contrast["selection", "borderline"])
     assert len(listed) == 6
+    evaluation = load_policy(out).evaluation
+    assert [suite.name for suite in evaluation.suites] == ["shouts"]
+    assert evaluation.success_criteria.defense_efficacy_min == 0.4
+    assert evaluation.success_criteria.collateral_damage_max is None

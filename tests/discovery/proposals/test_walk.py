@@ -88,8 +88,9 @@ def test_the_walk_ends_in_a_served_policy_that_acts(
     serve, evaluate, curl = typed[3:]
     assert serve[-1] == "&"
     with served(serve[1:-1], tmp_path) as url:
-        run([*evaluate, "--url", url])
-        answer = json.loads(run([word.replace("http://127.0.0.1:8000", url) for word in curl]))
+        here = [[word.replace("http://127.0.0.1:8000", url) for word in words] for words in (evaluate, curl)]
+        run(here[0])
+        answer = json.loads(run(here[1]))
     assert answer["choices"][0]["message"]["content"]
     card = json.loads((tmp_path / "runs" / "medical-dosage" / "eval" / "card.json").read_text())
     assert card["measures"]["defense_efficacy"]["value"] > 0
