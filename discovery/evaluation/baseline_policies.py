@@ -106,6 +106,7 @@ class _Drafts:
         self.policy, self.model, self.made, self.plain, self.home = policy, model, made, plain, home
         self.chance = np.random.default_rng(seed)
         self.seed = seed
+        self.conditional = {name for name, gate in policy.gates.items() if gate.conditions}
         self.artifacts = Artifacts(made.artifacts, model)
 
     def file(self, kind: BaselineKind) -> Path:
@@ -144,9 +145,13 @@ class _Drafts:
         """Every written direction replaced by a random one of its norm; what is read stays."""
         edits: list[dict[str, Any]] = []
         for index, edit in enumerate(self.plain["interventions"]):
-            edits.append(self._randomised(index, edit))
+            edits.append(self._randomised(index, edit) if self._acts(edit) else edit)
         note = f"each written direction replaced by a random one of its norm, seed {self.seed}; gates kept"
         self._write("random_direction", {**self.plain, "interventions": edits}, note)
+
+    def _acts(self, edit: dict[str, Any]) -> bool:
+        """Whether an edit is what the policy does, not what its gate reads: the conditioned ones, if any."""
+        return not self.conditional or edit.get("gate", ALWAYS_GATE) in self.conditional
 
     def _randomised(self, index: int, edit: dict[str, Any]) -> dict[str, Any]:
         policy_edit = self.policy.interventions[index]
@@ -240,7 +245,12 @@ class _Drafts:
             return
         path = self.made.policies / f"{self.policy.meta.id}.yaml"
         plan: Plan = compile_policy(load_policy(path), model=self.model, artifacts=self.made.artifacts)
-        layers = sorted({site.layer for site in plan.edits})
+        acting = [
+            site.layer
+            for site, edits in plan.edits.items()
+            if not self.conditional or any(len(plan.gates[int(gate)].cut) for gate in edits.units.gate)
+        ]
+        layers = sorted({*acting}) or sorted({site.layer for site in plan.edits})
         layer = layers[len(layers) // 2]
         vector, how = direction(layer)
         name = f"{self.policy.meta.id}.diffmean.safetensors"
@@ -251,8 +261,9 @@ class _Drafts:
             "vector": {"file": name},
             "strength": 1.0,
         }
-        gate = self.plain["interventions"][0].get("gate")
-        content = {**self.plain, "interventions": [edit | ({"gate": gate} if gate else {})]}
+        kept = [given for given in self.plain["interventions"] if not self._acts(given)]
+        gate = next((given.get("gate") for given in self.plain["interventions"] if self._acts(given)), None)
+        content = {**self.plain, "interventions": [*kept, edit | ({"gate": gate} if gate else {})]}
         self._write("diffmean", content, f"{how}, strength 1 after layer {layer}, behind the policy's gate")
 
     def _vector(self, name: str, vector: Array) -> None:

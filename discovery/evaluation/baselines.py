@@ -141,7 +141,7 @@ def card_baselines(
                 notes.append(f"asked {len(judged[kind])} of the {len(off)} prompts")
             found[kind] = Baseline(measures=measures, note="; ".join(note for note in notes if note))
     gates = policy.gates
-    gated = all(edit.gate != ALWAYS_GATE and gates[edit.gate].conditions for edit in policy.interventions)
+    gated = any(edit.gate != ALWAYS_GATE and gates[edit.gate].conditions for edit in policy.interventions)
     fired = {key: answers.answers["on", key].fired for key in off}
     if gated and all(count is not None for count in fired.values()):
         block = blocked(off, {key: bool(count) for key, count in fired.items()})
