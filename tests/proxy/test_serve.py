@@ -168,7 +168,7 @@ def test_every_route_is_steered_and_proven(served, route, stream):
     """On every route the real engine's receipt proves the policy, and its text differs from the unsteered."""
     fields = {
         "completions": {"prompt": "The sky is", "max_tokens": 24},
-        "responses": {"input": "What is the capital of France?", "max_output_tokens": 24},
+        "responses": {"input": PROMPT[0]["content"], "max_output_tokens": 24},
         "messages": {"messages": PROMPT, "max_tokens": 24},
     }[route]
     texts = []
