@@ -1,6 +1,6 @@
 """Probes: what the last prompt token knows, read by a logistic regression that becomes a policy's gate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,8 +89,3 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
         ranks[both == value] = ranks[both == value].mean()
     n, p = len(negative), len(positive)
     return float((ranks[n:].sum() - p * (p + 1) / 2) / (n * p))
-
-
-def rates_above(readings: Mapping[str, Tensor], threshold: float) -> dict[str, float]:
-    """Share of each group's readings above a threshold."""
-    return {name: float((values > threshold).float().mean()) for name, values in readings.items()}

@@ -31,8 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 
 def bridge(folder: Path) -> Any:
     """TransformerLens' view of a local folder."""
-    lens = pytest.importorskip("transformer_lens.model_bridge")
-    return lens.TransformerBridge.boot_transformers(str(folder), device="cpu")
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(str(folder), device="cpu")
 
 
 def metric_of(logits: Tensor, pair: Pair) -> Tensor:
@@ -114,7 +115,8 @@ def test_feature_effects_are_saelens_in_transformer_lens(
     known: GraphDecoder, known_folder: Path, artifacts: Path, pairs: list[Pair]
 ) -> None:
     """SAELens encodes and decodes, TransformerLens patches: the same effect of every feature, and of all."""
-    sae_lens = pytest.importorskip("sae_lens")
+    import sae_lens
+
     dictionary = artifacts / known_folder.name / "words"
     site = FeatureSite(known, Artifacts(artifacts, known.model.spec).named_dictionary("words"))
     pair, named = pairs[0], [[1], [8], [15], [16]]
