@@ -31,14 +31,17 @@ from discovery.trace import batches
 from interpretops.atomic_file import write_atomically
 
 LONGEST_TRAINED = 320
-SHARE_OF_TEXT = 0.05
-"""Share of training examples that are pieces of plain text."""
+SHARE_OF_TEXT = 0.2
+"""Share of benign training examples that are pieces of plain text."""
 HARD_BENIGN = 600
 """How many benign training prompts, the ones nearest to opening the gate, the edit is held to."""
 JUDGED_TOKENS = 32
 MEASURED = 96
 """Training prompts on which the norms of the residual stream are measured."""
-SINK_RATIO = 8.0
+SINK_RATIO = 4.0
+"""Tokens with a norm of more than so many medians are sinks, which the gate's rows must not move."""
+WRITTEN_TOKENS = 96
+"""Length of a text that the model writes from an opening."""
 
 
 class GateFit:
@@ -57,10 +60,11 @@ class GateFit:
         self.model, self.data, self.gate_settings, self.edit_settings = model, data, gate, edit
         self.work = work
         self.identity = {
-            "train": hashlib.sha256(repr((data.train, data.plain_text)).encode()).hexdigest(),
+            "train": hashlib.sha256(repr((data.train, data.plain_text, data.openings)).encode()).hexdigest(),
             "around": hashlib.sha256(repr(data.surroundings).encode()).hexdigest(),
             "model": model.spec.fingerprint,
         }
+        self.plain_text = [tuple(model.text_ids(text)) for text in data.plain_text] + self._written()
         self.norms, self.max_norm = self._measure_norms(sorted({gate.layer, *gate.rows_at, *edit.layers}))
         self.gate = train_gate(
             LearnedGate(model, gate, self.norms, self.max_norm),
@@ -74,6 +78,24 @@ class GateFit:
             self.readings = {
                 name: self.gate.readings(group, progress) for name, group in self.prompts.items()
             }
+
+    def _written(self) -> list[tuple[int, ...]]:
+        """What the model writes from the data's openings, drawn once and kept."""
+        if not self.data.openings:
+            return []
+        path = self.work / "written.json"
+        if path.exists() and (kept := json.loads(path.read_bytes()))["of"] == self.identity["train"]:
+            return [tuple(ids) for ids in kept["texts"]]
+        opened = [self.model.text_ids(text) for text in self.data.openings]
+        texts: list[list[int]] = []
+        with meter("fit-gate: texts of the model's own", len(opened), "texts") as progress:
+            for batch in batches(opened, room=WRITTEN_TOKENS):
+                prompts = [ids for _, ids in batch]
+                written = self.model.answers(prompts, WRITTEN_TOKENS, sample_seed=len(texts))
+                texts += [[*ids, *more] for ids, more in zip(prompts, written, strict=True)]
+                progress.advance(len(prompts))
+        write_atomically(path, json.dumps({"of": self.identity["train"], "texts": texts}).encode())
+        return [tuple(ids) for ids in texts]
 
     @torch.no_grad()
     def _measure_norms(self, layers: list[int]) -> tuple[dict[int, float], dict[int, float]]:
@@ -95,9 +117,9 @@ class GateFit:
         """One training example: as many of either side, larger groups more often."""
         of_class = chance.random() < 0.5
         while True:
-            if not of_class and self.data.plain_text and chance.random() < SHARE_OF_TEXT:
-                text = chance.choice(self.data.plain_text)
-                ids = tuple(self.model.text_ids(text[: chance.randrange(40, len(text) + 40)]))
+            if not of_class and self.plain_text and chance.random() < SHARE_OF_TEXT:
+                text = chance.choice(self.plain_text)
+                ids = text[: chance.randrange(min(10, len(text)), len(text) + 10)]
             else:
                 names = [name for name in self.data.train if is_harmful(name) == of_class]
                 sizes = [len(self.data.train[name]) ** 0.8 for name in names]

@@ -16,7 +16,7 @@ Groups = dict[str, list[str]]
 
 
 PIECE_CHARACTERS = 500
-SPECIAL = ("wrappers", "select_wrappers", "system_prompts", "earlier_turns")
+SPECIAL = ("wrappers", "select_wrappers", "system_prompts", "earlier_turns", "answer_openings")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class GateData:
     surroundings: Surroundings = field(default_factory=Surroundings)
     plain_text: tuple[str, ...] = ()
     """Pieces of benign text that are no conversation."""
+    openings: tuple[str, ...] = ()
+    """Openings of benign texts that the model is to write."""
 
     def sides(self, groups: Groups) -> tuple[list[str], list[str]]:
         """(harmful, benign) prompts of some groups, in their order."""
@@ -47,7 +49,8 @@ def load_gate_data(data: DataList, seed: int) -> GateData:
 
     Groups are named ``harmful…``, ``benign…``, ``select_…`` and ``test_…``. ``wrappers`` and
     ``select_wrappers`` hold templates with ``{request}`` for sources with ``wrap: true``; ``system_prompts``
-    and ``earlier_turns`` what may come before a training prompt. Benign sources of text give plain text.
+    and ``earlier_turns`` what may come before a training prompt, ``answer_openings`` what may come after it.
+    Benign sources of text give plain text, benign openings text that the model writes.
     """
     special = {name: _special(data, name) for name in SPECIAL}
     for name in ("wrappers", "select_wrappers"):
@@ -57,6 +60,7 @@ def load_gate_data(data: DataList, seed: int) -> GateData:
     chance = random.Random(seed)  # noqa: S311 (sampling, no secret)
     groups: Groups = {}
     pieces: list[str] = []
+    openings: list[str] = []
     for name, sources in data.groups.items():
         if name in SPECIAL:
             continue
@@ -69,6 +73,9 @@ def load_gate_data(data: DataList, seed: int) -> GateData:
                 text = read_text(source)
                 pieces += [text[at : at + PIECE_CHARACTERS] for at in range(0, len(text), PIECE_CHARACTERS)]
                 continue
+            if source.kind == "openings":
+                openings += read_prompts(source) * source.times
+                continue
             prompts += _rendered(name, source, wrappers, chance)
         if prompts:
             groups[name] = list(dict.fromkeys(prompts))
@@ -77,9 +84,9 @@ def load_gate_data(data: DataList, seed: int) -> GateData:
     train = {name: prompts for name, prompts in groups.items() if name not in test and name not in select}
     select = _without(select, test)
     train = _without(_without(train, test), select)
-    surroundings = Surroundings(tuple(special["system_prompts"]), tuple(special["earlier_turns"]))
+    surroundings = Surroundings(*(tuple(special[name]) for name in SPECIAL[2:]))
     surroundings.check()
-    found_data = GateData(train, select, test, surroundings, tuple(pieces))
+    found_data = GateData(train, select, test, surroundings, tuple(pieces), tuple(openings))
     for stage, chosen in (("training", train), ("select_", select)):
         if not all(found_data.sides(chosen)):
             missing = "harmful" if not found_data.sides(chosen)[0] else "benign"

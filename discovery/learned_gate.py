@@ -3,10 +3,9 @@
 At each of a few layers ``x' = x + B relu(A x + b)`` acts on the prompt alone, every token for itself
 (bottleneck adapters, Houlsby et al. 2019, arXiv:1902.00751, at the residual stream). Attention carries what
 they write to the last prompt token, where a linear probe decides. Nothing depends on tokens that a prefix
-cache would skip, and generated tokens are never edited. Trained through the frozen layers below the probe in
-two parts. First it learns to tell: binary cross-entropy, and the relative size of the edit on benign tokens.
-Then it learns to hold still as well: the distance of benign prompts from where the untouched model would
-have them, at every layer up to the probe, so that their answers stay what they were.
+cache would skip, and generated tokens are never edited. Trained through the frozen layers below the probe, on
+binary cross-entropy and on the distance of benign prompts from where the untouched model would have them, at
+every layer up to the probe, so that their answers stay what they were.
 """
 
 import random
@@ -30,12 +29,10 @@ SOFTENED = 0.01
 """Labels are 0.01 and 0.99: a probe that is certain of everything has learned its data by heart."""
 CLOSED_BIAS = -0.03
 """Bias of untrained rows: about a quarter of them fire at a token."""
-GROWS = 0.4
-"""Share of the training over which the firing weight grows: first learn, then learn to hold still."""
-HOLD_RATE = 0.4
-"""The second part's learning rate, as a share of the first one's."""
-SECOND = 500
-"""Keeps the second part's draws apart from the first one's."""
+GROWS = 0.5
+"""Share of the training over which the weight of holding still grows to what it is."""
+GROWS_FROM = 0.1
+"""What share of its weight holding still begins with."""
 EVERY = 20
 """Steps between checkpoints."""
 
@@ -57,12 +54,8 @@ class GateSettings:
     steps: int = 300
     batch_tokens: int = 2400
     learning_rate: float = 1.5e-3
-    firing_weight: float = 4.0
-    """Weight of the edit's relative size on benign tokens."""
-    hold_steps: int = 100
-    """Steps of the second part."""
-    hold_weight: float = 3.0
-    """Weight of the relative distance of benign prompts from the untouched model's, in the second part."""
+    hold_weight: float = 2.0
+    """Weight of the relative distance of benign prompts from the untouched model's."""
     benign_budget: float = 0.015
     """Share of the plain benign selection prompts of a group that may newly be refused."""
     borderline_budget: float = 0.12
@@ -77,8 +70,6 @@ class GateSettings:
             ("steps", self.steps >= 1),
             ("batch_tokens", self.batch_tokens >= 64),
             ("learning_rate", 0 < self.learning_rate < 1),
-            ("firing_weight", self.firing_weight >= 0),
-            ("hold_steps", self.hold_steps >= 0),
             ("hold_weight", self.hold_weight >= 0),
         ):
             if not good:
@@ -175,46 +166,31 @@ def windows(prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
 
 
 def train_gate(gate: LearnedGate, draw: Draw, work: Path, identity: Any) -> LearnedGate:
-    """Train both parts, or go on from the checkpoints in ``work``.
-
-    Step n of a part depends on the seed and n alone.
-    """
-    settings = asdict(gate.settings)
-    first = {name: value for name, value in settings.items() if not name.startswith("hold_")}
-    _train_part(gate, draw, work / "gate.safetensors", [first, identity], holds=False)
-    if gate.settings.rows_at and gate.settings.hold_steps:
-        _train_part(gate, draw, work / "gate-held.safetensors", [settings, identity], holds=True)
-    return gate
-
-
-def _train_part(gate: LearnedGate, draw: Draw, checkpoint: Path, identity: Any, *, holds: bool) -> None:
+    """Train, or go on from the checkpoint in ``work``. Step n depends on the seed and n alone."""
     settings = gate.settings
-    steps = settings.hold_steps if holds else settings.steps
-    highest = settings.learning_rate * (HOLD_RATE if holds else 1)
+    checkpoint, identity = work / "gate.safetensors", [asdict(settings), identity]
     rows = [parameter for name, parameter in gate.named_parameters() if name not in ("direction", "bias")]
     groups = [{"params": rows}] if rows else []
     optimizer = torch.optim.Adam([*groups, {"params": [gate.direction, gate.bias]}], betas=(0.9, 0.98))
     step = restore_checkpoint(gate, optimizer, checkpoint, identity)
-    title = "fit-gate: gate holds still" if holds else "fit-gate: gate"
-    with meter(title, steps, "steps", step) as progress:
-        while step < steps:
-            rate = learning_rate(highest, step, steps)
+    with meter("fit-gate: gate", settings.steps, "steps", step) as progress:
+        while step < settings.steps:
+            rate = learning_rate(settings.learning_rate, step, settings.steps)
             for group, factor in zip(reversed(optimizer.param_groups), (5, 1), strict=False):
                 group["lr"] = factor * rate
-            chance = random.Random((settings.seed + SECOND * holds) * 1_000_003 + step)  # noqa: S311
-            examples = batch(draw, settings.batch_tokens, chance)
-            wrong, firing, moved = gate_losses(gate, examples, holds=holds)
-            weight = settings.firing_weight * (1.0 if holds else min(1.0, step / (GROWS * steps)))
-            loss = wrong + weight * firing + settings.hold_weight * moved
-            note = f"wrong {wrong.item():.3f}, firing {firing.item():.4f}, moved {moved.item():.4f}"
+            chance = random.Random(settings.seed * 1_000_003 + step)  # noqa: S311 (sampling)
+            wrong, moved = gate_losses(gate, batch(draw, settings.batch_tokens, chance))
+            grown = min(1.0, GROWS_FROM + (1 - GROWS_FROM) * step / (GROWS * settings.steps))
+            loss = wrong + settings.hold_weight * grown * moved
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
             optimizer.step()
             step += 1
-            progress.advance(1, note)
-            if step % EVERY == 0 or step == steps:
+            progress.advance(1, f"wrong {wrong.item():.3f}, moved {moved.item():.4f}")
+            if step % EVERY == 0 or step == settings.steps:
                 save_checkpoint(gate, optimizer, checkpoint, identity, step)
+    return gate
 
 
 def batch(draw: Draw, tokens: int, chance: random.Random) -> list[Labelled]:
@@ -236,23 +212,15 @@ def batch(draw: Draw, tokens: int, chance: random.Random) -> list[Labelled]:
     return chosen
 
 
-def gate_losses(
-    gate: LearnedGate, examples: Sequence[Labelled], *, holds: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Binary cross-entropy of the readings, size of the edit on benign tokens, distance of benign prompts.
-
-    Size and distance are relative and means over the layers; the distance is 0 unless ``holds``.
-    """
+def gate_losses(gate: LearnedGate, examples: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy of the readings, and the distance of benign prompts from the untouched model's."""
     tokens, mask = gate.model.pad([ids for ids, _ in examples])
     readings, stream = gate.read(tokens, mask)
     of_class = torch.tensor([wanted for _, wanted in examples], device=readings.device)
     wrong = binary_cross_entropy_with_logits(readings, of_class.float().clamp(SOFTENED, 1 - SOFTENED))
-    benign = mask * ~of_class[:, None]
-    sizes = [(size * benign).sum() / benign.sum().clamp(min=1) for size in gate.rows.firing]
-    firing = torch.stack(sizes).mean() if sizes else torch.zeros(())
-    if not holds or bool(of_class.all()):
-        return wrong, firing, torch.zeros(())
-    return wrong, firing, distance(gate, tokens[~of_class], mask[~of_class], [x[~of_class] for x in stream])
+    if not gate.settings.rows_at or bool(of_class.all()):
+        return wrong, torch.zeros(())
+    return wrong, distance(gate, tokens[~of_class], mask[~of_class], [x[~of_class] for x in stream])
 
 
 def distance(gate: LearnedGate, tokens: Tensor, mask: Tensor, stream: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,8 @@
-"""The same request as different people send it: in another case, with a slip, after an earlier turn."""
+"""The same request as different people send it: in another case, with a slip, after an earlier turn.
+
+Some send it without a conversation around it (`/v1/completions`), some put the beginning of the answer into
+the assistant's mouth (a last message of the assistant that the model goes on with).
+"""
 
 import random
 from collections.abc import Sequence
@@ -9,6 +13,8 @@ from discovery.frozen_model import FrozenModel
 
 ANSWER_MARK = "\nAssistant: "
 """Between the user's and the assistant's words of an earlier turn."""
+TEXT = "text"
+"""The role of a request that comes as plain text, without the chat format."""
 Message = dict[str, str]
 
 
@@ -18,6 +24,8 @@ class Surroundings:
 
     system_prompts: tuple[str, ...] = ()
     earlier_turns: tuple[str, ...] = ()
+    answer_openings: tuple[str, ...] = ()
+    """How an answer may begin that is put into the assistant's mouth."""
 
     def check(self) -> None:
         """Raise `DiscoveryError` for an earlier turn without an answer."""
@@ -39,6 +47,11 @@ def conversation(request: str, surroundings: Surroundings, chance: random.Random
         text = request.upper()
     messages = [{"role": "user", "content": text}]
     at = chance.random()
+    if at < 0.03:
+        return [{"role": TEXT, "content": text}]
+    if at < 0.06 and surroundings.answer_openings:
+        return [*messages, {"role": "assistant", "content": chance.choice(surroundings.answer_openings)}]
+    at = chance.random()
     if at < 0.08 and surroundings.system_prompts:
         return [{"role": "system", "content": chance.choice(surroundings.system_prompts)}, *messages]
     if at > 0.94 and surroundings.earlier_turns:
@@ -52,10 +65,16 @@ def conversation(request: str, surroundings: Surroundings, chance: random.Random
 
 
 def conversation_ids(model: FrozenModel, messages: Sequence[Message]) -> tuple[int, ...]:
-    """Token ids of a conversation in the model's chat format; without one, of its last message."""
-    if model.tokenizer.chat_template is None:
+    """Token ids of a conversation in the model's chat format; without one, of its last message.
+
+    An assistant's message at the end is one that the model is to go on with.
+    """
+    if messages[0]["role"] == TEXT or model.tokenizer.chat_template is None:
         return tuple(model.text_ids(messages[-1]["content"]))
-    text = model.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    begun = messages[-1]["role"] == "assistant"
+    text = model.tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+    )
     return tuple(model.text_ids(text))
 
 

@@ -169,13 +169,10 @@ def fit_gate(
     gate_layer: Annotated[int, typer.Option(help="Layer at which the probe reads.")] = 15,
     gate_rows_at: Annotated[
         str, typer.Option(help="Layers of the gate's rows on the prompt, below the probe's; '' for none.")
-    ] = "6,7,8,9,10,11,12,13,14",
+    ] = "6,7,8,11,12,13,14",
     gate_rank: Annotated[int, typer.Option(help="ReLU rows at each of these layers.")] = 32,
     gate_steps: Annotated[int, typer.Option(help="Training steps of the gate.")] = 1200,
-    hold_steps: Annotated[
-        int, typer.Option(help="Further steps in which the gate learns to leave benign prompts as they are.")
-    ] = 250,
-    firing_weight: Annotated[float, typer.Option(help="Weight of leaving benign prompts as they are.")] = 4.0,
+    hold_weight: Annotated[float, typer.Option(help="Weight of leaving benign prompts as they are.")] = 2.0,
     benign_budget: Annotated[
         float, typer.Option(help="Share of benign selection prompts that may be refused.")
     ] = 0.015,
@@ -211,8 +208,7 @@ def fit_gate(
             "rows_at": _numbers("gate-rows-at", gate_rows_at) if gate_rows_at else (),
             "rank": gate_rank,
             "steps": gate_steps,
-            "firing_weight": firing_weight,
-            "hold_steps": hold_steps,
+            "hold_weight": hold_weight,
             "seed": seed,
             "benign_budget": benign_budget,
             "borderline_budget": borderline_budget,

@@ -33,7 +33,7 @@ from interpretops.policy import load_policy
 from interpretops.session import SteeringSession
 
 EDIT = EditSettings(layers=(2, 3), rank=4, steps=6, batch=2)
-GATE = GateSettings(2, rows_at=(0, 1), rank=4, steps=8, hold_steps=6, batch_tokens=128, learning_rate=1e-2)
+GATE = GateSettings(2, rows_at=(0, 1), rank=4, steps=8, batch_tokens=128, learning_rate=1e-2)
 
 
 def _source(folder: Path, name: str, prompts: list[str], **more: object) -> Source:
@@ -220,18 +220,18 @@ def test_killed_gate_training_ends_with_the_same_gate(
         torch.testing.assert_close(other, value, rtol=0, atol=0, msg=name)
     with pytest.raises(DiscoveryError, match="of another training"):
         train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "else")
-    (tmp_path / "broken" / "gate-held.safetensors").write_bytes(b"not a checkpoint")
+    (tmp_path / "broken" / "gate.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(DiscoveryError, match="is damaged"):
         train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "it")
 
 
 def test_gate_learns_to_leave_benign_prompts_where_they_were(tiny: FrozenModel, tmp_path: Path) -> None:
-    """The second part of the training brings benign prompts back to where the untouched model has them."""
-    settings = replace(GATE, steps=30, hold_steps=30, hold_weight=10.0, firing_weight=0.0)
+    """With a weight on it, benign prompts end nearer to where the untouched model has them."""
+    settings = replace(GATE, steps=60, hold_weight=10.0)
     quiet = [tiny.chat_ids(f"move the thing {i}") for i in range(6)]
     moved = []
-    for one in (replace(settings, hold_steps=0), settings):
-        gate = train_gate(_gate(tiny, one), _shouts(tiny), tmp_path / str(one.hold_steps), "it")
+    for one in (replace(settings, hold_weight=0.0), settings):
+        gate = train_gate(_gate(tiny, one), _shouts(tiny), tmp_path / str(one.hold_weight), "it")
         tokens, mask = tiny.pad(quiet)
         moved.append(float(distance(gate, tokens, mask, gate.read(tokens, mask)[1])))
     assert 0 < moved[1] < moved[0] / 2
@@ -266,15 +266,23 @@ def test_coded_requests_can_be_decoded() -> None:
 
 def test_variants_keep_the_request_last(tiny: FrozenModel) -> None:
     """Whatever comes before it, the request is the last message, in its own letters."""
-    around = Surroundings(("Be brief.",), ("Hi!\nAssistant: Hello!",))
+    around = Surroundings(("Be brief.",), ("Hi!\nAssistant: Hello!",), ("Sure,",))
     around.check()
     found = set()
     for seed in range(300):
         messages = conversation("Move the thing.", around, random.Random(seed))
         found.add(tuple(message["role"] for message in messages))
+        if messages[-1]["role"] == "assistant":
+            assert messages.pop()["content"] == "Sure,"
         assert sorted(messages[-1]["content"].lower().replace(".", "")) == sorted("move the thing")
         assert conversation_ids(tiny, messages)
-    assert found == {("user",), ("system", "user"), ("user", "assistant", "user")}
+    assert found == {
+        ("user",),
+        ("system", "user"),
+        ("user", "assistant", "user"),
+        ("user", "assistant"),
+        ("text",),
+    }
     with pytest.raises(DiscoveryError, match="Assistant"):
         Surroundings(earlier_turns=("Hi!",)).check()
 
