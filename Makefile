@@ -39,9 +39,10 @@ lock: install ## Resolve pyproject.toml into locks/*.txt anew, keeping pins that
 	@$(bin)/python locks/lock.py
 
 .PHONY: docs
-docs: install ## Write the generated reference pages under docs/ anew
+docs: install ## Write the generated reference pages and the dashboard anew
 	@$(bin)/python -m interpretops.settings_reference > docs/configuration.md
 	@$(bin)/mechctl policy reference > docs/policy-reference.md
+	@$(bin)/python deploy/grafana/generate.py > deploy/grafana/interpretops.json
 
 .PHONY: clean
 clean: ## Remove .venv and what tools left behind (the model cache stays)

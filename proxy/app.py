@@ -252,6 +252,11 @@ def _account(request: web.Request, status: int, total_s: float) -> None:
         metrics.overhead.observe(max(0.0, total_s - trail.engine_s))
     if trail.ttft_s is not None:
         metrics.ttft.labels(trail.policy).observe(trail.ttft_s)
+    if trail.evaluated:
+        metrics.tokens_evaluated.labels(trail.policy).inc(trail.evaluated)
+        metrics.edits_applied.labels(trail.policy).inc(trail.edits)
+        metrics.gates_fired.labels(trail.policy).inc(trail.gates)
+        metrics.requests_gated.labels(trail.policy).inc(trail.gates > 0)
     if gateway.audit is not None and trail.tenant != "none":
         gateway.audit.append(
             "request",

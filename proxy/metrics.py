@@ -12,24 +12,12 @@ _TTFT_BUCKETS_S = (
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
 )
 _E2E_BUCKETS_S = (
-    0.3,
-    0.5,
-    0.8,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    5.0,
-    10.0,
-    15.0,
-    20.0,
-    30.0,
-    40.0,
-    50.0,
-    60.0,
-    120.0,
-    240.0,
-    480.0,
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0),
+    *(20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0),
+)
+_ITL_BUCKETS_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4),
+    *(0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
 _OVERHEAD_BUCKETS_S = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 100e-3, 500e-3)
 
@@ -96,6 +84,30 @@ class Metrics:
             ("tenant",),
             registry=registry,
         )
+        self.tokens_evaluated = Counter(
+            "interpretops_policy_tokens_evaluated",
+            "Tokens at which the engine evaluated a policy's plan.",
+            ("policy",),
+            registry=registry,
+        )
+        self.edits_applied = Counter(
+            "interpretops_policy_edits_applied",
+            "Pairs of token and site that a policy changed.",
+            ("policy",),
+            registry=registry,
+        )
+        self.gates_fired = Counter(
+            "interpretops_policy_gates_fired",
+            "Pairs of token and gate at which a conditional gate was open.",
+            ("policy",),
+            registry=registry,
+        )
+        self.requests_gated = Counter(
+            "interpretops_policy_requests_gated",
+            "Requests in which a policy's conditional gate was open at some token.",
+            ("policy",),
+            registry=registry,
+        )
         self.audit_failing = Gauge(
             "interpretops_audit_failing", "1 while the audit log cannot be written.", registry=registry
         )
@@ -116,6 +128,13 @@ class Metrics:
             "Request read to first streamed event.",
             ("policy",),
             buckets=_TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.itl = Histogram(
+            "interpretops_inter_token_latency_seconds",
+            "From one batch of streamed events to the next.",
+            ("policy",),
+            buckets=_ITL_BUCKETS_S,
             registry=registry,
         )
         self.e2e = Histogram(

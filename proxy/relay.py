@@ -147,11 +147,17 @@ async def _relay_stream(
     response.charset = "utf-8"
     splitter = SseSplitter(demand.route.end)
     await response.prepare(request)
+    itl = demand.gateway.metrics.itl.labels(trail.policy)
+    last = trail.began_at
     try:
         async for chunk in upstream.content.iter_any():
             if events := splitter.feed(chunk):
+                now = time.perf_counter()
                 if trail.ttft_s is None:
-                    trail.ttft_s = time.perf_counter() - trail.began_at
+                    trail.ttft_s = now - trail.began_at
+                else:
+                    itl.observe(now - last)
+                last = now
                 await response.write(events)
         trail.engine_s = time.perf_counter() - sent_at
         if splitter.failed:

@@ -27,6 +27,8 @@ class Trail:
     """Time spent waiting for the engine or the client's reading."""
     tokens: int | None = None
     """Tokens that the engine worked through, as its receipt says; None as long as there is none."""
+    evaluated: int = 0
+    """Tokens at which the revision was evaluated, as the receipt says."""
     edits: int = 0
     """(token, site) pairs that were changed, as the receipt says."""
     gates: int = 0
@@ -44,7 +46,8 @@ class Trail:
 
     def take(self, receipt: Receipt) -> None:
         """Note what the engine did, whether or not it was what was demanded."""
-        self.tokens, self.edits, self.gates = receipt.tokens, receipt.edits_applied, receipt.gates_fired
+        self.tokens, self.evaluated = receipt.tokens, receipt.tokens_evaluated
+        self.edits, self.gates = receipt.edits_applied, receipt.gates_fired
 
 
 TRAIL: web.RequestKey[Trail] = web.RequestKey("trail", Trail)

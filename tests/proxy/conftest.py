@@ -40,6 +40,8 @@ class FakeEngine:
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    more: dict[str, int] = field(default_factory=dict)
+    """Further fields of its receipts."""
     boot_id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
@@ -139,7 +141,7 @@ class FakeEngine:
             raise
 
     async def _answer(self, request: web.Request, body: dict[str, Any], revision: str) -> web.StreamResponse:
-        receipt = {"revision": revision, "requests": 1, "tokens_evaluated": 3, "finished": True}
+        receipt = {"revision": revision, "requests": 1, "tokens_evaluated": 3, "finished": True, **self.more}
         if self.trick == "wrong_revision":
             receipt["revision"] = "a" * 64
         if self.trick == "nothing_evaluated":

@@ -1,0 +1,200 @@
+"""Writes the Grafana dashboard of the gateway; `make docs` puts it into interpretops.json beside this file.
+
+A panel is a title, a unit and its queries; everything else is the same for all. Grafana's own SDK for Python
+would bring a release of its own for each release of Grafana, for the forty keys that are written here.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+RATE = "[$__rate_interval]"
+WIDTH, HEIGHT, ACROSS = 8, 8, 3
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One graph: what it shows, in which unit, and its queries with their legends."""
+
+    title: str
+    unit: str
+    queries: tuple[tuple[str, str], ...]
+    about: str = ""
+    kind: str = "timeseries"
+
+
+def _quantiles(metric: str, by: str = "") -> tuple[tuple[str, str], ...]:
+    labels = f"le, {by}" if by else "le"
+    legend = f" {{{{{by}}}}}" if by else ""
+    return tuple(
+        (f"histogram_quantile({q}, sum by ({labels}) (rate({metric}_bucket{RATE})))", f"p{q * 100:g}{legend}")
+        for q in (0.5, 0.95, 0.99)
+    )
+
+
+def _rate(metric: str, by: str) -> tuple[tuple[str, str], ...]:
+    return ((f"sum by ({by}) (rate({metric}{RATE}))", f"{{{{{by}}}}}"),)
+
+
+ROWS: dict[str, tuple[Panel, ...]] = {
+    "Is it guarding?": (
+        Panel("Ready to steer", "bool_yes_no", (("interpretops_ready", "{{instance}}"),), kind="stat"),
+        Panel(
+            "Answers withheld for want of proof",
+            "short",
+            (("sum by (policy) (increase(interpretops_receipts_failed_total[1h]))", "{{policy}}"),),
+            "In the last hour. More than a few around a restart of the engine is an alarm.",
+            "stat",
+        ),
+        Panel(
+            "What serves",
+            "short",
+            (("interpretops_policy_info", "{{policy}} @ {{revision}}"),),
+            "Policies and their active revisions.",
+            "stat",
+        ),
+        Panel("Unproven policies", "short", (("interpretops_policy_unproven", "{{policy}}"),), kind="stat"),
+        Panel(
+            "Newest file is not what serves",
+            "short",
+            (("interpretops_policy_broken", "{{policy}}"),),
+            kind="stat",
+        ),
+        Panel(
+            "Audit log fails", "bool_yes_no", (("interpretops_audit_failing", "{{instance}}"),), kind="stat"
+        ),
+    ),
+    "Policies at work": (
+        Panel(
+            "Requests in which the gate opened",
+            "percentunit",
+            (
+                (
+                    f"sum by (policy) (rate(interpretops_policy_requests_gated_total{RATE}))"
+                    f" / sum by (policy) (rate(interpretops_requests_total{{policy!='none'}}{RATE}))",
+                    "{{policy}}",
+                ),
+            ),
+            "Share of a policy's requests. A jump is an attack, or a policy that overreaches.",
+        ),
+        Panel("Tokens evaluated", "short", _rate("interpretops_policy_tokens_evaluated_total", "policy")),
+        Panel("Edits applied", "short", _rate("interpretops_policy_edits_applied_total", "policy")),
+        Panel(
+            "What shadows would have changed",
+            "short",
+            (
+                (
+                    f"sum by (policy, result) (rate(interpretops_shadow_requests_total{RATE}))",
+                    "{{policy}} {{result}}",
+                ),
+            ),
+        ),
+        Panel(
+            "Reloads",
+            "short",
+            (("sum by (result) (increase(interpretops_policy_reloads_total[5m]))", "{{result}}"),),
+        ),
+    ),
+    "Traffic": (
+        Panel("Requests by status", "reqps", _rate("interpretops_requests_total", "status")),
+        Panel("Requests by policy", "reqps", _rate("interpretops_requests_total", "policy")),
+        Panel("Requests by tenant", "reqps", _rate("interpretops_requests_total", "tenant")),
+        Panel("Refusals by reason", "reqps", _rate("interpretops_refusals_total", "reason")),
+        Panel("Tokens by tenant", "short", _rate("interpretops_tenant_tokens_total", "tenant")),
+        Panel("In flight", "short", (("interpretops_requests_in_flight", "{{instance}}"),)),
+    ),
+    "Latency": (
+        Panel("Time to first token", "s", _quantiles("interpretops_time_to_first_token_seconds", "policy")),
+        Panel("Between tokens", "s", _quantiles("interpretops_inter_token_latency_seconds", "policy")),
+        Panel("Whole requests", "s", _quantiles("interpretops_request_seconds", "policy")),
+        Panel(
+            "The gateway's own share",
+            "s",
+            _quantiles("interpretops_gateway_overhead_seconds"),
+            "Before and after the engine: authentication, binding, relaying, audit.",
+        ),
+    ),
+    "Engine and clients": (
+        Panel("Engine answers", "bool_yes_no", (("interpretops_engine_up", "{{instance}}"),), kind="stat"),
+        Panel(
+            "Engines started",
+            "short",
+            (("increase(interpretops_engine_starts_total[1h])", "{{instance}}"),),
+            "In the last hour.",
+            "stat",
+        ),
+        Panel("Clients gone", "reqps", _rate("interpretops_clients_gone_total", "route")),
+        Panel("Connections cut", "reqps", _rate("interpretops_connections_cut_total", "reason")),
+        Panel("Audit records", "short", _rate("interpretops_audit_records_total", "instance")),
+    ),
+}
+
+
+def dashboard() -> dict[str, Any]:
+    """The dashboard as Grafana imports it (schema 39, Grafana 10.4 and later)."""
+    panels: list[dict[str, Any]] = []
+    top = 0
+    for title, row in ROWS.items():
+        place = {"x": 0, "y": top, "w": WIDTH * ACROSS, "h": 1}
+        panels.append(
+            {
+                "type": "row",
+                "title": title,
+                "gridPos": place,
+                "id": len(panels) + 1,
+                "collapsed": False,
+                "panels": [],
+            }
+        )
+        top += 1
+        for index, panel in enumerate(row):
+            x, y = index % ACROSS, index // ACROSS
+            place = {"x": WIDTH * x, "y": top + HEIGHT * y, "w": WIDTH, "h": HEIGHT}
+            panels.append(_panel(panel, len(panels) + 1, place))
+        top += HEIGHT * (1 + (len(row) - 1) // ACROSS)
+    return {
+        "title": "InterpretOps gateway",
+        "uid": "interpretops-gateway",
+        "tags": ["interpretops"],
+        "schemaVersion": 39,
+        "editable": True,
+        "refresh": "30s",
+        "time": {"from": "now-6h", "to": "now"},
+        "templating": {
+            "list": [
+                {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
+            ]
+        },
+        "panels": panels,
+    }
+
+
+def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
+    targets = [
+        {
+            "refId": chr(ord("A") + index),
+            "expr": query,
+            "legendFormat": legend,
+            "datasource": DATASOURCE,
+            "instant": panel.kind == "stat",
+        }
+        for index, (query, legend) in enumerate(panel.queries)
+    ]
+    return {
+        "id": number,
+        "type": panel.kind,
+        "title": panel.title,
+        "description": panel.about,
+        "gridPos": place,
+        "datasource": DATASOURCE,
+        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+        "options": {},
+        "targets": targets,
+    }
+
+
+if __name__ == "__main__":
+    json.dump(dashboard(), sys.stdout, indent=1)
+    sys.stdout.write("\n")

@@ -1,0 +1,207 @@
+"""What operators see: metrics of the steering, alert rules and dashboard, against a real Prometheus."""
+
+import asyncio
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from aiohttp import ClientSession
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.metrics import Metrics
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
+DASHBOARD = ROOT / "deploy" / "grafana" / "interpretops.json"
+NAME = re.compile(r"\binterpretops_[a-z_]+")
+
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("promtool") is None or shutil.which("prometheus") is None,
+    reason="Debian's package `prometheus` is not installed",
+)
+
+
+def _exposed() -> set[str]:
+    """Names of all series that the gateway can show."""
+    names = {family.name for family in text_string_to_metric_families(Metrics().render().decode())}
+    return {name + suffix for name in names for suffix in ("", "_total", "_bucket", "_count", "_sum")}
+
+
+def _queries() -> dict[str, str]:
+    panels = json.loads(DASHBOARD.read_bytes())["panels"]
+    return {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        for panel in panels
+        for target in panel.get("targets", ())
+    }
+
+
+def _rules() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(RULES.read_bytes())["groups"] for rule in group["rules"]]
+
+
+async def test_receipts_count_by_policy(start, engine):
+    """Tokens evaluated, edits and open gates of a policy are what the engine's receipts say."""
+    front = await start("calm")
+    for receipt in ({"edits_applied": 5, "gates_fired": 2}, {"edits_applied": 1}):
+        engine.more = receipt
+        status, _, _ = await front.chat(model="tiny-model+calm")
+        assert status == 200
+    shown = front.apps.gateway.metrics.render().decode()
+    for line in (
+        'interpretops_policy_tokens_evaluated_total{policy="calm"} 6.0',
+        'interpretops_policy_edits_applied_total{policy="calm"} 6.0',
+        'interpretops_policy_gates_fired_total{policy="calm"} 2.0',
+        'interpretops_policy_requests_gated_total{policy="calm"} 1.0',
+    ):
+        assert line in shown
+
+
+async def test_time_between_streamed_events_is_observed(start, engine):
+    """Every batch of streamed events but the first adds to the inter-token latency of its policy."""
+    front = await start("calm")
+    engine.trick = "hold_stream"
+    body = {"model": "tiny-model+calm", "messages": [], "stream": True}
+    async with front.public.post("/v1/chat/completions", json=body) as answer:
+        await answer.content.readany()
+        engine.go_on.set()
+        await answer.content.read()
+    families = text_string_to_metric_families(front.apps.gateway.metrics.render().decode())
+    counts = {
+        (sample.name, sample.labels.get("policy")): sample.value for one in families for sample in one.samples
+    }
+    assert counts[("interpretops_time_to_first_token_seconds_count", "calm")] == 1
+    assert 1 <= counts[("interpretops_inter_token_latency_seconds_count", "calm")] <= 3
+
+
+@needs_prometheus
+def test_alerts_fire_on_what_they_are_for() -> None:
+    """promtool's unit tests of the rules pass; each rule has one that makes it fire."""
+    done = subprocess.run(
+        ["promtool", "test", "rules", "rules.test.yaml"], cwd=RULES.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    tested = yaml.safe_load((RULES.parent / "rules.test.yaml").read_bytes())["tests"]
+    fired = {
+        case["alertname"] for test in tested for case in test["alert_rule_test"] if case.get("exp_alerts")
+    }
+    assert fired == {rule["alert"] for rule in _rules()}
+
+
+@needs_prometheus
+def test_example_configuration_loads() -> None:
+    """The example of Prometheus' configuration is one that Prometheus takes."""
+    example = RULES.parent / "prometheus.yaml"
+    done = subprocess.run(["promtool", "check", "config", str(example)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_alerts_and_panels_name_metrics_that_exist() -> None:
+    """No alert and no panel waits for a series that the gateway never shows."""
+    asked = {name for rule in _rules() for name in NAME.findall(rule["expr"])}
+    asked |= {name for query in _queries().values() for name in NAME.findall(query)}
+    assert asked - _exposed() == set()
+
+
+def test_every_alert_has_a_page_to_turn_to() -> None:
+    """The runbook has a heading for each alert, and each alert points at its own."""
+    headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "alerts.md").read_text(), re.MULTILINE)
+    assert headings == [rule["alert"] for rule in _rules()]
+    for rule in _rules():
+        assert rule["annotations"]["runbook_url"] == f"docs/alerts.md#{rule['alert'].lower()}"
+
+
+def test_dashboard_is_what_its_generator_writes() -> None:
+    """The committed dashboard is the generated one; no two panels share an id or a place."""
+    script = DASHBOARD.parent / "generate.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout == DASHBOARD.read_text()
+    panels = json.loads(done.stdout)["panels"]
+    places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
+    assert len(places) == len({panel["id"] for panel in panels}) == len(panels)
+
+
+@pytest.fixture
+async def prometheus(tmp_path: Path, until: Any) -> AsyncIterator[Any]:
+    """Starts a real Prometheus that scrapes one address once a second; gives a function that asks it."""
+    running: list[asyncio.subprocess.Process] = []
+
+    async def scrape(target: str) -> Any:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        config = tmp_path / "prometheus.yaml"
+        job = {"job_name": "interpretops", "static_configs": [{"targets": [target]}]}
+        config.write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": [job]}))
+        running.append(
+            await asyncio.create_subprocess_exec(
+                "prometheus",
+                f"--config.file={config}",
+                f"--storage.tsdb.path={tmp_path / 'tsdb'}",
+                f"--web.listen-address={address}",
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+        )
+
+        async def ready() -> bool:
+            try:
+                async with ClientSession() as session, session.get(f"http://{address}/-/ready") as answer:
+                    return answer.status == 200
+            except OSError:
+                return False
+
+        async def ask(query: str) -> list[Any]:
+            url = f"http://{address}/api/v1/query"
+            async with ClientSession() as session, session.get(url, params={"query": query}) as answer:
+                told = await answer.json()
+                assert told["status"] == "success", f"{query}: {told}"
+                return list(told["data"]["result"])
+
+        await until(ready, 30)
+        return ask
+
+    yield scrape
+    for process in running:
+        process.terminate()
+        await process.wait()
+
+
+@needs_prometheus
+async def test_every_panel_answers_from_a_real_prometheus(start, engine, prometheus, until):
+    """Prometheus scrapes the gateway, understands every query, and has an answer where there was traffic."""
+    front = await start("calm")
+
+    async def traffic() -> None:
+        engine.trick = ""
+        await front.chat(model="tiny-model+calm")
+        await front.chat(model="tiny-model+calm", stream=True)
+        await front.chat(model="tiny-model+gone")
+        engine.trick = "no_receipt"
+        await front.chat(model="tiny-model+calm")
+
+    admin = front.admin._base_url
+    ask = await prometheus(f"{admin.host}:{admin.port}")
+
+    async def seen() -> bool:
+        await traffic()
+        return bool(await ask("rate(interpretops_policy_edits_applied_total[30s]) > 0"))
+
+    engine.more = {"edits_applied": 5, "gates_fired": 2}
+    await until(seen, 30)
+    silent = set()
+    for title, query in _queries().items():
+        found = await ask(query.replace("$__rate_interval", "30s"))
+        if not found:
+            silent.add(title)
+    assert silent == {"What shadows would have changed A", "Clients gone A", "Connections cut A"}
+    for rule in _rules():
+        await ask(rule["expr"])
