@@ -1,0 +1,181 @@
+"""An engine that answers at once: what is left of a request's time is the way to it.
+
+    python -m benchmarks.mock_engine engine|relay PORT [UPSTREAM]
+
+`engine` speaks the plugin's contract (attestation, plans, receipts) and answers chats with one fixed
+message, or with a stream of 64 events. `relay` passes chats on to UPSTREAM and back, byte for byte: the
+least that a proxy written with aiohttp can do.
+"""
+
+import asyncio
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from interpretops.plan import ModelSpec, Plan
+
+MODEL = "mock"
+SPEC = ModelSpec(MODEL, "0" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
+API = "/interpretops/v1"
+CHUNKS = 64
+USAGE = {"prompt_tokens": 12, "completion_tokens": CHUNKS, "total_tokens": 12 + CHUNKS}
+ANSWER = json.dumps(
+    {
+        "id": "chatcmpl-0",
+        "object": "chat.completion",
+        "created": 0,
+        "model": MODEL,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "word " * CHUNKS},
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": USAGE,
+    }
+).encode()
+EVENT = (
+    b"data: "
+    + json.dumps(
+        {
+            "id": "chatcmpl-0",
+            "object": "chat.completion.chunk",
+            "created": 0,
+            "model": MODEL,
+            "choices": [{"index": 0, "delta": {"content": "word "}, "finish_reason": None}],
+        }
+    ).encode()
+    + b"\n\n"
+)
+
+
+class MockEngine:
+    """The plans it was given, and receipts of the requests that were not asked after yet."""
+
+    def __init__(self) -> None:
+        self.plans: dict[str, str] = {}
+        self.receipts: dict[str, str] = {}
+
+    def app(self) -> web.Application:
+        """Its routes."""
+        app = web.Application(client_max_size=2**26)
+        app.router.add_get("/health", _health)
+        app.router.add_get("/v1/models", _models)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get(API + "/attest", self._attest)
+        app.router.add_post(API + "/selftest", _selftest)
+        app.router.add_put(API + "/plans/{revision}", self._load)
+        app.router.add_delete(API + "/plans/{revision}", self._retire)
+        app.router.add_get(API + "/receipts/{nonce}", self._receipt)
+        return app
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = json.loads(await request.read())
+        if sealed := body.get("vllm_xargs"):
+            self.receipts[sealed["interpretops_nonce"]] = sealed["interpretops_revision"]
+        if not body.get("stream"):
+            return web.Response(body=ANSWER, content_type="application/json")
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        for _ in range(CHUNKS):
+            await response.write(EVENT)
+            await asyncio.sleep(0)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _attest(self, _request: web.Request) -> web.Response:
+        ranks = [{"rank": 0, "resident": self.plans, "model": asdict(SPEC)}]
+        return web.json_response(
+            {
+                "plugin_version": "0",
+                "vllm_version": "0",
+                "boot_id": "mock",
+                "model": asdict(SPEC),
+                "engines": [{"ranks": ranks, "resident": {}}],
+                "passthrough": True,
+            }
+        )
+
+    async def _load(self, request: web.Request) -> web.Response:
+        revision = request.match_info["revision"]
+        self.plans[revision] = Plan.from_bytes(await request.read()).digest()
+        return web.json_response(
+            {"revision": revision, "ranks": [{"rank": 0, "digest": self.plans[revision]}]}
+        )
+
+    async def _retire(self, request: web.Request) -> web.Response:
+        self.plans.pop(request.match_info["revision"], None)
+        return web.json_response({"revision": request.match_info["revision"], "in_flight": 0})
+
+    async def _receipt(self, request: web.Request) -> web.Response:
+        revision = self.receipts.pop(request.match_info["nonce"], None)
+        if revision is None:
+            return web.json_response({"error": {"message": "unknown nonce", "code": 404}}, status=404)
+        done = {
+            "revision": revision,
+            "requests": 1,
+            "tokens_evaluated": 75,
+            "edits_applied": 75,
+            "finished": True,
+        }
+        return web.json_response(done)
+
+
+class Relay:
+    """Passes chats on to one upstream."""
+
+    def __init__(self, upstream: str) -> None:
+        self.upstream = upstream
+
+    def app(self) -> web.Application:
+        """Its one route."""
+        app = web.Application(client_max_size=2**26)
+        app.cleanup_ctx.append(self._session)
+        app.router.add_post("/v1/chat/completions", self._pass_on)
+        app.router.add_get("/health", _health)
+        return app
+
+    async def _session(self, _app: web.Application) -> Any:
+        self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        yield
+        await self.session.close()
+
+    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
+        url, headers = self.upstream + request.path, {"Content-Type": "application/json"}
+        async with self.session.post(url, data=await request.read(), headers=headers) as upstream:
+            if upstream.content_type != "text/event-stream":
+                return web.Response(body=await upstream.read(), content_type=upstream.content_type)
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+            await response.prepare(request)
+            async for chunk in upstream.content.iter_any():
+                await response.write(chunk)
+            await response.write_eof()
+            return response
+
+
+async def _health(_request: web.Request) -> web.Response:
+    return web.Response()
+
+
+async def _models(_request: web.Request) -> web.Response:
+    return web.json_response({"data": [{"id": MODEL, "max_model_len": 2048}]})
+
+
+async def _selftest(_request: web.Request) -> web.Response:
+    return web.json_response({"ok": True})
+
+
+def main() -> None:
+    """Serve until killed."""
+    kind, port, *upstream = sys.argv[1:]
+    app = MockEngine().app() if kind == "engine" else Relay(upstream[0]).app()
+    web.run_app(app, host="127.0.0.1", port=int(port), access_log=None, print=None)
+
+
+if __name__ == "__main__":
+    main()
