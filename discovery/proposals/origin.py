@@ -13,8 +13,6 @@ from interpretops.plan import ModelSpec
 from interpretops.policy_file import read_yaml
 
 _FEATURE = re.compile(r"f(?P<layer>\d+)\.(?P<feature>\d+)")
-_ERROR = re.compile(r"e\d+")
-"""What a dictionary's features leave of the stream: it is no place to act."""
 LAYERS_OF_CIRCUIT = 3
 
 
@@ -93,8 +91,8 @@ def from_circuit(path: Path, spec: ModelSpec) -> Origin:
 def _layer_weights(circuit: Circuit) -> dict[int, float]:
     """Sum of the contributions of a layer's nodes: causal ones where they were measured, else attributed."""
     weights: dict[int, float] = {}
-    for node in circuit.nodes:
-        if node.layer is not None and not _ERROR.fullmatch(node.id):
+    for node in (*circuit.components(), *circuit.features()):
+        if node.layer is not None:
             size = abs(node.score) if node.ccs is None else abs(node.ccs)
             weights[node.layer] = weights.get(node.layer, 0.0) + size
     return weights
