@@ -69,6 +69,17 @@ class PolicySettings(Section):
     """Share of requests that a revision in state `shadow` answers a second time, unseen."""
 
 
+class TracingSettings(Section):
+    """OpenTelemetry traces of requests: names, sizes and what was edited, never what was said."""
+
+    endpoint: Name | None = None
+    """Where spans go, over OTLP/HTTP, e.g. `http://collector:4318`. None: no traces."""
+    service: Name = "interpretops-gateway"
+    """`service.name` of the spans."""
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of requests that are traced, where the caller has not decided it (`traceparent`)."""
+
+
 class AuditSettings(Section):
     """The audit log: who got which revision, and who changed what. It holds no prompts and no answers."""
 

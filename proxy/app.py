@@ -89,6 +89,7 @@ async def _answer(request: web.Request, route: Route, meter: Meter) -> web.Strea
     trail.stream = body.get("stream") is True
     engine = gateway.link.require()
     caller = gateway.caller(route.path, request.headers, body["model"], identity)
+    trail.model = caller.model
     if not route.generates:
         body["model"] = gateway.engine_model(caller.model)
         trail.headers.update(meter.headers())
@@ -176,6 +177,7 @@ async def answer_in_openai_shape(request: web.Request, handler: Handler) -> web.
     """Give every request an id, every error OpenAI's shape, and every end a line in the log."""
     gateway = request.app[GATEWAY]
     trail = request[TRAIL] = Trail(_request_id(request))
+    span = gateway.tracing.begin(request, route_label(request), trail)
     began = time.perf_counter()
     status = 499
     try:
@@ -189,6 +191,7 @@ async def answer_in_openai_shape(request: web.Request, handler: Handler) -> web.
         raise
     finally:
         _account(request, status, time.perf_counter() - began)
+        gateway.tracing.end(span, trail, status)
     return response
 
 

@@ -143,13 +143,19 @@ class EngineClient:
         await self._session.close()
 
     async def generate(
-        self, route: str, body: bytes, *, total_timeout_s: float, idle_timeout_s: float | None
+        self,
+        route: str,
+        body: bytes,
+        *,
+        total_timeout_s: float,
+        idle_timeout_s: float | None,
+        headers: Mapping[str, str] | None = None,
     ) -> aiohttp.ClientResponse:
         """Send a request; returns the open response, which the caller closes. Raises aiohttp's errors."""
         response = await self._session.post(
             self._base + route,
             data=body,
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", **(headers or {})},
             timeout=aiohttp.ClientTimeout(
                 total=total_timeout_s, sock_connect=self._connect_timeout_s, sock_read=idle_timeout_s
             ),

@@ -26,6 +26,7 @@ from proxy.settlements import Settlements
 from proxy.shadow import Shadows
 from proxy.stalls import StallWatch
 from proxy.state import Gateway
+from proxy.tracing import Tracing
 from proxy.watch import watch_keys, watch_policies
 
 
@@ -86,6 +87,7 @@ def make_app(
         stalls=stalls,
         shadows=shadows,
         audit=audit,
+        tracing=(tracing := Tracing(settings.tracing, __version__)),
         metrics=metrics,
         log=log,
     )
@@ -102,7 +104,12 @@ def make_app(
         yield
         await _end(task)
 
+    async def keep_tracing(_app: web.Application) -> AsyncIterator[None]:
+        yield
+        await tracing.close()
+
     public = make_public_app(gateway)
+    public.cleanup_ctx.append(keep_tracing)
     public.cleanup_ctx.append(keep_engine)
 
     async def keep_keys(_app: web.Application) -> AsyncIterator[None]:

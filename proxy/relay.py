@@ -77,6 +77,7 @@ async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
             payload,
             total_timeout_s=settings.request_timeout_s,
             idle_timeout_s=settings.stream_idle_timeout_s if streamed else None,
+            headers=demand.trail.engine_headers,
         )
     except (*_GONE, RuntimeError) as error:
         raise _engine_gone(error) from error

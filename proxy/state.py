@@ -20,6 +20,7 @@ from proxy.refusal import UnknownModel
 from proxy.settlements import Settlements
 from proxy.shadow import Shadows
 from proxy.stalls import StallWatch
+from proxy.tracing import Tracing
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Gateway:
     stalls: StallWatch
     shadows: Shadows
     audit: AuditLog | None
+    tracing: Tracing
     metrics: Metrics
     log: FilteringBoundLogger
 

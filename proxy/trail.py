@@ -39,6 +39,10 @@ class Trail:
     """Whether the answer is to be compared with a shadow's."""
     answer: bytes | None = None
     """The answer, where it is to be compared; forgotten with the request."""
+    model: str | None = None
+    """The model that was asked for, once it is known to be one."""
+    engine_headers: dict[str, str] = field(default_factory=dict)
+    """What the engine is told besides: which trace the request belongs to."""
     headers: dict[str, str] = field(default_factory=dict)
     """Further headers of the answer."""
     ttft_s: float | None = None

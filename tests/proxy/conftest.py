@@ -40,6 +40,8 @@ class FakeEngine:
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    traced: list[str] = field(default_factory=list)
+    """`traceparent` of the requests."""
     more: dict[str, int] = field(default_factory=dict)
     """Further fields of its receipts."""
     boot_id: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -128,6 +130,7 @@ class FakeEngine:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.seen.append(body)
+        self.traced.append(request.headers.get("traceparent", ""))
         self.arrived.set()
         revision = body["vllm_xargs"]["interpretops_revision"]
         if revision not in ("none", *self.plans):
