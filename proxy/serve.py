@@ -25,6 +25,7 @@ from proxy.access import check_exposure
 from proxy.engine_command import check_memory, engine_command
 from proxy.engine_loop import make_engine
 from proxy.gateway import Apps, make_app
+from proxy.http_server import Runner
 from proxy.logs import make_logger
 from proxy.model_folder import find_model
 from proxy.tls import make_tls
@@ -94,7 +95,14 @@ class _Serve:
         grace_s = settings.gateway.shutdown_grace_s
         runners = [
             # A client that leaves stops its request; an admin who leaves stops no reload half-way.
-            web.AppRunner(app, handler_cancellation=leaves, shutdown_timeout=grace_s, access_log=None)
+            Runner(
+                app,
+                apps.gateway.metrics,
+                apps.gateway.log,
+                handler_cancellation=leaves,
+                shutdown_timeout=grace_s,
+                access_log=None,
+            )
             for app, leaves in ((apps.public, True), (apps.admin, False))
         ]
         watch = asyncio.create_task(apps.gateway.stalls.run(lambda: _connections(runners)))
@@ -188,7 +196,7 @@ class _Serve:
         self._stop.set()
 
 
-def _connections(runners: list[web.AppRunner]) -> list[web.RequestHandler]:
+def _connections(runners: list[Runner]) -> list[web.RequestHandler]:
     servers = [runner.server for runner in runners if runner.server is not None]
     return [connection for server in servers for connection in server.connections]
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import structlog
 from aiohttp import ClientSession, web
-from aiohttp.test_utils import TestServer
 
 from interpretops.plan import ModelSpec, Plan
 from interpretops.settings import load_settings
 from proxy.engine_loop import RemoteEngine
 from proxy.gateway import Apps, make_app
+from proxy.http_server import Runner
 from proxy.routes import ROUTES
 
 MODEL = "tiny-model"
@@ -259,15 +259,28 @@ async def start(tmp_path: Path, engine: FakeEngine) -> AsyncIterator[Start]:
         capture.entries = log
         logger = structlog.wrap_logger(None, processors=[capture])
         apps = make_app(settings, lambda: RemoteEngine(engine.url), logger)
-        public, admin = TestServer(apps.public), TestServer(apps.admin)
-        await public.start_server()
-        await admin.start_server()
-        sessions = [ClientSession(server.make_url("/")) for server in (public, admin)]
-        stack.extend((*sessions, public, admin))
+        runners = [
+            Runner(
+                app,
+                apps.gateway.metrics,
+                logger,
+                handler_cancellation=True,
+                shutdown_timeout=1,
+                access_log=None,
+            )
+            for app in (apps.public, apps.admin)
+        ]
+        sessions = []
+        for runner in runners:
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            host, port = runner.addresses[0]
+            sessions.append(ClientSession(f"http://{host}:{port}/"))
+        stack.extend((*(session.close for session in sessions), *(runner.cleanup for runner in runners)))
         if wait:
             await asyncio.wait_for(apps.engine_loop.first_ready.wait(), 10)
         return Front(sessions[0], sessions[1], apps, folder, log)
 
     yield run
-    for thing in stack:
-        await thing.close()
+    for close in stack:
+        await close()

@@ -1,0 +1,85 @@
+"""aiohttp's server with errors of our own below the app: requests that are no HTTP, in OpenAI's shape.
+
+aiohttp answers them in plain text and logs the exception, which quotes the header or line that was wrong:
+a key, when that is where the mistake is. Here neither the answer nor the log quotes anything.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Final
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+from structlog.typing import FilteringBoundLogger
+
+from proxy.metrics import Metrics
+from proxy.refusal import error_body
+
+_TOLD: Final = {
+    400: ("invalid_http", "the request is not valid HTTP/1.1"),
+    408: ("slow_request", "the request did not arrive in time"),
+    413: ("too_large", "the request is too large"),
+    417: ("expectation_failed", "the demanded expectation is not supported"),
+    431: ("headers_too_large", "the request's headers are too large"),
+}
+
+
+class Runner(web.AppRunner):
+    """Runs an app whose broken connections are counted and answered as everything else is."""
+
+    def __init__(
+        self, app: web.Application, metrics: Metrics, log: FilteringBoundLogger, **options: Any
+    ) -> None:
+        super().__init__(app, **options)
+        self._told = metrics, log
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Server(
+            self._told,
+            made.request_handler,
+            request_factory=made.request_factory,
+            handler_cancellation=made.handler_cancellation,
+            loop=made._loop,
+            **made._kwargs,
+        )
+
+
+class _Server(web.Server):
+    def __init__(self, told: tuple[Metrics, FilteringBoundLogger], *rest: Any, **options: Any) -> None:
+        super().__init__(*rest, **options)
+        self.told = told
+
+    def __call__(self) -> RequestHandler:
+        return _Handler(self, loop=self._loop, **self._kwargs)
+
+
+class _Handler(RequestHandler):
+    """One connection."""
+
+    __slots__ = ("_told",)
+
+    def __init__(self, server: _Server, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._told = server.told
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """An error of OpenAI's shape for what no app has seen; the connection is closed after it."""
+        metrics, log = self._told
+        code, text = _TOLD.get(status, ("internal_error", "internal error"))
+        request_id = f"req_{secrets.token_hex(12)}"
+        metrics.refusals.labels(code).inc()
+        log.warning("bad_connection", request_id=request_id, status=status, kind=type(exc).__name__)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer had begun and cannot be finished")
+        headers = {"X-Request-Id": request_id, "x-should-retry": "false"}
+        response = web.json_response(error_body(status, code, text), status=status, headers=headers)
+        response.force_close()
+        return response
