@@ -9,7 +9,6 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ class GateFit:
         )
         identity = {
             "settings": settings_record(settings),
-            "gate": asdict(self.gate_settings),
+            "gate": self.gate_settings.trained(),
             **self.identity,
         }
         for parameter in self.gate.parameters():

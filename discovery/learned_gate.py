@@ -62,6 +62,10 @@ class GateSettings:
     """The same for benign prompts that sound harmful, or come in a jailbreak's clothes."""
     seed: int = 0
 
+    def trained(self) -> dict[str, Any]:
+        """What decides the training; the budgets only choose the threshold afterwards."""
+        return {name: value for name, value in asdict(self).items() if not name.endswith("_budget")}
+
     def check(self) -> None:
         """Raise `DiscoveryError` for a value that makes no sense."""
         for name, good in (
@@ -168,7 +172,7 @@ def windows(prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
 def train_gate(gate: LearnedGate, draw: Draw, work: Path, identity: Any) -> LearnedGate:
     """Train, or go on from the checkpoint in ``work``. Step n depends on the seed and n alone."""
     settings = gate.settings
-    checkpoint, identity = work / "gate.safetensors", [asdict(settings), identity]
+    checkpoint, identity = work / "gate.safetensors", [settings.trained(), identity]
     rows = [parameter for name, parameter in gate.named_parameters() if name not in ("direction", "bias")]
     groups = [{"params": rows}] if rows else []
     optimizer = torch.optim.Adam([*groups, {"params": [gate.direction, gate.bias]}], betas=(0.9, 0.98))
