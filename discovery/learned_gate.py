@@ -51,12 +51,12 @@ class GateSettings:
     """Layers of the rows on prompt tokens, below the probe's; empty: the probe reads the untouched model."""
     rank: int = 32
     """ReLU rows at each of these layers."""
-    steps: int = 300
+    steps: int = 500
     batch_tokens: int = 2400
     learning_rate: float = 1.5e-3
-    hold_weight: float = 2.0
+    hold_weight: float = 0.5
     """Weight of the relative distance of benign prompts from the untouched model's."""
-    benign_budget: float = 0.015
+    benign_budget: float = 0.02
     """Share of the plain benign selection prompts of a group that may newly be refused."""
     borderline_budget: float = 0.12
     """The same for benign prompts that sound harmful, or come in a jailbreak's clothes."""

@@ -171,11 +171,11 @@ def fit_gate(
         str, typer.Option(help="Layers of the gate's rows on the prompt, below the probe's; '' for none.")
     ] = "6,7,8,11,12,13,14",
     gate_rank: Annotated[int, typer.Option(help="ReLU rows at each of these layers.")] = 32,
-    gate_steps: Annotated[int, typer.Option(help="Training steps of the gate.")] = 1200,
-    hold_weight: Annotated[float, typer.Option(help="Weight of leaving benign prompts as they are.")] = 2.0,
+    gate_steps: Annotated[int, typer.Option(help="Training steps of the gate.")] = 500,
+    hold_weight: Annotated[float, typer.Option(help="Weight of leaving benign prompts as they are.")] = 0.5,
     benign_budget: Annotated[
         float, typer.Option(help="Share of benign selection prompts that may be refused.")
-    ] = 0.015,
+    ] = 0.02,
     borderline_budget: Annotated[float, typer.Option(help="The same for borderline ones.")] = 0.12,
     layers: Annotated[str, typer.Option("--layers", help="Layers of the edit.")] = "16,19,22",
     rank: Annotated[int, typer.Option(help="ReLU rows at each layer.")] = 16,
