@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from discovery.sources import Source, read_prompts
+from discovery.sources import Source, read_prompts, sha256_of_file
 from interpretops.adapter import open_adapter
 from interpretops.artifacts import Artifacts
+from interpretops.circuit import load_circuit
 from interpretops.compile import compile_policy
 from interpretops.dictionary.load import open_dictionary
 from interpretops.dictionary.manifest import read_adapter_manifest
@@ -73,6 +74,26 @@ def test_shipped_dictionaries_are_sound(spec: ModelSpec) -> None:
         metrics = manifest.metrics
         assert None not in (metrics.delta_ce, metrics.fvu, metrics.l0, metrics.dead_share)
         assert not any("NC" in name for name in manifest.training.data)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "sae_artifacts" / MODEL / "circuits").glob("*.json")), ids=lambda path: path.stem
+)
+def test_shipped_circuit_is_of_the_default_model(path: Path, spec: ModelSpec) -> None:
+    """A shipped circuit was found in the default model and its shipped dictionaries, and was compared."""
+    circuit = load_circuit(path)
+    assert circuit.fingerprint == spec.fingerprint
+    shipped = Artifacts(ROOT / "sae_artifacts", spec).all_dictionaries
+    hashes = {
+        manifest.id: sha256_of_file(folder / manifest.weights.file) for folder, manifest in shipped.items()
+    }
+    for dictionary in circuit.dictionaries:
+        assert hashes[dictionary.id] == dictionary.weights_sha256
+    assert circuit.stability is not None
+    assert circuit.stability.circuits >= 5
+    for measured in circuit.faithfulness:
+        assert measured.random.count >= 20
+        assert measured.cpr > measured.random.cpr_best
 
 
 def test_examples_were_not_trained_on() -> None:
