@@ -8,7 +8,7 @@ bin := .venv/bin
 
 .PHONY: help
 help: ## List these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
 .PHONY: install
 install: ## Make .venv from locks/cpu.txt (nothing to do when that is done; PYTHON=… names an interpreter)
@@ -33,6 +33,10 @@ check: install ## Style, types, layers, lock: all that needs no model
 .PHONY: bench
 bench: install ## What steering costs, against vLLM alone in the same run (result: benchmarks/results)
 	@$(bin)/python -m benchmarks.steering $(ARGS)
+
+.PHONY: bench-gateway
+bench-gateway: install ## What the gateway adds, against the same requests sent direct (result: benchmarks/results)
+	@$(bin)/python -m benchmarks.gateway $(ARGS)
 
 .PHONY: lock
 lock: install ## Resolve pyproject.toml into locks/*.txt anew, keeping pins that still fit
