@@ -84,7 +84,11 @@ def load_gate_data(data: DataList, seed: int) -> GateData:
     train = {name: prompts for name, prompts in groups.items() if name not in test and name not in select}
     select = _without(select, test)
     train = _without(_without(train, test), select)
-    surroundings = Surroundings(*(tuple(special[name]) for name in SPECIAL[2:]))
+    surroundings = Surroundings(
+        system_prompts=tuple(special["system_prompts"]),
+        earlier_turns=tuple(special["earlier_turns"]),
+        answer_openings=tuple(special["answer_openings"]),
+    )
     surroundings.check()
     found_data = GateData(train, select, test, surroundings, tuple(pieces), tuple(openings))
     for stage, chosen in (("training", train), ("select_", select)):

@@ -191,7 +191,7 @@ async def answer_in_openai_shape(request: web.Request, handler: Handler) -> web.
         raise
     finally:
         _account(request, status, time.perf_counter() - began)
-        gateway.tracing.end(span, trail, status)
+        gateway.tracing.end(span, route_label(request), trail, status)
     return response
 
 

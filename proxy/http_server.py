@@ -18,8 +18,8 @@ from proxy.refusal import error_body
 
 _TOLD: Final = {
     400: ("invalid_http", "the request is not valid HTTP/1.1"),
-    408: ("slow_request", "the request did not arrive in time"),
-    413: ("too_large", "the request is too large"),
+    408: ("request_timeout", "the request did not arrive in time"),
+    413: ("request_too_large", "the request is too large"),
     417: ("expectation_failed", "the demanded expectation is not supported"),
     431: ("headers_too_large", "the request's headers are too large"),
 }

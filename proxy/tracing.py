@@ -29,19 +29,23 @@ class Tracing:
     def __init__(self, settings: TracingSettings, version: str) -> None:
         self._tracer: Tracer | None = None
         self._provider: Any = None
+        self._api: Any = None
         if settings.endpoint is None:
             return
         try:
+            from opentelemetry import trace
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
             from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
             raise ConfigError(
                 f"tracing.endpoint = {settings.endpoint!r}, but {error.name} is not installed; "
                 "pip install 'interpretops[tracing]'"
             ) from error
+        self._api, self._context = trace, TraceContextTextMapPropagator()
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(settings.share)),
             resource=Resource.create({"service.name": settings.service, "service.version": version}),
@@ -55,24 +59,17 @@ class Tracing:
         """The span of a request, a child of the caller's own (`traceparent`) and parent of the engine's."""
         if self._tracer is None or route not in _OPERATIONS:
             return None
-        from opentelemetry.trace import SpanKind, set_span_in_context
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator as Propagator
-
-        context = Propagator().extract({key.lower(): value for key, value in request.headers.items()})
+        context = self._context.extract({key.lower(): value for key, value in request.headers.items()})
         operation = _OPERATIONS[route]
         attributes = {"gen_ai.operation.name": operation, "gen_ai.provider.name": "vllm", "http.route": route}
-        span = self._tracer.start_span(operation, context, SpanKind.SERVER, attributes)
-        carrier: dict[str, str] = {}
-        Propagator().inject(carrier, set_span_in_context(span))
-        trail.engine_headers = carrier
+        span = self._tracer.start_span(operation, context, self._api.SpanKind.SERVER, attributes)
+        self._context.inject(trail.engine_headers, self._api.set_span_in_context(span))
         return span
 
-    def end(self, span: Span | None, trail: Trail, status: int) -> None:
+    def end(self, span: Span | None, route: str, trail: Trail, status: int) -> None:
         """Say what came of it."""
         if span is None:
             return
-        from opentelemetry.trace import Status, StatusCode
-
         span.set_attribute("http.response.status_code", status)
         span.set_attribute("interpretops.request_id", trail.request_id)
         span.set_attribute("interpretops.tenant", trail.tenant)
@@ -80,7 +77,7 @@ class Tracing:
         span.set_attribute("interpretops.revision", trail.revision)
         if trail.model is not None:
             span.set_attribute("gen_ai.request.model", trail.model)
-            span.update_name(f"{span.attributes['gen_ai.operation.name']} {trail.model}")
+            span.update_name(f"{_OPERATIONS[route]} {trail.model}")
         if trail.tokens is not None:
             span.set_attribute("interpretops.tokens_evaluated", trail.evaluated)
             span.set_attribute("interpretops.edits_applied", trail.edits)
@@ -90,7 +87,7 @@ class Tracing:
         if trail.reason is not None:
             span.set_attribute("error.type", trail.reason)
             if status >= 500 or status == 200:
-                span.set_status(Status(StatusCode.ERROR, trail.reason))
+                span.set_status(self._api.Status(self._api.StatusCode.ERROR, trail.reason))
         span.end()
 
     async def close(self) -> None:

@@ -287,6 +287,22 @@ def test_variants_keep_the_request_last(tiny: FrozenModel) -> None:
         Surroundings(earlier_turns=("Hi!",)).check()
 
 
+def test_texts_of_the_models_own_are_written_once(
+    tiny: FrozenModel, listed: DataList, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Openings become benign training texts that begin with them; a resumed run takes the kept ones."""
+    (tmp_path / "o.txt").write_text("Once there was\n")
+    opening = Source(tmp_path / "o.txt", "openings", "Apache-2.0", times=3)
+    data = load_gate_data(DataList({**listed.groups, "benign_text": (opening,)}), 0)
+    assert data.openings == ("Once there was",) * 3
+    first = GateFit(tiny, data, GATE, EDIT, tmp_path / "work")
+    began = tuple(tiny.text_ids("Once there was"))
+    assert len(first.plain_text) == 3
+    assert all(text[: len(began)] == began and len(text) > len(began) for text in first.plain_text)
+    monkeypatch.setattr(FrozenModel, "answers", None)
+    assert GateFit(tiny, data, GATE, EDIT, tmp_path / "work").plain_text == first.plain_text
+
+
 def test_job_ends_in_a_policy_that_compiles(tiny: FrozenModel, listed: DataList, tmp_path: Path) -> None:
     """From prompts to adapter and policy: the compiled plan holds the trained numbers and both gates."""
     data = load_gate_data(listed, 0)

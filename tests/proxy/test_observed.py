@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import socket
@@ -24,7 +25,7 @@ DASHBOARD = ROOT / "deploy" / "grafana" / "interpretops.json"
 NAME = re.compile(r"\binterpretops_[a-z_]+")
 
 needs_prometheus = pytest.mark.skipif(
-    shutil.which("promtool") is None or shutil.which("prometheus") is None,
+    "CI" not in os.environ and None in (shutil.which("promtool"), shutil.which("prometheus")),
     reason="Debian's package `prometheus` is not installed",
 )
 

@@ -9,6 +9,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
 from proxy.gateway import make_app
 
@@ -85,6 +86,17 @@ async def test_refusal_is_an_error_of_its_span(start, engine, collector, monkeyp
     assert (_attributes(span)["error.type"], span.status.code) == ("model_not_found", 0)
 
 
+async def test_request_that_is_not_traced_is_answered(start, engine, collector):
+    """A caller that asked for no trace, or a share of 0, gets its answer; no span is sent."""
+    address, spans = collector
+    front = await start("calm", **{"tracing.endpoint": address, "tracing.share": 0.0})
+    for headers in ({}, {"traceparent": PARENT[:-1] + "0"}):
+        status, _, body = await front.chat(model="tiny-model+calm", headers=headers)
+        assert (status, body["choices"][0]["text"]) == (200, *engine.plans)
+    await front.apps.gateway.tracing.close()
+    assert spans.empty()
+
+
 async def test_collector_that_is_away_costs_nobody_an_answer(start, monkeypatch):
     """Without a collector at the address requests are answered, and the gateway stops in time."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
@@ -111,5 +123,5 @@ async def test_without_an_endpoint_the_library_is_not_needed(start, monkeypatch)
     front = await start("calm")
     assert (await front.chat(model="tiny-model+calm"))[0] == 200
     settings = load_settings(overrides={"tracing.endpoint": "http://x"}, environ={})
-    with pytest.raises(Exception, match=r"interpretops\[tracing\]"):
+    with pytest.raises(ConfigError, match=r"interpretops\[tracing\]"):
         make_app(settings, lambda: None, None)
