@@ -25,9 +25,10 @@ from discovery.learned_gate import GateSettings, Labelled, LearnedGate, train_ga
 from discovery.low_rank import LowRankRows
 from discovery.progress import meter
 from discovery.prompt_variants import conversation, conversation_ids
-from discovery.refusal import is_coherent, is_refusal, targets
+from discovery.refusal import targets
 from discovery.trace import batches
 from interpretops.atomic_file import write_atomically
+from interpretops.refusal import is_coherent, is_refusal
 
 LONGEST_TRAINED = 320
 SHARE_OF_TEXT = 0.2

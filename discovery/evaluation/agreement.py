@@ -14,10 +14,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.judges import is_degenerate
 from discovery.evaluation.toxicity import is_toxic
-from discovery.refusal import is_coherent, is_refusal
 from interpretops.policy_fields import Strictly
+from interpretops.refusal import is_coherent, is_degenerate, is_refusal
 
 LABELS = Path(__file__).with_name("labels")
 

@@ -11,15 +11,15 @@ import aiohttp
 from discovery.errors import DiscoveryError
 from discovery.evaluation.answers import AnswerFile
 from discovery.evaluation.collect import Arm
-from discovery.evaluation.judges import Judge, ModelJudge, Moderation, PhraseJudge, is_degenerate
+from discovery.evaluation.judges import Judge, ModelJudge, Moderation, PhraseJudge
 from discovery.evaluation.options import JobOptions
 from discovery.evaluation.outcome import Outcome
 from discovery.evaluation.suite import ASKED, LoadedSuite, Prompt
 from discovery.evaluation.text_scores import contains_answer, similarity
 from discovery.evaluation.toxicity import is_toxic
 from discovery.progress import meter
-from discovery.refusal import is_coherent
 from interpretops.atomic_file import write_atomically
+from interpretops.refusal import is_coherent, is_degenerate
 
 
 class Bench:
@@ -37,7 +37,7 @@ class Bench:
         moderation = None if self.moderation is None else self.moderation.name
         return {
             "refusal": self.refusals.name,
-            "coherence": "words (discovery.refusal), loops (discovery.evaluation)",
+            "coherence": "words and loops (interpretops.refusal)",
             "toxicity": moderation or "words (discovery.evaluation.toxicity)",
             "similarity": "chrF (sacrebleu)",
         } | ({} if moderation is None else {"harm": moderation})

@@ -2,9 +2,8 @@
 
 import re
 
-from discovery.evaluation.judges import is_degenerate
 from discovery.proposals.contrast import Judged
-from discovery.refusal import is_coherent, is_refusal
+from interpretops.refusal import is_coherent, is_degenerate, is_refusal
 
 
 def shows(judge: Judged, answer: str) -> bool:

@@ -16,7 +16,7 @@ from discovery.errors import DiscoveryError
 from discovery.evaluation import endpoint as endpoint_module
 from discovery.evaluation.endpoint import Endpoint, UnprovenAnswerError
 from discovery.evaluation.job import Run, evaluate_policy, make_card, measure
-from discovery.evaluation.judges import ModelJudge, PhraseJudge, is_degenerate
+from discovery.evaluation.judges import ModelJudge, PhraseJudge
 from discovery.evaluation.options import JobOptions
 from discovery.evaluation.subject import Subject
 from discovery.evaluation.suite import EvaluationSuite
@@ -25,6 +25,7 @@ from interpretops.compile import compile_policy
 from interpretops.model_spec import read_model_spec
 from interpretops.plan import ModelSpec
 from interpretops.policy import load_policy
+from interpretops.refusal import is_degenerate
 from interpretops.riskcard import RiskCard, load_card
 from interpretops.settings import load_settings
 

@@ -23,13 +23,14 @@ from discovery.gated_edit import EditSettings, Example, losses, train_edit
 from discovery.learned_gate import GateSettings, LearnedGate, batch, distance, train_gate
 from discovery.low_rank import LowRankRows
 from discovery.prompt_variants import Surroundings, conversation, conversation_ids
-from discovery.refusal import is_coherent, is_refusal, targets
+from discovery.refusal import targets
 from discovery.sources import DataList, Source
 from interpretops.adapter import open_adapter
 from interpretops.compile import compile_policy
 from interpretops.hooked import HookedModel
 from interpretops.plan import Site
 from interpretops.policy import load_policy
+from interpretops.refusal import is_coherent, is_refusal
 from interpretops.session import SteeringSession
 
 EDIT = EditSettings(layers=(2, 3), rank=4, steps=6, batch=2)
