@@ -193,7 +193,10 @@ class Constraints(Strictly):
     """What the policy may cost."""
 
     max_latency_overhead_pct: Percentage | None = None
-    """Highest acceptable slow-down, in per cent."""
+    """Highest acceptable slow-down, in per cent; else `runtime.max_latency_overhead_pct` of the settings."""
+    on_latency_overhead: Literal["alert", "refuse"] = "alert"
+    """What happens while the gateway's canary finds it slower: an alert, or its requests are refused as well.
+    None is ever served without it."""
     max_benign_loss_pct: Percentage | None = None
     """Highest acceptable loss on benign tasks, in per cent."""
 

@@ -92,6 +92,7 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
         ("gateway", "admin_tls_cert"),
         ("gateway", "admin_tls_key"),
         ("audit", "path"),
+        ("canary", "suite"),
     ):
         part = values.get(section)
         if isinstance(part, dict) and isinstance(part.get(field), str):

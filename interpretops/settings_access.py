@@ -21,6 +21,8 @@ AliasName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/
 Positive = Annotated[int, Field(ge=1)]
 ANONYMOUS = "anonymous"
 """The tenant of everybody where no keys are asked for."""
+CANARY = "canary"
+"""On whose account the gateway's own requests are counted."""
 
 
 class Limits(Section):
@@ -103,6 +105,8 @@ def check_names(
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{kind}: {twice[0]!r} is declared twice; keep one")
     known = sorted(tenant.id for tenant in tenants)
+    if CANARY in known:
+        raise ValueError(f"tenants: {CANARY!r} is the gateway's own; choose another id")
     for index, binding in enumerate(bindings):
         for field in ("tenant", "key"):
             value = getattr(binding.match, field)

@@ -69,6 +69,19 @@ class PolicySettings(Section):
     """Share of requests that a revision in state `shadow` answers a second time, unseen."""
 
 
+class CanarySettings(Section):
+    """A few prompts that the gateway itself asks with and without each policy, to see what it does now. The
+    answers are judged and forgotten."""
+
+    interval_s: Seconds | None = None
+    """Pause before each pair of requests. None: no canary. With one, the engine also answers harmful prompts
+    unsteered, for nobody to read."""
+    suite: Path | None = None
+    """YAML with lists `harmful` and `benign` of prompts. None: the sixteen that are shipped."""
+    max_tokens: Annotated[int, Field(ge=8, le=1024)] = 40
+    """Longest answer."""
+
+
 class TracingSettings(Section):
     """OpenTelemetry traces of requests: names, sizes and what was edited, never what was said."""
 

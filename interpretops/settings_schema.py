@@ -9,7 +9,13 @@ from pydantic import Field, SecretStr, StringConstraints, model_validator
 
 from interpretops.default_model import DEFAULT_MODEL
 from interpretops.settings_access import Alias, Binding, Tenant, check_names
-from interpretops.settings_gateway import AuditSettings, GatewaySettings, PolicySettings, TracingSettings
+from interpretops.settings_gateway import (
+    AuditSettings,
+    CanarySettings,
+    GatewaySettings,
+    PolicySettings,
+    TracingSettings,
+)
 from interpretops.settings_section import Name, Seconds, Section
 
 GUARDED_ENGINE_ARGS = frozenset(
@@ -184,6 +190,8 @@ class Settings(Section):
     """The audit log: who got which revision, and who changed what."""
     tracing: TracingSettings = Field(default_factory=TracingSettings)
     """OpenTelemetry traces of requests."""
+    canary: CanarySettings = Field(default_factory=CanarySettings)
+    """Prompts that the gateway asks by itself, with and without each policy."""
     tenants: tuple[Tenant, ...] = ()
     """Who uses the gateway, by key, and how much of it. The limits of a tenant `anonymous` hold for everybody
     when no keys are asked for."""

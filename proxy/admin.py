@@ -249,4 +249,6 @@ def _entry(gateway: Gateway, entry: Entry) -> dict[str, Any]:
     return {
         **entry.shown(0 if active is None else gateway.catalogue.residency.pins(active)),
         "shadow": None if tally is None else tally.shown(),
+        "canary": gateway.canary.shown(entry.policy),
+        "suspended": gateway.catalogue.is_suspended(entry.policy),
     }

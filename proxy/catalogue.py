@@ -9,6 +9,7 @@ from pathlib import Path
 
 from structlog.typing import FilteringBoundLogger
 
+from interpretops.compose import SEPARATOR
 from interpretops.errors import EngineError, PlanError, PolicyError
 from proxy.binding import NONE
 from proxy.compositions import Compositions
@@ -60,6 +61,8 @@ class Catalogue:
         self.entries: dict[str, Entry] = {}
         self.file_errors: dict[Path, str] = {}
         """Why a file is not what serves, or serves nothing."""
+        self.suspended: dict[str, str] = {}
+        """Revisions of policies under which requests are refused at the moment, for what they cost."""
         self._seen: dict[Path, str] = {}
         self._owner: dict[Path, str] = {}
         self._lock = asyncio.Lock()
@@ -76,11 +79,19 @@ class Catalogue:
         if policy == NONE:
             yield None
             return
+        if self.suspended and any(map(self.is_suspended, policy.split(SEPARATOR))):
+            raise PolicyUnavailable(f"policy {policy!r} is suspended at the moment; try again later")
         active = self._available(policy)
         if active is None:
             raise PolicyUnavailable(f"policy {policy!r} is not loaded at the moment; see the gateway's log")
         with self.residency.pin(active):
             yield active
+
+    def is_suspended(self, policy: str) -> bool:
+        """Whether requests under the active revision of ``policy`` are refused at the moment."""
+        entry = self.entries.get(policy)
+        active = None if entry is None else entry.active
+        return active is not None and self.suspended.get(policy) == active.revision
 
     async def prepare(self, engine: ProvenEngine) -> None:
         """Load everything into an engine that has nothing yet."""

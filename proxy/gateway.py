@@ -17,6 +17,7 @@ from proxy.app import make_public_app
 from proxy.audit import AuditLog
 from proxy.binding import demanded, joint_mandatory
 from proxy.budget import Budgets
+from proxy.canary import Canary
 from proxy.catalogue import Catalogue
 from proxy.engine_link import EngineLink
 from proxy.engine_loop import Engine, EngineLoop
@@ -54,6 +55,7 @@ def make_app(
     link = EngineLink(metrics, log)
     paths = settings.paths
     audit = AuditLog(settings.audit.path, settings.audit, metrics, log) if settings.audit.path else None
+    record = _nothing if audit is None else audit.append
     catalogue = Catalogue(
         paths.policies,
         paths.artifacts,
@@ -63,7 +65,7 @@ def make_app(
         log,
         joint=joint_mandatory(settings.bindings),
         require_cards=settings.policies.require_cards,
-        record=_nothing if audit is None else audit.append,
+        record=record,
     )
     access = Access(settings, metrics, log)
     budgeted = any(tenant.limits.token_budget is not None for tenant in settings.tenants)
@@ -77,6 +79,7 @@ def make_app(
         metrics,
         log,
     )
+    canary = Canary(settings, catalogue, link, metrics, log, record)
     gateway = Gateway(
         settings=settings,
         link=link,
@@ -86,6 +89,7 @@ def make_app(
         settlements=settlements,
         stalls=stalls,
         shadows=shadows,
+        canary=canary,
         audit=audit,
         tracing=(tracing := Tracing(settings.tracing, __version__)),
         metrics=metrics,
@@ -107,6 +111,11 @@ def make_app(
     async def keep_tracing(_app: web.Application) -> AsyncIterator[None]:
         yield
         await tracing.close()
+
+    async def keep_canary(_app: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(canary.keep(), name="canary")
+        yield
+        await _end(task)
 
     public = make_public_app(gateway)
     public.cleanup_ctx.append(keep_tracing)
@@ -140,6 +149,8 @@ def make_app(
 
     # Cleaned up in reverse: after all requests have ended, while the engine still knows their receipts.
     public.cleanup_ctx.append(keep_budgets)
+    if canary.wanted:
+        public.cleanup_ctx.append(keep_canary)
     if access.wanted:
         public.cleanup_ctx.append(keep_keys)
     if settings.gateway.watch_policies:

@@ -108,6 +108,30 @@ class Metrics:
             ("policy",),
             registry=registry,
         )
+        self.canary_pairs = Counter(
+            "interpretops_canary_pairs",
+            "Prompts that the gateway itself asked with and without a policy: `ok` or `failed`.",
+            ("policy", "result"),
+            registry=registry,
+        )
+        self.canary_measure = Gauge(
+            "interpretops_canary_measure",
+            "What the canary finds of the active revision: a share, and the bounds of its 95 % interval.",
+            ("policy", "measure", "bound"),
+            registry=registry,
+        )
+        self.canary_n = Gauge(
+            "interpretops_canary_n",
+            "Prompts, for latency pairs of answers, behind a measure of the canary.",
+            ("policy", "measure"),
+            registry=registry,
+        )
+        self.canary_breach = Gauge(
+            "interpretops_canary_breach",
+            "1 while a measure of the canary lies, with its whole interval, beyond what the policy promises.",
+            ("policy", "measure"),
+            registry=registry,
+        )
         self.audit_failing = Gauge(
             "interpretops_audit_failing", "1 while the audit log cannot be written.", registry=registry
         )

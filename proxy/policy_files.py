@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -12,7 +12,7 @@ from typing import Final
 from interpretops.compile import compile_policy
 from interpretops.errors import InterpretOpsError, PolicyError
 from interpretops.plan import ModelSpec
-from interpretops.policy import SuccessCriteria, load_policy
+from interpretops.policy import Constraints, SuccessCriteria, load_policy
 from interpretops.riskcard import standing
 
 MAX_POLICY_BYTES: Final = 2**20
@@ -38,6 +38,8 @@ class Revision:
     """How the card stood when this was compiled, in one line."""
     proven: bool
     """Whether the card met the criteria then, or none were stated."""
+    constraints: Constraints = field(default_factory=Constraints)
+    """What the policy may cost, and what happens when it costs more."""
 
     @property
     def label(self) -> str:
@@ -117,4 +119,5 @@ def compile_file(path: Path, model: ModelSpec, artifacts: Path, folder: Path) ->
         file=path,
         model_fingerprint=model.fingerprint,
         compiled_at=datetime.now(UTC),
+        constraints=policy.constraints,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,10 +16,10 @@ from interpretops.errors import EngineError
 from proxy.engine_client import Receipt
 from proxy.engine_link import ProvenEngine
 from proxy.metrics import Metrics
+from proxy.own_request import ask
 from proxy.policy_files import Revision
 from proxy.residency import Residency
 from proxy.routes import Route
-from proxy.sanitize import serialize
 from proxy.trail import Trail
 
 _AT_A_TIME: Final = 4
@@ -96,32 +95,12 @@ class Shadows:
         result, receipt = "failed", None
         try:
             with self._residency.pin(revision):
-                answer, receipt = await self._run(engine, route, body, revision)
+                answer, receipt = await ask(engine, route, body, revision.revision, self._timeout_s)
         except (EngineError, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             self._log.info("shadow_failed", policy=revision.policy, kind=type(error).__name__)
         else:
             result = _compare(body, trail.answer, answer)
         self._count(revision, result, trail, receipt)
-
-    async def _run(
-        self, engine: ProvenEngine, route: Route, body: Mapping[str, Any], revision: Revision
-    ) -> tuple[bytes, Receipt]:
-        nonce = secrets.token_hex(16)
-        sealed = {"interpretops_revision": revision.revision, "interpretops_nonce": nonce}
-        upstream = await engine.client.generate(
-            route.path,
-            serialize({**body, "vllm_xargs": sealed}),
-            total_timeout_s=self._timeout_s,
-            idle_timeout_s=None,
-        )
-        try:
-            answer = await upstream.read()
-        finally:
-            upstream.close()
-        receipt = await engine.client.receipt(nonce)
-        if upstream.status != 200 or receipt is None or receipt.revision != revision.revision:
-            raise EngineError(f"shadow answered with status {upstream.status}, or without proof")
-        return answer, receipt
 
     def _count(self, revision: Revision, result: str, trail: Trail, receipt: Receipt | None) -> None:
         tally = self.tallies.get(revision.policy)

@@ -12,6 +12,7 @@ from interpretops.settings import Settings
 from proxy.access import Access, Identity
 from proxy.audit import AuditLog
 from proxy.binding import Caller, read_caller
+from proxy.canary import Canary
 from proxy.catalogue import Catalogue
 from proxy.engine_link import EngineLink
 from proxy.limits import Limiter
@@ -35,6 +36,7 @@ class Gateway:
     settlements: Settlements
     stalls: StallWatch
     shadows: Shadows
+    canary: Canary
     audit: AuditLog | None
     tracing: Tracing
     metrics: Metrics

@@ -97,6 +97,42 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (("sum by (result) (increase(interpretops_policy_reloads_total[5m]))", "{{result}}"),),
         ),
     ),
+    "Canary": (
+        *(
+            Panel(
+                title,
+                "percentunit",
+                ((f"interpretops_canary_measure{{measure='{measure}'}}", "{{policy}} {{bound}}"),),
+                about,
+            )
+            for title, measure, about in (
+                (
+                    "Defense efficacy",
+                    "defense_efficacy",
+                    "Share of the canary's attacks that a policy stops.",
+                ),
+                (
+                    "Collateral damage",
+                    "collateral_damage",
+                    "Share of its benign prompts that a policy harms.",
+                ),
+                (
+                    "Latency overhead",
+                    "latency_overhead",
+                    "Steered over unsteered answers of the same length.",
+                ),
+            )
+        ),
+        Panel("Prompts behind it", "short", (("interpretops_canary_n", "{{policy}} {{measure}}"),)),
+        Panel(
+            "Beyond what is promised",
+            "short",
+            (("interpretops_canary_breach", "{{policy}} {{measure}}"),),
+            "With the whole interval.",
+            "stat",
+        ),
+        Panel("Pairs asked", "short", _rate("interpretops_canary_pairs_total", "result")),
+    ),
     "Traffic": (
         Panel("Requests by status", "reqps", _rate("interpretops_requests_total", "status")),
         Panel("Requests by policy", "reqps", _rate("interpretops_requests_total", "policy")),

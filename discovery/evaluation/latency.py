@@ -7,11 +7,10 @@ from typing import Any
 
 from discovery.sources import sha256_of_file
 from interpretops.riskcard.card import Interval, Measure, Source
+from interpretops.riskcard.intervals import NOTCH
 from interpretops.riskcard.measures import absent
 
 RESULT = Path("benchmarks/results/steering.json")
-NOTCH = 1.57
-"""McGill, Tukey and Larsen (1978): median +- 1.57 IQR / sqrt(n) holds the true median in about 95 %."""
 
 
 def find_result() -> Path | None:

@@ -8,6 +8,8 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+NOTCH = 1.57
+"""McGill, Tukey and Larsen (1978): median +- 1.57 IQR / sqrt(n) holds the true median in about 95 %."""
 _CHUNK = 500
 _BISECTIONS = 60
 
@@ -71,6 +73,13 @@ def bootstrap_ratio(
     drawn = np.random.default_rng(seed).multinomial(int(cells.sum()), cells / cells.sum(), size=RESAMPLES)
     off, on = drawn[:, 0] + drawn[:, 1], drawn[:, 0] + drawn[:, 2]
     return _percentiles(1 - on[off > 0] / off[off > 0])
+
+
+def notch(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower bound, value and upper bound of a median."""
+    lower, median, upper = (float(value) for value in np.percentile(values, [25, 50, 75]))
+    margin = NOTCH * (upper - lower) / math.sqrt(len(values))
+    return median - margin, median, median + margin
 
 
 def _percentiles(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> tuple[float, float]:

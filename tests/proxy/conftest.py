@@ -152,7 +152,9 @@ class FakeEngine:
         if self.trick != "no_receipt":
             self.receipts[body["vllm_xargs"]["interpretops_nonce"]] = receipt
         if not body.get("stream"):
-            return web.json_response({"id": "x", "choices": [{"text": revision}], "model": MODEL})
+            choice = {"text": revision, "message": {"role": "assistant", "content": revision}}
+            usage = {"completion_tokens": 3}
+            return web.json_response({"id": "x", "choices": [choice], "model": MODEL, "usage": usage})
         response = web.StreamResponse()
         response.content_type = "text/event-stream"
         await response.prepare(request)

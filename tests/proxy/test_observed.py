@@ -179,7 +179,7 @@ async def prometheus(tmp_path: Path, until: Any) -> AsyncIterator[Any]:
 @needs_prometheus
 async def test_every_panel_answers_from_a_real_prometheus(start, engine, prometheus, until):
     """Prometheus scrapes the gateway, understands every query, and has an answer where there was traffic."""
-    front = await start("calm")
+    front = await start("calm", **{"canary.interval_s": 0.05})
 
     async def traffic() -> None:
         engine.trick = ""

@@ -1,0 +1,38 @@
+"""Requests that the gateway makes by itself: under a revision or under none, and no answer without proof."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from interpretops.errors import EngineError
+from proxy.engine_client import Receipt
+from proxy.engine_link import ProvenEngine
+from proxy.routes import Route
+from proxy.sanitize import serialize
+
+
+async def ask(
+    engine: ProvenEngine, route: Route, body: Mapping[str, Any], revision: str, timeout_s: float
+) -> tuple[bytes, Receipt]:
+    """The whole answer to ``body`` under ``revision`` (64 hex, or `none`), and the receipt that proves it.
+
+    Raises `EngineError` when it is not proven, and aiohttp's errors.
+    """
+    nonce = secrets.token_hex(16)
+    sealed = {"interpretops_revision": revision, "interpretops_nonce": nonce}
+    upstream = await engine.client.generate(
+        route.path,
+        serialize({**body, "vllm_xargs": sealed}),
+        total_timeout_s=timeout_s,
+        idle_timeout_s=None,
+    )
+    try:
+        answer = await upstream.read()
+    finally:
+        upstream.close()
+    receipt = await engine.client.receipt(nonce)
+    if upstream.status != 200 or receipt is None or receipt.revision != revision:
+        raise EngineError(f"the engine answered with status {upstream.status}, or without proof")
+    return answer, receipt

@@ -1,0 +1,234 @@
+"""The canary asks with and without each policy, shows what it finds, and acts when a budget is broken."""
+
+import json
+
+import pytest
+import yaml
+from aiohttp import web
+
+from interpretops.errors import ConfigError
+from interpretops.settings import load_settings
+from proxy.binding import NONE
+from proxy.canary import read_suite
+
+REFUSES = "I'm sorry, but I can't help with that. It could cause serious harm to other people."
+ANSWERS = "Take two cups of flour and one of milk, stir them well, and bake it all for an hour."
+SUITE = {"harmful": [f"bad {n}" for n in range(20)], "benign": [f"good {n}" for n in range(20)]}
+
+
+@pytest.fixture
+def scripted(engine):
+    """An engine whose answers are what a function of prompt and revision says."""
+
+    def by(answer, tokens=lambda prompt, steered: 8):
+        async def generate(request, body, revision):
+            text = body["messages"][0]["content"]
+            said = await answer(text, revision != NONE)
+            engine.receipts[body["vllm_xargs"]["interpretops_nonce"]] = {
+                "revision": revision,
+                "requests": 1,
+                "tokens_evaluated": 9,
+                "finished": True,
+            }
+            usage = {"completion_tokens": tokens(text, revision != NONE)}
+            return web.json_response({"choices": [{"message": {"content": said}}], "usage": usage})
+
+        engine._answer = generate
+
+    return by
+
+
+@pytest.fixture
+async def canary(start, tmp_path):
+    """Starts a gateway with one policy and a canary that is stepped by hand."""
+
+    async def run(**sections):
+        suite = tmp_path / "suite.yaml"
+        suite.write_text(yaml.safe_dump(SUITE))
+        sections = {"canary.interval_s": 3600.0, "canary.suite": suite, **sections}
+        front = await start("calm", **sections)
+        return front, front.apps.gateway.canary
+
+    return run
+
+
+def shown(front):
+    return front.apps.gateway.metrics.render().decode()
+
+
+async def entry(front):
+    return (await front.policy_list())["policies"][0]
+
+
+async def test_measures_are_those_of_a_risk_card(canary, scripted):
+    """DE, CD and their n are of the newest pair of each prompt, with the policy and without."""
+
+    async def answer(text, steered):
+        if text.startswith("bad"):
+            return REFUSES if steered and text != "bad 0" else ANSWERS
+        return REFUSES if steered and text in ("good 0", "good 1") else ANSWERS
+
+    scripted(answer)
+    front, canary = await canary()
+    for _ in range(45):
+        await canary.step("calm")
+    for line in (
+        'interpretops_canary_measure{bound="value",measure="defense_efficacy",policy="calm"} 0.95',
+        'interpretops_canary_measure{bound="value",measure="collateral_damage",policy="calm"} 0.1',
+        'interpretops_canary_n{measure="defense_efficacy",policy="calm"} 20.0',
+        'interpretops_canary_n{measure="collateral_damage",policy="calm"} 20.0',
+        'interpretops_canary_pairs_total{policy="calm",result="ok"} 45.0',
+    ):
+        assert line in shown(front)
+    found = (await entry(front))["canary"]
+    assert found["defense_efficacy"]["n"] == 20
+    assert found["defense_efficacy"]["interval"][0] < 0.95 < found["defense_efficacy"]["interval"][1]
+
+
+async def test_canary_touches_no_tenant_and_no_count_of_traffic(canary, scripted, engine):
+    """Its requests stand in its own counters and on its own account, and share no cache with anybody."""
+
+    async def answer(text, steered):
+        return ANSWERS
+
+    scripted(answer)
+    front, canary = await canary()
+    for _ in range(2):
+        await canary.step("calm")
+    told = shown(front)
+    assert 'interpretops_tenant_tokens_total{tenant="canary"} 36.0' in told
+    assert "interpretops_requests_total{" not in told
+    assert "interpretops_policy_tokens_evaluated_total{" not in told
+    asked = [seen["vllm_xargs"]["interpretops_revision"] for seen in engine.seen]
+    assert sorted(asked) == sorted([NONE, NONE, *engine.plans, *engine.plans])
+    salts = [seen["cache_salt"] for seen in engine.seen]
+    assert len(set(salts)) == 2
+    assert not any(prompt in json.dumps(front.log) + told for prompt in SUITE["harmful"] + SUITE["benign"])
+
+
+async def test_client_cannot_be_the_canary(start):
+    """No tenant may carry its name, and no client gets an unsteered answer where a policy is mandatory."""
+    with pytest.raises(ConfigError, match="gateway's own"):
+        load_settings(overrides={"tenants": [{"id": "canary"}]}, environ={})
+    bindings = [{"policy": "calm", "mode": "mandatory"}]
+    front = await start("calm", bindings=bindings, **{"canary.interval_s": 3600.0})
+    status, _, _ = await front.chat(headers={"X-Steering-Policy": "none", "X-Tenant": "canary"})
+    assert status == 403
+
+
+async def test_unproven_or_failing_pair_is_counted_and_changes_nothing(canary, scripted, engine):
+    """A pair without proof is a failure of the canary, not a finding about the policy."""
+
+    async def answer(text, steered):
+        return ANSWERS
+
+    scripted(answer)
+    front, canary = await canary()
+    engine._answer = type(engine)._answer.__get__(engine)
+    for engine.trick in ("no_receipt", "wrong_revision"):
+        await canary.step("calm")
+    assert 'interpretops_canary_pairs_total{policy="calm",result="failed"} 2.0' in shown(front)
+    assert "interpretops_canary_n{" not in shown(front)
+
+
+@pytest.mark.parametrize("action", ["alert", "refuse"])
+async def test_latency_over_budget_does_what_the_policy_says(canary, scripted, action):
+    """Over its latency budget a policy alerts, or refuses with 503; never is anybody served without it."""
+    now, takes_s = [0.0], {True: 3.0, False: 1.0}
+
+    async def answer(text, steered):
+        now[0] += takes_s[steered]
+        return ANSWERS
+
+    scripted(answer)
+    text = f"constraints: {{max_latency_overhead_pct: 50, on_latency_overhead: {action}}}\n"
+    front, canary = await canary()
+    canary.clock = lambda: now[0]
+    path = front.policies / "calm.yaml"
+    path.write_text(text + path.read_text().replace("0.5", "0.25"))
+    await front.apps.gateway.catalogue.reload()
+    assert (await front.chat(model="tiny-model+calm"))[0] == 200
+    for _ in range(16):
+        await canary.step("calm")
+    assert 'interpretops_canary_breach{measure="latency_overhead",policy="calm"} 1.0' in shown(front)
+    status, _, body = await front.chat(model="tiny-model+calm")
+    if action == "alert":
+        assert status == 200
+    else:
+        assert (status, body["error"]["code"]) == (503, "policy_unavailable")
+    assert (await entry(front))["suspended"] == (action == "refuse")
+    takes_s[True] = 1.0
+    for _ in range(64):
+        await canary.step("calm")
+    assert 'interpretops_canary_breach{measure="latency_overhead",policy="calm"} 0.0' in shown(front)
+    assert (await front.chat(model="tiny-model+calm"))[0] == 200
+    told = [line for line in front.log if line["event"].startswith("canary_breach")]
+    assert [line["event"] for line in told] == ["canary_breach", "canary_breach_over"]
+    assert told[0]["action"] == action
+
+
+async def test_alert_needs_the_whole_interval_beyond_the_promise(canary, scripted):
+    """DE under its criterion is a breach only when chance cannot explain it; another revision begins anew."""
+
+    async def answer(text, steered):
+        return REFUSES if steered and text in stopped else ANSWERS
+
+    stopped = set(SUITE["harmful"][:10])
+    scripted(answer)
+    front, canary = await canary()
+    catalogue = front.apps.gateway.catalogue
+    catalogue.entries.clear()
+    path = front.policies / "calm.yaml"
+    path.write_text(
+        path.read_text().replace("0.5", "0.25")
+        + "evaluation: {success_criteria: {defense_efficacy_min: 0.6, collateral_damage_max: 0.1}}\n"
+    )
+    await catalogue.reload()
+    breach = 'interpretops_canary_breach{measure="defense_efficacy",policy="calm"} '
+    for _ in range(40):
+        await canary.step("calm")
+    assert breach + "0.0" in shown(front)
+    stopped.clear()
+    for _ in range(40):
+        await canary.step("calm")
+    assert breach + "1.0" in shown(front)
+    catalogue.entries["calm"].active = None
+    await canary.step("calm")
+    assert breach not in shown(front)
+    assert [line["event"] for line in front.log if "breach" in line["event"]][-1] == "canary_breach_over"
+
+
+async def test_every_pair_is_recorded(canary, scripted, tmp_path):
+    """The audit log names each pair, as the unsteered half is one that no binding allows."""
+
+    async def answer(text, steered):
+        return ANSWERS
+
+    scripted(answer)
+    path = tmp_path / "audit.jsonl"
+    _, canary = await canary(**{"audit.path": path})
+    await canary.step("calm")
+    (told,) = [json.loads(line) for line in path.read_bytes().splitlines() if b'"canary"' in line]
+    assert (told["event"], told["tenant"], told["policy"]) == ("canary", "canary", "calm")
+
+
+def test_shipped_suite_is_read_and_a_wrong_one_named(tmp_path):
+    """The shipped prompts are as many benign as harmful; a file of another shape stops the start."""
+    shipped = read_suite(None)
+    assert len(shipped.harmful) == len(shipped.benign) == 8
+    assert [role for role, _ in shipped.prompts[:2]] == ["harmful", "benign"]
+    wrong = tmp_path / "suite.yaml"
+    wrong.write_text("harmful: [x]\n")
+    with pytest.raises(ConfigError, match=r"suite.yaml, but benign: Field required; write lists"):
+        read_suite(wrong)
+
+
+async def test_canary_asks_by_itself(start, engine, until):
+    """With an interval it runs from the start; without one the engine is asked nothing."""
+    await start("calm", **{"canary.interval_s": 0.01})
+
+    async def asked():
+        return len(engine.seen) >= 2
+
+    await until(asked)
+    assert engine.seen[0]["temperature"] == 0
