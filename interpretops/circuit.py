@@ -151,6 +151,8 @@ class Stability(Strictly):
     resamples_per_seed: Count
     circuits: Count
     edge_jaccard: Fraction
+    edge_interval: tuple[Fraction, Fraction] | None = None
+    """95 % bootstrap over the circuits; None in files from before it was measured."""
     edge_chance: Fraction
     """Expected for uniformly random edge sets of the same sizes."""
     edge_random: Fraction | None = None

@@ -20,7 +20,13 @@ from discovery.circuits.features import FeatureSite
 from discovery.circuits.graph import Edges, Scores, growth_order, prune, random_order
 from discovery.circuits.metric import METRICS, Metric
 from discovery.circuits.pairs import Pair, batches
-from discovery.circuits.stability import inner_nodes, mean_chance, mean_jaccard, resample
+from discovery.circuits.stability import (
+    inner_nodes,
+    jaccard_interval,
+    mean_chance,
+    mean_jaccard,
+    resample,
+)
 from discovery.circuits.steps import Steps
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
@@ -280,6 +286,7 @@ class CircuitSearch:
             resamples_per_seed=self.settings.resamples,
             circuits=len(found),
             edge_jaccard=mean_jaccard(found),
+            edge_interval=jaccard_interval(found, self.settings.seed),
             edge_chance=mean_chance(self.graph.edge_count, [int(circuit.sum()) for circuit in found]),
             edge_random=mean_jaccard(random),
             node_jaccard=mean_jaccard(nodes),

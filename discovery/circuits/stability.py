@@ -10,16 +10,39 @@ import numpy.typing as npt
 from discovery.circuits.graph import Edges
 
 Members = npt.NDArray[np.bool_]
+BOOTSTRAPS = 10_000
+
+
+def jaccard_matrix(sets: Sequence[Members]) -> npt.NDArray[np.float64]:
+    """|A and B| / |A or B| of every two sets; two empty ones are alike (1)."""
+    alike = np.ones((len(sets), len(sets)))
+    for one, other in combinations(range(len(sets)), 2):
+        union = int((sets[one] | sets[other]).sum())
+        shared = int((sets[one] & sets[other]).sum())
+        alike[one, other] = alike[other, one] = shared / union if union else 1.0
+    return alike
 
 
 def mean_jaccard(sets: Sequence[Members]) -> float:
-    """Mean of |A and B| / |A or B| over all pairs of sets; two empty sets are alike (1)."""
+    """Mean Jaccard similarity over all pairs of sets."""
     assert len(sets) > 1, "one set has nothing to be like"
-    found = []
-    for one, other in combinations(sets, 2):
-        union = int((one | other).sum())
-        found.append(int((one & other).sum()) / union if union else 1.0)
-    return float(np.mean(found))
+    return float(jaccard_matrix(sets)[np.triu_indices(len(sets), 1)].mean())
+
+
+def jaccard_interval(sets: Sequence[Members], seed: int) -> tuple[float, float]:
+    """95 % percentile bootstrap of `mean_jaccard`: the sets are drawn anew.
+
+    A set that is drawn twice is not compared with itself, which would count as perfect likeness. The
+    interval tells what other resamples of the same pairs would give, not what other pairs would.
+    """
+    alike, chance, means = jaccard_matrix(sets), np.random.default_rng(seed), []
+    for _ in range(BOOTSTRAPS):
+        drawn = chance.integers(0, len(sets), len(sets))
+        apart = drawn[:, None] != drawn[None, :]
+        if apart.any():
+            means.append(float(alike[np.ix_(drawn, drawn)][apart].mean()))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def chance_jaccard(total: int, size: int, other: int) -> float:

@@ -354,6 +354,12 @@ async def test_circuit_gives_the_card_ccs_and_cs(suite: Path, subject: Subject, 
     assert stability.interval is not None
     assert (stability.value, round(stability.interval.low, 3), stability.n) == (0.6, 0.408, 100)
     assert "CS by chance 0.200" in card.notes[-1]
+    circuit["stability"]["edge_interval"] = [0.55, 0.65]
+    file.write_text(json.dumps(circuit))
+    measured = (await run(suite, subject, Gateway(), tmp_path / "drawn", circuit=file)).measures
+    bounds = measured["circuit_stability"].interval
+    assert bounds is not None
+    assert (bounds.low, bounds.high, bounds.method) == (0.55, 0.65, "bootstrap")
     file.write_text(json.dumps(circuit | {"fingerprint": "00" * 32}))
     with pytest.raises(DiscoveryError, match="is a circuit of tiny"):
         await run(suite, subject, Gateway(), tmp_path / "out", circuit=file)

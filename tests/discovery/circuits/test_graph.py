@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from discovery.circuits.graph import Graph, growth_order, prune, random_order, without_dead_ends
-from discovery.circuits.stability import chance_jaccard, inner_nodes, mean_chance, mean_jaccard, resample
+from discovery.circuits.stability import (
+    chance_jaccard,
+    inner_nodes,
+    jaccard_interval,
+    mean_chance,
+    mean_jaccard,
+    resample,
+)
 
 GRAPH = Graph(layers=4, heads=3)
 
@@ -74,6 +81,17 @@ def test_chance_level_is_that_of_drawn_sets() -> None:
     assert mean_chance(40, [7, 12, 7]) == pytest.approx(
         (2 * chance_jaccard(40, 7, 12) + chance_jaccard(40, 7, 7)) / 3
     )
+
+
+def test_interval_of_stability_covers_the_mean_and_counts_no_set_with_itself() -> None:
+    """Disjoint sets stay at 0 however often one is drawn; of sets that differ the interval holds the mean."""
+    apart = [np.eye(8, dtype=bool)[index] for index in range(8)]
+    assert jaccard_interval(apart, seed=0) == (0.0, 0.0)
+    sets = [np.random.default_rng(index).random(200) < 0.3 for index in range(20)]
+    low, high = jaccard_interval(sets, seed=0)
+    assert low < mean_jaccard(sets) < high
+    assert high - low < 0.1
+    assert jaccard_interval(sets, seed=0) == (low, high)
 
 
 def test_jaccard_of_equal_and_of_disjoint_sets() -> None:
