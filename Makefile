@@ -4,6 +4,8 @@ SHELL := bash
 
 PYTHON ?=
 ARGS ?=
+DATA ?= ../shared/data
+POLICIES ?= jailbreak jailbreak-sae toxicity
 bin := .venv/bin
 
 .PHONY: help
@@ -37,6 +39,13 @@ bench: install ## What steering costs, against vLLM alone in the same run (resul
 .PHONY: bench-gateway
 bench-gateway: install ## What the gateway adds, against the same requests sent direct (result: benchmarks/results)
 	@$(bin)/python -m benchmarks.gateway $(ARGS)
+
+.PHONY: cards
+cards: install ## Measure the shipped policies anew and publish their Risk Cards (DATA=… the folder of public data)
+	@for policy in $(POLICIES); do \
+	  $(bin)/mechctl eval --policy $$policy --data-folder "$(DATA)" --max-tokens 40 --baseline-limit 60 \
+	    --circuit sae_artifacts/smollm2-135m-instruct/circuits/$${policy%%-*}.json --publish $(ARGS); \
+	done
 
 .PHONY: lock
 lock: install ## Resolve pyproject.toml into locks/*.txt anew, keeping pins that still fit

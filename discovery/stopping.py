@@ -46,3 +46,27 @@ def stoppable() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible(stands: str) -> Iterator[None]:
+    """Within the block SIGTERM interrupts as SIGINT does, and either ends in one line with what ``stands``.
+
+    For jobs that keep each finished step: what was begun is lost, what was opened is closed on the way out.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [signal.SIGINT.name]
+
+    def terminate(number: int, _frame: FrameType | None) -> None:
+        heard.append(signal.Signals(number).name)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as order:
+        raise Stopped(f"stopped by {heard[-1]}: {stands}; run the same command again to go on") from order
+    finally:
+        signal.signal(signal.SIGTERM, before)

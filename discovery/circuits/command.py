@@ -18,6 +18,7 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.run_record import run_record
 from discovery.sources import sha256_of_file
+from discovery.stopping import interruptible
 from interpretops.artifacts import Artifacts
 from interpretops.circuit import Circuit, CircuitNode, DataFile
 from interpretops.dictionary import Dictionary
@@ -70,7 +71,8 @@ def search(
     record = run_record("search", chosen.seed, options, data.model_dump())
     run = CircuitSearch(model, discovery, evaluation, chosen, work, opened)
     say(f"{pairs}: {len(discovery)} pairs to search, {len(evaluation)} to measure, {skipped} skipped")
-    circuit = run.run(target_class, data, record)
+    with interruptible(f"finished steps are in {run.steps.folder}"):
+        circuit = run.run(target_class, data, record)
     try:
         circuit.save(out)
     except OSError as error:

@@ -50,7 +50,8 @@ class Steps:
             write_atomically(path, data)
         except OSError as error:
             raise DiscoveryError(
-                f"{path}: cannot be written ({error.strerror or error}); free space, and run the same again"
+                f"{path}: cannot be written ({error.strerror or error}); "
+                "free space or give another --work, and run the same again"
             ) from error
 
 

@@ -77,7 +77,10 @@ def derive_baselines(
     home = made.artifacts / model.name
     for folder in found.model_folders:
         if folder.is_dir():
-            shutil.copytree(folder, home, copy_function=_link, dirs_exist_ok=True)
+            try:
+                shutil.copytree(folder, home, copy_function=_link, dirs_exist_ok=True)
+            except shutil.Error as error:  # it lists every file; the first says enough
+                raise OSError(error.args[0][0][2]) from error
     plain = policy.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     plain.pop("evaluation", None)  # what serves a measurement must not wait for it
     _name_dictionaries(plain, found)

@@ -25,6 +25,7 @@ from discovery.evaluation.own_gateway import own_gateway
 from discovery.evaluation.subject import Subject, cut, open_subject, open_suites, without
 from discovery.evaluation.suite import LoadedSuite
 from discovery.run_record import run_record
+from discovery.stopping import interruptible
 from interpretops.atomic_file import write_atomically
 from interpretops.riskcard import RiskCard, card_path, save_card, verdict
 from interpretops.riskcard.card import (
@@ -79,6 +80,7 @@ class Run:
 
 def evaluate_policy(settings: Settings, options: JobOptions, *, say: Callable[[str], None]) -> RiskCard:
     """Measure a policy through the gateway and write its card to the folder ``options.out``."""
+    options.check()
     subject = open_subject(options.policy, settings, say)
     loaded = open_suites(options.suites, subject.policy, options.data_folder)
     loaded = loaded if options.limit is None else cut(loaded, options.limit)
@@ -87,21 +89,23 @@ def evaluate_policy(settings: Settings, options: JobOptions, *, say: Callable[[s
     out = options.out or Path("runs") / f"eval-{subject.policy.meta.id}"
     run = Run(loaded, subject, options, out, settings.model.dtype)
     try:
-        with ExitStack() as stack:
-            made = None
-            if options.url is None:
-                out.mkdir(parents=True, exist_ok=True)
-                made = _derive(run, settings)
-                url = stack.enter_context(
-                    own_gateway(settings, made.policies, made.artifacts, out, options.prefix_cache, say)
-                )
-                run = replace(run, options=replace(options, url=url))
-            measured = asyncio.run(measure(run, made))
-        card = make_card(run, measured)
-        _write(card, out / "card")
-        if options.publish:
-            _write(card, card_path(card.policy.id, settings.paths.policies).with_suffix(""))
-            say(f"{card_path(card.policy.id, settings.paths.policies)}: published")
+        with interruptible(f"what was answered is in {out}"):
+            with ExitStack() as stack:
+                made = None
+                if options.url is None:
+                    out.mkdir(parents=True, exist_ok=True)
+                    made = _derive(run, settings)
+                    url = stack.enter_context(
+                        own_gateway(settings, made.policies, made.artifacts, out, options.prefix_cache, say)
+                    )
+                    run = replace(run, options=replace(options, url=url))
+                measured = asyncio.run(measure(run, made))
+            card = make_card(run, measured)
+            _write(card, out / "card")
+            if options.publish:
+                published = card_path(card.policy.id, settings.paths.policies)
+                _write(card, published.with_suffix(""))
+                say(f"{published}: published")
     except OSError as error:
         raise DiscoveryError(
             f"--out = {out}: cannot be written ({error.strerror or error}); what was answered is "

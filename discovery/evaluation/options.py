@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from discovery.errors import DiscoveryError
+
 
 @dataclass(frozen=True)
 class JobOptions:
@@ -41,6 +43,18 @@ class JobOptions:
     """Switch the prefix cache of this run's own engine on or off; None: vLLM's default."""
     publish: bool = False
     """Put the card into the folder of cards beside the policies."""
+
+    def check(self) -> None:
+        """Raise `DiscoveryError` for an option that cannot be, before anything is asked."""
+        lowest = {"max_tokens": 1, "concurrency": 1, "limit": 1, "baseline_limit": 0, "answer_limit": 0}
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise DiscoveryError(f"--{name.replace('_', '-')} = {value}, but must be at least {least}")
+        if self.latency is not None and not self.latency.is_file():
+            raise DiscoveryError(
+                f"--latency = {self.latency}, but there is no such file; `make bench` writes it"
+            )
 
     @property
     def command(self) -> str:

@@ -7,6 +7,7 @@ from discovery.errors import DiscoveryError
 from discovery.proposals.artifact import Places
 from discovery.proposals.contrast import read_contrast
 from discovery.proposals.settings import ProposeSettings
+from discovery.stopping import interruptible
 from interpretops.settings import Settings
 
 Say = Callable[[str], None]
@@ -28,18 +29,19 @@ def propose(
     policy = work / f"{policy_id}.yaml" if out is None else out
     record = policy.parent / "records" / f"{policy_id}.json" if record is None else record
     places = Places(policy_id, policy, record, settings.paths.artifacts)
-    if contrast.aim == "avoid":
-        from discovery.proposals.avoid import propose_avoiding
+    with interruptible(f"finished steps are in {work}"):
+        if contrast.aim == "avoid":
+            from discovery.proposals.avoid import propose_avoiding
 
-        propose_avoiding(settings, chosen, contrast, places, work, say)
-    elif chosen.method == "gated-edit":
-        from discovery.proposals.gated import propose_gated_edit
+            propose_avoiding(settings, chosen, contrast, places, work, say)
+        elif chosen.method == "gated-edit":
+            from discovery.proposals.gated import propose_gated_edit
 
-        propose_gated_edit(settings, chosen, contrast, places, work, say)
-    else:
-        from discovery.proposals.answering import Answering
+            propose_gated_edit(settings, chosen, contrast, places, work, say)
+        else:
+            from discovery.proposals.answering import Answering
 
-        Answering(settings, chosen, contrast, places, work, say).run()
+            Answering(settings, chosen, contrast, places, work, say).run()
 
 
 def no_point(policy_id: str, record: Path, best: str) -> DiscoveryError:

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from discovery.errors import DiscoveryError
 from interpretops.artifacts import Artifacts
 from interpretops.dictionary import Dictionary
+from interpretops.errors import DictionaryError
 from interpretops.plan import ModelSpec
 from interpretops.settings import Settings
 
@@ -16,7 +17,10 @@ def chosen_dictionary(
     root = settings.paths.artifacts
     artifacts = Artifacts(root, spec)
     if name is not None:
-        return artifacts.named_dictionary(name)
+        try:
+            return artifacts.named_dictionary(name)
+        except DictionaryError as error:
+            raise DiscoveryError(f"--dictionary {name}: {error}") from error
     ours = [m for m in artifacts.all_dictionaries.values() if m.model.fingerprint == spec.fingerprint]
     if layers is not None:
         ours = [m for m in ours if m.layer in layers]

@@ -75,7 +75,7 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         raise DiscoveryError(
             f"{path}: cannot be written ({error.strerror or error}); finished steps are kept: "
-            "free space, and run the same again"
+            "free space or name another place, and run the same again"
         ) from error
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.numpy import save_file
 
-from discovery.evaluation import baselines
+from discovery.evaluation import baseline_policies, baselines
 from discovery.evaluation.baseline_policies import Derived, derive_baselines
 from discovery.evaluation.baselines import make_baselines
 from discovery.evaluation.diffmean import diffmean
@@ -171,6 +171,17 @@ def test_policy_without_a_condition_has_no_ungated_baseline(bench: Path, tiny: F
     assert "ungated" not in made.ids
     assert made.notes["ungated"] == "the policy has no gate with a condition"
     assert made.notes["diffmean"] == "no contrast"
+
+
+def test_full_disk_names_one_file(derive: Derive, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Artifacts that do not fit give one short reason, not a list of every file."""
+
+    def full(source: str, target: str) -> str:
+        raise OSError(28, "No space left on device", target)
+
+    monkeypatch.setattr(baseline_policies, "_link", full)
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '[^']*'$"):
+        derive(EDITS["adapter"])
 
 
 def test_op_moves_the_stream_as_far_but_elsewhere(derive: Derive, tiny_folder: Path) -> None:

@@ -1,6 +1,8 @@
 """`mechctl search` as a user types it: the known circuit in a file, stop and resume, faults in one line."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from discovery.circuits import command
 from discovery.circuits import search as search_module
 from discovery.circuits import steps as steps_module
 from discovery.frozen_model import FrozenModel
+from interpretops.atomic_file import write_atomically
 from interpretops.circuit import load_circuit
 
 CIRCUIT = {("input", "a0.h1"), ("a0.h1", "a2.h0"), ("a2.h0", "logits")}
@@ -148,7 +151,6 @@ def test_full_disk_leaves_what_was_done(  # type: ignore[no-untyped-def]
     mechctl, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that cannot be written ends in one line; those before it stay."""
-    from interpretops.atomic_file import write_atomically
 
     def full(path: Path, data: bytes) -> None:
         if "0001" in path.name:
@@ -174,3 +176,22 @@ def test_damaged_step_is_named(mechctl, pairs_file: Path, tmp_path: Path) -> Non
         status, _, lines = mechctl(*words)
         assert status == 2
         assert f"{path}: is no finished step" in lines[-1]
+
+
+def test_terminated_run_is_one_line_and_keeps_its_steps(  # type: ignore[no-untyped-def]
+    mechctl, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the middle ends in one line that names the folder of finished steps."""
+
+    def terminate(path: Path, data: bytes) -> None:
+        if "0001" in path.name:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write_atomically(path, data)
+
+    monkeypatch.setattr(steps_module, "write_atomically", terminate)
+    status, _, lines = mechctl(
+        "--pairs", pairs_file, "--edges", 3, "--out", tmp_path / "c.json", "--work", tmp_path / "work"
+    )
+    assert status == 2
+    assert "stopped by SIGTERM: finished steps are in" in lines[-1]
+    assert [path.name for path in (tmp_path / "work").rglob("*.safetensors")] == ["scores-0000.safetensors"]

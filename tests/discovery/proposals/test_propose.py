@@ -1,6 +1,8 @@
 """`mechctl propose` on a tiny model: what it writes, how it goes on, and that faults are one line."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +122,29 @@ def test_full_disk_is_one_line_and_the_next_run_goes_on(
     mechctl(*arguments)
     assert own.stat().st_mtime_ns == began
     assert len(list((tmp_path / "work" / "points").glob("*.json"))) == 2
+
+
+def test_terminated_run_is_one_line_and_keeps_its_steps(
+    mechctl: Run,
+    class_file: Callable[..., Path],
+    tiny: FrozenModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGTERM in the middle ends in one line that names the folder of finished steps."""
+    real = kept_steps.write_atomically
+
+    def terminate(path: Path, data: bytes) -> None:
+        if "points" in path.parts:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(path, data)
+
+    monkeypatch.setattr(kept_steps, "write_atomically", terminate)
+    status, _, errors = mechctl(*_arguments(class_file(), tiny, tmp_path))
+    (line,) = _lines(errors)
+    assert status == 2
+    assert f"stopped by SIGTERM: finished steps are in {tmp_path / 'work'}" in line
+    assert (tmp_path / "work" / "own_answers.json").exists()
 
 
 def test_nothing_within_the_budgets_is_one_line_and_the_curve_is_kept(

@@ -1,0 +1,36 @@
+"""Jobs that are told to stop: one line, everything opened is closed, the signals are as before."""
+
+import asyncio
+import os
+import signal
+from contextlib import ExitStack
+
+import pytest
+
+from discovery.stopping import Stopped, interruptible
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_order_to_stop_ends_in_one_line_and_closes_what_was_open(number: signal.Signals) -> None:
+    """Either signal is named with what stands, what the job opened is closed, and handlers are put back."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    closed: list[str] = []
+
+    async def job() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            await asyncio.Event().wait()
+        finally:
+            closed.append("job")
+
+    expected = f"stopped by {number.name}: steps are in x; run the same command again to go on"
+
+    def run() -> None:
+        with interruptible("steps are in x"), ExitStack() as stack:
+            stack.callback(closed.append, "gateway")
+            asyncio.run(job())
+
+    with pytest.raises(Stopped, match=expected):
+        run()
+    assert closed == ["job", "gateway"]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
