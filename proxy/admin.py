@@ -45,6 +45,7 @@ def make_admin_app(gateway: Gateway) -> web.Application:
     app.router.add_get("/admin/policies", list_policies, allow_head=False)
     app.router.add_post("/admin/reload", reload)
     app.router.add_post("/admin/policies/{id}/{change:promote|rollback}", change_policy)
+    app.router.add_post("/admin/policies/{id}/baseline", pin_baseline)
     app.router.add_post("/admin/resolve", resolve)
     app.router.add_get("/admin/audit", audit_head, allow_head=False)
     app.router.add_get("/metrics", show_metrics, allow_head=False)
@@ -142,6 +143,18 @@ async def change_policy(request: web.Request) -> web.Response:
             gateway.audit.append(f"{change}_failed", **fields, why=str(error))
         raise AdminRefused(str(error)) from error
     return web.json_response(_entry(gateway, catalogue.entries[policy]))
+
+
+async def pin_baseline(request: web.Request) -> web.Response:
+    """Take how the policy fired on its newest requests as what is to be expected of it. Recorded."""
+    gateway, policy = request.app[GATEWAY], request.match_info["id"]
+    try:
+        pinned = gateway.drift.pin(policy, request[ADMIN]).model_dump()
+    except InterpretOpsError as error:
+        raise AdminRefused(str(error)) from error
+    if gateway.audit is not None:
+        gateway.audit.append("baseline", policy=policy, **pinned)
+    return web.json_response(pinned)
 
 
 async def _wish(request: web.Request, change: str) -> tuple[dict[str, str] | None, str]:
@@ -249,6 +262,7 @@ def _entry(gateway: Gateway, entry: Entry) -> dict[str, Any]:
     return {
         **entry.shown(0 if active is None else gateway.catalogue.residency.pins(active)),
         "shadow": None if tally is None else tally.shown(),
+        "drift": gateway.drift.shown(entry.policy),
         "canary": gateway.canary.shown(entry.policy),
         "suspended": gateway.catalogue.is_suspended(entry.policy),
     }

@@ -260,6 +260,7 @@ def _account(request: web.Request, status: int, total_s: float) -> None:
         metrics.edits_applied.labels(trail.policy).inc(trail.edits)
         metrics.gates_fired.labels(trail.policy).inc(trail.gates)
         metrics.requests_gated.labels(trail.policy).inc(trail.gates > 0)
+        gateway.drift.note(trail)
     if gateway.audit is not None and trail.tenant != "none":
         gateway.audit.append(
             "request",

@@ -19,6 +19,7 @@ from proxy.binding import demanded, joint_mandatory
 from proxy.budget import Budgets
 from proxy.canary import Canary
 from proxy.catalogue import Catalogue
+from proxy.drift import Drift
 from proxy.engine_link import EngineLink
 from proxy.engine_loop import Engine, EngineLoop
 from proxy.limits import Limiter
@@ -90,6 +91,7 @@ def make_app(
         stalls=stalls,
         shadows=shadows,
         canary=canary,
+        drift=Drift(paths.state, catalogue.entries, metrics),
         audit=audit,
         tracing=(tracing := Tracing(settings.tracing, __version__)),
         metrics=metrics,

@@ -108,6 +108,18 @@ class Metrics:
             ("policy",),
             registry=registry,
         )
+        self.drift = Gauge(
+            "interpretops_policy_drift_psi",
+            "How far a policy's firing on live requests is from its pinned baseline (PSI).",
+            ("policy",),
+            registry=registry,
+        )
+        self.drift_requests = Gauge(
+            "interpretops_policy_drift_requests",
+            "Requests in the two windows that are compared: `live`, `baseline`.",
+            ("policy", "window"),
+            registry=registry,
+        )
         self.canary_pairs = Counter(
             "interpretops_canary_pairs",
             "Prompts that the gateway itself asked with and without a policy: `ok` or `failed`.",

@@ -40,6 +40,8 @@ class Revision:
     """Whether the card met the criteria then, or none were stated."""
     constraints: Constraints = field(default_factory=Constraints)
     """What the policy may cost, and what happens when it costs more."""
+    conditional: bool = False
+    """Whether a gate with conditions decides where it acts."""
 
     @property
     def label(self) -> str:
@@ -120,4 +122,5 @@ def compile_file(path: Path, model: ModelSpec, artifacts: Path, folder: Path) ->
         model_fingerprint=model.fingerprint,
         compiled_at=datetime.now(UTC),
         constraints=policy.constraints,
+        conditional=any(map(len, plan.gates)),
     )

@@ -14,6 +14,7 @@ from proxy.audit import AuditLog
 from proxy.binding import Caller, read_caller
 from proxy.canary import Canary
 from proxy.catalogue import Catalogue
+from proxy.drift import Drift
 from proxy.engine_link import EngineLink
 from proxy.limits import Limiter
 from proxy.metrics import Metrics
@@ -37,6 +38,7 @@ class Gateway:
     stalls: StallWatch
     shadows: Shadows
     canary: Canary
+    drift: Drift
     audit: AuditLog | None
     tracing: Tracing
     metrics: Metrics

@@ -92,6 +92,17 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
+            "Drift (PSI)",
+            "short",
+            (("interpretops_policy_drift_psi", "{{policy}}"),),
+            "How far the firing is from the pinned baseline: below 0.1 stable, over 0.25 an alert.",
+        ),
+        Panel(
+            "Requests behind it",
+            "short",
+            (("interpretops_policy_drift_requests", "{{policy}} {{window}}"),),
+        ),
+        Panel(
             "Reloads",
             "short",
             (("sum by (result) (increase(interpretops_policy_reloads_total[5m]))", "{{result}}"),),

@@ -17,7 +17,9 @@ import yaml
 from aiohttp import ClientSession
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.drift import LEAST
 from proxy.metrics import Metrics
+from proxy.trail import Trail
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
@@ -177,9 +179,13 @@ async def prometheus(tmp_path: Path, until: Any) -> AsyncIterator[Any]:
 
 
 @needs_prometheus
-async def test_every_panel_answers_from_a_real_prometheus(start, engine, prometheus, until):
+async def test_every_panel_answers_from_a_real_prometheus(start, engine, prometheus, until, tmp_path):
     """Prometheus scrapes the gateway, understands every query, and has an answer where there was traffic."""
-    front = await start("calm", **{"canary.interval_s": 0.05})
+    front = await start("calm", **{"canary.interval_s": 0.05, "paths.state": tmp_path / "state"})
+    revision = front.apps.gateway.catalogue.entries["calm"].active.revision
+    for _ in range(LEAST):
+        front.apps.gateway.drift.note(Trail("r", policy="calm", revision=revision, evaluated=3, edits=1))
+    front.apps.gateway.drift.pin("calm", "test")
 
     async def traffic() -> None:
         engine.trick = ""
@@ -194,7 +200,8 @@ async def test_every_panel_answers_from_a_real_prometheus(start, engine, prometh
 
     async def seen() -> bool:
         await traffic()
-        return bool(await ask("rate(interpretops_policy_edits_applied_total[30s]) > 0"))
+        timed = await ask("interpretops_canary_measure{measure='latency_overhead'}")
+        return bool(timed and await ask("rate(interpretops_policy_edits_applied_total[30s]) > 0"))
 
     engine.more = {"edits_applied": 5, "gates_fired": 2}
     await until(seen, 30)

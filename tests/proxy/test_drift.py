@@ -1,0 +1,96 @@
+"""Drift is told from a window of the gateway's own traffic that an operator has pinned."""
+
+import json
+import math
+
+import pytest
+
+from interpretops.errors import ConfigError
+from proxy.drift import LEAST, WINDOW, psi
+from proxy.trail import Trail
+
+
+@pytest.fixture
+async def front(start, tmp_path):
+    state, audit = tmp_path / "state", tmp_path / "audit.jsonl"
+    return await start("calm", **{"paths.state": state, "audit.path": audit})
+
+
+def note(front, edits, times, policy="calm"):
+    """Requests of which ten tokens were evaluated, as the hook at their end sees them."""
+    revision = front.apps.gateway.catalogue.entries["calm"].active.revision
+    for _ in range(times):
+        front.apps.gateway.drift.note(Trail("r", policy=policy, revision=revision, evaluated=10, edits=edits))
+
+
+def shown(front):
+    return front.apps.gateway.metrics.render().decode()
+
+
+async def pin(front):
+    async with front.admin.post("/admin/policies/calm/baseline") as answer:
+        return answer.status, await answer.json()
+
+
+def test_psi_is_the_known_formula():
+    """Against the textbook sum; equal histograms of different size are 0 but for the half requests."""
+    before, now = [80, 20], [50, 50]
+    p, q = [80.5 / 101, 20.5 / 101], [50.5 / 101, 50.5 / 101]
+    assert psi(before, now) == pytest.approx(
+        sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True))
+    )
+    assert psi([500, 100], [1000, 200]) < 1e-5
+
+
+async def test_shift_of_firing_shows_and_is_gone_when_pinned_anew(front):
+    """Requests that fire otherwise raise the gauge; a new baseline of the same traffic takes it back."""
+    note(front, 0, LEAST - 1)
+    assert (await pin(front))[0] == 409
+    note(front, 0, 1)
+    status, pinned = await pin(front)
+    assert (status, pinned["counts"]) == (200, [LEAST, 0, 0, 0, 0, 0])
+    assert 'interpretops_policy_drift_psi{policy="calm"} 0.0' in shown(front)
+    note(front, 5, WINDOW)
+    assert float(shown(front).split('drift_psi{policy="calm"} ')[1].split()[0]) > 5
+    assert f'drift_requests{{policy="calm",window="live"}} {WINDOW}.0' in shown(front)
+    (entry,) = (await front.policy_list())["policies"]
+    assert entry["drift"]["counts"] == [0, 0, 0, 0, WINDOW, 0]
+    await pin(front)
+    assert 'interpretops_policy_drift_psi{policy="calm"} 0.0' in shown(front)
+
+
+async def test_answered_requests_are_noted(front, engine):
+    """Every answer with a receipt adds to the window of its policy, pass-through and others to none."""
+    engine.more = {"edits_applied": 1}
+    await front.chat(model="tiny-model+calm")
+    await front.chat()
+    engine.trick = "dies"
+    await front.chat(model="tiny-model+calm", stream=True)
+    (entry,) = (await front.policy_list())["policies"]
+    assert entry["drift"]["counts"] == [0, 0, 0, 0, 1, 0]
+
+
+async def test_baseline_outlasts_a_restart_and_belongs_to_its_revision(front, start, tmp_path):
+    """Another gateway finds it in the state folder; for another revision it says nothing."""
+    note(front, 0, LEAST)
+    await pin(front)
+    again = await start("calm", **{"paths.state": tmp_path / "state"})
+    note(again, 5, LEAST)
+    assert 'drift_psi{policy="calm"}' in shown(again)
+    path = again.policies / "calm.yaml"
+    path.write_text(path.read_text().replace("0.5", "0.25"))
+    await again.apps.gateway.catalogue.reload()
+    note(again, 5, LEAST)
+    assert 'drift_psi{policy="calm"}' not in shown(again)
+
+
+async def test_pinning_is_recorded_and_a_spoiled_file_named(front, start, tmp_path):
+    """Who pinned stands in the audit log; a file that is no record of baselines stops the start."""
+    note(front, 0, LEAST)
+    await pin(front)
+    log = (tmp_path / "audit.jsonl").read_bytes().splitlines()
+    (told,) = [record for record in map(json.loads, log) if record["event"] == "baseline"]
+    assert (told["policy"], told["by"]) == ("calm", "anonymous")
+    (tmp_path / "state" / "firing-baselines.json").write_text('{"calm": {"revision": "x", "counts": [1]}}')
+    with pytest.raises(ConfigError, match="is no record of baselines"):
+        await start("calm", **{"paths.state": tmp_path / "state"})
