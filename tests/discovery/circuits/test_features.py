@@ -137,7 +137,7 @@ def test_features_go_on_where_they_stopped(  # type: ignore[no-untyped-def]
     monkeypatch.setattr(feature_search, "feature_scores", stopping)
     common = ("--pairs", pairs_file, "--edges", 3, "--batch", 2, "--artifacts", artifacts)
     common = (*common, "--dictionary", "words")
-    assert mechctl(*common, "--out", tmp_path / "a.json", "--work", tmp_path / "work")[0] == 130
+    assert mechctl(*common, "--out", tmp_path / "a.json", "--work", tmp_path / "work")[0] == 2
     assert mechctl(*common, "--out", tmp_path / "a.json", "--work", tmp_path / "work")[0] == 0
     resumed = len(calls) - 2
     assert mechctl(*common, "--out", tmp_path / "b.json", "--work", tmp_path / "other")[0] == 0
