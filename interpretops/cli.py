@@ -75,9 +75,11 @@ def serve(
         typer.Option("--admin-port", help="Port of admin routes and metrics; 0: any.", show_default="8001"),
     ] = None,
     engine_url: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--engine-url", help="A running `vllm serve` with our plugin; else one is started here."
+            "--engine-url",
+            help="A running `vllm serve` with our plugin; may be repeated. Else one is started here.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -92,7 +94,7 @@ def serve(
         "gateway.host": host,
         "gateway.port": port,
         "gateway.admin_port": admin_port,
-        "engine.url": engine_url,
+        "engine.url": engine_url or None,
     }
     run(load_settings(config, overrides))
 

@@ -37,6 +37,10 @@ class GatewaySettings(Section):
     """Longest a request may take from admission to its last byte."""
     stream_idle_timeout_s: Seconds = 120.0
     """Longest silence of the engine within a stream."""
+    breaker_failures: Annotated[int, Field(ge=1)] = 5
+    """Requests in a row that do not reach an engine, or lose it, after which it is left alone."""
+    breaker_open_s: Seconds = 5.0
+    """How long an engine is left alone then, before one request is tried."""
     client_idle_timeout_s: Seconds = 60.0
     """Longest a client may leave unread what was sent to it before its connection is cut."""
     shutdown_grace_s: Seconds = 30.0

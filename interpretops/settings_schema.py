@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, StringConstraints, model_validator
 
 from interpretops.default_model import DEFAULT_MODEL
 from interpretops.settings_access import Alias, Binding, Tenant, check_names
@@ -121,11 +121,24 @@ class ComplianceSettings(Section):
     """Days after which recorded material is deleted."""
 
 
+EngineUrl = Annotated[
+    str, StringConstraints(pattern=r"^((https?|dns\+http)://[^\s/?#@]+/?|unix:///?[^\s]+)$")
+]
+
+
+def _as_tuple(value: object) -> object:
+    """One address may stand for a list of one, and nothing for an empty one."""
+    if isinstance(value, list):
+        return tuple(value)
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
 class EngineSettings(Section):
     """The vLLM engine behind the gateway."""
 
-    url: Annotated[str, StringConstraints(pattern=r"^(https?://[^\s/?#@]+/?|unix:///?[^\s]+)$")] | None = None
-    """An engine started elsewhere: `http://host:port` or `unix:///path`. None starts one here."""
+    url: Annotated[tuple[EngineUrl, ...], BeforeValidator(_as_tuple)] = ()
+    """Engines started elsewhere, one or a list: `http://host:port`, `unix:///path`, or `dns+http://name:port`
+    for all addresses of a name, asked for again every few seconds. None starts one here."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 32
     """Most sequences in one batch."""
     max_model_len: Annotated[int, Field(ge=16)] | None = None
@@ -138,6 +151,12 @@ class EngineSettings(Section):
     """Longest wait for the engine to be ready."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for `vllm serve`, one item each, e.g. `--tensor-parallel-size=2`."""
+
+    @model_validator(mode="after")
+    def _urls_differ(self) -> Self:
+        if twice := sorted({url for url in self.url if self.url.count(url) > 1}):
+            raise ValueError(f"url: {twice[0]!r} is given twice; keep one")
+        return self
 
     @model_validator(mode="after")
     def _check_extra_args(self) -> Self:

@@ -43,6 +43,7 @@ def make_admin_app(gateway: Gateway) -> web.Application:
     )
     app[GATEWAY] = gateway
     app.router.add_get("/admin/policies", list_policies, allow_head=False)
+    app.router.add_get("/admin/engines", list_engines, allow_head=False)
     app.router.add_post("/admin/reload", reload)
     app.router.add_post("/admin/policies/{id}/{change:promote|rollback}", change_policy)
     app.router.add_post("/admin/policies/{id}/baseline", pin_baseline)
@@ -81,7 +82,7 @@ async def list_policies(request: web.Request) -> web.Response:
     entries = gateway.catalogue.entries
     listed = [_entry(gateway, entries[policy]) for policy in sorted(entries)]
     named = {str(entry["error"]) for entry in listed}
-    strays = {str(path): error for path, error in gateway.catalogue.file_errors.items() if error not in named}
+    strays = {str(path): error for path, error in gateway.intake.file_errors.items() if error not in named}
     return web.json_response(
         {
             "policies": listed,
@@ -92,12 +93,18 @@ async def list_policies(request: web.Request) -> web.Response:
     )
 
 
+async def list_engines(request: web.Request) -> web.Response:
+    """Every engine: whether it takes requests, why not, and the revisions that it has attested."""
+    links = request.app[GATEWAY].fleet.links
+    return web.json_response({"engines": [links[name].shown() for name in sorted(links)]})
+
+
 async def reload(request: web.Request) -> web.Response:
     """Compile every file again. Answers when every request accepted from now on gets what was loaded."""
     gateway = request.app[GATEWAY]
     try:
         await asyncio.to_thread(gateway.access.refresh)
-        report = await gateway.catalogue.reload(force=True)
+        report = await gateway.intake.reload(force=True)
     except InterpretOpsError as error:
         raise EngineNotReady(str(error)) from error
     return web.json_response(
@@ -200,7 +207,7 @@ async def resolve(request: web.Request) -> web.Response:
     headers: CIMultiDict[str] = CIMultiDict()
     if "policy" in body:
         headers[HEADER] = body["policy"]
-    model = body.get("model") or min(gateway.link.require().served)
+    model = body.get("model") or min(gateway.fleet.require().served)
     caller = gateway.caller(route, CIMultiDictProxy(headers), model, identity)
     decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
     with gateway.catalogue.pin(decision.policy) as revision:

@@ -87,16 +87,19 @@ async def _answer(request: web.Request, route: Route, meter: Meter) -> web.Strea
     trail.began_at = time.perf_counter()
     body = clean(route, parse_strict(raw))
     trail.stream = body.get("stream") is True
-    engine = gateway.link.require()
     caller = gateway.caller(route.path, request.headers, body["model"], identity)
     trail.model = caller.model
     if not route.generates:
         body["model"] = gateway.engine_model(caller.model)
         trail.headers.update(meter.headers())
-        return await relay_plain(Demand(gateway, engine, route, body, None, trail))
+        with gateway.fleet.turn(None) as turn:
+            return await relay_plain(Demand(gateway, turn, route, body, None, trail))
     decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
     # No await between here and the pin: the revision is the one that is active now, and it stays resident.
-    with gateway.catalogue.pin(decision.policy) as revision:
+    with (
+        gateway.catalogue.pin(decision.policy) as revision,
+        gateway.fleet.turn(None if revision is None else revision.revision) as turn,
+    ):
         if revision is not None:
             trail.policy, trail.revision = revision.policy, revision.revision
         body["model"] = gateway.engine_model(caller.model)
@@ -109,16 +112,16 @@ async def _answer(request: web.Request, route: Route, meter: Meter) -> web.Strea
         trail.keep_answer = gateway.shadows.wanted(shadow)
         try:
             with gateway.metrics.in_flight.track_inprogress():
-                response = await relay(request, Demand(gateway, engine, route, body, revision, trail))
+                response = await relay(request, Demand(gateway, turn, route, body, revision, trail))
         except Refusal:
             unknown = 0
             raise
         else:
             if shadow is not None and trail.keep_answer and trail.reason is None:
-                gateway.shadows.repeat(engine, route, body, shadow, trail)
+                gateway.shadows.repeat(turn.engine, route, body, shadow, trail)
             return response
         finally:
-            gateway.settlements.settle(charge, engine, trail, unknown)
+            gateway.settlements.settle(charge, turn.engine, trail, unknown)
 
 
 async def refuse_unguarded(request: web.Request) -> web.StreamResponse:
@@ -145,7 +148,7 @@ async def show_model(request: web.Request) -> web.Response:
 
 def _models(request: web.Request) -> list[dict[str, Any]]:
     gateway, identity = request.app[GATEWAY], request[IDENTITY]
-    by_name = {model["id"]: model for model in gateway.link.require().models}
+    by_name = {model["id"]: model for model in gateway.fleet.require().models}
     names = [*by_name, *(alias.name for alias in gateway.settings.aliases if alias.name not in by_name)]
     listed: list[dict[str, Any]] = []
     for name in filter(identity.may_name, names):

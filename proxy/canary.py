@@ -28,10 +28,12 @@ from interpretops.settings_access import CANARY
 from interpretops.settings_section import Section
 from proxy.binding import NONE
 from proxy.catalogue import Catalogue
-from proxy.engine_link import EngineLink, ProvenEngine
+from proxy.engine_link import ProvenEngine
+from proxy.fleet import Fleet
 from proxy.metrics import Metrics
 from proxy.own_request import ask
 from proxy.policy_files import Revision
+from proxy.refusal import EngineNotReady
 from proxy.routes import ROUTES
 
 _SHIPPED: Final = "canary_prompts.yaml"
@@ -40,7 +42,7 @@ _TIMED: Final = 64
 _LEAST_TIMED: Final = 16
 """Pairs before a latency is believed."""
 _FAILURES: Final = (
-    *(EngineError, aiohttp.ClientError, OSError, TimeoutError),
+    *(EngineError, EngineNotReady, aiohttp.ClientError, OSError, TimeoutError),
     *(ValueError, LookupError, TypeError),
 )
 """The engine is gone, proves nothing, or answers what is no answer."""
@@ -110,7 +112,7 @@ class Canary:
         self,
         settings: Settings,
         catalogue: Catalogue,
-        link: EngineLink,
+        fleet: Fleet,
         metrics: Metrics,
         log: FilteringBoundLogger,
         record: Callable[..., None],
@@ -121,7 +123,7 @@ class Canary:
         self._default_budget_pct = settings.runtime.max_latency_overhead_pct
         self._timeout_s = settings.gateway.request_timeout_s
         self._catalogue = catalogue
-        self._link = link
+        self._fleet = fleet
         self._metrics = metrics
         self._log = log
         self._record = record
@@ -146,17 +148,17 @@ class Canary:
     async def step(self, policy: str) -> None:
         """One pair under one policy, if it serves; its failure is counted and never raised."""
         self._forget_what_serves_no_more()
-        engine, entry = self._link.current, self._catalogue.entries.get(policy)
+        entry = self._catalogue.entries.get(policy)
         active = None if entry is None else entry.active
-        if engine is None or active is None or active not in self._catalogue.residency:
+        if active is None or active not in self._catalogue.residency:
             return
         seen = self._seen.setdefault(policy, _Seen(active.revision))
         index = seen.turn % len(self._prompts)
         role, text = self._prompts[index]
         seen.turn += 1
         try:
-            with self._catalogue.residency.pin(active):
-                off, on = await self._pair(engine, active, text, on_first=seen.turn % 2 == 0)
+            with self._catalogue.residency.pin(active), self._fleet.turn(active.revision) as turn:
+                off, on = await self._pair(turn.engine, active, text, on_first=seen.turn % 2 == 0)
         except _FAILURES as error:
             self._metrics.canary_pairs.labels(policy, "failed").inc()
             self._log.info("canary_failed", policy=policy, kind=type(error).__name__)

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 
 from interpretops.compose import SEPARATOR, compose_plans
 from interpretops.plan import Plan
-from proxy.engine_link import ProvenEngine
 from proxy.policy_files import Revision
 from proxy.residency import Residency
 
@@ -40,9 +39,12 @@ class Compositions:
         revision = self._current.get(name)
         return revision if revision is not None and revision in self._residency else None
 
-    async def load(
-        self, engine: ProvenEngine, fresh: Revision, active: Mapping[str, Revision]
-    ) -> dict[str, Revision]:
+    @property
+    def current(self) -> list[Revision]:
+        """The revisions of all sets that have one."""
+        return list(self._current.values())
+
+    async def load(self, fresh: Revision, active: Mapping[str, Revision]) -> dict[str, Revision]:
         """Make resident what ``fresh`` brings into all its sets whose other members are active.
 
         Raises `PlanError` or `EngineError`; nothing serves differently until `swap`.
@@ -53,7 +55,7 @@ class Compositions:
             if fresh.policy in members and members <= parts.keys():
                 made[name] = await asyncio.to_thread(_compose, name, [parts[policy] for policy in members])
         for revision in made.values():
-            await self._residency.load(engine, revision)
+            await self._residency.load(revision)
         return made
 
     def swap(self, made: Mapping[str, Revision]) -> None:
@@ -64,11 +66,11 @@ class Compositions:
             if old is not None and old.revision != revision.revision:
                 self._residency.retire(old)
 
-    async def restore(self, engine: ProvenEngine) -> None:
-        """Load again into an engine that was restarted. Raises `EngineError`."""
-        for revision in self._current.values():
-            if revision not in self._residency:
-                await self._residency.load(engine, revision)
+    async def restore(self) -> None:
+        """Load again where an engine lacks it. Raises `EngineError`."""
+        for revision in self.current:
+            if not self._residency.everywhere(revision):
+                await self._residency.load(revision)
 
     def forget(self) -> None:
         """All of it was compiled for another model."""

@@ -15,6 +15,8 @@ from interpretops.errors import EngineError
 from interpretops.plan import ModelSpec
 
 API: Final = "/interpretops/v1"
+HOLDER_HEADER: Final = "X-Interpretops-Holder"
+"""Who needs the plans that it loads; see `steering_kernels.vllm_plugin.holders`."""
 _KEEPALIVE_S = 3.0
 """Shorter than the engine's own 5 s, so that no request goes into a connection that is just being closed."""
 
@@ -100,8 +102,16 @@ class EngineRefusedError(EngineError):
 class EngineClient:
     """A connection pool to one engine. Closed by `close`; after that every call raises `EngineError`."""
 
-    def __init__(self, address: str, *, connect_timeout_s: float, control_timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        connect_timeout_s: float,
+        control_timeout_s: float = 60.0,
+        holder: str | None = None,
+    ) -> None:
         self.address = address
+        self._holder = {} if holder is None else {HOLDER_HEADER: holder}
         connector: aiohttp.BaseConnector
         if address.startswith("unix://"):
             connector = aiohttp.UnixConnector(
@@ -227,7 +237,11 @@ class EngineClient:
     ) -> Mapping[str, Any]:
         try:
             async with self._session.request(
-                method, self._base + path, data=data, timeout=self._control, allow_redirects=False
+                *(method, self._base + path),
+                data=data,
+                headers=self._holder,
+                timeout=self._control,
+                allow_redirects=False,
             ) as response:
                 status = response.status
                 answer = await response.json(content_type=None)

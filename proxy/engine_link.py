@@ -1,4 +1,4 @@
-"""The one engine that may be used now: proven to steer, or none."""
+"""One engine of the fleet as it may be used now: proven to steer, or not at all."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import EngineError
 from interpretops.plan import ModelSpec
+from proxy.breaker import Breaker
 from proxy.engine_client import Attestation, EngineClient
 from proxy.metrics import Metrics
-from proxy.refusal import EngineNotReady
+
+
+class EngineReplacedError(EngineError):
+    """Behind the address is another process than the one that was proven."""
 
 
 @dataclass(eq=False)
 class ProvenEngine:
     """An engine whose plugin has attested itself and passed its self-test."""
 
+    name: str
     client: EngineClient
     boot_id: str
     spec: ModelSpec
@@ -28,6 +33,8 @@ class ProvenEngine:
     attested: Attestation
     own: bool
     """Started by this gateway: no other process can ever answer at its address."""
+    resident: dict[str, str] = field(default_factory=dict)
+    """Revision to the digest that every rank has attested. No request of another is ever sent there."""
 
     @property
     def served(self) -> frozenset[str]:
@@ -39,9 +46,26 @@ class ProvenEngine:
 
     async def check_boot(self) -> None:
         """Raise unless the engine behind the address is still the process that was proven."""
-        boot_id = (await self.client.attest()).boot_id
-        if boot_id != self.boot_id:
-            raise EngineError(f"engine was restarted: boot {boot_id!r} instead of {self.boot_id!r}")
+        self._check_boot(await self.client.attest())
+
+    def _check_boot(self, attested: Attestation) -> None:
+        if attested.boot_id != self.boot_id:
+            raise EngineReplacedError(
+                f"engine was restarted: boot {attested.boot_id!r} instead of {self.boot_id!r}"
+            )
+
+    async def check_resident(self) -> list[str]:
+        """What of `resident` the engine attests no more; that is taken off. Raises as `check_boot` does."""
+        known = dict(self.resident)
+        attested = await self.client.attest()
+        self._check_boot(attested)
+        ranks = [rank for group in attested.engines for rank in group.ranks]
+        lost = [
+            revision
+            for revision, digest in known.items()
+            if not ranks or any(rank.resident.get(revision) != digest for rank in ranks)
+        ]
+        return [revision for revision in lost if self.resident.pop(revision, None) is not None]
 
     async def check_connections(self) -> None:
         """Raise unless every connection made until now leads to the process that was proven.
@@ -61,25 +85,38 @@ class ProvenEngine:
 
 
 class EngineLink:
-    """Holds the proven engine. Requests get it or a refusal; nothing in between."""
+    """Holds an engine once it is proven, and counts what it is doing."""
 
-    def __init__(self, metrics: Metrics, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        name: str,
+        breaker: Breaker,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.name = name
+        """Its address, or `local`; a label in metrics."""
+        self.breaker = breaker
+        self.outstanding = 0
+        """Requests of this gateway that it is answering."""
+        self.last_turn = 0
+        """When it was last chosen; a larger number is later."""
         self._metrics = metrics
         self._log = log
-        self._engine: ProvenEngine | None = None
+        self._on_change = on_change
+        self.joined: ProvenEngine | None = None
+        """The engine from its self-test on, also while policies are loaded into it."""
+        self.current: ProvenEngine | None = None
+        """The engine that takes requests, or None."""
         self.reason = "the engine is starting"
-        """Why there is no engine, for operators."""
-
-    @property
-    def current(self) -> ProvenEngine | None:
-        """The proven engine, or None."""
-        return self._engine
-
-    def require(self) -> ProvenEngine:
-        """The proven engine; refuses the request when there is none."""
-        if self._engine is None:
-            raise EngineNotReady("the engine is not ready; try again in a moment")
-        return self._engine
+        """Why there is none, for operators."""
+        self.answers = False
+        """Whether it has attested itself, and answers since."""
+        metrics.engine_up.labels(name).set_function(lambda: self.answers)
+        metrics.engine_ready.labels(name).set_function(lambda: self.current is not None)
+        metrics.engine_outstanding.labels(name).set_function(lambda: self.outstanding)
+        metrics.engine_breaker_open.labels(name).set_function(lambda: self.breaker.state != "closed")
 
     async def prove(
         self,
@@ -94,21 +131,25 @@ class EngineLink:
         """
         self.lose("the engine is being proven")
         attested = await client.attest()
-        self._metrics.engine_up.set(1)
+        self.answers = True
         progress("Proving the engine: self-test through the running model")
         await client.selftest()
         engine = ProvenEngine(
-            client, attested.boot_id, attested.spec(), tuple(await client.models()), attested, own
+            *(self.name, client, attested.boot_id, attested.spec()),
+            *(tuple(await client.models()), attested, own),
         )
         progress("Loading policies")
+        self.joined = engine
         await prepare(engine)
         # The self-test and the plans must be those of one and the same process.
         await engine.check_boot()
-        self._engine = engine
+        self.current = engine
         self.reason = ""
-        self._metrics.ready.set(1)
+        self.breaker.worked()
+        self._on_change()
         self._log.info(
             "engine_ready",
+            engine=self.name,
             boot_id=attested.boot_id,
             model=engine.spec.name,
             fingerprint=engine.spec.fingerprint[:12],
@@ -118,10 +159,30 @@ class EngineLink:
 
     def lose(self, reason: str, *, gone: bool = False, meant: bool = False) -> None:
         """Close the engine to requests; ``gone``: it answers no more, ``meant``: we end it ourselves."""
-        if self._engine is not None and not meant:
-            self._log.error("engine_lost", reason=reason)
-        self._engine = None
+        if self.current is not None and not meant:
+            self._log.error("engine_lost", engine=self.name, reason=reason)
+        self.current = self.joined = None
         self.reason = reason
-        self._metrics.ready.set(0)
-        if gone:
-            self._metrics.engine_up.set(0)
+        self.answers = self.answers and not gone
+        self._on_change()
+
+    def forget(self) -> None:
+        """The engine is listed no more, and metrics show it no more."""
+        metrics = self._metrics
+        metrics.engine_up.remove(self.name)
+        metrics.engine_ready.remove(self.name)
+        metrics.engine_outstanding.remove(self.name)
+        metrics.engine_breaker_open.remove(self.name)
+
+    def shown(self) -> dict[str, Any]:
+        """For operators."""
+        engine = self.joined
+        return {
+            "name": self.name,
+            "ready": self.current is not None,
+            "reason": self.reason or None,
+            "breaker": self.breaker.state,
+            "outstanding": self.outstanding,
+            "boot_id": None if engine is None else engine.boot_id,
+            "revisions": [] if engine is None else sorted(engine.resident),
+        }

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from structlog.typing import FilteringBoundLogger
 from interpretops.errors import EngineError
 from interpretops.settings import Settings
 from proxy.engine_client import EngineClient
-from proxy.engine_link import EngineLink, ProvenEngine
+from proxy.engine_link import EngineLink, EngineReplacedError, ProvenEngine
 from proxy.local_engine import LocalEngine
 from proxy.metrics import Metrics
 
@@ -60,65 +61,84 @@ class RemoteEngine:
         """Nothing to stop."""
 
 
-def make_engine(settings: Settings, model: Path | None) -> Engine:
-    """The engine that the settings name: a new local one, or the one behind `engine.url`."""
-    if settings.engine.url is not None:
-        return RemoteEngine(settings.engine.url)
+def make_engine(settings: Settings, url: str | None, model: Path | None) -> Engine:
+    """The engine at an address of `engine.url`; None: a new one here."""
+    if url is not None:
+        return RemoteEngine(url)
     assert model is not None
     # By port, so that several gateways can share a cache.
     name = f"engine-{settings.gateway.port}.log"
     return LocalEngine(settings, model, settings.cache.dir.expanduser() / "logs" / name)
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What the loops of all engines share."""
+
+    settings: Settings
+    make: Callable[[str | None], Engine]
+    """An engine at an address, or None: started here."""
+    prepare: Callable[[ProvenEngine], Awaitable[None]]
+    """Loads the plans into an engine that is proven."""
+    restore: Callable[[], Awaitable[None]]
+    """Loads what an engine has lost."""
+    metrics: Metrics
+    log: FilteringBoundLogger
+    progress: Callable[[str], None]
+    holder: str
+    """Names this gateway to the engines, which keep a plan as long as a gateway holds it."""
+
+
 class EngineLoop:
-    """Runs one engine after the other until cancelled."""
+    """Runs one engine, or the engines at one address, one after the other until cancelled."""
 
     def __init__(
         self,
-        settings: Settings,
+        url: str | None,
         link: EngineLink,
-        make: Callable[[], Engine],
-        prepare: Callable[[ProvenEngine], Awaitable[None]],
-        metrics: Metrics,
-        log: FilteringBoundLogger,
-        progress: Callable[[str], None] = lambda line: None,
+        around: Surroundings,
+        ready: asyncio.Event,
+        hopeless: Callable[[str], bool],
     ) -> None:
-        self._settings = settings
+        self._url = url
         self._link = link
-        self._make = make
-        self._prepare = prepare
-        self._metrics = metrics
-        self._log = log
-        self._progress = progress
-        self.first_ready = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-        """Runs `run`; set by whoever starts it."""
+        self._settings = around.settings
+        self._around = around
+        self._metrics = around.metrics
+        self._log = around.log
+        self._ready = ready
+        self._hopeless = hopeless
 
     async def run(self) -> None:
-        """Never returns. Raises `EngineError` when the very first engine does not come up."""
+        """Never returns. Raises `EngineError` when an engine does not come up and that is ``hopeless``."""
         failures = 0
         while True:
             began = time.monotonic()
             try:
                 reason = await self._live()
             except EngineError as error:
-                if not self.first_ready.is_set():
+                if self._hopeless(self._link.name):
                     raise
                 reason = str(error)
+                self._link.reason = reason
             failures = 0 if time.monotonic() - began > _STABLE_S else failures + 1
             delay_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
-            self._log.error("engine_restart", reason=reason, delay_s=delay_s)
+            self._log.error("engine_restart", engine=self._link.name, reason=reason, delay_s=delay_s)
             await asyncio.sleep(delay_s)
 
     async def _live(self) -> str:
         """One engine's life, to its end; returns why it ended."""
-        engine = self._make()
+        engine = self._around.make(self._url)
         client: EngineClient | None = None
         gone: asyncio.Task[str] | None = None
         try:
             await engine.start()
             self._metrics.engine_starts.inc()
-            client = EngineClient(engine.address, connect_timeout_s=self._settings.gateway.connect_timeout_s)
+            client = EngineClient(
+                engine.address,
+                connect_timeout_s=self._settings.gateway.connect_timeout_s,
+                holder=self._around.holder,
+            )
             gone = asyncio.create_task(engine.wait_gone())
             life = asyncio.create_task(self._serve(engine, client))
             try:
@@ -144,8 +164,8 @@ class EngineLoop:
 
     async def _serve(self, engine: Engine, client: EngineClient) -> str:
         await self._wait_healthy(client)
-        await self._link.prove(client, engine.own, self._prepare, self._progress)
-        self.first_ready.set()
+        await self._link.prove(client, engine.own, self._around.prepare, self._around.progress)
+        self._ready.set()
         return await self._watch()
 
     async def _wait_healthy(self, client: EngineClient) -> None:
@@ -165,15 +185,18 @@ class EngineLoop:
         missed = turn = 0
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
-            engine = self._link.current
+            engine = self._link.joined
             if engine is None:
                 return self._link.reason
             turn += 1
             try:
                 await engine.client.check_health()
-                if turn % _ATTEST_EVERY == 0 and (await engine.client.attest()).boot_id != engine.boot_id:
-                    return "the engine was restarted elsewhere"
+                if turn % _ATTEST_EVERY == 0 and (lost := await engine.check_resident()):
+                    self._log.error("revisions_lost", engine=self._link.name, revisions=lost)
+                    await self._around.restore()
                 missed = 0
+            except EngineReplacedError as error:
+                return str(error)
             except EngineError as error:
                 missed += 1
                 if missed >= _MISSES:

@@ -1,8 +1,9 @@
-"""Puts the gateway together: one engine, one catalogue, two apps, and the tasks that keep them alive."""
+"""Puts the gateway together: engines, one catalogue, two apps, and the tasks that keep them alive."""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -20,8 +21,10 @@ from proxy.budget import Budgets
 from proxy.canary import Canary
 from proxy.catalogue import Catalogue
 from proxy.drift import Drift
-from proxy.engine_link import EngineLink
-from proxy.engine_loop import Engine, EngineLoop
+from proxy.engine_loop import Engine, Surroundings
+from proxy.fleet import Fleet
+from proxy.fleet_loop import FleetLoop
+from proxy.intake import Intake
 from proxy.limits import Limiter
 from proxy.metrics import Metrics
 from proxy.settlements import Settlements
@@ -34,40 +37,40 @@ from proxy.watch import watch_keys, watch_policies
 
 @dataclass(frozen=True)
 class Apps:
-    """The two apps of one gateway, and what keeps its engine."""
+    """The two apps of one gateway, and what keeps its engines."""
 
     public: web.Application
     admin: web.Application
     gateway: Gateway
-    engine_loop: EngineLoop
+    engine_loop: FleetLoop
 
 
 def make_app(
     settings: Settings,
-    make_engine: Callable[[], Engine],
+    make_engine: Callable[[str | None], Engine],
     log: FilteringBoundLogger,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Apps:
-    """Both apps over one state; the public one's start starts the engine, its cleanup ends it.
+    """Both apps over one state; the public one's start starts the engines, its cleanup ends them.
 
     Raises `ConfigError`.
     """
     metrics = Metrics()
-    link = EngineLink(metrics, log)
+    fleet = Fleet(settings.gateway, metrics, log)
     paths = settings.paths
     audit = AuditLog(settings.audit.path, settings.audit, metrics, log) if settings.audit.path else None
     record = _nothing if audit is None else audit.append
     catalogue = Catalogue(
         paths.policies,
-        paths.artifacts,
         demanded(settings.bindings),
-        link,
+        fleet,
         metrics,
         log,
         joint=joint_mandatory(settings.bindings),
         require_cards=settings.policies.require_cards,
         record=record,
     )
+    intake = Intake(paths.policies, paths.artifacts, catalogue, fleet, metrics, log)
     access = Access(settings, metrics, log)
     budgeted = any(tenant.limits.token_budget is not None for tenant in settings.tenants)
     budgets = Budgets(paths.state.expanduser() if budgeted else None, log)
@@ -80,11 +83,12 @@ def make_app(
         metrics,
         log,
     )
-    canary = Canary(settings, catalogue, link, metrics, log, record)
+    canary = Canary(settings, catalogue, fleet, metrics, log, record)
     gateway = Gateway(
         settings=settings,
-        link=link,
+        fleet=fleet,
         catalogue=catalogue,
+        intake=intake,
         access=access,
         limiter=Limiter(budgets),
         settlements=settlements,
@@ -97,16 +101,26 @@ def make_app(
         metrics=metrics,
         log=log,
     )
-    loop = EngineLoop(settings, link, make_engine, catalogue.prepare, metrics, log, progress)
+    around = Surroundings(
+        settings=settings,
+        make=make_engine,
+        prepare=intake.prepare,
+        restore=intake.restore,
+        metrics=metrics,
+        log=log,
+        progress=progress,
+        holder=secrets.token_hex(8),
+    )
+    loop = FleetLoop(fleet, around)
 
-    async def keep_engine(_app: web.Application) -> AsyncIterator[None]:
-        loop.task = asyncio.create_task(loop.run(), name="engine")
+    async def keep_engines(_app: web.Application) -> AsyncIterator[None]:
+        loop.task = asyncio.create_task(loop.run(), name="engines")
         yield
         await _end(loop.task)
         await catalogue.residency.close()
 
     async def keep_watch(_app: web.Application) -> AsyncIterator[None]:
-        task = asyncio.create_task(watch_policies(paths.policies, catalogue, link, log), name="watch")
+        task = asyncio.create_task(watch_policies(paths.policies, intake, fleet, log), name="watch")
         yield
         await _end(task)
 
@@ -121,7 +135,7 @@ def make_app(
 
     public = make_public_app(gateway)
     public.cleanup_ctx.append(keep_tracing)
-    public.cleanup_ctx.append(keep_engine)
+    public.cleanup_ctx.append(keep_engines)
 
     async def keep_keys(_app: web.Application) -> AsyncIterator[None]:
         task = asyncio.create_task(watch_keys(access), name="keys")

@@ -155,8 +155,40 @@ class Metrics:
             "1 while the file of keys cannot be taken and older keys are in force.",
             registry=registry,
         )
-        self.engine_up = Gauge("interpretops_engine_up", "1 while the engine answers.", registry=registry)
-        self.ready = Gauge("interpretops_ready", "1 while the engine is proven to steer.", registry=registry)
+        self.engine_up = Gauge(
+            "interpretops_engine_up", "1 while an engine answers.", ("engine",), registry=registry
+        )
+        self.engine_ready = Gauge(
+            "interpretops_engine_ready",
+            "1 while an engine is proven to steer.",
+            ("engine",),
+            registry=registry,
+        )
+        self.engine_outstanding = Gauge(
+            "interpretops_engine_outstanding",
+            "Requests that an engine is answering for this gateway.",
+            ("engine",),
+            registry=registry,
+        )
+        self.engine_breaker_open = Gauge(
+            "interpretops_engine_breaker_open",
+            "1 while requests in a row failed at an engine and it is left alone.",
+            ("engine",),
+            registry=registry,
+        )
+        self.engine_retries = Counter(
+            "interpretops_engine_retries",
+            "Requests that went to another engine, before anything was answered.",
+            ("engine", "reason"),
+            registry=registry,
+        )
+        self.engine_unattested = Counter(
+            "interpretops_engine_unattested",
+            "Revisions that an engine did not attest while others did, so that it gets no request of them.",
+            ("engine",),
+            registry=registry,
+        )
+        self.ready = Gauge("interpretops_ready", "1 while some engine is proven to steer.", registry=registry)
         self.engine_starts = Counter("interpretops_engine_starts", "Engines started.", registry=registry)
         self.in_flight = Gauge("interpretops_requests_in_flight", "Requests in progress.", registry=registry)
         self.ttft = Histogram(

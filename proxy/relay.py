@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 import time
@@ -16,7 +15,7 @@ from aiohttp import web
 from interpretops.errors import EngineError
 from proxy.binding import HEADER, NONE
 from proxy.engine_client import Receipt
-from proxy.engine_link import ProvenEngine
+from proxy.fleet import Turn
 from proxy.policy_files import Revision
 from proxy.refusal import (
     EngineFailed,
@@ -45,7 +44,7 @@ class Demand:
     """One request, ready to be sent: what it asks, and the revision that must steer it."""
 
     gateway: Gateway
-    engine: ProvenEngine
+    turn: Turn
     route: Route
     body: Mapping[str, Any]
     revision: Revision | None
@@ -68,19 +67,9 @@ async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
     nonce = demand.trail.nonce = secrets.token_hex(16)
     sealed = {"interpretops_revision": demand.revision_id, "interpretops_nonce": nonce}
     payload = serialize({**demand.body, "vllm_xargs": sealed})
-    settings = demand.gateway.settings.gateway
     streamed = demand.body.get("stream") is True
     sent_at = time.perf_counter()
-    try:
-        upstream = await demand.engine.client.generate(
-            demand.route.path,
-            payload,
-            total_timeout_s=settings.request_timeout_s,
-            idle_timeout_s=settings.stream_idle_timeout_s if streamed else None,
-            headers=demand.trail.engine_headers,
-        )
-    except (*_GONE, RuntimeError) as error:
-        raise _engine_gone(error) from error
+    upstream = await _send(demand, payload, streamed=streamed)
     try:
         if upstream.status != 200:
             raise await _engine_refusal(upstream)
@@ -95,29 +84,51 @@ async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
 
 async def relay_plain(demand: Demand) -> web.StreamResponse:
     """Answer a request for which no model runs, so that there is nothing to steer and nothing to prove."""
-    settings = demand.gateway.settings.gateway
     sent_at = time.perf_counter()
-    try:
-        upstream = await demand.engine.client.generate(
-            demand.route.path,
-            serialize(demand.body),
-            total_timeout_s=settings.request_timeout_s,
-            idle_timeout_s=None,
-        )
-    except (*_GONE, RuntimeError) as error:
-        raise _engine_gone(error) from error
+    upstream = await _send(demand, serialize(demand.body), streamed=False)
     try:
         if upstream.status != 200:
             raise await _engine_refusal(upstream)
         await _check_engine(demand)
         answer = await upstream.read()
     except _GONE as error:
-        raise _engine_gone(error) from error
+        raise _engine_gone(demand, error) from error
     finally:
         upstream.close()
+    demand.turn.link.breaker.worked()
     demand.trail.engine_s = time.perf_counter() - sent_at
     headers = {**demand.trail.headers, REQUEST_ID_HEADER: demand.trail.request_id}
     return web.Response(body=answer, content_type="application/json", headers=headers)
+
+
+async def _send(demand: Demand, payload: bytes, *, streamed: bool) -> aiohttp.ClientResponse:
+    """The engine's answer, of which nothing is read yet.
+
+    Another engine is asked where one cannot be reached, or says that it takes no requests now: there nothing
+    has begun, so that nothing can happen twice.
+    """
+    settings, turn = demand.gateway.settings.gateway, demand.turn
+    ends_at = time.monotonic() + settings.request_timeout_s
+    while True:
+        try:
+            upstream = await turn.engine.client.generate(
+                demand.route.path,
+                payload,
+                total_timeout_s=max(0.001, ends_at - time.monotonic()),
+                idle_timeout_s=settings.stream_idle_timeout_s if streamed else None,
+                headers=demand.trail.engine_headers,
+            )
+        except (*_GONE, RuntimeError) as error:
+            refusal = _engine_gone(demand, error)
+            if isinstance(refusal, EngineNotReady) and turn.again("unreached"):
+                continue
+            raise refusal from error
+        if upstream.status == 503:
+            turn.link.breaker.failed()
+            if turn.again("refused"):
+                upstream.close()
+                continue
+        return upstream
 
 
 async def _relay_whole(
@@ -126,7 +137,7 @@ async def _relay_whole(
     try:
         answer = await upstream.read()
     except _GONE as error:
-        raise _engine_gone(error) from error
+        raise _engine_gone(demand, error) from error
     demand.trail.engine_s = time.perf_counter() - sent_at
     receipt = await _proof(demand, nonce)
     if demand.trail.keep_answer:
@@ -176,7 +187,7 @@ async def _relay_stream(
         # Writing to the client failed; the engine's failures are the other kinds.
         raise
     except _GONE as error:
-        return await _break_off(response, demand, _engine_gone(error))
+        return await _break_off(response, demand, _engine_gone(demand, error))
     await response.write(comment("steering-receipt", receipt) + splitter.end_event)
     await response.write_eof()
     return response
@@ -196,7 +207,7 @@ async def _proof(demand: Demand, nonce: str) -> dict[str, Any]:
     why: str | None
     receipt: Receipt | None = None
     try:
-        receipt = await demand.engine.client.receipt(nonce)
+        receipt = await demand.turn.engine.client.receipt(nonce)
         if receipt is not None:
             demand.trail.take(receipt)
         why = _fault(receipt, demand.revision_id)
@@ -210,6 +221,7 @@ async def _proof(demand: Demand, nonce: str) -> dict[str, Any]:
         raise ReceiptFailed(
             "the engine did not prove that the demanded policy was applied; the answer is withheld"
         )
+    demand.turn.link.breaker.worked()
     return {
         "policy": demand.trail.policy,
         **receipt.model_dump(exclude={"finished"}),
@@ -230,9 +242,9 @@ def _fault(receipt: Receipt | None, demanded: str) -> str | None:
 
 async def _check_engine(demand: Demand) -> None:
     try:
-        await demand.engine.check_connections()
+        await demand.turn.engine.check_connections()
     except EngineError as error:
-        demand.gateway.link.lose(str(error))
+        demand.turn.link.lose(str(error))
         raise EngineNotReady(
             "the engine was restarted and is not proven yet; try again in a moment"
         ) from error
@@ -254,9 +266,13 @@ async def _engine_refusal(upstream: aiohttp.ClientResponse) -> Refusal:
     return EngineFailed(f"the engine failed with status {upstream.status}")
 
 
-def _engine_gone(error: BaseException) -> Refusal:
+def _engine_gone(demand: Demand, error: BaseException) -> Refusal:
+    """What the caller is told; the engine is blamed for all but an answer that took too long."""
+    connecting = isinstance(error, aiohttp.ConnectionTimeoutError)
+    if connecting or not isinstance(error, TimeoutError | RuntimeError):
+        demand.turn.link.breaker.failed()
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | RuntimeError):
         return EngineNotReady("the engine cannot be reached; try again in a moment")
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+    if isinstance(error, TimeoutError):
         return EngineFailed("the engine did not answer in time")
     return EngineFailed("the engine went away while it answered; the answer is incomplete")

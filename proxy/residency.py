@@ -1,4 +1,4 @@
-"""Which revisions the engine holds, and which requests still need them."""
+"""Which revisions the engines hold, and which requests still need them."""
 
 from __future__ import annotations
 
@@ -6,47 +6,81 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import EngineError
-from proxy.engine_link import EngineLink, ProvenEngine
+from proxy.engine_client import EngineRefusedError
+from proxy.engine_link import ProvenEngine
+from proxy.fleet import Fleet
+from proxy.metrics import Metrics
 from proxy.policy_files import Revision
+
+_THE_PLANS_OWN: Final = frozenset(("invalid_plan", "plan_too_large", "table_full"))
+"""Refusals that say nothing against the engine: it is well, and cannot take this plan."""
 
 
 class Residency:
-    """Loads revisions into the engine, and frees each only when no request is under way with it.
+    """Loads revisions into all engines, and frees each only when no request is under way with it.
 
-    So no request that was accepted under a revision is ever refused by the engine because of a change.
+    So no request that was accepted under a revision is ever refused by an engine because of a change.
     """
 
-    def __init__(self, link: EngineLink, log: FilteringBoundLogger) -> None:
-        self._link = link
+    def __init__(self, fleet: Fleet, metrics: Metrics, log: FilteringBoundLogger) -> None:
+        self._fleet = fleet
+        self._metrics = metrics
         self._log = log
-        self._resident: set[str] = set()
         self._retiring: set[str] = set()
         self._pins: Counter[str] = Counter()
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __contains__(self, revision: Revision) -> bool:
-        return revision.revision in self._resident
+        """Whether an engine that takes requests holds it."""
+        return any(revision.revision in engine.resident for engine in self._fleet.open)
+
+    def everywhere(self, revision: Revision) -> bool:
+        """Whether every engine holds it."""
+        return all(revision.revision in engine.resident for engine in self._fleet.joined)
 
     def pins(self, revision: Revision) -> int:
         """Requests under way with a revision."""
         return self._pins[revision.revision]
 
-    def forget(self) -> None:
-        """The engine is another one now and holds nothing."""
-        self._resident.clear()
-        self._retiring.clear()
+    async def load(self, revision: Revision) -> None:
+        """Make a revision resident on every engine that is well, or on none.
 
-    async def load(self, engine: ProvenEngine, revision: Revision) -> None:
-        """Make a revision resident; raises `EngineError` unless every rank attests its numbers."""
+        An engine that answers no more, or attests other numbers, is left out: it gets no request of this
+        revision. Raises `EngineError` when no engine attests it, or one that is well cannot take it.
+        """
+        name = revision.revision
         async with self._lock:
-            await engine.client.load(revision.revision, revision.plan, revision.digest)
-            self._resident.add(revision.revision)
-            self._retiring.discard(revision.revision)
+            engines = self._fleet.joined
+            if not engines:
+                raise EngineError("the engine is not ready; policies are loaded when it is")
+            lacking = [engine for engine in engines if name not in engine.resident]
+            results = await asyncio.gather(*(self._try(engine, revision) for engine in lacking))
+            faults = {
+                engine.name: error
+                for engine, error in zip(lacking, results, strict=True)
+                if error is not None
+            }
+            refused = [error for error in faults.values() if _is_the_plans_own(error)]
+            if refused or len(faults) == len(engines):
+                for engine in lacking:
+                    await self._retire(engine, name)
+                raise (refused or list(faults.values()))[0]
+            self._retiring.discard(name)
+        for engine_name, error in faults.items():
+            self._metrics.engine_unattested.labels(engine_name).inc()
+            self._log.error("revision_not_attested", engine=engine_name, revision=name, error=str(error))
+
+    async def load_into(self, engine: ProvenEngine, revision: Revision) -> None:
+        """Make a revision resident on one engine that joins. Raises `EngineError`."""
+        async with self._lock:
+            if error := await self._try(engine, revision):
+                raise error
 
     @contextmanager
     def pin(self, revision: Revision) -> Iterator[Revision]:
@@ -74,6 +108,14 @@ class Residency:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _try(self, engine: ProvenEngine, revision: Revision) -> EngineError | None:
+        try:
+            await engine.client.load(revision.revision, revision.plan, revision.digest)
+        except EngineError as error:
+            return error
+        engine.resident[revision.revision] = revision.digest
+        return None
+
     def _free_soon(self, name: str) -> None:
         task = asyncio.create_task(self._free(name))
         self._tasks.add(task)
@@ -81,13 +123,20 @@ class Residency:
 
     async def _free(self, name: str) -> None:
         async with self._lock:
-            engine = self._link.current
             # It may have been loaded again, and come into use, while we waited.
-            if engine is None or name not in self._retiring or self._pins[name]:
+            if name not in self._retiring or self._pins[name]:
                 return
             self._retiring.discard(name)
-            self._resident.discard(name)
-            try:
-                await engine.client.retire(name)
-            except EngineError as error:
-                self._log.warning("retire_failed", revision=name, error=str(error))
+            await asyncio.gather(*(self._retire(engine, name) for engine in self._fleet.joined))
+
+    async def _retire(self, engine: ProvenEngine, name: str) -> None:
+        if engine.resident.pop(name, None) is None:
+            return
+        try:
+            await engine.client.retire(name)
+        except EngineError as error:
+            self._log.warning("retire_failed", revision=name, error=str(error))
+
+
+def _is_the_plans_own(error: EngineError) -> bool:
+    return isinstance(error, EngineRefusedError) and error.reason in _THE_PLANS_OWN

@@ -82,7 +82,7 @@ class _Serve:
 
     async def _run_on(self, public: socket.socket, admin: socket.socket) -> None:
         settings, model = self._settings, None
-        if settings.engine.url is None:
+        if not settings.engine.url:
             model = await self._unless_stopped(find_model(settings, self._progress))
             if model is None:
                 return
@@ -90,8 +90,10 @@ class _Serve:
             engine_command(settings, model, Path("engine.sock"))
             self._progress("Starting the engine (about a minute on a CPU)")
         else:
-            self._progress(f"Waiting for the engine at {settings.engine.url}")
-        apps = make_app(settings, lambda: make_engine(settings, model), make_logger(), self._progress)
+            self._progress(f"Waiting for an engine at {', '.join(settings.engine.url)}")
+        apps = make_app(
+            settings, lambda url: make_engine(settings, url, model), make_logger(), self._progress
+        )
         grace_s = settings.gateway.shutdown_grace_s
         runners = [
             # A client that leaves stops its request; an admin who leaves stops no reload half-way.
@@ -145,7 +147,7 @@ class _Serve:
         return None
 
     def _announce(self, apps: Apps, public: socket.socket, admin: socket.socket) -> None:
-        engine = apps.gateway.link.current
+        engine = apps.gateway.fleet.current
         served = sorted(engine.served)[0] if engine is not None else self._settings.model.served_name
         entries = apps.gateway.catalogue.entries
         active = [policy for policy in sorted(entries) if entries[policy].active is not None]

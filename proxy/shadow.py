@@ -76,7 +76,9 @@ class Shadows:
     def repeat(
         self, engine: ProvenEngine, route: Route, body: Mapping[str, Any], revision: Revision, trail: Trail
     ) -> None:
-        """Run a request once more, now that its own answer has been sent."""
+        """Run a request once more, now that its own answer has been sent, if the same engine can."""
+        if revision.revision not in engine.resident:
+            return
         task = asyncio.create_task(self._repeat(engine, route, dict(body), revision, trail))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

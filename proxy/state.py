@@ -15,7 +15,8 @@ from proxy.binding import Caller, read_caller
 from proxy.canary import Canary
 from proxy.catalogue import Catalogue
 from proxy.drift import Drift
-from proxy.engine_link import EngineLink
+from proxy.fleet import Fleet
+from proxy.intake import Intake
 from proxy.limits import Limiter
 from proxy.metrics import Metrics
 from proxy.refusal import UnknownModel
@@ -30,8 +31,9 @@ class Gateway:
     """Everything a handler may need."""
 
     settings: Settings
-    link: EngineLink
+    fleet: Fleet
     catalogue: Catalogue
+    intake: Intake
     access: Access
     limiter: Limiter
     settlements: Settlements
@@ -46,14 +48,14 @@ class Gateway:
 
     def caller(self, route: str, headers: CIMultiDictProxy[str], model: str, identity: Identity) -> Caller:
         """What of a request its bindings look at; refuses a model that is not this caller's to name."""
-        served = self.link.require().served
+        served = self.fleet.require().served
         known = (*served, *(alias.name for alias in self.settings.aliases))
         names = {name for name in known if identity.may_name(name)}
         return read_caller(route, headers, model, names, identity.tenant.id, identity.key)
 
     def engine_model(self, name: str) -> str:
         """The engine's own name for a model that callers name so."""
-        served = self.link.require().served
+        served = self.fleet.require().served
         if name in served:
             return name
         alias = next(alias for alias in self.settings.aliases if alias.name == name)
@@ -65,8 +67,8 @@ class Gateway:
 
     def not_ready(self) -> str | None:
         """Why requests cannot be served now, for operators; None when they can."""
-        if self.link.current is None:
-            return self.link.reason
+        if self.fleet.current is None:
+            return self.fleet.reason
         if missing := self.catalogue.missing:
             return f"bindings demand policies that are not loaded: {', '.join(missing)}"
         return None

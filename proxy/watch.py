@@ -10,16 +10,14 @@ from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import InterpretOpsError
 from proxy.access import Access
-from proxy.catalogue import Catalogue
-from proxy.engine_link import EngineLink
+from proxy.fleet import Fleet
+from proxy.intake import Intake
 
 _POLL_S = 2.0
 """Covers what no notification tells of: network folders, a folder that is made later, swapped links."""
 
 
-async def watch_policies(
-    folder: Path, catalogue: Catalogue, link: EngineLink, log: FilteringBoundLogger
-) -> None:
+async def watch_policies(folder: Path, intake: Intake, fleet: Fleet, log: FilteringBoundLogger) -> None:
     """Reload on every change, until cancelled. Contents are compared, so a false alarm costs nothing."""
     changed = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
@@ -31,10 +29,10 @@ async def watch_policies(
             except TimeoutError:
                 pass
             changed.clear()
-            if link.current is None:
+            if fleet.current is None:
                 continue
             try:
-                await catalogue.reload()
+                await intake.reload()
             except InterpretOpsError as error:
                 log.warning("reload_postponed", error=str(error))
 

@@ -30,7 +30,7 @@ def test_no_file_is_needed() -> None:
     assert settings == Settings()
     assert (settings.gateway.host, settings.gateway.port) == ("127.0.0.1", 8000)
     assert (settings.gateway.admin_host, settings.gateway.admin_port) == ("127.0.0.1", 8001)
-    assert settings.engine.url is None
+    assert settings.engine.url == ()
     assert settings.store.postgres_dsn is None
     assert settings.plans_dir == settings.cache.dir / "plans"
 

@@ -44,6 +44,8 @@ class FakeEngine:
     """`traceparent` of the requests."""
     more: dict[str, int] = field(default_factory=dict)
     """Further fields of its receipts."""
+    tcp: tuple[str, int] | None = None
+    """Listen there instead of on the socket."""
     boot_id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
@@ -78,7 +80,10 @@ class FakeEngine:
         self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
         await self.runner.setup()
         self.socket.unlink(missing_ok=True)
-        await web.UnixSite(self.runner, str(self.socket)).start()
+        if self.tcp is None:
+            await web.UnixSite(self.runner, str(self.socket)).start()
+        else:
+            await web.TCPSite(self.runner, *self.tcp).start()
 
     async def _health(self, _request: web.Request) -> web.Response:
         return web.Response(status=503 if self.trick == "unhealthy" else 200)
@@ -89,6 +94,7 @@ class FakeEngine:
     async def _attest(self, _request: web.Request) -> web.Response:
         if self.trick == "no_plugin":
             return web.json_response({"error": {"message": "Not Found", "code": 404}}, status=404)
+        spec = asdict(SPEC) | ({"fingerprint": "e" * 64} if self.trick == "other_model" else {})
         held = {revision: plan.digest() for revision, plan in self.plans.items()}
         ranks = [{"rank": 0, "resident": held, "model": asdict(SPEC)}]
         return web.json_response(
@@ -96,7 +102,7 @@ class FakeEngine:
                 "plugin_version": "0",
                 "vllm_version": "0",
                 "boot_id": self.boot_id,
-                "model": asdict(SPEC),
+                "model": spec,
                 "engines": [{"ranks": ranks, "resident": {}}],
                 "passthrough": True,
             }
@@ -129,6 +135,8 @@ class FakeEngine:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if self.trick == "busy":
+            return web.json_response({"error": {"message": "later", "code": 503}}, status=503)
         self.seen.append(body)
         self.traced.append(request.headers.get("traceparent", ""))
         self.arrived.set()
@@ -260,7 +268,7 @@ async def start(tmp_path: Path, engine: FakeEngine) -> AsyncIterator[Start]:
         capture = structlog.testing.LogCapture()
         capture.entries = log
         logger = structlog.wrap_logger(None, processors=[capture])
-        apps = make_app(settings, lambda: RemoteEngine(engine.url), logger)
+        apps = make_app(settings, RemoteEngine, logger)
         runners = [
             Runner(
                 app,

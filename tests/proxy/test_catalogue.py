@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from proxy import catalogue
+from proxy import intake
 from proxy.refusal import PolicyUnavailable
 
 CHANGED = 0.25
@@ -203,7 +203,7 @@ async def test_half_written_file_is_read_again(start, engine, monkeypatch):
     path = front.policies / "calm.yaml"
     whole = path.read_text().replace("0.5", "0.125")
     path.write_text("meta: {id: ")
-    compile_file = catalogue.compile_file
+    compile_file = intake.compile_file
 
     def finish_writing(*args):
         try:
@@ -211,7 +211,7 @@ async def test_half_written_file_is_read_again(start, engine, monkeypatch):
         finally:
             path.write_text(whole)
 
-    monkeypatch.setattr(catalogue, "compile_file", finish_writing)
+    monkeypatch.setattr(intake, "compile_file", finish_writing)
     report = await reload(front)
     assert (report["ok"], len(report["loaded"])) == (True, 1)
 
@@ -235,6 +235,6 @@ async def test_unloaded_policy_cannot_be_pinned(start, engine):
     """A revision that is not resident in the engine is never handed out."""
     front = await start("calm")
     held = front.apps.gateway.catalogue
-    held.residency.forget()
+    front.apps.gateway.fleet.current.resident.clear()
     with pytest.raises(PolicyUnavailable), held.pin("calm"):
         pass

@@ -124,4 +124,4 @@ async def test_without_an_endpoint_the_library_is_not_needed(start, monkeypatch)
     assert (await front.chat(model="tiny-model+calm"))[0] == 200
     settings = load_settings(overrides={"tracing.endpoint": "http://x"}, environ={})
     with pytest.raises(ConfigError, match=r"interpretops\[tracing\]"):
-        make_app(settings, lambda: None, None)
+        make_app(settings, lambda _: None, None)

@@ -1,0 +1,219 @@
+"""Brings policy files into the catalogue: what is new is compiled, what an engine lost is loaded again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from structlog.typing import FilteringBoundLogger
+
+from interpretops.errors import EngineError, PolicyError
+from interpretops.plan import ModelSpec
+from proxy.catalogue import Catalogue
+from proxy.engine_link import ProvenEngine
+from proxy.entry import Entry, ReloadReport
+from proxy.fleet import Fleet
+from proxy.metrics import Metrics
+from proxy.policy_files import BrokenPolicyError, compile_file, file_digest, find_policies
+
+
+class Intake:
+    """Looks at the files of a folder; their contents, not their times, decide what is new."""
+
+    def __init__(
+        self,
+        folder: Path,
+        artifacts: Path,
+        catalogue: Catalogue,
+        fleet: Fleet,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+    ) -> None:
+        self._folder = folder
+        self._artifacts = artifacts
+        self._catalogue = catalogue
+        self._fleet = fleet
+        self._metrics = metrics
+        self._log = log
+        self.file_errors: dict[Path, str] = {}
+        """Why a file is not what serves, or serves nothing."""
+        self._seen: dict[Path, str] = {}
+        self._owner: dict[Path, str] = {}
+
+    async def prepare(self, engine: ProvenEngine) -> None:
+        """Load everything into an engine that has nothing yet. Raises `EngineError` when it may not join."""
+        async with self._catalogue.lock:
+            others = [other for other in self._fleet.joined if other is not engine]
+            if others:
+                _check_alike(engine, others[0])
+                for revision in self._catalogue.wanted:
+                    await self._catalogue.residency.load_into(engine, revision)
+                return
+            if self._catalogue.forget_others(engine.spec.fingerprint):
+                self._seen.clear()
+            await self._reload(engine.spec, force=False)
+
+    async def reload(self, *, force: bool = False) -> ReloadReport:
+        """Bring in what changed; with ``force``, compile every file again (new dictionaries)."""
+        async with self._catalogue.lock:
+            engine = next(iter(self._fleet.joined), None)
+            if engine is None:
+                raise EngineError("the engine is not ready; policies are loaded when it is")
+            return await self._reload(engine.spec, force=force)
+
+    async def restore(self) -> None:
+        """Load again what an engine lacks of what serves."""
+        async with self._catalogue.lock:
+            await self._restore(ReloadReport())
+
+    async def _reload(self, spec: ModelSpec, *, force: bool) -> ReloadReport:
+        report = ReloadReport()
+        try:
+            files = await asyncio.to_thread(find_policies, self._folder)
+        except PolicyError as error:
+            files = {}
+            self._note_failure(report, self._folder, None, str(error))
+        else:
+            self.file_errors.pop(self._folder, None)
+            self._forget_deleted(files, report)
+        await self._restore(report)
+        for entry in self._catalogue.entries.values():
+            if entry.shadow is not None and entry.shadow not in self._catalogue.residency:
+                # Lost with an engine; it waits as any candidate until a person casts it again.
+                entry.candidate_state = "candidate"
+            if entry.candidate is not None and not entry.rolled_back:
+                await self._look_at_card(entry, report)
+        for path, digest in files.items():
+            if force or self._seen.get(path) != digest:
+                await self._bring_in(spec, path, digest, report, force=force)
+        return report
+
+    async def _restore(self, report: ReloadReport) -> None:
+        for entry in self._catalogue.entries.values():
+            active = entry.active
+            if active is None or self._catalogue.residency.everywhere(active):
+                continue
+            try:
+                await self._catalogue.residency.load(active)
+            except EngineError as error:
+                self._note_failure(report, active.file, entry.policy, f"{active.file}: {error}")
+                # What its file is worth is looked at again once the engines take it.
+                self._seen.pop(active.file, None)
+            else:
+                report.loaded.append(active.label)
+        try:
+            await self._catalogue.compositions.restore()
+        except EngineError as error:
+            self._note_failure(report, self._folder, None, f"composed policies: {error}")
+
+    async def _bring_in(
+        self, spec: ModelSpec, path: Path, digest: str, report: ReloadReport, *, force: bool
+    ) -> None:
+        """Compile one file and make it active."""
+        former, catalogue = self._owner.get(path), self._catalogue
+        try:
+            fresh = await asyncio.to_thread(compile_file, path, spec, self._artifacts, self._folder)
+            self._check_owner(path, fresh.policy)
+        except BrokenPolicyError as error:
+            if (now := await asyncio.to_thread(file_digest, path)) != digest:
+                # Half written when we read it.
+                await self._bring_in(spec, path, now, report, force=force)
+                return
+            self._seen[path] = digest
+            if former is None and error.policy is not None and not self._files_of(error.policy):
+                self._owner[path] = error.policy
+            self._note_failure(report, path, self._owner.get(path), str(error))
+            return
+        self._owner[path] = fresh.policy
+        entry = catalogue.entries.setdefault(fresh.policy, Entry(fresh.policy))
+        held = force and entry.is_held(fresh)
+        try:
+            if entry.active is not None and entry.active.revision == fresh.revision:
+                if not catalogue.residency.everywhere(entry.active):
+                    await catalogue.residency.load(entry.active)
+                if not entry.rolled_back:
+                    catalogue.end_shadow(entry, entry.active)
+                    # The file was changed back: what waited is nobody's wish any more.
+                    entry.candidate = entry.waits_for = None
+            elif not held:
+                await catalogue.admit(entry, fresh, report)
+        except EngineError as error:
+            # Not remembered as seen: the next look tries again.
+            self._note_failure(report, path, fresh.policy, f"{path}: {error}")
+            return
+        finally:
+            if former is not None and former != fresh.policy:
+                catalogue.remove(former, path, report)
+        self._seen[path] = digest
+        self.file_errors.pop(path, None)
+        entry.error = None
+        self._metrics.policy_broken.labels(entry.policy).set(0)
+
+    async def _look_at_card(self, entry: Entry, report: ReloadReport) -> None:
+        """Serve a candidate whose card has come."""
+        waiting = entry.candidate
+        assert waiting is not None
+        proven, why = await self._catalogue.judge(waiting)
+        if not proven:
+            entry.waits_for = why
+            return
+        try:
+            await self._catalogue.activate(entry, waiting)
+        except EngineError as error:
+            self._note_failure(report, waiting.file, entry.policy, f"{waiting.file}: {error}")
+        else:
+            report.loaded.append(waiting.label)
+
+    def _check_owner(self, path: Path, policy: str) -> None:
+        """A policy has one file, and a file's policy is not renamed away while bindings demand it."""
+        if others := [other for other in self._files_of(policy) if other != path]:
+            raise BrokenPolicyError(
+                None, f"{path}: meta.id = {policy!r}, but {others[0]} has that id already; choose another"
+            )
+        former = self._owner.get(path, policy)
+        if former != policy and former in self._catalogue.demanded:
+            raise BrokenPolicyError(
+                former, f"{path}: meta.id = {policy!r}, but bindings demand {former!r}; change them first"
+            )
+
+    def _files_of(self, policy: str) -> list[Path]:
+        return [path for path, owned in self._owner.items() if owned == policy]
+
+    def _forget_deleted(self, files: Mapping[Path, str], report: ReloadReport) -> None:
+        known = {*self._seen, *self._owner, *self.file_errors} - {self._folder}
+        for path in sorted(known - files.keys()):
+            policy = self._owner.get(path)
+            if policy in self._catalogue.demanded:
+                text = f"{path}: deleted, but bindings demand {policy!r}; its last revision keeps serving"
+                self._note_failure(report, path, policy, text)
+                self._seen[path] = "deleted"
+                continue
+            self._seen.pop(path, None)
+            self._owner.pop(path, None)
+            self.file_errors.pop(path, None)
+            if policy is not None:
+                self._catalogue.remove(policy, path, report)
+
+    def _note_failure(self, report: ReloadReport, path: Path, policy: str | None, text: str) -> None:
+        report.failed[str(path)] = text
+        if policy is not None:
+            self._catalogue.entries.setdefault(policy, Entry(policy)).error = text
+            self._metrics.policy_broken.labels(policy).set(1)
+        if self.file_errors.get(path) != text:
+            self.file_errors[path] = text
+            self._metrics.reloads.labels("failed").inc()
+            self._log.error("policy_refused", policy=policy, file=str(path), error=text)
+
+
+def _check_alike(engine: ProvenEngine, other: ProvenEngine) -> None:
+    """One gateway serves one model: a request must not depend on which engine it meets."""
+    if (engine.spec.fingerprint, engine.served) != (other.spec.fingerprint, other.served):
+        raise EngineError(
+            f"the engine at {engine.name} serves {_model(engine)}, but {other.name} serves {_model(other)}; "
+            "one gateway serves one model, under the same names everywhere"
+        )
+
+
+def _model(engine: ProvenEngine) -> str:
+    return f"{', '.join(sorted(engine.served))} (fingerprint {engine.spec.fingerprint[:12]})"

@@ -1,0 +1,293 @@
+"""Several engines: each proven before it is asked, each asked only for what it attests."""
+
+import asyncio
+import socket
+from contextlib import AsyncExitStack
+
+import pytest
+
+from proxy import fleet_loop
+from proxy.breaker import Breaker
+
+STEERED = "tiny-model+calm"
+
+
+@pytest.fixture
+async def other(engine, tmp_path):
+    """A second engine, not running yet."""
+    async with AsyncExitStack() as stack:
+        other = type(engine)(tmp_path / "o.sock")
+        other.up = lambda: stack.enter_async_context(other.running())
+        yield other
+
+
+@pytest.fixture
+async def pair(start, engine, other, until):
+    """A gateway before two engines that are both ready."""
+    await other.up()
+
+    async def run(**sections):
+        front = await start("calm", **{"engine.url": [engine.url, other.url], **sections})
+        await until(ready(front, 2))
+        return front
+
+    return run
+
+
+def ready(front, number):
+    async def enough():
+        return sum(shown["ready"] for shown in await engines(front)) == number
+
+    return enough
+
+
+async def engines(front):
+    async with front.admin.get("/admin/engines") as answer:
+        return (await answer.json())["engines"]
+
+
+async def reload(front):
+    async with front.admin.post("/admin/reload") as answer:
+        return await answer.json()
+
+
+async def served(front):
+    status, headers, _ = await front.chat(model=STEERED)
+    return headers["X-Steering-Policy"].removeprefix("calm@") if status == 200 else status
+
+
+def metric(front, text):
+    return text in front.apps.gateway.metrics.render().decode()
+
+
+async def test_least_busy_engine_is_asked(pair, engine, other, until):
+    """Requests spread by what each engine is doing, and in turns where they do the same."""
+    front = await pair()
+    for _ in range(4):
+        assert await served(front) != 503
+    assert (len(engine.seen), len(other.seen)) == (2, 2)
+    engine.trick = other.trick = "hold"
+    held = [asyncio.create_task(front.chat(model=STEERED)) for _ in range(6)]
+
+    async def all_there():
+        return len(engine.seen) + len(other.seen) == 10
+
+    await until(all_there)
+    assert (len(engine.seen), len(other.seen)) == (5, 5)
+    assert [shown["outstanding"] for shown in await engines(front)] == [3, 3]
+    assert metric(front, f'interpretops_engine_outstanding{{engine="{engine.socket}"}} 3.0')
+    engine.go_on.set()
+    other.go_on.set()
+    assert {status for status, *_ in await asyncio.gather(*held)} == {200}
+    assert [shown["outstanding"] for shown in await engines(front)] == [0, 0]
+
+
+async def test_revision_that_one_engine_cannot_take_serves_nowhere(pair, engine, other, policy_writer):
+    """A full table at one engine stops the change at all: what served goes on serving, on both."""
+    front = await pair(**{"gateway.watch_policies": False})
+    first = await served(front)
+    other.trick = "table_full"
+    policy_writer(front.policies, "calm", 0.25)
+    assert "full" in next(iter((await reload(front))["failed"].values()))
+    assert {await served(front) for _ in range(4)} == {first}
+    assert [len(one.plans) for one in (engine, other)] == [1, 1]
+    other.trick = ""
+    assert (await reload(front))["ok"]
+    assert first not in {await served(front) for _ in range(4)}
+
+
+async def test_engine_that_attests_other_numbers_gets_no_request_of_them(
+    pair, engine, other, policy_writer, until
+):
+    """The change goes through where it is attested; the other engine is left out until it attests it too."""
+    front = await pair(**{"gateway.watch_policies": False})
+    first = await served(front)
+    other.trick = "wrong_digest"
+    policy_writer(front.policies, "calm", 0.25)
+    assert (await reload(front))["ok"]
+    engine.seen.clear()
+    other.seen.clear()
+    assert first not in {await served(front) for _ in range(4)}
+    assert (len(engine.seen), len(other.seen)) == (4, 0)
+    assert metric(front, f'interpretops_engine_unattested_total{{engine="{other.socket}"}} 1.0')
+    other.trick = ""
+    await reload(front)
+    assert first not in {await served(front) for _ in range(4)}
+    assert other.seen
+
+
+async def test_engine_that_forgot_a_plan_is_asked_again_only_when_it_holds_it(pair, engine, other, until):
+    """What an engine attests no more is loaded again, whether or not files are watched."""
+    front = await pair(**{"gateway.watch_policies": False})
+    other.plans.clear()
+
+    async def mended():
+        return len(other.plans) == 1
+
+    await until(mended)
+    assert any(line["event"] == "revisions_lost" for line in front.log)
+
+
+async def test_request_goes_to_another_engine_when_the_first_cannot_be_reached(pair, engine, other):
+    """Nothing has begun there, so nothing can happen twice; the client sees no fault."""
+    front = await pair()
+    await other.runner.cleanup()
+    assert 503 not in {await served(front) for _ in range(4)}
+    assert len(engine.seen) == 4
+    assert metric(front, "interpretops_engine_retries_total{")
+
+
+async def test_request_goes_to_another_engine_when_the_first_takes_none(pair, engine, other):
+    """503 before anything was begun; with no engine left the caller is told."""
+    front = await pair()
+    other.trick = "busy"
+    assert 503 not in {await served(front) for _ in range(4)}
+    assert len(engine.seen) == 4
+    engine.trick = "busy"
+    assert (await front.chat(model=STEERED))[0] in (502, 503)
+
+
+async def test_answer_that_has_begun_is_not_tried_elsewhere(pair, engine, other):
+    """An engine that dies within a stream ends it with an error, and no other is asked."""
+    front = await pair()
+    engine.trick = other.trick = "dies"
+    status, _, text = await front.chat(model=STEERED, stream=True)
+    assert (status, "engine_failed" in text) == (200, True)
+    assert len(engine.seen) + len(other.seen) == 1
+
+
+async def test_failing_engine_is_left_alone_and_tried_again(pair, engine, other, until):
+    """After failures in a row its breaker opens, and one request shows that it is well again."""
+    front = await pair(**{"gateway.breaker_failures": 2, "gateway.breaker_open_s": 0.2})
+    other.trick = "busy"
+
+    async def is_open():
+        await served(front)
+        return (await engines(front))[1]["breaker"] != "closed"
+
+    await until(is_open)
+    other.trick = ""
+
+    async def closed():
+        await served(front)
+        return (await engines(front))[1]["breaker"] == "closed"
+
+    await until(closed)
+    assert other.seen
+
+
+def test_breaker_lets_one_request_through_to_see():
+    """Closed, open, half open: one request, and its end decides."""
+    now = [0.0]
+    breaker = Breaker(2, 5.0, lambda: now[0])
+    breaker.failed()
+    breaker.worked()
+    breaker.failed()
+    assert breaker.allows
+    breaker.failed()
+    assert (breaker.state, breaker.allows) == ("open", False)
+    now[0] = 5.0
+    assert (breaker.state, breaker.allows) == ("half_open", True)
+    breaker.begin()
+    assert not breaker.allows
+    breaker.undecided()
+    assert breaker.allows
+    breaker.begin()
+    breaker.failed()
+    assert not breaker.allows
+    now[0] = 10.0
+    breaker.begin()
+    breaker.worked()
+    assert (breaker.state, breaker.allows) == ("closed", True)
+
+
+async def test_engine_that_joins_is_proven_and_loaded_before_it_is_asked(start, engine, other, until):
+    """While the other one serves; an engine that fails its self-test stays outside."""
+    front = await start("calm", **{"engine.url": [engine.url, other.url]})
+    first = await served(front)
+    other.trick = "selftest_fails"
+    await other.up()
+
+    async def tried():
+        return any("nothing changed" in (shown["reason"] or "") for shown in await engines(front))
+
+    await until(tried)
+    assert {await served(front) for _ in range(4)} == {first}
+    assert other.seen == []
+    other.trick = ""
+    await until(ready(front, 2))
+    assert len(other.plans) == 1
+    assert {await served(front) for _ in range(4)} == {first}
+    assert other.seen
+
+
+async def test_engine_of_another_model_stays_outside(start, engine, other, until):
+    """One gateway serves one model, and says which engine serves another."""
+    front = await start("calm", **{"engine.url": [engine.url, other.url]})
+    other.trick = "other_model"
+    await other.up()
+
+    async def told():
+        reasons = [shown["reason"] or "" for shown in await engines(front)]
+        return any("one gateway serves one model" in reason for reason in reasons)
+
+    await until(told)
+    assert await front.engine_ready()
+
+
+async def test_gateway_is_ready_while_one_engine_is(pair, engine, other, until):
+    """Readiness is lost with the last engine."""
+    front = await pair()
+    other.trick = "unhealthy"
+    await until(ready(front, 1))
+    assert await front.engine_ready()
+    assert metric(front, f'interpretops_engine_ready{{engine="{other.socket}"}} 0.0')
+    engine.trick = "unhealthy"
+    await until(ready(front, 0))
+    assert not await front.engine_ready()
+    assert metric(front, "interpretops_ready 0.0")
+
+
+async def test_engines_follow_a_dns_name(start, engine, other, until, monkeypatch):
+    """Each address of the name is an engine; one that is listed no more ends what it has begun."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    listed = ["127.0.0.1"]
+    engine.tcp, other.tcp = ("127.0.0.1", port), ("127.0.0.2", port)
+    await engine.restart()
+    await other.up()
+    real = socket.getaddrinfo
+
+    def resolve(host, *args, **kwargs):
+        if host != "engines.internal":
+            return real(host, *args, **kwargs)
+        if not listed:
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
+        return [answer for address in listed for answer in real(address, *args, **kwargs)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(fleet_loop, "_RESOLVE_EVERY_S", 0.1)
+    front = await start("calm", **{"engine.url": f"dns+http://engines.internal:{port}"})
+    listed.append("127.0.0.2")
+    await until(ready(front, 2))
+    assert [shown["name"] for shown in await engines(front)] == [f"127.0.0.1:{port}", f"127.0.0.2:{port}"]
+    engine.trick = other.trick = "hold_stream"
+    held = [asyncio.create_task(front.chat(model=STEERED, stream=True)) for _ in range(2)]
+    await asyncio.gather(engine.arrived.wait(), other.arrived.wait())
+    listed.remove("127.0.0.1")
+    await until(ready(front, 1))
+    engine.trick = other.trick = ""
+    engine.go_on.set()
+    other.go_on.set()
+    assert all("[DONE]" in text for _, _, text in await asyncio.gather(*held))
+    before = len(engine.seen)
+    assert 503 not in {await served(front) for _ in range(3)}
+    assert len(engine.seen) == before
+    assert not metric(front, 'engine="127.0.0.1')
+    listed.clear()
+
+    async def unresolved():
+        return any(line["event"] == "engines_not_resolved" for line in front.log)
+
+    await until(unresolved)
+    assert await front.engine_ready()
