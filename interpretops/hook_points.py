@@ -109,7 +109,6 @@ class SiteHooks:
             stream = flat if residual is None else flat + residual
             update_gates(stream[: step.num_tokens], gates, step)
         table = self.bank.tables.get(site)
-        if table is None or not table.views:
-            return hidden
-        edited = apply_edits(flat, table, step, residual, source)
-        return hidden if edited is flat else edited.reshape(hidden.shape)
+        if table is not None and table.views:
+            apply_edits(flat, table, step, residual, source)
+        return hidden if flat.data_ptr() == hidden.data_ptr() else flat.view(hidden.shape)

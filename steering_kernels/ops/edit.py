@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from steering_kernels.ops.grouped import apply_edits_grouped
 from steering_kernels.ops.step import StepMap
 from steering_kernels.ops.table import SiteTable
+
+Backend = Literal["grouped", "triton"]
 
 
 def apply_edits(
@@ -15,26 +19,36 @@ def apply_edits(
     step: StepMap,
     residual: Tensor | None = None,
     source: Tensor | None = None,
-) -> Tensor:
-    """Edit the tokens of the current forward pass at one site by the rows of their revisions.
+    *,
+    backend: Backend | None = None,
+) -> None:
+    """Edit, in place, the tokens of the current forward pass at one site by the rows of their revisions.
 
-    hidden    [T', D]  float; T' >= T, tokens past the step's T are padding and stay as they are; not changed
+    hidden    [T', D]  float; T' >= T, tokens past the step's T are padding and stay as they are
     table              the site's rows
     step               the pass's tokens, their rows and open gates; ``step.edited`` is counted up
     residual  [T', D]  where the stream is ``hidden + residual``: reads use the sum, writes go to ``hidden``
     source    [T', Dr] where reads use another activation than ``hidden``
+    backend            `grouped` runs anywhere; `triton` on GPUs, and there it is the default. Rows with a
+                       TopK encoder always take the first: all its features decide which are active
 
-    Returns the edited activation, ``hidden`` itself if nothing acts. Tokens of row 0 and tokens at which
-    no edit acts are bit-identical. Raises ValueError when shapes do not fit.
+    Tokens of row 0 and tokens at which no edit acts are bit-identical. Raises ValueError when shapes or
+    dtypes do not fit.
     """
     if not step.active:
-        return hidden
-    if hidden.ndim != 2 or hidden.shape[1] != table.width:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, but must be [T, {table.width}]")
+        return
+    if hidden.ndim != 2 or hidden.shape[1] != table.width or hidden.stride(1) != 1:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)} and strides {hidden.stride()}, "
+            f"but must be [T, {table.width}] with rows of one piece"
+        )
     if not hidden.is_floating_point():
         raise ValueError(f"hidden has dtype {hidden.dtype}, but must be a float")
-    if residual is not None and residual.shape != hidden.shape:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}, but hidden {tuple(hidden.shape)}")
+    if residual is not None and (residual.shape, residual.dtype) != (hidden.shape, hidden.dtype):
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)} and dtype {residual.dtype}, "
+            f"but hidden {tuple(hidden.shape)} and {hidden.dtype}"
+        )
     read_width = table.width if source is None else source.shape[-1]
     if read_width != table.read_width or (source is not None and source.shape[0] != hidden.shape[0]):
         raise ValueError(
@@ -44,15 +58,15 @@ def apply_edits(
     tokens = step.num_tokens
     if hidden.shape[0] < tokens:
         raise ValueError(f"hidden has {hidden.shape[0]} tokens, but the step was laid out for {tokens}")
-    if hidden.shape[0] == tokens:
-        return apply_edits_grouped(hidden, table, step, residual, source)
-    edited = apply_edits_grouped(
-        hidden[:tokens],
-        table,
-        step,
-        None if residual is None else residual[:tokens],
-        None if source is None else source[:tokens],
-    )
-    out = hidden.clone()
-    out[:tokens] = edited
-    return out
+    if hidden.shape[0] > tokens:
+        hidden = hidden[:tokens]
+        residual = None if residual is None else residual[:tokens]
+        source = None if source is None else source[:tokens]
+    if (backend or ("triton" if hidden.is_cuda else "grouped")) == "grouped":
+        apply_edits_grouped(hidden, table, step, residual, source)
+        return
+    from steering_kernels.ops.triton_edit import apply_edits_triton  # here: not every platform has Triton
+
+    if table.topk_rows:
+        apply_edits_grouped(hidden, table, step, residual, source, only=table.topk_rows)
+    apply_edits_triton(hidden, table, step, residual, source)

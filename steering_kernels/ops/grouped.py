@@ -14,13 +14,18 @@ from steering_kernels.ops.table import RowView, SiteTable
 
 
 def apply_edits_grouped(
-    hidden: Tensor, table: SiteTable, step: StepMap, residual: Tensor | None, source: Tensor | None
-) -> Tensor:
-    """See `apply_edits`. Returns ``hidden`` itself when no row of the batch edits at this site."""
-    out = hidden
+    hidden: Tensor,
+    table: SiteTable,
+    step: StepMap,
+    residual: Tensor | None,
+    source: Tensor | None,
+    *,
+    only: frozenset[int] | None = None,
+) -> None:
+    """See `apply_edits`. ``only``: leave all other rows alone."""
     for row, index in step.groups:
         view = table.views.get(row)
-        if view is None:
+        if view is None or (only is not None and row not in only):
             continue
         gate_open = step.gate_open if index is None else step.gate_open[index]
         if view.gates is not None and not bool(gate_open[:, view.gates].any()):
@@ -36,10 +41,9 @@ def apply_edits_grouped(
         slots = step.slot_of_token if index is None else step.slot_of_token[index]
         step.edited.index_add_(0, slots, touched.long())
         if index is None:
-            return edited
-        out = hidden.clone() if out is hidden else out
-        out[index] = edited
-    return out
+            hidden.copy_(edited)
+        else:
+            hidden[index] = edited
 
 
 def _row_delta(x: Tensor, view: RowView, gate_open: Tensor) -> tuple[Tensor, Tensor]:

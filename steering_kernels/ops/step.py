@@ -28,6 +28,7 @@ class StepMap:
         """[S] (token, site) pairs that were changed, per request."""
         self.opened = torch.zeros(requests, dtype=torch.int64, device=device)
         """[S] (token, gate) pairs at which a conditional gate was open, per request."""
+        self._spill = torch.empty(0, 0, device=device)
         self.clear()
 
     def clear(self) -> None:
@@ -87,6 +88,12 @@ class StepMap:
             self.groups = [(distinct[0], None)]
         else:
             self.groups = [(index, place(np.flatnonzero(row == index))) for index in distinct]
+
+    def spill(self, units: int) -> Tensor:
+        """[T, units] float32: where the fused kernel keeps what does not fit in its registers."""
+        if self._spill.shape[0] < self.num_tokens or self._spill.shape[1] < units:
+            self._spill = torch.empty(self.num_tokens, units, device=self.device)
+        return self._spill
 
     def forget_request(self, slot: int) -> None:
         """Make a slot ready for another request."""

@@ -76,7 +76,7 @@ class RowView:
         self.thresholds = bool((edits.threshold > -torch.inf).any())
         self.gated = bool((edits.gate != 0).any())
         named = sorted({*edits.gate.tolist(), *edits.scale_gate.tolist()})
-        self.gates = None if 0 in named else torch.tensor(named, device=edits.gate.device)
+        self.gates = None if 0 in named else torch.tensor(named, dtype=torch.long, device=edits.gate.device)
         """Gates without which the row does nothing here; None when it acts under none."""
         self.bounded = bool(torch.isfinite(edits.max_norm).any())
         self.scale = edits.scale.double()
@@ -123,6 +123,11 @@ class SiteTable:
         self.topk: dict[int, tuple[Tensor, Tensor, int]] = {}
         self.views: dict[int, RowView] = {}
         """Rows that hold something, by row."""
+
+    @property
+    def topk_rows(self) -> frozenset[int]:
+        """Rows with units whose activation a whole TopK encoder decides."""
+        return frozenset(row for row in self.topk if len(self.views[row].topk_units))
 
     def set_row(self, row: int, edits: RowEdits) -> None:
         """Put edits into an empty row; raises `TableFullError` and changes nothing if they do not fit."""
