@@ -47,14 +47,19 @@ cards: install ## Measure the shipped policies anew and publish their Risk Cards
 	    --circuit sae_artifacts/smollm2-135m-instruct/circuits/$${policy%%-*}.json --publish $(ARGS); \
 	done
 
+.PHONY: soak
+soak: install ## Half an hour of mixed load and reloads: does anything grow? (ARGS="--minutes 5"; result: benchmarks/results)
+	@$(bin)/python -m benchmarks.soak $(ARGS)
+
 .PHONY: lock
 lock: install ## Resolve pyproject.toml into locks/*.txt anew, keeping pins that still fit
 	@$(bin)/python locks/lock.py
 
 .PHONY: docs
-docs: install ## Write the generated reference pages and the dashboard anew
+docs: install ## Write the generated reference pages, the capacity tables and the dashboard anew
 	@$(bin)/python -m interpretops.settings_reference > docs/configuration.md
 	@$(bin)/mechctl policy reference > docs/policy-reference.md
+	@$(bin)/python -m benchmarks.capacity --write docs/scaling.md
 	@$(bin)/python deploy/grafana/generate.py > deploy/grafana/interpretops.json
 
 .PHONY: clean

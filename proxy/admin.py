@@ -258,9 +258,9 @@ async def audit_head(request: web.Request) -> web.Response:
 
 async def show_metrics(request: web.Request) -> web.Response:
     """Prometheus exposition."""
-    return web.Response(
-        body=request.app[GATEWAY].metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
-    )
+    metrics = request.app[GATEWAY].metrics
+    metrics.tasks.set(len(asyncio.all_tasks()))
+    return web.Response(body=metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 def _entry(gateway: Gateway, entry: Entry) -> dict[str, Any]:

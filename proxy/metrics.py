@@ -191,6 +191,9 @@ class Metrics:
         self.ready = Gauge("interpretops_ready", "1 while some engine is proven to steer.", registry=registry)
         self.engine_starts = Counter("interpretops_engine_starts", "Engines started.", registry=registry)
         self.in_flight = Gauge("interpretops_requests_in_flight", "Requests in progress.", registry=registry)
+        self.tasks = Gauge(
+            "interpretops_gateway_tasks", "Asyncio tasks of the gateway, as it is asked.", registry=registry
+        )
         self.ttft = Histogram(
             "interpretops_time_to_first_token_seconds",
             "Request read to first streamed event.",

@@ -1,6 +1,8 @@
 """The documents hold: their links lead somewhere and their examples are accepted as they stand."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,13 @@ def test_make_targets_named_in_documents_exist() -> None:
         )
     }
     assert named <= targets
+
+
+def test_capacity_tables_are_what_the_command_prints() -> None:
+    """The figures in docs/scaling.md follow from the results in benchmarks/; `make docs` writes them anew."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.capacity"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    shown = text.partition("<!-- python -m benchmarks.capacity -->\n")[2].partition("\n<!-- end -->")[0]
+    assert shown.strip() == done.stdout.strip()

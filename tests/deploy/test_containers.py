@@ -1,0 +1,207 @@
+"""Dockerfiles, compose files and the systemd unit: they refer to what exists and say what the code says."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import typer
+import yaml
+
+from interpretops.cli import app
+from interpretops.settings import Settings, load_settings
+from interpretops.settings_section import Section
+from proxy.engine_command import engine_command, engine_environment
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+DOCKERFILES = sorted(DEPLOY.glob("docker/*.Dockerfile"))
+UNIT = DEPLOY / "systemd" / "interpretops.service"
+NOT_SETTINGS = {"INTERPRETOPS_CONFIG"}
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    """The services as written."""
+    return dict(yaml.safe_load((DEPLOY / "compose/compose.yaml").read_bytes())["services"])
+
+
+def texts() -> dict[str, str]:
+    """Everything under deploy/ that is text of ours."""
+    return {
+        str(path.relative_to(DEPLOY)): path.read_text(encoding="utf-8")
+        for path in DEPLOY.rglob("*")
+        if path.is_file() and path.suffix in (".yaml", ".tpl", ".service", ".Dockerfile", ".json")
+    }
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_dockerfile_copies_what_exists_and_the_ignore_file_lets_through(dockerfile: Path, repository) -> None:
+    """Each COPY from the build's context names something that is there and is sent to the builder."""
+    let_through = [
+        line[1:] for line in (repository / ".dockerignore").read_text().splitlines() if line.startswith("!")
+    ]
+    for line in re.findall(r"^COPY (?!--from)(.*)$", dockerfile.read_text(), re.MULTILINE):
+        *sources, _ = line.split()
+        for source in sources:
+            assert (repository / source).exists(), source
+            assert source.split("/")[0] in let_through, source
+
+
+def test_dockerfiles_are_linted(tools: Path) -> None:
+    """hadolint, which also reads the shell in them, has nothing to say."""
+    done = subprocess.run([tools / "hadolint", *DOCKERFILES], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_gateway_image_holds_no_torch(repository) -> None:
+    """It installs the gateway's lock alone, and runs as nobody in particular."""
+    text = (DEPLOY / "docker" / "gateway.Dockerfile").read_text()
+    assert re.findall(r"-r (\S+)", text) == ["locks/gateway.txt"]
+    assert not re.search(r"^(torch|vllm)", (repository / "locks/gateway.txt").read_text(), re.MULTILINE)
+    assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["65532:65532"]
+
+
+@pytest.mark.parametrize("files", [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")])
+def test_docker_compose_takes_the_files(files: tuple[str, ...], tools: Path, tmp_path: Path) -> None:
+    """`docker compose config` finds no fault, alone and with the GPU's file over it."""
+    chosen = [option for file in files for option in ("-f", str(DEPLOY / "compose" / file))]
+    done = subprocess.run(
+        [tools / "docker-compose", *chosen, "config", "--quiet"],
+        capture_output=True,
+        text=True,
+        env={"MODEL_DIR": "/models", "HOME": str(tmp_path)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_compose_mounts_what_exists(compose) -> None:
+    """Files and folders of the repository that containers are given are there; the secrets are made first."""
+    folder = DEPLOY / "compose"
+    document = yaml.safe_load((folder / "compose.yaml").read_bytes())
+    named = [volume.split(":")[0] for service in compose.values() for volume in service.get("volumes", ())]
+    named += [config["file"] for config in document["configs"].values()]
+    paths = [name for name in named if name.startswith(".")]
+    assert len(paths) >= 8
+    for path in paths:
+        assert (folder / path).exists() or path.startswith("./secrets/"), path
+    for service in compose.values():
+        if "build" in service:
+            assert (DEPLOY.parent / service["build"]["dockerfile"]).is_file()
+
+
+def test_compose_gateway_takes_its_settings(compose) -> None:
+    """The settings load; ports, engine and folders are those of the containers."""
+    settings = load_settings(DEPLOY / "compose" / "gateway.yaml", environ={})
+    (address,) = settings.engine.url
+    engine = urlsplit(address)
+    assert engine.hostname in compose
+    assert f"--port={engine.port}" in compose["engine"]["command"]
+    assert compose["gateway"]["ports"] == [f"127.0.0.1:{settings.gateway.port}:{settings.gateway.port}"]
+    scrape = yaml.safe_load((DEPLOY / "compose" / "prometheus.yaml").read_bytes())["scrape_configs"][0]
+    assert scrape["static_configs"][0]["targets"] == [f"gateway:{settings.gateway.admin_port}"]
+    mounts = [volume.split(":")[1] for volume in compose["gateway"]["volumes"]]
+    for path in (settings.paths.keys, settings.paths.state, settings.paths.policies, settings.audit.path):
+        assert any(Path(str(path)).is_relative_to(mount) for mount in mounts), path
+
+
+def test_compose_engine_shares_a_network_with_the_gateway_alone(compose) -> None:
+    """Nobody but the gateway can reach the engine, and the engine reaches nothing outside."""
+    document = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_bytes())
+    assert compose["engine"]["networks"] == ["engine"]
+    assert "ports" not in compose["engine"]
+    assert [name for name, service in compose.items() if "engine" in service["networks"]] == [
+        "gateway",
+        "engine",
+    ]
+    assert document["networks"]["engine"] == {"internal": True}
+
+
+def test_engines_are_started_as_the_gateway_starts_one(compose, default_model_dir, render) -> None:
+    """The flags are those of the gateway's own engine, with an address in place of the private socket."""
+    settings = load_settings(environ={}, overrides={"model.device": "cpu"})
+    flags = [part for part in engine_command(settings, default_model_dir, Path("s")) if part.startswith("--")]
+    wanted = {*flags} - {"--uds"} | {"--host", "--port"}
+    (chart,) = (
+        document["spec"]["template"]["spec"]["containers"][0]["args"]
+        for document in render()
+        if document["kind"] == "StatefulSet" and document["metadata"]["name"] == "guard-engine"
+    )
+    for command in (compose["engine"]["command"], chart):
+        assert {argument.split("=")[0] for argument in command} == wanted
+    gpu = yaml.safe_load(
+        (DEPLOY / "compose/compose.gpu.yaml").read_text().replace("!override", "").replace("!reset", "")
+    )
+    assert {argument.split("=")[0] for argument in gpu["services"]["engine"]["command"]} <= wanted
+
+
+def test_engine_images_have_the_environment_of_the_gateways_engine() -> None:
+    """What the gateway sets for its engine, the images set: the plugin, and nothing fetched or reported."""
+    for name, device in (("cpu", "cpu"), ("gpu", "cuda")):
+        text = (DEPLOY / "docker" / f"engine-{name}.Dockerfile").read_text()
+        variables = dict(re.findall(r"\b([A-Z_]+)=(\S+)", text.split("\nENV ")[1].split("\nUSER")[0]))
+        settings = load_settings(environ={}, overrides={"model.device": device})
+        meant = engine_environment(settings, {})
+        if device == "cuda":
+            meant = {key: value for key, value in meant.items() if not key.startswith("VLLM_CPU")}
+        missing = meant.keys() - variables.keys() - {"VLLM_CPU_KVCACHE_SPACE"}
+        assert missing == set()
+        for key in ("VLLM_PLUGINS", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS"):
+            assert variables[key] == meant[key]
+
+
+def test_every_variable_named_is_a_setting() -> None:
+    """`INTERPRETOPS_…` under deploy/ is the name of a field of the settings."""
+    known = {
+        f"INTERPRETOPS_{section}_{field}".upper()
+        for section, info in Settings.model_fields.items()
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+        for field in info.annotation.model_fields
+    }
+    named = {name for text in texts().values() for name in re.findall(r"INTERPRETOPS_[A-Z_]+", text)}
+    assert len(named) >= 3
+    assert named - known - NOT_SETTINGS == set()
+
+
+def test_every_flag_of_mechctl_is_one() -> None:
+    """Commands and flags that containers and unit give to mechctl exist."""
+    serve = typer.main.get_command(app).get_command(None, "serve")  # type: ignore[attr-defined, arg-type]
+    flags = {option for parameter in serve.params for option in parameter.opts}
+    seen = set()
+    for text in texts().values():
+        for arguments in re.findall(r"(?:mechctl |\[)serve,?([^\]\n]*)", text):
+            seen |= set(re.findall(r"--[a-z-]+", arguments))
+    assert seen
+    assert seen <= flags
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_unit_is_one_that_systemd_takes_and_calls_safe(tmp_path: Path) -> None:
+    """`systemd-analyze` verifies it without a word and finds little exposed."""
+    unit = tmp_path / UNIT.name
+    (started,) = re.findall(r"^ExecStart=(\S+)", UNIT.read_text(), re.MULTILINE)
+    unit.write_text(UNIT.read_text().replace(started, "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    judged = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", unit]
+    done = subprocess.run(judged, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(
+    "CI" not in os.environ and shutil.which("promtool") is None,
+    reason="Debian's package `prometheus` is not installed",
+)
+def test_compose_prometheus_loads(tmp_path: Path) -> None:
+    """promtool takes the configuration with the rules beside it."""
+    text = (DEPLOY / "compose" / "prometheus.yaml").read_text()
+    (tmp_path / "viewer").write_text("key")
+    (tmp_path / "prometheus.yaml").write_text(text.replace("/run/secrets/viewer", str(tmp_path / "viewer")))
+    shutil.copy(DEPLOY / "prometheus" / "rules.yaml", tmp_path)
+    done = subprocess.run(
+        ["promtool", "check", "config", tmp_path / "prometheus.yaml"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
