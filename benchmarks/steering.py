@@ -1,14 +1,17 @@
-"""What steering costs: an engine without the plugin, with it idle, and with all requests steered.
+"""What steering costs against an engine without the plugin: idle, gated, and under 1 to 64 revisions.
 
-    python -m benchmarks.steering [--rounds 10] [--json]
+    python -m benchmarks.steering [--rounds 10] [--minutes 12] [--price-per-hour 1.20] [--json]
 
-All requests of the steered run are edited by five JumpReLU features at each of two layers, behind a gate at
-the prompt's end. Every round runs the three settings in a new order, so that drift of the machine falls on
-all of them alike; a ratio is taken within its round, and the median over rounds is reported
-with its quartiles. The output is checked in every round: idle must give the vanilla tokens, steered must
-have applied edits.
+A steered request is edited by five JumpReLU features at each of two layers, behind a gate at the prompt's
+end; under K revisions a batch draws its own at random from K resident ones; `gated` has the same edits behind
+a gate that stays closed. Every round runs all settings in a new order, so that drift of the machine falls on
+all of them alike; a ratio is taken within its round, and the median over rounds is reported with its
+quartiles. The output is checked in every round: idle and gated must give the vanilla tokens, the revisions,
+which hold the same numbers under different names, must all give the same tokens, with edits.
 
-What it does not show: the gateway's own cost, prompts longer than 16 tokens, batches above 16.
+`itl_ms` is the mean over a request's steps, the one for its short prompt included.
+
+What it does not show: the gateway's own cost, and batches above 16.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,14 +39,19 @@ from interpretops.model_spec import read_model_spec
 from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan, Site, SiteEdits, Units
 from interpretops.settings import load_settings
 
-SETTINGS = ("vanilla", "idle", "steered")
+REVISIONS = {"steered": 1, "k4": 4, "k16": 16, "k64": 64}
+"""How many revisions a setting draws from."""
+SETTINGS = ("vanilla", "idle", "gated", *REVISIONS)
+TTFT_SETTINGS = ("vanilla", "idle", "gated", "steered")
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 64
+BATCHES = (1, 4, 16)
+TTFT_PROMPTS = (16, 512)
 FEATURES, LAYERS = 5, (10, 18)
 WORKER = Path(__file__).with_name("engine_worker.py")
 RESULTS = Path(__file__).with_name("results")
 
 
-def steered_plan(spec: ModelSpec) -> Plan:
+def steered_plan(spec: ModelSpec, name: str = "benchmark", *, opens: bool = True) -> Plan:
     """Five JumpReLU features at two layers with random unit directions, active at about half the tokens."""
     rng = np.random.default_rng(0)
 
@@ -75,11 +84,11 @@ def steered_plan(spec: ModelSpec) -> Plan:
         Site(LAYERS[0], "resid_post"),
         directions(1),
         np.zeros(1, np.float32),
-        np.full(1, -1e6, np.float32),
+        np.full(1, -1e6 if opens else 1e6, np.float32),
         scope="prompt_end",
         latched=True,
     )
-    return Plan("benchmark", "benchmark", spec, edits, (ALWAYS, gate))
+    return Plan(name, "benchmark", spec, edits, (ALWAYS, gate))
 
 
 class Engine:
@@ -106,16 +115,18 @@ class Engine:
         engine = {
             "model": str(model),
             "enforce_eager": True,
-            "max_model_len": 512,
+            "max_model_len": 1024,
             "max_num_seqs": 16,
             "enable_prefix_caching": False,
         }
+        if plugin:
+            engine["additional_config"] = {"interpretops": {"rows": len(plans) + 4}}
         self._send({"engine": engine, "plans": [encode_plan(plan.to_bytes()) for plan in plans]})
         self._receive()
 
-    def run(self, prompts: list[list[int]], revision: str) -> dict[str, Any]:
+    def run(self, prompts: list[list[int]], revisions: list[str], max_tokens: int) -> dict[str, Any]:
         """One batch; seconds, tokens and edits."""
-        self._send({"prompts": prompts, "revisions": [revision] * len(prompts), "max_tokens": OUTPUT_TOKENS})
+        self._send({"prompts": prompts, "revisions": revisions, "max_tokens": max_tokens})
         answer: dict[str, Any] = self._receive()
         return answer
 
@@ -137,60 +148,106 @@ class Engine:
         return json.loads(line)
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    """Run everything; the result as it is written to disk."""
+def measure(rounds: int, minutes: float) -> dict[str, Any]:
+    """Run everything; the result as it is written to disk. No round begins that would end too late."""
+    started = time.monotonic()
     model = ensure_default_model(load_settings().cache.dir)
-    plan = steered_plan(read_model_spec(model))
-    vanilla = Engine(model, [], plugin=False)
-    ours = Engine(model, [plan], plugin=True)
+    spec = read_model_spec(model)
+    plans = [steered_plan(spec, f"benchmark-{index}") for index in range(max(REVISIONS.values()))]
+    closed = steered_plan(spec, "benchmark-closed", opens=False)
     rng = random.Random(0)
-    result: dict[str, Any] = {}
+
+    def prompts(count: int, length: int) -> list[list[int]]:
+        return [[1, *(rng.randrange(100, 40_000) for _ in range(length - 1))] for _ in range(count)]
+
+    # name of a measurement: its prompts, the tokens it asks for, the settings it compares
+    work: dict[str, tuple[list[list[int]], int, tuple[str, ...]]] = {
+        f"batch_{batch}": (prompts(batch, PROMPT_TOKENS), OUTPUT_TOKENS, SETTINGS) for batch in BATCHES
+    }
+    work |= {f"ttft_{length}": (prompts(1, length), 1, TTFT_SETTINGS) for length in TTFT_PROMPTS}
+    vanilla, ours = Engine(model, [], plugin=False), None
     try:
-        for batch in (1, 16):
-            prompts = [
-                [1, *(rng.randrange(100, 40_000) for _ in range(PROMPT_TOKENS - 1))] for _ in range(batch)
-            ]
-            runs = {
-                "vanilla": lambda p=prompts: vanilla.run(p, "none"),
-                "idle": lambda p=prompts: ours.run(p, "none"),
-                "steered": lambda p=prompts: ours.run(p, plan.revision),
-            }
-            for run in runs.values():
-                run()  # warm up
-            seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
-            for _ in track(range(rounds), f"batch {batch}"):
-                answers = {name: runs[name]() for name in rng.sample(SETTINGS, len(SETTINGS))}
-                check(answers)
-                for name, answer in answers.items():
-                    seconds[name].append(answer["seconds"])
-            result[f"batch_{batch}"] = summarise(seconds, batch)
+        ours = Engine(model, [*plans, closed], plugin=True)
+
+        def once(setting: str, texts: list[list[int]], tokens: int) -> dict[str, Any]:
+            if setting in REVISIONS:
+                resident = plans[: REVISIONS[setting]]
+                drawn = rng.sample(resident, min(len(texts), len(resident)))
+                revisions = [drawn[index % len(drawn)].revision for index in range(len(texts))]
+            else:
+                revisions = [closed.revision if setting == "gated" else "none"] * len(texts)
+            return (vanilla if setting == "vanilla" else ours).run(texts, revisions, tokens)
+
+        def play(name: str) -> dict[str, float]:
+            texts, tokens, settings = work[name]
+            answers = {item: once(item, texts, tokens) for item in rng.sample(settings, len(settings))}
+            check(answers)
+            return {item: answer["seconds"] for item, answer in answers.items()}
+
+        for name in work:
+            play(name)  # warm up
+        seconds: dict[str, list[dict[str, float]]] = {name: [] for name in work}
+        longest = 0.0
+        for done in track(range(rounds), "rounds"):
+            begun = time.monotonic()
+            if done > 1 and begun - started + longest > 60 * minutes:
+                break
+            for name in work:
+                seconds[name].append(play(name))
+            longest = max(longest, time.monotonic() - begun)
     finally:
         vanilla.close()
-        ours.close()
+        if ours is not None:
+            ours.close()
+    result: dict[str, Any] = {"rounds": len(seconds["batch_1"])}
+    for name, (texts, tokens, settings) in work.items():
+        result[name] = summarise(seconds[name], settings, len(texts) * tokens)
+    for batch in BATCHES:
+        for row in result[f"batch_{batch}"].values():
+            row["itl_ms"] = round(1000 * row["seconds"] / OUTPUT_TOKENS, 3)
     return result
 
 
 def check(answers: dict[str, dict[str, Any]]) -> None:
     """The figures count only if the outputs are right."""
-    if answers["idle"]["tokens"] != answers["vanilla"]["tokens"]:
-        raise RuntimeError("the idle plugin changed an answer")
-    if answers["idle"]["edits"] or not answers["steered"]["edits"]:
-        raise RuntimeError(f"edits: idle {answers['idle']['edits']}, steered {answers['steered']['edits']}")
+    for setting, answer in answers.items():
+        like = "steered" if setting in REVISIONS else "vanilla"
+        if answer["tokens"] != answers[like]["tokens"]:
+            raise RuntimeError(f"the answers under {setting!r} are not those under {like!r}")
+        if bool(answer["edits"]) != (setting in REVISIONS):
+            raise RuntimeError(f"{answer['edits']} edits were applied under {setting!r}")
 
 
-def summarise(seconds: dict[str, list[float]], batch: int) -> dict[str, Any]:
+def summarise(rounds: list[dict[str, float]], settings: tuple[str, ...], tokens: int) -> dict[str, Any]:
     """Throughput of each setting, and its ratio to vanilla within each round."""
-    tokens = batch * OUTPUT_TOKENS
     summary: dict[str, Any] = {}
-    for name in SETTINGS:
-        ratios = [base / own for base, own in zip(seconds["vanilla"], seconds[name], strict=True)]
+    for name in settings:
+        ratios = [one["vanilla"] / one[name] for one in rounds]
         quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        seconds = statistics.median(one[name] for one in rounds)
         summary[name] = {
-            "tokens_per_s": round(tokens / statistics.median(seconds[name]), 1),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "seconds": round(seconds, 5),
             "over_vanilla": round(statistics.median(ratios), 4),
             "quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)],
         }
     return summary
+
+
+def headline(result: dict[str, Any], price_per_hour: float | None) -> dict[str, Any]:
+    """What stands for the run: a full batch's throughput and the long prompt's TTFT, over vanilla."""
+    full, long = result[f"batch_{max(BATCHES)}"], result[f"ttft_{max(TTFT_PROMPTS)}"]["steered"]
+    low, high = long["quartiles"]
+    found: dict[str, Any] = {name: full[name]["over_vanilla"] for name in ("idle", "steered", "k64")}
+    found["ttft"] = round(1 / long["over_vanilla"], 4)
+    found["spreads"] = {name: full[name]["quartiles"] for name in ("idle", "steered", "k64")}
+    found["spreads"]["ttft"] = [round(1 / high, 4), round(1 / low, 4)]
+    if price_per_hour is not None:
+        per_request = {name: row["seconds"] / max(BATCHES) for name, row in full.items()}
+        found["cost_per_1000_requests"] = {
+            name: round(1000 * seconds * price_per_hour / 3600, 5) for name, seconds in per_request.items()
+        }
+    return found
 
 
 def machine() -> str:
@@ -212,23 +269,25 @@ def commit() -> str:
 def main() -> None:
     """Measure, show a table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds per batch size")
+    parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds at most")
+    parser.add_argument("--minutes", type=float, default=12, help="begin no round that would end later")
+    parser.add_argument("--price-per-hour", type=float, help="of this machine; adds cost per 1,000 requests")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line at the end")
     options = parser.parse_args()
+    measured = measure(options.rounds, options.minutes)
     result = {
-        "rounds": options.rounds,
+        **headline(measured, options.price_per_hour),
         "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "commit": commit(),
         "model": "smollm2-135m-instruct, bfloat16, eager",
-        **measure(options.rounds),
+        **measured,
     }
     console = Console()
-    for batch in ("batch_1", "batch_16"):
-        for name in SETTINGS:
-            row = result[batch][name]
+    for name, settings in measured.items():
+        for setting, row in settings.items() if isinstance(settings, dict) else ():
             console.print(
-                f"{batch:9} {name:8} {row['tokens_per_s']:8} tok/s  x{row['over_vanilla']:.4f} "
+                f"{name:9} {setting:8} {row['tokens_per_s']:8} tok/s  x{row['over_vanilla']:.4f} "
                 f"of vanilla (quartiles {row['quartiles'][0]:.4f} to {row['quartiles'][1]:.4f})"
             )
     RESULTS.mkdir(exist_ok=True)
