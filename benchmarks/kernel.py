@@ -1,0 +1,145 @@
+"""How near the edit op comes to its floor: the bytes it must move over bandwidth, or one launch if longer.
+
+    python -m benchmarks.kernel [--repeats 50] [--json]
+
+Width 4,096, bfloat16 with a residual, 256 resident rows of 8 units, every token steered. A decode step of T
+tokens draws T of the rows; a prefill of 8,192 tokens is of one. Beside the op: the grouped path in plain
+torch, and an edit that only adds each row's vector. Bandwidth and launch are measured in the same run; the
+op's result is held against the grouped path's. Without a GPU there is only the grouped path, and the result
+says so.
+
+What it does not show: anything around the op in an engine (see `benchmarks.steering`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.steering import RESULTS, commit, machine
+from steering_kernels.ops import RowEdits, SiteTable, StepMap, apply_edits
+
+WIDTH, ROWS, UNITS = 4096, 256, 8
+DECODE, PREFILL = (1, 4, 16, 64, 256), 8192
+
+
+def make_table(device: torch.device) -> SiteTable:
+    """All rows resident: JumpReLU features that are scaled."""
+    table = SiteTable(WIDTH, rows=ROWS + 1, units=ROWS * UNITS, scales=0, device=device)
+    column = torch.zeros(UNITS)
+    for row in range(1, ROWS + 1):
+        table.set_row(
+            row,
+            RowEdits(
+                read=torch.randn(UNITS, WIDTH) / WIDTH**0.5,
+                write=torch.randn(UNITS, WIDTH) / WIDTH**0.5,
+                bias=column,
+                threshold=column + 0.1,
+                gain=column - 0.65,
+                offset=column,
+                low=column - torch.inf,
+                high=column + torch.inf,
+                max_norm=column + torch.inf,
+                gate=column.int(),
+                topk=column.int() - 1,
+                scale=torch.zeros(0, WIDTH),
+                scale_gate=torch.zeros(0, dtype=torch.int32),
+            ),
+        )
+    return table
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median seconds of a call, after a warm-up."""
+    for _ in range(3):
+        call()
+    spans = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            spans.append(begin.elapsed_time(end) / 1000)
+        else:
+            started = time.perf_counter()
+            call()
+            spans.append(time.perf_counter() - started)
+    return statistics.median(spans)
+
+
+def measure(repeats: int) -> dict[str, Any]:
+    """Time over floor of every implementation that this machine has, by tokens."""
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table = make_table(device)
+    block, copy = torch.zeros(2, 2**26, dtype=torch.bfloat16, device=device)
+    bandwidth = 2 * block.nbytes / seconds_of(lambda: copy.copy_(block), device, 5)
+    one = torch.zeros(1, device=device)
+    launch = seconds_of(lambda: one.add_(1), device, repeats)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu: no GPU, grouped path only",
+        "bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
+        "launch_us": round(launch * 1e6, 2),
+    }
+    for tokens in (*DECODE, PREFILL):
+        rows = [7] * tokens if tokens == PREFILL else (torch.randperm(ROWS)[:tokens] + 1).tolist()
+        result[f"tokens_{tokens}"] = measure_at(rows, table, bandwidth, launch, repeats)
+    return result
+
+
+def measure_at(
+    rows: list[int], table: SiteTable, bandwidth: float, launch: float, repeats: int
+) -> dict[str, Any]:
+    """One batch, a row for each token."""
+    device, tokens = table.read.device, len(rows)
+    step = StepMap(requests=tokens, gates=1, device=device)
+    ones = [1] * tokens
+    step.begin(rows=rows, slots=list(range(tokens)), num_tokens=ones, first_position=ones, prompt_length=ones)
+    hidden, residual = torch.randn(2, tokens, WIDTH, device=device).bfloat16()
+    floor = max(launch, (3 * hidden.nbytes + len(set(rows)) * UNITS * WIDTH * 4 * 2) / bandwidth)
+
+    def edited(backend: Any) -> Tensor:
+        out = hidden.clone()
+        apply_edits(out, table, step, residual, backend=backend)
+        return out
+
+    calls: dict[str, Callable[[], Any]] = {
+        "grouped": lambda: apply_edits(hidden, table, step, residual, backend="grouped"),
+        "additive": lambda: hidden.add_(table.write[step.row_of_token]),
+    }
+    if device.type == "cuda":
+        assert torch.allclose(edited("triton").float(), edited("grouped").float(), rtol=0.02, atol=1e-3)
+        calls["fused"] = lambda: apply_edits(hidden, table, step, residual, backend="triton")
+    found: dict[str, Any] = {"floor_us": round(floor * 1e6, 2)}
+    for name, call in calls.items():
+        seconds = seconds_of(call, device, repeats)
+        found[name] = {"us": round(seconds * 1e6, 1), "over_floor": round(seconds / floor, 2)}
+    return found
+
+
+def main() -> None:
+    """Measure, print, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=50, help="timed calls per figure")
+    parser.add_argument("--json", action="store_true", help="print one JSON line at the end")
+    options = parser.parse_args()
+    result = {"machine": machine(), "commit": commit(), **measure(options.repeats)}
+    for name, row in result.items():
+        print(f"{name:20} {row}")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "kernel.json").write_text(json.dumps(result, indent=2) + "\n")
+    if options.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
