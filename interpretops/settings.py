@@ -157,7 +157,7 @@ def _plain(value: object) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-_SECRET_FIELDS = frozenset({("store", "postgres_dsn")})
+_SECRET_FIELDS = frozenset({("store", "postgres_dsn"), ("limits", "redis_url")})
 
 
 def _explain(error: ValidationError, sources: Mapping[tuple[str, ...], str], default_source: str) -> str:

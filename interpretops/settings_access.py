@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, SecretStr, StringConstraints, model_validator
 
-from interpretops.settings_section import Label, Name, Section
+from interpretops.settings_section import Label, Name, Seconds, Section
 
 Route = Literal[
     "/v1/chat/completions",
@@ -38,6 +38,27 @@ class Limits(Section):
     """Tokens in a `budget_period`; survives restarts."""
     budget_period: Literal["day", "month"] = "month"
     """When the budget begins anew, in UTC."""
+
+
+class SharedLimits(Section):
+    """Where several gateways count together what tenants use."""
+
+    redis_url: SecretStr | None = None
+    """`redis://user:password@host:port/database`, or `rediss://…` for TLS. Requests and tokens a minute and
+    budgets are then those of all gateways together; `concurrency` stays each gateway's own. None: this one
+    counts alone. Never shown in logs."""
+    when_away: Literal["refuse", "local"] = "refuse"
+    """What happens to requests of limited tenants while Redis does not answer: refused with 503, or counted
+    by each gateway for itself."""
+    timeout_s: Seconds = 0.5
+    """Longest wait for Redis, within a request."""
+
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        url = self.redis_url
+        if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("redis_url must start with redis://, rediss:// or unix://")
+        return self
 
 
 class Tenant(Section):

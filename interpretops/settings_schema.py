@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, SecretStr, StringConstraints, model_validator
 
 from interpretops.default_model import DEFAULT_MODEL
-from interpretops.settings_access import Alias, Binding, Tenant, check_names
+from interpretops.settings_access import Alias, Binding, SharedLimits, Tenant, check_names
 from interpretops.settings_gateway import (
     AuditSettings,
     CanarySettings,
@@ -211,6 +211,8 @@ class Settings(Section):
     """OpenTelemetry traces of requests."""
     canary: CanarySettings = Field(default_factory=CanarySettings)
     """Prompts that the gateway asks by itself, with and without each policy."""
+    limits: SharedLimits = Field(default_factory=SharedLimits)
+    """Where several gateways count together what tenants use."""
     tenants: tuple[Tenant, ...] = ()
     """Who uses the gateway, by key, and how much of it. The limits of a tenant `anonymous` hold for everybody
     when no keys are asked for."""

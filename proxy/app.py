@@ -75,6 +75,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
     if gateway.audit is not None:
         gateway.audit.require()
     meter = gateway.limiter.meter(identity.tenant)
+    await meter.hear_requests()
     with meter.request():
         return await _answer(request, ROUTES[route], meter)
 
@@ -105,6 +106,7 @@ async def _answer(request: web.Request, route: Route, meter: Meter) -> web.Strea
         body["model"] = gateway.engine_model(caller.model)
         if gateway.access.wanted:
             body["cache_salt"] = cache_salt(identity.tenant.id, body.get("cache_salt"))
+        await meter.hear_tokens(body, len(raw))
         charge = meter.reserve(body, len(raw))
         trail.headers.update(meter.headers())
         unknown: int | None = None

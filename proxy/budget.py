@@ -41,15 +41,23 @@ class Budgets:
             self._lock = hold(self._file.with_suffix(".lock"), "paths.state")
             self._used = _read(self._file)
 
+    def period(self, period: Period) -> str:
+        """Name of the running period."""
+        return self._now().strftime(_FORMATS[period])
+
+    def correct(self, tenant: str, period: Period, used: int) -> None:
+        """What all gateways together have used."""
+        self._used[tenant] = self.period(period), used
+
     def used(self, tenant: str, period: Period) -> int:
         """Tokens used in the running period. A clock that is set back begins no new one."""
-        name = self._now().strftime(_FORMATS[period])
+        name = self.period(period)
         begun, amount = self._used.get(tenant, (name, 0))
         return 0 if len(begun) != len(name) or name > begun else amount
 
     def add(self, tenant: str, period: Period, tokens: int) -> None:
         """Count tokens."""
-        name = self._now().strftime(_FORMATS[period])
+        name = self.period(period)
         begun, _ = self._used.get(tenant, (name, 0))
         if len(begun) == len(name):
             name = max(name, begun)

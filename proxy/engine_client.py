@@ -16,7 +16,7 @@ from interpretops.plan import ModelSpec
 
 API: Final = "/interpretops/v1"
 HOLDER_HEADER: Final = "X-Interpretops-Holder"
-"""Who needs the plans that it loads; see `steering_kernels.vllm_plugin.holders`."""
+"""Which gateway speaks: engines keep a plan as long as a gateway that lives holds it."""
 _KEEPALIVE_S = 3.0
 """Shorter than the engine's own 5 s, so that no request goes into a connection that is just being closed."""
 

@@ -29,6 +29,7 @@ from proxy.limits import Limiter
 from proxy.metrics import Metrics
 from proxy.settlements import Settlements
 from proxy.shadow import Shadows
+from proxy.shared_limits import SharedCounts
 from proxy.stalls import StallWatch
 from proxy.state import Gateway
 from proxy.tracing import Tracing
@@ -73,7 +74,9 @@ def make_app(
     intake = Intake(paths.policies, paths.artifacts, catalogue, fleet, metrics, log)
     access = Access(settings, metrics, log)
     budgeted = any(tenant.limits.token_budget is not None for tenant in settings.tenants)
-    budgets = Budgets(paths.state.expanduser() if budgeted else None, log)
+    shared = None if settings.limits.redis_url is None else SharedCounts(settings.limits, metrics, log)
+    alone = budgeted and shared is None
+    budgets = Budgets(paths.state.expanduser() if alone else None, log)
     settlements = Settlements(metrics)
     stalls = StallWatch(settings.gateway, metrics, log)
     shadows = Shadows(
@@ -90,7 +93,7 @@ def make_app(
         catalogue=catalogue,
         intake=intake,
         access=access,
-        limiter=Limiter(budgets),
+        limiter=Limiter(budgets, shared=shared),
         settlements=settlements,
         stalls=stalls,
         shadows=shadows,
@@ -156,12 +159,17 @@ def make_app(
         public.cleanup_ctx.insert(0, keep_audit)
 
     async def keep_budgets(_app: web.Application) -> AsyncIterator[None]:
-        task = asyncio.create_task(budgets.keep(), name="budgets")
+        tasks = [asyncio.create_task(budgets.keep(), name="budgets")]
+        if shared is not None:
+            tasks.append(asyncio.create_task(shared.keep(), name="shared limits"))
         yield
-        await _end(task)
+        for task in tasks:
+            await _end(task)
         await shadows.close()
         await settlements.close()
         budgets.close()
+        if shared is not None:
+            await shared.close()
 
     # Cleaned up in reverse: after all requests have ended, while the engine still knows their receipts.
     public.cleanup_ctx.append(keep_budgets)

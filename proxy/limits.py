@@ -1,4 +1,6 @@
-"""What each tenant may use: requests and tokens a minute, requests at a time, tokens in a period."""
+"""What each tenant may use: requests and tokens a minute, requests at a time, tokens in a period.
+
+Each gateway decides by its own buckets. Where several share Redis, they are filled from there first."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Any, Final
 from interpretops.settings import Limits, Tenant
 from proxy.budget import Budgets
 from proxy.refusal import BudgetSpent, RateLimited
+from proxy.shared_limits import SharedCounts
 
 _UNSTATED_TOKENS: Final = 256
 """What a request is taken to write when it does not say: a guess, put right when it ends."""
@@ -31,6 +34,10 @@ class Bucket:
         self._stamp = now
         return self._level
 
+    def correct(self, level: float, now: float) -> None:
+        """What all gateways together have left in it."""
+        self._level, self._stamp = level, now
+
     def draw(self, amount: float, now: float) -> None:
         """Take out; a negative amount gives back."""
         self._level = min(self.size, self.level(now) - amount)
@@ -43,8 +50,18 @@ class Bucket:
 class Meter:
     """Counts one tenant's use."""
 
-    def __init__(self, tenant: str, limits: Limits, budgets: Budgets, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        tenant: str,
+        limits: Limits,
+        budgets: Budgets,
+        clock: Callable[[], float],
+        shared: SharedCounts | None,
+    ) -> None:
         now = clock()
+        self._shared = shared
+        self._counted = False
+        """Whether Redis counted what is about to be reserved."""
         self._tenant = tenant
         self._limits = limits
         self._budgets = budgets
@@ -52,6 +69,35 @@ class Meter:
         self._requests = _bucket(limits.requests_per_minute, now)
         self._tokens = _bucket(limits.tokens_per_minute, now)
         self.in_flight = 0
+
+    async def hear_requests(self) -> None:
+        """Take a request's share from what all gateways have left, so that `request` decides by that."""
+        limits = self._limits
+        if self._shared is None or self._requests is None:
+            return
+        if limits.concurrency is None or self.in_flight < limits.concurrency:
+            await self._hear(self._shared, "requests", self._requests, 1)
+
+    async def hear_tokens(self, body: Mapping[str, Any], size: int) -> None:
+        """As `hear_requests`, for `reserve`."""
+        shared, limit, period = self._shared, self._limits.token_budget, self._limits.budget_period
+        if shared is None:
+            return
+        if limit is not None:
+            used = await shared.used(self._tenant, self._budgets.period(period))
+            if used is not None:
+                self._budgets.correct(self._tenant, period, used)
+            if self._budgets.used(self._tenant, period) >= limit:
+                return
+        if self._tokens is not None:
+            amount = min(estimate_tokens(body, size), self._tokens.size)
+            await self._hear(shared, "tokens", self._tokens, amount)
+
+    async def _hear(self, shared: SharedCounts, kind: str, bucket: Bucket, amount: int) -> None:
+        level = await shared.draw(self._tenant, kind, bucket.size, amount)
+        self._counted = level is not None
+        if level is not None:
+            bucket.correct(level, self._clock())
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -102,14 +148,23 @@ class Meter:
                     headers=self.headers(),
                 )
             self._tokens.draw(estimate, now)
+            if self._shared is not None and not self._counted:
+                self._shared.settle(self._tenant, bucket=(self._tokens.size, estimate), budget=None)
         return Charge(self, estimate)
 
     def settle(self, estimate: int, used: int) -> None:
         """Charge what was used in place of what was set aside."""
         if self._tokens is not None:
             self._tokens.draw(used - estimate, self._clock())
+        period = self._limits.budget_period
         if self._limits.token_budget is not None:
-            self._budgets.add(self._tenant, self._limits.budget_period, used)
+            self._budgets.add(self._tenant, period, used)
+        if self._shared is not None:
+            self._shared.settle(
+                self._tenant,
+                bucket=None if self._tokens is None else (self._tokens.size, used - estimate),
+                budget=None if self._limits.token_budget is None else (self._budgets.period(period), used),
+            )
 
     def headers(self) -> dict[str, str]:
         """What is left, as OpenAI's clients read it."""
@@ -140,15 +195,23 @@ class Charge:
 class Limiter:
     """The meters of all tenants."""
 
-    def __init__(self, budgets: Budgets, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        budgets: Budgets,
+        clock: Callable[[], float] = time.monotonic,
+        shared: SharedCounts | None = None,
+    ) -> None:
         self._budgets = budgets
         self._clock = clock
+        self._shared = shared
         self._meters: dict[str, Meter] = {}
 
     def meter(self, tenant: Tenant) -> Meter:
         """The meter of a declared tenant."""
         if tenant.id not in self._meters:
-            self._meters[tenant.id] = Meter(tenant.id, tenant.limits, self._budgets, self._clock)
+            self._meters[tenant.id] = Meter(
+                *(tenant.id, tenant.limits, self._budgets, self._clock, self._shared)
+            )
         return self._meters[tenant.id]
 
 

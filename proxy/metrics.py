@@ -188,6 +188,11 @@ class Metrics:
             ("engine",),
             registry=registry,
         )
+        self.limits_away = Gauge(
+            "interpretops_limits_away",
+            "1 while Redis, where gateways count limits together, does not answer.",
+            registry=registry,
+        )
         self.ready = Gauge("interpretops_ready", "1 while some engine is proven to steer.", registry=registry)
         self.engine_starts = Counter("interpretops_engine_starts", "Engines started.", registry=registry)
         self.in_flight = Gauge("interpretops_requests_in_flight", "Requests in progress.", registry=registry)

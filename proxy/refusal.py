@@ -137,6 +137,14 @@ class BudgetSpent(Refusal):
     status = 429
 
 
+class LimitsUnavailable(Refusal):
+    """What the tenant has used cannot be known now, and nothing may be served uncounted."""
+
+    code = "limits_unavailable"
+    status = 503
+    retry = True
+
+
 class UnsupportedMedia(Refusal):
     """The body is not plain UTF-8 JSON."""
 

@@ -63,6 +63,11 @@ def refusals(config: Any) -> list[str]:
         "dual-batch overlap (--enable-dbo)": parallel.use_ubatching,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "data parallelism within one engine, whose cores cannot each be proven; start one engine for each "
+        "replica, and give the gateway all of them (--engine-url, repeated)": parallel.data_parallel_size > 1,
+        "several API servers, of which none knows the others' receipts (--api-server-count=1)": (
+            parallel._api_process_count > 1
+        ),
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "KV-sharing fast prefill": cache.kv_sharing_fast_prefill,
         "priority scheduling (more requests could be half done than there are slots)": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import secrets
@@ -11,10 +12,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from steering_kernels.vllm_plugin.holders import Holders
 from steering_kernels.vllm_plugin.receipts import RECEIPTS
 from steering_kernels.vllm_plugin.self_test import run_self_test
 
 PREFIX = "/interpretops/v1"
+HOLDER_HEADER = "X-Interpretops-Holder"
+"""Which gateway speaks. Several may share an engine; a plan stays as long as one of them holds it."""
 MAX_PLAN_BYTES = 64 * 1024 * 1024
 _STATUS = {"table_full": 507, "invalid_plan": 400, "digest_mismatch": 500}
 
@@ -46,6 +50,11 @@ class SteeringEndpoints:
         self.boot_id = secrets.token_hex(8)
         """Another one after every start, so that the gateway notices an engine that has lost its plans."""
         self._client: Any = None
+        self._holders = Holders()
+        self._changing = asyncio.Lock()
+        """Held while plans come and go: a gateway lets go of one in the moment in which another loads it."""
+        self._testing = asyncio.Lock()
+        """Held during a self-test: two of them would take the probe plans from each other."""
 
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes."""
@@ -68,29 +77,47 @@ class SteeringEndpoints:
                 return _error(413, "plan_too_large", f"plan exceeds {MAX_PLAN_BYTES} bytes")
         if hashlib.sha256(data).hexdigest() != revision:
             return _error(400, "invalid_plan", f"body's sha256 is not {revision}: the plan file is damaged")
-        answers = await EngineCores(self._client).call("interpretops_load", base64.b64encode(data).decode())
+        async with self._changing:
+            return await self._load(_holder(request), revision, bytes(data))
+
+    async def _load(self, holder: str, revision: str, data: bytes) -> Response:
+        cores = EngineCores(self._client)
+        answers = await cores.call("interpretops_load", base64.b64encode(data).decode())
         for answer in answers:
             if "error" in answer:
-                await EngineCores(self._client).call("interpretops_retire", revision)
+                if self._holders.let_go(holder, revision):
+                    await cores.call("interpretops_retire", revision)
                 code = "table_full" if "table full" in answer["error"] else answer["code"]
                 return _error(_STATUS.get(code, 500), code, answer["error"])
+        self._holders.hear(holder)
+        self._holders.hold(holder, revision)
         ranks = [rank for answer in answers for rank in answer["ranks"]]
         return JSONResponse({"revision": revision, "ranks": ranks})
 
-    async def delete_plan(self, revision: str) -> Response:
-        """Retire a revision."""
-        answers = await EngineCores(self._client).call("interpretops_retire", revision)
-        return JSONResponse(
-            {"revision": revision, "in_flight": sum(int(answer["in_flight"]) for answer in answers)}
-        )
+    async def delete_plan(self, revision: str, request: Request) -> Response:
+        """Retire a revision, unless another gateway holds it."""
+        async with self._changing:
+            in_flight = 0
+            if self._holders.let_go(_holder(request), revision):
+                in_flight = await self._retire(revision)
+        return JSONResponse({"revision": revision, "in_flight": in_flight})
 
-    async def attest(self) -> Response:
-        """What every rank of every engine core holds."""
+    async def _retire(self, revision: str) -> int:
+        answers = await EngineCores(self._client).call("interpretops_retire", revision)
+        return sum(int(answer["in_flight"]) for answer in answers)
+
+    async def attest(self, request: Request) -> Response:
+        """What every rank of every engine core holds. What no living gateway holds is retired before."""
+        async with self._changing:
+            self._holders.hear(_holder(request))
+            for revision in self._holders.orphans():
+                await self._retire(revision)
         return JSONResponse(await self._attest())
 
     async def self_test(self) -> Response:
         """Prove through the running model that edits act, on every rank."""
-        failure = await run_self_test(self._client, EngineCores(self._client), await self._attest())
+        async with self._testing:
+            failure = await run_self_test(self._client, EngineCores(self._client), await self._attest())
         if failure is not None:
             return JSONResponse({"ok": False, "reason": failure}, status_code=503)
         return JSONResponse({"ok": True})
@@ -116,6 +143,10 @@ class SteeringEndpoints:
             "passthrough": all(answer["pass_through"] for answer in answers),
             "engines": [{"resident": answer["resident"], "ranks": answer["ranks"]} for answer in answers],
         }
+
+
+def _holder(request: Request) -> str:
+    return request.headers.get(HOLDER_HEADER, "")
 
 
 def _error(status: int, code: str, message: str) -> JSONResponse:

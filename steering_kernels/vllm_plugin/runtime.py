@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,8 @@ class SteeringRuntime:
         self.hooks = SiteHooks(
             model, self.bank, residual_pair=not type(model).__name__.startswith("Transformers")
         )
-        self._edits_of_finished = 0
+        self._edits_of_finished: Counter[str] = Counter()
+        """Of requests that have ended, by the revisions that are resident."""
         self._free_slots = list(range(2 * max_requests))
         self._tracked: dict[str, _Tracked] = {}
         self._in_step: list[str] = []
@@ -76,14 +78,18 @@ class SteeringRuntime:
     def unload(self, revision: str) -> None:
         """Free a revision's row."""
         self.bank.unload(revision)
+        self._edits_of_finished.pop(revision, None)
         self.hooks.refresh()
 
     def attest(self) -> dict[str, Any]:
         """What stands in the tables now, read back from them."""
+        edits = self._edits_of_finished.copy()
+        for entry in self._tracked.values():
+            if entry.args.revision is not None:
+                edits[entry.args.revision] += int(self.bank.step.edited[entry.slot])
         return {
             "resident": {revision: self.bank.digest(revision) for revision in self.bank.row_of},
-            "edits_total": self._edits_of_finished
-            + sum(int(self.bank.step.edited[entry.slot]) for entry in self._tracked.values()),
+            "edits": dict(edits),
         }
 
     def track(self, request_id: str, extra_args: Mapping[str, Any] | None, cached_tokens: int) -> None:
@@ -99,7 +105,9 @@ class SteeringRuntime:
         """A request has ended; unknown ones are ignored."""
         tracked = self._tracked.pop(request_id, None)
         if tracked is not None:
-            self._edits_of_finished += int(self.bank.step.edited[tracked.slot])
+            revision = tracked.args.revision
+            if revision is not None and revision in self.bank.row_of:
+                self._edits_of_finished[revision] += int(self.bank.step.edited[tracked.slot])
             self._free_slots.append(tracked.slot)
 
     def clear_step(self) -> None:

@@ -54,12 +54,12 @@ async def run_self_test(engine_client: Any, cores: Any, attested: dict[str, Any]
             for answer in await cores.call("interpretops_load", base64.b64encode(plan.to_bytes()).decode()):
                 if "error" in answer:
                     return f"the probe plan was refused: {answer['error']}"
-        before = await _edits_by_rank(cores)
+        before = await _edits_by_rank(cores, loud.revision)
         unsteered = await _top_logprobs(engine_client, quiet.revision)
-        if await _edits_by_rank(cores) != before:
+        if any(count for ranks in await _edits_by_rank(cores, quiet.revision) for count in ranks.values()):
             return "an edit of strength 0 was counted as applied"
         steered = await _top_logprobs(engine_client, loud.revision)
-        after = await _edits_by_rank(cores)
+        after = await _edits_by_rank(cores, loud.revision)
     finally:
         for plan in (quiet, loud):
             await cores.call("interpretops_retire", plan.revision)
@@ -77,9 +77,10 @@ async def run_self_test(engine_client: Any, cores: Any, attested: dict[str, Any]
     return f"ranks {partial} did not apply the edits that others did" if partial else None
 
 
-async def _edits_by_rank(cores: Any) -> list[dict[int, int]]:
+async def _edits_by_rank(cores: Any, revision: str) -> list[dict[int, int]]:
+    """What each rank of each core has edited under a revision; other requests may run meanwhile."""
     return [
-        {rank["rank"]: rank["edits_total"] for rank in answer["ranks"]}
+        {rank["rank"]: rank["edits"].get(revision, 0) for rank in answer["ranks"]}
         for answer in await cores.call("interpretops_attest")
     ]
 

@@ -191,6 +191,7 @@ def test_secrets_are_never_shown(tmp_path: Path) -> None:
     wrong = write(tmp_path, "store: {postgres_dsn: 'mysql://user:hunter2@host/db'}\n")
     assert "hunter2" not in fault(wrong)
     assert "hunter2" not in fault(write(tmp_path, "store: {postgres_dsn: [hunter2]}\n"))
+    assert "hunter2" not in fault(write(tmp_path, "limits: {redis_url: 'http://:hunter2@host'}\n"))
 
 
 def test_settings_cannot_change_after_loading() -> None:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +103,57 @@ def run_engine(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
-@dataclass(frozen=True)
 class EngineServer:
-    """A running engine server and a client on its socket."""
+    """An engine server on a socket of its own."""
 
-    process: subprocess.Popen[bytes]
-    socket: Path
-    log: Path
+    def __init__(self, model: Path, folder: Path, name: str) -> None:
+        self.log, self.socket = folder / "log.txt", folder / "engine.sock"
+        self._command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+            *("--uds", str(self.socket), "--served-model-name", name, "--enforce-eager"),
+            *("--max-num-seqs", "16", "--additional-config", json.dumps({"interpretops": {"rows": 8}})),
+        ]
+        self.process: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    def start(self, *arguments: str) -> None:
+        """Start the process; returns long before it answers."""
+        self._command += arguments
+        self.socket.unlink(missing_ok=True)
+        with self.log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                self._command,
+                env=os.environ | {"VLLM_PLUGINS": "interpretops", "VLLM_CPU_KVCACHE_SPACE": "1"},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        """Until it answers."""
+        deadline = time.monotonic() + 300
+        while True:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, "the engine did not start in 300 s"
+            try:
+                with self.client() as client:
+                    if client.get("/health").status_code == 200:
+                        return
+            except httpx.TransportError:
+                time.sleep(0.5)
+
+    def answered(self) -> float:
+        """Requests that it has answered so far."""
+        with self.client() as client:
+            lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total"))
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
 
     def client(self) -> httpx.Client:
         return httpx.Client(
@@ -123,30 +166,8 @@ def engine_server(
     default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EngineServer]:
     """One server with the plugin, for every test that needs its HTTP routes."""
-    folder = tmp_path_factory.mktemp("server")
-    log, socket = folder / "log.txt", folder / "engine.sock"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(default_model_dir)]
-    command += ["--uds", str(socket), "--served-model-name", "m", "--enforce-eager", "--max-model-len", "512"]
-    command += ["--max-num-seqs", "16", "--additional-config", json.dumps({"interpretops": {"rows": 8}})]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command,
-            env=os.environ | {"VLLM_PLUGINS": "interpretops", "VLLM_CPU_KVCACHE_SPACE": "1"},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    server = EngineServer(process, socket, log)
-    deadline = time.monotonic() + 300
-    while True:
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, "the engine did not start in 300 s"
-        try:
-            with server.client() as client:
-                if client.get("/health").status_code == 200:
-                    break
-        except httpx.TransportError:
-            time.sleep(0.5)
+    server = EngineServer(default_model_dir, tmp_path_factory.mktemp("server"), "m")
+    server.start("--max-model-len", "512")
+    server.wait()
     yield server
-    process.terminate()
-    process.wait(60)
+    server.stop()

@@ -93,6 +93,19 @@ def test_next_request_in_a_slot_begins_with_closed_gates(
     runtime.untrack("c")
 
 
+def test_edits_are_attested_by_revision(steered: tuple[SteeringRuntime, Any, Plan]) -> None:
+    """A self-test finds its own edits among those of other requests, running ones and ended ones."""
+    runtime, model, plan = steered
+    before = runtime.attest()["edits"].get(plan.revision, 0)
+    runtime.track("f", arguments(plan.revision), 0)
+    run(runtime, model, "f", 0, 5)
+    assert runtime.attest()["edits"][plan.revision] == before + 1
+    runtime.untrack("f")
+    runtime.track("g", arguments("none"), 0)
+    runtime.untrack("g")
+    assert runtime.attest()["edits"] == {plan.revision: before + 1}
+
+
 def test_pass_that_cannot_be_laid_out_does_not_run(steered: tuple[SteeringRuntime, Any, Plan]) -> None:
     """An unknown request, a revision that is not resident, a request that names none: each raises."""
     runtime, _model, _plan = steered
