@@ -3,7 +3,7 @@
     python -m benchmarks.soak [--minutes 30] [--workers 8] [--reload-every 20] [--json]
 
 Workers ask for chats, whole and streamed, under policies chosen by header, under a mandatory one and under
-none, and hang up in the middle of one in ten. A policy file changes every 20 seconds and is reloaded.
+none, and leave one stream in ten after its first bytes. A policy file changes every 20 s and is reloaded.
 Every answer is held to the policy asked for, to a revision that was in force while it was made, and to its
 receipt. Memory, file descriptors, threads, table rows and asyncio tasks are taken before, every ten seconds,
 and after, each time at rest; their slope is that of the second half of the time. Latencies are compared
