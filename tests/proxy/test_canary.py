@@ -127,6 +127,9 @@ async def test_unproven_or_failing_pair_is_counted_and_changes_nothing(canary, s
     engine._answer = type(engine)._answer.__get__(engine)
     for engine.trick in ("no_receipt", "wrong_revision"):
         await canary.step("calm")
+    for link in front.apps.gateway.fleet.links.values():
+        link.lose("as in a restart")
+    await canary.step("calm")
     assert 'interpretops_canary_pairs_total{policy="calm",result="failed"} 2.0' in shown(front)
     assert "interpretops_canary_n{" not in shown(front)
 
@@ -146,7 +149,7 @@ async def test_latency_over_budget_does_what_the_policy_says(canary, scripted, a
     canary.clock = lambda: now[0]
     path = front.policies / "calm.yaml"
     path.write_text(text + path.read_text().replace("0.5", "0.25"))
-    await front.apps.gateway.catalogue.reload()
+    await front.apps.gateway.intake.reload()
     assert (await front.chat(model="tiny-model+calm"))[0] == 200
     for _ in range(16):
         await canary.step("calm")
@@ -183,7 +186,7 @@ async def test_alert_needs_the_whole_interval_beyond_the_promise(canary, scripte
         path.read_text().replace("0.5", "0.25")
         + "evaluation: {success_criteria: {defense_efficacy_min: 0.6, collateral_damage_max: 0.1}}\n"
     )
-    await catalogue.reload()
+    await front.apps.gateway.intake.reload()
     breach = 'interpretops_canary_breach{measure="defense_efficacy",policy="calm"} '
     for _ in range(40):
         await canary.step("calm")

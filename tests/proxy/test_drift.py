@@ -79,7 +79,7 @@ async def test_baseline_outlasts_a_restart_and_belongs_to_its_revision(front, st
     assert 'drift_psi{policy="calm"}' in shown(again)
     path = again.policies / "calm.yaml"
     path.write_text(path.read_text().replace("0.5", "0.25"))
-    await again.apps.gateway.catalogue.reload()
+    await again.apps.gateway.intake.reload()
     note(again, 5, LEAST)
     assert 'drift_psi{policy="calm"}' not in shown(again)
 
