@@ -1,8 +1,7 @@
 """The job `fit-gate`: from harmful and benign prompts to a learned gate and a learned edit behind it.
 
-The gate's rows gather what speaks for the class while the prompt is read, a probe at its last token opens
-the gate for the rest of the request, and the edit behind it writes the refusal. The threshold is chosen on
-the selection prompts; the test prompts are only reported on.
+An attention probe over the prompt opens the gate for the rest of the request, and the edit behind it writes
+the refusal. The threshold is chosen on the selection prompts; the test prompts are only reported on.
 """
 
 import hashlib
@@ -21,9 +20,10 @@ from discovery.gate_data import GateData, format_groups, is_harmful
 from discovery.gate_probe import auroc
 from discovery.gated_answers import edited_answers
 from discovery.gated_edit import ANSWER_TOKENS, EditSettings, Example, Pick, settings_record, train_edit
-from discovery.learned_gate import GateSettings, Labelled, LearnedGate, train_gate
+from discovery.learned_gate import GateSettings, Labelled, new_gate, train_gate
 from discovery.low_rank import LowRankRows
 from discovery.progress import meter
+from discovery.prompt_activations import PromptActivations
 from discovery.prompt_variants import conversation, conversation_ids
 from discovery.refusal import targets
 from discovery.trace import batches
@@ -39,7 +39,7 @@ JUDGED_TOKENS = 32
 MEASURED = 96
 """Training prompts on which the norms of the residual stream are measured."""
 SINK_RATIO = 4.0
-"""Tokens with a norm of more than so many medians are sinks, which the gate's rows must not move."""
+"""Tokens with a norm of more than so many medians are sinks, which the gate does not read."""
 WRITTEN_TOKENS = 96
 """Length of a text that the model writes from an opening."""
 
@@ -52,10 +52,10 @@ class GateFit:
     ) -> None:
         edit.check()
         gate.check()
-        model.check_layers([gate.layer, *gate.rows_at, *edit.layers])
-        if min(edit.layers) < gate.layer:
+        model.check_layers([*gate.layers, *edit.layers])
+        if min(edit.layers) < gate.layers[-1]:
             raise DiscoveryError(
-                f"layers = {edit.layers}, but the gate reads at layer {gate.layer}, after that"
+                f"layers = {edit.layers}, but the gate reads at layer {gate.layers[-1]}, after that"
             )
         self.model, self.data, self.gate_settings, self.edit_settings = model, data, gate, edit
         self.work = work
@@ -65,18 +65,18 @@ class GateFit:
             "model": model.spec.fingerprint,
         }
         self.plain_text = [tuple(model.text_ids(text)) for text in data.plain_text] + self._written()
-        self.norms, self.max_norm = self._measure_norms(sorted({gate.layer, *gate.rows_at, *edit.layers}))
-        self.gate = train_gate(
-            LearnedGate(model, gate, self.norms, self.max_norm),
-            self._draw,
-            work,
-            self.identity,
-        )
+        self.norms, self.max_norm = self._measure_norms(sorted({*gate.layers, *edit.layers}))
+        chance = random.Random(gate.seed)  # noqa: S311 (sampling)
+        examples = [self._draw(chance) for _ in range(gate.examples)]
+        activations = PromptActivations(model, [ids for ids, _ in examples], gate.layers, work)
+        untrained = new_gate(gate, activations, [self.max_norm[layer] for layer in gate.layers])
+        of_class = [wanted for _, wanted in examples]
+        self.gate = train_gate(untrained, activations, of_class, work, self.identity)
         self.prompts = format_groups(model, data.select | data.test)
         total = sum(len(ids) for group in self.prompts.values() for ids in group)
         with meter("fit-gate: readings", total, "tokens") as progress:
             self.readings = {
-                name: self.gate.readings(group, progress) for name, group in self.prompts.items()
+                name: self.gate.readings(model, group, progress) for name, group in self.prompts.items()
             }
 
     def _written(self) -> list[tuple[int, ...]]:
@@ -138,21 +138,11 @@ class GateFit:
             {n: self.norms[n] for n in settings.layers},
             settings.seed,
         )
-        identity = {
-            "settings": settings_record(settings),
-            "gate": self.gate_settings.trained(),
-            **self.identity,
-        }
-        for parameter in self.gate.parameters():
-            parameter.requires_grad_(False)
+        identity = {"settings": settings_record(settings), **self.identity}
+        if settings.benign_weight > 0:  # only then does the edit depend on what opens the gate
+            identity["gate"] = self.gate_settings.trained()
         return train_edit(
-            self.model,
-            edit,
-            self.gate.edits(),
-            self._picker(),
-            settings,
-            self.work / "edit.safetensors",
-            identity,
+            self.model, edit, self._picker(), settings, self.work / "edit.safetensors", identity
         )
 
     def _picker(self) -> Pick:
@@ -181,7 +171,7 @@ class GateFit:
         listed = [p for name, group in self.data.train.items() if not is_harmful(name) for p in group]
         all_ids = [tuple(self.model.chat_ids(prompt)) for prompt in listed]
         ids = [prompt for prompt in all_ids if len(prompt) <= LONGEST_TRAINED]
-        order = self.gate.readings(ids).argsort(descending=True)[:HARD_BENIGN].tolist()
+        order = self.gate.readings(self.model, ids).argsort(descending=True)[:HARD_BENIGN].tolist()
         prompts = [ids[index] for index in order]
         path = self.work / "benign_answers.json"
         key = hashlib.sha256(repr(prompts).encode()).hexdigest()
@@ -214,7 +204,6 @@ class GateFit:
                     [self.prompts[name][i] for i in opened],
                     JUDGED_TOKENS,
                     progress,
-                    self.gate.edits(),
                 )
                 results[name] = [{"reading": reading, "refused": False} for reading in readings]
                 for index, ids in zip(opened, answers, strict=True):

@@ -19,9 +19,11 @@ from interpretops.atomic_file import write_atomically
 from interpretops.dictionary.manifest import MetricsRecord, TrainingRecord, write_manifest
 from interpretops.plan import Site
 from interpretops.site import Point
+from interpretops.vectors import FINGERPRINT_KEY
 
 PROBE = "probe.safetensors"
 POINT: Point = "resid_post"
+GATE = "harmful-request"
 
 
 def write_gate(
@@ -35,12 +37,9 @@ def write_gate(
 ) -> Path:
     """Write adapter, probe, manifest and run record to ``folder``. Returns the manifest's path."""
     sites = {}
-    parts = [(fit.gate.rows, fit.gate_settings.rows_at), (edit, fit.edit_settings.layers)]
-    for rows, layers in parts:
-        for layer in layers:
-            read, bias, write = (tensor.numpy().astype(np.float32) for tensor in rows.rows(layer))
-            sites[Site(layer, POINT)] = AdapterSite(read, write, bias, "relu", round(fit.max_norm[layer], 1))
-    direction, _ = fit.gate.probe()
+    for layer in fit.edit_settings.layers:
+        read, bias, write = (tensor.numpy().astype(np.float32) for tensor in edit.rows(layer))
+        sites[Site(layer, POINT)] = AdapterSite(read, write, bias, "relu", round(fit.max_norm[layer], 1))
     record = run_record(
         "fit-gate",
         fit.edit_settings.seed,
@@ -55,8 +54,8 @@ def write_gate(
             sorted({f"{s.name or s.path.stem} ({s.licence})" for group in trained.values() for s in group})
         ),
         seed=fit.edit_settings.seed,
-        method="ReLU rows on the prompt, a probe at its end, ReLU rows behind it, through the frozen model",
-        steps=fit.gate_settings.steps + fit.edit_settings.steps,
+        method="an attention probe over the prompt, ReLU rows behind it trained through the frozen model",
+        steps=fit.edit_settings.steps,
         commit=record["commit"],
     )
     manifest = write_adapter(
@@ -75,7 +74,14 @@ def write_gate(
             name.removeprefix("select_"): row for name, row in report.items() if name.startswith("select_")
         },
     )
-    write_atomically(folder / PROBE, save_safetensors({"probe": direction.numpy().astype(np.float32)}))
+    probe = {
+        f"{layer}.{name}": tensor.numpy().astype(np.float32)
+        for layer, numbers in fit.gate.numbers().items()
+        for name, tensor in numbers.items()
+    }
+    for layer in fit.gate_settings.layers:
+        probe[f"{layer}.max_norm"] = np.array([round(fit.max_norm[layer], 1)], np.float32)
+    write_atomically(folder / PROBE, save_safetensors(probe, {FINGERPRINT_KEY: fit.model.spec.fingerprint}))
     write_json(
         folder / "run.json", record | {"results": json.loads(json.dumps(report)), "threshold": threshold}
     )
@@ -83,45 +89,30 @@ def write_gate(
 
 
 def policy_text(fit: GateFit, adapter: str, policy_id: str, target_class: str, threshold: float) -> str:
-    """The policy file: the gate's rows on the prompt, and the edit behind the gate."""
-    _, bias = fit.gate.probe()
-    gates: dict[str, Any] = {}
-    interventions = []
-    if fit.gate_settings.rows_at:
-        gates["while-reading"] = {"phase": "prefill"}
-        interventions.append(_lora(adapter, fit.gate_settings.rows_at, "while-reading"))
-    gates["harmful-request"] = {
-        "layer": fit.gate_settings.layer,
-        "point": POINT,
-        "conditions": [
-            {
-                "probe": {"file": f"adapters/{adapter}/{PROBE}", "tensor": "probe"},
-                "bias": round(bias, 6),
-                "threshold": threshold,
-            }
-        ],
-        "scope": "prompt_end",
-        "latched": True,
-        "max_norm": round(fit.max_norm[fit.gate_settings.layer], 1),
-    }
-    interventions.append(_lora(adapter, fit.edit_settings.layers, "harmful-request"))
+    """The policy file: the probe's gate, and the edit behind it."""
     policy = {
         "meta": {
             "id": policy_id,
-            "description": "Refuses when a probe at the end of the prompt reads a harmful request",
+            "description": "Refuses when an attention probe over the prompt reads a harmful request",
             "target_class": target_class,
         },
-        "gates": gates,
-        "interventions": interventions,
+        "gates": {
+            GATE: {
+                "layer": fit.gate_settings.layers[-1],
+                "point": POINT,
+                "conditions": [{"attention_probe": f"adapters/{adapter}/{PROBE}", "threshold": threshold}],
+                "scope": "prompt",
+                "latched": True,
+            }
+        },
+        "interventions": [
+            {
+                "type": "lora_gate",
+                "selector": {"block": "resid", "layers": list(fit.edit_settings.layers)},
+                "adapter": adapter,
+                "alpha": 1.0,
+                "gate": GATE,
+            }
+        ],
     }
     return yaml.safe_dump(policy, sort_keys=False, width=110)
-
-
-def _lora(adapter: str, layers: tuple[int, ...], gate: str) -> dict[str, Any]:
-    return {
-        "type": "lora_gate",
-        "selector": {"block": "resid", "layers": list(layers)},
-        "adapter": adapter,
-        "alpha": 1.0,
-        "gate": gate,
-    }

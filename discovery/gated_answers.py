@@ -1,11 +1,11 @@
 """Greedy answers under a learned edit whose gate is open from the last prompt token on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from discovery.frozen_model import Edit, FrozenModel
-from discovery.gated_edit import first_token, prompt_cache
+from discovery.frozen_model import FrozenModel
+from discovery.gated_edit import prompt_cache
 from discovery.low_rank import LowRankRows
 from discovery.progress import Meter
 
@@ -19,12 +19,8 @@ def edited_answers(
     prompts: Sequence[Sequence[int]],
     most: int,
     progress: Meter | None = None,
-    before: Mapping[int, Edit] | None = None,
 ) -> list[list[int]]:
-    """Answers of at most ``most`` tokens, without end-of-turn token; without edits the model's own.
-
-    ``before`` are the gate's own edits of the prompt.
-    """
+    """Answers of at most ``most`` tokens, without end-of-turn token; without edits the model's own."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: list[list[int]] = [[] for _ in prompts]
     start = 0
@@ -32,7 +28,7 @@ def edited_answers(
         size = max(1, min(BATCH, 12_000 // len(prompts[order[min(start + BATCH, len(order)) - 1]])))
         chunk = order[start : start + size]
         start += size
-        answers = _answer(model, edit, before or {}, [prompts[i] for i in chunk], most)
+        answers = _answer(model, edit, [prompts[i] for i in chunk], most)
         for index, answer in zip(chunk, answers, strict=True):
             found[index] = answer
         if progress is not None:
@@ -43,29 +39,26 @@ def edited_answers(
 def _answer(
     model: FrozenModel,
     edit: LowRankRows | None,
-    before: Mapping[int, Edit],
     prompts: Sequence[Sequence[int]],
     most: int,
 ) -> list[list[int]]:
     tokens, mask = model.pad([ids[:-1] for ids in prompts], side="left")
-    cache = prompt_cache(model, before, tokens, mask)
+    cache = prompt_cache(model, tokens, mask)
     now = torch.tensor([[ids[-1]] for ids in prompts], device=tokens.device)
     place = mask.sum(1, keepdim=True)
     answers: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     edits = {} if edit is None else {int(layer): edit.at(int(layer)) for layer in edit.a}
     with model.edited(edits):
-        for step in range(most):
+        for _ in range(most):
             mask = torch.cat([mask, torch.ones_like(place)], 1)
-            prompt_end = {layer: first_token(one) for layer, one in before.items()} if step == 0 else {}
-            with model.edited(prompt_end):
-                logits = model.network(
-                    input_ids=now,
-                    attention_mask=mask,
-                    position_ids=place,
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits
+            logits = model.network(
+                input_ids=now,
+                attention_mask=mask,
+                position_ids=place,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
             if edit is not None:
                 edit.firing.clear()
             now = logits[:, -1].argmax(-1, keepdim=True)

@@ -1,15 +1,15 @@
 """The learned gated low-rank edit: ReLU rows at a few layers, trained through the frozen model.
 
 At each layer ``x' = x + B relu(A x + b)`` with A [R, D], B [D, R], on the last prompt token and on generated
-tokens alone: what a plan does whose gate is read at the end of the prompt and latched. The prompt before
-it carries the gate's own rows and no other edit, so its keys and values are computed once without
-gradients, and a step costs only the answer's tokens. Harmful prompts are taught a refusal (cross-entropy);
+tokens alone: what a plan does whose gate is decided at the end of the prompt and latched. The prompt before
+it is not edited, so its keys and values are computed once without gradients, and a step costs only the
+answer's tokens. Harmful prompts are taught a refusal (cross-entropy);
 with a benign weight, benign ones keep the untouched model's distribution on its own answer (KL divergence),
 as if the gate had opened by mistake: that spares some of them, and lets some harmful ones through.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from discovery.checkpoint import learning_rate, restore_checkpoint, save_checkpoint
 from discovery.errors import DiscoveryError
-from discovery.frozen_model import Edit, FrozenModel
+from discovery.frozen_model import FrozenModel
 from discovery.low_rank import LowRankRows
 from discovery.progress import meter
 
@@ -75,13 +75,12 @@ Pick = Callable[[int], tuple[Sequence[Example], Sequence[Example]]]
 def train_edit(
     model: FrozenModel,
     edit: LowRankRows,
-    before: Mapping[int, Edit],
     pick: Pick,
     settings: EditSettings,
     checkpoint: Path,
     identity: Any,
 ) -> LowRankRows:
-    """Train, or go on training from ``checkpoint``; ``before`` are the gate's own edits of the prompt."""
+    """Train, or go on training from ``checkpoint``."""
     settings.check()
     optimizer = torch.optim.Adam(edit.parameters(), lr=settings.learning_rate)
     step = restore_checkpoint(edit, optimizer, checkpoint, identity)
@@ -90,7 +89,7 @@ def train_edit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings.learning_rate, step, settings.steps)
             harmful, benign = pick(step)
-            refuse, stay, firing = losses(model, edit, before, harmful, benign)
+            refuse, stay, firing = losses(model, edit, harmful, benign)
             loss = refuse + settings.benign_weight * stay + settings.firing_weight * firing
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -106,22 +105,21 @@ def train_edit(
 def losses(
     model: FrozenModel,
     edit: LowRankRows,
-    before: Mapping[int, Edit],
     harmful: Sequence[Example],
     benign: Sequence[Example],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of the refusals, KL on the benign answers, size of the edit on the benign tokens."""
     edit.firing.clear()
-    logits, target, live = _answer_logits(model, edit, before, harmful)
+    logits, target, live = _answer_logits(model, edit, harmful)
     picked = log_softmax(logits.float(), -1).gather(-1, target[..., None])[..., 0]
     refuse = -(picked * live).sum() / live.sum()
     if not benign:
         return refuse, torch.zeros(()), torch.zeros(())
     edit.firing.clear()
-    logits, _, live = _answer_logits(model, edit, before, benign)
+    logits, _, live = _answer_logits(model, edit, benign)
     firing = sum((size * live).sum() / live.sum() for size in edit.firing) / max(len(edit.firing), 1)
     with torch.no_grad():
-        reference, _, _ = _answer_logits(model, None, before, benign)
+        reference, _, _ = _answer_logits(model, None, benign)
     divergence = kl_div(
         log_softmax(logits.float(), -1), log_softmax(reference.float(), -1), log_target=True, reduction="none"
     )
@@ -130,16 +128,16 @@ def losses(
 
 
 def _answer_logits(
-    model: FrozenModel, edit: LowRankRows | None, before: Mapping[int, Edit], examples: Sequence[Example]
+    model: FrozenModel, edit: LowRankRows | None, examples: Sequence[Example]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [B, T, V], target ids and mask [B, T] over the answers, edited from the prompt's end on."""
     prompt, prompt_mask = model.pad([example.prompt[:-1] for example in examples], side="left")
     read, read_mask = model.pad([(example.prompt[-1], *example.answer[:-1]) for example in examples])
     target, _ = model.pad([example.answer for example in examples])
-    cache = prompt_cache(model, before, prompt, prompt_mask)
+    cache = prompt_cache(model, prompt, prompt_mask)
     answer_positions = prompt_mask.sum(1, keepdim=True) + torch.arange(read.shape[1], device=read.device)
     edits = {} if edit is None else {int(layer): edit.at(int(layer)) for layer in edit.a}
-    with model.edited({layer: first_token(one) for layer, one in before.items()}), model.edited(edits):
+    with model.edited(edits):
         logits = model.network(
             input_ids=read,
             attention_mask=torch.cat([prompt_mask, read_mask], 1),
@@ -151,20 +149,14 @@ def _answer_logits(
 
 
 @torch.no_grad()
-def prompt_cache(model: FrozenModel, before: Mapping[int, Edit], tokens: Tensor, mask: Tensor) -> Any:
-    """Keys and values of prompts [B, T], padded on the left, under the gate's own edits."""
-    with model.edited(before):
-        return model.network.base_model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=True,
-        ).past_key_values
-
-
-def first_token(edit: Edit) -> Edit:
-    """The edit, on the first token of what is run alone: the prompt's last one."""
-    return lambda x: torch.cat([edit(x[:, :1]), x[:, 1:]], 1)
+def prompt_cache(model: FrozenModel, tokens: Tensor, mask: Tensor) -> Any:
+    """Keys and values of prompts [B, T], padded on the left."""
+    return model.network.base_model(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+    ).past_key_values
 
 
 def settings_record(settings: EditSettings) -> dict[str, Any]:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from interpretops.errors import PlanError
-from interpretops.plan import MAX_GATES, ModelSpec, Plan, Site, SiteEdits, content_digest
-from steering_kernels.ops import GateView, RowEdits, SiteTable, StepMap, TableFullError
+from interpretops.plan import MAX_GATES, PROBE_FIELDS, ModelSpec, Plan, Site, SiteEdits, content_digest
+from steering_kernels.ops import (
+    MEMORY_COLUMNS,
+    GateView,
+    ProbeHeads,
+    PromptPart,
+    RowEdits,
+    SiteTable,
+    StepMap,
+    TableFullError,
+    new_memory,
+)
+
+SlotsOf = Callable[[int, int], npt.NDArray[np.int64]]
+"""Memory slots of the first so many tokens of the request at a place in the batch."""
 
 
 class PlanBank:
@@ -45,6 +59,8 @@ class PlanBank:
         self._gates_of: dict[int, list[tuple[Site | None, GateView]]] = {}
         self.row_of: dict[str, int] = {}
         self._sites_of: dict[int, frozenset[Site]] = {}
+        self._reads_prompts: frozenset[int] = frozenset()
+        """Rows with a gate that reads whole prompts."""
         self._lock = threading.Lock()
 
     def load(self, plan: Plan) -> int:
@@ -72,12 +88,8 @@ class PlanBank:
                 for done in placed:
                     self.tables[done].clear_row(row)
                 raise PlanError(f"table full at site {site}: {error}; retire a revision first") from error
-            self._gates_of[row] = [
-                (gate.site, _gate_view(plan, index, row, self.device))
-                for index, gate in enumerate(plan.gates)
-                if index > 0
-            ]
-            self._sites_of[row] = frozenset(plan.edits) | {g.site for g in plan.gates if g.site is not None}
+            self._gates_of[row] = _gate_views(plan, row, self.device)
+            self._sites_of[row] = frozenset(plan.edits) | {s for s, _ in self._gates_of[row] if s is not None}
             self.row_of[revision] = row
             self._index_gates()
             return row
@@ -106,11 +118,14 @@ class PlanBank:
             for site, table in self.tables.items()
             if row in table.views
         }
-        gates = [
-            (site, {name: _to_numpy(getattr(gate, name).float()) for name in ("read", "bias", "cut")})
-            for site, gate in self._gates_of[row]
-        ]
-        return content_digest(edits, gates)
+        gates: dict[int, tuple[Site | None, dict[str, npt.NDArray[np.float32]]]] = {}
+        for site, gate in self._gates_of[row]:
+            held = {name: getattr(gate, name) for name in ("read", "bias", "cut")}
+            if gate.probe is not None:
+                held |= {f"{site}.{name}": getattr(gate.probe, name) for name in PROBE_FIELDS}
+            earlier = gates.get(gate.index, (None, {}))[1]
+            gates[gate.index] = (site, earlier | {name: _to_numpy(held[name].float()) for name in held})
+        return content_digest(edits, list(gates.values()))
 
     def begin_step(
         self,
@@ -120,22 +135,44 @@ class PlanBank:
         num_tokens: Sequence[int],
         first_position: Sequence[int],
         prompt_length: Sequence[int],
+        memory_slots: SlotsOf | None = None,
     ) -> None:
         """Lay out the coming forward pass, one entry per request; revision None passes through.
 
+        ``memory_slots`` is asked only for prompts that a gate reads whole; they need `keep_memory` before.
         Raises KeyError for a revision that is not resident: the caller must not run the pass.
         """
+        rows = [0 if revision is None else self.row_of[revision] for revision in revisions]
         self.step.begin(
-            rows=[0 if revision is None else self.row_of[revision] for revision in revisions],
+            rows=rows,
             slots=slots,
             num_tokens=num_tokens,
             first_position=first_position,
             prompt_length=prompt_length,
         )
+        if self._reads_prompts.intersection(rows):
+            first = 0
+            for place, (row, begin, count) in enumerate(zip(rows, first_position, num_tokens, strict=True)):
+                end = min(begin + count, prompt_length[place])
+                if row in self._reads_prompts and begin < end:
+                    if memory_slots is None:
+                        raise RuntimeError("a gate reads whole prompts, but nobody says where they are kept")
+                    kept = torch.from_numpy(memory_slots(place, end)).to(self.device)
+                    ends = end == prompt_length[place]
+                    self.step.prompts.append(PromptPart(row, first, kept, end - begin, ends))
+                first += count
         if self.step.active and self._siteless:
             from steering_kernels.ops import update_gates
 
             update_gates(torch.zeros(self.step.num_tokens, 0, device=self.device), self._siteless, self.step)
+
+    def keep_memory(self, slots: int) -> None:
+        """Have room for what gates keep of so many prompt tokens; what is kept already stays."""
+        if self.step.memory is None or len(self.step.memory) < slots:
+            larger = new_memory(slots, self.device)
+            if self.step.memory is not None:
+                larger[: len(self.step.memory)] = self.step.memory
+            self.step.memory = larger
 
     def _check(self, plan: Plan) -> None:
         if plan.model.fingerprint != self.spec.fingerprint:
@@ -149,6 +186,12 @@ class PlanBank:
                 raise PlanError(
                     f"plan {plan.policy_id!r} edits at {site}, but this engine has no table there"
                 )
+        heads = sum(len(part.bias) for gate in plan.gates for part in gate.probe)
+        if 2 * heads > MEMORY_COLUMNS:
+            raise PlanError(
+                f"plan {plan.policy_id!r} has attention probes of {heads} heads together, but at most "
+                f"{MEMORY_COLUMNS // 2} are kept"
+            )
 
     def _table(self, site: Site) -> SiteTable:
         if site not in self.tables:
@@ -165,6 +208,9 @@ class PlanBank:
     def _index_gates(self) -> None:
         self.gates_at = {}
         self._siteless = []
+        self._reads_prompts = frozenset(
+            row for row, gates in self._gates_of.items() if any(view.probe for _, view in gates)
+        )
         for gates in self._gates_of.values():
             for site, view in gates:
                 if site is None:
@@ -193,20 +239,40 @@ def row_edits(edits: SiteEdits, width: int) -> RowEdits:
     )
 
 
-def _gate_view(plan: Plan, index: int, row: int, device: torch.device) -> GateView:
-    gate = plan.gates[index]
-    return GateView(
-        row=row,
-        index=index,
-        read=torch.from_numpy(gate.read.copy()).double().to(device),
-        bias=torch.from_numpy(gate.bias.copy()).double().to(device),
-        cut=torch.from_numpy(gate.cut.copy()).double().to(device),
-        require_all=gate.combine == "all",
-        prompt_end=gate.scope == "prompt_end",
-        latched=gate.latched,
-        phase=gate.phase,
-        max_norm=gate.max_norm,
-    )
+def _gate_views(plan: Plan, row: int, device: torch.device) -> list[tuple[Site | None, GateView]]:
+    """The gates of a plan but the always-open one, each with its site; probes have one view for each part."""
+    found: list[tuple[Site | None, GateView]] = []
+    column = 0
+    for index, gate in enumerate(plan.gates[1:], start=1):
+        numbers = {name: torch.from_numpy(array.copy()).double() for name, array in gate.tensors.items()}
+        numbers = {name: tensor.to(device) for name, tensor in numbers.items()}
+        heads: list[ProbeHeads] = []
+        for part in gate.probe:
+            own = {name: numbers[f"{part.site}.{name}"] for name in PROBE_FIELDS}
+            before = tuple((other.column, len(other.bias)) for other in heads)
+            last = part is gate.probe[-1]
+            summed = (*before, (column, len(part.bias))) if last else ()
+            heads.append(ProbeHeads(**own, max_norm=part.max_norm, column=column, summed=summed))
+            column += 2 * len(part.bias)
+        places: list[tuple[Site | None, ProbeHeads | None]] = [(gate.site, None)]
+        if gate.probe:
+            places = [(part.site, own_heads) for part, own_heads in zip(gate.probe, heads, strict=True)]
+        for site, probe in places:
+            view = GateView(
+                row=row,
+                index=index,
+                read=numbers["read"],
+                bias=numbers["bias"],
+                cut=numbers["cut"],
+                require_all=gate.combine == "all",
+                prompt_end=gate.scope != "token",
+                latched=gate.latched,
+                phase=gate.phase,
+                max_norm=gate.max_norm,
+                probe=probe,
+            )
+            found.append((site, view))
+    return found
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

@@ -166,13 +166,12 @@ def fit_gate(
     work: Annotated[
         Path, typer.Option("--work", help="Folder of checkpoints; an unfinished run goes on.")
     ] = Path("runs/fit-gate"),
-    gate_layer: Annotated[int, typer.Option(help="Layer at which the probe reads.")] = 15,
-    gate_rows_at: Annotated[
-        str, typer.Option(help="Layers of the gate's rows on the prompt, below the probe's; '' for none.")
-    ] = "6,7,8,11,12,13,14",
-    gate_rank: Annotated[int, typer.Option(help="ReLU rows at each of these layers.")] = 32,
-    gate_steps: Annotated[int, typer.Option(help="Training steps of the gate.")] = 500,
-    hold_weight: Annotated[float, typer.Option(help="Weight of leaving benign prompts as they are.")] = 0.5,
+    gate_layers: Annotated[
+        str, typer.Option(help="Layers at which the probe reads; it decides at the last.")
+    ] = "9,12,15",
+    heads: Annotated[int, typer.Option(help="Heads of the probe at each of them.")] = 4,
+    examples: Annotated[int, typer.Option(help="Prompts drawn to train the probe on.")] = 9_000,
+    epochs: Annotated[int, typer.Option(help="Times that the probe sees each.")] = 20,
     benign_budget: Annotated[
         float, typer.Option(help="Share of benign selection prompts that may be refused.")
     ] = 0.02,
@@ -190,7 +189,7 @@ def fit_gate(
     artifacts: Artifacts = None,
     config: Config = None,
 ) -> None:
-    """Learn a conditional refusal: a probe that opens a gate, and a low-rank edit behind it."""
+    """Learn a conditional refusal: an attention probe that opens a gate, and a low-rank edit behind it."""
     from discovery import cli as jobs
     from interpretops.settings import load_settings
 
@@ -204,11 +203,10 @@ def fit_gate(
         out=out,
         work=work,
         gate={
-            "layer": gate_layer,
-            "rows_at": _numbers("gate-rows-at", gate_rows_at) if gate_rows_at else (),
-            "rank": gate_rank,
-            "steps": gate_steps,
-            "hold_weight": hold_weight,
+            "layers": _numbers("gate-layers", gate_layers),
+            "heads": heads,
+            "examples": examples,
+            "epochs": epochs,
             "seed": seed,
             "benign_budget": benign_budget,
             "borderline_budget": borderline_budget,

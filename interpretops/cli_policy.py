@@ -115,6 +115,8 @@ def _show_plan(plan: "Plan") -> None:
     for index, gate in enumerate(plan.gates[1:], start=1):
         phase = "prompt and answer" if gate.phase == "both" else gate.phase
         reads = "open" if gate.site is None else f"{gate.combine} of {len(gate)} at {gate.site}, {gate.scope}"
+        if gate.probe:
+            reads = f"attention probe at {', '.join(str(part.site) for part in gate.probe)}, {gate.scope}"
         latch = ", latched" if gate.latched else ""
         console.print(f"gate {index}: {reads}{latch}, acts on {phase}")
     for kind, items in plan.provenance.items():

@@ -10,7 +10,7 @@ from interpretops.artifacts import Artifacts
 from interpretops.compile_sources import Sources
 from interpretops.errors import PlanError, PolicyError
 from interpretops.fault_list import FaultList
-from interpretops.plan import ALWAYS, HEAD_POINTS, Array, Gate, ModelSpec, Plan, Point, Site, TopK
+from interpretops.plan import ALWAYS, HEAD_POINTS, Array, Gate, ModelSpec, Plan, Point, ProbePart, Site, TopK
 from interpretops.policy import (
     ALWAYS_GATE,
     DirectionAblation,
@@ -100,6 +100,8 @@ class _Compiler:
         if gate.layer is None or not self.sources.layer_fits((*path, "layer"), gate.layer):
             return Gate(None, ALWAYS.read, ALWAYS.bias, ALWAYS.cut, phase=gate.phase)
         site = Site(gate.layer, gate.point)
+        if gate.scope == "prompt":
+            return self._prompt_gate(path, gate, site)
         bounds = [self.sources.norm_bound(site)]
         rows, biases, cuts = [], [], []
         for index, condition in enumerate(gate.conditions):
@@ -138,6 +140,35 @@ class _Compiler:
             latched=gate.latched,
             phase=gate.phase,
             max_norm=min(bounds) if gate.max_norm is None else gate.max_norm,
+        )
+
+    def _prompt_gate(self, path: KeyPath, gate: GateText, site: Site) -> Gate:
+        (condition,) = gate.conditions
+        assert condition.attention_probe is not None
+        where = (*path, "conditions", 0, "attention_probe")
+        found = self.sources.attention_probe(where, condition.attention_probe, site)
+        if found is None:
+            return ALWAYS
+        if max(found.layers) != site.layer:
+            self.faults.add(
+                (*path, "layer"),
+                f"= {site.layer}, but the attention probe decides at layer {max(found.layers)}",
+            )
+        parts = [
+            ProbePart(
+                Site(layer, gate.point), own["query"], own["read"], own["bias"], float(own["max_norm"][0])
+            )
+            for layer, own in found.layers.items()
+        ]
+        return Gate(
+            site,
+            ALWAYS.read,
+            ALWAYS.bias,
+            np.array([condition.threshold - condition.bias], np.float32),
+            scope="prompt",
+            latched=gate.latched,
+            phase=gate.phase,
+            probe=tuple(parts),
         )
 
     def _features(self, path: KeyPath, edit: FeatureScale | FeatureClamp, gate: int) -> None:

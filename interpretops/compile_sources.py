@@ -1,7 +1,8 @@
 """What a policy's names lead to: dictionaries, vectors and adapters, checked against the model."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,7 +15,15 @@ from interpretops.plan import Array, ModelSpec, Site
 from interpretops.policy import Policy
 from interpretops.policy_fields import Vector
 from interpretops.policy_file import KeyPath
-from interpretops.vectors import find_vector_file, read_vector
+from interpretops.vectors import (
+    FileProbe,
+    FileVector,
+    find_vector_file,
+    read_attention_probe,
+    read_vector,
+)
+
+Read = TypeVar("Read", FileProbe, FileVector)
 
 
 class Sources:
@@ -72,6 +81,11 @@ class Sources:
             else self._file_vector(path, vector, width)
         )
         return np.ones(width, np.float32) if found is None else found
+
+    def attention_probe(self, path: KeyPath, name: str, site: Site) -> FileProbe | None:
+        """The attention probe in a file; None when there is a fault."""
+        width = self.model.width(site.point)
+        return self._read(path, name, lambda file: read_attention_probe(file, width))
 
     def adapter(self, path: KeyPath, name: str | None) -> Adapter | None:
         """The adapter named, or the one for the policy's target class."""
@@ -145,22 +159,23 @@ class Sources:
 
     def _file_vector(self, path: KeyPath, vector: Vector, width: int) -> Array | None:
         assert vector.file is not None
-        own = () if self.policy.folder is None else (self.policy.folder,)
+        found = self._read((*path, "file"), vector.file, lambda file: read_vector(file, vector.tensor, width))
+        return None if found is None else found.values
+
+    def _read(self, path: KeyPath, name: str, read: Callable[[Path], Read]) -> Read | None:
+        """What ``read`` finds in a file of the policy or the artifacts, if it was made from this model."""
+        own: tuple[Path, ...] = () if self.policy.folder is None else (self.policy.folder,)
         try:
-            found = read_vector(
-                find_vector_file(vector.file, (*own, *self.artifacts.model_folders)),
-                vector.tensor,
-                width,
-            )
+            found = read(find_vector_file(name, (*own, *self.artifacts.model_folders)))
         except PolicyError as error:
-            self.faults.add((*path, "file"), f"= {vector.file!r}, but {error}")
+            self.faults.add(path, f"= {name!r}, but {error}")
             return None
         if found.model_fingerprint not in (None, self.model.fingerprint):
             self.faults.add(
-                (*path, "file"),
-                f"= {vector.file!r}, but it was made from a model of fingerprint "
+                path,
+                f"= {name!r}, but it was made from a model of fingerprint "
                 f"{str(found.model_fingerprint)[:12]}; {self.model.name} has {self.model.fingerprint[:12]}",
             )
             return None
-        self.provenance["vectors"][vector.file] = {"sha256": found.sha256}
-        return found.values
+        self.provenance["vectors"][name] = {"sha256": found.sha256}
+        return found

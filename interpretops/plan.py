@@ -54,6 +54,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Point",
+    "ProbePart",
     "Scope",
     "Site",
     "SiteEdits",
@@ -64,7 +65,7 @@ __all__ = [
 ]
 
 Combine = Literal["any", "all"]
-Scope = Literal["token", "prompt_end"]
+Scope = Literal["token", "prompt_end", "prompt"]
 Phase = Literal["both", "prefill", "decode"]
 
 FORMAT_VERSION = 1
@@ -126,10 +127,33 @@ class SiteEdits:
 
 
 @dataclass(frozen=True, eq=False)
+class ProbePart:
+    """The K heads of an attention probe at one site."""
+
+    site: Site
+    query: Array
+    """[K, D]"""
+    read: Array
+    """[K, D]"""
+    bias: Array
+    """[K]"""
+    max_norm: float = float("inf")
+
+
+PROBE_FIELDS = ("query", "read", "bias")
+
+
+@dataclass(frozen=True, eq=False)
 class Gate:
     """When edits act. Fires at a token iff ``read . x + bias > cut`` for any or all of its conditions.
 
-    A gate without conditions fires at every token, so that only its phase counts.
+    A gate without conditions fires at every token, so that only its phase counts. One of scope `prompt` has
+    an attention probe instead, in parts of K heads at sites of their own, the last at the gate's. Over the
+    tokens t of the prompt whose norm is within a part's ``max_norm``, the sum over parts of
+
+        sum_k sum_t softmax_t(query[k] . x_t) (read[k] . x_t + bias[k])
+
+    must exceed cut[0].
     """
 
     site: Site | None
@@ -138,11 +162,20 @@ class Gate:
     cut: Array
     combine: Combine = "any"
     scope: Scope = "token"
-    """`prompt_end` reads the last token of the prompt only."""
+    """`prompt_end` reads the last token of the prompt alone; `prompt` decides there by all of it."""
     latched: bool = False
     """Stay open from the first firing position to the end of the request; else only at the firing token."""
     phase: Phase = "both"
     max_norm: float = float("inf")
+    probe: tuple[ProbePart, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """The gate's numbers by name."""
+        found = {"read": self.read, "bias": self.bias, "cut": self.cut}
+        for part in self.probe:
+            found |= {f"{part.site}.{name}": getattr(part, name) for name in PROBE_FIELDS}
+        return found
 
     def __len__(self) -> int:
         return int(self.read.shape[0])
@@ -210,8 +243,8 @@ class Plan:
                 tensors[f"{site}.topk.read"] = edits.topk.read
                 tensors[f"{site}.topk.bias"] = edits.topk.bias
         for index, gate in enumerate(self.gates):
-            for name in ("read", "bias", "cut"):
-                tensors[f"gates.{index}.{name}"] = getattr(gate, name)
+            for name, array in gate.tensors.items():
+                tensors[f"gates.{index}.{name}"] = array
         header = {
             "format": FORMAT_VERSION,
             "policy_id": self.policy_id,
@@ -225,8 +258,9 @@ class Plan:
                     "scope": gate.scope,
                     "latched": gate.latched,
                     "phase": gate.phase,
-                    "max_norm": None if np.isinf(gate.max_norm) else gate.max_norm,
+                    "max_norm": _finite(gate.max_norm),
                 }
+                | ({"probe": [[str(p.site), _finite(p.max_norm)] for p in gate.probe]} if gate.probe else {})
                 for gate in self.gates
             ],
             "provenance": dict(self.provenance),
@@ -251,7 +285,7 @@ class Plan:
             edits[site] = arrays
         return content_digest(
             edits,
-            [(gate.site, {"read": gate.read, "bias": gate.bias, "cut": gate.cut}) for gate in self.gates[1:]],
+            [(gate.site, gate.tensors) for gate in self.gates[1:]],
         )
 
     def save(self, folder: Path) -> Path:
@@ -303,6 +337,16 @@ class Plan:
                 latched=item["latched"],
                 phase=item["phase"],
                 max_norm=float("inf") if item["max_norm"] is None else float(item["max_norm"]),
+                probe=tuple(
+                    ProbePart(
+                        Site.parse(site),
+                        tensors.pop(f"gates.{index}.{site}.query"),
+                        tensors.pop(f"gates.{index}.{site}.read"),
+                        tensors.pop(f"gates.{index}.{site}.bias"),
+                        float("inf") if bound is None else float(bound),
+                    )
+                    for site, bound in item.get("probe", ())
+                ),
             )
             for index, item in enumerate(header["gates"])
         )
@@ -316,6 +360,10 @@ class Plan:
             gates,
             header["provenance"],
         )
+
+
+def _finite(bound: float) -> float | None:
+    return None if np.isinf(bound) else bound
 
 
 def content_digest(

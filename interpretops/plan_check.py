@@ -16,6 +16,7 @@ from interpretops.plan import (
     ModelSpec,
     Phase,
     Plan,
+    ProbePart,
     Scope,
     Site,
     SiteEdits,
@@ -61,9 +62,13 @@ def _check_gate(gate: Gate, where: str, model: ModelSpec) -> None:
         or not isinstance(gate.latched, bool)
     ):
         raise PlanError(f"{where}: unknown combine, scope, phase or latched")
-    if (gate.site is None) != (conditions == 0):
-        raise PlanError(f"{where}: a gate reads at a site exactly when it has conditions")
-    if gate.site is not None:
+    if (gate.site is None) != (conditions == 0 and not gate.probe):
+        raise PlanError(f"{where}: a gate reads at a site exactly when it has conditions or a probe")
+    if (gate.scope == "prompt") != bool(gate.probe) or (gate.probe and conditions):
+        raise PlanError(f"{where}: a gate has an attention probe, and nothing else, when its scope is prompt")
+    for part in gate.probe:
+        _check_probe_part(part, where, gate, model)
+    if gate.site is not None and not gate.probe:
         width = model.width(gate.site.point)
         if gate.site.point == "attn_proj":
             raise PlanError(
@@ -71,12 +76,29 @@ def _check_gate(gate: Gate, where: str, model: ModelSpec) -> None:
             )
         if gate.site.layer >= model.num_layers or gate.read.shape != (conditions, width):
             raise PlanError(f"{where}: read {gate.read.shape} at {gate.site} does not fit {model.name}")
-    if gate.bias.shape != (conditions,) or gate.cut.shape != (conditions,):
-        raise PlanError(f"{where}: bias and cut must have {conditions} entries")
-    for name in ("read", "bias", "cut"):
-        _expect(f"{where}.{name}", getattr(gate, name), np.float32)
+    cuts = 1 if gate.probe else conditions
+    if gate.bias.shape != (conditions,) or gate.cut.shape != (cuts,):
+        raise PlanError(f"{where}: bias must have {conditions} entries and cut {cuts}")
+    for name, array in gate.tensors.items():
+        _expect(f"{where}.{name}", array, np.float32)
     if not gate.max_norm > 0:
         raise PlanError(f"{where}.max_norm = {gate.max_norm}, but must be positive")
+
+
+def _check_probe_part(part: ProbePart, where: str, gate: Gate, model: ModelSpec) -> None:
+    width, heads = model.width(part.site.point), part.bias.shape[0]
+    places = [other.site.order for other in gate.probe]
+    if places != sorted(set(places)) or gate.probe[-1].site != gate.site:
+        raise PlanError(
+            f"{where}: the parts of a probe stand in the order of their sites, the last at the gate's"
+        )
+    if part.site.point == "attn_proj" or part.site.layer >= model.num_layers or heads < 1:
+        raise PlanError(f"{where}: a probe of {heads} heads at {part.site} does not fit {model.name}")
+    if not part.query.shape == part.read.shape == (heads, width) or not part.max_norm > 0:
+        raise PlanError(
+            f"{where}: query {part.query.shape}, read {part.read.shape} or max_norm {part.max_norm} at "
+            f"{part.site} does not fit {heads} heads and {model.name}"
+        )
 
 
 def _check_edits(site: Site, edits: SiteEdits, model: ModelSpec, gates: tuple[Gate, ...]) -> None:

@@ -20,6 +20,7 @@ from interpretops.policy_fields import (
     Number,
     Percentage,
     PlaceSelector,
+    RelativePath,
     Strictly,
     Vector,
 )
@@ -123,7 +124,7 @@ Intervention = Annotated[
 
 
 class Condition(Strictly):
-    """One reading of the activation at the gate's place: a feature, or a probe direction."""
+    """One reading of the activation at the gate's place: a feature, a probe direction, an attention probe."""
 
     feature: Index | None = None
     """An SAE feature; the condition holds when its activation exceeds `threshold`."""
@@ -131,6 +132,12 @@ class Condition(Strictly):
     """Dictionary of `feature`; may be left out when the model has a single one at the gate's place."""
     probe: Vector | None = None
     """A direction; the condition holds when `probe . activation + bias` exceeds `threshold`."""
+    attention_probe: RelativePath | None = None
+    """A safetensors file, beside the policy or in the model's folder of the artifacts, with `<layer>.query`,
+    `<layer>.read` (heads x width each), `<layer>.bias` (heads) and `<layer>.max_norm` (1), for the gate's
+    layer and any before it. Each head takes the mean of `read . activation + bias` over the prompt, weighted
+    by a softmax of `query . activation`; the sum over all must exceed `threshold`. For scope `prompt`, as its
+    only condition."""
     bias: Number = 0.0
     """Added to the probe's reading."""
     threshold: Number = 0.0
@@ -138,9 +145,9 @@ class Condition(Strictly):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Condition":
-        if (self.feature is None) == (self.probe is None):
-            raise ValueError("needs either 'feature' or 'probe'")
-        if self.probe is None and self.bias != 0:
+        if [self.feature, self.probe, self.attention_probe].count(None) != 2:
+            raise ValueError("needs one of 'feature', 'probe' and 'attention_probe'")
+        if self.feature is not None and self.bias != 0:
             raise ValueError("has a 'bias', which only a probe can have")
         if self.feature is None and self.dictionary is not None:
             raise ValueError("has a 'dictionary' but no 'feature' of it")
@@ -161,7 +168,8 @@ class Gate(Strictly):
     combine: Combine = "any"
     """Whether `any` condition suffices or `all` must hold."""
     scope: Scope = "token"
-    """Read every `token`, or only the last token of the prompt (`prompt_end`)."""
+    """Read every `token`, only the last of the prompt (`prompt_end`), or the whole `prompt`, to decide at its
+    last token."""
     latched: bool = False
     """Once open, stay open to the end of the request."""
     phase: Phase = "both"
@@ -173,6 +181,11 @@ class Gate(Strictly):
     def _complete(self) -> "Gate":
         if self.conditions and self.layer is None:
             raise ValueError("has conditions but no 'layer' at which they read")
+        probes = [condition.attention_probe is not None for condition in self.conditions]
+        if (self.scope == "prompt" or any(probes)) and (self.scope != "prompt" or probes != [True]):
+            raise ValueError("scope 'prompt' goes with exactly one condition, an 'attention_probe'")
+        if self.scope == "prompt" and self.max_norm is not None:
+            raise ValueError("has a 'max_norm', but an attention probe brings its own")
         if not self.conditions and (self.layer is not None or self.latched or self.scope != "token"):
             raise ValueError("has no conditions, so 'layer', 'scope' and 'latched' mean nothing")
         return self

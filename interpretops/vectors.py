@@ -1,4 +1,4 @@
-"""Vectors and probe directions that policies name: one tensor of a safetensors file."""
+"""Vectors and probes that policies name: tensors of a safetensors file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from interpretops.errors import PolicyError
 from interpretops.plan import Array
 from interpretops.tensor_file import TensorFile
 
+PROBE_TENSORS = ("query", "read", "bias", "max_norm")
 FINGERPRINT_KEY = "model_fingerprint"
 """Metadata key of a vector file: the model it was made from. When present, no other model may use it."""
 
@@ -20,6 +21,17 @@ class FileVector:
 
     values: Array
     """[D]"""
+    sha256: str
+    """Of the file."""
+    model_fingerprint: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class FileProbe:
+    """An attention probe (`interpretops.plan.Gate`) and where it came from."""
+
+    layers: dict[int, dict[str, Array]]
+    """By layer, the lowest first: query [K, D], read [K, D], bias [K], max_norm [1]."""
     sha256: str
     """Of the file."""
     model_fingerprint: str | None
@@ -54,3 +66,27 @@ def read_vector(path: Path, tensor: str | None, width: int) -> FileVector:
     if not np.isfinite(values).all() or not np.any(values):
         raise PolicyError(f"tensor {name!r} must be finite and not all zeros")
     return FileVector(values.reshape(width), sha256_of(path), file.metadata.get(FINGERPRINT_KEY))
+
+
+def read_attention_probe(path: Path, width: int) -> FileProbe:
+    """The attention probe in a file, for an activation of a width; `PolicyError` gives the reason only."""
+    file = TensorFile(path, PolicyError)
+    layers: dict[int, dict[str, Array]] = {}
+    for name in file:
+        layer, _, part = name.partition(".")
+        if not layer.isdecimal() or part not in PROBE_TENSORS:
+            raise PolicyError(f"the file holds {name!r}, but an attention probe only <layer>.{PROBE_TENSORS}")
+        layers.setdefault(int(layer), {})[part] = np.array(file[name], np.float32)
+    if not layers:
+        raise PolicyError("the file holds nothing")
+    for layer, arrays in layers.items():
+        heads = arrays["bias"].shape[0] if "bias" in arrays and arrays["bias"].ndim == 1 else 0
+        shapes = {"query": (heads, width), "read": (heads, width), "bias": (heads,), "max_norm": (1,)}
+        for part, shape in shapes.items():
+            found = arrays.get(part)
+            if found is None or heads < 1 or found.shape != shape or not np.isfinite(found).all():
+                raise PolicyError(
+                    f"{layer}.{part} is {'missing' if found is None else list(found.shape)}, but must be "
+                    f"finite and [heads, {width}] for query and read, [heads] for bias, [1] for max_norm"
+                )
+    return FileProbe(dict(sorted(layers.items())), sha256_of(path), file.metadata.get(FINGERPRINT_KEY))

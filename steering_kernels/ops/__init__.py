@@ -8,7 +8,12 @@ K units of one row, G gates, S requests in flight.
 
 from steering_kernels.ops.edit import apply_edits
 from steering_kernels.ops.gates import GateView, update_gates
-from steering_kernels.ops.naive import apply_edits_reference, gate_open_reference
+from steering_kernels.ops.naive import (
+    apply_edits_reference,
+    attention_probe_reference,
+    gate_open_reference,
+)
+from steering_kernels.ops.prompt_memory import MEMORY_COLUMNS, ProbeHeads, PromptPart, new_memory
 from steering_kernels.ops.step import NEVER, StepMap
 from steering_kernels.ops.table import RowEdits, SiteTable, TableFullError
 
@@ -16,15 +21,20 @@ OP_VERSION = "1"
 """Changes whenever the op would give other numbers; part of the engine's compile-cache key."""
 
 __all__ = [
+    "MEMORY_COLUMNS",
     "NEVER",
     "OP_VERSION",
     "GateView",
+    "ProbeHeads",
+    "PromptPart",
     "RowEdits",
     "SiteTable",
     "StepMap",
     "TableFullError",
     "apply_edits",
     "apply_edits_reference",
+    "attention_probe_reference",
     "gate_open_reference",
+    "new_memory",
     "update_gates",
 ]

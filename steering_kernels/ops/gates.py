@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steering_kernels.ops.prompt_memory import ProbeHeads, keep_readings, probe_fires
 from steering_kernels.ops.step import NEVER, StepMap
 
 
@@ -28,6 +29,8 @@ class GateView:
     latched: bool
     phase: str
     max_norm: float
+    probe: ProbeHeads | None = None
+    """Heads of an attention probe, which decides at the end of the prompt, instead of conditions."""
 
 
 def phase_mask(phase: str, position: Tensor, prompt_length: Tensor) -> Tensor | None:
@@ -50,6 +53,10 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
     for gate in gates:
         if gate.row not in groups:
             continue
+        if gate.probe is not None:
+            _keep(x, gate.row, gate.probe, step)
+            if not gate.probe.summed:
+                continue
         index = groups[gate.row]
         position, prompt_length = step.position, step.prompt_length
         if index is not None:
@@ -57,7 +64,7 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
         scored = step.ends_prompt or not gate.prompt_end
         if not scored and not gate.latched:
             continue  # closed, as the step began
-        fires = _fires(x if index is None else x[index], gate) if scored else position < 0
+        fires = _fires(x, index, gate, step) if scored else position < 0
         if gate.prompt_end and scored:
             fires &= position == prompt_length - 1
         if gate.latched:
@@ -73,12 +80,18 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
             step.gate_open[:, gate.index] = fires
         else:
             step.gate_open[index, gate.index] = fires
-        if gate.read.shape[0] > 0:  # a gate of a phase alone decides nothing that a receipt should count
+        if (
+            gate.probe or gate.read.shape[0] > 0
+        ):  # a gate of a phase alone decides nothing that a receipt should count
             slots = step.slot_of_token if index is None else step.slot_of_token[index]
             step.opened.index_add_(0, slots, fires.long())
 
 
-def _fires(x: Tensor, gate: GateView) -> Tensor:
+def _fires(x: Tensor, index: Tensor | None, gate: GateView, step: StepMap) -> Tensor:
+    """Whether the gate's condition holds at the tokens ``index`` of x [T, D]."""
+    if gate.probe is not None:
+        return _probed(x, index, gate, gate.probe, step)
+    x = x if index is None else x[index]
     if gate.read.shape[0] == 0:
         return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     wide = x.double()
@@ -87,3 +100,19 @@ def _fires(x: Tensor, gate: GateView) -> Tensor:
     if gate.max_norm != float("inf"):
         fires &= wide.norm(dim=1) <= gate.max_norm
     return fires
+
+
+def _keep(x: Tensor, row: int, heads: ProbeHeads, step: StepMap) -> None:
+    parts = [part for part in step.prompts if part.row == row]
+    if parts and step.memory is None:
+        raise RuntimeError("a gate reads whole prompts, but this engine keeps no memory of them")
+    if step.memory is not None:
+        keep_readings(x, heads, parts, step.memory)
+
+
+def _probed(x: Tensor, index: Tensor | None, gate: GateView, heads: ProbeHeads, step: StepMap) -> Tensor:
+    fires = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+    for part in step.prompts:
+        if part.row == gate.row and part.ends and step.memory is not None:
+            fires[part.first + part.count - 1] = probe_fires(heads, gate.cut, part, step.memory)
+    return fires if index is None else fires[index]

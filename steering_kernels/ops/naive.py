@@ -86,3 +86,18 @@ def gate_open_reference(
     if phase == "decode":
         return [fire and place >= prompt_length for fire, place in zip(fires, position, strict=True)]
     return fires
+
+
+def attention_probe_reference(
+    x: Tensor, query: Tensor, read: Tensor, bias: Tensor, max_norm: float = float("inf")
+) -> float | None:
+    """The reading of an attention probe over a prompt x [P, D]; None where all norms are out of bounds."""
+    kept = [token.double() for token in x if token.double().norm() <= max_norm]
+    if not kept:
+        return None
+    reading = 0.0
+    for head in range(query.shape[0]):
+        weights = torch.stack([query[head].double() @ token for token in kept]).softmax(0)
+        values = torch.stack([read[head].double() @ token + bias[head].double() for token in kept])
+        reading += float(weights @ values)
+    return reading

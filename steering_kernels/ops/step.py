@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from steering_kernels.ops.prompt_memory import PromptPart
+
 NEVER = torch.iinfo(torch.int64).max
 """Position at which a gate that has not fired would open."""
 
@@ -29,6 +31,8 @@ class StepMap:
         self.opened = torch.zeros(requests, dtype=torch.int64, device=device)
         """[S] (token, gate) pairs at which a conditional gate was open, per request."""
         self._spill = torch.empty(0, 0, device=device)
+        self.memory: Tensor | None = None
+        """What gates that read whole prompts keep of their tokens (`prompt_memory`); outlives the step."""
         self.clear()
 
     def clear(self) -> None:
@@ -41,6 +45,8 @@ class StepMap:
         self.row_of_token = self.slot_of_token = self.position = self.prompt_length = empty
         self.gate_open = torch.zeros(0, self.gates, dtype=torch.bool, device=self.device)
         self.groups: list[tuple[int, Tensor | None]] = []
+        self.prompts: list[PromptPart] = []
+        """Prompts in this pass whose revision has a gate that reads them whole."""
 
     def begin(
         self,

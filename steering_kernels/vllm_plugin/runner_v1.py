@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from interpretops.errors import PlanError
 from steering_kernels.vllm_plugin.report import attach_reports
 from steering_kernels.vllm_plugin.wrapping import wrap_method
 
@@ -30,6 +34,7 @@ def patch_runner_v1() -> None:
             num_scheduled_tokens.tolist(),
             batch.num_computed_tokens_cpu[:count].tolist(),
             batch.num_prompt_tokens[:count].tolist(),
+            lambda place, tokens: _slots(batch.block_table[0], place, tokens),
         )
         return original(self, scheduler_output, num_scheduled_tokens)
 
@@ -44,3 +49,26 @@ def patch_runner_v1() -> None:
     wrap_method(GPUModelRunner, "_prepare_inputs", prepare_inputs)
     wrap_method(GPUModelRunner, "_dummy_run", dummy_run)
     wrap_method(GPUModelRunner, "sample_tokens", sample_tokens)
+
+
+def count_slots(runner: Any) -> int:
+    """Tokens that the key-value cache of a V1 runner holds.
+
+    Raises `PlanError` where the cache forgets the beginning of a prompt, or there are several.
+    """
+    groups = runner.kv_cache_config.kv_cache_groups
+    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    if kinds != ["FullAttentionSpec"]:
+        raise PlanError(
+            f"gates of scope 'prompt' need one key-value cache that holds whole prompts, but this model has "
+            f"{kinds}; use scope 'prompt_end'"
+        )
+    return int(runner.kv_cache_config.num_blocks * groups[0].kv_cache_spec.block_size)
+
+
+def _slots(table: Any, place: int, tokens: int) -> npt.NDArray[np.int64]:
+    """Where the first tokens of a request have their keys and values (`BlockTable.compute_slot_mapping`)."""
+    position = np.arange(tokens)
+    blocks = table.block_table.np[place, position // table.block_size].astype(np.int64)
+    slots: npt.NDArray[np.int64] = blocks * table.block_size + position % table.block_size
+    return slots

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from interpretops.bank import PlanBank
+from interpretops.bank import PlanBank, SlotsOf
 from interpretops.errors import PlanError
 from interpretops.hook_points import SiteHooks
 from interpretops.model_spec import read_model_spec
@@ -42,8 +42,11 @@ class SteeringRuntime:
         max_requests: int,
         tensor_parallel: int,
         device: torch.device,
+        memory_slots: Callable[[], int] | None = None,
     ) -> None:
+        """``memory_slots``: how many tokens the key-value cache holds; None where that cannot be had."""
         self.tensor_parallel = tensor_parallel
+        self._memory_slots = memory_slots
         sites = [Site(layer, point) for layer in range(spec.num_layers) for point in POINTS]
         self.bank = PlanBank(
             spec,
@@ -71,6 +74,13 @@ class SteeringRuntime:
                     f"plan {plan.policy_id!r} acts at {sharded}, but attention heads are split over "
                     f"{self.tensor_parallel} ranks here; use tensor_parallel_size 1 or another point"
                 )
+        if any(gate.scope == "prompt" for gate in plan.gates):
+            if self._memory_slots is None:
+                raise PlanError(
+                    f"plan {plan.policy_id!r} has a gate of scope 'prompt', which vLLM's V2 runner does not "
+                    "support yet; start the engine with VLLM_USE_V2_MODEL_RUNNER=0"
+                )
+            self.bank.keep_memory(self._memory_slots())
         self.bank.load(plan)
         self.hooks.refresh()
         return self.bank.digest(plan.revision)
@@ -121,6 +131,7 @@ class SteeringRuntime:
         num_tokens: Sequence[int],
         first_position: Sequence[int],
         prompt_length: Sequence[int],
+        memory_slots: SlotsOf | None = None,
     ) -> None:
         """Lay out the coming pass, in the batch's own order.
 
@@ -134,6 +145,7 @@ class SteeringRuntime:
             num_tokens=num_tokens,
             first_position=first_position,
             prompt_length=prompt_length,
+            memory_slots=memory_slots,
         )
         self._in_step = list(request_ids)
         for entry, count in zip(tracked, num_tokens, strict=True):
@@ -172,8 +184,10 @@ def model_folder(model: str, revision: str | None) -> Path:
     return Path(snapshot_download(model, revision=revision, local_files_only=True))
 
 
-def make_runtime(model: nn.Module, vllm_config: Any, device: torch.device) -> SteeringRuntime:
-    """The runtime of a worker whose model has just been loaded."""
+def make_runtime(
+    model: nn.Module, vllm_config: Any, device: torch.device, memory_slots: Callable[[], int] | None
+) -> SteeringRuntime:
+    """The runtime of a worker whose model has just been loaded; ``memory_slots`` as in `SteeringRuntime`."""
     spec = read_model_spec(model_folder(vllm_config.model_config.model, vllm_config.model_config.revision))
     return SteeringRuntime(
         model,
@@ -182,4 +196,5 @@ def make_runtime(model: nn.Module, vllm_config: Any, device: torch.device) -> St
         max_requests=vllm_config.scheduler_config.max_num_seqs,
         tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
         device=device,
+        memory_slots=memory_slots,
     )

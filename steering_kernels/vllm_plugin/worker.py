@@ -7,6 +7,7 @@ from typing import Any
 
 from interpretops.errors import InterpretOpsError
 from interpretops.plan import Plan
+from steering_kernels.vllm_plugin.runner_v1 import count_slots
 from steering_kernels.vllm_plugin.runtime import make_runtime
 from steering_kernels.vllm_plugin.wrapping import wrap_method
 
@@ -50,10 +51,12 @@ def patch_worker() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
         result = original(self, *args, **kwargs)
-        self.model_runner.interpretops = make_runtime(
-            self.model_runner.get_model(), self.vllm_config, self.device
-        )
+        runner = self.model_runner
+        slots = (lambda: count_slots(runner)) if isinstance(runner, GPUModelRunner) else None
+        runner.interpretops = make_runtime(runner.get_model(), self.vllm_config, self.device, slots)
         return result
 
     wrap_method(Worker, "load_model", load_model)

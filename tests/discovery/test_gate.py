@@ -1,6 +1,7 @@
 """The learned conditional refusal: probe, edit, data split and job, on a tiny model."""
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from discovery import learned_gate
+from discovery import learned_gate, prompt_activations
 from discovery.checkpoint import save_checkpoint
 from discovery.coded_requests import CODES, decoded, encode, followed
 from discovery.errors import DiscoveryError
@@ -20,10 +21,12 @@ from discovery.gate_data import load_gate_data
 from discovery.gate_probe import auroc, fit_probe, prompt_end_features, threshold_at
 from discovery.gated_answers import edited_answers
 from discovery.gated_edit import EditSettings, Example, losses, train_edit
-from discovery.learned_gate import GateSettings, LearnedGate, batch, distance, train_gate
+from discovery.learned_gate import GateSettings, LearnedGate, new_gate, shuffled, train_gate
 from discovery.low_rank import LowRankRows
+from discovery.prompt_activations import PromptActivations
 from discovery.prompt_variants import Surroundings, conversation, conversation_ids
 from discovery.refusal import targets
+from discovery.sequences import batches
 from discovery.sources import DataList, Source
 from interpretops.adapter import open_adapter
 from interpretops.compile import compile_policy
@@ -32,9 +35,10 @@ from interpretops.plan import Site
 from interpretops.policy import load_policy
 from interpretops.refusal import is_coherent, is_refusal
 from interpretops.session import SteeringSession
+from steering_kernels.ops import attention_probe_reference
 
 EDIT = EditSettings(layers=(2, 3), rank=4, steps=6, batch=2)
-GATE = GateSettings(2, rows_at=(0, 1), rank=4, steps=8, batch_tokens=128, learning_rate=1e-2)
+GATE = GateSettings((1, 2), heads=2, examples=60, epochs=3, batch_tokens=256, learning_rate=1e-2)
 
 
 def _source(folder: Path, name: str, prompts: list[str], **more: object) -> Source:
@@ -147,7 +151,7 @@ def _edit(tiny: FrozenModel, scale: float) -> LowRankRows:
 def test_edit_of_zero_size_changes_nothing(tiny: FrozenModel) -> None:
     """With B = 0 the benign loss and the firing are zero, and answers are the model's own."""
     example = Example(tuple(tiny.chat_ids("hello")), tuple(tiny.text_ids("good day to you")))
-    _, stay, firing = losses(tiny, _edit(tiny, 0.0), {}, [example], [example, example])
+    _, stay, firing = losses(tiny, _edit(tiny, 0.0), [example], [example, example])
     assert float(stay) == pytest.approx(0, abs=1e-6)
     assert float(firing) == 0
     prompts = [tiny.chat_ids("one"), tiny.chat_ids("another, longer one")]
@@ -164,48 +168,71 @@ def test_edit_learns_to_refuse(tiny: FrozenModel, tmp_path: Path) -> None:
     settings = replace(EDIT, steps=24, batch=1, learning_rate=1e-2)
     harmful = [Example(tuple(tiny.chat_ids("DO BAD")), tuple(tiny.text_ids("no no no")))]
     benign = [Example(tuple(tiny.chat_ids("do good")), tuple(tiny.text_ids("yes yes")))]
-    before = float(losses(tiny, _edit(tiny, 1.0), {}, harmful, benign)[0])
+    before = float(losses(tiny, _edit(tiny, 1.0), harmful, benign)[0])
 
     def run(identity: object) -> LowRankRows:
         return train_edit(
-            tiny, _edit(tiny, 1.0), {}, lambda _: (harmful, benign), settings, tmp_path / "edit", identity
+            tiny, _edit(tiny, 1.0), lambda _: (harmful, benign), settings, tmp_path / "edit", identity
         )
 
-    assert float(losses(tiny, run("one"), {}, harmful, benign)[0]) < before
+    assert float(losses(tiny, run("one"), harmful, benign)[0]) < before
     with pytest.raises(DiscoveryError, match="of another training"):
         run("another")
 
 
-def _gate(tiny: FrozenModel, settings: GateSettings = GATE) -> LearnedGate:
-    layers = (*settings.rows_at, settings.layer)
-    return LearnedGate(tiny, settings, dict.fromkeys(layers, 1.0), dict.fromkeys(layers, 1e4))
+PROMPTS = [
+    (text.upper() if shouts else text, shouts)
+    for n in range(40)
+    for shouts in (True, False)
+    for text in (f"move the thing {n} " * (1 + n % 2),)
+]
 
 
-def _shouts(tiny: FrozenModel) -> learned_gate.Draw:
-    def draw(chance: random.Random) -> learned_gate.Labelled:
-        shouts = chance.random() < 0.5
-        text = f"move the thing {chance.randrange(50)} " * chance.randrange(1, 3)
-        return tuple(tiny.chat_ids(text.upper() if shouts else text)), shouts
-
-    return draw
+def _trained(tiny: FrozenModel, settings: GateSettings, work: Path, identity: object = "it") -> LearnedGate:
+    ids = [tuple(tiny.chat_ids(text)) for text, _ in PROMPTS]
+    activations = PromptActivations(tiny, ids, settings.layers, work)
+    gate = new_gate(settings, activations, [1e4, 1e4])
+    return train_gate(gate, activations, [shouts for _, shouts in PROMPTS], work, identity)
 
 
 def test_gate_learns_what_tells_the_sides_apart(tiny: FrozenModel, tmp_path: Path) -> None:
     """After training, every shouting prompt reads above every quiet one, and padding changes no reading."""
-    gate = train_gate(_gate(tiny, replace(GATE, steps=40)), _shouts(tiny), tmp_path / "gate", "it")
+    gate = _trained(tiny, replace(GATE, epochs=12), tmp_path)
     prompts = [tiny.chat_ids(text) for text in ("MOVE IT", "PLEASE TAKE THE THING", "move it", "please take")]
-    readings = gate.readings(prompts)
+    readings = gate.readings(tiny, prompts)
     assert float(readings[:2].min()) > float(readings[2:].max())
-    alone = torch.cat([gate.readings([ids]) for ids in prompts])
+    alone = torch.cat([gate.readings(tiny, [ids]) for ids in prompts])
     torch.testing.assert_close(readings, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_gates_numbers_read_plain_activations(tiny: FrozenModel, tmp_path: Path) -> None:
+    """What goes into the policy gives the op's reference the readings that training saw."""
+    gate = _trained(tiny, GATE, tmp_path)
+    ids = tiny.chat_ids("Move the THING.")
+    tokens, mask = tiny.pad([ids])
+    x = tiny.residuals(tokens, mask, GATE.layers)
+    reading = sum(
+        attention_probe_reference(x[layer][0], **numbers) or math.nan
+        for layer, numbers in gate.numbers().items()
+    )
+    assert reading == pytest.approx(float(gate.readings(tiny, [ids])), abs=1e-3)
+
+
+def test_gate_does_not_read_sinks(tiny: FrozenModel, tmp_path: Path) -> None:
+    """A token past the norm bound changes no reading, however large it is."""
+    gate = _trained(tiny, GATE, tmp_path)
+    x = torch.randn(1, 5, 2, tiny.spec.hidden_size)
+    real = torch.ones(1, 5, dtype=torch.bool)
+    without = gate(x[:, 1:], real[:, 1:])
+    x[:, 0] = 1e6
+    torch.testing.assert_close(gate(x, real), without)
 
 
 def test_killed_gate_training_ends_with_the_same_gate(
     tiny: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run killed after its first checkpoint ends with the numbers of an unbroken run."""
-    settings = replace(GATE, steps=26)
-    whole = train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "whole", "it")
+    whole = _trained(tiny, GATE, tmp_path / "whole")
     real = save_checkpoint
 
     def dies(*arguments: object) -> None:
@@ -214,41 +241,51 @@ def test_killed_gate_training_ends_with_the_same_gate(
 
     monkeypatch.setattr(learned_gate, "save_checkpoint", dies)
     with pytest.raises(KeyboardInterrupt):
-        train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "it")
+        _trained(tiny, GATE, tmp_path / "broken")
     monkeypatch.undo()
-    resumed = train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "it")
+    resumed = _trained(tiny, GATE, tmp_path / "broken")
     for (name, value), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         torch.testing.assert_close(other, value, rtol=0, atol=0, msg=name)
     with pytest.raises(DiscoveryError, match="of another training"):
-        train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "else")
+        _trained(tiny, GATE, tmp_path / "broken", "else")
     (tmp_path / "broken" / "gate.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(DiscoveryError, match="is damaged"):
-        train_gate(_gate(tiny, settings), _shouts(tiny), tmp_path / "broken", "it")
+        _trained(tiny, GATE, tmp_path / "broken")
 
 
-def test_gate_learns_to_leave_benign_prompts_where_they_were(tiny: FrozenModel, tmp_path: Path) -> None:
-    """With a weight on it, benign prompts end nearer to where the untouched model has them."""
-    settings = replace(GATE, steps=60, hold_weight=10.0)
-    quiet = [tiny.chat_ids(f"move the thing {i}") for i in range(6)]
-    moved = []
-    for one in (replace(settings, hold_weight=0.0), settings):
-        gate = train_gate(_gate(tiny, one), _shouts(tiny), tmp_path / str(one.hold_weight), "it")
-        tokens, mask = tiny.pad(quiet)
-        moved.append(float(distance(gate, tokens, mask, gate.read(tokens, mask)[1])))
-    assert 0 < moved[1] < moved[0] / 2
+def test_activations_are_computed_once(
+    tiny: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run killed between batches goes on behind the last one kept; a finished one runs no model."""
+    prompts = [tuple(tiny.chat_ids("x" * n)) for n in range(1, 60)]
+    monkeypatch.setattr(prompt_activations, "batches", lambda listed: list(batches(listed, 96)))
+    whole = PromptActivations(tiny, prompts, (1, 2), tmp_path / "whole")
+    real, left = FrozenModel.residuals, [14]
+
+    def dies(*arguments: object, **more: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FrozenModel, "residuals", dies)
+    with pytest.raises(KeyboardInterrupt):
+        PromptActivations(tiny, prompts, (1, 2), tmp_path / "broken")
+    left[0] = sum(1 for _ in prompt_activations.batches([list(ids) for ids in prompts])) - 10
+    resumed = PromptActivations(tiny, prompts, (1, 2), tmp_path / "broken")
+    assert left[0] == 0
+    for place in range(len(prompts)):
+        np.testing.assert_array_equal(resumed.of(place), whole.of(place))
+    PromptActivations(tiny, prompts, (1, 2), tmp_path / "broken")
 
 
-def test_a_batch_holds_prompts_of_similar_length() -> None:
-    """A batch is a window of the drawn prompts by length, of about as many tokens as asked for."""
-
-    def draw(chance: random.Random) -> learned_gate.Labelled:
-        return (0,) * chance.randrange(5, 200), False
-
-    for seed in range(5):
-        lengths = [len(ids) for ids, _ in batch(draw, 1000, random.Random(seed))]
-        assert lengths == sorted(lengths)
-        assert sum(lengths) < 1300
-        assert len(lengths) * max(lengths) < 2.2 * sum(lengths)
+def test_every_prompt_is_in_one_batch_of_its_length() -> None:
+    """An epoch takes each prompt once, in batches of at most as many padded tokens as asked for."""
+    prompts = [(0,) * random.Random(n).randrange(5, 200) for n in range(300)]
+    groups = shuffled(prompts, 1000, seed=3)
+    assert sorted(place for group in groups for place in group) == list(range(300))
+    assert all(len(group) * max(len(prompts[place]) for place in group) <= 1000 for group in groups)
+    assert groups != shuffled(prompts, 1000, seed=4)
 
 
 def test_coded_requests_can_be_decoded() -> None:
@@ -305,7 +342,7 @@ def test_texts_of_the_models_own_are_written_once(
 
 
 def test_job_ends_in_a_policy_that_compiles(tiny: FrozenModel, listed: DataList, tmp_path: Path) -> None:
-    """From prompts to adapter and policy: the compiled plan holds the trained numbers and both gates."""
+    """From prompts to adapter and policy: the compiled plan holds the trained numbers and the gate."""
     data = load_gate_data(listed, 0)
     fit = GateFit(tiny, data, GATE, EDIT, tmp_path / "work")
     edit = fit.train()
@@ -316,7 +353,7 @@ def test_job_ends_in_a_policy_that_compiles(tiny: FrozenModel, listed: DataList,
     artifacts = tmp_path / "artifacts"
     folder = artifacts / "tiny-llama" / "adapters" / "tiny-refusal"
     write_gate(fit, edit, listed, folder, "jailbreak", threshold, report)
-    assert set(open_adapter(folder).sites) == {Site(layer, "resid_post") for layer in range(4)}
+    assert set(open_adapter(folder).sites) == {Site(layer, "resid_post") for layer in (2, 3)}
     path = tmp_path / "tiny.yaml"
     path.write_text(policy_text(fit, "tiny-refusal", "tiny", "jailbreak", threshold))
     plan = compile_policy(load_policy(path), model=tiny.spec, artifacts=artifacts)
@@ -327,19 +364,19 @@ def test_job_ends_in_a_policy_that_compiles(tiny: FrozenModel, listed: DataList,
     np.testing.assert_allclose(units.bias, bias.numpy(), rtol=1e-5)
     assert (units.threshold == 0).all()
     opened = plan.gates[int(units.gate[0])]
-    assert (opened.scope, opened.latched, opened.site) == ("prompt_end", True, Site(2, "resid_post"))
-    np.testing.assert_allclose(opened.read[0], fit.gate.probe()[0].numpy(), rtol=1e-5)
+    assert (opened.scope, opened.latched, opened.site) == ("prompt", True, Site(2, "resid_post"))
     assert float(opened.cut[0]) == pytest.approx(threshold)
-    reading = plan.edits[Site(0, "resid_post")].units
-    assert plan.gates[int(reading.gate[0])].phase == "prefill"
-    np.testing.assert_allclose(reading.read, fit.gate.rows.rows(0)[0].numpy(), rtol=1e-5)
+    assert [part.site.layer for part in opened.probe] == [1, 2]
+    for part in opened.probe:
+        for name, tensor in fit.gate.numbers()[part.site.layer].items():
+            np.testing.assert_allclose(getattr(part, name), tensor.numpy(), rtol=1e-5)
 
 
 def test_session_decides_as_the_gate_was_trained(tiny_folder: Path, listed: DataList, tmp_path: Path) -> None:
     """The compiled plan opens its gate for exactly the prompts whose reading exceeds the threshold."""
     tiny = FrozenModel(tiny_folder, torch.float32)
     data = load_gate_data(listed, 0)
-    fit = GateFit(tiny, data, replace(GATE, steps=20), EDIT, tmp_path / "work")
+    fit = GateFit(tiny, data, replace(GATE, epochs=6), EDIT, tmp_path / "work")
     names = ["test_harmful", "test_benign"]
     prompts = [prompt for name in names for prompt in data.test[name]]
     readings = torch.cat([fit.readings[name] for name in names])
@@ -359,7 +396,7 @@ def test_session_decides_as_the_gate_was_trained(tiny_folder: Path, listed: Data
 def test_edit_before_its_gate_is_refused(tiny: FrozenModel, listed: DataList, tmp_path: Path) -> None:
     """An edit at a layer before the gate's cannot be controlled by it."""
     with pytest.raises(DiscoveryError, match="after that"):
-        GateFit(tiny, load_gate_data(listed, 0), GateSettings(3, steps=1), EDIT, tmp_path)
+        GateFit(tiny, load_gate_data(listed, 0), GateSettings((3,)), EDIT, tmp_path)
 
 
 def test_judge_knows_refusals_and_gibberish() -> None:

@@ -40,15 +40,14 @@ def test_shipped_policy_compiles(path: Path, spec: ModelSpec) -> None:
     assert examples["policy"] == policy.meta.id
 
 
-def test_jailbreak_edits_act_on_the_prompt_or_behind_its_gate(spec: ModelSpec) -> None:
-    """The shipped policy edits generated tokens only once its gate is open; the rest acts on the prompt."""
+def test_jailbreak_edits_nothing_before_its_gate_opens(spec: ModelSpec) -> None:
+    """Every edit of the shipped policy stands behind the one gate that reads the whole prompt."""
     path = ROOT / "policies" / "jailbreak.yaml"
     plan = compile_policy(load_policy(path), model=spec, artifacts=ROOT / "sae_artifacts")
     named = {int(gate) for edits in plan.edits.values() for gate in edits.units.gate}
-    assert 0 not in named
-    reading, refusing = (plan.gates[index] for index in sorted(named))
-    assert (reading.phase, len(reading.read)) == ("prefill", 0)
-    assert (refusing.scope, refusing.latched, len(refusing.read)) == ("prompt_end", True, 1)
+    assert len(named) == 1
+    gate = plan.gates[named.pop()]
+    assert (gate.scope, gate.latched, gate.phase) == ("prompt", True, "both")
 
 
 def test_shipped_adapter_was_made_from_permitted_data() -> None:

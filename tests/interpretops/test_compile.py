@@ -1,5 +1,6 @@
 """Compiling: numbers mean what the policy says, bytes are the same twice, every fault has its place."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from interpretops.adapter import AdapterSite, write_adapter
+from interpretops.bank import PlanBank
 from interpretops.compile import compile_policy
 from interpretops.dictionary import Dictionary, ModelReference, open_dictionary
-from interpretops.errors import PolicyError
+from interpretops.errors import PlanError, PolicyError
 from interpretops.plan import ModelSpec, Plan, Site
 from interpretops.policy import load_policy
 
@@ -183,6 +185,88 @@ def test_adapter_reads_the_named_heads_only(
     read = plan.edits[Site(1, "attn_z")].units.read.reshape(4, 3, 8)
     np.testing.assert_array_equal(read[:, 1], part.read.reshape(4, 3, 8)[:, 1])
     assert not read[:, [0, 2]].any()
+
+
+def _probe_policy(more: str = "") -> str:
+    return f"""
+gates:
+  g: {{layer: 2, scope: prompt, latched: true, conditions: [{{attention_probe: p.safetensors, {more}}}]}}
+interventions:
+  - {{type: head_scale, selector: {{layer: 3, heads: [0]}}, scale: 0, gate: g}}
+"""
+
+
+def _probe_numbers(*layers: int, heads: int = 3) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    shapes = {"query": (heads, WIDTH), "read": (heads, WIDTH), "bias": (heads,), "max_norm": (1,)}
+    return {
+        f"{layer}.{name}": 1 + rng.random(shape).astype(np.float32)
+        for layer in layers
+        for name, shape in shapes.items()
+    }
+
+
+def test_gate_of_the_whole_prompt_carries_its_probe(
+    compile_text: Callable[[str], Plan], tmp_path: Path
+) -> None:
+    """The plan holds the probe's numbers by layer, one cut, and comes back from its file the same."""
+    numbers = _probe_numbers(1, 2)
+    save_file(numbers, tmp_path / "p.safetensors")
+    plan = compile_text(_probe_policy("bias: 0.5, threshold: 2"))
+    gate = Plan.from_bytes(plan.to_bytes()).gates[1]
+    assert (gate.scope, gate.latched, gate.cut.tolist()) == ("prompt", True, [1.5])
+    assert [part.site.layer for part in gate.probe] == [1, 2]
+    for part in gate.probe:
+        for name in ("query", "read", "bias"):
+            np.testing.assert_array_equal(getattr(part, name), numbers[f"{part.site.layer}.{name}"])
+        assert part.max_norm == pytest.approx(float(numbers[f"{part.site.layer}.max_norm"][0]))
+    bank = PlanBank(plan.model, plan.edits, rows=4)
+    bank.load(plan)
+    assert bank.digest(plan.revision) == plan.digest()
+    assert {site.layer for site in bank.active_sites} == {1, 2, 3}
+    save_file(numbers | {"1.query": -numbers["1.query"]}, tmp_path / "p.safetensors")
+    assert compile_text(_probe_policy("bias: 0.5, threshold: 2")).digest() != plan.digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "words"),
+    [
+        ({"2.query": None}, {}, "2.query is missing"),
+        ({"1.read": np.ones((3, WIDTH + 1), np.float32)}, {}, "1.read is [3, 25], but must be"),
+        ({"2.bias": np.full(3, np.nan, np.float32)}, {}, "2.bias is [3], but must be"),
+        ({"probe": np.ones(3, np.float32)}, {}, "the file holds 'probe'"),
+        ({}, {"model_fingerprint": "cd" * 32}, "of fingerprint cdcdcdcdcdcd; tiny has abababababab"),
+    ],
+)
+def test_probe_that_does_not_fit_is_refused(
+    compile_text: Callable[[str], Plan],
+    tmp_path: Path,
+    change: dict[str, np.ndarray | None],
+    metadata: dict[str, str],
+    words: str,
+) -> None:
+    """A missing tensor, a wrong width, a number that is none, another model: the field and the reason."""
+    numbers = {**_probe_numbers(1, 2), **change}
+    kept = {name: array for name, array in numbers.items() if array is not None}
+    save_file(kept, tmp_path / "p.safetensors", metadata)
+    with pytest.raises(PolicyError, match=re.escape(words)) as error:
+        compile_text(_probe_policy())
+    assert "gates.g.conditions[0].attention_probe" in str(error.value)
+
+
+def test_probe_of_another_layer_is_refused(compile_text: Callable[[str], Plan], tmp_path: Path) -> None:
+    """The gate decides where its probe does."""
+    save_file(_probe_numbers(1, 3), tmp_path / "p.safetensors")
+    with pytest.raises(PolicyError, match=r"gates.g.layer = 2, but the attention probe decides at layer 3"):
+        compile_text(_probe_policy())
+
+
+def test_more_heads_than_are_kept_are_refused(compile_text: Callable[[str], Plan], tmp_path: Path) -> None:
+    """A plan whose probes need more numbers a token than are kept does not load."""
+    save_file(_probe_numbers(1, 2, heads=17), tmp_path / "p.safetensors")
+    plan = compile_text(_probe_policy())
+    with pytest.raises(PlanError, match="probes of 34 heads together, but at most 32 are kept"):
+        PlanBank(plan.model, plan.edits, rows=4).load(plan)
 
 
 def test_gate_reads_features_and_probes(

@@ -175,11 +175,16 @@ def test_unknown_kind_lists_the_known_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gate", "words"),
     [
-        ("{layer: 1, conditions: [{}]}", "needs either 'feature' or 'probe'"),
+        ("{layer: 1, conditions: [{}]}", "needs one of 'feature', 'probe' and 'attention_probe'"),
         ("{conditions: [{feature: 1}]}", "has conditions but no 'layer'"),
         ("{latched: true}", "has no conditions"),
         ("{layer: 1, conditions: [{feature: 1, threshold: -1}]}", "threshold = -1.0, but a feature's"),
         ("{layer: 1, conditions: [{feature: 1, bias: 1}]}", "has a 'bias', which only a probe can have"),
+        (
+            "{layer: 1, scope: prompt, conditions: [{feature: 1}]}",
+            "exactly one condition, an 'attention_probe'",
+        ),
+        ("{layer: 1, conditions: [{attention_probe: p}]}", "scope 'prompt' goes with exactly one condition"),
     ],
 )
 def test_gates_that_cannot_work_are_refused(tmp_path: Path, gate: str, words: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from interpretops.plan import Gate, ModelSpec, Plan, Site
+from interpretops.plan import Gate, ModelSpec, Plan, ProbePart, Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -27,6 +27,30 @@ def make_gate(spec: ModelSpec, *, cut: float = 0.0, **options: Any) -> Gate:
     )
 
 
+PROMPT_CUTS = (-9.0, -6.0, -3.0, 0.0, 3.0, 6.0, 9.0)
+PROMPT_KINDS = [f"prompt {cut}" for cut in PROMPT_CUTS]
+
+
+def prompt_gate(spec: ModelSpec, cut: float) -> Gate:
+    """An attention probe of two heads after layer 3 and two after layer 6."""
+    rng = np.random.default_rng(8)
+    parts = []
+    for layer in (3, 6):
+        query, read = rng.normal(size=(2, 2, spec.hidden_size)).astype(np.float32)
+        query /= np.linalg.norm(query, axis=1, keepdims=True)
+        read /= np.linalg.norm(read, axis=1, keepdims=True)
+        parts.append(ProbePart(Site(layer, "resid_post"), query, read, np.zeros(2, np.float32)))
+    return Gate(
+        Site(6, "resid_post"),
+        np.zeros((0, 0), np.float32),
+        np.zeros(0, np.float32),
+        np.full(1, cut, np.float32),
+        scope="prompt",
+        latched=True,
+        probe=tuple(parts),
+    )
+
+
 def phase_gate(phase: Any) -> Gate:
     nothing = np.zeros(0, np.float32)
     return Gate(None, np.zeros((0, 0), np.float32), nothing, nothing, phase=phase)
@@ -42,6 +66,10 @@ def runs(
         "latched": make_plan(80.0, gate=make_gate(spec, cut=6.0, latched=True)),
         "prompt_end": make_plan(80.0, gate=make_gate(spec, cut=-100.0, scope="prompt_end", latched=True)),
         "closed": make_plan(80.0, gate=make_gate(spec, cut=100.0, scope="prompt_end", latched=True)),
+        **{
+            kind: make_plan(80.0, gate=prompt_gate(spec, cut))
+            for kind, cut in zip(PROMPT_KINDS, PROMPT_CUTS, strict=True)
+        },
         "prefill": make_plan(80.0, gate=phase_gate("prefill")),
         "decode": make_plan(80.0, gate=phase_gate("decode")),
     }
@@ -78,7 +106,9 @@ ENGINES = ["plain second", "chunked first", "chunked second", "scarce first", "s
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", ["none", "token", "latched", "prompt_end", "closed", "prefill", "decode"])
+@pytest.mark.parametrize(
+    "kind", ["none", "token", "latched", "prompt_end", "closed", "prefill", "decode", *PROMPT_KINDS]
+)
 def test_verdict_does_not_depend_on_chunks_cache_or_preemption(
     runs: dict[str, dict[str, Any]], engine: str, kind: str
 ) -> None:
@@ -91,6 +121,14 @@ def test_the_engines_did_what_they_were_made_for(runs: dict[str, dict[str, Any]]
     assert runs["scarce"]["preemptions"] > 0
     assert runs["chunked second"]["prompt_end"]["cached"] > 0
     assert runs["plain second"]["prompt_end"]["cached"] == 0
+
+
+def test_prompt_is_read_whole_and_from_the_cache(runs: dict[str, dict[str, Any]]) -> None:
+    """A low cut opens the gate and a high one does not; prompts of such gates do come from the cache."""
+    opened = [runs["plain first"][kind]["receipt"]["gates_fired"] for kind in PROMPT_KINDS]
+    assert opened == sorted(opened, reverse=True)
+    assert {opened[0], opened[-1]} == {0, OUTPUT_TOKENS}
+    assert all(runs["chunked second"][kind]["cached"] > 0 for kind in PROMPT_KINDS)
 
 
 def test_latch_over_all_tokens_reads_nothing_from_the_cache(runs: dict[str, dict[str, Any]]) -> None:

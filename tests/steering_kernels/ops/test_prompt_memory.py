@@ -1,0 +1,170 @@
+"""Gates that read the whole prompt: one verdict, however its tokens reach the engine."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steering_kernels.ops import (
+    GateView,
+    ProbeHeads,
+    PromptPart,
+    StepMap,
+    attention_probe_reference,
+    new_memory,
+    update_gates,
+)
+
+CPU = torch.device("cpu")
+WIDTH, HEADS, PROMPT = 6, 2, 9
+
+
+def heads(*, column: int = 0, max_norm: float = math.inf, seed: int = 0, before: int = 0) -> ProbeHeads:
+    """``before``: heads at an earlier site, whose readings stand in the columns before."""
+    numbers = torch.Generator().manual_seed(seed)
+    query, read = torch.randn(2, HEADS, WIDTH, generator=numbers, dtype=torch.float64)
+    bias = torch.randn(HEADS, generator=numbers, dtype=torch.float64)
+    summed = (*(((column - 2 * before, before),) if before else ()), (column, HEADS))
+    return ProbeHeads(query, read, bias, max_norm, column, summed)
+
+
+def gate(found: ProbeHeads, cut: float, *, row: int = 1, index: int = 1, latched: bool = True) -> GateView:
+    return GateView(
+        row=row,
+        index=index,
+        read=torch.zeros(0, 0, dtype=torch.float64),
+        bias=torch.zeros(0, dtype=torch.float64),
+        cut=torch.tensor([cut], dtype=torch.float64),
+        require_all=False,
+        prompt_end=True,
+        latched=latched,
+        phase="both",
+        max_norm=math.inf,
+        probe=found,
+    )
+
+
+def reference(x: Tensor, found: ProbeHeads) -> float:
+    reading = attention_probe_reference(x, found.query, found.read, found.bias, found.max_norm)
+    assert reading is not None
+    return reading
+
+
+def run(
+    step: StepMap, gates: list[GateView], x: Tensor, first: int, slots: list[int], neighbours: int = 0
+) -> list[bool]:
+    """One pass over tokens first.. of a request in slot 1, row 1, between strangers that pass through."""
+    count = len(x) - neighbours * 2
+    step.begin(
+        rows=[0, 1, 0],
+        slots=[0, 1, 2],
+        num_tokens=[neighbours, count, neighbours],
+        first_position=[0, first, 0],
+        prompt_length=[max(neighbours, 1), PROMPT, max(neighbours, 1)],
+    )
+    end = min(first + count, PROMPT)
+    if first < end:
+        kept = torch.tensor(slots[:end])
+        step.prompts.append(PromptPart(1, neighbours, kept, end - first, end == PROMPT))
+    update_gates(x, gates, step)
+    return step.gate_open[neighbours : neighbours + count, 1].tolist()
+
+
+def new_step() -> StepMap:
+    step = StepMap(requests=3, gates=3, device=CPU)
+    step.memory = new_memory(64, CPU)
+    return step
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data(), seed=st.integers(0, 10_000), bounded=st.booleans(), latched=st.booleans())
+def test_verdict_is_the_references_under_chunks_cache_and_recompute(
+    data: st.DataObject, seed: int, bounded: bool, latched: bool
+) -> None:
+    """In any chunks, any slots, beside strangers, partly from the cache: the verdict of the whole prompt."""
+    numbers = torch.Generator().manual_seed(seed)
+    x = torch.randn(PROMPT + 3, WIDTH, generator=numbers)
+    max_norm = float(x.norm(dim=1).median()) if bounded else math.inf
+    found = heads(max_norm=max_norm, seed=seed)
+    reading = reference(x[:PROMPT], found)
+    opens = data.draw(st.booleans(), label="opens")
+    view = gate(found, reading - (1e-4 if opens else -1e-4), latched=latched)
+    expected = [opens and place == PROMPT - 1 for place in range(PROMPT + 3)]
+    if latched:
+        expected = [opens and place >= PROMPT - 1 for place in range(PROMPT + 3)]
+    slots = np.random.default_rng(seed).permutation(64)[:PROMPT].tolist()
+    step = new_step()
+
+    def pass_over(first: int, last: int) -> list[bool]:
+        noise = torch.ones(data.draw(st.integers(0, 2), label="neighbour tokens"), WIDTH)
+        return run(step, [view], torch.cat([noise, x[first:last], noise]), first, slots, len(noise))
+
+    seen: list[bool] = []
+    while len(seen) < len(x):
+        seen += pass_over(len(seen), data.draw(st.integers(len(seen) + 1, len(x)), label="chunk end"))
+    assert seen == expected
+    # Another request of the revision finds all but the last prompt tokens in the cache, in the same slots.
+    step.forget_request(1)
+    cached = data.draw(st.integers(1, PROMPT - 1), label="cached tokens")
+    assert pass_over(cached, len(x)) == expected[cached:]
+    # Preempted, its slots given away, recomputed in others.
+    slots = slots[::-1]
+    assert pass_over(0, len(x)) == expected
+
+
+def test_probe_fires_where_something_was_not_kept() -> None:
+    """A slot that nobody wrote makes the reading no number: the guard opens its gate, whatever the cut."""
+    x = torch.randn(PROMPT, WIDTH, generator=torch.Generator().manual_seed(1))
+    view = gate(heads(), 1e6)
+    step = new_step()
+    assert run(step, [view], x, 0, list(range(PROMPT))) == [False] * PROMPT
+    step.forget_request(1)
+    assert run(step, [view], x[4:], 4, list(range(20, 20 + PROMPT)))[-1] is True
+
+
+def test_prompt_of_sinks_alone_says_nothing() -> None:
+    """Where every token's norm is past the bound there is nothing to read, and the gate stays closed."""
+    step = new_step()
+    view = gate(heads(max_norm=1.0), 1e6)
+    assert run(step, [view], torch.full((PROMPT, WIDTH), 9.0), 0, list(range(PROMPT))) == [False] * PROMPT
+
+
+def test_two_probes_of_a_row_keep_apart() -> None:
+    """Each probe of a row has columns of its own; together they decide as each would alone."""
+    x = torch.randn(PROMPT, WIDTH, generator=torch.Generator().manual_seed(2))
+    first, second = heads(seed=0), heads(seed=1, column=2 * HEADS)
+    step = new_step()
+    views = [
+        gate(first, reference(x, first) - 1e-3, index=1),
+        gate(replace(second, summed=second.summed[-1:]), reference(x, second) + 1e-3, index=2),
+    ]
+    run(step, views, x, 0, list(range(PROMPT)))
+    assert step.gate_open[-1, 1:].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_probe_sums_what_it_read_at_earlier_sites(opens: bool) -> None:
+    """Heads of two sites decide at the second by the sum of both, in two chunks as in one."""
+    numbers = torch.Generator().manual_seed(3)
+    early, late = (torch.randn(PROMPT, WIDTH, generator=numbers) for _ in range(2))
+    first = replace(heads(seed=4), summed=())
+    second = heads(seed=5, column=2 * HEADS, before=HEADS)
+    cut = reference(early, first) + reference(late, second) + (-1e-3 if opens else 1e-3)
+    for chunks in ([(0, PROMPT)], [(0, 4), (4, PROMPT)]):
+        step = new_step()
+        for begin, end in chunks:
+            run(step, [gate(first, cut)], early[begin:end], begin, list(range(PROMPT)))
+            update_gates(late[begin:end], [gate(second, cut)], step)  # the same pass, at the second site
+        assert step.gate_open[-1, 1].item() is opens
+
+
+def test_pass_without_memory_does_not_run() -> None:
+    """A gate that must read whole prompts never runs without its memory."""
+    step = StepMap(requests=3, gates=3, device=CPU)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run(step, [gate(heads(), 0.0)], torch.ones(PROMPT, WIDTH), 0, list(range(PROMPT)))
