@@ -12,6 +12,9 @@ from torch import Tensor
 from steering_kernels.ops.step import StepMap
 from steering_kernels.ops.table import RowView, SiteTable
 
+SMALL = 64
+"""Tokens up to which the rows of a batch are worked off together: by then calls cost more than products."""
+
 
 def apply_edits_grouped(
     hidden: Tensor,
@@ -23,6 +26,9 @@ def apply_edits_grouped(
     only: frozenset[int] | None = None,
 ) -> None:
     """See `apply_edits`. ``only``: leave all other rows alone."""
+    if len(step.groups) > 1 and step.num_tokens <= SMALL and only is None and not table.topk:
+        _apply_joined(hidden, table, step, residual, source)
+        return
     for row, index in step.groups:
         view = table.views.get(row)
         if view is None or (only is not None and row not in only):
@@ -46,22 +52,46 @@ def apply_edits_grouped(
             hidden[index] = edited
 
 
+def _apply_joined(
+    hidden: Tensor, table: SiteTable, step: StepMap, residual: Tensor | None, source: Tensor | None
+) -> None:
+    """All rows of a decode step at once: each token reads the units of all, and keeps those of its own."""
+    rows = tuple(row for row, _ in step.groups if row in table.views)
+    if not rows:
+        return
+    joined = table.join(rows)
+    row_of_token = step.row_of_token[:, None]
+    units = step.gate_open[:, joined.view.gate] & (row_of_token == joined.row_of_unit)
+    scales = step.gate_open[:, joined.view.scale_gate] & (row_of_token == joined.row_of_scale)
+    if not bool(units.any()) and not bool(scales.any()):
+        return
+    stream = source if source is not None else hidden if residual is None else hidden + residual
+    delta, touched = _delta(stream.double(), joined.view, units, scales)
+    step.edited.index_add_(0, step.slot_of_token, touched.long())
+    hidden.copy_(torch.where(touched[:, None], (hidden.double() + delta).to(hidden.dtype), hidden))
+
+
 def _row_delta(x: Tensor, view: RowView, gate_open: Tensor) -> tuple[Tensor, Tensor]:
     """Delta [n, D] float64 and touched [n] bool of n tokens x [n, D] float64 of one row."""
+    units = gate_open[:, view.gate] if view.gated else None
+    return _delta(x, view, units, gate_open[:, view.scale_gate])
+
+
+def _delta(x: Tensor, view: RowView, units: Tensor | None, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """`_row_delta`, given which units [n, K] and head scales [n, E] act; None: all units."""
     delta = x.new_zeros(x.shape[0], view.write.shape[1])
     touched = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     if view.rank:
         g = _unit_strength(x, view)
-        if view.gated:
-            g = torch.where(gate_open[:, view.gate], g, 0.0)
+        if units is not None:
+            g = torch.where(units, g, 0.0)
         if view.bounded:
             g = torch.where(x.norm(dim=1, keepdim=True) <= view.max_norm, g, 0.0)
         touched = (g != 0).any(dim=1)
         delta = g @ view.write
     if view.scales:
-        open_ = gate_open[:, view.scale_gate]
-        delta = delta + x * (open_.double() @ view.scale)
-        touched = touched | open_.any(dim=1)
+        delta = delta + x * (scales.double() @ view.scale)
+        touched = touched | scales.any(dim=1)
     return delta, touched
 
 

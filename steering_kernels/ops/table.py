@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,15 @@ class RowView:
         self.topk_k = edits.topk_k
 
 
+@dataclass(frozen=True, eq=False)
+class JoinedRows:
+    """The units of several rows side by side, and whose each is."""
+
+    view: RowView
+    row_of_unit: Tensor
+    row_of_scale: Tensor
+
+
 class SiteTable:
     """Fixed storage for the units of one site; row 0 is the exact no-op and stays empty.
 
@@ -121,6 +131,8 @@ class SiteTable:
         self.scale_start = torch.zeros(rows, dtype=torch.int32, device=device)
         self.scale_count = torch.zeros(rows, dtype=torch.int32, device=device)
         self.topk: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self._joined: tuple[tuple[int, ...], JoinedRows] | None = None
+        """The last answer of `join`: a batch keeps its rows for many steps."""
         self.views: dict[int, RowView] = {}
         """Rows that hold something, by row."""
 
@@ -161,6 +173,7 @@ class SiteTable:
                 edits.topk_k,
             )
         self.views[row] = RowView(self.get_row(row))
+        self._joined = None
 
     def get_row(self, row: int) -> RowEdits:
         """The row as it stands in the table (tensors share its storage)."""
@@ -178,9 +191,26 @@ class SiteTable:
             topk_k=k,
         )
 
+    def join(self, rows: tuple[int, ...]) -> JoinedRows:
+        """The units of occupied rows without TopK encoders, in one view."""
+        if self._joined is None or self._joined[0] != rows:
+            parts = [dict(self.get_row(row).tensors()) for row in rows]
+            joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            owners = [
+                torch.tensor(
+                    [row for row, part in zip(rows, parts, strict=True) for _ in range(len(part[what]))],
+                    dtype=torch.int64,
+                    device=self.read.device,
+                )
+                for what in ("read", "scale")
+            ]
+            self._joined = rows, JoinedRows(RowView(RowEdits(**joined)), *owners)
+        return self._joined[1]
+
     def clear_row(self, row: int) -> None:
         """Empty a row; its units are free for others. Clearing an empty row does nothing."""
         self.views.pop(row, None)
+        self._joined = None
         self.topk.pop(row, None)
         self.count[row] = self.start[row] = 0
         self.scale_count[row] = self.scale_start[row] = 0
