@@ -15,6 +15,7 @@ from aiohttp.typedefs import Handler
 from interpretops.errors import InterpretOpsError
 from proxy.binding import Caller, choices, decide
 from proxy.limits import Meter
+from proxy.openapi import openapi_document
 from proxy.refusal import (
     InvalidRequest,
     MethodNotAllowed,
@@ -46,6 +47,7 @@ def make_public_app(gateway: Gateway) -> web.Application:
         app.router.add_route("*", route, refuse_unguarded)
     app.router.add_get("/v1/models", list_models, allow_head=False)
     app.router.add_get("/v1/models/{model:.+}", show_model, allow_head=False)
+    app.router.add_get("/openapi.json", show_document, allow_head=False)
     add_health(app)
     return app
 
@@ -146,6 +148,11 @@ async def show_model(request: web.Request) -> web.Response:
     raise UnknownModel(
         f"model {name[:128]!r} is not served here; GET /v1/models lists what is", param="model"
     )
+
+
+async def show_document(_request: web.Request) -> web.Response:
+    """What can be asked here, for programs that read it."""
+    return web.json_response(openapi_document())
 
 
 def _models(request: web.Request) -> list[dict[str, Any]]:

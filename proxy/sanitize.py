@@ -17,7 +17,8 @@ from proxy.routes import DROPPED, Route
 MAX_DEPTH: Final = 64
 """Deepest nesting of a body; JSON schemas of tools need about ten."""
 
-_SALT = re.compile(r"[A-Za-z0-9_-]{1,32}")
+SALT_PATTERN: Final = "[A-Za-z0-9_-]{1,32}"
+_SALT = re.compile(SALT_PATTERN)
 _INTERNAL_HEADER = "x-interpretops-"
 
 
