@@ -51,6 +51,10 @@ cards: install ## Measure the shipped policies anew and publish their Risk Cards
 soak: install ## Half an hour of mixed load and reloads: does anything grow? (ARGS="--minutes 5"; result: benchmarks/results)
 	@$(bin)/python -m benchmarks.soak $(ARGS)
 
+.PHONY: faults
+faults: install ## Break one part after another under traffic; the last line tells what came of it
+	@PYTHONPATH=tests/support $(bin)/python -m faults $(ARGS)
+
 .PHONY: lock
 lock: install ## Resolve pyproject.toml into locks/*.txt anew, keeping pins that still fit
 	@$(bin)/python locks/lock.py

@@ -1,0 +1,105 @@
+"""Judges an answer: steered and proven, refused in OpenAI's shape, broken off, or one that must not be."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from faults.marker import POLICY, steered_only
+
+Kind = Literal["steered", "refused", "broken_off", "unsteered", "misshapen", "listed"]
+"""`listed`: the list of models, which is no answer of the model's."""
+_ERROR_FIELDS = {"message", "type", "param", "code"}
+_ENDS = ("data: [DONE]", "event: response.completed", "event: message_stop")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an answer was, and where it is not as it should be, why."""
+
+    kind: Kind
+    why: str = ""
+
+
+def judge(status: int, headers: Mapping[str, str], text: str) -> Judgement:
+    """Judge one whole answer. ``headers`` finds names in any case."""
+    if status != 200:
+        return _judge_refusal(status, headers, text)
+    label = headers.get("X-Steering-Policy", "")
+    if not re.fullmatch(f"{POLICY}@[0-9a-f]{{12}}", label):
+        return Judgement("unsteered", f"its policy is {label!r}")
+    streamed = headers.get("Content-Type", "").startswith("text/event-stream")
+    events = [event for event in text.split("\n\n") if event] if streamed else []
+    said = "".join(_texts_of_events(events) if streamed else _texts_of_body(json.loads(text)))
+    if not steered_only(said):
+        return Judgement("unsteered", f"it says {said[:80]!r}")
+    if not streamed:
+        return _judge_proof(label, headers.get("X-Steering-Receipt", "null"), said)
+    if any(event.startswith(_ENDS) for event in events):
+        receipts = [
+            event.removeprefix(": steering-receipt ")
+            for event in events
+            if event.startswith(": steering-receipt ")
+        ]
+        if len(receipts) != 1 or not events[-1].startswith(_ENDS):
+            return Judgement("unsteered", f"{len(receipts)} receipts before its end")
+        return _judge_proof(label, receipts[0], said)
+    last = events[-1].partition("data: ")[2] if events else ""
+    why = _shape(last)
+    return Judgement("broken_off") if why is None else Judgement("misshapen", f"stream ends in {why}")
+
+
+def _judge_proof(label: str, text: str, said: str) -> Judgement:
+    receipt = json.loads(text) or {}
+    if f"{receipt.get('policy')}@{receipt.get('revision', '')[:12]}" != label:
+        return Judgement("unsteered", f"its receipt is {receipt}")
+    if receipt["edits_applied"] < 1 or not said:
+        return Judgement("unsteered", f"edits {receipt['edits_applied']}, {len(said)} characters")
+    return Judgement("steered")
+
+
+def _judge_refusal(status: int, headers: Mapping[str, str], text: str) -> Judgement:
+    why = _shape(text)
+    if why is None and not headers.get("X-Request-Id"):
+        why = "no X-Request-Id"
+    if why is None and status == 500:
+        why = "an internal error"
+    return Judgement("refused") if why is None else Judgement("misshapen", f"status {status}: {why}")
+
+
+def _shape(text: str) -> str | None:
+    """Why ``text`` is no error of OpenAI's shape; None when it is one."""
+    try:
+        error = json.loads(text)["error"]
+    except (ValueError, KeyError, TypeError):
+        return f"no error object: {text[:80]!r}"
+    return None if error.keys() == _ERROR_FIELDS else f"an error of {sorted(error)}"
+
+
+def _texts_of_events(events: list[str]) -> Iterator[str]:
+    for event in events:
+        data = event.rpartition("data: ")[2]
+        if not data.startswith("{"):
+            continue
+        found = json.loads(data)
+        if found.get("type") == "response.output_text.delta":
+            yield found["delta"]
+        elif "choices" in found or found.get("type") == "content_block_delta":
+            yield from _texts_of_body(found)
+
+
+def _texts_of_body(body: dict[str, Any]) -> Iterator[str]:
+    """The model's words, on whichever route."""
+    for choice in body.get("choices", ()):
+        message = choice.get("message") or choice.get("delta") or {}
+        yield choice.get("text") or message.get("content") or ""
+    for item in body.get("output", ()):
+        for part in item.get("content") or ():
+            yield part.get("text") or ""
+    content = body.get("content") or [body.get("delta", {})]
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict):
+            yield part.get("text") or ""
