@@ -22,7 +22,9 @@ from proxy.metrics import Metrics
 _POLL_S = 0.25
 _WATCH_EVERY_S = 1.0
 _ATTEST_EVERY = 5
-"""Health is asked every time, the plugin every fifth."""
+"""Health is asked every time, the plugin every fifth, and each time after a miss."""
+_ATTEST_S = 20.0
+"""An engine whose workers hang is still healthy by its own word; only its plugin is silent."""
 _MISSES = 3
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _STABLE_S = 60.0
@@ -191,13 +193,16 @@ class EngineLoop:
             turn += 1
             try:
                 await engine.client.check_health()
-                if turn % _ATTEST_EVERY == 0 and (lost := await engine.check_resident()):
-                    self._log.error("revisions_lost", engine=self._link.name, revisions=lost)
-                    await self._around.restore()
+                if missed or turn % _ATTEST_EVERY == 0:
+                    async with asyncio.timeout(_ATTEST_S):
+                        lost = await engine.check_resident()
+                    if lost:
+                        self._log.error("revisions_lost", engine=self._link.name, revisions=lost)
+                        await self._around.restore()
                 missed = 0
             except EngineReplacedError as error:
                 return str(error)
-            except EngineError as error:
+            except (EngineError, TimeoutError) as error:
                 missed += 1
                 if missed >= _MISSES:
-                    return f"the engine stopped answering: {error}"
+                    return f"the engine stopped answering: {str(error) or 'its workers are silent'}"

@@ -42,6 +42,8 @@ class FakeEngine:
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
     traced: list[str] = field(default_factory=list)
     """`traceparent` of the requests."""
+    script: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None
+    """What it answers instead: one body, or the events of a stream."""
     more: dict[str, int] = field(default_factory=dict)
     """Further fields of its receipts."""
     tcp: tuple[str, int] | None = None
@@ -92,6 +94,8 @@ class FakeEngine:
         return web.json_response({"data": [{"id": MODEL, "root": "/secret/path", "max_model_len": 64}]})
 
     async def _attest(self, _request: web.Request) -> web.Response:
+        if self.trick == "workers_hang":
+            await self.go_on.wait()
         if self.trick == "no_plugin":
             return web.json_response({"error": {"message": "Not Found", "code": 404}}, status=404)
         spec = asdict(SPEC) | ({"fingerprint": "e" * 64} if self.trick == "other_model" else {})
@@ -159,15 +163,19 @@ class FakeEngine:
             receipt["tokens_evaluated"] = 0
         if self.trick != "no_receipt":
             self.receipts[body["vllm_xargs"]["interpretops_nonce"]] = receipt
+        told = None if self.script is None else self.script(body)
         if not body.get("stream"):
             choice = {"text": revision, "message": {"role": "assistant", "content": revision}}
             usage = {"completion_tokens": 3}
-            return web.json_response({"id": "x", "choices": [choice], "model": MODEL, "usage": usage})
+            plain = {"id": "x", "choices": [choice], "model": MODEL, "usage": usage}
+            return web.json_response(plain if told is None else told[0])
         response = web.StreamResponse()
         response.content_type = "text/event-stream"
         await response.prepare(request)
         end = ROUTES[request.path].end
-        for index in range(4):
+        for event in told or ():
+            await response.write(b"data: %s\n\n" % json.dumps(event).encode())
+        for index in range(4 if told is None else 0):
             await response.write(b'data: {"id":"x","n":%d,"text":"[DONE] error"}\n\n' % index)
             if self.trick == "dies" and index == 1:
                 await response.write(b'data: {"id":"x","n"')

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from interpretops.errors import EngineError
+from proxy import engine_loop
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,20 @@ async def test_request_under_way_ends_when_its_engine_is_lost(start, engine):
     engine.boot_id = "second"
     status, _, body = await asyncio.wait_for(request, 15)
     assert (status, body["error"]["code"]) == (502, "engine_failed")
+
+
+async def test_engine_whose_workers_hang_is_given_up(start, engine, until, monkeypatch):
+    """An engine that says it is healthy, but whose workers are silent, serves nobody for long."""
+    monkeypatch.setattr(engine_loop, "_ATTEST_S", 0.1)
+    front = await start("calm")
+    engine.trick = "workers_hang"
+
+    async def lost():
+        return not await front.engine_ready()
+
+    await until(lost, 20)
+    told = [line["reason"] for line in front.log if line["event"] == "engine_lost"]
+    assert told == ["the engine was lost and is being started again"]
 
 
 async def test_health_is_not_readiness(start, engine):
