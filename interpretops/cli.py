@@ -16,6 +16,7 @@ from interpretops.cli_policy import policy_app
 from interpretops.cli_propose import propose
 from interpretops.cli_search import search
 from interpretops.cli_steer import steer
+from interpretops.cli_transcripts import transcripts_app
 from interpretops.errors import InterpretOpsError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.add_typer(policy_app, name="policy")
 app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
+app.add_typer(transcripts_app, name="transcripts")
 app.command("steer")(steer)
 app.command("search")(search)
 app.command("propose")(propose)

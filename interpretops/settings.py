@@ -87,6 +87,7 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
         ("paths", "plans"),
         ("paths", "keys"),
         ("paths", "state"),
+        ("paths", "transcripts"),
         ("gateway", "tls_cert"),
         ("gateway", "tls_key"),
         ("gateway", "admin_tls_cert"),

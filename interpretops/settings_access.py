@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, StringConstraints, model_validator
+from pydantic import Field, SecretStr, StringConstraints, field_validator, model_validator
 
 from interpretops.settings_section import Label, Name, Seconds, Section
 
@@ -61,6 +61,24 @@ class SharedLimits(Section):
         return self
 
 
+class KeptRequests(Section):
+    """That a tenant's requests and answers are kept: redacted (`compliance.pii_redaction`), sealed with the
+    tenant's own key, and deleted after `compliance.retention_days`."""
+
+    key: str
+    """Where the keys stand, never a key itself: `env:NAME` or `file:PATH`, one a line, the newest first. That
+    one seals, the others open what was sealed before. `mechctl transcripts key` makes one."""
+
+    @field_validator("key")
+    @classmethod
+    def _is_a_reference(cls, key: str) -> str:
+        kind, _, name = key.partition(":")
+        if kind not in ("env", "file") or not name:
+            # Not shown: it may be a key.
+            raise ValueError("must be env:NAME or file:PATH, where the keys stand, and not a key")
+        return key
+
+
 class Tenant(Section):
     """One user of the gateway."""
 
@@ -72,6 +90,8 @@ class Tenant(Section):
     """Routes it may use. None: all."""
     limits: Limits = Field(default_factory=Limits)
     """How much it may use."""
+    transcripts: KeptRequests | None = None
+    """Keep what it asks and is answered. None: nothing is kept."""
 
 
 class Alias(Section):

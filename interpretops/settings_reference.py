@@ -8,12 +8,12 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from interpretops.settings import ENV_PREFIX
-from interpretops.settings_access import Alias, Binding, Limits, Match, Tenant
+from interpretops.settings_access import Alias, Binding, KeptRequests, Limits, Match, Tenant
 from interpretops.settings_schema import Settings
 from interpretops.settings_section import Section
 
 _LISTS: dict[str, tuple[type[Section], ...]] = {
-    "tenants": (Tenant, Limits),
+    "tenants": (Tenant, Limits, KeptRequests),
     "aliases": (Alias,),
     "bindings": (Binding, Match),
 }

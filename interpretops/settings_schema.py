@@ -118,7 +118,9 @@ class ComplianceSettings(Section):
     pii_redaction: bool = True
     """Redact personal data wherever an operator has asked for texts to be recorded."""
     retention_days: Annotated[int, Field(ge=0)] = 14
-    """Days after which recorded material is deleted."""
+    """Days after which recorded material is deleted. The audit log, which holds no texts, is not."""
+    phone_regions: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Z]{2}$")], ...] = ("US",)
+    """Countries whose telephone numbers are redacted also without their country code."""
 
 
 EngineUrl = Annotated[
@@ -179,6 +181,8 @@ class PathSettings(Section):
     keys: Path | None = None
     """File of API keys, written by `mechctl keys add`. With one, both listeners ask for keys. None: anybody
     who reaches the gateway may use it, and it listens on this machine only."""
+    transcripts: Path | None = None
+    """Folder of the requests that tenants have kept. Default: `transcripts` under `paths.state`."""
     state: Path = Field(default_factory=user_state_dir)
     """What must outlast a restart: how much of its budget each tenant has used. Default: `interpretops` in
     the user's own state folder."""
@@ -227,6 +231,21 @@ class Settings(Section):
     def _names_are_known(self) -> Self:
         check_names(self.tenants, self.aliases, self.bindings, with_keys=self.paths.keys is not None)
         return self
+
+    @model_validator(mode="after")
+    def _kept_requests_may_be_kept(self) -> Self:
+        asking = [tenant.id for tenant in self.tenants if tenant.transcripts is not None]
+        if asking and self.compliance.retention_days == 0:
+            raise ValueError(
+                f"compliance.retention_days = 0 keeps nothing, but tenant {asking[0]!r} has transcripts; "
+                "give it days, or take the transcripts out"
+            )
+        return self
+
+    @property
+    def transcripts_dir(self) -> Path:
+        """Where kept requests are."""
+        return self.paths.transcripts or self.paths.state / "transcripts"
 
     @property
     def plans_dir(self) -> Path:

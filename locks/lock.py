@@ -13,7 +13,10 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 PYPROJECT = FOLDER.parent / "pyproject.toml"
 OVERRIDES = FOLDER / "overrides.txt"
-EXTRAS = {"cpu": ("cpu", "model", "discovery", "tracing", "redis", "test", "dev"), "gateway": ("redis",)}
+EXTRAS = {
+    "cpu": ("cpu", "model", "discovery", "tracing", "redis", "transcripts", "test", "dev"),
+    "gateway": ("redis",),
+}
 """What each lock file covers beyond the package's own dependencies."""
 PYTHON_VERSION = "3.11"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"

@@ -97,6 +97,7 @@ async def _answer(request: web.Request, route: Route, meter: Meter) -> web.Strea
         trail.headers.update(meter.headers())
         with gateway.fleet.turn(None) as turn:
             return await relay_plain(Demand(gateway, turn, route, body, None, trail))
+    trail.transcript = gateway.transcripts.begin(identity.tenant.id, route.path, body)
     decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
     # No await between here and the pin: the revision is the one that is active now, and it stays resident.
     with (
@@ -273,6 +274,8 @@ def _account(request: web.Request, status: int, total_s: float) -> None:
         metrics.gates_fired.labels(trail.policy).inc(trail.gates)
         metrics.requests_gated.labels(trail.policy).inc(trail.gates > 0)
         gateway.drift.note(trail)
+    if trail.transcript is not None:
+        gateway.transcripts.keep(trail, status)
     if gateway.audit is not None and trail.tenant != "none":
         gateway.audit.append(
             "request",

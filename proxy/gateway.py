@@ -33,6 +33,7 @@ from proxy.shared_limits import SharedCounts
 from proxy.stalls import StallWatch
 from proxy.state import Gateway
 from proxy.tracing import Tracing
+from proxy.transcripts import Transcripts
 from proxy.watch import watch_keys, watch_policies
 
 
@@ -98,6 +99,7 @@ def make_app(
         stalls=stalls,
         shadows=shadows,
         canary=canary,
+        transcripts=(transcripts := Transcripts(settings, metrics, log)),
         drift=Drift(paths.state, catalogue.entries, metrics),
         audit=audit,
         tracing=(tracing := Tracing(settings.tracing, __version__)),
@@ -130,6 +132,12 @@ def make_app(
     async def keep_tracing(_app: web.Application) -> AsyncIterator[None]:
         yield
         await tracing.close()
+
+    async def keep_transcripts(_app: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(transcripts.run(), name="transcripts")
+        yield
+        await _end(task)
+        await transcripts.close()
 
     async def keep_canary(_app: web.Application) -> AsyncIterator[None]:
         task = asyncio.create_task(canary.keep(), name="canary")
@@ -173,6 +181,7 @@ def make_app(
 
     # Cleaned up in reverse: after all requests have ended, while the engine still knows their receipts.
     public.cleanup_ctx.append(keep_budgets)
+    public.cleanup_ctx.append(keep_transcripts)
     if canary.wanted:
         public.cleanup_ctx.append(keep_canary)
     if access.wanted:

@@ -108,6 +108,17 @@ class Metrics:
             ("policy",),
             registry=registry,
         )
+        self.transcripts = Counter(
+            "interpretops_transcripts",
+            "Requests of tenants that have them kept: `stored` or `lost`.",
+            ("tenant", "result"),
+            registry=registry,
+        )
+        self.transcripts_overdue = Gauge(
+            "interpretops_transcripts_overdue",
+            "1 while kept requests that are too old cannot be deleted.",
+            registry=registry,
+        )
         self.drift = Gauge(
             "interpretops_policy_drift_psi",
             "How far a policy's firing on live requests is from its pinned baseline (PSI).",

@@ -142,6 +142,8 @@ async def _relay_whole(
     receipt = await _proof(demand, nonce)
     if demand.trail.keep_answer:
         demand.trail.answer = answer
+    if demand.trail.transcript is not None:
+        demand.trail.transcript.chunks.append(answer)
     headers = {**demand.headers, RECEIPT_HEADER: json.dumps(receipt, separators=(",", ":"))}
     return web.Response(body=answer, content_type="application/json", headers=headers)
 
@@ -171,6 +173,8 @@ async def _relay_stream(
                     itl.observe(now - last)
                 last = now
                 await response.write(events)
+                if trail.transcript is not None:
+                    trail.transcript.chunks.append(events)
         trail.engine_s = time.perf_counter() - sent_at
         if splitter.failed:
             trail.reason = EngineFailed.code

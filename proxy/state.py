@@ -24,6 +24,7 @@ from proxy.settlements import Settlements
 from proxy.shadow import Shadows
 from proxy.stalls import StallWatch
 from proxy.tracing import Tracing
+from proxy.transcripts import Transcripts
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Gateway:
     shadows: Shadows
     canary: Canary
     drift: Drift
+    transcripts: Transcripts
     audit: AuditLog | None
     tracing: Tracing
     metrics: Metrics

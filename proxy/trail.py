@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
 from proxy.engine_client import Receipt
+
+
+@dataclass
+class Transcript:
+    """What a request said, while it runs."""
+
+    route: str
+    body: Mapping[str, Any]
+    chunks: list[bytes] = field(default_factory=list)
+    """The answer as it was sent."""
 
 
 @dataclass
@@ -39,6 +51,8 @@ class Trail:
     """Whether the answer is to be compared with a shadow's."""
     answer: bytes | None = None
     """The answer, where it is to be compared; forgotten with the request."""
+    transcript: Transcript | None = None
+    """What was said, where the tenant has it kept; forgotten with the request."""
     model: str | None = None
     """The model that was asked for, once it is known to be one."""
     engine_headers: dict[str, str] = field(default_factory=dict)

@@ -174,6 +174,18 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Clients gone", "reqps", _rate("interpretops_clients_gone_total", "route")),
         Panel("Connections cut", "reqps", _rate("interpretops_connections_cut_total", "reason")),
+        Panel(
+            "Kept requests",
+            "short",
+            _rate("interpretops_transcripts_total", "result"),
+            "Of tenants that ask for it.",
+        ),
+        Panel(
+            "Kept too long",
+            "bool_yes_no",
+            (("interpretops_transcripts_overdue", "{{instance}}"),),
+            kind="stat",
+        ),
         Panel("Audit records", "short", _rate("interpretops_audit_records_total", "instance")),
     ),
 }

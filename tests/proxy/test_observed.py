@@ -17,6 +17,7 @@ import yaml
 from aiohttp import ClientSession
 from prometheus_client.parser import text_string_to_metric_families
 
+from interpretops.transcript_file import make_key
 from proxy.drift import LEAST
 from proxy.metrics import Metrics
 from proxy.trail import Trail
@@ -179,9 +180,15 @@ async def prometheus(tmp_path: Path, until: Any) -> AsyncIterator[Any]:
 
 
 @needs_prometheus
-async def test_every_panel_answers_from_a_real_prometheus(start, engine, prometheus, until, tmp_path):
+async def test_every_panel_answers_from_a_real_prometheus(
+    start, engine, prometheus, until, tmp_path, monkeypatch
+):
     """Prometheus scrapes the gateway, understands every query, and has an answer where there was traffic."""
-    front = await start("calm", **{"canary.interval_s": 0.05, "paths.state": tmp_path / "state"})
+    monkeypatch.setenv("KEPT", make_key())
+    tenant = {"id": "anonymous", "transcripts": {"key": "env:KEPT"}}
+    front = await start(
+        "calm", tenants=[tenant], **{"canary.interval_s": 0.05, "paths.state": tmp_path / "state"}
+    )
     revision = front.apps.gateway.catalogue.entries["calm"].active.revision
     for _ in range(LEAST):
         front.apps.gateway.drift.note(Trail("r", policy="calm", revision=revision, evaluated=3, edits=1))

@@ -1,0 +1,124 @@
+"""Keeps requests and answers of tenants that ask for it: redacted, sealed, and deleted in time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from structlog.typing import FilteringBoundLogger
+
+from interpretops.redaction import Redactor
+from interpretops.settings import Settings
+from interpretops.transcript_file import Vault, append, delete_old
+from proxy.metrics import Metrics
+from proxy.said import texts_said
+from proxy.trail import Trail, Transcript
+
+_MOST_WAITING: Final = 64
+_MOST_CHARACTERS: Final = 256 * 1024
+"""A longer request is not kept, and counted as lost: redacting it would take the core for seconds."""
+_SWEEP_EVERY_S: Final = 3600.0
+
+
+class Transcripts:
+    """One writer, in a thread, so that no request waits for it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """Raises `ConfigError` when a key is missing, or what redacts."""
+        self._folder = settings.transcripts_dir.expanduser()
+        self._vaults = {
+            tenant.id: Vault(tenant.id, tenant.transcripts.key)
+            for tenant in settings.tenants
+            if tenant.transcripts is not None
+        }
+        compliance = settings.compliance
+        redacts = bool(self._vaults) and compliance.pii_redaction
+        self._redactor = Redactor(compliance.phone_regions) if redacts else None
+        self._retention_days = compliance.retention_days
+        self._metrics = metrics
+        self._log = log
+        self._now = now
+        self._waiting: asyncio.Queue[tuple[str, Transcript, dict[str, Any]]] = asyncio.Queue(_MOST_WAITING)
+
+    def begin(self, tenant: str, route: str, body: Mapping[str, Any]) -> Transcript | None:
+        """What fills up while a request of a tenant runs that wants it kept; None for all others."""
+        return Transcript(route, dict(body)) if tenant in self._vaults else None
+
+    def keep(self, trail: Trail, status: int) -> None:
+        """Store a request that has ended, soon; when too many wait, it is lost and counted."""
+        assert trail.transcript is not None
+        facts: dict[str, Any] = {
+            "time": self._now().isoformat(timespec="milliseconds"),
+            "request_id": trail.request_id,
+            "key": trail.key,
+            "model": trail.model,
+            "policy": trail.policy,
+            "revision": trail.revision,
+            "status": status,
+            "reason": trail.reason,
+            "stream": trail.stream,
+        }
+        try:
+            self._waiting.put_nowait((trail.tenant, trail.transcript, facts))
+        except asyncio.QueueFull:
+            self._count(trail.tenant, "lost")
+
+    async def run(self) -> None:
+        """Write, and delete what is too old, until cancelled; also of tenants that ask for it no more."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._sweep())
+            while True:
+                await self._store(*await self._waiting.get())
+
+    async def close(self) -> None:
+        """Write what still waits."""
+        while not self._waiting.empty():
+            await self._store(*self._waiting.get_nowait())
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                deleted = await asyncio.to_thread(
+                    delete_old, self._folder, self._retention_days, self._now().date()
+                )
+            except OSError as error:
+                self._log.error("transcripts_not_deleted", error=error.strerror)
+                self._metrics.transcripts_overdue.set(1)
+            else:
+                self._metrics.transcripts_overdue.set(0)
+                if deleted:
+                    self._log.info("transcripts_deleted", files=deleted)
+            await asyncio.sleep(_SWEEP_EVERY_S)
+
+    async def _store(self, tenant: str, transcript: Transcript, facts: dict[str, Any]) -> None:
+        try:
+            await asyncio.to_thread(self._write, tenant, transcript, facts)
+        except (OSError, ValueError, RecursionError) as error:
+            # The error's text may quote what it was about.
+            self._log.error("transcript_lost", tenant=tenant, kind=type(error).__name__)
+            self._count(tenant, "lost")
+        else:
+            self._count(tenant, "stored")
+
+    def _write(self, tenant: str, transcript: Transcript, facts: dict[str, Any]) -> None:
+        said = texts_said(b"".join(transcript.chunks), streamed=bool(facts["stream"]))
+        content: dict[str, Any] = {"request": dict(transcript.body), "answer": said}
+        if len(json.dumps(content)) > _MOST_CHARACTERS:
+            raise ValueError("too long to be redacted in passing")
+        if self._redactor is not None:
+            content = self._redactor.value(content)
+        record = {**facts, "route": transcript.route, "redacted": self._redactor is not None, **content}
+        line = self._vaults[tenant].seal(str(facts["request_id"]), record)
+        append(self._folder, tenant, self._now().date(), line)
+
+    def _count(self, tenant: str, result: str) -> None:
+        self._metrics.transcripts.labels(tenant, result).inc()

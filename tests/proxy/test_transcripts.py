@@ -1,0 +1,221 @@
+"""Requests are kept only of tenants that ask for it: redacted, sealed with their key, deleted in time."""
+
+import json
+from datetime import UTC, date, datetime, timedelta
+
+import pytest
+from typer.testing import CliRunner
+
+from interpretops.cli import app
+from interpretops.errors import ConfigError
+from interpretops.settings import load_settings
+from interpretops.transcript_file import Vault, append, delete_old, make_key, read
+from proxy.said import texts_said
+
+SECRET = "the canary sings at midnight, mail canary@birds.example"
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("ACME_KEYS", make_key())
+    return "env:ACME_KEYS"
+
+
+@pytest.fixture
+async def front(start, tmp_path, key):
+    tenants = [{"id": "anonymous", "transcripts": {"key": key}}]
+    folder, audit = tmp_path / "kept", tmp_path / "audit.jsonl"
+    state = tmp_path / "state"
+    sections = {"paths.transcripts": folder, "paths.state": state, "audit.path": audit}
+    return await start("calm", tenants=tenants, **sections)
+
+
+async def kept(front, until, number):
+    settings = front.apps.gateway.settings
+
+    async def stored():
+        told = front.apps.gateway.metrics.render().decode()
+        return f'interpretops_transcripts_total{{result="stored",tenant="anonymous"}} {number}.0' in told
+
+    await until(stored)
+    vault = Vault("anonymous", "env:ACME_KEYS")
+    return [vault.open(line) for _, line in read(settings.transcripts_dir, "anonymous")]
+
+
+async def test_request_and_answer_are_kept_redacted_and_sealed(front, engine, until, tmp_path):
+    """With the key they read as they were, but for personal data; without it nothing of them can be read."""
+    messages = [{"role": "user", "content": SECRET}]
+    await front.chat(model="tiny-model+calm", messages=messages)
+    await front.chat(messages=messages, stream=True)
+    whole, streamed = await kept(front, until, 2)
+    assert whole["request"]["messages"][0]["content"] == "the canary sings at midnight, mail [EMAIL]"
+    assert whole["answer"] == [*engine.plans] * 2
+    assert (whole["policy"], whole["status"], whole["redacted"]) == ("calm", 200, True)
+    assert streamed["answer"] == ["[DONE] error" * 4]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("kept" in path.parts for path in files)
+    for path in files:
+        assert b"canary sings" not in path.read_bytes(), path
+    (day,) = (tmp_path / "kept" / "anonymous").iterdir()
+    assert (day.stat().st_mode & 0o777, day.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+async def test_nothing_that_was_said_leaves_by_another_way(front, engine, until):
+    """With requests being kept, log, metrics and answers of refusals still hold nothing of them."""
+    messages = [{"role": "user", "content": SECRET}]
+    answers = [await front.chat(messages=messages, unknown=SECRET), await front.chat(model=SECRET)]
+    engine.trick = "no_receipt"
+    answers.append(await front.chat(model="tiny-model+calm", messages=messages))
+    (withheld,) = await kept(front, until, 1)
+    assert (withheld["reason"], withheld["answer"]) == ("receipt_failed", [])
+    told = json.dumps(front.log) + front.apps.gateway.metrics.render().decode()
+    assert "canary sings" not in told
+    assert "canary sings" not in json.dumps([body for _, _, body in answers[::2]])
+
+
+async def test_tenant_that_does_not_ask_has_nothing_kept(start, tmp_path):
+    """By default no request is kept, and no folder made."""
+    front = await start("calm", **{"paths.state": tmp_path / "state"})
+    await front.chat()
+    assert front.apps.gateway.transcripts.begin("anonymous", "/v1/chat/completions", {}) is None
+    assert not (tmp_path / "state").exists()
+
+
+async def test_full_disk_loses_the_record_and_not_the_answer(front, until, tmp_path):
+    """What cannot be kept is counted; the caller has its answer."""
+    (tmp_path / "kept").write_text("no folder")
+    assert (await front.chat())[0] == 200
+
+    async def lost():
+        told = front.apps.gateway.metrics.render().decode()
+        return 'interpretops_transcripts_total{result="lost",tenant="anonymous"} 1.0' in told
+
+    await until(lost)
+
+
+def test_old_days_are_deleted(tmp_path):
+    """Of every tenant, also of one that is no tenant any more; nothing is older than the retention."""
+    today = date(2026, 11, 25)
+    for age in (0, 13, 14, 40):
+        append(tmp_path, "acme", today - timedelta(days=age), b"{}\n")
+    append(tmp_path, "gone", today - timedelta(days=14), b"{}\n")
+    assert delete_old(tmp_path, 14, today) == 3
+    assert sorted(path.name for path in tmp_path.rglob("*.jsonl")) == ["2026-11-12.jsonl", "2026-11-25.jsonl"]
+
+
+async def test_gateway_deletes_at_its_start(start, tmp_path, until):
+    """Old files go even where nobody has requests kept now."""
+    old = (datetime.now(UTC) - timedelta(days=15)).date()
+    append(tmp_path / "state" / "transcripts", "acme", old, b"{}\n")
+    await start("calm", **{"paths.state": tmp_path / "state"})
+
+    async def gone():
+        return not list(tmp_path.rglob("*.jsonl"))
+
+    await until(gone)
+
+
+def test_keys_are_rotated_and_tenants_kept_apart(monkeypatch):
+    """The first key seals; older ones still open; another key, another tenant or a changed line does not."""
+    old, new = make_key(), make_key()
+    monkeypatch.setenv("OLD", old)
+    monkeypatch.setenv("BOTH", f"{new}\n{old}\n")
+    monkeypatch.setenv("NEW", new)
+    line = Vault("acme", "env:OLD").seal("r1", {"request_id": "r1"})
+    assert Vault("acme", "env:BOTH").open(line) == {"request_id": "r1", "tenant": "acme"}
+    fresh = Vault("acme", "env:BOTH").seal("r2", {"request_id": "r2"})
+    assert Vault("acme", "env:NEW").open(fresh) is not None
+    for vault, spoiled in (
+        (Vault("acme", "env:NEW"), line),
+        (Vault("other", "env:OLD"), line),
+        (Vault("acme", "env:OLD"), line[:-9]),
+        (Vault("acme", "env:OLD"), line.replace(b"gAAA", b"gAAB")),
+    ):
+        assert vault.open(spoiled) is None
+
+
+def test_half_a_line_spoils_no_other(tmp_path):
+    """After a record that was broken off, the next begins a line of its own."""
+    append(tmp_path, "acme", date(2026, 11, 25), b'{"id": "ha')
+    append(tmp_path, "acme", date(2026, 11, 25), b"{}\n")
+    assert [line for _, line in read(tmp_path, "acme")] == [b'{"id": "ha\n', b"{}\n"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"compliance.retention_days": 0}, "retention_days = 0 keeps nothing"),
+        (
+            {"tenants": [{"id": "acme", "transcripts": {"key": "hunter2"}}]},
+            "transcripts.key: must be env:NAME or file:PATH",
+        ),
+    ],
+)
+def test_settings_that_cannot_hold_stop_the_start(sections, message):
+    """A retention of no days, and a key in place of where it stands."""
+    tenants = [{"id": "acme", "transcripts": {"key": "env:ACME_KEYS"}}]
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_settings(overrides={"tenants": tenants, **sections}, environ={})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_missing_or_wrong_key_is_named_without_its_text(monkeypatch, tmp_path):
+    """The reference is named with the remedy; what the variable or file holds never is."""
+    monkeypatch.setenv("BAD", "hunter2")
+    for reference, message in (
+        ("env:NONE_HERE", "no such variable"),
+        (f"file:{tmp_path / 'none'}", "cannot be read"),
+        ("env:BAD", "mechctl transcripts key"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            Vault("acme", reference)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_command_makes_keys_and_reads_back(tmp_path, monkeypatch):
+    """`mechctl transcripts key` and `read`: by day, by request; a line it cannot open makes its status 1."""
+    runner = CliRunner()
+    key = runner.invoke(app, ["transcripts", "key"]).output.strip()
+    monkeypatch.setenv("ACME_KEYS", key)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "tenants: [{id: acme, transcripts: {key: 'env:ACME_KEYS'}}]\npaths: {transcripts: kept}\n"
+    )
+    vault, day = Vault("acme", "env:ACME_KEYS"), date(2026, 11, 25)
+    for request_id in ("r1", "r2"):
+        append(tmp_path / "kept", "acme", day, vault.seal(request_id, {"request_id": request_id}))
+    ask = ["transcripts", "read", "--tenant", "acme", "--config", str(config)]
+    assert [json.loads(line)["request_id"] for line in runner.invoke(app, ask).output.splitlines()] == [
+        "r1",
+        "r2",
+    ]
+    assert runner.invoke(app, [*ask, "--request-id", "r2"]).output.count("request_id") == 1
+    assert runner.invoke(app, [*ask, "--day", "2026-11-24"]).output == ""
+    append(tmp_path / "kept", "acme", day, b"broken\n")
+    assert runner.invoke(app, ask).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "streamed", "texts"),
+    [
+        ({"choices": [{"index": 0, "message": {"role": "assistant", "content": "a"}}]}, False, ["a"]),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, False, ["a", "b"]),
+        ({"output": [{"content": [{"text": "a"}]}, {"arguments": "{}"}]}, False, ["a", "{}"]),
+        (
+            [
+                {"choices": [{"index": i, "delta": {"content": text}}]}
+                for i, text in ((0, "a"), (1, "x"), (0, "b"))
+            ],
+            True,
+            ["ab", "x"],
+        ),
+        ([{"index": 0, "delta": {"text": "a"}}, {"index": 0, "delta": {"text": "b"}}], True, ["ab"]),
+        ([{"output_index": 0, "delta": "a"}, {"output_index": 0, "delta": "b"}], True, ["ab"]),
+    ],
+)
+def test_texts_of_every_route_are_put_together(answer, streamed, texts):
+    """Chat, completions, responses and messages, whole and in events; personal data may span events."""
+    raw = json.dumps(answer).encode()
+    if streamed:
+        raw = b"".join(b"event: x\ndata: " + json.dumps(event).encode() + b"\n\n" for event in answer)
+    assert texts_said(raw + b"data: [DONE]\n\n" if streamed else raw, streamed=streamed) == texts
