@@ -55,11 +55,10 @@ EVENT = (
 
 
 class MockEngine:
-    """The plans it was given, and receipts of the requests that were not asked after yet."""
+    """The plans it was given."""
 
     def __init__(self) -> None:
         self.plans: dict[str, str] = {}
-        self.receipts: dict[str, str] = {}
 
     def app(self) -> web.Application:
         """Its routes."""
@@ -71,21 +70,22 @@ class MockEngine:
         app.router.add_post(API + "/selftest", _selftest)
         app.router.add_put(API + "/plans/{revision}", self._load)
         app.router.add_delete(API + "/plans/{revision}", self._retire)
-        app.router.add_get(API + "/receipts/{nonce}", self._receipt)
         return app
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())
-        if sealed := body.get("vllm_xargs"):
-            self.receipts[sealed["interpretops_nonce"]] = sealed["interpretops_revision"]
+        sealed = body.get("vllm_xargs")
+        receipt = json.dumps(_receipt(sealed["interpretops_revision"])) if sealed else ""
         if not body.get("stream"):
-            return web.Response(body=ANSWER, content_type="application/json")
+            headers = {"x-interpretops-receipt": receipt} if sealed else None
+            return web.Response(body=ANSWER, content_type="application/json", headers=headers)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         for _ in range(CHUNKS):
             await response.write(EVENT)
             await asyncio.sleep(0)
-        await response.write(b"data: [DONE]\n\n")
+        end = f": interpretops-receipt {receipt}\n\n".encode() if sealed else b""
+        await response.write(b"data: [DONE]\n\n" + end)
         return response
 
     async def _attest(self, _request: web.Request) -> web.Response:
@@ -112,18 +112,10 @@ class MockEngine:
         self.plans.pop(request.match_info["revision"], None)
         return web.json_response({"revision": request.match_info["revision"], "in_flight": 0})
 
-    async def _receipt(self, request: web.Request) -> web.Response:
-        revision = self.receipts.pop(request.match_info["nonce"], None)
-        if revision is None:
-            return web.json_response({"error": {"message": "unknown nonce", "code": 404}}, status=404)
-        done = {
-            "revision": revision,
-            "requests": 1,
-            "tokens_evaluated": 75,
-            "edits_applied": 75,
-            "finished": True,
-        }
-        return web.json_response(done)
+
+def _receipt(revision: str) -> dict[str, Any]:
+    counts = {"requests": 1, "tokens_evaluated": 75, "edits_applied": 75}
+    return {"revision": revision, **counts, "finished": True}
 
 
 class Relay:

@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import aiohttp
 from pydantic import Field, ValidationError
 from structlog.typing import FilteringBoundLogger
 
@@ -42,7 +41,7 @@ _TIMED: Final = 64
 _LEAST_TIMED: Final = 16
 """Pairs before a latency is believed."""
 _FAILURES: Final = (
-    *(EngineError, EngineNotReady, aiohttp.ClientError, OSError, TimeoutError),
+    *(EngineError, EngineNotReady, OSError, TimeoutError),
     *(ValueError, LookupError, TypeError),
 )
 """The engine is gone, proves nothing, or answers what is no answer."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import weakref
 from collections.abc import Mapping
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote
@@ -13,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from interpretops.errors import EngineError
 from interpretops.plan import ModelSpec
+from proxy.engine_http import KEEPALIVE_S, Answer, EngineHttp
 
 API: Final = "/interpretops/v1"
 HOLDER_HEADER: Final = "X-Interpretops-Holder"
 """Which gateway speaks: engines keep a plan as long as a gateway that lives holds it."""
-_KEEPALIVE_S = 3.0
-"""Shorter than the engine's own 5 s, so that no request goes into a connection that is just being closed."""
-
-
+NONCE_HEADER: Final = "x-interpretops-nonce"
+"""Asks the engine to send the receipt of the request with its answer."""
+RECEIPT_HEADER: Final = b"x-interpretops-receipt"
 _HEALTH = aiohttp.ClientTimeout(total=5.0)
 
 
@@ -72,6 +70,14 @@ class Receipt(_Answer):
     cached_tokens: int = 0
     finished: bool = True
 
+    @classmethod
+    def read(cls, told: bytes) -> Receipt:
+        """The receipt that came with an answer. Raises `EngineError`."""
+        try:
+            return cls.model_validate_json(told)
+        except ValidationError as error:
+            raise _malformed(cls, error) from None
+
     @property
     def tokens(self) -> int:
         """Tokens of prompt and answer that went through the model or were found in its cache."""
@@ -115,19 +121,18 @@ class EngineClient:
         connector: aiohttp.BaseConnector
         if address.startswith("unix://"):
             connector = aiohttp.UnixConnector(
-                address.removeprefix("unix://"), limit=0, keepalive_timeout=_KEEPALIVE_S
+                address.removeprefix("unix://"), limit=0, keepalive_timeout=KEEPALIVE_S
             )
             self._base = "http://engine"
         else:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
             self._base = address.rstrip("/")
         trace = aiohttp.TraceConfig()
         trace.on_connection_create_end.append(self._note_connection)
-        self._open: weakref.WeakSet[aiohttp.ClientResponse] = weakref.WeakSet()
         self.connections_made = 0
         """Connections opened so far, by any call."""
         self._control = aiohttp.ClientTimeout(total=control_timeout_s, sock_connect=connect_timeout_s)
-        self._connect_timeout_s = connect_timeout_s
+        self._http = EngineHttp(address, connect_timeout_s=connect_timeout_s, made=self._count_connection)
         self._session = aiohttp.ClientSession(
             connector=connector,
             trace_configs=[trace],
@@ -144,12 +149,7 @@ class EngineClient:
 
     async def close(self) -> None:
         """Close all connections; requests in progress fail."""
-        for response in list(self._open):
-            connection = response.connection
-            if connection is not None and connection.transport is not None:
-                connection.transport.abort()
-        # Their readers learn of it now. Closing the session alone would leave them waiting for ever.
-        await asyncio.sleep(0)
+        self._http.close()
         await self._session.close()
 
     async def generate(
@@ -160,19 +160,11 @@ class EngineClient:
         total_timeout_s: float,
         idle_timeout_s: float | None,
         headers: Mapping[str, str] | None = None,
-    ) -> aiohttp.ClientResponse:
-        """Send a request; returns the open response, which the caller closes. Raises aiohttp's errors."""
-        response = await self._session.post(
-            self._base + route,
-            data=body,
-            headers={"Content-Type": "application/json", **(headers or {})},
-            timeout=aiohttp.ClientTimeout(
-                total=total_timeout_s, sock_connect=self._connect_timeout_s, sock_read=idle_timeout_s
-            ),
-            allow_redirects=False,
+    ) -> Answer:
+        """Send a request; returns the open answer, which the caller closes. Raises as `EngineHttp.post`."""
+        return await self._http.post(
+            route, body, headers or {}, total_timeout_s=total_timeout_s, idle_timeout_s=idle_timeout_s
         )
-        self._open.add(response)
-        return response
 
     async def healthy(self) -> bool:
         """Whether the engine's own health route says so."""
@@ -230,6 +222,9 @@ class EngineClient:
         return _parse(Receipt, answer) if "revision" in answer else None
 
     async def _note_connection(self, *_trace: object) -> None:
+        self._count_connection()
+
+    def _count_connection(self) -> None:
         self.connections_made += 1
 
     async def _call(
@@ -265,11 +260,13 @@ def _parse(kind: type[T], answer: Mapping[str, Any]) -> T:
     try:
         return kind.model_validate(answer)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise EngineError(
-            f"engine's {kind.__name__.strip('_')} is malformed: {where}: {first['msg']}"
-        ) from None
+        raise _malformed(kind, error) from None
+
+
+def _malformed(kind: type[_Answer], error: ValidationError) -> EngineError:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return EngineError(f"engine's {kind.__name__.strip('_')} is malformed: {where}: {first['msg']}")
 
 
 def _why(error: BaseException) -> str:

@@ -12,7 +12,7 @@ def make_logger(*, json_lines: bool = True) -> FilteringBoundLogger:
     """The gateway's logger."""
     renderer = structlog.processors.JSONRenderer() if json_lines else structlog.dev.ConsoleRenderer()
     logger: FilteringBoundLogger = structlog.wrap_logger(
-        structlog.PrintLogger(sys.stderr),
+        structlog.WriteLogger(sys.stderr),
         wrapper_class=structlog.make_filtering_bound_logger("info"),
         processors=[
             structlog.processors.add_log_level,
@@ -20,4 +20,5 @@ def make_logger(*, json_lines: bool = True) -> FilteringBoundLogger:
             renderer,
         ],
     )
-    return logger
+    # Bound once, not anew for every line.
+    return logger.bind()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from interpretops.errors import EngineError
-from proxy.engine_client import Receipt
+from proxy.engine_client import NONCE_HEADER, RECEIPT_HEADER, Receipt
 from proxy.engine_link import ProvenEngine
 from proxy.routes import Route
 from proxy.sanitize import serialize
@@ -18,7 +18,7 @@ async def ask(
 ) -> tuple[bytes, Receipt]:
     """The whole answer to ``body`` under ``revision`` (64 hex, or `none`), and the receipt that proves it.
 
-    Raises `EngineError` when it is not proven, and aiohttp's errors.
+    Raises `EngineError` when it is not proven, and as `EngineHttp.post`.
     """
     nonce = secrets.token_hex(16)
     sealed = {"interpretops_revision": revision, "interpretops_nonce": nonce}
@@ -27,12 +27,14 @@ async def ask(
         serialize({**body, "vllm_xargs": sealed}),
         total_timeout_s=timeout_s,
         idle_timeout_s=None,
+        headers={NONCE_HEADER: nonce},
     )
     try:
         answer = await upstream.read()
     finally:
         upstream.close()
-    receipt = await engine.client.receipt(nonce)
+    told = upstream.headers.get(RECEIPT_HEADER)
+    receipt = await engine.client.receipt(nonce) if told is None else Receipt.read(told)
     if upstream.status != 200 or receipt is None or receipt.revision != revision:
         raise EngineError(f"the engine answered with status {upstream.status}, or without proof")
     return answer, receipt

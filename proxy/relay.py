@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import time
@@ -14,7 +15,9 @@ from aiohttp import web
 
 from interpretops.errors import EngineError
 from proxy.binding import HEADER, NONE
-from proxy.engine_client import Receipt
+from proxy.engine_client import NONCE_HEADER, Receipt
+from proxy.engine_client import RECEIPT_HEADER as ENGINE_RECEIPT
+from proxy.engine_http import Answer, EngineGivenUpError, EngineUnreachableError
 from proxy.fleet import Turn
 from proxy.policy_files import Revision
 from proxy.refusal import (
@@ -36,7 +39,7 @@ from proxy.trail import Trail
 RECEIPT_HEADER: Final = "X-Steering-Receipt"
 REQUEST_ID_HEADER: Final = "X-Request-Id"
 _NOT_RESIDENT: Final = frozenset(("revision_not_resident", "unknown_revision", "table_full", "retired"))
-_GONE = (aiohttp.ClientError, OSError, TimeoutError)
+_GONE = (OSError, TimeoutError)
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
             raise await _engine_refusal(upstream)
         await _check_engine(demand)
         if streamed:
-            return await _relay_stream(request, demand, upstream, nonce, sent_at)
-        return await _relay_whole(demand, upstream, nonce, sent_at)
+            return await _relay_stream(request, demand, upstream, sent_at)
+        return await _relay_whole(demand, upstream, sent_at)
     finally:
         # Also when the client is gone or we were cancelled: the engine stops generating when this closes.
         upstream.close()
@@ -101,13 +104,14 @@ async def relay_plain(demand: Demand) -> web.StreamResponse:
     return web.Response(body=answer, content_type="application/json", headers=headers)
 
 
-async def _send(demand: Demand, payload: bytes, *, streamed: bool) -> aiohttp.ClientResponse:
+async def _send(demand: Demand, payload: bytes, *, streamed: bool) -> Answer:
     """The engine's answer, of which nothing is read yet.
 
     Another engine is asked where one cannot be reached, or says that it takes no requests now: there nothing
     has begun, so that nothing can happen twice.
     """
-    settings, turn = demand.gateway.settings.gateway, demand.turn
+    settings, turn, nonce = demand.gateway.settings.gateway, demand.turn, demand.trail.nonce
+    named = {} if nonce is None else {NONCE_HEADER: nonce}
     ends_at = time.monotonic() + settings.request_timeout_s
     while True:
         try:
@@ -116,9 +120,9 @@ async def _send(demand: Demand, payload: bytes, *, streamed: bool) -> aiohttp.Cl
                 payload,
                 total_timeout_s=max(0.001, ends_at - time.monotonic()),
                 idle_timeout_s=settings.stream_idle_timeout_s if streamed else None,
-                headers=demand.trail.engine_headers,
+                headers={**named, **demand.trail.engine_headers},
             )
-        except (*_GONE, RuntimeError) as error:
+        except _GONE as error:
             refusal = _engine_gone(demand, error)
             if isinstance(refusal, EngineNotReady) and turn.again("unreached"):
                 continue
@@ -131,15 +135,13 @@ async def _send(demand: Demand, payload: bytes, *, streamed: bool) -> aiohttp.Cl
         return upstream
 
 
-async def _relay_whole(
-    demand: Demand, upstream: aiohttp.ClientResponse, nonce: str, sent_at: float
-) -> web.StreamResponse:
+async def _relay_whole(demand: Demand, upstream: Answer, sent_at: float) -> web.StreamResponse:
     try:
         answer = await upstream.read()
     except _GONE as error:
         raise _engine_gone(demand, error) from error
     demand.trail.engine_s = time.perf_counter() - sent_at
-    receipt = await _proof(demand, nonce)
+    receipt = await _proof(demand, upstream.headers.get(ENGINE_RECEIPT, b""))
     if demand.trail.keep_answer:
         demand.trail.answer = answer
     if demand.trail.transcript is not None:
@@ -149,7 +151,7 @@ async def _relay_whole(
 
 
 async def _relay_stream(
-    request: web.Request, demand: Demand, upstream: aiohttp.ClientResponse, nonce: str, sent_at: float
+    request: web.Request, demand: Demand, upstream: Answer, sent_at: float
 ) -> web.StreamResponse:
     if upstream.content_type != "text/event-stream":
         raise EngineFailed("the engine did not answer with an event stream")
@@ -164,7 +166,7 @@ async def _relay_stream(
     itl = demand.gateway.metrics.itl.labels(trail.policy)
     last = trail.began_at
     try:
-        async for chunk in upstream.content.iter_any():
+        while chunk := await upstream.next():
             if events := splitter.feed(chunk):
                 now = time.perf_counter()
                 if trail.ttft_s is None:
@@ -178,11 +180,14 @@ async def _relay_stream(
         trail.engine_s = time.perf_counter() - sent_at
         if splitter.failed:
             trail.reason = EngineFailed.code
+            if splitter.receipt:
+                with contextlib.suppress(EngineError):
+                    trail.take(Receipt.read(splitter.receipt))
             await response.write_eof()
             return response
         if not splitter.end_event:
             raise EngineFailed("the engine ended the stream too early; the answer is incomplete")
-        receipt = await _proof(demand, nonce)
+        receipt = await _proof(demand, splitter.receipt)
     except Refusal as refusal:
         return await _break_off(response, demand, refusal)
     except SseOverflowError:
@@ -206,12 +211,16 @@ async def _break_off(response: web.StreamResponse, demand: Demand, refusal: Refu
     return response
 
 
-async def _proof(demand: Demand, nonce: str) -> dict[str, Any]:
-    """The receipt for the answer just read, as callers see it; raises when it does not prove the revision."""
+async def _proof(demand: Demand, told: bytes) -> dict[str, Any]:
+    """The receipt of the answer just read, as callers see it; raises when it does not prove the revision.
+
+    ``told`` came with the answer; an engine with an older plugin is asked for it.
+    """
     why: str | None
     receipt: Receipt | None = None
     try:
-        receipt = await demand.turn.engine.client.receipt(nonce)
+        client, nonce = demand.turn.engine.client, demand.trail.nonce or ""
+        receipt = Receipt.read(told) if told else await client.receipt(nonce)
         if receipt is not None:
             demand.trail.take(receipt)
         why = _fault(receipt, demand.revision_id)
@@ -254,7 +263,7 @@ async def _check_engine(demand: Demand) -> None:
         ) from error
 
 
-async def _engine_refusal(upstream: aiohttp.ClientResponse) -> Refusal:
+async def _engine_refusal(upstream: Answer) -> Refusal:
     """The engine's own error, in OpenAI's shape; its inner failures without their text."""
     try:
         told = json.loads(await upstream.read())["error"]
@@ -272,10 +281,9 @@ async def _engine_refusal(upstream: aiohttp.ClientResponse) -> Refusal:
 
 def _engine_gone(demand: Demand, error: BaseException) -> Refusal:
     """What the caller is told; the engine is blamed for all but an answer that took too long."""
-    connecting = isinstance(error, aiohttp.ConnectionTimeoutError)
-    if connecting or not isinstance(error, TimeoutError | RuntimeError):
+    if not isinstance(error, TimeoutError | EngineGivenUpError):
         demand.turn.link.breaker.failed()
-    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | RuntimeError):
+    if isinstance(error, EngineUnreachableError):
         return EngineNotReady("the engine cannot be reached; try again in a moment")
     if isinstance(error, TimeoutError):
         return EngineFailed("the engine did not answer in time")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import shlex
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from aiohttp import web
 from rich.console import Console
 from rich.markup import escape
@@ -36,7 +38,8 @@ _FORCED_EXIT = 130
 def serve(settings: Settings) -> None:
     """Run until SIGINT or SIGTERM. Raises `InterpretOpsError`, of one line, when it cannot start."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    asyncio.run(_Serve(settings, console).run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_Serve(settings, console).run())
 
 
 class _Serve:
@@ -127,6 +130,9 @@ class _Serve:
         await asyncio.wait({ready, stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
         self._end_steps()
         if ready.done():
+            # What has been made until now stays for good: no need to look at it again and again.
+            gc.collect()
+            gc.freeze()
             self._announce(apps, public, admin)
             await asyncio.wait({stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
         ready.cancel()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import aiohttp
 from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import EngineError
@@ -98,7 +97,7 @@ class Shadows:
         try:
             with self._residency.pin(revision):
                 answer, receipt = await ask(engine, route, body, revision.revision, self._timeout_s)
-        except (EngineError, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        except (EngineError, OSError, TimeoutError, ValueError) as error:
             self._log.info("shadow_failed", policy=revision.policy, kind=type(error).__name__)
         else:
             result = _compare(body, trail.answer, answer)

@@ -1,4 +1,4 @@
-"""Server-sent events, relayed whole: the end marker and errors are seen, everything else is bytes."""
+"""Server-sent events, relayed whole: end marker, receipt and errors are seen, everything else is bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Final
 
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 
+_RECEIPT: Final = b": interpretops-receipt "
 _ERROR_PREFIXES = (
     *(b'data: {"error"', b'data: {"object":"error"', b"event: error", b"event: response.failed"),
 )
@@ -18,9 +19,10 @@ class SseOverflowError(Exception):
 
 
 class SseSplitter:
-    """Splits a byte stream at event ends, keeps the end marker back, and notes an error event.
+    """Splits a byte stream at event ends, keeps end marker and receipt back, and notes an error event.
 
-    The engine ends a stream with its end marker even after an error event, so both must be known.
+    The engine ends a stream with its end marker even after an error event, so both must be known. Its receipt
+    comes last.
     """
 
     def __init__(self, end: bytes) -> None:
@@ -30,6 +32,8 @@ class SseSplitter:
         self._rest = b""
         self.end_event = b""
         """The event that ends the stream, held back; empty until it has come."""
+        self.receipt = b""
+        """The engine's receipt; empty until it has come."""
         self.failed = False
 
     def feed(self, chunk: bytes) -> bytes:
@@ -43,7 +47,12 @@ class SseSplitter:
             return b""
         self._rest = data[cut:]
         events = data[:cut]
-        if self._mark not in events and b"error" not in events and b"failed" not in events:
+        if (
+            self._mark not in events
+            and b"error" not in events
+            and b"failed" not in events
+            and _RECEIPT not in events
+        ):
             return events
         return self._inspect(events)
 
@@ -52,6 +61,8 @@ class SseSplitter:
         for event in events.split(b"\n\n")[:-1]:
             if event.startswith(self._end):
                 self.end_event = event + b"\n\n"
+            elif event.startswith(_RECEIPT):
+                self.receipt = event.removeprefix(_RECEIPT)
             else:
                 self.failed = self.failed or event.startswith(_ERROR_PREFIXES)
                 kept.append(event + b"\n\n")

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from steering_kernels.vllm_plugin.answer_receipt import AnswerReceipt
 from steering_kernels.vllm_plugin.holders import Holders
 from steering_kernels.vllm_plugin.receipts import RECEIPTS
 from steering_kernels.vllm_plugin.self_test import run_self_test
@@ -63,6 +64,7 @@ class SteeringEndpoints:
         app.get(PREFIX + "/attest")(self.attest)
         app.post(PREFIX + "/selftest")(self.self_test)
         app.get(PREFIX + "/receipts/{nonce}")(self.receipt)
+        app.add_middleware(AnswerReceipt)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """vLLM hands over the engine client."""
@@ -123,7 +125,7 @@ class SteeringEndpoints:
         return JSONResponse({"ok": True})
 
     async def receipt(self, nonce: str) -> Response:
-        """The receipt of a finished answer; it can be had once."""
+        """The receipt of an answer that did not carry it; it can be had once."""
         receipt = RECEIPTS.take(nonce)
         if receipt is None:
             return _error(404, "unknown_nonce", "no receipt for this nonce")

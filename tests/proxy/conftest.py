@@ -168,7 +168,9 @@ class FakeEngine:
             choice = {"text": revision, "message": {"role": "assistant", "content": revision}}
             usage = {"completion_tokens": 3}
             plain = {"id": "x", "choices": [choice], "model": MODEL, "usage": usage}
-            return web.json_response(plain if told is None else told[0])
+            carried = self._take(request)
+            headers = {"x-interpretops-receipt": carried} if carried else None
+            return web.json_response(plain if told is None else told[0], headers=headers)
         response = web.StreamResponse()
         response.content_type = "text/event-stream"
         await response.prepare(request)
@@ -187,7 +189,16 @@ class FakeEngine:
             await response.write(b'data: {"error": {"message": "engine core died"}}\n\n')
         if self.trick != "no_done":
             await response.write(end + (b"data: {}\n\n" if end.endswith(b"\n") else b"\n\n"))
+        if carried := self._take(request):
+            await response.write(f": interpretops-receipt {carried}\n\n".encode())
         return response
+
+    def _take(self, request: web.Request) -> str:
+        """The receipt, as it travels with an answer that has come to its end."""
+        if self.trick == "older_plugin":
+            return ""
+        receipt = self.receipts.pop(request.headers.get("x-interpretops-nonce", ""), None)
+        return "" if receipt is None else json.dumps(receipt)
 
     async def _plain(self, request: web.Request) -> web.Response:
         body = await request.json()

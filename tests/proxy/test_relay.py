@@ -18,6 +18,18 @@ async def test_answer_carries_revision_and_receipt(start, engine):
     assert (receipt["policy"], receipt["revision"], receipt["tokens_evaluated"]) == ("calm", revision, 3)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_receipt_that_does_not_come_with_its_answer_is_asked_for(start, engine, stream):
+    """An engine with an older plugin proves its answers as before: when it is asked."""
+    front = await start("calm")
+    engine.trick = "older_plugin"
+    status, headers, body = await front.chat(model="tiny-model+calm", stream=stream)
+    assert status == 200
+    told = body.split(": steering-receipt ")[1] if stream else headers["X-Steering-Receipt"]
+    assert told.startswith('{"policy":"calm"')
+    assert engine.receipts == {}
+
+
 @pytest.mark.parametrize("trick", ["no_receipt", "wrong_revision", "nothing_evaluated"])
 async def test_answer_without_proof_is_withheld(start, engine, trick):
     """Without a receipt for the demanded revision nothing of the answer reaches the client."""

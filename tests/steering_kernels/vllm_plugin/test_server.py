@@ -1,6 +1,7 @@
 """The engine's own door: what it admits, loads, attests and tests of itself (promises 1, 4, 10)."""
 
 import itertools
+import json
 import os
 import pickle
 import secrets
@@ -199,6 +200,43 @@ def test_receipt_can_be_had_once(client: httpx.Client) -> None:
     receipt = client.get(f"/interpretops/v1/receipts/{nonce}")
     assert receipt.json()["requests"] == 3
     assert client.get(f"/interpretops/v1/receipts/{nonce}").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_receipt_travels_with_its_answer(
+    client: httpx.Client, resident: Plan, path: str, *, stream: bool
+) -> None:
+    """Who names the nonce in a header gets the receipt with the answer: as a header, or as the last event."""
+    nonce = secrets.token_hex(16)
+    asked = (
+        {"prompt": "One two"}
+        if path == "/v1/completions"
+        else {"messages": [{"role": "user", "content": "Hi"}]}
+    )
+    args = {"interpretops_revision": resident.revision, "interpretops_nonce": nonce}
+    body = {"model": "m", "max_tokens": 4, "stream": stream, "vllm_xargs": args, **asked}
+    answer = client.post(path, json=body, headers={"X-InterpretOps-Nonce": nonce})
+    if stream:
+        *_, end, last, rest = answer.text.split("\n\n")
+        assert (end, rest) == ("data: [DONE]", "")
+        told = last.removeprefix(": interpretops-receipt ")
+    else:
+        told = answer.headers["X-InterpretOps-Receipt"]
+        assert len(answer.json()["choices"]) == 1
+    receipt = json.loads(told)
+    assert (receipt["revision"], receipt["requests"], receipt["finished"]) == (resident.revision, 1, True)
+    assert receipt["tokens_evaluated"] >= 5
+    assert client.get(f"/interpretops/v1/receipts/{nonce}").status_code == 404
+
+
+def test_receipt_of_a_request_that_failed_stays_behind(client: httpx.Client) -> None:
+    """An error carries no receipt, and neither does an answer of a route that does not generate."""
+    headers = {"X-InterpretOps-Nonce": secrets.token_hex(16)}
+    for path, body in (("/v1/completions", {"model": "m", "prompt": "a"}), ("/tokenize", {"prompt": "a"})):
+        answer = client.post(path, json=body, headers=headers)
+        assert "X-InterpretOps-Receipt" not in answer.headers
+        assert answer.json()
 
 
 @pytest.mark.parametrize(

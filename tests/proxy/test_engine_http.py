@@ -1,0 +1,267 @@
+"""The engine's answers are read whole or fail, whatever comes over the connection and however it is cut."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+from proxy.engine_http import EngineBrokeOffError, EngineHttp, EngineUnreachableError
+
+LONG = 30.0
+WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 5\r\nX-Note: a\r\n\r\nhello"
+CHUNKED = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+
+
+class Script:
+    """An engine that sends what it is told, and notes what it got."""
+
+    def __init__(self):
+        self.requests = []
+        self.gone = asyncio.Event()
+        self.connections = 0
+
+    async def play(self, reader, writer):
+        self.connections += 1
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                size = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                self.requests.append((head, await reader.readexactly(size)))
+                await self.answer(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self.gone.set()
+        finally:
+            writer.close()
+
+    async def answer(self, reader, writer):
+        writer.write(WHOLE)
+
+
+@asynccontextmanager
+async def engine(tmp_path, answer=None):
+    script = Script()
+    if answer is not None:
+        script.answer = answer
+    server = await asyncio.start_unix_server(script.play, tmp_path / "e.sock")
+    made = []
+    http = EngineHttp(f"unix://{tmp_path}/e.sock", connect_timeout_s=5, made=lambda: made.append(1))
+    try:
+        yield script, http, made
+    finally:
+        http.close()
+        server.close()
+
+
+async def post(http, body=b"{}", *, total=LONG, idle=None, headers=None):
+    return await http.post("/v1/x", body, headers or {}, total_timeout_s=total, idle_timeout_s=idle)
+
+
+async def test_connection_is_used_again(tmp_path):
+    """One connection serves requests one after the other; each gets its own whole answer."""
+    async with engine(tmp_path) as (script, http, made):
+        for body in (b'{"a":1}', b"{}"):
+            answer = await post(http, body, headers={"X-Trace": "t"})
+            assert (answer.status, answer.content_type) == (200, "application/json")
+            assert answer.headers[b"x-note"] == b"a"
+            assert await answer.read() == b"hello"
+        assert [body for _, body in script.requests] == [b'{"a":1}', b"{}"]
+        assert script.requests[0][0].startswith(b"POST /v1/x HTTP/1.1\r\nHost: engine\r\n")
+        assert b"X-Trace: t\r\n" in script.requests[0][0]
+        assert (script.connections, len(made)) == (1, 1)
+
+
+async def test_answer_in_single_bytes_is_the_same(tmp_path):
+    """How the bytes are cut on their way makes no difference."""
+
+    async def drip(_reader, writer):
+        for byte in CHUNKED + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n":
+            writer.write(bytes([byte]))
+            await writer.drain()
+
+    async with engine(tmp_path, drip) as (script, http, _):
+        for _ in range(2):
+            answer = await post(http)
+            assert answer.content_type == "text/event-stream"
+            assert await answer.read() == b"abcde"
+        assert script.connections == 1
+
+
+async def test_requests_at_once_have_connections_of_their_own(tmp_path):
+    """A request never waits for another one's answer."""
+    both = asyncio.Barrier(2)
+
+    async def meet(_reader, writer):
+        await both.wait()
+        writer.write(WHOLE)
+
+    async with engine(tmp_path, meet) as (script, http, _):
+        answers = await asyncio.gather(post(http), post(http))
+        assert [await answer.read() for answer in answers] == [b"hello"] * 2
+        assert script.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "before"),
+    [
+        (CHUNKED + b"3\r\nabc\r\n", b"abc"),
+        (CHUNKED + b"3\r\nabc\r\nzz\r\n", b"abc"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", b"abc"),
+    ],
+)
+async def test_answer_that_is_broken_off_is_an_error_after_what_came(tmp_path, sent, before):
+    """What came of a broken answer is handed on, and then an error; it never looks whole."""
+
+    async def die(_reader, writer):
+        writer.write(sent)
+        await writer.drain()
+        writer.close()
+
+    async with engine(tmp_path, die) as (_, http, _made):
+        answer = await post(http)
+        assert await answer.next() == before
+        with pytest.raises(EngineBrokeOffError):
+            await answer.next()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"no http\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\nabc",
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000,
+    ],
+)
+async def test_answer_whose_end_could_not_be_told_is_refused(tmp_path, sent):
+    """No HTTP, no length, an upgrade, headers without end: an error before anything is handed on."""
+
+    async def speak(_reader, writer):
+        writer.write(sent)
+        await writer.drain()
+        writer.close()
+
+    async with engine(tmp_path, speak) as (_, http, _made):
+        with pytest.raises(EngineBrokeOffError):
+            await post(http)
+
+
+async def test_connection_with_more_than_was_asked_for_is_not_used_again(tmp_path):
+    """Bytes after an answer are nobody's: they could be taken for the next one."""
+
+    async def twice(_reader, writer):
+        writer.write(WHOLE + WHOLE)
+
+    async with engine(tmp_path, twice) as (script, http, _):
+        for _ in range(2):
+            assert await (await post(http)).read() == b"hello"
+        assert script.connections == 2
+
+
+async def test_silence_is_noticed_and_ends_the_connection(tmp_path):
+    """A total limit ends the whole exchange, an idle limit only a silence; the engine sees us leave."""
+
+    async def begin(reader, writer):
+        writer.write(CHUNKED)
+        for _ in range(4):
+            await asyncio.sleep(0.2)
+            writer.write(b"1\r\na\r\n")
+        await reader.read()
+        raise ConnectionError
+
+    async with engine(tmp_path, begin) as (script, http, _):
+        answer = await post(http, idle=0.5)
+        for _ in range(4):
+            assert await answer.next() == b"a"
+        with pytest.raises(TimeoutError):
+            await answer.next()
+        await asyncio.wait_for(script.gone.wait(), 5)
+        with pytest.raises(TimeoutError):
+            await (await post(http, total=0.5)).read()
+
+
+async def test_closing_an_answer_tells_the_engine(tmp_path):
+    """An answer that is closed before its end closes its connection."""
+
+    async def hold(reader, writer):
+        writer.write(CHUNKED)
+        await reader.read()
+        raise ConnectionError
+
+    async with engine(tmp_path, hold) as (script, http, _):
+        (await post(http)).close()
+        await asyncio.wait_for(script.gone.wait(), 5)
+
+
+async def test_request_that_is_cancelled_tells_the_engine(tmp_path):
+    """A request that is given up before its headers have come closes its connection."""
+    asked = asyncio.Event()
+
+    async def hold(reader, _writer):
+        asked.set()
+        await reader.read()
+        raise ConnectionError
+
+    async with engine(tmp_path, hold) as (script, http, _):
+        request = asyncio.create_task(post(http))
+        await asked.wait()
+        request.cancel()
+        await asyncio.wait_for(script.gone.wait(), 5)
+
+
+async def test_reader_that_does_not_read_stops_the_engine_from_sending(tmp_path):
+    """Of an answer that nobody reads, no more than a bounded part is held."""
+    sent = 0
+    size = 64 * 1024 * 1024
+
+    async def pour(_reader, writer):
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+        while sent < size:
+            writer.write(b"x" * 65536)
+            await writer.drain()
+            sent += 65536
+
+    async with engine(tmp_path, pour) as (_, http, _made):
+        answer = await post(http)
+        before = -1
+        while sent != before:
+            before = sent
+            await asyncio.sleep(0.2)
+        assert sent < 8 * 1024 * 1024
+        assert len(await answer.read()) == size
+
+
+async def test_closed_pool_fails_its_readers_and_serves_nobody(tmp_path):
+    """Closing ends every answer under way, and no request goes out after it."""
+
+    async def hold(reader, writer):
+        writer.write(CHUNKED)
+        await reader.read()
+
+    async with engine(tmp_path, hold) as (_, http, _made):
+        answer = await post(http)
+        reading = asyncio.create_task(answer.read())
+        await asyncio.sleep(0)
+        http.close()
+        with pytest.raises(EngineBrokeOffError):
+            await reading
+        with pytest.raises(EngineUnreachableError):
+            await post(http)
+
+
+async def test_nobody_there_is_told_apart_from_a_broken_answer(tmp_path):
+    """Where nobody listens, the request was surely not begun."""
+    for address in (f"unix://{tmp_path}/none.sock", "http://127.0.0.1:1"):
+        http = EngineHttp(address, connect_timeout_s=5, made=lambda: None)
+        with pytest.raises(EngineUnreachableError):
+            await post(http)
+
+
+async def test_header_with_a_line_end_is_refused(tmp_path):
+    """No value can begin a header of its own."""
+    async with engine(tmp_path) as (script, http, _):
+        with pytest.raises(ValueError, match="line end"):
+            await post(http, headers={"X-Trace": "a\r\nX-Interpretops-Nonce: b"})
+        assert script.requests == []

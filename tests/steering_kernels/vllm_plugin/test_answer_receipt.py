@@ -1,0 +1,87 @@
+"""A receipt travels with its answer through the same framework that vLLM serves with."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from steering_kernels.vllm_plugin.answer_receipt import AnswerReceipt
+from steering_kernels.vllm_plugin.receipts import RECEIPTS
+from steering_kernels.vllm_plugin.report import Report
+
+NONCE = "ab" * 16
+
+
+@pytest.fixture
+def app() -> Iterator[FastAPI]:
+    app = FastAPI()
+    app.add_middleware(AnswerReceipt)
+
+    @app.post("/whole")
+    async def whole() -> JSONResponse:
+        return JSONResponse({"text": "hello"})
+
+    @app.post("/pieces")
+    async def pieces() -> StreamingResponse:
+        async def parts() -> AsyncIterator[bytes]:
+            yield b'{"text":'
+            yield b'"hello"}'
+
+        return StreamingResponse(parts(), media_type="application/json")
+
+    @app.post("/stream")
+    async def stream() -> StreamingResponse:
+        async def parts() -> AsyncIterator[bytes]:
+            yield b'data: {"text":"hello"}\n\n'
+            yield b"data: [DONE]\n\n"
+
+        return StreamingResponse(parts(), media_type="text/event-stream")
+
+    @app.post("/fails")
+    async def fails() -> JSONResponse:
+        return JSONResponse({"error": {}}, status_code=500)
+
+    RECEIPTS.record("r", Report(None, NONCE, 3, 0, 0, 0))
+    yield app
+    RECEIPTS.take(NONCE)
+
+
+async def ask(app: FastAPI, path: str, nonce: str | None = NONCE) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine") as client:
+        return await client.post(path, headers={} if nonce is None else {"X-InterpretOps-Nonce": nonce})
+
+
+def check(told: str) -> None:
+    receipt: dict[str, Any] = json.loads(told)
+    assert (receipt["revision"], receipt["tokens_evaluated"], receipt["finished"]) == ("none", 3, True)
+    assert RECEIPTS.take(NONCE) is None
+
+
+@pytest.mark.parametrize("path", ["/whole", "/pieces"])
+async def test_whole_answer_carries_it_as_a_header(app: FastAPI, path: str) -> None:
+    """The body is as it was, and the receipt is taken."""
+    answer = await ask(app, path)
+    assert answer.json() == {"text": "hello"}
+    check(answer.headers["x-interpretops-receipt"])
+
+
+async def test_stream_carries_it_as_its_last_event(app: FastAPI) -> None:
+    """The events are as they were; a comment follows the end marker."""
+    answer = await ask(app, "/stream")
+    first, end, last, rest = answer.text.split("\n\n")
+    assert (first, end, rest) == ('data: {"text":"hello"}', "data: [DONE]", "")
+    check(last.removeprefix(": interpretops-receipt "))
+
+
+@pytest.mark.parametrize(
+    ("path", "nonce"), [("/fails", NONCE), ("/whole", None), ("/stream", None), ("/whole", "cd" * 16)]
+)
+async def test_otherwise_it_stays_behind(app: FastAPI, path: str, nonce: str | None) -> None:
+    """Errors, and requests that name no nonce or another one, get none; it can still be asked for."""
+    answer = await ask(app, path, nonce)
+    assert "interpretops-receipt" not in f"{answer.headers}{answer.text}"
+    assert RECEIPTS.take(NONCE) is not None
