@@ -27,7 +27,7 @@ def make_gate(spec: ModelSpec, *, cut: float = 0.0, **options: Any) -> Gate:
     )
 
 
-PROMPT_CUTS = (-9.0, -6.0, -3.0, 0.0, 3.0, 6.0, 9.0)
+PROMPT_CUTS = (-200.0, -12.0, -6.0, 0.0, 6.0, 12.0, 200.0)
 PROMPT_KINDS = [f"prompt {cut}" for cut in PROMPT_CUTS]
 
 
@@ -39,7 +39,9 @@ def prompt_gate(spec: ModelSpec, cut: float) -> Gate:
         query, read = rng.normal(size=(2, 2, spec.hidden_size)).astype(np.float32)
         query /= np.linalg.norm(query, axis=1, keepdims=True)
         read /= np.linalg.norm(read, axis=1, keepdims=True)
-        parts.append(ProbePart(Site(layer, "resid_post"), query, read, np.zeros(2, np.float32)))
+        parts.append(
+            ProbePart(Site(layer, "resid_post"), query, read, np.zeros(2, np.float32), max_norm=500.0)
+        )
     return Gate(
         Site(6, "resid_post"),
         np.zeros((0, 0), np.float32),
