@@ -49,7 +49,7 @@ def servers(model, tmp_path_factory):
     """Two engines, started together."""
     running = [EngineServer(model, tmp_path_factory.mktemp(name), "tiny-model") for name in ("a", "b")]
     for server in running:
-        server.start()
+        server.start("--dtype", "float32")
     for server in running:
         server.wait()
     yield running
