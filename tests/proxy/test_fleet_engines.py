@@ -50,11 +50,13 @@ def servers(model, tmp_path_factory):
     running = [EngineServer(model, tmp_path_factory.mktemp(name), "tiny-model") for name in ("a", "b")]
     for server in running:
         server.start("--dtype", "float32")
-    for server in running:
-        server.wait()
-    yield running
-    for server in running:
-        server.stop()
+    try:
+        for server in running:
+            server.wait()
+        yield running
+    finally:
+        for server in running:
+            server.stop()
 
 
 class Load:

@@ -168,6 +168,8 @@ def engine_server(
     """One server with the plugin, for every test that needs its HTTP routes."""
     server = EngineServer(default_model_dir, tmp_path_factory.mktemp("server"), "m")
     server.start("--max-model-len", "512")
-    server.wait()
-    yield server
-    server.stop()
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
