@@ -80,9 +80,8 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
             step.gate_open[:, gate.index] = fires
         else:
             step.gate_open[index, gate.index] = fires
-        if (
-            gate.probe or gate.read.shape[0] > 0
-        ):  # a gate of a phase alone decides nothing that a receipt should count
+        # A gate of a phase alone decides nothing that a receipt should count.
+        if gate.probe is not None or gate.read.shape[0] > 0:
             slots = step.slot_of_token if index is None else step.slot_of_token[index]
             step.opened.index_add_(0, slots, fires.long())
 
