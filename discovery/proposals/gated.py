@@ -61,9 +61,7 @@ def propose_gated_edit(
         out=draft,
         work=work / "fit-gate",
         gate={
-            "layer": read_at,
-            "rows_at": tuple(range(read_at * 2 // 5, read_at)),
-            "steps": chosen.steps,
+            "layers": tuple(sorted({read_at * 3 // 5, read_at * 4 // 5, read_at})),
             "seed": chosen.seed,
             "benign_budget": chosen.budgets.benign,
             "borderline_budget": chosen.budgets.borderline,
