@@ -1,10 +1,15 @@
-"""The judge of the fault run lets nothing unsteered pass."""
+"""The short fault run: what can be broken around an engine that other tests use too."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from faults.answers import judge
+from faults.breakages import breakages
 from faults.marker import POLICY, WORD
+from faults.run import check_audit, run_faults
+from faults.stand import FAKETIME, make_stand
 
 LABEL = f"{POLICY}@{'a' * 12}"
 RECEIPT = json.dumps({"policy": POLICY, "revision": "a" * 64, "edits_applied": 1})
@@ -42,3 +47,23 @@ def stream(*events, word=WORD):
 def test_answers_are_judged_by_receipt_and_by_words(kind, status, headers, text):
     """Only what is proven and says nothing but the policy's word counts as steered."""
     assert judge(status, headers, text).kind == kind
+
+
+@pytest.mark.engine
+async def test_faults_end_in_no_unsteered_answer_and_no_leak(engine_server, default_model_dir, tmp_path):
+    """Whatever breaks: answers are steered or refused, nothing is left behind, the audit log is whole."""
+    faults = [fault for fault in breakages(malformed=90, disconnects=24) if not fault.needs_own_engine]
+    assert FAKETIME.exists() or not os.environ.get("CI")
+    async with make_stand(
+        Path(tmp_path),
+        default_model_dir,
+        engine_socket=str(engine_server.socket),
+        engine_pid=engine_server.process.pid,
+    ) as stand:
+        outcome = await run_faults(stand, faults, print)
+    outcome.wrong += check_audit(stand)
+    assert outcome.wrong == []
+    assert outcome.leaks == {}
+    assert outcome.counts["unsteered"] == 0
+    assert outcome.counts["steered"] > 20
+    assert outcome.counts["refused"] > 20

@@ -1,11 +1,45 @@
-"""Our OpenAPI document is what is served."""
+"""Our OpenAPI document is what is served, and no input that it or the engine's allows makes a 5xx."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
 
 import pytest
+from faults.stand import make_stand
 
 from proxy.app import make_public_app
 from proxy.openapi import openapi_document
 from proxy.routes import ROUTES, UNGUARDED
 from proxy.sanitize import clean
+
+CLIENTS = Path(__file__).parents[1] / "clients"
+PYTHON = CLIENTS / ".venv/bin/python"
+CHECKS = "not_a_server_error"
+STRICT = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+@pytest.fixture
+def fuzz():
+    """Runs schemathesis with a document against a URL; skipped where it is not installed, but not in CI."""
+    if not PYTHON.exists() and not os.environ.get("CI"):
+        pytest.skip("tests/clients/install.sh has not been run")
+
+    async def run(document: Path, url: str, *flags: str) -> tuple[int, str]:
+        command = [PYTHON, "-m", "schemathesis.cli", "run", str(document), "--url", url, *flags]
+        command += ["--seed", "1", "--generation-database", "none", "--suppress-health-check", "all"]
+        command += ["--no-color", "--continue-on-failure", "--no-shrink", "--output-truncate", "true"]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=document.parent,
+            env={**os.environ, "PYTHONPATH": str(CLIENTS), "SCHEMATHESIS_HOOKS": "short_answers"},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        told, _ = await asyncio.wait_for(process.communicate(), 500)
+        return process.returncode or 0, told.decode()
+
+    return run
 
 
 async def test_document_names_what_is_served_and_nothing_else(start):
@@ -28,3 +62,39 @@ def test_every_field_of_the_document_passes(path):
     body = dict.fromkeys(told["properties"]) | {"model": "m", "input": "hi"}
     route = ROUTES[path]
     clean(route, {name: value for name, value in body.items() if name in told["properties"]})
+
+
+async def test_our_document_holds_for_any_input(start, engine, fuzz, tmp_path):
+    """Whatever the document allows or forbids: an answer that it tells of, in its shape, and never a 5xx."""
+    front = await start("calm", bindings=[{"policy": "calm", "mode": "mandatory"}])
+    file = tmp_path / "ours.json"
+    document = openapi_document()
+    for told in (document["paths"][path]["post"] for path in ROUTES):
+        # Else each would name another model, and be refused for that alone.
+        fields = told["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        fields["model"] = {"enum": ["tiny-model", "tiny-model+calm", "tiny-model+none"]}
+    file.write_text(json.dumps(document))
+    status, told = await fuzz(
+        file, str(front.public._base_url), "--checks", STRICT, "--max-examples", "20", "--workers", "2"
+    )
+    assert status == 0, told[-6000:]
+    assert engine.seen
+
+
+@pytest.mark.engine
+async def test_engines_document_makes_no_5xx(engine_server, default_model_dir, fuzz, tmp_path):
+    """What the engine's own document allows and forbids, sent to the gateway before a real engine."""
+    with engine_server.client() as client:
+        document = client.get("/openapi.json").json()
+    document["paths"] = {path: told for path, told in document["paths"].items() if path in ROUTES}
+    assert document["paths"].keys() == ROUTES.keys()
+    file = tmp_path / "engine.json"
+    file.write_text(json.dumps(document))
+    engine = {"engine_socket": str(engine_server.socket), "engine_pid": engine_server.process.pid}
+    (tmp_path / "stand").mkdir()
+    async with make_stand(tmp_path / "stand", default_model_dir, **engine) as stand:
+        status, told = await fuzz(
+            file, stand.url, "--checks", CHECKS, "--max-examples", "10", "--phases", "coverage,fuzzing"
+        )
+        assert status == 0, told[-6000:]
+        assert await stand.ready()

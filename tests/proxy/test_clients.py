@@ -1,0 +1,116 @@
+"""The clients that people use work unchanged: answers, streams, tools, and errors of the kinds they know."""
+
+import asyncio
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from faults.marker import steered_only
+from faults.stand import make_stand
+
+CLIENTS = Path(__file__).parents[1] / "clients"
+PYTHON = CLIENTS / ".venv/bin/python"
+PYTHON_CLIENTS = ("openai", "litellm", "langchain-openai", "llm")
+NPM_CLIENTS = ("openai-npm", "ai-sdk")
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+
+
+@pytest.fixture(params=(*PYTHON_CLIENTS, *NPM_CLIENTS))
+def tour(request):
+    """The command of one client's tour; skipped where the programs are not installed, but not in CI."""
+    client = request.param
+    if client in NPM_CLIENTS:
+        there, command = (CLIENTS / "node_modules").is_dir(), [shutil.which("node"), "programs.mjs"]
+    else:
+        there, command = PYTHON.exists(), [PYTHON, "programs.py"]
+    if not (there and command[0]) and not os.environ.get("CI"):
+        pytest.skip("tests/clients/install.sh has not been run")
+    return [*command, client]
+
+
+async def take(tour, *arguments):
+    return await asyncio.create_subprocess_exec(
+        *tour,
+        *arguments,
+        cwd=CLIENTS,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+    )
+
+
+async def line_of(process):
+    return json.loads(await asyncio.wait_for(process.stdout.readline(), 120))
+
+
+def script(body):
+    """What vLLM answers to a chat, whole or streamed, with a tool's call where there are tools."""
+    head = {"id": "chatcmpl-1", "created": 1, "model": body["model"]}
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    if body.get("stream"):
+        deltas = [{"role": "assistant", "content": ""}, {"content": "Ice "}, {"content": "cream."}, {}]
+        ends = [None, None, None, "stop"]
+        kind = {**head, "object": "chat.completion.chunk"}
+        return [
+            {**kind, "choices": [{"index": 0, "delta": delta, "finish_reason": end}]}
+            for delta, end in zip(deltas, ends, strict=True)
+        ]
+    message = {"role": "assistant", "content": "Ice cream."}
+    if body.get("tools"):
+        message = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if body.get("tools") else "stop"}
+    return [{**head, "object": "chat.completion", "choices": [choice], "usage": usage}]
+
+
+async def test_client_gets_answers_and_the_errors_it_knows(start, engine, until, tour):
+    """Whole, streamed and tools arrive; a mandatory policy is 403, an unknown model 404, no engine 503."""
+    engine.script = script
+    front = await start("calm", bindings=[{"policy": "calm", "mode": "mandatory"}])
+    process = await take(tour, f"{front.public._base_url}v1", "tiny-model", "tools", "away")
+    assert await line_of(process) == {
+        "whole": "Ice cream.",
+        "streamed": "Ice cream.",
+        "tool": ["weather", {"city": "Paris"}],
+        "mandatory": 403,
+        "unknown": 404,
+    }
+    engine.trick = "unhealthy"
+    engine.boot_id = "second"
+
+    async def lost():
+        return not await front.engine_ready()
+
+    await until(lost)
+    process.stdin.write(b"\n")
+    assert await line_of(process) == {"away": 503}
+    assert await process.wait() == 0
+    revisions = {seen["vllm_xargs"]["interpretops_revision"] for seen in engine.seen}
+    assert revisions == {front.apps.gateway.catalogue.entries["calm"].active.revision}
+
+
+@pytest.fixture
+async def stand(engine_server, default_model_dir, tmp_path):
+    """A real gateway and engine under a policy that lets the model say one word only."""
+    engine = {"engine_socket": str(engine_server.socket), "engine_pid": engine_server.process.pid}
+    async with make_stand(tmp_path, default_model_dir, **engine) as running:
+        yield running
+
+
+@pytest.mark.engine
+async def test_client_is_steered_by_a_real_engine(stand, tour):
+    """What the client's user reads are the policy's words, whole and streamed."""
+    process = await take(tour, f"{stand.url}/v1", stand.model)
+    seen = await line_of(process)
+    assert (seen["mandatory"], seen["unknown"]) == (403, 404)
+    for text in (seen["whole"], seen["streamed"]):
+        assert text
+        assert steered_only(text)
+    assert await process.wait() == 0
+
+
+def test_lock_of_npm_programs_names_no_registry():
+    """The lock works with whatever registry npm is configured for."""
+    lock = json.loads((CLIENTS / "package-lock.json").read_text())
+    assert [name for name, package in lock["packages"].items() if "resolved" in package] == []
