@@ -164,7 +164,42 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
     ),
     "Engine and clients": (
-        Panel("Engine answers", "bool_yes_no", (("interpretops_engine_up", "{{instance}}"),), kind="stat"),
+        Panel(
+            "Engine answers",
+            "bool_yes_no",
+            (("interpretops_engine_up", "{{instance}} {{engine}}"),),
+            kind="stat",
+        ),
+        Panel(
+            "Engine is proven to steer",
+            "bool_yes_no",
+            (("interpretops_engine_ready", "{{instance}} {{engine}}"),),
+            kind="stat",
+        ),
+        Panel(
+            "Outstanding requests",
+            "short",
+            (("interpretops_engine_outstanding", "{{instance}} {{engine}}"),),
+            "The next request goes to the engine with the fewest.",
+        ),
+        Panel(
+            "Engine is left alone",
+            "bool_yes_no",
+            (("interpretops_engine_breaker_open", "{{instance}} {{engine}}"),),
+            "Requests in a row failed there.",
+            "stat",
+        ),
+        Panel("Sent to another engine", "reqps", _rate("interpretops_engine_retries_total", "reason")),
+        Panel(
+            "Revisions not attested",
+            "short",
+            (("increase(interpretops_engine_unattested_total[1h])", "{{instance}} {{engine}}"),),
+            "In the last hour, by an engine while others did.",
+            "stat",
+        ),
+        Panel(
+            "Shared limits away", "bool_yes_no", (("interpretops_limits_away", "{{instance}}"),), kind="stat"
+        ),
         Panel(
             "Engines started",
             "short",
