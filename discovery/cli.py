@@ -155,6 +155,7 @@ def fit_gate(
     from discovery.fit_gate import GateFit
     from discovery.gate_artifact import policy_text, write_gate
     from discovery.gate_data import load_gate_data
+    from discovery.gate_trade import trade
     from discovery.gated_edit import EditSettings
     from discovery.learned_gate import GateSettings
     from discovery.sources import read_data_list
@@ -170,12 +171,15 @@ def fit_gate(
     threshold = fit.choose_threshold(outcomes)
     report = fit.report(outcomes, threshold)
     root = settings.paths.artifacts / fit.model.spec.name / "adapters"
-    write_gate(fit, trained, listed, root / adapter, target_class, threshold, report)
+    curve = trade(outcomes)
+    write_gate(fit, trained, listed, root / adapter, target_class, threshold, report, curve)
     text = policy_text(fit, adapter, policy_id, target_class, threshold)
     path = work / f"{policy_id}.yaml" if out is None else out
     write_atomically(path, text.encode())
     for name, row in report.items():
         say(f"{name}: {json.dumps(row)}")
+    for point in curve:
+        say(f"trade, unseen: {json.dumps(point)}")
     say(f"{root / adapter}: adapter; {path}: policy")
 
 

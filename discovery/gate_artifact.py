@@ -1,6 +1,7 @@
 """Writing what `fit-gate` found: the adapter folder with its probe, and the policy that uses both."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def write_gate(
     target_class: str,
     threshold: float,
     report: dict[str, Any],
+    curve: Sequence[Mapping[str, float]] = (),
 ) -> Path:
     """Write adapter, probe, manifest and run record to ``folder``. Returns the manifest's path."""
     sites = {}
@@ -82,9 +84,8 @@ def write_gate(
     for layer in fit.gate_settings.layers:
         probe[f"{layer}.max_norm"] = np.array([round(fit.max_norm[layer], 1)], np.float32)
     write_atomically(folder / PROBE, save_safetensors(probe, {FINGERPRINT_KEY: fit.model.spec.fingerprint}))
-    write_json(
-        folder / "run.json", record | {"results": json.loads(json.dumps(report)), "threshold": threshold}
-    )
+    results = {"results": json.loads(json.dumps(report)), "threshold": threshold, "curve": list(curve)}
+    write_json(folder / "run.json", record | results)
     return write_manifest(folder, manifest.model_copy(update={"metrics": metrics}))
 
 

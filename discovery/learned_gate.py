@@ -45,11 +45,11 @@ class GateSettings:
 
     layers: tuple[int, ...]
     """Layers at which the probe reads, the lowest first; it decides at the last."""
-    heads: int = 4
+    heads: int = 8
     """Heads at each of them."""
-    examples: int = 9_000
+    examples: int = 16_000
     """Prompts that are drawn from the training groups."""
-    epochs: int = 20
+    epochs: int = 12
     batch_tokens: int = 12_000
     learning_rate: float = 2e-3
     benign_budget: float = 0.02

@@ -169,9 +169,9 @@ def fit_gate(
     gate_layers: Annotated[
         str, typer.Option(help="Layers at which the probe reads; it decides at the last.")
     ] = "9,12,15",
-    heads: Annotated[int, typer.Option(help="Heads of the probe at each of them.")] = 4,
-    examples: Annotated[int, typer.Option(help="Prompts drawn to train the probe on.")] = 9_000,
-    epochs: Annotated[int, typer.Option(help="Times that the probe sees each.")] = 20,
+    heads: Annotated[int, typer.Option(help="Heads of the probe at each of them.")] = 8,
+    examples: Annotated[int, typer.Option(help="Prompts drawn to train the probe on.")] = 16_000,
+    epochs: Annotated[int, typer.Option(help="Times that the probe sees each.")] = 12,
     benign_budget: Annotated[
         float, typer.Option(help="Share of benign selection prompts that may be refused.")
     ] = 0.02,

@@ -1,26 +1,29 @@
 """Checking that a plan is whole, finite and consistent, before anything acts on it."""
 
+from __future__ import annotations
+
 from dataclasses import fields
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from interpretops.errors import PlanError
-from interpretops.plan import (
+from interpretops.plan_parts import (
     INT_FIELDS,
     MAX_GATES,
     UNIT_FIELDS,
     Combine,
     Gate,
-    ModelSpec,
     Phase,
-    Plan,
     ProbePart,
     Scope,
-    Site,
     SiteEdits,
 )
+from interpretops.site import ModelSpec, Site
+
+if TYPE_CHECKING:
+    from interpretops.plan import Plan
 
 
 def check_plan(plan: Plan) -> None:

@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from discovery.frozen_model import FrozenModel
 from discovery.gate_artifact import policy_text, write_gate
 from discovery.gate_data import load_gate_data
 from discovery.gate_probe import auroc, fit_probe, prompt_end_features, threshold_at
+from discovery.gate_trade import trade
 from discovery.gated_answers import edited_answers
 from discovery.gated_edit import EditSettings, Example, losses, train_edit
 from discovery.learned_gate import GateSettings, LearnedGate, new_gate, shuffled, train_gate
@@ -370,6 +372,26 @@ def test_job_ends_in_a_policy_that_compiles(tiny: FrozenModel, listed: DataList,
     for part in opened.probe:
         for name, tensor in fit.gate.numbers()[part.site.layer].items():
             np.testing.assert_allclose(getattr(part, name), tensor.numpy(), rtol=1e-5)
+
+
+def test_trade_counts_what_each_threshold_refuses() -> None:
+    """A point for each borderline prompt refused; what the edit does not make refuse is not refused."""
+
+    def group(*readings: float, kept: float | None = None) -> list[dict[str, Any]]:
+        return [{"reading": reading, "refused": reading != kept} for reading in readings]
+
+    outcomes = {
+        "test_harmful_a": group(5, 3, 1),
+        "test_jailbreak_b": group(4, kept=4),
+        "test_borderline": group(4.5, 2, 0.5, kept=0.5),
+        "test_benign": group(2.5, -1),
+        "select_borderline": group(9),
+    }
+    assert trade(outcomes) == [
+        {"threshold": 4.5, "harmful": 0.25, "borderline": 0.0, "plain": 0.0},
+        {"threshold": 2.0, "harmful": 0.5, "borderline": 0.3333, "plain": 0.5},
+    ]
+    assert trade({"test_harmful": group(1)}) == []
 
 
 def test_session_decides_as_the_gate_was_trained(tiny_folder: Path, listed: DataList, tmp_path: Path) -> None:
