@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ def trace(
     layers: Sequence[int],
     out: Path,
     options: dict[str, Any],
+    workers: int,
     say: Say,
 ) -> None:
     """Trace prompts and text to ``out``; a run that was stopped goes on."""
     from discovery.sources import DataList, Source, read_data_list
     from discovery.trace import TraceSettings
     from discovery.trace import trace as run
+    from discovery.workers import joined, start_workers
 
     groups = dict(read_data_list(data, data_folder).groups) if data is not None else {}
     given = [Source(path, "prompts") for path in prompts] + [Source(path, "text") for path in text]
@@ -37,7 +40,14 @@ def trace(
         raise DiscoveryError("no data: name --prompts, --text or a list of files with --data")
     chosen = TraceSettings(layers=tuple(layers), **options)
     chosen.check()
-    record = run(_model(settings, say), DataList(groups), chosen, out)
+    if start_workers(workers, sys.argv[1:]):
+        return
+    with joined(workers) as team:
+        with team.agreeing():
+            model = _model(settings, say)
+        record = run(model, DataList(groups), chosen, out, team)
+    if not team.first:
+        return
     stored, sinks = (sum(entry[key] for entry in record["shards"]) for key in ("stored", "sinks"))
     say(
         f"{out}: {len(record['shards'])} shards, {stored:,} tokens stored, {sinks:,} attention sinks left out"
@@ -59,14 +69,22 @@ def sae_train(
     from discovery.activations import TraceReader
     from discovery.dictionary_artifact import write_dictionary
     from discovery.sae_train import TrainSettings, save_dictionary, train
+    from discovery.workers import joined, start_workers
 
     chosen = TrainSettings(**options)
     chosen.check()
-    reader = TraceReader(trace, chosen.layer)
-    _refuse_noncommercial(reader.record["data"])
-    model = _model(settings, say)
-    _check_traced(reader.record, model, trace)
-    trainer = train(reader, chosen, work)
+    if start_workers(chosen.workers, sys.argv[1:]):
+        return
+    with joined(chosen.workers) as team:
+        with team.agreeing():
+            reader = TraceReader(trace, chosen.layer)
+            _refuse_noncommercial(reader.record["data"])
+            if team.first:
+                model = _model(settings, say)
+                _check_traced(reader.record, model, trace)
+        trainer = train(reader, chosen, work, team=team)
+    if not team.first:
+        return
     draft = work / out.name
     save_dictionary(trainer, draft)
     metrics = _measure(model, trace, chosen.layer, reader.max_norm, draft, text, measured_tokens)

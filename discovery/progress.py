@@ -14,7 +14,8 @@ LINE_EVERY_S = 10.0
 class Meter:
     """Counts units of work done. `done` and `total` may start above zero when a run is resumed."""
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, title: str, total: int, unit: str, done: int = 0, *, shown: bool = True) -> None:
+        self._shown = shown
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self._began_at = time.monotonic()
         self._before = done
@@ -32,7 +33,7 @@ class Meter:
         text = f"{self.rate:,.0f} {self.unit}/s {note}".rstrip()
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done, total=self.total, text=text)
-        elif time.monotonic() - self._line_at >= LINE_EVERY_S or self.done >= self.total:
+        elif self._shown and (time.monotonic() - self._line_at >= LINE_EVERY_S or self.done >= self.total):
             self._line_at = time.monotonic()
             left = max(self.total - self.done, 0) / max(self.rate, 1e-9)
             sys.stderr.write(
@@ -46,10 +47,10 @@ class Meter:
 
 
 @contextmanager
-def meter(title: str, total: int, unit: str, done: int = 0) -> Iterator[Meter]:
-    """Show the progress of a job on stderr while the block runs."""
-    state = Meter(title, total, unit, done)
-    if not sys.stderr.isatty():
+def meter(title: str, total: int, unit: str, done: int = 0, *, shown: bool = True) -> Iterator[Meter]:
+    """Show the progress of a job on stderr while the block runs, if it is to be shown."""
+    state = Meter(title, total, unit, done, shown=shown)
+    if not shown or not sys.stderr.isatty():
         yield state
         return
     columns = (

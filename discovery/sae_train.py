@@ -23,6 +23,8 @@ from discovery.frozen_model import hook_name
 from discovery.progress import meter
 from discovery.run_record import write_json
 from discovery.stopping import stoppable
+from discovery.train_together import check_alike, share_gradients, share_statistics
+from discovery.workers import ALONE, Team
 
 CHECKPOINT = "checkpoint"
 WEIGHTS = "sae_weights.safetensors"
@@ -42,13 +44,16 @@ class TrainSettings:
     batch: int = 1024
     learning_rate: float = 4e-4
     seed: int = 0
+    workers: int = 1
+    """Processes that share each step: features are picked within the part of a batch that each has."""
 
     def check(self) -> None:
         """Raise `DiscoveryError` for a value that makes no sense."""
         for name, good in (
             ("width", self.width >= 2),
             ("k", 0 < self.k < self.width),
-            ("batch", self.batch >= 2),
+            ("workers", self.workers >= 1),
+            ("batch", self.batch >= 2 * self.workers and self.batch % max(self.workers, 1) == 0),
             ("tokens", self.tokens >= self.batch),
             ("learning_rate", 0 < self.learning_rate < 1),
         ):
@@ -58,32 +63,48 @@ class TrainSettings:
                 )
 
 
-def train(reader: TraceReader, settings: TrainSettings, work: Path, checkpoint_steps: int = 200) -> Any:
-    """Train, or go on training, and return SAELens' trainer with the finished dictionary in ``.sae``."""
+def train(
+    reader: TraceReader,
+    settings: TrainSettings,
+    work: Path,
+    checkpoint_steps: int = 200,
+    team: Team = ALONE,
+) -> Any:
+    """Train, or go on training, and return SAELens' trainer with the finished dictionary in ``.sae``.
+
+    Of a team each worker takes its part of every batch, and all make the same step by the mean gradient.
+    """
     settings.check()
     torch.manual_seed(settings.seed)
     trainer = _trainer(reader, settings)
     checkpoint = work / CHECKPOINT
     identity = asdict(settings) | {"shards": [entry["sha256"] for entry in reader.record["shards"]]}
-    if not checkpoint.exists() and (_fresh(checkpoint) / IDENTITY).exists():
-        _fresh(checkpoint).rename(checkpoint)  # killed between the two steps of taking its place
-    if checkpoint.exists():
-        _restore(trainer, checkpoint, identity)
+    with team.agreeing():
+        if team.first and not checkpoint.exists() and (_fresh(checkpoint) / IDENTITY).exists():
+            _fresh(checkpoint).rename(checkpoint)  # killed between the two steps of taking its place
+    with team.agreeing():
+        if checkpoint.exists():
+            _restore(trainer, checkpoint, identity)
+    share_gradients(list(trainer.sae.parameters()), team)
     source = shuffled_batches(reader.activations, settings.batch, settings.seed, trainer.n_training_steps)
     steps = trainer.cfg.total_training_steps
-    samples = trainer.n_training_samples
-    with stoppable() as stop, meter("sae-train", steps * settings.batch, "tokens", samples) as progress:
+    told = "sae-train", steps * settings.batch, "tokens", trainer.n_training_steps * settings.batch
+    with stoppable() as stop, meter(*told, shown=team.first) as progress:
         for batch in source:
             if trainer.n_training_steps >= steps:
                 break
-            output = trainer.step(batch)
+            output = trainer.step(batch.chunk(team.count)[team.rank])
+            share_statistics(trainer, team)
             trainer.n_training_steps += 1
             note = f"mse {output.losses['mse_loss'].item():.4f}, dead {int(trainer.dead_neurons.sum())}"
             progress.advance(len(batch), note if trainer.n_training_steps % 10 == 0 else "")
             due = trainer.n_training_steps % checkpoint_steps == 0 or trainer.n_training_steps == steps
-            if due or stop.asked is not None:
-                _save(trainer, checkpoint, identity)
-            stop.check(f"step {trainer.n_training_steps:,} of {steps:,} is saved in {checkpoint}")
+            if due or any(team.gather(stop.asked is not None)):
+                with team.agreeing():
+                    check_alike(trainer, team)
+                    if team.first:
+                        _save(trainer, checkpoint, identity)
+                    stop.check(f"step {trainer.n_training_steps:,} of {steps:,} is saved in {checkpoint}")
     trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
     trainer.set_final_sae_metadata()
     return trainer
@@ -116,8 +137,8 @@ def _trainer(reader: TraceReader, settings: TrainSettings) -> Any:
     with torch.no_grad():
         sae.b_dec.data = (sample.mean(0) * scaling).to(sae.b_dec.dtype)
     config = SAETrainerConfig(
-        total_training_samples=steps * settings.batch,
-        train_batch_size_samples=settings.batch,
+        total_training_samples=steps * (settings.batch // settings.workers),
+        train_batch_size_samples=settings.batch // settings.workers,
         lr=settings.learning_rate,
         lr_warm_up_steps=min(100, steps // 10),
         lr_decay_steps=steps // 5,

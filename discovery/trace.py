@@ -26,6 +26,7 @@ from discovery.sequences import TokenSequence, build_sequences, continued
 from discovery.sequences import batches as batches
 from discovery.sources import KINDS, DataList
 from discovery.stopping import stoppable
+from discovery.workers import ALONE, Team
 
 RECORD = "trace.json"
 HELD_OUT = "held_out.safetensors"
@@ -69,8 +70,13 @@ class TraceSettings:
                 )
 
 
-def trace(model: FrozenModel, data: DataList, settings: TraceSettings, folder: Path) -> dict[str, Any]:
-    """Trace into ``folder``, or go on where an earlier run of the same stopped. Returns the record."""
+def trace(
+    model: FrozenModel, data: DataList, settings: TraceSettings, folder: Path, team: Team = ALONE
+) -> dict[str, Any]:
+    """Trace into ``folder``, or go on where an earlier run of the same stopped. Returns the record.
+
+    Workers of a team take the next shards side by side; what is in a shard depends on its number alone.
+    """
     settings.check()
     model.check_layers(settings.layers)
     sources = [source for group in data.groups.values() for source in group]
@@ -81,22 +87,38 @@ def trace(model: FrozenModel, data: DataList, settings: TraceSettings, folder: P
     held_out = sequences[: round(len(sequences) * settings.held_out_share)]
     kept = sequences[len(held_out) :]
     shards = [kept[i : i + settings.shard_sequences] for i in range(0, len(kept), settings.shard_sequences)]
-    record = _begin(model, data, settings, folder, kept)
-    _write_held_out(model, held_out, settings, folder, record)
+    record: dict[str, Any] = {}
+    with team.agreeing():
+        if team.first:
+            record = _begin(model, data, settings, folder, kept)
+            _write_held_out(model, held_out, settings, folder, record)
+    record = team.gather(record)[0]
+    with team.agreeing():
+        if record["sequences"] != _identity(kept):
+            raise DiscoveryError("data: differ between workers; give each of them the same files")
     added = {"": 0, "answer": settings.answer_tokens, "text": settings.written_tokens}
     total = sum(len(s.ids) + added[s.follow] for s in kept)
     done = sum(entry["read"] for entry in record["shards"])
-    with stoppable() as stop, meter("trace", total, "tokens", done) as progress:
+    with stoppable() as stop, meter("trace", total, "tokens", done, shown=team.first) as progress:
 
         def advance(tokens: int) -> None:
             progress.advance(tokens)
             stop.check(f"{len(record['shards'])} of {len(shards)} shards are finished")
 
-        for index in range(len(record["shards"]), len(shards)):
-            entry = _trace_shard(model, shards[index], settings, record["max_norm"], folder, index, advance)
-            record["shards"].append(entry)
+        for begin in range(len(record["shards"]), len(shards), team.count):
+            index, own = begin + team.rank, None
+            with team.agreeing():
+                if index < len(shards):
+                    own = _trace_shard(
+                        model, shards[index], settings, record["max_norm"], folder, index, advance
+                    )
+            made = [entry for entry in team.gather(own) if entry is not None]
+            progress.advance(sum(entry["read"] for entry in made if entry != own))
+            record["shards"] += made
             record["complete"] = len(record["shards"]) == len(shards)
-            write_json(folder / RECORD, record)
+            with team.agreeing():
+                if team.first:
+                    write_json(folder / RECORD, record)
     return record
 
 
@@ -107,7 +129,7 @@ def _begin(
     plain = json.loads(json.dumps(asdict(settings)))
     record = run_record("trace", settings.seed, plain, data.record())
     record["model"] = asdict(model.spec)
-    record["sequences"] = hashlib.sha256(repr([s.ids for s in kept]).encode()).hexdigest()
+    record["sequences"] = _identity(kept)
     path = folder / RECORD
     if path.exists():
         earlier = read_trace_record(folder)
@@ -123,6 +145,10 @@ def _begin(
     record["complete"] = False
     write_json(path, record)
     return record
+
+
+def _identity(sequences: Sequence[TokenSequence]) -> str:
+    return hashlib.sha256(repr([s.ids for s in sequences]).encode()).hexdigest()
 
 
 def _difference(before: Any, now: Any) -> str:

@@ -19,6 +19,7 @@ MeasuredText = Annotated[
     Path | None,
     typer.Option("--text", help="Text to measure on besides; never trained on.", show_default=False),
 ]
+Workers = Annotated[int, typer.Option(help="Processes on this host that share the work.")]
 MeasuredTokens = Annotated[int, typer.Option(help="Held-out tokens to measure on, and as many of --text.")]
 
 
@@ -60,6 +61,7 @@ def trace(
         float, typer.Option(help="Leave out tokens whose norm exceeds this many medians.")
     ] = 8.0,
     seed: Annotated[int, typer.Option(help="Order of the sequences.")] = 0,
+    workers: Workers = 1,
     model: Model = None,
     config: Config = None,
 ) -> None:
@@ -85,6 +87,7 @@ def trace(
             "sink_ratio": sink_ratio,
             "seed": seed,
         },
+        workers=workers,
         say=_say,
     )
 
@@ -102,6 +105,7 @@ def sae_train(
     batch: Annotated[int, typer.Option(help="Tokens of a step.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 4e-4,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
+    workers: Workers = 1,
     text: MeasuredText = None,
     measured_tokens: MeasuredTokens = 20_000,
     model: Model = None,
@@ -126,6 +130,7 @@ def sae_train(
             "batch": batch,
             "learning_rate": learning_rate,
             "seed": seed,
+            "workers": workers,
         },
         say=_say,
     )
