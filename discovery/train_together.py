@@ -40,7 +40,7 @@ def check_alike(trainer: Any, team: Team) -> None:
         return
     digest = hashlib.sha256()
     for value in trainer.sae.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     if len(set(team.gather(digest.hexdigest()))) > 1:
         raise DiscoveryError(
             f"step {trainer.n_training_steps:,}: the workers' weights are no longer the same; "
