@@ -73,6 +73,8 @@ def sae_train(
 
     chosen = TrainSettings(**options)
     chosen.check()
+    if work.resolve().is_relative_to(out.resolve()):
+        raise DiscoveryError(f"--work {work}: lies in --out {out}, whose old files go; name another folder")
     if start_workers(chosen.workers, sys.argv[1:]):
         return
     with joined(chosen.workers) as team:
@@ -85,7 +87,7 @@ def sae_train(
         trainer = train(reader, chosen, work, team=team)
     if not team.first:
         return
-    draft = work / out.name
+    draft = work / "dictionary" / out.name
     save_dictionary(trainer, draft)
     metrics = _measure(model, trace, chosen.layer, reader.max_norm, draft, text, measured_tokens)
     write_dictionary(reader, chosen, metrics, draft)

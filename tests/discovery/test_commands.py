@@ -58,6 +58,10 @@ def test_prompts_to_dictionary(mechctl, tiny_folder: Path, prompts: Path, tmp_pa
         (("trace", "--layers", "1", "--out", "t"), "no data"),
         (("trace", "--layers", "one", "--out", "t"), "--layers = 'one'"),
         (("sae-train", "--trace", "gone", "--layer", "1", "--out", "d"), "holds no trace"),
+        (
+            ("sae-train", "--trace", "gone", "--layer", "1", "--out", "d", "--work", "d/w"),
+            "lies in --out d",
+        ),
         (("fit-gate", "--data", "gone.yaml", "--adapter", "a"), "gone.yaml"),
     ],
 )
