@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from interpretops.errors import PlanError
-from interpretops.plan import MAX_GATES, PROBE_FIELDS, ModelSpec, Plan, Site, SiteEdits, content_digest
+from interpretops.plan import (
+    HEAD_POINTS,
+    MAX_GATES,
+    PROBE_FIELDS,
+    ModelSpec,
+    Plan,
+    Site,
+    SiteEdits,
+    content_digest,
+)
 from steering_kernels.ops import (
     MEMORY_COLUMNS,
     GateView,
@@ -20,6 +29,7 @@ from steering_kernels.ops import (
     RowEdits,
     SiteTable,
     StepMap,
+    SumRanks,
     TableFullError,
     new_memory,
 )
@@ -43,12 +53,15 @@ class PlanBank:
         units_per_site: int = 512,
         requests: int = 256,
         device: torch.device | None = None,
+        sum_ranks: SumRanks | None = None,
     ) -> None:
+        """``sum_ranks``: this bank has a rank's shards, of the model and of plans (`interpretops.shard`)."""
         device = device or torch.device("cpu")
         self.spec = spec
         self.rows = rows
         self._sites = frozenset(sites)
         self._units_per_site = units_per_site
+        self._sum_ranks = sum_ranks
         self.tables: dict[Site, SiteTable] = {}
         """Made at a site's first use and then kept: most sites of a model are never edited."""
         self.device = device
@@ -63,13 +76,14 @@ class PlanBank:
         """Rows with a gate that reads whole prompts."""
         self._lock = threading.Lock()
 
-    def load(self, plan: Plan) -> int:
+    def load(self, plan: Plan, revision: str | None = None) -> int:
         """Give a plan a row, and return it; a plan that is resident keeps its row.
 
+        A shard of a plan comes with the ``revision`` of the whole.
         Raises `PlanError` if it was compiled for another model, acts at a site without a table, or does
         not fit; nothing has changed then.
         """
-        revision = plan.revision
+        revision = plan.revision if revision is None else revision
         with self._lock:
             if revision in self.row_of:
                 return self.row_of[revision]
@@ -88,7 +102,7 @@ class PlanBank:
                 for done in placed:
                     self.tables[done].clear_row(row)
                 raise PlanError(f"table full at site {site}: {error}; retire a revision first") from error
-            self._gates_of[row] = _gate_views(plan, row, self.device)
+            self._gates_of[row] = _gate_views(plan, row, self.device, self._sum_at)
             self._sites_of[row] = frozenset(plan.edits) | {s for s, _ in self._gates_of[row] if s is not None}
             self.row_of[revision] = row
             self._index_gates()
@@ -202,8 +216,13 @@ class PlanBank:
                 units=self._units_per_site,
                 scales=self.rows if site.point == "attn_z" else 0,
                 device=self.device,
+                sum_ranks=self._sum_at(site),
             )
         return self.tables[site]
+
+    def _sum_at(self, site: Site | None) -> SumRanks | None:
+        """What is read at the heads' points is split over ranks; elsewhere each rank has all of it."""
+        return self._sum_ranks if site is not None and site.point in HEAD_POINTS else None
 
     def _index_gates(self) -> None:
         self.gates_at = {}
@@ -239,7 +258,9 @@ def row_edits(edits: SiteEdits, width: int) -> RowEdits:
     )
 
 
-def _gate_views(plan: Plan, row: int, device: torch.device) -> list[tuple[Site | None, GateView]]:
+def _gate_views(
+    plan: Plan, row: int, device: torch.device, sum_at: Callable[[Site | None], SumRanks | None]
+) -> list[tuple[Site | None, GateView]]:
     """The gates of a plan but the always-open one, each with its site; probes have one view for each part."""
     found: list[tuple[Site | None, GateView]] = []
     column = 0
@@ -270,6 +291,7 @@ def _gate_views(plan: Plan, row: int, device: torch.device) -> list[tuple[Site |
                 phase=gate.phase,
                 max_norm=gate.max_norm,
                 probe=probe,
+                sum_ranks=sum_at(site),
             )
             found.append((site, view))
     return found

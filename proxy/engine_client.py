@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote
@@ -10,7 +11,8 @@ import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from interpretops.errors import EngineError
-from interpretops.plan import ModelSpec
+from interpretops.plan import ModelSpec, Plan
+from interpretops.shard import Shard
 from proxy.engine_http import KEEPALIVE_S, Answer, EngineHttp
 
 API: Final = "/interpretops/v1"
@@ -87,6 +89,8 @@ class Receipt(_Answer):
 class _RankDigest(_Answer):
     rank: int
     digest: str
+    shard: int = 0
+    shards: int = 1
 
 
 class _Loaded(_Answer):
@@ -205,7 +209,11 @@ class EngineClient:
     async def load(self, revision: str, plan: bytes, digest: str) -> None:
         """Make a plan resident on every rank; raises unless every rank attests its very numbers."""
         loaded = _parse(_Loaded, await self._call("PUT", f"{API}/plans/{quote(revision)}", data=plan))
-        wrong = [rank.rank for rank in loaded.ranks if rank.digest != digest]
+        shards = sorted({(rank.shard, rank.shards) for rank in loaded.ranks} - {(0, 1)})
+        expected = {(0, 1): digest}
+        if shards:
+            expected |= await asyncio.to_thread(_digests_of_shards, plan, shards)
+        wrong = [rank.rank for rank in loaded.ranks if rank.digest != expected[rank.shard, rank.shards]]
         if loaded.revision != revision or not loaded.ranks or wrong:
             await self.retire(revision)
             raise EngineError(
@@ -254,6 +262,11 @@ class EngineClient:
                 f"engine refuses {method} {path.rsplit('/', 1)[0]}: {message}", str(code)
             )
         return answer
+
+
+def _digests_of_shards(plan: bytes, shards: list[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    whole = Plan.from_bytes(plan)
+    return {(index, count): Shard(index, count).of_plan(whole).digest() for index, count in shards}
 
 
 def _parse(kind: type[T], answer: Mapping[str, Any]) -> T:

@@ -14,6 +14,7 @@ from steering_kernels.ops.naive import (
     gate_open_reference,
 )
 from steering_kernels.ops.prompt_memory import MEMORY_COLUMNS, ProbeHeads, PromptPart, new_memory
+from steering_kernels.ops.ranks import SumRanks
 from steering_kernels.ops.step import NEVER, StepMap
 from steering_kernels.ops.table import RowEdits, SiteTable, TableFullError
 
@@ -30,6 +31,7 @@ __all__ = [
     "RowEdits",
     "SiteTable",
     "StepMap",
+    "SumRanks",
     "TableFullError",
     "apply_edits",
     "apply_edits_reference",

@@ -62,6 +62,8 @@ def apply_edits(
         hidden = hidden[:tokens]
         residual = None if residual is None else residual[:tokens]
         source = None if source is None else source[:tokens]
+    if table.sum_ranks is not None:  # Triton knows nothing of other ranks
+        backend = "grouped"
     if (backend or ("triton" if hidden.is_cuda else "grouped")) == "grouped":
         apply_edits_grouped(hidden, table, step, residual, source)
         return

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steering_kernels.ops.prompt_memory import ProbeHeads, keep_readings, probe_fires
+from steering_kernels.ops.ranks import SumRanks, norm, project
 from steering_kernels.ops.step import NEVER, StepMap
 
 
@@ -31,6 +32,8 @@ class GateView:
     max_norm: float
     probe: ProbeHeads | None = None
     """Heads of an attention probe, which decides at the end of the prompt, instead of conditions."""
+    sum_ranks: SumRanks | None = None
+    """Where this rank has a part of the activation's columns, and `read` the same part."""
 
 
 def phase_mask(phase: str, position: Tensor, prompt_length: Tensor) -> Tensor | None:
@@ -94,10 +97,10 @@ def _fires(x: Tensor, index: Tensor | None, gate: GateView, step: StepMap) -> Te
     if gate.read.shape[0] == 0:
         return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     wide = x.double()
-    above = torch.addmm(gate.bias, wide, gate.read.t()) > gate.cut
+    above = project(wide, gate.read.t(), gate.bias, gate.sum_ranks) > gate.cut
     fires = above.all(dim=1) if gate.require_all else above.any(dim=1)
     if gate.max_norm != float("inf"):
-        fires &= wide.norm(dim=1) <= gate.max_norm
+        fires &= norm(wide, gate.sum_ranks) <= gate.max_norm
     return fires
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steering_kernels.ops.ranks import SumRanks, norm, project
 from steering_kernels.ops.step import StepMap
 from steering_kernels.ops.table import RowView, SiteTable
 
@@ -26,7 +27,8 @@ def apply_edits_grouped(
     only: frozenset[int] | None = None,
 ) -> None:
     """See `apply_edits`. ``only``: leave all other rows alone."""
-    if len(step.groups) > 1 and step.num_tokens <= SMALL and only is None and not table.topk:
+    joinable = only is None and not table.topk and table.sum_ranks is None
+    if len(step.groups) > 1 and step.num_tokens <= SMALL and joinable:
         _apply_joined(hidden, table, step, residual, source)
         return
     for row, index in step.groups:
@@ -34,7 +36,8 @@ def apply_edits_grouped(
         if view is None or (only is not None and row not in only):
             continue
         gate_open = step.gate_open if index is None else step.gate_open[index]
-        if view.gates is not None and not bool(gate_open[:, view.gates].any()):
+        # Where ranks sum what they read, all of them must come to the sum, whatever their gates say.
+        if table.sum_ranks is None and view.gates is not None and not bool(gate_open[:, view.gates].any()):
             continue  # most traffic most of the time: no gate is open, so nothing is read
         part = hidden if index is None else hidden[index]
         stream = part
@@ -42,7 +45,7 @@ def apply_edits_grouped(
             stream = part + (residual if index is None else residual[index])
         elif source is not None:
             stream = source if index is None else source[index]
-        delta, touched = _row_delta(stream.double(), view, gate_open)
+        delta, touched = _row_delta(stream.double(), view, gate_open, table.sum_ranks)
         edited = torch.where(touched[:, None], (part.double() + delta).to(hidden.dtype), part)
         slots = step.slot_of_token if index is None else step.slot_of_token[index]
         step.edited.index_add_(0, slots, touched.long())
@@ -71,22 +74,26 @@ def _apply_joined(
     hidden.copy_(torch.where(touched[:, None], (hidden.double() + delta).to(hidden.dtype), hidden))
 
 
-def _row_delta(x: Tensor, view: RowView, gate_open: Tensor) -> tuple[Tensor, Tensor]:
+def _row_delta(
+    x: Tensor, view: RowView, gate_open: Tensor, sum_ranks: SumRanks | None
+) -> tuple[Tensor, Tensor]:
     """Delta [n, D] float64 and touched [n] bool of n tokens x [n, D] float64 of one row."""
     units = gate_open[:, view.gate] if view.gated else None
-    return _delta(x, view, units, gate_open[:, view.scale_gate])
+    return _delta(x, view, units, gate_open[:, view.scale_gate], sum_ranks)
 
 
-def _delta(x: Tensor, view: RowView, units: Tensor | None, scales: Tensor) -> tuple[Tensor, Tensor]:
+def _delta(
+    x: Tensor, view: RowView, units: Tensor | None, scales: Tensor, sum_ranks: SumRanks | None = None
+) -> tuple[Tensor, Tensor]:
     """`_row_delta`, given which units [n, K] and head scales [n, E] act; None: all units."""
     delta = x.new_zeros(x.shape[0], view.write.shape[1])
     touched = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     if view.rank:
-        g = _unit_strength(x, view)
+        g = _unit_strength(x, view, sum_ranks)
         if units is not None:
             g = torch.where(units, g, 0.0)
         if view.bounded:
-            g = torch.where(x.norm(dim=1, keepdim=True) <= view.max_norm, g, 0.0)
+            g = torch.where(norm(x, sum_ranks)[:, None] <= view.max_norm, g, 0.0)
         touched = (g != 0).any(dim=1)
         delta = g @ view.write
     if view.scales:
@@ -95,15 +102,15 @@ def _delta(x: Tensor, view: RowView, units: Tensor | None, scales: Tensor) -> tu
     return delta, touched
 
 
-def _unit_strength(x: Tensor, view: RowView) -> Tensor:
+def _unit_strength(x: Tensor, view: RowView, sum_ranks: SumRanks | None) -> Tensor:
     """g [n, K] before gates and norm bound."""
     if not view.reads and not view.thresholds and not view.clamps and not len(view.topk_units):
         return view.offset.expand(x.shape[0], -1)
-    a = torch.addmm(view.bias, x, view.read_t)
+    a = project(x, view.read_t, view.bias, sum_ranks)
     if view.thresholds:
         a = torch.where(a > view.threshold, a, 0.0)
     if view.topk_read_t is not None and view.topk_bias is not None:
-        u = torch.addmm(view.topk_bias, x, view.topk_read_t)
+        u = project(x, view.topk_read_t, view.topk_bias, sum_ranks)
         values, indices = u.topk(view.topk_k, dim=1)
         active = torch.zeros_like(u).scatter(1, indices, values.relu())
         a[:, view.topk_units] = active[:, view.topk[view.topk_units]]

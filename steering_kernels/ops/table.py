@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering_kernels.ops.ranks import SumRanks
+
 
 class TableFullError(Exception):
     """The site's table has no room for another row; the message says how much there is."""
@@ -59,7 +61,7 @@ _UNIT_INDICES = ("gate", "topk")
 class RowView:
     """One row of a table, ready for the CPU path: its numbers in float64 and what can be left out."""
 
-    def __init__(self, edits: RowEdits) -> None:
+    def __init__(self, edits: RowEdits, *, sharded: bool = False) -> None:
         self.read_t = edits.read.double().t().contiguous()
         self.write = edits.write.double()
         self.bias = edits.bias.double()
@@ -71,7 +73,8 @@ class RowView:
         self.max_norm = edits.max_norm.double()
         self.gate = edits.gate.long()
         self.rank = edits.read.shape[0]
-        self.reads = bool(edits.read.any()) or bool(edits.bias.any())
+        # Another rank may read where the part of this one is zero, and its sum waits for this one's.
+        self.reads = sharded or bool(edits.read.any()) or bool(edits.bias.any())
         self.offsets = bool(edits.offset.any())
         self.clamps = bool(torch.isfinite(edits.low).any() or torch.isfinite(edits.high).any())
         self.thresholds = bool((edits.threshold > -torch.inf).any())
@@ -115,9 +118,14 @@ class SiteTable:
         scales: int,
         device: torch.device,
         read_width: int | None = None,
+        sum_ranks: SumRanks | None = None,
     ) -> None:
-        """``read_width``: D of what units read, where that is another activation than they write to."""
+        """``read_width``: D of what units read, where that is another activation than they write to.
+
+        ``sum_ranks``: what is read is split over ranks, and so are the rows' ``read`` and ``topk_read``.
+        """
         self.width = width
+        self.sum_ranks = sum_ranks
         self.read_width = width if read_width is None else read_width
         self.rows = rows
         self.read = torch.zeros(units, self.read_width, device=device)
@@ -172,7 +180,7 @@ class SiteTable:
                 edits.topk_bias.to(device, copy=True),
                 edits.topk_k,
             )
-        self.views[row] = RowView(self.get_row(row))
+        self.views[row] = RowView(self.get_row(row), sharded=self.sum_ranks is not None)
         self._joined = None
 
     def get_row(self, row: int) -> RowEdits:

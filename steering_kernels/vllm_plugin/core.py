@@ -8,6 +8,7 @@ from typing import Any
 
 from interpretops.errors import PlanError
 from interpretops.plan import Plan
+from interpretops.shard import Shard
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.registry import NotAdmittedError, Registry
 from steering_kernels.vllm_plugin.report import move_to_outputs
@@ -40,7 +41,12 @@ def load(core: Any, plan: str) -> dict[str, Any]:
     except PlanError as error:
         return {"error": str(error), "code": error.code}
     ranks = core.model_executor.collective_rpc("interpretops_load", args=(plan,))
-    failed = [rank for rank in ranks if rank.get("digest") != parsed.digest()]
+    digests = [Shard(index, len(ranks)).of_plan(parsed).digest() for index in range(len(ranks))]
+    failed = [
+        rank
+        for rank, digest in zip(ranks, digests, strict=True)
+        if (rank.get("digest"), rank.get("shards")) != (digest, len(ranks))
+    ]
     if failed:
         core.model_executor.collective_rpc("interpretops_unload", args=(revision,))
         first = failed[0]

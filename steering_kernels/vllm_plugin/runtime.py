@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from interpretops.bank import PlanBank, SlotsOf
-from interpretops.errors import PlanError
-from interpretops.hook_points import SiteHooks
+from interpretops.errors import ModelError, PlanError
+from interpretops.hook_points import SiteHooks, site_module
 from interpretops.model_spec import read_model_spec
-from interpretops.plan import HEAD_POINTS, POINTS, ModelSpec, Plan, Site
+from interpretops.plan import POINTS, ModelSpec, Plan, Site
+from interpretops.shard import Shard
+from steering_kernels.ops import SumRanks
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.request_args import RequestArgs
 
@@ -40,21 +42,26 @@ class SteeringRuntime:
         options: EngineOptions,
         *,
         max_requests: int,
-        tensor_parallel: int,
         device: torch.device,
         memory_slots: Callable[[], int] | None = None,
+        shard: Shard = Shard(),  # noqa: B008 (frozen)
+        sum_ranks: SumRanks | None = None,
     ) -> None:
-        """``memory_slots``: how many tokens the key-value cache holds; None where that cannot be had."""
-        self.tensor_parallel = tensor_parallel
+        """``memory_slots``: how many tokens the key-value cache holds; None where that cannot be had.
+
+        ``sum_ranks``: sums over the ranks over which the model's heads are split.
+        """
+        self.spec, self.shard = spec, shard
         self._memory_slots = memory_slots
         sites = [Site(layer, point) for layer in range(spec.num_layers) for point in POINTS]
         self.bank = PlanBank(
-            spec,
+            shard.of_model(spec),
             sites,
             rows=options.rows,
             units_per_site=options.units_per_site,
             requests=2 * max_requests,
             device=device,
+            sum_ranks=sum_ranks,
         )
         self.hooks = SiteHooks(
             model, self.bank, residual_pair=not type(model).__name__.startswith("Transformers")
@@ -67,13 +74,7 @@ class SteeringRuntime:
 
     def load(self, plan: Plan) -> str:
         """Make a plan resident; returns the digest of what now stands in the tables."""
-        if self.tensor_parallel > 1:
-            sharded = [str(s) for s in self._sites_of(plan) if s.point in HEAD_POINTS]
-            if sharded:
-                raise PlanError(
-                    f"plan {plan.policy_id!r} acts at {sharded}, but attention heads are split over "
-                    f"{self.tensor_parallel} ranks here; use tensor_parallel_size 1 or another point"
-                )
+        own = self.shard.of_plan(plan)
         if any(gate.scope == "prompt" for gate in plan.gates):
             if self._memory_slots is None:
                 raise PlanError(
@@ -81,7 +82,7 @@ class SteeringRuntime:
                     "support yet; start the engine with VLLM_USE_V2_MODEL_RUNNER=0"
                 )
             self.bank.keep_memory(self._memory_slots())
-        self.bank.load(plan)
+        self.bank.load(own, plan.revision)
         self.hooks.refresh()
         return self.bank.digest(plan.revision)
 
@@ -171,9 +172,6 @@ class SteeringRuntime:
                 ],
             )
 
-    def _sites_of(self, plan: Plan) -> list[Site]:
-        return [*plan.edits, *(gate.site for gate in plan.gates if gate.site is not None)]
-
 
 def model_folder(model: str, revision: str | None) -> Path:
     """The folder of a model that the engine has loaded, be it named by folder or by Hugging Face id."""
@@ -189,12 +187,48 @@ def make_runtime(
 ) -> SteeringRuntime:
     """The runtime of a worker whose model has just been loaded; ``memory_slots`` as in `SteeringRuntime`."""
     spec = read_model_spec(model_folder(vllm_config.model_config.model, vllm_config.model_config.revision))
-    return SteeringRuntime(
+    shard, sum_ranks = _ranks(vllm_config.parallel_config.tensor_parallel_size)
+    runtime = SteeringRuntime(
         model,
         spec,
         EngineOptions.read(vllm_config.additional_config),
         max_requests=vllm_config.scheduler_config.max_num_seqs,
-        tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
         device=device,
         memory_slots=memory_slots,
+        shard=shard,
+        sum_ranks=sum_ranks,
     )
+    _check_split(runtime)
+    return runtime
+
+
+def _ranks(tensor_parallel: int) -> tuple[Shard, SumRanks | None]:
+    """Which of the tensor-parallel ranks this worker is, and how to sum over them."""
+    if tensor_parallel == 1:
+        return Shard(), None
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+
+    def sum_ranks(part: Tensor) -> Tensor:
+        # vLLM's own all-reduces know the model's dtypes alone; these sums are in float64.
+        torch.distributed.all_reduce(part, group=group.device_group)
+        return part
+
+    return Shard(group.rank_in_group, tensor_parallel), sum_ranks
+
+
+def _check_split(runtime: SteeringRuntime) -> None:
+    """Raise `ModelError` unless each layer's heads are split over the ranks as plans will be."""
+    spec, hooks = runtime.bank.spec, runtime.hooks
+    if runtime.shard.count == 1:
+        return
+    wanted = spec.num_heads * spec.head_dim
+    for layer in range(spec.num_layers):
+        projection = site_module(hooks.layers, hooks.family, Site(layer, "attn_z"))
+        found = getattr(projection, "input_size_per_partition", None)
+        if found != wanted:
+            raise ModelError(
+                f"layer {layer}: the attention projection takes {found} columns on this rank, but "
+                f"{runtime.shard.count} tensor-parallel ranks have {wanted} each where heads are split evenly"
+            )

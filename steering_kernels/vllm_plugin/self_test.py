@@ -8,28 +8,26 @@ from typing import Any
 
 import numpy as np
 
-from interpretops.plan import HEAD_POINTS, POINTS, ModelSpec, Plan, Site, SiteEdits, Units
+from interpretops.plan import POINTS, ModelSpec, Plan, Site, SiteEdits, Units
 from steering_kernels.vllm_plugin.request_args import NONCE_KEY, REVISION_KEY
 
 PROMPT_TOKENS = 6
 
 
 def probe_plan(spec: ModelSpec, strength: float) -> Plan:
-    """Adds a constant vector of the given strength at the middle layer, at every point whole on each rank.
+    """Adds a constant vector of the given strength at every point of the middle layer.
 
     Strength 0 reads and writes through the same path and must change nothing.
     """
     layer = spec.num_layers // 2
     edits = {}
     for point in POINTS:
-        if point in HEAD_POINTS:
-            continue  # split over ranks under tensor parallelism
         width = spec.width(point)
         column = np.zeros(1, np.float32)
         unbounded = np.full(1, np.inf, np.float32)
         edits[Site(layer, point)] = SiteEdits(
             Units(
-                read=np.zeros((1, width), np.float32),
+                read=np.zeros((1, spec.read_width(point)), np.float32),
                 write=np.where(np.arange(width) % 2, 1.0, -1.0).astype(np.float32)[None],
                 bias=column,
                 threshold=-unbounded,

@@ -16,13 +16,13 @@ class SteeringWorker:
     """Worker extension: vLLM mixes it into its worker class; methods are called by `collective_rpc`."""
 
     def interpretops_load(self, plan: str) -> dict[str, Any]:
-        """Load a plan (base64). Returns this rank and the digest of its tables, or why it refused."""
+        """Load this rank's shard of a plan (base64). Returns the digest of its tables, or why it refused."""
         try:
             loaded = Plan.from_bytes(base64.b64decode(plan))
             digest = self._interpretops_runtime.load(loaded)
         except InterpretOpsError as error:
             return {"rank": self._interpretops_rank, "error": str(error), "code": error.code}
-        return {"rank": self._interpretops_rank, "digest": digest}
+        return {"rank": self._interpretops_rank, "digest": digest, **self._interpretops_shard}
 
     def interpretops_unload(self, revision: str) -> None:
         """Free a revision's rows."""
@@ -33,13 +33,19 @@ class SteeringWorker:
         runtime = self._interpretops_runtime
         return {
             "rank": self._interpretops_rank,
-            "model": vars(runtime.bank.spec),
+            "model": vars(runtime.spec),
+            **self._interpretops_shard,
             **runtime.attest(),
         }
 
     @property
     def _interpretops_runtime(self) -> Any:
         return self.model_runner.interpretops  # type: ignore[attr-defined]
+
+    @property
+    def _interpretops_shard(self) -> dict[str, int]:
+        shard = self._interpretops_runtime.shard
+        return {"shard": shard.index, "shards": shard.count}
 
     @property
     def _interpretops_rank(self) -> int:

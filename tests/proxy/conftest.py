@@ -15,6 +15,7 @@ from aiohttp import ClientSession, web
 
 from interpretops.plan import ModelSpec, Plan
 from interpretops.settings import load_settings
+from interpretops.shard import Shard
 from proxy.engine_loop import RemoteEngine
 from proxy.gateway import Apps, make_app
 from proxy.http_server import Runner
@@ -122,8 +123,13 @@ class FakeEngine:
             return web.json_response({"error": {"message": "full", "code": "table_full"}}, status=507)
         revision, plan = request.match_info["revision"], Plan.from_bytes(await request.read())
         self.plans[revision] = plan
-        digest = "0" * 64 if self.trick == "wrong_digest" else plan.digest()
-        return web.json_response({"revision": revision, "ranks": [{"rank": 0, "digest": digest}]})
+        halves = {"two_ranks": (0, 1), "same_half": (0, 0)}.get(self.trick, (0,))
+        digests = [Shard(half, len(halves)).of_plan(plan).digest() for half in halves]
+        ranks = [
+            {"rank": index, "digest": digest, "shard": index, "shards": len(halves)}
+            for index, digest in enumerate(["0" * 64] if self.trick == "wrong_digest" else digests)
+        ]
+        return web.json_response({"revision": revision, "ranks": ranks})
 
     async def _retire(self, request: web.Request) -> web.Response:
         self.plans.pop(request.match_info["revision"], None)

@@ -53,11 +53,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 """Config class and its settings, by architecture."""
 
 
-def save_family(architecture: str, folder: Path) -> Path:
+def save_family(architecture: str, folder: Path, **changes: Any) -> Path:
     """Write a model of the family, with weights large enough for tokens to differ in their activations."""
     name, settings = CONFIGS[architecture]
     torch.manual_seed(11)
-    network = getattr(transformers, architecture)(getattr(transformers, name)(**_SIZES | settings))
+    network = getattr(transformers, architecture)(getattr(transformers, name)(**_SIZES | settings | changes))
     with torch.no_grad():
         for label, parameter in network.named_parameters():
             if "embed" in label:

@@ -4,7 +4,8 @@ Usage: logprobs_program.py FOLDER… Each folder holds a `job.json` that names a
 plan files, how many tokens to tell of (-1: all), and requests (token ids, a revision, tokens to generate).
 One engine after another, each in a child of its own, answers one. Into the folder it writes `log.txt` and
 `result.npz`: of request i `ids_i` and `values_i` [T, K], a row after each token but the last, -1 and NaN
-where there is none; `tokens_i`, what was generated; `receipt_i`.
+where there is none; `tokens_i`, what was generated; `receipt_i`;
+`attested`, what the engine says it holds.
 """
 
 import base64
@@ -42,6 +43,10 @@ def answer(folder: Path) -> None:
     from steering_kernels.vllm_plugin.receipts import RECEIPTS
 
     job = json.loads((folder / "job.json").read_text())
+    ranks = job["engine"].get("tensor_parallel_size", 1)
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = (
+        "|".join(str(core) for core in range(ranks)) if ranks > 1 else "auto"
+    )
     llm = LLM(
         model=job["model"],
         skip_tokenizer_init=True,
@@ -81,6 +86,7 @@ def answer(folder: Path) -> None:
         result |= {f"ids_{index}": ids, f"values_{index}": values}
         result[f"tokens_{index}"] = np.array(output.outputs[0].token_ids)
         result[f"receipt_{index}"] = np.array(json.dumps(RECEIPTS.take(nonces[index])))
+    result["attested"] = np.array(json.dumps(core.interpretops_attest()))
     np.savez(folder / "result.npz", **result)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tiny_families import CONFIGS, PROMPT, gate_plan, save_family
+from tiny_families import CONFIGS, FIRES_AT, PROMPT, gate_plan, save_family
 
 from interpretops import HookedModel, SteeringSession
 from interpretops.plan import ALWAYS, POINTS, Array, Gate, Plan, Site, SiteEdits, Units
+from interpretops.shard import Shard
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -25,6 +26,13 @@ FAMILIES = 2e-5
 DEFAULT_MODEL = {"float32": 5e-4, "bfloat16": 1.0}
 """The same for the 20 likeliest tokens of the default model, whose logits are rounded to steps of 1/8 in
 bfloat16; what each test below asks besides is that steering makes it no worse."""
+_EIGHT: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+PARALLEL: list[tuple[str, str, dict[str, Any], int]] = [
+    ("eight heads on one rank", "LlamaForCausalLM", _EIGHT, 1),
+    ("eight heads on two ranks", "LlamaForCausalLM", _EIGHT, 2),
+    ("GPT-NeoX on two ranks", "GPTNeoXForCausalLM", {"num_attention_heads": 8}, 2),
+]
+"""Job, architecture, its settings, tensor-parallel ranks."""
 QUESTION = "What is the sea? Answer in one sentence, please."
 
 
@@ -70,6 +78,12 @@ class Job:
             "logprobs": logprobs,
         }
         (self.folder / "job.json").write_text(json.dumps(record))
+
+    @property
+    def ranks(self) -> list[dict[str, Any]]:
+        """What each rank of the engine attests."""
+        attested = json.loads(str(np.load(self.folder / "result.npz")["attested"]))
+        return list(attested["ranks"])
 
     @cached_property
     def answers(self) -> tuple[Answer, Answer]:
@@ -122,15 +136,33 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path) -> d
         tokens = model.tokens(QUESTION)
         made[dtype] = Job(tmp_path_factory.mktemp(dtype), model, layered_plan(model, tokens), tokens, 16)
         made[dtype].write(logprobs=20)
+    answer(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def parallel_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """The same for `PARALLEL`, by name."""
+    made = {}
+    for name, architecture, settings, ranks in PARALLEL:
+        folder = tmp_path_factory.mktemp("parallel")
+        model = HookedModel(save_family(architecture, folder, **settings), dtype="float32")
+        made[name] = Job(folder, model, parallel_plan(model), PROMPT, 6)
+        made[name].write(logprobs=-1, tensor_parallel_size=ranks)
+    answer(made)
+    return made
+
+
+def answer(jobs: dict[str, Job]) -> None:
+    """Have engines answer all jobs."""
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), *(str(job.folder) for job in made.values())],
+        [sys.executable, str(PROGRAM), *(str(job.folder) for job in jobs.values())],
         env=os.environ | {"VLLM_PLUGINS": "interpretops", "VLLM_CPU_KVCACHE_SPACE": "1"},
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return made
 
 
 @pytest.mark.timeout(1200)
@@ -155,6 +187,58 @@ def test_engine_agrees_with_the_sdk_on_the_default_model(dtype: str, jobs: dict[
     assert steered.max() < DEFAULT_MODEL[dtype]
     assert np.median(steered) < 1.5 * np.median(plain)
     assert np.median(effect) > 1.0
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", [name for name, _, _, ranks in PARALLEL if ranks > 1])
+def test_two_ranks_agree_with_the_sdk(name: str, parallel_jobs: dict[str, Job]) -> None:
+    """With heads split over two ranks, reads across them, gates on them and head scales give the same
+    numbers, and the receipt counts each edit once."""
+    steered, plain, effect = parallel_jobs[name].check()
+    print(name, steered.max(), plain.max(), effect.max())
+    assert plain.max() < FAMILIES
+    assert steered.max() < FAMILIES
+    assert effect.max() > 0.1
+
+
+@pytest.mark.timeout(1200)
+def test_two_ranks_answer_as_one_does(parallel_jobs: dict[str, Job]) -> None:
+    """The same tokens and the same receipt, steered and plain."""
+    for one, two in zip(
+        parallel_jobs[PARALLEL[0][0]].answers, parallel_jobs[PARALLEL[1][0]].answers, strict=True
+    ):
+        assert one.tokens == two.tokens
+        assert one.receipt == two.receipt
+
+
+@pytest.mark.timeout(1200)
+def test_each_rank_attests_its_own_shard(parallel_jobs: dict[str, Job]) -> None:
+    """Two ranks hold two different halves, each the digest of its shard of the plan, and both edit."""
+    job = parallel_jobs[PARALLEL[1][0]]
+    first, second = job.ranks
+    assert [(rank["shard"], rank["shards"]) for rank in job.ranks] == [(0, 2), (1, 2)]
+    digests = [rank["resident"][job.plan.revision] for rank in job.ranks]
+    assert digests == [Shard(index, 2).of_plan(job.plan).digest() for index in range(2)]
+    assert len({*digests, job.plan.digest()}) == 3
+    assert first["edits_total"] == second["edits_total"] == job.answers[0].receipt["edits_applied"] > 0
+
+
+def parallel_plan(model: HookedModel) -> Plan:
+    """Edits at every point, with gates on the residual stream and on the heads; one reads a single head."""
+    found = model.run_with_cache(PROMPT, ["0.resid_post", "1.attn_z"])
+    stream, heads = (found[Site(0, "resid_post")].numpy(), found[Site(1, "attn_z")].numpy())
+    plan = gate_plan(model.spec, stream)
+    read = np.linalg.pinv(heads.astype(np.float64))[:, FIRES_AT][None].astype(np.float32)
+    half = np.full(1, 0.5, np.float32)
+    gate = Gate(Site(1, "attn_z"), read, 0 * half, half, max_norm=1e6)
+    edits = dict(plan.edits)
+    units = edits[Site(1, "attn_proj")].units
+    one_head = units.read.copy()
+    one_head[:, model.spec.head_dim :] = 0
+    indices = units.gate.copy()
+    indices[4:6] = len(plan.gates)
+    edits[Site(1, "attn_proj")] = SiteEdits(replace(units, read=one_head, gate=indices))
+    return replace(plan, edits=edits, gates=(*plan.gates, gate))
 
 
 def layered_plan(model: HookedModel, tokens: list[int]) -> Plan:

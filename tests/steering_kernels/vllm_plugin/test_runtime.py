@@ -24,9 +24,7 @@ def steered(tmp_path_factory: pytest.TempPathFactory) -> tuple[SteeringRuntime, 
     folder = save_family("LlamaForCausalLM", tmp_path_factory.mktemp("model"))
     spec = read_model_spec(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    runtime = SteeringRuntime(
-        model, spec, EngineOptions(), max_requests=4, tensor_parallel=1, device=torch.device("cpu")
-    )
+    runtime = SteeringRuntime(model, spec, EngineOptions(), max_requests=4, device=torch.device("cpu"))
     runtime.hooks.residual_pair = False
     one, infinite = np.ones(1, np.float32), np.full(1, np.inf, np.float32)
     units = Units(

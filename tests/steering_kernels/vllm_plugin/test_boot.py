@@ -1,0 +1,78 @@
+"""What an engine may not be configured as: each is refused at boot, by name (promises 1 and 7)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tiny_families import save_family
+
+pytestmark = pytest.mark.engine
+
+PROGRAM = Path(__file__).with_name("boot_program.py")
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "dual-batch overlap": ({"ubatch_size": 2}, "dual-batch overlap"),
+    "prefill context parallel": ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+    "KV-sharing fast prefill": ({"kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
+    "pipeline parallel": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+    "priority scheduling": ({"scheduling_policy": "priority"}, "priority scheduling"),
+    "prompt embeddings": ({"enable_prompt_embeds": True}, "prompt embeddings"),
+}
+"""Engine arguments, and what the refusal names."""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the plugin says to every configuration and version."""
+    folder = tmp_path_factory.mktemp("boot")
+    known = save_family("LlamaForCausalLM", folder)
+    unknown = folder / "unknown"
+    transformers.GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(unknown)
+    plain = {"model": str(known), "enforce_eager": True, "skip_tokenizer_init": True}
+    cases = {name: plain | arguments for name, (arguments, _) in REFUSED.items()}
+    cases |= {
+        "plain": plain,
+        "two ranks": plain | {"tensor_parallel_size": 2},
+        "unknown architecture": plain | {"model": str(unknown)},
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder / "cases.json"), str(folder / "result.json")],
+        env=os.environ | {"VLLM_PLUGINS": "interpretops"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_configuration_that_would_break_the_row_map_is_refused(name: str, told: dict[str, Any]) -> None:
+    """One line that names it."""
+    assert told[name].startswith(f"interpretops refuses to boot this engine with {REFUSED[name][1]}")
+    assert "\n" not in told[name]
+
+
+def test_unknown_architecture_is_refused(told: dict[str, Any]) -> None:
+    """A model whose edit sites are not known is named, with those that are."""
+    assert "architecture ['GPT2LMHeadModel'], whose edit sites are not known" in told["unknown architecture"]
+    assert "LlamaForCausalLM" in told["unknown architecture"]
+
+
+def test_other_versions_of_vllm_are_refused(told: dict[str, Any]) -> None:
+    """Before anything is patched: the version is named, and the one that fits."""
+    for version, refusal in told["versions"].items():
+        assert refusal is not None
+        assert refusal.startswith(f"vllm = {version}, but the interpretops plugin was written for 0.32.x")
+
+
+def test_configurations_that_are_followed_boot(told: dict[str, Any]) -> None:
+    """The plain engine and tensor parallelism are not refused."""
+    assert told["plain"] is None
+    assert told["two ranks"] is None
