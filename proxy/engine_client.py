@@ -214,10 +214,13 @@ class EngineClient:
         if shards:
             expected |= await asyncio.to_thread(_digests_of_shards, plan, shards)
         wrong = [rank.rank for rank in loaded.ranks if rank.digest != expected[rank.shard, rank.shards]]
-        if loaded.revision != revision or not loaded.ranks or wrong:
+        held = {(rank.shard, rank.shards) for rank in loaded.ranks}
+        missing = {(shard, count) for _, count in held for shard in range(count)} - held
+        if loaded.revision != revision or not loaded.ranks or wrong or missing:
             await self.retire(revision)
             raise EngineError(
                 f"plan {revision[:12]}: ranks {wrong} of the engine hold other numbers than the plan"
+                + (f", and no rank has the parts {sorted(missing)}" if missing else "")
             )
 
     async def retire(self, revision: str) -> None:

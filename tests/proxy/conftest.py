@@ -123,12 +123,14 @@ class FakeEngine:
             return web.json_response({"error": {"message": "full", "code": "table_full"}}, status=507)
         revision, plan = request.match_info["revision"], Plan.from_bytes(await request.read())
         self.plans[revision] = plan
-        halves = {"two_ranks": (0, 1), "same_half": (0, 0)}.get(self.trick, (0,))
+        halves = {"two_ranks": (0, 1), "one_half": (0, 1), "same_half": (0, 0)}.get(self.trick, (0,))
         digests = [Shard(half, len(halves)).of_plan(plan).digest() for half in halves]
         ranks = [
             {"rank": index, "digest": digest, "shard": index, "shards": len(halves)}
             for index, digest in enumerate(["0" * 64] if self.trick == "wrong_digest" else digests)
         ]
+        if self.trick == "one_half":
+            ranks = ranks[:1]
         return web.json_response({"revision": revision, "ranks": ranks})
 
     async def _retire(self, request: web.Request) -> web.Response:

@@ -15,8 +15,10 @@ pytestmark = pytest.mark.engine
 
 PROGRAM = Path(__file__).with_name("boot_program.py")
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "dual-batch overlap": ({"ubatch_size": 2}, "dual-batch overlap"),
-    "prefill context parallel": ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+    "dual-batch overlap": (
+        {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
+        "dual-batch overlap",
+    ),
     "KV-sharing fast prefill": ({"kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
     "pipeline parallel": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
     "priority scheduling": ({"scheduling_policy": "priority"}, "priority scheduling"),

@@ -26,11 +26,11 @@ FAMILIES = 2e-5
 DEFAULT_MODEL = {"float32": 5e-4, "bfloat16": 1.0}
 """The same for the 20 likeliest tokens of the default model, whose logits are rounded to steps of 1/8 in
 bfloat16; what each test below asks besides is that steering makes it no worse."""
-_EIGHT: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+_EIGHT: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
 PARALLEL: list[tuple[str, str, dict[str, Any], int]] = [
     ("eight heads on one rank", "LlamaForCausalLM", _EIGHT, 1),
     ("eight heads on two ranks", "LlamaForCausalLM", _EIGHT, 2),
-    ("GPT-NeoX on two ranks", "GPTNeoXForCausalLM", {"num_attention_heads": 8}, 2),
+    ("GPT-NeoX on two ranks", "GPTNeoXForCausalLM", {"num_attention_heads": 8, "hidden_size": 256}, 2),
 ]
 """Job, architecture, its settings, tensor-parallel ranks."""
 QUESTION = "What is the sea? Answer in one sentence, please."
@@ -215,12 +215,13 @@ def test_two_ranks_answer_as_one_does(parallel_jobs: dict[str, Job]) -> None:
 def test_each_rank_attests_its_own_shard(parallel_jobs: dict[str, Job]) -> None:
     """Two ranks hold two different halves, each the digest of its shard of the plan, and both edit."""
     job = parallel_jobs[PARALLEL[1][0]]
-    first, second = job.ranks
     assert [(rank["shard"], rank["shards"]) for rank in job.ranks] == [(0, 2), (1, 2)]
     digests = [rank["resident"][job.plan.revision] for rank in job.ranks]
     assert digests == [Shard(index, 2).of_plan(job.plan).digest() for index in range(2)]
     assert len({*digests, job.plan.digest()}) == 3
-    assert first["edits_total"] == second["edits_total"] == job.answers[0].receipt["edits_applied"] > 0
+    edits = [rank["edits"][job.plan.revision] for rank in job.ranks]
+    assert edits == [job.answers[0].receipt["edits_applied"]] * 2
+    assert edits[0] > 0
 
 
 def parallel_plan(model: HookedModel) -> Plan:
