@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from interpretops.errors import ModelError
 from interpretops.model_family import Family, family_of
 from interpretops.plan import Point, Site
 from steering_kernels.ops import apply_edits, update_gates
+from steering_kernels.ops.site_op import edit_site, own_site_op
 
 
 def find_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
@@ -39,19 +40,29 @@ def site_module(layers: nn.ModuleList, family: Family, site: Site) -> nn.Module:
 class SiteHooks:
     """Runs the op at the sites that resident revisions use, and nothing at all at the others.
 
-    Hooks come and go with the plans (eager execution only: a compiled model must have them from the start).
+    Hooks come and go with the plans. A model that will be compiled has them from the start, at ``fixed``
+    sites: one opaque call each, which is there whether a revision uses the site or not.
     """
 
-    def __init__(self, model: nn.Module, bank: PlanBank, *, residual_pair: bool) -> None:
+    def __init__(
+        self, model: nn.Module, bank: PlanBank, *, residual_pair: bool, fixed: Sequence[Site] = ()
+    ) -> None:
         """``residual_pair``: layers return ``(hidden, residual)``, whose sum is the stream, as in vLLM."""
         self.bank = bank
         self.family = family_of(bank.spec.architecture)
         self.layers = find_layers(model, bank.spec.num_layers)
         self.residual_pair = residual_pair
         self._handles: dict[Site, torch.utils.hooks.RemovableHandle] = {}
+        self._fixed = tuple(sorted(fixed, key=lambda site: site.order))
+        if self._fixed:
+            own_site_op(self)
+            for number, site in enumerate(self._fixed):
+                self._handles[site] = self._install_opaque(site, number)
 
     def refresh(self) -> None:
-        """Have a hook at exactly the sites that are in use now."""
+        """Have a hook at exactly the sites that are in use now, unless they are fixed."""
+        if self._fixed:
+            return
         wanted = self.bank.active_sites
         for site in list(self._handles):
             if site not in wanted:
@@ -71,6 +82,31 @@ class SiteHooks:
             return module.register_forward_pre_hook(self._before(site))
         # attn_proj and attn_out may share a module: the first must run first, whenever it was installed.
         return module.register_forward_hook(self._after(site), prepend=site.point == "attn_proj")
+
+    def _install_opaque(self, site: Site, number: int) -> torch.utils.hooks.RemovableHandle:
+        """A hook that a compiler can trace: it calls the op and decides nothing."""
+        module = site_module(self.layers, self.family, site)
+        pair = self.residual_pair and site.point == "resid_post"
+        reads_input = site.point == "attn_proj"
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            edit_site(args[0], None, None, number)
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            edit_site(hidden, output[1] if pair else None, args[0] if reads_input else None, number)
+
+        if site.point == "attn_z":
+            return module.register_forward_pre_hook(before)
+        return module.register_forward_hook(after, prepend=reads_input)
+
+    def run_at(self, number: int, hidden: Tensor, residual: Tensor | None, source: Tensor | None) -> None:
+        """Edit, in place, at the fixed site of a number."""
+        if not self.bank.step.active:
+            return
+        edited = self._run(self._fixed[number], hidden, residual, source)
+        if edited is not hidden:
+            hidden.copy_(edited)
 
     def _before(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

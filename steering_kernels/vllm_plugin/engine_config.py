@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from interpretops.model_family import FAMILIES
+from interpretops.site import POINTS
 from steering_kernels.ops import OP_VERSION
+from steering_kernels.ops.site_op import SITE_OP
 
 CONFIG_KEY = "interpretops"
 SUPPORTED_VERSION = "0.32."
@@ -23,6 +25,8 @@ class EngineOptions:
     """Rank-one edits that all resident revisions may have together at one site."""
     pass_through: bool = True
     """Whether requests may name no policy."""
+    points: str = "resid_post"
+    """Points at which plans may act in a compiled model, with commas between them; each is a call a layer."""
     op_version: str = OP_VERSION
     """Set by the plugin. Part of the compile-cache key, so that no stale compiled model is served."""
 
@@ -41,7 +45,17 @@ class EngineOptions:
                 raise ValueError(
                     f"--additional-config {CONFIG_KEY}.{key} = {value!r}, but must be {wanted.__name__}"
                 )
-        return cls(**section)
+        found = cls(**section)
+        if wrong := [point for point in found.compiled_points if point not in POINTS]:
+            raise ValueError(
+                f"--additional-config {CONFIG_KEY}.points: {wrong[0]!r} is none of {', '.join(POINTS)}"
+            )
+        return found
+
+    @property
+    def compiled_points(self) -> tuple[str, ...]:
+        """`points`, one by one."""
+        return tuple(dict.fromkeys(point.strip() for point in self.points.split(",")))
 
 
 def check_version(version: str) -> None:
@@ -78,7 +92,6 @@ def refusals(config: Any) -> list[str]:
         "an external KV cache (KV transfer)": config.kv_transfer_config is not None,
         "prompt embeddings": model.enable_prompt_embeds,
         "a pooling model": model.runner_type != "generate",
-        "graph capture and compilation; start with --enforce-eager": not model.enforce_eager,
     }
     return [what for what, refused in found.items() if refused]
 
@@ -97,3 +110,20 @@ def prepare(config: Any) -> None:
         "op_version": OP_VERSION
     }
     config.additional_config = dict(config.additional_config) | {CONFIG_KEY: section}
+    if not config.model_config.enforce_eager:
+        cut_graphs(config.compilation_config)
+
+
+def cut_graphs(compilation: Any) -> None:
+    """Have graphs cut at our op: what a step does there is decided anew in every step.
+
+    Whole-model graphs would repeat what was captured, so that they become piecewise, or none.
+    """
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    pieces = compilation.mode == CompilationMode.VLLM_COMPILE
+    if pieces and compilation.splitting_ops is not None and SITE_OP not in compilation.splitting_ops:
+        compilation.splitting_ops.append(SITE_OP)
+    cut = pieces and bool(compilation.splitting_ops)
+    if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs() or not cut:
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if cut else CUDAGraphMode.NONE

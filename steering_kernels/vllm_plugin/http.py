@@ -142,6 +142,7 @@ class SteeringEndpoints:
             "vllm_version": vllm.__version__,
             "boot_id": self.boot_id,
             "model": answers[0]["ranks"][0]["model"],
+            "points": answers[0]["ranks"][0]["points"],
             "passthrough": all(answer["pass_through"] for answer in answers),
             "engines": [{"resident": answer["resident"], "ranks": answer["ranks"]} for answer in answers],
         }

@@ -46,14 +46,18 @@ class SteeringRuntime:
         memory_slots: Callable[[], int] | None = None,
         shard: Shard = Shard(),  # noqa: B008 (frozen)
         sum_ranks: SumRanks | None = None,
+        compiled: bool = False,
     ) -> None:
         """``memory_slots``: how many tokens the key-value cache holds; None where that cannot be had.
+
+        ``compiled``: the model will be compiled, so that plans act at the options' points alone.
 
         ``sum_ranks``: sums over the ranks over which the model's heads are split.
         """
         self.spec, self.shard = spec, shard
         self._memory_slots = memory_slots
-        sites = [Site(layer, point) for layer in range(spec.num_layers) for point in POINTS]
+        self.points = tuple(p for p in POINTS if not compiled or p in options.compiled_points)
+        sites = [Site(layer, point) for layer in range(spec.num_layers) for point in self.points]
         self.bank = PlanBank(
             shard.of_model(spec),
             sites,
@@ -64,7 +68,10 @@ class SteeringRuntime:
             sum_ranks=sum_ranks,
         )
         self.hooks = SiteHooks(
-            model, self.bank, residual_pair=not type(model).__name__.startswith("Transformers")
+            model,
+            self.bank,
+            residual_pair=not type(model).__name__.startswith("Transformers"),
+            fixed=sites if compiled else (),
         )
         self._edits_of_finished: Counter[str] = Counter()
         """Of requests that have ended, by the revisions that are resident."""
@@ -75,6 +82,7 @@ class SteeringRuntime:
     def load(self, plan: Plan) -> str:
         """Make a plan resident; returns the digest of what now stands in the tables."""
         own = self.shard.of_plan(plan)
+        self._check_points(plan)
         if any(gate.scope == "prompt" for gate in plan.gates):
             if self._memory_slots is None:
                 raise PlanError(
@@ -85,6 +93,16 @@ class SteeringRuntime:
         self.bank.load(own, plan.revision)
         self.hooks.refresh()
         return self.bank.digest(plan.revision)
+
+    def _check_points(self, plan: Plan) -> None:
+        reads = [site for gate in plan.gates for site in (gate.site, *(p.site for p in gate.probe)) if site]
+        away = [str(site) for site in (*plan.edits, *reads) if site.point not in self.points]
+        if away:
+            raise PlanError(
+                f"plan {plan.policy_id!r} acts at {away[0]}, but this engine's model is compiled with edit "
+                f"sites at {', '.join(self.points)} alone; name the point in --additional-config "
+                "interpretops.points, or start the engine with --enforce-eager"
+            )
 
     def unload(self, revision: str) -> None:
         """Free a revision's row."""
@@ -197,6 +215,7 @@ def make_runtime(
         memory_slots=memory_slots,
         shard=shard,
         sum_ranks=sum_ranks,
+        compiled=not vllm_config.model_config.enforce_eager,
     )
     _check_split(runtime)
     return runtime

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import base64
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from interpretops.plan import POINTS, ModelSpec, Plan, Site, SiteEdits, Units
+from interpretops.plan import POINTS, ModelSpec, Plan, Point, Site, SiteEdits, Units
 from steering_kernels.vllm_plugin.request_args import NONCE_KEY, REVISION_KEY
 
 PROMPT_TOKENS = 6
 
 
-def probe_plan(spec: ModelSpec, strength: float) -> Plan:
-    """Adds a constant vector of the given strength at every point of the middle layer.
+def probe_plan(spec: ModelSpec, strength: float, points: Sequence[Point] = POINTS) -> Plan:
+    """Adds a constant vector of the given strength at every one of the points of the middle layer.
 
     Strength 0 reads and writes through the same path and must change nothing.
     """
     layer = spec.num_layers // 2
     edits = {}
-    for point in POINTS:
+    for point in points:
         width = spec.width(point)
         column = np.zeros(1, np.float32)
         unbounded = np.full(1, np.inf, np.float32)
@@ -46,7 +47,7 @@ def probe_plan(spec: ModelSpec, strength: float) -> Plan:
 async def run_self_test(engine_client: Any, cores: Any, attested: dict[str, Any]) -> str | None:
     """None if edits act on every rank as they should; else what is wrong."""
     spec = ModelSpec(**attested["model"])
-    quiet, loud = probe_plan(spec, 0.0), probe_plan(spec, 1.0)
+    quiet, loud = (probe_plan(spec, strength, attested["points"]) for strength in (0.0, 1.0))
     try:
         for plan in (quiet, loud):
             for answer in await cores.call("interpretops_load", base64.b64encode(plan.to_bytes()).decode()):

@@ -34,6 +34,7 @@ class SteeringWorker:
         return {
             "rank": self._interpretops_rank,
             "model": vars(runtime.spec),
+            "points": list(runtime.points),
             **self._interpretops_shard,
             **runtime.attest(),
         }

@@ -12,15 +12,18 @@ pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.slow]
 PROMPT = list(range(100, 180))
 
 
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled and with graphs"])
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_mixed_batch_equals_pure_batches_and_vanilla(
     runner: str,
+    eager: bool,
     make_plan: Callable[..., Plan],
     run_engine: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a GPU too, neighbours do not influence each other, and `none` is what vanilla vLLM answers."""
+    """On a GPU too, captured or not, neighbours do not influence each other, and `none` is vanilla vLLM's."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1" if runner == "v2" else "0")
+    settings = {"enable_prefix_caching": True, "enforce_eager": eager}
     plans = [make_plan(60.0, layer=6 + 6 * seed, seed=seed) for seed in range(2)]
     kinds = [plan.revision for plan in plans] + ["none"]
     mix = [kinds[index % 3] for index in range(12)]
@@ -32,8 +35,8 @@ def test_mixed_batch_equals_pure_batches_and_vanilla(
         ]
 
     jobs = [batch(mix), *(batch([kind] * 12) for kind in kinds)]
-    mixed, *pure = run_engine(jobs, plans=plans, enable_prefix_caching=True)["batches"]
-    (vanilla,) = run_engine([batch(["none"] * 12)], plugin=False, enable_prefix_caching=True)["batches"]
+    mixed, *pure = run_engine(jobs, plans=plans, **settings)["batches"]
+    (vanilla,) = run_engine([batch(["none"] * 12)], plugin=False, **settings)["batches"]
     for index, revision in enumerate(mix):
         own = pure[kinds.index(revision)][index]
         assert mixed[index]["tokens"] == own["tokens"], (index, revision)

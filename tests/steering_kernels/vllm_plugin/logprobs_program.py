@@ -50,11 +50,10 @@ def answer(folder: Path) -> None:
     llm = LLM(
         model=job["model"],
         skip_tokenizer_init=True,
-        enforce_eager=True,
         max_logprobs=-1,
         logprobs_mode="raw_logprobs",
         enable_prefix_caching=False,
-        **job["engine"],
+        **{"enforce_eager": True} | job["engine"],
     )
     core = llm.llm_engine.engine_core.engine_core
     for plan in job["plans"]:

@@ -33,6 +33,11 @@ PARALLEL: list[tuple[str, str, dict[str, Any], int]] = [
     ("GPT-NeoX on two ranks", "GPTNeoXForCausalLM", {"num_attention_heads": 8, "hidden_size": 256}, 2),
 ]
 """Job, architecture, its settings, tensor-parallel ranks."""
+COMPILED = {
+    "enforce_eager": False,
+    "additional_config": {"interpretops": {"points": ",".join(POINTS)}},
+}
+"""An engine whose model is compiled, with edit sites at every point."""
 QUESTION = "What is the sea? Answer in one sentence, please."
 
 
@@ -141,6 +146,34 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path) -> d
 
 
 @pytest.fixture(scope="module")
+def compiled_jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Job]:
+    """A plan at every point, for two engines: one compiles its model, the other finds it compiled on disk."""
+    model = HookedModel(save_family("LlamaForCausalLM", tmp_path_factory.mktemp("model")), dtype="float32")
+    stream: Array = model.run_with_cache(PROMPT, ["0.resid_post"])[Site(0, "resid_post")].numpy()
+    first, second = (
+        Job(tmp_path_factory.mktemp("compiled"), model, gate_plan(model.spec, stream), PROMPT, 6)
+        for _ in range(2)
+    )
+    cache = str(tmp_path_factory.mktemp("cache"))
+    for job in (first, second):
+        job.write(logprobs=-1, **COMPILED)
+    answer({"first": first, "second": second}, VLLM_CACHE_ROOT=cache)
+    return first, second
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("place", "told"), [(0, "saved AOT compiled"), (1, "load AOT compilation")])
+def test_compiled_engine_agrees_with_the_sdk(place: int, told: str, compiled_jobs: tuple[Job, Job]) -> None:
+    """What was compiled before the plan came edits as the plan says, and without a plan nothing."""
+    job = compiled_jobs[place]
+    steered, plain, effect = job.check()
+    assert told.lower() in (job.folder / "log.txt").read_text().lower()
+    assert plain.max() < FAMILIES
+    assert steered.max() < FAMILIES
+    assert effect.max() > 0.1
+
+
+@pytest.fixture(scope="module")
 def parallel_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """The same for `PARALLEL`, by name."""
     made = {}
@@ -153,11 +186,11 @@ def parallel_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     return made
 
 
-def answer(jobs: dict[str, Job]) -> None:
+def answer(jobs: dict[str, Job], **environment: str) -> None:
     """Have engines answer all jobs."""
     done = subprocess.run(
         [sys.executable, str(PROGRAM), *(str(job.folder) for job in jobs.values())],
-        env=os.environ | {"VLLM_PLUGINS": "interpretops", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        env=os.environ | {"VLLM_PLUGINS": "interpretops", "VLLM_CPU_KVCACHE_SPACE": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=900,

@@ -1,0 +1,65 @@
+"""The op as PyTorch's compiler sees it: one opaque call at each site, whatever plans come later.
+
+A compiled model keeps the call and knows nothing of plans: rows, gates and the layout of the batch are read
+when the call runs. Graphs are cut at it (`SITE_OP` is one of vLLM's splitting ops), so that it runs between
+two captured pieces; captured itself it would repeat one step's edits for ever, which it refuses.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+SITE_OP = "interpretops::edit_site"
+
+
+class RunsSites(Protocol):
+    """A model's edit sites, by number."""
+
+    def run_at(self, number: int, hidden: Tensor, residual: Tensor | None, source: Tensor | None) -> None:
+        """Edit ``hidden`` in place; ``residual`` and ``source`` as in `apply_edits`."""
+
+
+_LIBRARY = torch.library.Library("interpretops", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "edit_site(Tensor(a!) hidden, Tensor? residual, Tensor? source, int number) -> ()",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_OWNER: list[weakref.ReferenceType[RunsSites]] = []
+"""Whose sites the op runs. Compiled code is kept on disk for other processes, and cannot name it."""
+
+
+def own_site_op(owner: RunsSites) -> None:
+    """Have the op run this model's sites. Raises RuntimeError while another compiled model has it."""
+    if _OWNER and _OWNER[0]() not in (None, owner):
+        raise RuntimeError("a process can steer one compiled model; start the other with --enforce-eager")
+    _OWNER[:] = [weakref.ref(owner)]
+
+
+def edit_site(hidden: Tensor, residual: Tensor | None, source: Tensor | None, number: int) -> None:
+    """Run the op at a site, through PyTorch's dispatcher: what a traced model calls."""
+    torch.ops.interpretops.edit_site(hidden, residual, source, number)
+
+
+def _run(hidden: Tensor, residual: Tensor | None, source: Tensor | None, number: int) -> None:
+    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{SITE_OP} was about to be captured in a CUDA graph, which would repeat the edits of one step; "
+            "use cudagraph_mode PIECEWISE, or NONE"
+        )
+    owner = _OWNER[0]() if _OWNER else None
+    if owner is None:
+        raise RuntimeError(f"{SITE_OP}: the model that was compiled with it has no plans in this process")
+    owner.run_at(number, hidden, residual, source)
+
+
+def _trace(hidden: Tensor, residual: Tensor | None, source: Tensor | None, number: int) -> None:
+    """Nothing is made: ``hidden`` is written in place."""
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("edit_site", _run, _key)  # type: ignore[no-untyped-call]
+torch.library.register_fake(SITE_OP, _trace, lib=_LIBRARY)

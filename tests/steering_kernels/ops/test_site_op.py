@@ -1,0 +1,94 @@
+"""The op behind PyTorch's compiler: what it does is looked up when it runs, and never when it was traced."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from steering_kernels.ops import site_op
+
+
+class Adds:
+    """Adds a number of the moment to what stands at site 1."""
+
+    def __init__(self, amount: float) -> None:
+        self.amount = amount
+        self.seen: list[tuple[int, bool, bool]] = []
+
+    def run_at(self, number: int, hidden: Tensor, residual: Tensor | None, source: Tensor | None) -> None:
+        self.seen.append((number, residual is not None, source is not None))
+        hidden += self.amount if number == 1 else 0.0
+
+
+class Model(nn.Module):
+    """Two layers, each with a site behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.first.register_forward_hook(lambda _, args, out: site_op.edit_site(out, args[0], None, 0))
+        self.second.register_forward_hook(lambda _, args, out: site_op.edit_site(out, None, args[0], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x).relu())
+        return out * 2
+
+
+@pytest.fixture(autouse=True)
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_op, "_OWNER", [])
+
+
+@torch.inference_mode()
+def test_compiled_model_does_what_holds_when_it_runs() -> None:
+    """One graph, traced once; what the op adds changes afterwards, and the number of tokens too."""
+    model, adds = Model(), Adds(0.0)
+    site_op.own_site_op(adds)
+    traced = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> object:
+        traced.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    x = torch.randn(3, 4)
+    plain = compiled(x)
+    adds.amount = 0.5
+    torch.testing.assert_close(compiled(x), plain + 1.0)
+    torch.testing.assert_close(compiled(torch.cat([x, x]))[3:], plain + 1.0)
+    assert len(traced) == 1
+    assert adds.seen[:2] == [(0, True, False), (1, False, True)]
+    calls = [node for node in traced[0].graph.nodes if "edit_site" in str(node.target)]
+    assert len(calls) == 2
+
+
+def test_op_without_its_model_is_an_error() -> None:
+    """A compiled model whose plans are gone does not run on unsteered."""
+    with pytest.raises(RuntimeError, match="no plans in this process"):
+        site_op.edit_site(torch.zeros(1, 4), None, None, 0)
+    site_op.own_site_op(Adds(1.0))  # and is collected at once
+    with pytest.raises(RuntimeError, match="no plans in this process"):
+        site_op.edit_site(torch.zeros(1, 4), None, None, 0)
+
+
+def test_second_compiled_model_is_refused_while_the_first_lives() -> None:
+    """The op runs one model's sites; nothing says whose call it is."""
+    first, second = Adds(1.0), Adds(2.0)
+    site_op.own_site_op(first)
+    site_op.own_site_op(first)
+    with pytest.raises(RuntimeError, match="one compiled model"):
+        site_op.own_site_op(second)
+    del first
+    site_op.own_site_op(second)
+
+
+def test_op_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a CUDA graph is captured the op fails instead of being repeated by it."""
+    adds = Adds(1.0)
+    site_op.own_site_op(adds)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="captured in a CUDA graph"):
+        site_op._run(SimpleNamespace(is_cuda=True), None, None, 0)  # type: ignore[arg-type]
+    assert adds.seen == []
