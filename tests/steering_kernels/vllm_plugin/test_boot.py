@@ -38,6 +38,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases = {name: plain | arguments for name, (arguments, _) in REFUSED.items()}
     cases |= {
         "plain": plain,
+        "compiled": plain | {"enforce_eager": False},
         "two ranks": plain | {"tensor_parallel_size": 2},
         "unknown architecture": plain | {"model": str(unknown)},
     }
@@ -75,6 +76,7 @@ def test_other_versions_of_vllm_are_refused(told: dict[str, Any]) -> None:
 
 
 def test_configurations_that_are_followed_boot(told: dict[str, Any]) -> None:
-    """The plain engine and tensor parallelism are not refused."""
+    """The plain engine, compilation and tensor parallelism are not refused."""
     assert told["plain"] is None
+    assert told["compiled"] is None
     assert told["two ranks"] is None
