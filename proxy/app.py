@@ -26,7 +26,7 @@ from proxy.refusal import (
     error_body,
     error_headers,
 )
-from proxy.relay import REQUEST_ID_HEADER, Demand, relay, relay_plain
+from proxy.relay import PROCESSING_HEADER, REQUEST_ID_HEADER, Demand, relay, relay_plain
 from proxy.routes import ROUTES, UNGUARDED, Route
 from proxy.sanitize import cache_salt, check_headers, clean, parse_strict, read_body
 from proxy.state import GATEWAY, IDENTITY, Gateway
@@ -197,7 +197,7 @@ async def answer_in_openai_shape(request: web.Request, handler: Handler) -> web.
         response = await _refuse_errors(request, handler)
         status = response.status
         if not response.prepared:
-            response.headers["openai-processing-ms"] = str(round((time.perf_counter() - began) * 1e3))
+            response.headers[PROCESSING_HEADER] = str(round((time.perf_counter() - began) * 1e3))
     except (asyncio.CancelledError, aiohttp.ClientConnectionResetError, ConnectionError):
         gateway.metrics.clients_gone.labels(route_label(request)).inc()
         trail.reason = "client_gone"

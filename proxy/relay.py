@@ -38,6 +38,8 @@ from proxy.trail import Trail
 
 RECEIPT_HEADER: Final = "X-Steering-Receipt"
 REQUEST_ID_HEADER: Final = "X-Request-Id"
+PROCESSING_HEADER: Final = "openai-processing-ms"
+"""Milliseconds until the answer was there; of a stream, until it began."""
 _NOT_RESIDENT: Final = frozenset(("revision_not_resident", "unknown_revision", "table_full", "retired"))
 _GONE = (OSError, TimeoutError)
 
@@ -156,8 +158,14 @@ async def _relay_stream(
     if upstream.content_type != "text/event-stream":
         raise EngineFailed("the engine did not answer with an event stream")
     trail = demand.trail
+    taken = round((time.perf_counter() - trail.began_at) * 1e3)
     response = web.StreamResponse(
-        headers={**demand.headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        headers={
+            **demand.headers,
+            PROCESSING_HEADER: str(taken),
+            "Cache-Control": "no-store",
+            "X-Accel-Buffering": "no",
+        }
     )
     response.content_type = "text/event-stream"
     response.charset = "utf-8"

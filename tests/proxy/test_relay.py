@@ -18,6 +18,14 @@ async def test_answer_carries_revision_and_receipt(start, engine):
     assert (receipt["policy"], receipt["revision"], receipt["tokens_evaluated"]) == ("calm", revision, 3)
 
 
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"model": "gone"}])
+async def test_answer_says_how_long_it_took(start, fields):
+    """OpenAI's header, on whole answers, streams and refusals."""
+    front = await start("calm")
+    _, headers, _ = await front.chat(**{"model": "tiny-model+calm", **fields})
+    assert 0 <= int(headers["openai-processing-ms"]) < 30_000
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_receipt_that_does_not_come_with_its_answer_is_asked_for(start, engine, stream):
     """An engine with an older plugin proves its answers as before: when it is asked."""
