@@ -25,7 +25,7 @@ def add_options(parser: Any) -> None:
     )
     parser.add_argument("--model", env_var="LOCUST_MODEL", default="", help="else the first that is served")
     parser.add_argument(
-        "--policies", env_var="LOCUST_POLICIES", default="jailbreak,reluctance-sae,none", help="ids, by comma"
+        "--policies", env_var="LOCUST_POLICIES", default="jailbreak,toxicity,none", help="ids, by comma"
     )
     parser.add_argument("--max-tokens", env_var="LOCUST_MAX_TOKENS", type=int, default=48)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-SHIPPED = ("jailbreak", "reluctance-sae")
+SHIPPED = ("jailbreak", "toxicity")
 TURNING = "turning"
 """The policy that changes all the time."""
 CHOICES = (*SHIPPED, TURNING, TURNING, "none")
