@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import structlog
 from aiohttp import ClientSession, web
+from engines import engine_server as engine_server
 
 from interpretops.plan import ModelSpec, Plan
 from interpretops.settings import load_settings

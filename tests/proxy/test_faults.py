@@ -50,6 +50,7 @@ def test_answers_are_judged_by_receipt_and_by_words(kind, status, headers, text)
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(1200)
 async def test_faults_end_in_no_unsteered_answer_and_no_leak(engine_server, default_model_dir, tmp_path):
     """Whatever breaks: answers are steered or refused, nothing is left behind, the audit log is whole."""
     faults = [fault for fault in breakages(malformed=90, disconnects=24) if not fault.needs_own_engine]

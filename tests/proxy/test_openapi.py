@@ -36,7 +36,7 @@ def fuzz():
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        told, _ = await asyncio.wait_for(process.communicate(), 500)
+        told, _ = await asyncio.wait_for(process.communicate(), 800)
         return process.returncode or 0, told.decode()
 
     return run
@@ -82,6 +82,7 @@ async def test_our_document_holds_for_any_input(start, engine, fuzz, tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(900)
 async def test_engines_document_makes_no_5xx(engine_server, default_model_dir, fuzz, tmp_path):
     """What the engine's own document allows and forbids, sent to the gateway before a real engine."""
     with engine_server.client() as client:
@@ -94,7 +95,7 @@ async def test_engines_document_makes_no_5xx(engine_server, default_model_dir, f
     (tmp_path / "stand").mkdir()
     async with make_stand(tmp_path / "stand", default_model_dir, **engine) as stand:
         status, told = await fuzz(
-            file, stand.url, "--checks", CHECKS, "--max-examples", "10", "--phases", "coverage,fuzzing"
+            file, stand.url, "--checks", CHECKS, "--max-examples", "20", "--phases", "fuzzing"
         )
         assert status == 0, told[-6000:]
         assert await stand.ready()
