@@ -8,7 +8,7 @@ from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote
 
 import aiohttp
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from interpretops.errors import EngineError
 from interpretops.plan import ModelSpec, Plan
@@ -89,8 +89,8 @@ class Receipt(_Answer):
 class _RankDigest(_Answer):
     rank: int
     digest: str
-    shard: int = 0
-    shards: int = 1
+    shard: int = Field(default=0, ge=0)
+    shards: int = Field(default=1, ge=1)
 
 
 class _Loaded(_Answer):

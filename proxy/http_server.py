@@ -9,7 +9,8 @@ from __future__ import annotations
 import secrets
 from typing import Any, Final
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.http_parser import RawRequestMessage
 from aiohttp.web_protocol import RequestHandler
 from structlog.typing import FilteringBoundLogger
 
@@ -23,6 +24,7 @@ _TOLD: Final = {
     417: ("expectation_failed", "the demanded expectation is not supported"),
     431: ("headers_too_large", "the request's headers are too large"),
 }
+_NO_VERSION: Final = "without a version"
 
 
 class Runner(web.AppRunner):
@@ -36,10 +38,25 @@ class Runner(web.AppRunner):
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
+        make, handle = made.request_factory, made.request_handler
+
+        def request_factory(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
+            if message.version >= HttpVersion10:
+                return make(message, *rest)
+            # Of a line without a version aiohttp makes HTTP/0.9, and would answer in it.
+            request = make(message._replace(version=HttpVersion11, should_close=True), *rest)
+            request[_NO_VERSION] = True
+            return request
+
+        async def request_handler(request: web.BaseRequest) -> web.StreamResponse:
+            if _NO_VERSION in request:
+                return request.protocol.handle_error(request, 400)
+            return await handle(request)
+
         return _Server(
             self._told,
-            made.request_handler,
-            request_factory=made.request_factory,
+            request_handler,
+            request_factory=request_factory,
             handler_cancellation=made.handler_cancellation,
             loop=made._loop,
             **made._kwargs,

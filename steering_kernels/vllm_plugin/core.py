@@ -36,16 +36,17 @@ def load(core: Any, plan: str) -> dict[str, Any]:
     """Load a plan (base64) on every rank of this core and admit its requests, or say why not."""
     data = base64.b64decode(plan)
     revision = hashlib.sha256(data).hexdigest()
+    count = core.vllm_config.parallel_config.tensor_parallel_size
     try:
         parsed = Plan.from_bytes(data)
+        digests = [Shard(index, count).of_plan(parsed).digest() for index in range(count)]
     except PlanError as error:
         return {"error": str(error), "code": error.code}
     ranks = core.model_executor.collective_rpc("interpretops_load", args=(plan,))
-    digests = [Shard(index, len(ranks)).of_plan(parsed).digest() for index in range(len(ranks))]
     failed = [
         rank
         for rank, digest in zip(ranks, digests, strict=True)
-        if (rank.get("digest"), rank.get("shards")) != (digest, len(ranks))
+        if (rank.get("digest"), rank.get("shards")) != (digest, count)
     ]
     if failed:
         core.model_executor.collective_rpc("interpretops_unload", args=(revision,))

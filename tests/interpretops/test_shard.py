@@ -11,7 +11,20 @@ import torch
 from torch import Tensor
 
 from interpretops.bank import PlanBank
-from interpretops.plan import ALWAYS, Gate, HeadScale, ModelSpec, Plan, Site, SiteEdits, TopK, Units
+from interpretops.errors import PlanError
+from interpretops.plan import (
+    ALWAYS,
+    Gate,
+    HeadScale,
+    ModelSpec,
+    Plan,
+    Point,
+    ProbePart,
+    Site,
+    SiteEdits,
+    TopK,
+    Units,
+)
 from interpretops.shard import Shard
 from steering_kernels.ops import apply_edits, update_gates
 
@@ -146,3 +159,22 @@ def test_one_rank_has_the_plan_itself() -> None:
     assert Shard().of_plan(plan) is plan
     elsewhere = replace(plan, edits={Site(1, "mlp_out"): plan.edits[OUT]}, gates=plan.gates[:1])
     assert Shard(1, 2).of_plan(elsewhere).digest() == elsewhere.digest()
+
+
+@pytest.mark.parametrize("point", ["attn_z", "attn_proj"])
+def test_prompt_gate_on_split_heads_is_refused(point: Point) -> None:
+    """What is kept of a token is a rank's own; elsewhere, and on one rank, such a gate is as any other."""
+    plan = make_plan(np.random.default_rng(0))
+    none = np.zeros((0, 0), np.float32)
+
+    def gated(site: Site) -> Plan:
+        heads = np.ones((1, SPEC.read_width(site.point)), np.float32)
+        part = ProbePart(site, heads, heads, np.zeros(1, np.float32))
+        one = np.zeros(1, np.float32)
+        gate = Gate(site, none, np.zeros(0, np.float32), one, scope="prompt", latched=True, probe=(part,))
+        return replace(plan, edits={}, gates=(ALWAYS, gate))
+
+    with pytest.raises(PlanError, match=rf"'prompt' that reads at \['0.{point}'\]"):
+        Shard(0, 2).of_plan(gated(Site(0, point)))
+    assert Shard().of_plan(gated(Site(0, point))).gates[1].probe
+    assert Shard(0, 2).of_plan(gated(Site(0, "resid_post"))).gates[1].probe

@@ -25,7 +25,7 @@ def tour(request):
         stamp, command = CLIENTS / "node_modules/stamp", [shutil.which("node"), "programs.mjs"]
     else:
         stamp, command = CLIENTS / ".venv/stamp", [PYTHON, "programs.py"]
-    if not stamp.exists():
+    if not stamp.exists() and "CI" not in os.environ:
         pytest.skip(f"{client}: tests/clients/install.sh has not run, or failed")
     return [*command, client]
 

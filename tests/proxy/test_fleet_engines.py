@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 from engines import EngineServer
+from tiny_families import save_family
 
 pytestmark = pytest.mark.engine
 WORKERS = 4
@@ -18,26 +19,9 @@ WORKERS = 4
 @pytest.fixture(scope="module")
 def model(default_model_dir, tmp_path_factory):
     """A tiny model of random weights that speaks through the default model's tokenizer."""
-    import torch
-    import transformers
-
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(5)
-    config = transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
+    folder = save_family(
+        "LlamaForCausalLM", tmp_path_factory.mktemp("model"), vocab_size=49152, max_position_embeddings=256
     )
-    network = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-    network.save_pretrained(folder)
     for file in default_model_dir.iterdir():
         if file.name.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges")):
             shutil.copy(file, folder)

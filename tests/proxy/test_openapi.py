@@ -22,7 +22,7 @@ STRICT = "not_a_server_error,status_code_conformance,content_type_conformance,re
 @pytest.fixture
 def fuzz():
     """Runs schemathesis with a document against a URL; skipped where it is not installed."""
-    if not (CLIENTS / ".venv/stamp").exists():
+    if not (CLIENTS / ".venv/stamp").exists() and "CI" not in os.environ:
         pytest.skip("schemathesis: tests/clients/install.sh has not run, or failed")
 
     async def run(document: Path, url: str, *flags: str) -> tuple[int, str]:

@@ -87,8 +87,7 @@ async def _in_turn(work: list) -> None:
 
 async def _read_answer(reader: asyncio.StreamReader) -> Judgement:
     head = await reader.readuntil(b"\r\n\r\n")
-    # A line without a version is taken for HTTP/0.9, and answered as such.
-    status = re.match(rb"HTTP/(?:1\.[01]|0\.9) (\d{3}) ", head)
+    status = re.match(rb"HTTP/1\.[01] (\d{3}) ", head)
     if status is None:
         return Judgement("misshapen", f"no HTTP: {head[:80]!r}")
     headers = BytesParser().parsebytes(head.partition(b"\r\n")[2])

@@ -26,6 +26,7 @@ AMBIGUOUS = {
     "chunk that is too short": POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\n" + BODY + b"\r\n0\r\n\r\n",
     "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "no version": POST.replace(b" HTTP/1.1", b"") + LENGTH + b"\r\n" + BODY,
     "unknown version": b"GET /v1/models HTTP/9.9\r\nHost: a\r\n\r\n",
     "a key in a broken header": POST + b"Authorization: Bearer " + CANARY.encode() + b"\x01\r\n\r\n",
     "a key in a broken line": b"POST /v1/" + CANARY.encode() + b" \x01 HTTP/1.1\r\n\r\n",
