@@ -40,6 +40,15 @@ async def test_bytes_that_could_smuggle_reach_no_engine(start, engine, caplog, c
     assert CANARY not in shown
 
 
+async def test_line_without_a_version_is_refused_in_our_own(start, engine):
+    """Others would take it for HTTP/0.9, which has no headers; it is refused alone on its connection too."""
+    front = await start("calm")
+    answer = await _exchange(front, AMBIGUOUS["no version"])
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+    assert not engine.seen
+
+
 async def test_connections_that_are_no_http_are_counted(start):
     """Each adds to the refusals by its code."""
     front = await start("calm")
