@@ -24,7 +24,7 @@ _TOLD: Final = {
     417: ("expectation_failed", "the demanded expectation is not supported"),
     431: ("headers_too_large", "the request's headers are too large"),
 }
-_NO_VERSION: Final = "without a version"
+_NO_VERSION: Final = web.RequestKey("no_version", bool)
 
 
 class Runner(web.AppRunner):
