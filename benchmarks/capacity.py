@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.steering import RESULTS
+from benchmarks.record import RESULTS
 from interpretops.bank import PlanBank
 from interpretops.plan import ModelSpec, Site
 from steering_kernels.vllm_plugin.engine_config import EngineOptions

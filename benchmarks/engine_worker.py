@@ -38,6 +38,7 @@ def main(descriptor: int) -> None:
                     temperature=0.0,
                     max_tokens=job["max_tokens"],
                     ignore_eos=True,
+                    detokenize=not setup["engine"]["skip_tokenizer_init"],
                     extra_args={
                         "interpretops_revision": revision,
                         "interpretops_nonce": secrets.token_hex(16),

@@ -37,7 +37,7 @@ import aiohttp
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.steering import RESULTS, commit, machine
+from benchmarks.record import RESULTS, commit, machine
 from interpretops.api_keys import make_key, write_keys
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")

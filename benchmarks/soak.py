@@ -37,8 +37,8 @@ from rich.console import Console
 
 from benchmarks.gateway import free_port
 from benchmarks.processes import argument, children, holds
+from benchmarks.record import RESULTS, commit, machine
 from benchmarks.soak_load import SHIPPED, Load, out_of_turn
-from benchmarks.steering import RESULTS, commit, machine
 from interpretops.api_keys import make_key, write_keys
 
 ROOT = Path(__file__).parents[1]

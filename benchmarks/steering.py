@@ -1,6 +1,7 @@
 """What steering costs against an engine without the plugin: idle, gated, and under 1 to 64 revisions.
 
     python -m benchmarks.steering [--rounds 10] [--minutes 12] [--price-per-hour 1.20] [--json]
+    python -m benchmarks.steering --graphs --batch 1 --batch 64 --name steering-h200  # on a GPU
 
 A steered request is edited by five JumpReLU features at each of two layers, behind a gate at the prompt's
 end; under K revisions a batch draws its own at random from K resident ones; `gated` has the same edits behind
@@ -9,9 +10,11 @@ all of them alike; a ratio is taken within its round, and the median over rounds
 quartiles. The output is checked in every round: idle and gated must give the vanilla tokens, the revisions,
 which hold the same numbers under different names, must all give the same tokens, with edits.
 
-`itl_ms` is the mean over a request's steps, the one for its short prompt included.
+`itl_ms` is the mean over a request's steps, the one for its short prompt included. `--graphs` compiles the
+model and captures CUDA graphs, as vLLM does by itself; a folder with a config.json and no weights to speak of
+is measured with `--load-format dummy`, since numbers cost the same whatever they are.
 
-What it does not show: the gateway's own cost, and batches above 16.
+What it does not show: the gateway's own cost.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -34,6 +36,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.engine_worker import encode_plan
+from benchmarks.record import RESULTS, commit, machine
 from interpretops.default_model import ensure_default_model
 from interpretops.model_spec import read_model_spec
 from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan, Site, SiteEdits, Units
@@ -44,11 +47,10 @@ REVISIONS = {"steered": 1, "k4": 4, "k16": 16, "k64": 64}
 SETTINGS = ("vanilla", "idle", "gated", *REVISIONS)
 TTFT_SETTINGS = ("vanilla", "idle", "gated", "steered")
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 64
-BATCHES = (1, 4, 16)
+BATCHES = [1, 4, 16]
 TTFT_PROMPTS = (16, 512)
 FEATURES, LAYERS = 5, (10, 18)
 WORKER = Path(__file__).with_name("engine_worker.py")
-RESULTS = Path(__file__).with_name("results")
 
 
 def steered_plan(spec: ModelSpec, name: str = "benchmark", *, opens: bool = True) -> Plan:
@@ -68,7 +70,7 @@ def steered_plan(spec: ModelSpec, name: str = "benchmark", *, opens: bool = True
                 read=directions(FEATURES),
                 write=directions(FEATURES),
                 bias=column(0.0),
-                threshold=column(0.1),
+                threshold=column(0.0),
                 gain=column(-0.65),
                 offset=column(0.0),
                 low=column(-np.inf),
@@ -94,7 +96,7 @@ def steered_plan(spec: ModelSpec, name: str = "benchmark", *, opens: bool = True
 class Engine:
     """A worker process with one engine."""
 
-    def __init__(self, model: Path, plans: list[Plan], *, plugin: bool) -> None:
+    def __init__(self, model: Path, plans: list[Plan], setup: dict[str, Any], *, plugin: bool) -> None:
         reader, writer = os.pipe()
         self._process = subprocess.Popen(
             [sys.executable, str(WORKER), str(writer)],
@@ -114,10 +116,9 @@ class Engine:
         self._answers = os.fdopen(reader)
         engine = {
             "model": str(model),
-            "enforce_eager": True,
             "max_model_len": 1024,
-            "max_num_seqs": 16,
             "enable_prefix_caching": False,
+            **setup,
         }
         if plugin:
             engine["additional_config"] = {"interpretops": {"rows": len(plans) + 4}}
@@ -148,26 +149,31 @@ class Engine:
         return json.loads(line)
 
 
-def measure(rounds: int, minutes: float) -> dict[str, Any]:
-    """Run everything; the result as it is written to disk. No round begins that would end too late."""
+def measure(
+    rounds: int, minutes: float, model: Path, setup: dict[str, Any], batches: list[int]
+) -> dict[str, Any]:
+    """Run everything; the result as it is written to disk. No round begins that would end too late.
+
+    ``setup``: what the engines are started with.
+    """
     started = time.monotonic()
-    model = ensure_default_model(load_settings().cache.dir)
     spec = read_model_spec(model)
     plans = [steered_plan(spec, f"benchmark-{index}") for index in range(max(REVISIONS.values()))]
     closed = steered_plan(spec, "benchmark-closed", opens=False)
     rng = random.Random(0)
 
     def prompts(count: int, length: int) -> list[list[int]]:
-        return [[1, *(rng.randrange(100, 40_000) for _ in range(length - 1))] for _ in range(count)]
+        most = min(40_000, spec.vocab_size)
+        return [[1, *(rng.randrange(100, most) for _ in range(length - 1))] for _ in range(count)]
 
     # name of a measurement: its prompts, the tokens it asks for, the settings it compares
     work: dict[str, tuple[list[list[int]], int, tuple[str, ...]]] = {
-        f"batch_{batch}": (prompts(batch, PROMPT_TOKENS), OUTPUT_TOKENS, SETTINGS) for batch in BATCHES
+        f"batch_{batch}": (prompts(batch, PROMPT_TOKENS), OUTPUT_TOKENS, SETTINGS) for batch in batches
     }
     work |= {f"ttft_{length}": (prompts(1, length), 1, TTFT_SETTINGS) for length in TTFT_PROMPTS}
-    vanilla, ours = Engine(model, [], plugin=False), None
+    vanilla, ours = Engine(model, [], setup, plugin=False), None
     try:
-        ours = Engine(model, [*plans, closed], plugin=True)
+        ours = Engine(model, [*plans, closed], setup, plugin=True)
 
         def once(setting: str, texts: list[list[int]], tokens: int) -> dict[str, Any]:
             if setting in REVISIONS:
@@ -199,10 +205,10 @@ def measure(rounds: int, minutes: float) -> dict[str, Any]:
         vanilla.close()
         if ours is not None:
             ours.close()
-    result: dict[str, Any] = {"rounds": len(seconds["batch_1"])}
+    result: dict[str, Any] = {"rounds": len(next(iter(seconds.values())))}
     for name, (texts, tokens, settings) in work.items():
         result[name] = summarise(seconds[name], settings, len(texts) * tokens)
-    for batch in BATCHES:
+    for batch in batches:
         for row in result[f"batch_{batch}"].values():
             row["itl_ms"] = round(1000 * row["seconds"] / OUTPUT_TOKENS, 3)
     return result
@@ -234,36 +240,20 @@ def summarise(rounds: list[dict[str, float]], settings: tuple[str, ...], tokens:
     return summary
 
 
-def headline(result: dict[str, Any], price_per_hour: float | None) -> dict[str, Any]:
+def headline(result: dict[str, Any], full_batch: int, price_per_hour: float | None) -> dict[str, Any]:
     """What stands for the run: a full batch's throughput and the long prompt's TTFT, over vanilla."""
-    full, long = result[f"batch_{max(BATCHES)}"], result[f"ttft_{max(TTFT_PROMPTS)}"]["steered"]
+    full, long = result[f"batch_{full_batch}"], result[f"ttft_{max(TTFT_PROMPTS)}"]["steered"]
     low, high = long["quartiles"]
     found: dict[str, Any] = {name: full[name]["over_vanilla"] for name in ("idle", "steered", "k64")}
     found["ttft"] = round(1 / long["over_vanilla"], 4)
     found["spreads"] = {name: full[name]["quartiles"] for name in ("idle", "steered", "k64")}
     found["spreads"]["ttft"] = [round(1 / high, 4), round(1 / low, 4)]
     if price_per_hour is not None:
-        per_request = {name: row["seconds"] / max(BATCHES) for name, row in full.items()}
+        per_request = {name: row["seconds"] / full_batch for name, row in full.items()}
         found["cost_per_1000_requests"] = {
             name: round(1000 * seconds * price_per_hour / 3600, 5) for name, seconds in per_request.items()
         }
     return found
-
-
-def machine() -> str:
-    """Processor and cores, as the system names them."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor()}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """The commit measured, marked when the tree was not clean."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=True
-    )
-    return described.stdout.strip()
 
 
 def main() -> None:
@@ -273,14 +263,31 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=12, help="begin no round that would end later")
     parser.add_argument("--price-per-hour", type=float, help="of this machine; adds cost per 1,000 requests")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line at the end")
+    parser.add_argument("--model", type=Path, help="folder of the model; else the default one")
+    parser.add_argument("--load-format", default="auto", help="as vLLM's; `dummy` needs no weights")
+    parser.add_argument("--graphs", action="store_true", help="compile the model and capture CUDA graphs")
+    parser.add_argument("--batch", type=int, action="append", help="requests in a batch (repeated)")
+    parser.add_argument("--memory", type=float, default=0.4, help="each engine's share of a GPU's memory")
+    parser.add_argument("--name", default="steering", help="of the file of results")
     options = parser.parse_args()
-    measured = measure(options.rounds, options.minutes)
+    model = options.model or ensure_default_model(load_settings().cache.dir)
+    batches = options.batch or BATCHES
+    setup = {
+        "enforce_eager": not options.graphs,
+        "load_format": options.load_format,
+        "max_num_seqs": max(batches),
+        "gpu_memory_utilization": options.memory,
+        "skip_tokenizer_init": options.load_format == "dummy",
+    }
+    if options.graphs:
+        setup["cudagraph_capture_sizes"] = sorted({1, 2, 4, 8, 16, *batches})
+    measured = measure(options.rounds, options.minutes, model, setup, batches)
     result = {
-        **headline(measured, options.price_per_hour),
+        **headline(measured, max(batches), options.price_per_hour),
         "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "commit": commit(),
-        "model": "smollm2-135m-instruct, bfloat16, eager",
+        "model": f"{model.name}, bfloat16, {'graphs' if options.graphs else 'eager'}",
         **measured,
     }
     console = Console()
@@ -291,7 +298,7 @@ def main() -> None:
                 f"of vanilla (quartiles {row['quartiles'][0]:.4f} to {row['quartiles'][1]:.4f})"
             )
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "steering.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(result, indent=2) + "\n")
     if options.json:
         print(json.dumps(result))
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from interpretops.bank_rows import gate_views, row_edits, to_numpy
 from interpretops.errors import PlanError
 from interpretops.plan import (
     HEAD_POINTS,
@@ -17,25 +18,25 @@ from interpretops.plan import (
     PROBE_FIELDS,
     ModelSpec,
     Plan,
+    Point,
     Site,
-    SiteEdits,
     content_digest,
 )
 from steering_kernels.ops import (
     MEMORY_COLUMNS,
     GateView,
-    ProbeHeads,
     PromptPart,
-    RowEdits,
     SiteTable,
     StepMap,
     SumRanks,
     TableFullError,
+    apply_edits,
     new_memory,
+    update_gates,
 )
 
-SlotsOf = Callable[[int, int], npt.NDArray[np.int64]]
-"""Memory slots of the first so many tokens of the request at a place in the batch."""
+SlotsOf = Callable[[int, int], Tensor]
+"""[n] int64, memory slots of the first n tokens of the request at a place in the batch."""
 
 
 class PlanBank:
@@ -54,8 +55,13 @@ class PlanBank:
         requests: int = 256,
         device: torch.device | None = None,
         sum_ranks: SumRanks | None = None,
+        room: int = 0,
     ) -> None:
-        """``sum_ranks``: this bank has a rank's shards, of the model and of plans (`interpretops.shard`)."""
+        """``sum_ranks``: this bank has a rank's shards, of the model and of plans (`interpretops.shard`).
+
+        ``room``: tokens of the largest CUDA graph that holds the op; all tables are made at once then, for a
+        graph keeps their addresses.
+        """
         device = device or torch.device("cpu")
         self.spec = spec
         self.rows = rows
@@ -65,7 +71,7 @@ class PlanBank:
         self.tables: dict[Site, SiteTable] = {}
         """Made at a site's first use and then kept: most sites of a model are never edited."""
         self.device = device
-        self.step = StepMap(requests=requests, gates=MAX_GATES, device=device)
+        self.step = StepMap(requests=requests, gates=MAX_GATES, device=device, room=room)
         self.gates_at: dict[Site, list[GateView]] = {}
         """Gates that read at a site, of all resident rows."""
         self._siteless: list[GateView] = []
@@ -74,7 +80,12 @@ class PlanBank:
         self._sites_of: dict[int, frozenset[Site]] = {}
         self._reads_prompts: frozenset[int] = frozenset()
         """Rows with a gate that reads whole prompts."""
+        self._replayable: dict[int, bool] = {}
+        """Rows that act in replayed graphs, and whether only past the prompt."""
         self._lock = threading.Lock()
+        if room:
+            for site in sorted(self._sites, key=lambda site: site.order):
+                self._table(site)
 
     def load(self, plan: Plan, revision: str | None = None) -> int:
         """Give a plan a row, and return it; a plan that is resident keeps its row.
@@ -102,7 +113,7 @@ class PlanBank:
                 for done in placed:
                     self.tables[done].clear_row(row)
                 raise PlanError(f"table full at site {site}: {error}; retire a revision first") from error
-            self._gates_of[row] = _gate_views(plan, row, self.device, self._sum_at)
+            self._gates_of[row] = gate_views(plan, row, self.device, self._sum_at)
             self._sites_of[row] = frozenset(plan.edits) | {s for s, _ in self._gates_of[row] if s is not None}
             self.row_of[revision] = row
             self._index_gates()
@@ -119,6 +130,27 @@ class PlanBank:
             del self._gates_of[row], self._sites_of[row]
             self._index_gates()
 
+    def may_replay(self, revisions: Sequence[str | None], in_prompt: Sequence[bool]) -> bool:
+        """Whether a captured graph gives every request of a pass what its revision demands.
+
+        It holds the edits and no gate, so that each gate must be decided before the pass: by its phase, or by
+        where it has latched. ``in_prompt``: whether a request's tokens in the pass are of its prompt.
+        """
+        for revision, prompt in zip(revisions, in_prompt, strict=True):
+            if revision is not None:
+                past_prompt = self._replayable.get(self.row_of[revision])
+                if past_prompt is None or (past_prompt and prompt):
+                    return False
+        return True
+
+    def decide_gates(self) -> None:
+        """Open, before a pass that `may_replay`, the gates that have latched."""
+        if not self.step.active:
+            return
+        nothing = torch.zeros(self.step.num_tokens, 0, device=self.device)
+        for gates in self.gates_at.values():
+            update_gates(nothing, gates, self.step)
+
     @property
     def active_sites(self) -> frozenset[Site]:
         """Sites at which a resident revision reads or edits."""
@@ -128,7 +160,7 @@ class PlanBank:
         """sha256 over what the tables hold for a revision; equals ``Plan.digest()`` of an intact plan."""
         row = self.row_of[revision]
         edits = {
-            site: {name: _to_numpy(tensor) for name, tensor in table.get_row(row).tensors()}
+            site: {name: to_numpy(tensor) for name, tensor in table.get_row(row).tensors()}
             for site, table in self.tables.items()
             if row in table.views
         }
@@ -138,7 +170,7 @@ class PlanBank:
             if gate.probe is not None:
                 held |= {f"{site}.{name}": getattr(gate.probe, name) for name in PROBE_FIELDS}
             earlier = gates.get(gate.index, (None, {}))[1]
-            gates[gate.index] = (site, earlier | {name: _to_numpy(held[name].float()) for name in held})
+            gates[gate.index] = (site, earlier | {name: to_numpy(held[name].float()) for name in held})
         return content_digest(edits, list(gates.values()))
 
     def begin_step(
@@ -171,14 +203,28 @@ class PlanBank:
                 if row in self._reads_prompts and begin < end:
                     if memory_slots is None:
                         raise RuntimeError("a gate reads whole prompts, but nobody says where they are kept")
-                    kept = torch.from_numpy(memory_slots(place, end)).to(self.device)
+                    kept = memory_slots(place, end).to(self.device)
                     ends = end == prompt_length[place]
                     self.step.prompts.append(PromptPart(row, first, kept, end - begin, ends))
                 first += count
         if self.step.active and self._siteless:
-            from steering_kernels.ops import update_gates
-
             update_gates(torch.zeros(self.step.num_tokens, 0, device=self.device), self._siteless, self.step)
+
+    def compile_kernels(self, points: Iterable[Point], dtype: torch.dtype, *, pair: bool) -> None:
+        """Have a GPU's kernels compiled for tables at these points, before a request waits for that.
+
+        ``pair``: whether the stream after a layer is a sum, as in `SiteHooks`.
+        """
+        for point in points:
+            site = Site(0, point)
+            table = self.tables.get(site) or self._new_table(site)
+            hidden = torch.zeros(16, table.width, dtype=dtype, device=self.device)
+            residual = hidden.clone() if pair and point == "resid_post" else None
+            source = None if point != "attn_proj" else hidden.new_zeros(16, table.read_width)
+            step = StepMap(requests=1, gates=MAX_GATES, device=self.device)
+            step.begin(rows=[1], slots=[0], num_tokens=[16], first_position=[0], prompt_length=[16])
+            for backend in ("triton-token", "triton-tile"):
+                apply_edits(hidden, table, step, residual, source, backend=backend)
 
     def keep_memory(self, slots: int) -> None:
         """Have room for what gates keep of so many prompt tokens; what is kept already stays."""
@@ -187,6 +233,17 @@ class PlanBank:
             if self.step.memory is not None:
                 larger[: len(self.step.memory)] = self.step.memory
             self.step.memory = larger
+
+    def _replays(self, row: int) -> bool | None:
+        """An entry of `_replayable`; None if the row needs every pass to run outside of graphs."""
+        whole = [row in table.topk_rows or table.sum_ranks is not None for table in self._tables_of(row)]
+        gates = [view for site, view in self._gates_of[row] if site is not None]
+        if any(whole) or any(not view.prompt_end for view in gates):
+            return None
+        return bool(gates)
+
+    def _tables_of(self, row: int) -> list[SiteTable]:
+        return [table for table in self.tables.values() if row in table.views]
 
     def _check(self, plan: Plan) -> None:
         if plan.model.fingerprint != self.spec.fingerprint:
@@ -209,16 +266,19 @@ class PlanBank:
 
     def _table(self, site: Site) -> SiteTable:
         if site not in self.tables:
-            self.tables[site] = SiteTable(
-                self.spec.width(site.point),
-                read_width=self.spec.read_width(site.point),
-                rows=self.rows,
-                units=self._units_per_site,
-                scales=self.rows if site.point == "attn_z" else 0,
-                device=self.device,
-                sum_ranks=self._sum_at(site),
-            )
+            self.tables[site] = self._new_table(site)
         return self.tables[site]
+
+    def _new_table(self, site: Site) -> SiteTable:
+        return SiteTable(
+            self.spec.width(site.point),
+            read_width=self.spec.read_width(site.point),
+            rows=self.rows,
+            units=self._units_per_site,
+            scales=self.rows if site.point == "attn_z" else 0,
+            device=self.device,
+            sum_ranks=self._sum_at(site),
+        )
 
     def _sum_at(self, site: Site | None) -> SumRanks | None:
         """What is read at the heads' points is split over ranks; elsewhere each rank has all of it."""
@@ -230,72 +290,11 @@ class PlanBank:
         self._reads_prompts = frozenset(
             row for row, gates in self._gates_of.items() if any(view.probe for _, view in gates)
         )
+        found = {row: self._replays(row) for row in self._gates_of}
+        self._replayable = {row: past_prompt for row, past_prompt in found.items() if past_prompt is not None}
         for gates in self._gates_of.values():
             for site, view in gates:
                 if site is None:
                     self._siteless.append(view)
                 else:
                     self.gates_at.setdefault(site, []).append(view)
-
-
-def row_edits(edits: SiteEdits, width: int) -> RowEdits:
-    """A site's edits of a plan as the op's tensors."""
-    units, scale, topk = edits.units, edits.head_scale, edits.topk
-    return RowEdits(
-        **{
-            name: torch.from_numpy(getattr(units, name).copy())
-            for name in ("read", "write", "bias", "threshold", "gain", "offset", "low", "high", "max_norm")
-        },
-        gate=torch.from_numpy(units.gate.copy()),
-        topk=torch.from_numpy(units.topk.copy()),
-        scale=torch.zeros(0, width) if scale is None else torch.from_numpy(scale.delta.copy()),
-        scale_gate=torch.zeros(0, dtype=torch.int32)
-        if scale is None
-        else torch.from_numpy(scale.gate.copy()),
-        topk_read=None if topk is None else torch.from_numpy(topk.read.copy()),
-        topk_bias=None if topk is None else torch.from_numpy(topk.bias.copy()),
-        topk_k=0 if topk is None else topk.k,
-    )
-
-
-def _gate_views(
-    plan: Plan, row: int, device: torch.device, sum_at: Callable[[Site | None], SumRanks | None]
-) -> list[tuple[Site | None, GateView]]:
-    """The gates of a plan but the always-open one, each with its site; probes have one view for each part."""
-    found: list[tuple[Site | None, GateView]] = []
-    column = 0
-    for index, gate in enumerate(plan.gates[1:], start=1):
-        numbers = {name: torch.from_numpy(array.copy()).double() for name, array in gate.tensors.items()}
-        numbers = {name: tensor.to(device) for name, tensor in numbers.items()}
-        heads: list[ProbeHeads] = []
-        for part in gate.probe:
-            own = {name: numbers[f"{part.site}.{name}"] for name in PROBE_FIELDS}
-            before = tuple((other.column, len(other.bias)) for other in heads)
-            last = part is gate.probe[-1]
-            summed = (*before, (column, len(part.bias))) if last else ()
-            heads.append(ProbeHeads(**own, max_norm=part.max_norm, column=column, summed=summed))
-            column += 2 * len(part.bias)
-        places: list[tuple[Site | None, ProbeHeads | None]] = [(gate.site, None)]
-        if gate.probe:
-            places = [(part.site, own_heads) for part, own_heads in zip(gate.probe, heads, strict=True)]
-        for site, probe in places:
-            view = GateView(
-                row=row,
-                index=index,
-                read=numbers["read"],
-                bias=numbers["bias"],
-                cut=numbers["cut"],
-                require_all=gate.combine == "all",
-                prompt_end=gate.scope != "token",
-                latched=gate.latched,
-                phase=gate.phase,
-                max_norm=gate.max_norm,
-                probe=probe,
-                sum_ranks=sum_at(site),
-            )
-            found.append((site, view))
-    return found
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy()

@@ -12,7 +12,7 @@ from interpretops.bank import PlanBank
 from interpretops.errors import ModelError
 from interpretops.model_family import Family, family_of
 from interpretops.plan import Point, Site
-from steering_kernels.ops import apply_edits, update_gates
+from steering_kernels.ops import apply_edits, apply_edits_captured, update_gates
 from steering_kernels.ops.site_op import edit_site, own_site_op
 
 
@@ -54,6 +54,8 @@ class SiteHooks:
         self.residual_pair = residual_pair
         self._handles: dict[Site, torch.utils.hooks.RemovableHandle] = {}
         self._fixed = tuple(sorted(fixed, key=lambda site: site.order))
+        self.capturing = False
+        """Whether the op is to be what a CUDA graph holds: set while graphs are captured and warmed up."""
         if self._fixed:
             own_site_op(self)
             for number, site in enumerate(self._fixed):
@@ -102,6 +104,11 @@ class SiteHooks:
 
     def run_at(self, number: int, hidden: Tensor, residual: Tensor | None, source: Tensor | None) -> None:
         """Edit, in place, at the fixed site of a number."""
+        if self.capturing:
+            table = self.bank.tables[self._fixed[number]]
+            if table.sum_ranks is None:  # else no pass that needs the table is replayed
+                apply_edits_captured(hidden, table, self.bank.step, residual, source)
+            return
         if not self.bank.step.active:
             return
         edited = self._run(self._fixed[number], hidden, residual, source)

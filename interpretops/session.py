@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -183,12 +181,12 @@ class SteeringSession:
         self._seen = past + tokens
         self._evaluated += sum(count for revision, _, count, _ in layout if revision is not None)
 
-    def _memory_slots(self, sequence: int, count: int) -> npt.NDArray[np.int64]:
+    def _memory_slots(self, sequence: int, count: int) -> Tensor:
         """Every sequence has as many slots as the longest prompt has tokens."""
         longest = max(self._prompt_length)
         assert self._bank is not None
         self._bank.keep_memory(longest * len(self._prompt_length))
-        return np.arange(count, dtype=np.int64) + sequence * longest
+        return torch.arange(count) + sequence * longest
 
     def _after_pass(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         assert self._bank is not None

@@ -25,7 +25,13 @@ HEAVY = frozenset({"torch", "vllm", "transformers", "sae_lens", "transformer_len
 """Not to be imported by the gateway, nor by a library module unless it is named below."""
 
 TORCH_MODULES = frozenset(
-    {"interpretops.bank", "interpretops.hook_points", "interpretops.hooked", "interpretops.session"}
+    {
+        "interpretops.bank",
+        "interpretops.bank_rows",
+        "interpretops.hook_points",
+        "interpretops.hooked",
+        "interpretops.session",
+    }
 )
 """Library modules that work on a torch model; everything else imports without torch."""
 

@@ -6,7 +6,7 @@ Shape letters: T tokens, D width, R rows (one per resident revision), U units of
 K units of one row, G gates, S requests in flight.
 """
 
-from steering_kernels.ops.edit import apply_edits
+from steering_kernels.ops.edit import apply_edits, apply_edits_captured
 from steering_kernels.ops.gates import GateView, update_gates
 from steering_kernels.ops.naive import (
     apply_edits_reference,
@@ -34,6 +34,7 @@ __all__ = [
     "SumRanks",
     "TableFullError",
     "apply_edits",
+    "apply_edits_captured",
     "apply_edits_reference",
     "attention_probe_reference",
     "gate_open_reference",

@@ -10,7 +10,7 @@ from steering_kernels.ops.grouped import apply_edits_grouped
 from steering_kernels.ops.step import StepMap
 from steering_kernels.ops.table import SiteTable
 
-Backend = Literal["grouped", "triton"]
+Backend = Literal["grouped", "triton", "triton-token", "triton-tile"]
 
 
 def apply_edits(
@@ -29,8 +29,9 @@ def apply_edits(
     step               the pass's tokens, their rows and open gates; ``step.edited`` is counted up
     residual  [T', D]  where the stream is ``hidden + residual``: reads use the sum, writes go to ``hidden``
     source    [T', Dr] where reads use another activation than ``hidden``
-    backend            `grouped` runs anywhere; `triton` on GPUs, and there it is the default. Rows with a
-                       TopK encoder always take the first: all its features decide which are active
+    backend            `grouped` runs anywhere; `triton` on GPUs, and there it is the default, with the
+                       kernel that fits the number of tokens unless one is named. Rows with a TopK encoder
+                       always take the first: all its features decide which are active
 
     Tokens of row 0 and tokens at which no edit acts are bit-identical. Raises ValueError when shapes or
     dtypes do not fit.
@@ -64,11 +65,28 @@ def apply_edits(
         source = None if source is None else source[:tokens]
     if table.sum_ranks is not None:  # Triton knows nothing of other ranks
         backend = "grouped"
-    if (backend or ("triton" if hidden.is_cuda else "grouped")) == "grouped":
+    backend = backend or ("triton" if hidden.is_cuda else "grouped")
+    if backend == "grouped":
         apply_edits_grouped(hidden, table, step, residual, source)
         return
     from steering_kernels.ops.triton_edit import apply_edits_triton  # here: not every platform has Triton
 
     if table.topk_rows:
         apply_edits_grouped(hidden, table, step, residual, source, only=table.topk_rows)
-    apply_edits_triton(hidden, table, step, residual, source)
+    tiles = None if backend == "triton" else backend == "triton-tile"
+    apply_edits_triton(hidden, table, step, residual, source, tiles=tiles)
+
+
+def apply_edits_captured(
+    hidden: Tensor, table: SiteTable, step: StepMap, residual: Tensor | None, source: Tensor | None
+) -> None:
+    """`apply_edits` for a CUDA graph: what it does is decided by what stands in the step when it is replayed.
+
+    All T' tokens have a program, and those of row 0 end at once. T' must not be above the step's ``room``.
+    Rows with a TopK encoder, or split over ranks, are not edited by it: their passes must not be replayed.
+    """
+    if hidden.shape[0] > step.room:
+        raise ValueError(f"a graph of {hidden.shape[0]} tokens, but steps have room for {step.room}")
+    from steering_kernels.ops.triton_edit import apply_edits_triton
+
+    apply_edits_triton(hidden, table, step, residual, source, tiles=False)

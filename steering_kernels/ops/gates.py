@@ -52,15 +52,14 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
 
     A latched gate records the first position at which it fired in ``step.fired_at``.
     """
-    groups = dict(step.groups)
     for gate in gates:
-        if gate.row not in groups:
+        if gate.row not in step.rows:
             continue
         if gate.probe is not None:
             _keep(x, gate.row, gate.probe, step)
             if not gate.probe.summed:
                 continue
-        index = groups[gate.row]
+        index = step.tokens_of(gate.row)
         position, prompt_length = step.position, step.prompt_length
         if index is not None:
             position, prompt_length = position[index], prompt_length[index]

@@ -28,13 +28,14 @@ def apply_edits_grouped(
 ) -> None:
     """See `apply_edits`. ``only``: leave all other rows alone."""
     joinable = only is None and not table.topk and table.sum_ranks is None
-    if len(step.groups) > 1 and step.num_tokens <= SMALL and joinable:
+    if len(step.rows) > 1 and step.num_tokens <= SMALL and joinable:
         _apply_joined(hidden, table, step, residual, source)
         return
-    for row, index in step.groups:
+    for row in step.rows:
         view = table.views.get(row)
         if view is None or (only is not None and row not in only):
             continue
+        index = step.tokens_of(row)
         gate_open = step.gate_open if index is None else step.gate_open[index]
         # Where ranks sum what they read, all of them must come to the sum, whatever their gates say.
         if table.sum_ranks is None and view.gates is not None and not bool(gate_open[:, view.gates].any()):
@@ -59,7 +60,7 @@ def _apply_joined(
     hidden: Tensor, table: SiteTable, step: StepMap, residual: Tensor | None, source: Tensor | None
 ) -> None:
     """All rows of a decode step at once: each token reads the units of all, and keeps those of its own."""
-    rows = tuple(row for row, _ in step.groups if row in table.views)
+    rows = tuple(row for row in step.rows if row in table.views)
     if not rows:
         return
     joined = table.join(rows)

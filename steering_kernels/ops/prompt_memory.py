@@ -70,12 +70,12 @@ def keep_readings(x: Tensor, heads: ProbeHeads, parts: list[PromptPart], memory:
         score = wide @ heads.query.t()
         value = torch.addmm(heads.bias, wide, heads.read.t())
         if heads.max_norm != float("inf"):
-            score[wide.norm(dim=1) > heads.max_norm] = -torch.inf
+            score = score.masked_fill((wide.norm(dim=1) > heads.max_norm)[:, None], -torch.inf)
         memory[part.slots[-part.count :], columns] = torch.cat([score, value], dim=1).float()
 
 
-def probe_fires(heads: ProbeHeads, cut: Tensor, part: PromptPart, memory: Tensor) -> bool:
-    """Whether the probe that decides with ``heads`` fires for a prompt that ends in this pass.
+def probe_fires(heads: ProbeHeads, cut: Tensor, part: PromptPart, memory: Tensor) -> Tensor:
+    """Bool, whether the probe that decides with ``heads`` fires for a prompt that ends in this pass.
 
     Where anything that was to be kept is missing it fires: a guard that cannot read does not let through.
     """
@@ -83,7 +83,7 @@ def probe_fires(heads: ProbeHeads, cut: Tensor, part: PromptPart, memory: Tensor
     for column, count in heads.summed:
         kept = memory[part.slots, column : column + 2 * count].double()
         score, value = kept[:, :count], kept[:, count:]
-        if bool((score == -torch.inf).all()):
-            continue  # sinks alone: nothing was said at this site
-        reading = reading + (score.softmax(dim=0) * value).sum()
-    return not bool(reading <= cut)
+        said = (score.softmax(dim=0) * value).sum()
+        # Sinks alone: nothing was said at this site.
+        reading = reading + torch.where((score == -torch.inf).all(), 0.0, said)
+    return ~(reading <= cut).all()

@@ -1,8 +1,10 @@
 """The op as PyTorch's compiler sees it: one opaque call at each site, whatever plans come later.
 
 A compiled model keeps the call and knows nothing of plans: rows, gates and the layout of the batch are read
-when the call runs. Graphs are cut at it (`SITE_OP` is one of vLLM's splitting ops), so that it runs between
-two captured pieces; captured itself it would repeat one step's edits for ever, which it refuses.
+when the call runs. Piecewise graphs are cut at it (`SITE_OP` is one of vLLM's splitting ops), so that it runs
+between two captured pieces. A graph of the whole model holds it only where its owner is `capturing`, as a
+kernel that reads at replay what stands in the tables then; captured by accident it would repeat one step's
+edits for ever, which it refuses.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ SITE_OP = "interpretops::edit_site"
 
 class RunsSites(Protocol):
     """A model's edit sites, by number."""
+
+    capturing: bool
 
     def run_at(self, number: int, hidden: Tensor, residual: Tensor | None, source: Tensor | None) -> None:
         """Edit ``hidden`` in place; ``residual`` and ``source`` as in `apply_edits`."""
@@ -45,14 +49,14 @@ def edit_site(hidden: Tensor, residual: Tensor | None, source: Tensor | None, nu
 
 
 def _run(hidden: Tensor, residual: Tensor | None, source: Tensor | None, number: int) -> None:
-    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+    owner = _OWNER[0]() if _OWNER else None
+    if owner is None:
+        raise RuntimeError(f"{SITE_OP}: the model that was compiled with it has no plans in this process")
+    if hidden.is_cuda and torch.cuda.is_current_stream_capturing() and not owner.capturing:
         raise RuntimeError(
             f"{SITE_OP} was about to be captured in a CUDA graph, which would repeat the edits of one step; "
             "use cudagraph_mode PIECEWISE, or NONE"
         )
-    owner = _OWNER[0]() if _OWNER else None
-    if owner is None:
-        raise RuntimeError(f"{SITE_OP}: the model that was compiled with it has no plans in this process")
     owner.run_at(number, hidden, residual, source)
 
 

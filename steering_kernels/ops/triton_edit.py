@@ -1,42 +1,49 @@
-"""The op as one Triton kernel: reads, bends, gates and writes a tile of tokens on chip, in place.
+"""The op as one Triton kernel: reads, bends, gates and writes on chip, in place.
 
-A program stands for one token. It does the work of its row for the whole tile of `TILE` tokens if its token
-is the first of that row in it; else, and for row 0, it ends after loading the tile's row indices. So a tile
-of prefill reads its row once, and a tile of decode steps under 16 revisions is 16 programs side by side.
-Every product has the same shape whatever shares the batch, so a token's result does not depend on that. Sums
-run in float32. A row's first `CHUNK` units stay in registers; what the others wait to write passes through
-``spill``.
+Two kernels mean the same: one for the few tokens of a decode step (`triton_token`), one for the many of a
+prefill (`triton_tile`).
 """
 
 # Triton's language is not typed:
-# mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator,misc"
+# mypy: disable-error-code="no-untyped-call,misc"
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, float64
 
 from steering_kernels.ops.step import StepMap
 from steering_kernels.ops.table import SiteTable
+from steering_kernels.ops.triton_tile import edit_tiles
+from steering_kernels.ops.triton_token import edit_tokens
 
-TILE = 16
 CHUNK = 16
-WIDTH_BLOCK = 128
+TILE, TILE_BLOCK = 16, 128
+TOKEN_BLOCK, TOKEN_WARPS = 1024, 8
+FEW = 1024
+"""Tokens up to which each has a program of its own."""
 
 
 def apply_edits_triton(
-    hidden: Tensor, table: SiteTable, step: StepMap, residual: Tensor | None, source: Tensor | None
+    hidden: Tensor,
+    table: SiteTable,
+    step: StepMap,
+    residual: Tensor | None,
+    source: Tensor | None,
+    *,
+    tiles: bool | None = None,
 ) -> None:
-    """See `apply_edits`. Rows with a TopK encoder are not edited here."""
+    """See `apply_edits`. Rows with a TopK encoder are not edited here. ``tiles``: which kernel to take."""
     tokens = hidden.shape[0]
     if tokens == 0:
         return
     stream = hidden if source is None else source
     summand = hidden if residual is None else residual
     spill = step.spill(table.read.shape[0])
-    _edit[(triton.cdiv(tokens, TILE), TILE)](
+    arguments = (
         hidden,
         stream,
         summand,
@@ -62,181 +69,18 @@ def apply_edits_triton(
         summand.stride(0),
         step.gate_open.stride(0),
         spill.stride(0),
-        WIDTH=table.width,
-        READ_WIDTH=table.read_width,
-        HAS_RESIDUAL=residual is not None,
-        ADD_TYPE=tl.float64 if hidden.dtype is torch.float64 else tl.float32,
-        TILE=TILE,
-        CHUNK=CHUNK,
-        BLOCK=min(WIDTH_BLOCK, max(16, triton.next_power_of_2(max(table.width, table.read_width)))),
     )
-
-
-@triton.jit
-def _edit(
-    hidden,
-    stream,
-    summand,
-    row_of_token,
-    slot_of_token,
-    gate_open,
-    edited,
-    spill,
-    start,
-    count,
-    read,
-    write,
-    bias,
-    threshold,
-    gain,
-    offset,
-    low,
-    high,
-    max_norm,
-    gate,
-    topk,
-    scale_start,
-    scale_count,
-    scale,
-    scale_gate,
-    tokens,
-    hidden_stride,
-    stream_stride,
-    summand_stride,
-    gate_stride,
-    spill_stride,
-    WIDTH: tl.constexpr,  # noqa: N803  # Triton's way to write constants
-    READ_WIDTH: tl.constexpr,  # noqa: N803
-    HAS_RESIDUAL: tl.constexpr,  # noqa: N803
-    ADD_TYPE: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-):
-    lane = tl.program_id(1)
-    lanes = tl.arange(0, TILE)
-    token = (tl.program_id(0) * TILE + lanes).to(tl.int64)
-    row_of_lane = tl.load(row_of_token + token, mask=token < tokens, other=0).to(tl.int32)
-    row = tl.sum(tl.where(lanes == lane, row_of_lane, 0), axis=0)
-    if row == 0:
-        return
-    mine = row_of_lane == row
-    if tl.min(tl.where(mine, lanes, TILE), axis=0) != lane:
-        return
-
-    first = tl.load(start + row)
-    units = tl.load(count + row)
-    first_scale = tl.load(scale_start + row)
-    scales = tl.load(scale_count + row)
-    ks = tl.arange(0, CHUNK)
-    gates = gate_open + token[:, None] * gate_stride
-
-    # Most traffic most of the time: no gate is open, so nothing is read.
-    opened = tl.zeros([TILE], tl.int32)
-    encoder = -1
-    for chunk in range(0, units, CHUNK):
-        named = tl.load(topk + first + chunk + ks, mask=chunk + ks < units, other=-1)
-        encoder = tl.maximum(encoder, tl.max(named, axis=0))
-        column = tl.load(gate + first + chunk + ks, mask=chunk + ks < units, other=0)
-        is_open = tl.load(
-            gates + column[None, :], mask=mine[:, None] & (chunk + ks < units)[None, :], other=0
-        )
-        opened = tl.maximum(opened, tl.max(is_open.to(tl.int32), axis=1))
-    scaled = tl.zeros([TILE], tl.int32)
-    for index in range(scales):
-        column = tl.load(scale_gate + first_scale + index)
-        is_open = tl.load(gate_open + token * gate_stride + column, mask=mine, other=0)
-        scaled = tl.maximum(scaled, is_open.to(tl.int32))
-    if (tl.max(opened, axis=0) + tl.max(scaled, axis=0) == 0) | (encoder >= 0):
-        return
-
-    # Read: u = read . x + bias, and what each unit adds along its direction.
-    g0 = tl.zeros([TILE, CHUNK], tl.float32)
-    touched = scaled
-    for chunk in range(0, units, CHUNK):
-        k = first + chunk + ks
-        live = chunk + ks < units
-        u = tl.zeros([TILE, CHUNK], tl.float32)
-        square = tl.zeros([TILE], tl.float32)
-        for begin in range(0, READ_WIDTH, BLOCK):
-            d = begin + tl.arange(0, BLOCK)
-            inside = mine[:, None] & (d < READ_WIDTH)[None, :]
-            x = tl.load(stream + token[:, None] * stream_stride + d[None, :], mask=inside, other=0.0)
-            if HAS_RESIDUAL:
-                y = tl.load(summand + token[:, None] * summand_stride + d[None, :], mask=inside, other=0.0)
-                x = (x.to(ADD_TYPE) + y.to(ADD_TYPE)).to(x.dtype)  # as the model's next norm sees it
-            x = x.to(tl.float32)
-            weight = tl.load(
-                read + k[:, None].to(tl.int64) * READ_WIDTH + d[None, :],
-                mask=live[:, None] & (d < READ_WIDTH)[None, :],
-                other=0.0,
-            )
-            u = tl.dot(x, tl.trans(weight), acc=u, input_precision="ieee")
-            square += tl.sum(x * x, axis=1)
-        u += tl.load(bias + k, mask=live, other=0.0)[None, :]
-        a = tl.where(u > tl.load(threshold + k, mask=live, other=0.0)[None, :], u, 0.0)
-        clipped = tl.minimum(
-            tl.maximum(a, tl.load(low + k, mask=live, other=0.0)[None, :]),
-            tl.load(high + k, mask=live, other=0.0)[None, :],
-        )
-        g = a * tl.load(gain + k, mask=live, other=0.0)[None, :]
-        g += tl.load(offset + k, mask=live, other=0.0)[None, :]
-        g += clipped - a
-        column = tl.load(gate + k, mask=live, other=0)
-        acts = tl.load(gates + column[None, :], mask=mine[:, None] & live[None, :], other=0) != 0
-        acts &= tl.sqrt(square)[:, None] <= tl.load(max_norm + k, mask=live, other=0.0)[None, :]
-        g = tl.where(acts, g, 0.0)
-        touched = tl.maximum(touched, tl.max((g != 0.0).to(tl.int32), axis=1))
-        if chunk == 0:
-            g0 = g
-        else:
-            tl.store(
-                spill + token[:, None] * spill_stride + (chunk + ks)[None, :],
-                g,
-                mask=mine[:, None] & live[None, :],
-            )
-    if units > CHUNK:
-        tl.debug_barrier()  # what was spilled is read by other threads of this program
-
-    # Write: the token that no unit touches is not stored, so that it stays as it is, bit for bit.
-    changes = mine & (touched != 0)
-    slot = tl.load(slot_of_token + token, mask=changes, other=0)
-    tl.atomic_add(edited + slot, tl.full([TILE], 1, tl.int64), mask=changes, sem="relaxed")
-    for begin in range(0, WIDTH, BLOCK):
-        d = begin + tl.arange(0, BLOCK)
-        inside = changes[:, None] & (d < WIDTH)[None, :]
-        columns = (d < WIDTH)[None, :]
-        weight = tl.load(
-            write + (first + ks)[:, None].to(tl.int64) * WIDTH + d[None, :],
-            mask=(ks < units)[:, None] & columns,
-            other=0.0,
-        )
-        delta = tl.dot(g0, weight, input_precision="ieee")
-        for chunk in range(CHUNK, units, CHUNK):
-            live = chunk + ks < units
-            g = tl.load(
-                spill + token[:, None] * spill_stride + (chunk + ks)[None, :],
-                mask=mine[:, None] & live[None, :],
-                other=0.0,
-            )
-            weight = tl.load(
-                write + (first + chunk + ks)[:, None].to(tl.int64) * WIDTH + d[None, :],
-                mask=live[:, None] & columns,
-                other=0.0,
-            )
-            delta = tl.dot(g, weight, acc=delta, input_precision="ieee")
-        place = hidden + token[:, None] * hidden_stride + d[None, :]
-        before = tl.load(place, mask=inside, other=0.0)
-        if scales > 0:
-            x = tl.load(stream + token[:, None] * stream_stride + d[None, :], mask=inside, other=0.0)
-            if HAS_RESIDUAL:
-                y = tl.load(summand + token[:, None] * summand_stride + d[None, :], mask=inside, other=0.0)
-                x = (x.to(ADD_TYPE) + y.to(ADD_TYPE)).to(x.dtype)
-            x = x.to(tl.float32)
-            for index in range(scales):
-                column = tl.load(scale_gate + first_scale + index)
-                is_open = tl.load(gate_open + token * gate_stride + column, mask=mine, other=0) != 0
-                factor = tl.load(scale + (first_scale + index) * WIDTH + d, mask=d < WIDTH, other=0.0)
-                delta += tl.where(is_open[:, None], x * factor[None, :], 0.0)
-        after = before.to(ADD_TYPE) + delta.to(ADD_TYPE)
-        tl.store(place, after.to(hidden.dtype.element_ty), mask=inside)
+    constants: dict[str, Any] = {
+        "WIDTH": table.width,
+        "READ_WIDTH": table.read_width,
+        "HAS_RESIDUAL": residual is not None,
+        "ADD_TYPE": tl.float64 if hidden.dtype is float64 else tl.float32,
+        "CHUNK": CHUNK,
+    }
+    widest = max(16, triton.next_power_of_2(max(table.width, table.read_width)))
+    if tokens > FEW if tiles is None else tiles:
+        grid = (triton.cdiv(tokens, TILE), TILE)
+        edit_tiles[grid](*arguments, **constants, TILE=TILE, BLOCK=min(TILE_BLOCK, widest))
+    else:
+        block = min(TOKEN_BLOCK, widest)
+        edit_tokens[(tokens,)](*arguments, **constants, BLOCK=block, num_warps=TOKEN_WARPS)

@@ -111,13 +111,15 @@ def prepare(config: Any) -> None:
     }
     config.additional_config = dict(config.additional_config) | {CONFIG_KEY: section}
     if not config.model_config.enforce_eager:
-        cut_graphs(config.compilation_config)
+        cut_graphs(config.compilation_config, whole=config.use_v2_model_runner)
 
 
-def cut_graphs(compilation: Any) -> None:
-    """Have graphs cut at our op: what a step does there is decided anew in every step.
+def cut_graphs(compilation: Any, *, whole: bool) -> None:
+    """Have piecewise graphs cut at our op: what a step does there is decided anew in every step.
 
-    Whole-model graphs would repeat what was captured, so that they become piecewise, or none.
+    ``whole``: the runner can hold the op in graphs of the whole model too (`runner_v2`), for decode steps
+    whose gates are decided before them. Elsewhere those would repeat what was captured, so that they become
+    piecewise, or none.
     """
     from vllm.config import CompilationMode, CUDAGraphMode
 
@@ -125,5 +127,8 @@ def cut_graphs(compilation: Any) -> None:
     if pieces and compilation.splitting_ops is not None and SITE_OP not in compilation.splitting_ops:
         compilation.splitting_ops.append(SITE_OP)
     cut = pieces and bool(compilation.splitting_ops)
-    if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs() or not cut:
-        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if cut else CUDAGraphMode.NONE
+    mode = compilation.cudagraph_mode
+    if not cut:
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+    elif mode is None or mode.has_full_cudagraphs():
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE if whole else CUDAGraphMode.PIECEWISE

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 ATTRIBUTE = "interpretops_reports"
 OUTPUT_KEY = "interpretops"
@@ -25,21 +29,55 @@ class Report:
     """Prompt tokens whose keys and values came from the prefix cache."""
 
 
-def attach_reports(output: Any, runtime: Any) -> Any:
-    """Put the runtime's reports on a runner's output, be it ready or still on its way from the device."""
+class StepReports:
+    """The reports of a pass, for whose counts nobody waits before they are asked for."""
+
+    def __init__(self, requests: Sequence[tuple[str, Report, int]], counts: Sequence[Tensor]) -> None:
+        """``requests``: id, report with counts of zero, and place of its counts in each of ``counts`` [S]."""
+        self._requests = requests
+        self._counts = torch.stack(list(counts)) if counts else None
+        self._ready = None
+        if self._counts is not None and self._counts.is_cuda:
+            host = torch.empty(self._counts.shape, dtype=self._counts.dtype, pin_memory=True)
+            self._counts = host.copy_(self._counts, non_blocking=True)
+            self._ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._ready.record()
+
+    def __bool__(self) -> bool:
+        return bool(self._requests)
+
+    def take(self) -> dict[str, list[Any]]:
+        """Every report as a list, by request; waits for the device."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        edited, opened = ([], []) if self._counts is None else self._counts.tolist()
+        return {
+            request: [
+                report.revision,
+                report.nonce,
+                report.tokens_evaluated,
+                edited[slot] if edited else 0,
+                opened[slot] if opened else 0,
+                report.cached_tokens,
+            ]
+            for request, report, slot in self._requests
+        }
+
+
+def attach_reports(output: Any, reports: StepReports) -> Any:
+    """Put reports on a runner's output, be it ready or still on its way from the device."""
     from vllm.v1.outputs import ModelRunnerOutput
 
-    reports = dict(runtime.reports())
     if not reports or output is None:
         return output
     if isinstance(output, ModelRunnerOutput):
-        setattr(output, ATTRIBUTE, reports)
+        setattr(output, ATTRIBUTE, reports.take())
         return output
     get_output = output.get_output
 
     def with_reports() -> Any:
         ready = get_output()
-        setattr(ready, ATTRIBUTE, reports)
+        setattr(ready, ATTRIBUTE, reports.take())
         return ready
 
     output.get_output = with_reports

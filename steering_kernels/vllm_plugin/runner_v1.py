@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from interpretops.errors import PlanError
 from steering_kernels.vllm_plugin.report import attach_reports
@@ -43,7 +44,8 @@ def patch_runner_v1() -> None:
         return original(self, *args, **kwargs)
 
     def sample_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        return attach_reports(original(self, *args, **kwargs), self.interpretops)
+        reports = self.interpretops.reports()
+        return attach_reports(original(self, *args, **kwargs), reports)
 
     wrap_method(GPUModelRunner, "_update_states", update_states)
     wrap_method(GPUModelRunner, "_prepare_inputs", prepare_inputs)
@@ -52,7 +54,7 @@ def patch_runner_v1() -> None:
 
 
 def count_slots(runner: Any) -> int:
-    """Tokens that the key-value cache of a V1 runner holds.
+    """Tokens that a runner's key-value cache holds.
 
     Raises `PlanError` where the cache forgets the beginning of a prompt, or there are several.
     """
@@ -66,9 +68,8 @@ def count_slots(runner: Any) -> int:
     return int(runner.kv_cache_config.num_blocks * groups[0].kv_cache_spec.block_size)
 
 
-def _slots(table: Any, place: int, tokens: int) -> npt.NDArray[np.int64]:
+def _slots(table: Any, place: int, tokens: int) -> Tensor:
     """Where the first tokens of a request have their keys and values (`BlockTable.compute_slot_mapping`)."""
     position = np.arange(tokens)
     blocks = table.block_table.np[place, position // table.block_size].astype(np.int64)
-    slots: npt.NDArray[np.int64] = blocks * table.block_size + position % table.block_size
-    return slots
+    return torch.from_numpy(blocks * table.block_size + position % table.block_size)

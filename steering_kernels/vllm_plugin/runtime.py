@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from interpretops.plan import POINTS, ModelSpec, Plan, Site
 from interpretops.shard import Shard
 from steering_kernels.ops import SumRanks
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
+from steering_kernels.vllm_plugin.report import Report, StepReports
 from steering_kernels.vllm_plugin.request_args import RequestArgs
 
 
@@ -47,10 +47,13 @@ class SteeringRuntime:
         shard: Shard = Shard(),  # noqa: B008 (frozen)
         sum_ranks: SumRanks | None = None,
         compiled: bool = False,
+        room: int = 0,
     ) -> None:
         """``memory_slots``: how many tokens the key-value cache holds; None where that cannot be had.
 
         ``compiled``: the model will be compiled, so that plans act at the options' points alone.
+
+        ``room``: tokens of the largest graph of the whole model, where such graphs hold the op.
 
         ``sum_ranks``: sums over the ranks over which the model's heads are split.
         """
@@ -66,15 +69,19 @@ class SteeringRuntime:
             requests=2 * max_requests,
             device=device,
             sum_ranks=sum_ranks,
+            room=room,
         )
+        self.replays = room > 0
         self.hooks = SiteHooks(
             model,
             self.bank,
             residual_pair=not type(model).__name__.startswith("Transformers"),
             fixed=sites if compiled else (),
         )
-        self._edits_of_finished: Counter[str] = Counter()
-        """Of requests that have ended, by the revisions that are resident."""
+        self._edits_of_finished = torch.zeros(options.rows, dtype=torch.int64, device=device)
+        """Of requests that have ended, by row."""
+        self.warming_up = False
+        """Whether vLLM runs requests of its own making before it serves; they name no policy."""
         self._free_slots = list(range(2 * max_requests))
         self._tracked: dict[str, _Tracked] = {}
         self._in_step: list[str] = []
@@ -86,13 +93,22 @@ class SteeringRuntime:
         if any(gate.scope == "prompt" for gate in plan.gates):
             if self._memory_slots is None:
                 raise PlanError(
-                    f"plan {plan.policy_id!r} has a gate of scope 'prompt', which vLLM's V2 runner does not "
-                    "support yet; start the engine with VLLM_USE_V2_MODEL_RUNNER=0"
+                    f"plan {plan.policy_id!r} has a gate of scope 'prompt', but nobody says how many tokens "
+                    "the key-value cache of this model holds"
                 )
-            self.bank.keep_memory(self._memory_slots())
+            self._keep_memory(self._memory_slots())
         self.bank.load(own, plan.revision)
         self.hooks.refresh()
         return self.bank.digest(plan.revision)
+
+    def _keep_memory(self, slots: int) -> None:
+        try:
+            self.bank.keep_memory(slots)
+        except torch.OutOfMemoryError as error:
+            raise PlanError(
+                f"gates of scope 'prompt' keep what they read of {slots} prompt tokens beside the key-value "
+                "cache, for which the device has no memory left; lower --gpu-memory-utilization"
+            ) from error
 
     def _check_points(self, plan: Plan) -> None:
         reads = [site for gate in plan.gates for site in (gate.site, *(p.site for p in gate.probe)) if site]
@@ -106,24 +122,27 @@ class SteeringRuntime:
 
     def unload(self, revision: str) -> None:
         """Free a revision's row."""
+        row = self.bank.row_of.get(revision)
+        if row is not None:
+            self._edits_of_finished[row] = 0
         self.bank.unload(revision)
-        self._edits_of_finished.pop(revision, None)
         self.hooks.refresh()
 
     def attest(self) -> dict[str, Any]:
         """What stands in the tables now, read back from them."""
-        edits = self._edits_of_finished.copy()
+        finished, running = self._edits_of_finished.tolist(), self.bank.step.edited.tolist()
+        edits = {revision: finished[row] for revision, row in self.bank.row_of.items()}
         for entry in self._tracked.values():
-            if entry.args.revision is not None:
-                edits[entry.args.revision] += int(self.bank.step.edited[entry.slot])
+            if entry.args.revision in edits:
+                edits[entry.args.revision] += running[entry.slot]
         return {
             "resident": {revision: self.bank.digest(revision) for revision in self.bank.row_of},
-            "edits": dict(edits),
+            "edits": {revision: count for revision, count in edits.items() if count},
         }
 
     def track(self, request_id: str, extra_args: Mapping[str, Any] | None, cached_tokens: int) -> None:
         """A request is scheduled for the first time."""
-        args = RequestArgs.read(extra_args)
+        args = RequestArgs(None, "") if self.warming_up else RequestArgs.read(extra_args)
         if request_id in self._tracked:  # resumed after preemption: gates stay fired where they fired
             return
         slot = self._free_slots.pop()
@@ -134,10 +153,22 @@ class SteeringRuntime:
         """A request has ended; unknown ones are ignored."""
         tracked = self._tracked.pop(request_id, None)
         if tracked is not None:
-            revision = tracked.args.revision
-            if revision is not None and revision in self.bank.row_of:
-                self._edits_of_finished[revision] += int(self.bank.step.edited[tracked.slot])
+            row = self.bank.row_of.get(tracked.args.revision or "")
+            if row is not None:  # added where it stands: on a GPU nobody waits for a sum
+                self._edits_of_finished[row].add_(self.bank.step.edited[tracked.slot])
             self._free_slots.append(tracked.slot)
+
+    def end_warm_up(self, dtype: torch.dtype) -> None:
+        """Requests are real from now on; the op's kernels are compiled, so that none of them waits for that.
+
+        Raises RuntimeError if one of vLLM's own is still there.
+        """
+        self.warming_up = False
+        if self._tracked:
+            raise RuntimeError(f"vLLM's warm-up has left requests behind: {', '.join(sorted(self._tracked))}")
+        self.clear_step()
+        if self.bank.device.type == "cuda":
+            self.bank.compile_kernels(self.points, dtype, pair=self.hooks.residual_pair)
 
     def clear_step(self) -> None:
         """The coming pass carries no request."""
@@ -151,12 +182,18 @@ class SteeringRuntime:
         first_position: Sequence[int],
         prompt_length: Sequence[int],
         memory_slots: SlotsOf | None = None,
+        *,
+        replayed: bool = False,
     ) -> None:
         """Lay out the coming pass, in the batch's own order.
 
-        Raises KeyError for a request that is not tracked or a revision that is not resident: then the pass
-        must not run.
+        ``replayed``: it comes from a graph of the whole model. Raises KeyError for a request that is not
+        tracked or a revision that is not resident, and RuntimeError where a graph does not do what they
+        demand: then the pass must not run.
         """
+        in_prompt = [begin < end for begin, end in zip(first_position, prompt_length, strict=True)]
+        if replayed and not self.may_replay(request_ids, in_prompt):
+            raise RuntimeError("a step with a gate that must read was about to be replayed from a graph")
         tracked = [self._tracked[request_id] for request_id in request_ids]
         self.bank.begin_step(
             revisions=[entry.args.revision for entry in tracked],
@@ -166,29 +203,28 @@ class SteeringRuntime:
             prompt_length=prompt_length,
             memory_slots=memory_slots,
         )
+        if replayed:
+            self.bank.decide_gates()
         self._in_step = list(request_ids)
         for entry, count in zip(tracked, num_tokens, strict=True):
             entry.tokens_evaluated += count
 
-    def reports(self) -> Iterator[tuple[str, list[Any]]]:
-        """For every request of the last pass, what was done for it since it began (see `receipts.Report`)."""
-        step = self.bank.step
-        edited, opened = (step.edited.tolist(), step.opened.tolist()) if step.active else ([], [])
+    def may_replay(self, request_ids: Sequence[str], in_prompt: Sequence[bool]) -> bool:
+        """See `PlanBank.may_replay`; KeyError for a request that is not tracked."""
+        revisions = [self._tracked[request_id].args.revision for request_id in request_ids]
+        return self.replays and self.bank.may_replay(revisions, in_prompt)
+
+    def reports(self) -> StepReports:
+        """For every request of the last pass, what was done for it since it began."""
+        step, found = self.bank.step, []
         for request_id in self._in_step:
             entry = self._tracked.get(request_id)
             if entry is None:
                 continue
-            yield (
-                request_id,
-                [
-                    entry.args.revision,
-                    entry.args.nonce,
-                    entry.tokens_evaluated,
-                    edited[entry.slot] if edited else 0,
-                    opened[entry.slot] if opened else 0,
-                    entry.cached_tokens,
-                ],
-            )
+            args = entry.args
+            report = Report(args.revision, args.nonce, entry.tokens_evaluated, 0, 0, entry.cached_tokens)
+            found.append((request_id, report, entry.slot))
+        return StepReports(found, [step.edited, step.opened] if found and step.active else [])
 
 
 def model_folder(model: str, revision: str | None) -> Path:
@@ -216,9 +252,19 @@ def make_runtime(
         shard=shard,
         sum_ranks=sum_ranks,
         compiled=not vllm_config.model_config.enforce_eager,
+        room=_room(vllm_config),
     )
     _check_split(runtime)
     return runtime
+
+
+def _room(vllm_config: Any) -> int:
+    """Tokens of the largest graph that can hold the whole model, the op with it; 0 if none does."""
+    compilation = vllm_config.compilation_config
+    whole = compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs()
+    if vllm_config.model_config.enforce_eager or not vllm_config.use_v2_model_runner or not whole:
+        return 0
+    return int(max(compilation.cudagraph_capture_sizes or [0]))
 
 
 def _ranks(tensor_parallel: int) -> tuple[Shard, SumRanks | None]:

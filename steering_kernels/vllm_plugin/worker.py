@@ -58,12 +58,19 @@ def patch_worker() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
         result = original(self, *args, **kwargs)
         runner = self.model_runner
-        slots = (lambda: count_slots(runner)) if isinstance(runner, GPUModelRunner) else None
-        runner.interpretops = make_runtime(runner.get_model(), self.vllm_config, self.device, slots)
+        runner.interpretops = make_runtime(
+            runner.get_model(), self.vllm_config, self.device, lambda: count_slots(runner)
+        )
+        return result
+
+    def compile_or_warm_up_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime = self.model_runner.interpretops
+        runtime.warming_up = True
+        result = original(self, *args, **kwargs)
+        runtime.end_warm_up(self.model_config.dtype)
         return result
 
     wrap_method(Worker, "load_model", load_model)
+    wrap_method(Worker, "compile_or_warm_up_model", compile_or_warm_up_model)

@@ -23,7 +23,8 @@ from steering_kernels.ops import apply_edits as apply_edits_in_place
 
 GATES = 3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = ["grouped", "triton"]
+KERNELS = ["triton-token", "triton-tile"]
+BACKENDS = ["grouped", *KERNELS]
 
 
 def apply_edits(
@@ -96,8 +97,10 @@ def make_row(
     )
 
 
-def make_table(width: int, rows: list[RowEdits], read_width: int | None = None) -> SiteTable:
-    table = SiteTable(width, rows=len(rows) + 3, units=128, scales=16, device=DEVICE, read_width=read_width)
+def make_table(
+    width: int, rows: list[RowEdits], read_width: int | None = None, device: torch.device = DEVICE
+) -> SiteTable:
+    table = SiteTable(width, rows=len(rows) + 3, units=128, scales=16, device=device, read_width=read_width)
     for index, row in enumerate(rows):
         table.set_row(index + 1, row)
     return table
@@ -111,7 +114,8 @@ def make_step(rows: list[int], seed: int = 0) -> StepMap:
         rows=rows, slots=list(range(len(rows))), num_tokens=ones, first_position=ones, prompt_length=ones
     )
     if step.active:
-        step.gate_open = torch.rand(len(rows), GATES, generator=torch.Generator().manual_seed(seed)) < 0.5
+        drawn = torch.rand(len(rows), GATES, generator=torch.Generator().manual_seed(seed)) < 0.5
+        step.gate_open = drawn.to(DEVICE)
         step.gate_open[:, 0] = True
     return step
 
@@ -143,15 +147,16 @@ def test_cpu_path_gives_what_the_reference_means(**case: Any) -> None:
     check_against_reference("grouped", **case)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @settings(deadline=None, max_examples=12, derandomize=True, phases=[Phase.generate])
 @given(**CASES)
-def test_fused_kernel_gives_what_the_reference_means(**case: Any) -> None:
+def test_fused_kernel_gives_what_the_reference_means(kernel: str, **case: Any) -> None:
     """The same within 1e-4 and two last bits of the dtype, as its sums are float32.
 
     Tokens at which a threshold or a norm bound lies within 1e-4 are not compared. Triton's interpreter cuts
     bfloat16 off where a GPU rounds it: there the summands are such that their sum needs no rounding.
     """
-    check_against_reference("triton", **case)
+    check_against_reference(kernel, **case)
 
 
 def check_against_reference(
@@ -190,7 +195,7 @@ def check_against_reference(
     tokens = len(rows)
     hidden = torch.randn(tokens + padding, width, generator=rng).to(dtype)
     other = torch.randn(tokens + padding, read_width, generator=rng).to(dtype)
-    if backend == "triton" and dtype is torch.bfloat16 and reads == "pair":
+    if backend in KERNELS and dtype is torch.bfloat16 and reads == "pair":
         other = -2 * hidden
     residual = other if reads == "pair" else None
     source = other if reads == "source" else None
@@ -200,7 +205,7 @@ def check_against_reference(
     gate_open = step.gate_open if step.active else torch.ones(tokens, GATES, dtype=torch.bool)
     expected = apply_edits_reference(
         hidden[:tokens],
-        table,
+        make_table(width, made, read_width, torch.device("cpu")),
         torch.tensor(rows),
         gate_open.cpu(),
         None if residual is None else residual[:tokens],
@@ -209,7 +214,7 @@ def check_against_reference(
     changed = (out != hidden)[:tokens].any(dim=1)
     assert torch.equal(out[tokens:], hidden[tokens:])
     assert not changed[step.edited[:tokens].cpu() == 0].any()
-    if backend == "triton":
+    if backend in KERNELS:
         stream = hidden if reads == "hidden" else other if reads == "source" else hidden + other
         sure = is_decided(stream[:tokens], table, rows)
         rtol = max(2 * torch.finfo(dtype).eps, 1e-5)
@@ -260,7 +265,8 @@ def test_row_behind_closed_gates_is_not_read(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "tokens", "width"), [("grouped", 257, 576), ("grouped", 48, 576), ("triton", 33, 64)]
+    ("backend", "tokens", "width"),
+    [("grouped", 257, 576), ("grouped", 48, 576), ("triton-token", 33, 64), ("triton-tile", 33, 64)],
 )
 def test_result_of_a_token_does_not_depend_on_its_batch(backend: str, tokens: int, width: int) -> None:
     """A token edited alone, among its own kind and among strangers comes out the same, bit for bit."""
@@ -369,7 +375,7 @@ def test_full_table_refuses_and_changes_nothing() -> None:
     table.clear_row(2)
     table.set_row(4, make_row(4, 4, 3))
     for row in (1, 3, 4):
-        assert torch.equal(table.get_row(row).read, make_row(row, 4, 3).read)
+        assert torch.equal(table.get_row(row).read.cpu(), make_row(row, 4, 3).read)
     with pytest.raises(ValueError, match="row 1 is occupied"):
         table.set_row(1, make_row(1, 4, 1))
 

@@ -14,6 +14,7 @@ class Adds:
 
     def __init__(self, amount: float) -> None:
         self.amount = amount
+        self.capturing = False
         self.seen: list[tuple[int, bool, bool]] = []
 
     def run_at(self, number: int, hidden: Tensor, residual: Tensor | None, source: Tensor | None) -> None:

@@ -58,7 +58,7 @@ def run(runtime: SteeringRuntime, model: Any, request: str, first: int, count: i
     runtime.begin_step([request], [count], [first], [5])
     with torch.no_grad():
         model(torch.arange(1, count + 1)[None])
-    return int(dict(runtime.reports())[request][3])
+    return int(runtime.reports().take()[request][3])
 
 
 def arguments(revision: str) -> dict[str, str]:

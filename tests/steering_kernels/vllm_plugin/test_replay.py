@@ -1,0 +1,139 @@
+"""Which steps may come from a graph of the whole model, and what such a graph finds when it is replayed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import vector_plan
+from tiny_families import save_family
+from transformers import AutoModelForCausalLM
+
+from interpretops.model_spec import read_model_spec
+from interpretops.plan import Gate, Plan, Site, SiteEdits, TopK
+from steering_kernels.vllm_plugin.engine_config import EngineOptions
+from steering_kernels.vllm_plugin.request_args import RequestArgsError
+from steering_kernels.vllm_plugin.runtime import SteeringRuntime
+
+ROOM = 8
+PROMPT = 5
+MakeRuntime = Callable[..., SteeringRuntime]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_family("LlamaForCausalLM", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def model(model_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def make_runtime(model_folder: Path, model: Any) -> MakeRuntime:
+    def make(room: int = ROOM) -> SteeringRuntime:
+        spec, device = read_model_spec(model_folder), torch.device("cpu")
+        made = SteeringRuntime(model, spec, EngineOptions(), max_requests=4, device=device, room=room)
+        made.hooks.residual_pair = False
+        return made
+
+    return make
+
+
+def plan_with(runtime: SteeringRuntime, **gate: Any) -> Plan:
+    """A vector at layer 1, behind a gate that fires wherever it reads, of these settings; always without."""
+    if not gate:
+        return vector_plan(runtime.spec, 1.0, layer=1)
+    read = torch.zeros(1, runtime.spec.hidden_size).numpy()
+    one = read[0, :1] + 1.0
+    return vector_plan(
+        runtime.spec, 1.0, layer=1, gate=Gate(Site(0, "resid_post"), read, one, 0 * one, **gate)
+    )
+
+
+def track(runtime: SteeringRuntime, request: str, plan: Plan) -> None:
+    runtime.load(plan)
+    runtime.track(
+        request, {"interpretops_revision": plan.revision, "interpretops_nonce": "0" * 32}, cached_tokens=0
+    )
+
+
+def test_step_whose_gates_are_decided_before_it_may_be_replayed(make_runtime: MakeRuntime) -> None:
+    """Edits without a gate always; a latch past its prompt; what must be read, in no step."""
+    runtime = make_runtime()
+    settings: dict[str, dict[str, Any]] = {
+        "always": {},
+        "latch": {"scope": "prompt_end", "latched": True},
+        "tokens": {},
+    }
+    for name in ("always", "latch"):
+        track(runtime, name, plan_with(runtime, **settings[name]))
+    track(runtime, "tokens", plan_with(runtime, scope="token"))
+    runtime.track("none", {"interpretops_revision": "none", "interpretops_nonce": "0" * 32}, 0)
+    assert runtime.may_replay(["always", "none"], [True, True])
+    assert runtime.may_replay(["latch", "always", "none"], [False, True, True])
+    assert not runtime.may_replay(["none", "latch"], [False, True])
+    assert not runtime.may_replay(["none", "tokens"], [False, False])
+    assert not make_runtime(room=0).may_replay([], [])
+
+
+def test_edits_that_the_kernel_cannot_make_keep_steps_out_of_graphs(make_runtime: MakeRuntime) -> None:
+    """A TopK dictionary decides by its whole encoder, which no graph holds."""
+    runtime = make_runtime()
+    plan = plan_with(runtime)
+    (site,) = plan.edits
+    units = plan.edits[site].units
+    encoder = TopK(read=units.write.copy(), bias=units.bias.copy(), k=1)
+    edits = SiteEdits(replace(units, topk=0 * units.topk), topk=encoder)
+    track(runtime, "a", replace(plan, edits={site: edits}))
+    assert not runtime.may_replay(["a"], [False])
+
+
+def test_mistaken_replay_raises_before_anything_runs(make_runtime: MakeRuntime) -> None:
+    """vLLM takes a prompt of which only the last token is not cached for a decode step."""
+    runtime = make_runtime()
+    track(runtime, "a", plan_with(runtime, scope="prompt_end", latched=True))
+    with pytest.raises(RuntimeError, match="a gate that must read was about to be replayed"):
+        runtime.begin_step(["a"], [1], [PROMPT - 1], [PROMPT], replayed=True)
+    assert not runtime.bank.step.active
+
+
+def test_replayed_step_has_rows_and_latched_gates_at_fixed_addresses(
+    make_runtime: MakeRuntime, model: Any
+) -> None:
+    """The latch fires in the prompt's pass; what a graph reads afterwards stands where it always does."""
+    runtime = make_runtime()
+    track(runtime, "a", plan_with(runtime, scope="prompt_end", latched=True))
+    step = runtime.bank.step
+    rows, gates = step.row_of_token.data_ptr(), step.gate_open.data_ptr()
+    runtime.begin_step(["a"], [1], [PROMPT], [PROMPT], replayed=True)
+    assert not bool(step.gate_open[0, 1]), "nothing has fired yet"
+    runtime.begin_step(["a"], [PROMPT], [0], [PROMPT])
+    with torch.no_grad():
+        model(torch.arange(1, PROMPT + 1)[None])
+    runtime.begin_step(["a"], [1], [PROMPT], [PROMPT], replayed=True)
+    assert bool(step.gate_open[0, 1])
+    assert (step.row_of_token.data_ptr(), step.gate_open.data_ptr()) == (rows, gates)
+    row = runtime.bank.row_of[next(iter(runtime.bank.row_of))]
+    whole = torch.as_strided(step.row_of_token, (ROOM,), (1,))
+    assert whole.tolist() == [row] + [0] * (ROOM - 1)
+    runtime.clear_step()
+    assert step.row_of_token.tolist() == [0] * ROOM
+    runtime.begin_step(["a"], [ROOM + 1], [PROMPT], [PROMPT])  # larger than any graph: laid out elsewhere
+    assert whole.tolist() == [0] * ROOM
+
+
+def test_requests_of_the_warm_up_name_no_policy_and_are_the_last_that_may(make_runtime: MakeRuntime) -> None:
+    """vLLM's V2 runner warms up with requests of its own making."""
+    runtime = make_runtime()
+    runtime.warming_up = True
+    runtime.track("_warmup_0_", None, 0)
+    with pytest.raises(RuntimeError, match="has left requests behind: _warmup_0_"):
+        runtime.end_warm_up(torch.bfloat16)
+    runtime.untrack("_warmup_0_")
+    runtime.end_warm_up(torch.bfloat16)
+    with pytest.raises(RequestArgsError):
+        runtime.track("a", None, 0)
