@@ -8,6 +8,7 @@ from aiohttp import web
 
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
+from proxy import engine_loop
 from proxy.binding import NONE
 from proxy.canary import read_suite
 
@@ -127,11 +128,33 @@ async def test_unproven_or_failing_pair_is_counted_and_changes_nothing(canary, s
     engine._answer = type(engine)._answer.__get__(engine)
     for engine.trick in ("no_receipt", "wrong_revision"):
         await canary.step("calm")
+    assert 'interpretops_canary_pairs_total{policy="calm",result="failed"} 2.0' in shown(front)
+    assert "interpretops_canary_n{" not in shown(front)
+
+
+async def test_canary_rests_without_an_engine_and_goes_on_with_the_next(
+    canary, scripted, engine, until, monkeypatch
+):
+    """While no engine is proven nothing is asked or counted; what was found before is gone on with."""
+
+    async def answer(text, steered):
+        return ANSWERS
+
+    monkeypatch.setattr(engine_loop, "_BACKOFF_S", (0.01,))
+    scripted(answer)
+    front, canary = await canary()
+    await canary.step("calm")
     for link in front.apps.gateway.fleet.links.values():
         link.lose("as in a restart")
     await canary.step("calm")
-    assert 'interpretops_canary_pairs_total{policy="calm",result="failed"} 2.0' in shown(front)
-    assert "interpretops_canary_n{" not in shown(front)
+    assert len(engine.seen) == 2
+    assert 'interpretops_canary_pairs_total{policy="calm",result="failed"}' not in shown(front)
+    await until(front.engine_ready)
+    await canary.step("calm")
+    assert 'interpretops_canary_pairs_total{policy="calm",result="ok"} 2.0' in shown(front)
+    assert 'interpretops_canary_pairs_total{policy="calm",result="failed"}' not in shown(front)
+    for measure in ("defense_efficacy", "collateral_damage"):
+        assert f'interpretops_canary_n{{measure="{measure}",policy="calm"}} 1.0' in shown(front)
 
 
 @pytest.mark.parametrize("action", ["alert", "refuse"])
