@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from typing import Any, Final
 
-from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.web_protocol import RequestHandler
 from structlog.typing import FilteringBoundLogger
@@ -24,6 +24,8 @@ _TOLD: Final = {
     417: ("expectation_failed", "the demanded expectation is not supported"),
     431: ("headers_too_large", "the request's headers are too large"),
 }
+_NAME: Final = "interpretops"
+"""All that `Server` says: aiohttp would name its version and Python's, by which known holes are looked up."""
 _NO_VERSION: Final = web.RequestKey("no_version", bool)
 
 
@@ -35,6 +37,7 @@ class Runner(web.AppRunner):
     ) -> None:
         super().__init__(app, **options)
         self._told = metrics, log
+        app.on_response_prepare.append(_name_server)
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
@@ -96,7 +99,11 @@ class _Handler(RequestHandler):
         log.warning("bad_connection", request_id=request_id, status=status, kind=type(exc).__name__)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer had begun and cannot be finished")
-        headers = {"X-Request-Id": request_id, "x-should-retry": "false"}
+        headers = {"X-Request-Id": request_id, "x-should-retry": "false", hdrs.SERVER: _NAME}
         response = web.json_response(error_body(status, code, text), status=status, headers=headers)
         response.force_close()
         return response
+
+
+async def _name_server(_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers[hdrs.SERVER] = _NAME

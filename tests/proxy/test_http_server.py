@@ -8,9 +8,11 @@ import re
 import pytest
 from faults.raw_requests import AMBIGUOUS, BODY, CANARY, LENGTH, POST
 
+CHAT = b'{"model": "%s", "messages": [{"role": "user", "content": "hi"}], "stream": %s}'
 
-async def _exchange(front, data: bytes) -> bytes:
-    url = front.public._base_url
+
+async def _exchange(front, data: bytes, listener: str = "public") -> bytes:
+    url = getattr(front, listener)._base_url
     reader, writer = await asyncio.open_connection(url.host, url.port)
     writer.write(data)
     await writer.drain()
@@ -55,3 +57,62 @@ async def test_connections_that_are_no_http_are_counted(start):
     await _exchange(front, AMBIGUOUS["no HTTP"])
     shown = front.apps.gateway.metrics.render().decode()
     assert 'interpretops_refusals_total{reason="invalid_http"} 1.0' in shown
+
+
+def _head(line: bytes, body: bytes = b"", more: bytes = b"") -> bytes:
+    length = b"Content-Length: %d\r\n" % len(body)
+    return line + b" HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n" + length + more + b"\r\n" + body
+
+
+def _chat(*, model: bytes = b"tiny-model+calm", stream: bytes = b"false") -> bytes:
+    body = CHAT % (model, stream)
+    return _head(b"POST /v1/chat/completions", body, b"Content-Type: application/json\r\n")
+
+
+@pytest.mark.parametrize(
+    ("listeners", "status", "data"),
+    [
+        ("public admin", b"200", _head(b"GET /healthz")),
+        ("public admin", b"404", _head(b"GET /nowhere")),
+        ("public admin", b"405", _head(b"PATCH /healthz")),
+        ("public admin", b"417", _head(b"GET /healthz", more=b"Expect: x\r\n")),
+        ("public admin", b"400", AMBIGUOUS["no HTTP"]),
+        ("public admin", b"400", AMBIGUOUS["no version"]),
+        ("public admin", b"400", AMBIGUOUS["two lengths"]),
+        ("public admin", b"400", AMBIGUOUS["endless header"]),
+        ("admin", b"200", _head(b"GET /metrics")),
+        ("admin", b"200", _head(b"GET /admin/policies")),
+        ("admin", b"400", _head(b"GET /admin/policies", more=b"Origin: http://b\r\n")),
+        ("public", b"200", _chat()),
+        ("public", b"200", _chat(stream=b"true")),
+        ("public", b"404", _chat(model=b"none")),
+        ("public", b"200", _head(b"GET /openapi.json")),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, bytes) else value,
+)
+async def test_server_header_names_no_version(start, listeners, status, data):
+    """Answers, streams, refusals, errors below the app: `Server` says whose it is, not what it runs on."""
+    front = await start("calm")
+    for listener in listeners.split():
+        answer = await _exchange(front, data, listener)
+        head = answer.partition(b"\r\n\r\n")[0]
+        assert head.split(b" ")[1] == status, answer
+        assert re.findall(rb"(?im)^server: *([^\r\n]*)", head) == [b"interpretops"]
+        assert not re.search(rb"(?i)aiohttp|python", head)
+
+
+async def test_unforeseen_error_names_no_version(start, monkeypatch):
+    """Neither does an error that nobody thought of, in a route or above all routes."""
+    front = await start("calm")
+
+    def fail(*_told, **_named):
+        raise RuntimeError("of nobody's making")
+
+    monkeypatch.setattr(type(front.apps.gateway), "not_ready", fail)
+    in_route = await _exchange(front, _head(b"GET /readyz"))
+    monkeypatch.setattr(type(front.apps.gateway.tracing), "begin", fail)
+    above = await _exchange(front, _head(b"GET /readyz"))
+    for answer in (in_route, above):
+        assert answer.startswith(b"HTTP/1.1 500 ")
+        assert b"\r\nServer: interpretops\r\n" in answer
+        assert b"aiohttp" not in answer
