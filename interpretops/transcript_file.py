@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 from interpretops.errors import ConfigError
@@ -23,22 +24,17 @@ class Vault:
 
         Raises `ConfigError` without the keys' text.
         """
-        try:
-            from cryptography.fernet import Fernet, InvalidToken, MultiFernet
-        except ImportError as error:
-            raise ConfigError(
-                f"tenant {tenant!r}: transcripts need {error.name}; pip install 'interpretops[transcripts]'"
-            ) from error
+        fernet = _fernet(f"tenant {tenant!r}: transcripts need")
         keys = _resolve(tenant, reference).split()
         try:
-            self._box = MultiFernet([Fernet(key) for key in keys])
+            self._box = fernet.MultiFernet([fernet.Fernet(key) for key in keys])
         except ValueError:
             raise ConfigError(
                 f"tenant {tenant!r}: transcripts.key = {reference!r}, but that holds no keys, one a line; "
                 "make one with `mechctl transcripts key`"
             ) from None
         self._tenant = tenant
-        self._invalid = InvalidToken
+        self._invalid = fernet.InvalidToken
 
     def seal(self, request_id: str, record: Mapping[str, Any]) -> bytes:
         """One line."""
@@ -56,10 +52,8 @@ class Vault:
 
 
 def make_key() -> str:
-    """A new key."""
-    from cryptography.fernet import Fernet
-
-    return Fernet.generate_key().decode()
+    """A new key. Raises `ConfigError`."""
+    return str(_fernet("making a key needs").Fernet.generate_key().decode())
 
 
 def append(folder: Path, tenant: str, day: date, line: bytes) -> None:
@@ -95,6 +89,14 @@ def delete_old(folder: Path, retention_days: int, today: date) -> int:
             path.unlink(missing_ok=True)
             deleted += 1
     return deleted
+
+
+def _fernet(needs: str) -> ModuleType:
+    try:
+        from cryptography import fernet
+    except ImportError as error:
+        raise ConfigError(f"{needs} {error.name}; pip install 'interpretops[transcripts]'") from error
+    return fernet
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ PYPROJECT = FOLDER.parent / "pyproject.toml"
 OVERRIDES = FOLDER / "overrides.txt"
 EXTRAS = {
     "cpu": ("cpu", "model", "discovery", "tracing", "redis", "transcripts", "test", "dev"),
-    "gateway": ("redis",),
+    "gateway": ("redis", "transcripts"),
 }
 """What each lock file covers beyond the package's own dependencies."""
 PYTHON_VERSION = "3.11"

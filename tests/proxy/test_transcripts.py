@@ -1,6 +1,7 @@
 """Requests are kept only of tenants that ask for it: redacted, sealed with their key, deleted in time."""
 
 import json
+import sys
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
@@ -170,6 +171,22 @@ def test_missing_or_wrong_key_is_named_without_its_text(monkeypatch, tmp_path):
         with pytest.raises(ConfigError, match=message) as caught:
             Vault("acme", reference)
         assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["cryptography", "phonenumbers", "stdnum"])
+async def test_missing_package_stops_the_start_and_is_named(start, key, monkeypatch, missing):
+    """A gateway without what keeps requests does not start for a tenant that asks, and does for others."""
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match=rf"needs? {missing}.*; pip install 'interpretops\[transcripts\]'"):
+        await start("calm", tenants=[{"id": "anonymous", "transcripts": {"key": key}}])
+    await start("calm")
+
+
+def test_key_cannot_be_made_without_the_package(monkeypatch):
+    """`mechctl transcripts key` says in one line what to install."""
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(ConfigError, match=r"needs cryptography; pip install 'interpretops\[transcripts\]'"):
+        make_key()
 
 
 def test_command_makes_keys_and_reads_back(tmp_path, monkeypatch):
