@@ -21,6 +21,7 @@ _ADDRESS: Final = re.compile(r"(?<![\w.:])[0-9A-Fa-f:.]{3,45}(?![\w:])")
 _SHORTEST_ADDRESS: Final = len("1.1.1.1")
 _IBAN: Final = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 _CARD: Final = re.compile(r"(?<!\d)\d(?:[ -]?\d){11,18}(?!\d)")
+_SHORTEST_NUMBER: Final = 10**6
 _SSN: Final = re.compile(r"\b\d{3}-\d{2}-\d{4}\b")
 
 
@@ -58,9 +59,11 @@ class Redactor:
         return text
 
     def value(self, value: Any) -> Any:
-        """The same for every text in a JSON value, keys of objects included."""
+        """The same for every text and whole number in a JSON value, keys of objects included."""
         if isinstance(value, str):
             return self.text(value)
+        if isinstance(value, int) and abs(value) >= _SHORTEST_NUMBER:
+            return value if (text := self.text(str(value))) == str(value) else text
         if isinstance(value, dict):
             return {self.text(name): self.value(child) for name, child in value.items()}
         return [self.value(child) for child in value] if isinstance(value, list) else value

@@ -63,7 +63,8 @@ class SharedLimits(Section):
 
 class KeptRequests(Section):
     """That a tenant's requests and answers are kept: redacted (`compliance.pii_redaction`), sealed with the
-    tenant's own key, and deleted after `compliance.retention_days`."""
+    tenant's own key, and deleted after `compliance.retention_days`. So on every route on which the model
+    runs, streamed or not; of those that only count or convert tokens nothing is kept."""
 
     key: str
     """Where the keys stand, never a key itself: `env:NAME` or `file:PATH`, one a line, the newest first. That

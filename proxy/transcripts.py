@@ -14,6 +14,7 @@ from interpretops.redaction import Redactor
 from interpretops.settings import Settings
 from interpretops.transcript_file import Vault, append, delete_old
 from proxy.metrics import Metrics
+from proxy.routes import ROUTES
 from proxy.said import texts_said
 from proxy.trail import Trail, Transcript
 
@@ -21,6 +22,8 @@ _MOST_WAITING: Final = 64
 _MOST_CHARACTERS: Final = 256 * 1024
 """A longer request is not kept, and counted as lost: redacting it would take the core for seconds."""
 _SWEEP_EVERY_S: Final = 3600.0
+_TOKENS: Final = "[TOKENS]"
+"""Stands for a prompt of token numbers: nothing here reads them, so nothing could be taken out of them."""
 
 
 class Transcripts:
@@ -48,6 +51,9 @@ class Transcripts:
         self._log = log
         self._now = now
         self._waiting: asyncio.Queue[tuple[str, Transcript, dict[str, Any]]] = asyncio.Queue(_MOST_WAITING)
+        if self._vaults:
+            routes = [path for path, route in ROUTES.items() if route.generates]
+            log.info("requests_are_kept", tenants=sorted(self._vaults), routes=routes)
 
     def begin(self, tenant: str, route: str, body: Mapping[str, Any]) -> Transcript | None:
         """What fills up while a request of a tenant runs that wants it kept; None for all others."""
@@ -115,6 +121,8 @@ class Transcripts:
         if len(json.dumps(content)) > _MOST_CHARACTERS:
             raise ValueError("too long to be redacted in passing")
         if self._redactor is not None:
+            if "prompt" in transcript.body:
+                content["request"]["prompt"] = _without_tokens(transcript.body["prompt"])
             content = self._redactor.value(content)
         record = {**facts, "route": transcript.route, "redacted": self._redactor is not None, **content}
         line = self._vaults[tenant].seal(str(facts["request_id"]), record)
@@ -122,3 +130,9 @@ class Transcripts:
 
     def _count(self, tenant: str, result: str) -> None:
         self._metrics.transcripts.labels(tenant, result).inc()
+
+
+def _without_tokens(prompt: Any) -> Any:
+    if not isinstance(prompt, list):
+        return prompt
+    return _TOKENS if any(isinstance(part, int) for part in prompt) else [*map(_without_tokens, prompt)]

@@ -53,6 +53,12 @@ def test_every_text_of_a_value_is_looked_at(redactor):
     assert redactor.value(value) == {"[EMAIL]": [{"content": "x [EMAIL]"}, 3, None, True]}
 
 
+def test_whole_numbers_are_looked_at_as_texts_are(redactor):
+    """As where a tool's arguments are an object: a card's digits need no quotes."""
+    value = {"card": 4111111111111111, "phone": 2125551234, "no card": 4111111111111112, "n": 12345678}
+    assert redactor.value(value) == {**value, "card": "[CARD]", "phone": "[PHONE]"}
+
+
 def test_names_of_people_are_not_found(redactor):
     """A limit that the documentation states: no model of language reads the text."""
     assert redactor.text("John Smith lives here.") == "John Smith lives here."

@@ -185,7 +185,8 @@ class FakeEngine:
         await response.prepare(request)
         end = ROUTES[request.path].end
         for event in told or ():
-            await response.write(b"data: %s\n\n" % json.dumps(event).encode())
+            named = f"event: {event['type']}\n" if ROUTES[request.path].named_events else ""
+            await response.write(f"{named}data: {json.dumps(event)}\n\n".encode())
         for index in range(4 if told is None else 0):
             await response.write(b'data: {"id":"x","n":%d,"text":"[DONE] error"}\n\n' % index)
             if self.trick == "dies" and index == 1:

@@ -11,8 +11,10 @@ from interpretops.cli import app
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
 from interpretops.transcript_file import Vault, append, delete_old, make_key, read
-from proxy.said import texts_said
+from proxy.routes import ROUTES
 
+WORDS = ("write to a", "@b.exam", "ple or not")
+"""What the scripted engine says, in three pieces; personal data spans two of them."""
 SECRET = "the canary sings at midnight, mail canary@birds.example"
 
 
@@ -59,6 +61,98 @@ async def test_request_and_answer_are_kept_redacted_and_sealed(front, engine, un
         assert b"canary sings" not in path.read_bytes(), path
     (day,) = (tmp_path / "kept" / "anonymous").iterdir()
     assert (day.stat().st_mode & 0o777, day.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+ASKED = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": SECRET}]},
+    "/v1/completions": {"prompt": SECRET},
+    "/v1/responses": {"instructions": "be kind", "input": SECRET},
+    "/v1/messages": {"max_tokens": 9, "messages": [{"role": "user", "content": SECRET}]},
+}
+
+
+def answer_of(path):
+    """What the engine answers on a route: one body, or events."""
+    text = "".join(WORDS)
+    output = [{"type": "message", "content": [{"type": "output_text", "text": text}]}]
+    at = {"output_index": 0, "content_index": 0}
+    whole, pieces, end = {
+        "/v1/chat/completions": (
+            {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]},
+            [{"choices": [{"index": 0, "delta": {"content": word}}]} for word in WORDS],
+            [],
+        ),
+        "/v1/completions": (
+            {"choices": [{"index": 0, "text": text}]},
+            [{"choices": [{"index": 0, "text": word}]} for word in WORDS],
+            [],
+        ),
+        "/v1/responses": (
+            {"instructions": SECRET, "output": output},
+            [{"type": "response.output_text.delta", "delta": word, **at} for word in WORDS],
+            [{"type": "response.output_text.done", "text": text, **at}],
+        ),
+        "/v1/messages": (
+            {"content": [{"type": "text", "text": text}]},
+            [
+                {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
+                for word in WORDS
+            ],
+            [{"type": "content_block_stop", "index": 0}],
+        ),
+    }[path]
+    return lambda body: [*pieces, *end] if body.get("stream") else [whole]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [path for path, route in ROUTES.items() if route.generates])
+async def test_every_route_that_generates_is_kept(front, engine, until, tmp_path, path, stream):
+    """On each, streamed or not: redacted over the pieces of a stream, sealed, in the file that is deleted."""
+    engine.script = answer_of(path)
+    asked = {"model": "tiny-model+calm", "stream": stream, **ASKED[path]}
+    async with front.public.post(path, json=asked) as answer:
+        assert (answer.status, WORDS[0] in await answer.text()) == (200, True)
+    (record,) = await kept(front, until, 1)
+    assert (record["route"], record["stream"], record["status"]) == (path, stream, 200)
+    assert (record["policy"], record["redacted"], record["reason"]) == ("calm", True, None)
+    assert record["answer"] == ["write to [EMAIL] or not"]
+    assert SECRET.replace("canary@birds.example", "[EMAIL]") in json.dumps(record["request"])
+    (file,) = (tmp_path / "kept" / "anonymous").iterdir()
+    assert file.name == f"{datetime.now(UTC).date()}.jsonl"
+    assert b"canary" not in file.read_bytes()
+    assert delete_old(tmp_path / "kept", 14, datetime.now(UTC).date() + timedelta(days=14)) == 1
+
+
+@pytest.mark.parametrize("path", ASKED)
+async def test_stream_that_breaks_off_is_kept_as_far_as_it_came(front, engine, until, path):
+    """With the engine gone in the middle, what was sent until then is kept, and why it ended."""
+    engine.trick = "dies"
+    async with front.public.post(path, json={"model": "tiny-model", "stream": True, **ASKED[path]}) as answer:
+        await answer.text()
+    (record,) = await kept(front, until, 1)
+    assert (record["reason"], record["answer"]) == ("engine_failed", ["[DONE] error" * 2])
+
+
+@pytest.mark.parametrize("prompt", [[5, 6], [[5, 6], "or [EMAIL]"]])
+async def test_tokens_that_nobody_reads_are_not_kept(front, until, prompt):
+    """A prompt of token numbers would keep what redaction cannot see; that there was one is kept."""
+    asked = json.loads(json.dumps(prompt).replace("[EMAIL]", "a@b.example"))
+    async with front.public.post("/v1/completions", json={"model": "tiny-model", "prompt": asked}) as answer:
+        assert answer.status == 200
+    (record,) = await kept(front, until, 1)
+    assert record["request"]["prompt"] == ("[TOKENS]" if prompt == [5, 6] else ["[TOKENS]", "or [EMAIL]"])
+
+
+async def test_start_says_which_routes_are_kept(front, engine, until):
+    """Whose requests and on which routes; where no model runs nothing is answered that could be kept."""
+    (said,) = [line for line in front.log if line["event"] == "requests_are_kept"]
+    assert (said["tenants"], said["routes"]) == (["anonymous"], [*ASKED])
+    for path, body in (("/tokenize", {"prompt": SECRET}), ("/detokenize", {"tokens": [1]})):
+        async with front.public.post(path, json={"model": "tiny-model", **body}) as answer:
+            assert answer.status == 200
+    await front.chat()
+    (record,) = await kept(front, until, 1)
+    assert record["route"] == "/v1/chat/completions"
 
 
 async def test_nothing_that_was_said_leaves_by_another_way(front, engine, until):
@@ -210,29 +304,3 @@ def test_command_makes_keys_and_reads_back(tmp_path, monkeypatch):
     assert runner.invoke(app, [*ask, "--day", "2026-11-24"]).output == ""
     append(tmp_path / "kept", "acme", day, b"broken\n")
     assert runner.invoke(app, ask).exit_code == 1
-
-
-@pytest.mark.parametrize(
-    ("answer", "streamed", "texts"),
-    [
-        ({"choices": [{"index": 0, "message": {"role": "assistant", "content": "a"}}]}, False, ["a"]),
-        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, False, ["a", "b"]),
-        ({"output": [{"content": [{"text": "a"}]}, {"arguments": "{}"}]}, False, ["a", "{}"]),
-        (
-            [
-                {"choices": [{"index": i, "delta": {"content": text}}]}
-                for i, text in ((0, "a"), (1, "x"), (0, "b"))
-            ],
-            True,
-            ["ab", "x"],
-        ),
-        ([{"index": 0, "delta": {"text": "a"}}, {"index": 0, "delta": {"text": "b"}}], True, ["ab"]),
-        ([{"output_index": 0, "delta": "a"}, {"output_index": 0, "delta": "b"}], True, ["ab"]),
-    ],
-)
-def test_texts_of_every_route_are_put_together(answer, streamed, texts):
-    """Chat, completions, responses and messages, whole and in events; personal data may span events."""
-    raw = json.dumps(answer).encode()
-    if streamed:
-        raw = b"".join(b"event: x\ndata: " + json.dumps(event).encode() + b"\n\n" for event in answer)
-    assert texts_said(raw + b"data: [DONE]\n\n" if streamed else raw, streamed=streamed) == texts
