@@ -12,8 +12,9 @@ import socket
 import ssl
 import sys
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import uvloop
 from aiohttp import web
@@ -33,13 +34,24 @@ from proxy.model_folder import find_model
 from proxy.tls import make_tls
 
 _FORCED_EXIT = 130
+POOL_THREADS: Final = 8
+"""Most threads for what would hold up the loop: files, and compiling policies."""
+POOL_NAME: Final = "pool"
+"""How their names begin."""
 
 
 def serve(settings: Settings) -> None:
     """Run until SIGINT or SIGTERM. Raises `InterpretOpsError`, of one line, when it cannot start."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(_Serve(settings, console).run())
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's, with a pool of threads of our size and name, whatever machine this is."""
+    loop = uvloop.new_event_loop()
+    loop.set_default_executor(ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=POOL_NAME))
+    return loop
 
 
 class _Serve:

@@ -225,6 +225,7 @@ class Front:
     apps: Apps
     policies: Path
     log: list[Any]
+    runners: list[Runner]
 
     async def chat(self, *, headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, Any, Any]:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **fields}
@@ -318,7 +319,7 @@ async def start(tmp_path: Path, engine: FakeEngine) -> AsyncIterator[Start]:
         stack.extend((*(session.close for session in sessions), *(runner.cleanup for runner in runners)))
         if wait:
             await asyncio.wait_for(apps.engine_loop.first_ready.wait(), 10)
-        return Front(sessions[0], sessions[1], apps, folder, log)
+        return Front(sessions[0], sessions[1], apps, folder, log, runners)
 
     yield run
     for close in stack:

@@ -1,15 +1,28 @@
 """The short fault run: what can be broken around an engine that other tests use too."""
 
+import asyncio
 import json
 import os
+import threading
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from faults.answers import judge
+from aiohttp import web
+from faults.answers import Judgement, judge
 from faults.breakages import breakages
+from faults.gateway_program import state
+from faults.hostile import disconnect, is_whole, send_malformed
+from faults.leaks import MEMORY_MB, Figures
 from faults.marker import POLICY, WORD
-from faults.run import check_audit, run_faults
+from faults.raw_requests import malformed
+from faults.run import Outcome, check_audit, run_faults
 from faults.stand import FAKETIME, make_stand
+from faults.traffic import Traffic
+
+from proxy.serve import POOL_THREADS, new_loop
 
 LABEL = f"{POLICY}@{'a' * 12}"
 RECEIPT = json.dumps({"policy": POLICY, "revision": "a" * 64, "edits_applied": 1})
@@ -49,6 +62,119 @@ def test_answers_are_judged_by_receipt_and_by_words(kind, status, headers, text)
     assert judge(status, headers, text).kind == kind
 
 
+def test_failure_of_the_engine_is_told_with_its_cause():
+    """A caller's refusal for it and a stream's last event say why; other refusals are the guard's own."""
+    error = {**json.loads(ERROR)["error"], "code": "engine_failed", "message": "too slow"}
+    failed = json.dumps({"error": error})
+    assert judge(502, {"X-Request-Id": "r"}, failed).told == "engine_failed: too slow"
+    assert judge(200, STREAM, stream(f"data: {failed}")).told == "engine_failed: too slow"
+    assert judge(503, {"X-Request-Id": "r"}, ERROR).told == ""
+    traffic = Traffic(SimpleNamespace())
+    traffic.count(Judgement("refused", told="engine_failed: too slow"), "/v1/x stream=False", "{}")
+    assert traffic.failures == {"/v1/x stream=False: engine_failed: too slow": 1}
+    assert traffic.faults == []
+
+
+FIGURES = Figures(3, 20, 6, 4, 1, 0, 1, 0, 80.0, Counter(["a", "b", "b"]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "leaks"),
+    [
+        ({}, {}),
+        ({"pool_idle": POOL_THREADS, "fds": 19, "memory_mb": 80.0 + MEMORY_MB}, {}),
+        ({"threads": 5}, {"threads": 1}),
+        ({"fds": 22, "memory_mb": 81.0 + MEMORY_MB}, {"fds": 2, "memory_mb": 1 + MEMORY_MB}),
+        ({"tasks": 4, "task_names": Counter(["a", "b", "b", "c"])}, {"tasks": {"c": 1}}),
+    ],
+)
+def test_growth_is_reported_as_a_leak(changed, leaks):
+    """Whatever is more after a fault is one, but for a pool that fills up and memory within its tolerance."""
+    outcome = Outcome(counts=Counter(), before=FIGURES, after=replace(FIGURES, **changed))
+    assert outcome.leaks == leaks
+    assert outcome.summary()["leaks"] == len(leaks)
+
+
+def test_pool_that_fills_up_adds_no_thread_and_any_other_does():
+    """Threads of the gateway's pool count only while they do not come back from their work."""
+    release, all_there = threading.Event(), threading.Barrier(POOL_THREADS)
+
+    def counted(pool_idle):
+        told = state()
+        return told["threads"] - told["pool_idle"] if told["pool_idle"] == pool_idle else None
+
+    async def once(pool_idle):
+        async with asyncio.timeout(10):
+            while (found := counted(pool_idle)) is None:  # noqa: ASYNC110 - other threads' state
+                await asyncio.sleep(0.01)
+        return found
+
+    async def run():
+        before = await once(0)
+        await asyncio.gather(*(asyncio.to_thread(all_there.wait) for _ in range(POOL_THREADS)))
+        filled = await once(POOL_THREADS)
+        stuck = asyncio.create_task(asyncio.to_thread(release.wait))
+        with_stuck = await once(POOL_THREADS - 1)
+        beside = threading.Thread(target=release.wait)
+        beside.start()
+        with_both = await once(POOL_THREADS - 1)
+        release.set()
+        await stuck
+        beside.join()
+        return [found - before for found in (filled, with_stuck, with_both)]
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(run()) == [0, 1, 2]
+
+
+@pytest.fixture
+async def scripted_stand(start, engine):
+    """A gateway before the scripted engine, of which nothing is broken, and that cuts what does not move."""
+    front = await start("calm", **{"gateway.body_timeout_s": 1})
+    runner = front.runners[0]
+    watch = asyncio.create_task(front.apps.gateway.stalls.run(lambda: runner.server.connections))
+    yield SimpleNamespace(url=str(front.public._base_url).rstrip("/"), model="tiny-model")
+    watch.cancel()
+
+
+async def test_only_requests_without_an_end_of_headers_get_no_answer(scripted_stand):
+    """Of all that is malformed each gets an answer, or is one that was cut before it was a request."""
+    traffic = Traffic(scripted_stand)
+    await send_malformed(scripted_stand, traffic, 300)
+    assert [line for line in traffic.faults if "no answer" in line or "misshapen" in line] == []
+    # Some of them are refused for what had come until then.
+    without_end = [data for data in malformed(300, scripted_stand.model) if not is_whole(data)]
+    assert 0 < traffic.counts["unfinished"] <= len(without_end) < 10
+    assert traffic.counts["refused"] > 250
+
+
+async def test_whenever_a_client_leaves_the_engine_is_stopped(scripted_stand, engine, until):
+    """Before headers, before a token, in mid-stream, without a stream: nothing goes on for who is gone."""
+    ended = []
+
+    async def answer(request, body, revision):
+        try:
+            if body["stream"]:
+                response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+                await response.prepare(request)
+                await response.write(b'data: {"choices": []}\n\n' * 3)
+            await engine.go_on.wait()
+        finally:
+            ended.append(body["stream"])
+
+    engine._answer = answer
+    traffic = Traffic(scripted_stand)
+    await disconnect(scripted_stand, traffic, 40)
+
+    async def all_stopped():
+        return len(ended) == len(engine.seen)
+
+    await until(all_stopped)
+    assert traffic.counts == {"left": 40}
+    assert ended.count(True) >= 20
+    assert ended.count(False) == 10
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(1200)
 async def test_faults_end_in_no_unsteered_answer_and_no_leak(engine_server, default_model_dir, tmp_path):
@@ -65,6 +191,7 @@ async def test_faults_end_in_no_unsteered_answer_and_no_leak(engine_server, defa
     outcome.wrong += check_audit(stand)
     assert outcome.wrong == []
     assert outcome.leaks == {}
+    assert outcome.after.pool_idle > 0
     assert outcome.counts["unsteered"] == 0
     assert outcome.counts["steered"] > 20
     assert outcome.counts["refused"] > 20

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from faults.marker import POLICY, steered_only
+from proxy.refusal import EngineFailed
 
-Kind = Literal["steered", "refused", "broken_off", "unsteered", "misshapen", "listed"]
-"""`listed`: the list of models, which is no answer of the model's."""
+Kind = Literal["steered", "refused", "broken_off", "unsteered", "misshapen", "listed", "unfinished"]
+"""`listed`: the list of models, which is no answer of the model's. `unfinished`: no answer, as the request's
+headers did not end."""
 _ERROR_FIELDS = {"message", "type", "param", "code"}
 _ENDS = ("data: [DONE]", "event: response.completed", "event: message_stop")
 
@@ -22,6 +24,8 @@ class Judgement:
 
     kind: Kind
     why: str = ""
+    told: str = ""
+    """What a caller was told of an engine that failed, with its code."""
 
 
 def judge(status: int, headers: Mapping[str, str], text: str) -> Judgement:
@@ -49,7 +53,9 @@ def judge(status: int, headers: Mapping[str, str], text: str) -> Judgement:
         return _judge_proof(label, receipts[0], said)
     last = events[-1].partition("data: ")[2] if events else ""
     why = _shape(last)
-    return Judgement("broken_off") if why is None else Judgement("misshapen", f"stream ends in {why}")
+    if why is None:
+        return Judgement("broken_off", told=_told(last))
+    return Judgement("misshapen", f"stream ends in {why}")
 
 
 def _judge_proof(label: str, text: str, said: str) -> Judgement:
@@ -67,7 +73,15 @@ def _judge_refusal(status: int, headers: Mapping[str, str], text: str) -> Judgem
         why = "no X-Request-Id"
     if why is None and status == 500:
         why = "an internal error"
-    return Judgement("refused") if why is None else Judgement("misshapen", f"status {status}: {why}")
+    if why is not None:
+        return Judgement("misshapen", f"status {status}: {why}")
+    told = _told(text)
+    return Judgement("refused", told=told if told.startswith(EngineFailed.code) else "")
+
+
+def _told(text: str) -> str:
+    error = json.loads(text)["error"]
+    return f"{error['code']}: {error['message']}"
 
 
 def _shape(text: str) -> str | None:

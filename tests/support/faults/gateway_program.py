@@ -1,25 +1,43 @@
-"""`mechctl serve` for the fault run: it lists its tasks on demand, and has a clock of its own.
+"""`mechctl serve` for the fault run: it tells its tasks and threads on demand, and has a clock of its own.
 
-On SIGUSR1 it writes the names of its asyncio tasks, one a line, to the file that FAULTS_TASKS names.
+On SIGUSR1 it writes what `state` tells to the file that FAULTS_STATE names.
 """
 
 import asyncio
+import json
 import os
 import signal
+import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 from interpretops.cli import main
+from proxy.serve import POOL_NAME, POOL_THREADS
+
+
+def state() -> dict[str, Any]:
+    """Names of all tasks, the number of all threads, and how many of these only wait in the pool for work."""
+    frames = sys._current_frames()
+    pool = [thread.ident for thread in threading.enumerate() if thread.name.startswith(f"{POOL_NAME}_")]
+    # A thread that does something has further calls above the pool's own loop.
+    idle = [ident for ident in pool if ident in frames and frames[ident].f_code.co_name == "_worker"]
+    return {
+        "tasks": sorted(task.get_coro().__qualname__ for task in asyncio.all_tasks()),
+        "threads": len([*Path("/proc/self/task").iterdir()]),
+        "pool_idle": min(len(idle), POOL_THREADS),
+    }
+
 
 if __name__ == "__main__":
     # The engine's processes keep the machine's clock.
     os.environ.pop("LD_PRELOAD", None)
-    file = Path(os.environ.pop("FAULTS_TASKS"))
+    file = Path(os.environ.pop("FAULTS_STATE"))
 
-    def write_tasks(_number: int, _frame: object) -> None:
-        names = [task.get_coro().__qualname__ for task in asyncio.all_tasks()]
+    def write_state(_number: int, _frame: object) -> None:
         partial = file.with_suffix(".partial")
-        partial.write_text("\n".join(sorted(names)))
+        partial.write_text(json.dumps(state()))
         partial.replace(file)
 
-    signal.signal(signal.SIGUSR1, write_tasks)
+    signal.signal(signal.SIGUSR1, write_state)
     main()

@@ -21,7 +21,10 @@ PHASES: Final = ("before headers", "before first token", "mid-stream", "non-stre
 
 
 async def send_malformed(stand: Stand, traffic: Traffic, count: int) -> None:
-    """Each on a connection of its own. What never becomes whole is answered late, or cut."""
+    """Each on a connection of its own. What never becomes whole is answered late, or cut.
+
+    Whoever did not get as far as the end of the headers gets no answer: there is no request yet to answer.
+    """
 
     async def send(data: bytes) -> None:
         reader, writer = await _connect(stand)
@@ -34,11 +37,20 @@ async def send_malformed(stand: Stand, traffic: Traffic, count: int) -> None:
                 async with asyncio.timeout(0.2):
                     answers.append(await _read_answer(reader))
         writer.transport.abort()
-        traffic.counts["silent"] += not answers
+        if not answers:
+            traffic.count(
+                Judgement("misshapen", "no answer") if is_whole(data) else Judgement("unfinished"),
+                f"malformed {data[:200]!r}",
+            )
         for judged in answers:
             traffic.count(judged, f"malformed {data[:200]!r}")
 
     await _in_turn([send(data) for data in malformed(count, stand.model)])
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether the headers come to an end, as far as anybody could tell."""
+    return b"\r\n\r\n" in data.lstrip(b"\r\n")
 
 
 async def disconnect(stand: Stand, traffic: Traffic, count: int) -> None:
@@ -58,8 +70,8 @@ async def disconnect(stand: Stand, traffic: Traffic, count: int) -> None:
             else:
                 told = await reader.readuntil(b"\r\n\r\n")
                 if not told.startswith(b"HTTP/1.1 200"):
-                    raise ConnectionAbortedError(told[:80])
-                if phase == "mid-stream":
+                    traffic.count(await _read_body(reader, told), f"one to be left {phase}")
+                elif phase == "mid-stream":
                     for _ in range(3):
                         await reader.readuntil(b"\n\n")
         traffic.counts["left"] += 1
@@ -86,7 +98,10 @@ async def _in_turn(work: list) -> None:
 
 
 async def _read_answer(reader: asyncio.StreamReader) -> Judgement:
-    head = await reader.readuntil(b"\r\n\r\n")
+    return await _read_body(reader, await reader.readuntil(b"\r\n\r\n"))
+
+
+async def _read_body(reader: asyncio.StreamReader, head: bytes) -> Judgement:
     status = re.match(rb"HTTP/1\.[01] (\d{3}) ", head)
     if status is None:
         return Judgement("misshapen", f"no HTTP: {head[:80]!r}")

@@ -23,6 +23,10 @@ class Figures:
     fds: int
     sockets: int
     threads: int
+    """All but those of the pool that wait for work: it fills up to its size, and then grows no more. One that
+    does not come back from its work counts, and so does every thread beside the pool."""
+    pool_idle: int
+    """Threads of the pool that wait for work, up to the pool's size."""
     engine_requests: int
     """Running and waiting in the engine."""
     revisions: int
@@ -42,6 +46,7 @@ class Figures:
         grown: dict[str, Any] = {
             name: round(mine[name] - theirs[name], 1) for name in mine if mine[name] > theirs[name]
         }
+        grown.pop("pool_idle", None)
         if grown.get("memory_mb", 0) <= MEMORY_MB:
             grown.pop("memory_mb", None)
         if "tasks" in grown:
@@ -63,13 +68,15 @@ async def look(stand: Stand) -> Figures:
     )
     in_flight = await stand.metric("interpretops_requests_in_flight")
     gateway = stand.gateway
-    names = Counter(stand.tasks())
+    told = stand.state()
+    names = Counter(told["tasks"])
     return Figures(
         tasks=names.total(),
         task_names=names,
         fds=gateway.num_fds(),
         sockets=len(gateway.net_connections("all")),
-        threads=gateway.num_threads(),
+        threads=told["threads"] - told["pool_idle"],
+        pool_idle=told["pool_idle"],
         engine_requests=int(waiting),
         revisions=max(len(rank["resident"]) for core in attested["engines"] for rank in core["ranks"]),
         in_flight=int(in_flight),

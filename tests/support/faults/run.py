@@ -15,8 +15,9 @@ from faults.leaks import Figures, settle
 from faults.stand import Stand
 from faults.traffic import Traffic
 
-_TOLD = ("steered", "refused", "broken_off", "misshapen", "left", "silent")
 _ANSWERS = ("steered", "refused", "broken_off", "unsteered", "misshapen")
+_NO_ANSWERS = ("left", "unfinished")
+"""Clients that left, and those cut because their headers did not end."""
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Outcome:
 
     faults: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    """What callers were told of an engine that failed, and how often."""
     wrong: list[str] = field(default_factory=list)
     """Answers that must not be, faults that were not got over, records that are missing."""
     before: Figures | None = None
@@ -42,10 +45,8 @@ class Outcome:
             "answers": sum(self.counts[kind] for kind in _ANSWERS),
             "unsteered": self.counts["unsteered"],
             "leaks": len(self.leaks),
-            **{
-                kind: self.counts[kind]
-                for kind in ("steered", "refused", "broken_off", "misshapen", "left", "silent")
-            },
+            **{kind: self.counts[kind] for kind in (*_ANSWERS, *_NO_ANSWERS)},
+            "engine_failures": self.failures,
             "audit_intact": not any("audit" in line for line in self.wrong),
             "wrong": len(self.wrong),
             "before": None if self.before is None else self.before.numbers(),
@@ -63,7 +64,7 @@ async def run_faults(stand: Stand, faults: Iterable[Breakage], tell: Callable[[s
     outcome.before = before = await settle(stand, None)
     tell(f"before: {_show(before)}")
     for fault in faults:
-        began, counts = time.monotonic(), traffic.counts.copy()
+        began, counts, failures = time.monotonic(), traffic.counts.copy(), traffic.failures.copy()
         try:
             async with traffic.running():
                 await fault.break_and_mend(stand, traffic)
@@ -74,10 +75,15 @@ async def run_faults(stand: Stand, faults: Iterable[Breakage], tell: Callable[[s
         outcome.faults.append(fault.name)
         tell(f"{fault.name} ({fault.how}), {time.monotonic() - began:.0f} s")
         tell("  " + ", ".join(f"{kind} {n}" for kind, n in sorted((traffic.counts - counts).items())))
+        for line, times in sorted((traffic.failures - failures).items()):
+            tell(f"  {line} ({times})")
         tell(f"  after: {_show(outcome.after)}")
         if grown := outcome.after.more_than(before):
             tell(f"  LEFT BEHIND: {grown}")
-    outcome.counts = {kind: traffic.counts[kind] for kind in (*_ANSWERS, "left", "silent")}
+    outcome.counts = {kind: traffic.counts[kind] for kind in (*_ANSWERS, *_NO_ANSWERS)}
+    for line, times in traffic.failures.items():
+        told = line.partition(": ")[2]
+        outcome.failures[told] = outcome.failures.get(told, 0) + times
     outcome.wrong += traffic.faults
     outcome.wrong += _unrecorded(stand, traffic)
     return outcome

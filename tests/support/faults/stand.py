@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -107,16 +108,17 @@ class Stand:
                 raise TimeoutError(f"not within {timeout_s:g} s: {what}")
             await asyncio.sleep(0.1)
 
-    def tasks(self) -> list[str]:
-        """Names of the gateway's asyncio tasks."""
-        file = self.folder / "tasks"
+    def state(self) -> dict[str, Any]:
+        """What the gateway tells of its tasks and threads (`gateway_program.state`)."""
+        file = self.folder / "state"
         file.unlink(missing_ok=True)
         os.kill(self.gateway_pid, signal.SIGUSR1)
         end = time.monotonic() + 10
         while not file.exists():
-            assert time.monotonic() < end, "the gateway does not tell its tasks"
+            assert time.monotonic() < end, "the gateway does not tell its state"
             time.sleep(0.02)
-        return file.read_text().splitlines()
+        told: dict[str, Any] = json.loads(file.read_bytes())
+        return told
 
     def set_clock(self, shift: str) -> None:
         """Let the gateway's clock jump; its monotonic clock goes on, as with a machine whose time is set."""
@@ -211,7 +213,7 @@ def _unmount(disk: Path) -> None:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    environment = {**os.environ, "COLUMNS": "200", "FAULTS_TASKS": str(folder / "tasks")}
+    environment = {**os.environ, "COLUMNS": "200", "FAULTS_STATE": str(folder / "state")}
     if FAKETIME.exists():
         environment |= {
             "LD_PRELOAD": str(FAKETIME),

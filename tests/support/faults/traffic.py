@@ -48,14 +48,18 @@ class Traffic:
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
         """Every answer that was neither steered nor refused, and what was wrong."""
+        self.failures: Counter[str] = Counter()
+        """Requests in which the engine failed: which, and what the caller was told."""
         self.steered_ids: set[str] = set()
         """Of each steered answer the `X-Request-Id`; the audit log must have them all."""
 
-    def count(self, judged: Judgement, where: str, request_id: str | None = None) -> None:
-        """One more answer."""
+    def count(self, judged: Judgement, where: str, way: str = "", request_id: str | None = None) -> None:
+        """One more answer, to what kind of request, which said what of the policy."""
         self.counts[judged.kind] += 1
         if judged.why:
-            self.faults.append(f"{judged.kind} on {where}: {judged.why}")
+            self.faults.append(f"{judged.kind} on {where} {way}: {judged.why}")
+        if judged.told:
+            self.failures[f"{where}: {judged.told}"] += 1
         if judged.kind == "steered" and request_id:
             self.steered_ids.add(request_id)
 
@@ -103,16 +107,16 @@ class Traffic:
             **make_body(route, model, stream=stream, tokens=pick.choice((1, 8, 24))),
             **way.get("fields", {}),
         }
-        where = f"{route} stream={stream} {way or ''}"
+        where, said = f"{route} stream={stream}", str(way or "")
         request = self._stand.session.post(self._stand.url + route, json=body, headers=way.get("headers"))
         try:
             async with request as answer:
                 text = await answer.text()
         except (aiohttp.ClientError, TimeoutError) as error:
-            self.count(Judgement("misshapen", f"no answer: {type(error).__name__}"), where)
+            self.count(Judgement("misshapen", f"no answer: {type(error).__name__}"), where, said)
             return
         judged = judge(answer.status, answer.headers, text)
-        self.count(judged, where, answer.headers.get("X-Request-Id"))
+        self.count(judged, where, said, answer.headers.get("X-Request-Id"))
         if judged.kind == "refused":
             code = (await answer.json())["error"]["code"]
             self.counts[code] += 1
