@@ -107,7 +107,8 @@ class SiteHooks:
         if self.capturing:
             table = self.bank.tables[self._fixed[number]]
             if table.sum_ranks is None:  # else no pass that needs the table is replayed
-                apply_edits_captured(hidden, table, self.bank.step, residual, source)
+                others = (None if other is None else _flat(other) for other in (residual, source))
+                apply_edits_captured(_flat(hidden), table, self.bank.step, *others)
             return
         if not self.bank.step.active:
             return
@@ -155,3 +156,8 @@ class SiteHooks:
         if table is not None and table.views:
             apply_edits(flat, table, step, residual, source)
         return hidden if flat.data_ptr() == hidden.data_ptr() else flat.view(hidden.shape)
+
+
+def _flat(activation: Tensor) -> Tensor:
+    """[T, D] in the same storage: through its Transformers backend vLLM gives models a batch of one."""
+    return activation.view(-1, activation.shape[-1])

@@ -18,7 +18,7 @@ from steering_kernels.ops.ranks import SumRanks
 from steering_kernels.ops.step import NEVER, StepMap
 from steering_kernels.ops.table import RowEdits, SiteTable, TableFullError
 
-OP_VERSION = "1"
+OP_VERSION = "2"
 """Changes whenever the op would give other numbers; part of the engine's compile-cache key."""
 
 __all__ = [

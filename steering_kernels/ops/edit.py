@@ -38,24 +38,7 @@ def apply_edits(
     """
     if not step.active:
         return
-    if hidden.ndim != 2 or hidden.shape[1] != table.width or hidden.stride(1) != 1:
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and strides {hidden.stride()}, "
-            f"but must be [T, {table.width}] with rows of one piece"
-        )
-    if not hidden.is_floating_point():
-        raise ValueError(f"hidden has dtype {hidden.dtype}, but must be a float")
-    if residual is not None and (residual.shape, residual.dtype) != (hidden.shape, hidden.dtype):
-        raise ValueError(
-            f"residual has shape {tuple(residual.shape)} and dtype {residual.dtype}, "
-            f"but hidden {tuple(hidden.shape)} and {hidden.dtype}"
-        )
-    read_width = table.width if source is None else source.shape[-1]
-    if read_width != table.read_width or (source is not None and source.shape[0] != hidden.shape[0]):
-        raise ValueError(
-            f"source has shape {None if source is None else tuple(source.shape)}, "
-            f"but must be [{hidden.shape[0]}, {table.read_width}]"
-        )
+    _check(hidden, table, residual, source)
     tokens = step.num_tokens
     if hidden.shape[0] < tokens:
         raise ValueError(f"hidden has {hidden.shape[0]} tokens, but the step was laid out for {tokens}")
@@ -85,8 +68,30 @@ def apply_edits_captured(
     All T' tokens have a program, and those of row 0 end at once. T' must not be above the step's ``room``.
     Rows with a TopK encoder, or split over ranks, are not edited by it: their passes must not be replayed.
     """
+    _check(hidden, table, residual, source)
     if hidden.shape[0] > step.room:
         raise ValueError(f"a graph of {hidden.shape[0]} tokens, but steps have room for {step.room}")
     from steering_kernels.ops.triton_edit import apply_edits_triton
 
     apply_edits_triton(hidden, table, step, residual, source, tiles=False)
+
+
+def _check(hidden: Tensor, table: SiteTable, residual: Tensor | None, source: Tensor | None) -> None:
+    if hidden.ndim != 2 or hidden.shape[1] != table.width or hidden.stride(1) != 1:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)} and strides {hidden.stride()}, "
+            f"but must be [T, {table.width}] with rows of one piece"
+        )
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden has dtype {hidden.dtype}, but must be a float")
+    if residual is not None and (residual.shape, residual.dtype) != (hidden.shape, hidden.dtype):
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)} and dtype {residual.dtype}, "
+            f"but hidden {tuple(hidden.shape)} and {hidden.dtype}"
+        )
+    read_width = table.width if source is None else source.shape[-1]
+    if read_width != table.read_width or (source is not None and source.shape[0] != hidden.shape[0]):
+        raise ValueError(
+            f"source has shape {None if source is None else tuple(source.shape)}, "
+            f"but must be [{hidden.shape[0]}, {table.read_width}]"
+        )

@@ -12,7 +12,8 @@ import numpy as np
 from interpretops.plan import POINTS, ModelSpec, Plan, Point, Site, SiteEdits, Units
 from steering_kernels.vllm_plugin.request_args import NONCE_KEY, REVISION_KEY
 
-PROMPT_TOKENS = 6
+PROMPT_TOKENS, ANSWER_TOKENS = 6, 3
+"""Decode steps too: they may come from a graph of their own. An answer's last token passes no model."""
 
 
 def probe_plan(spec: ModelSpec, strength: float, points: Sequence[Point] = POINTS) -> Plan:
@@ -64,7 +65,7 @@ async def run_self_test(engine_client: Any, cores: Any, attested: dict[str, Any]
             await cores.call("interpretops_retire", plan.revision)
     if steered == unsteered:
         return "an edit that must change the model's output did not"
-    expected = PROMPT_TOKENS * len(loud.edits)
+    expected = (PROMPT_TOKENS + ANSWER_TOKENS - 1) * len(loud.edits)
     # Requests go to one engine core each; every rank of that core must have edited.
     idle = [
         [rank for rank, count in engine.items() if count - before[index][rank] < expected]
@@ -90,7 +91,8 @@ async def _top_logprobs(engine_client: Any, revision: str) -> dict[int, float]:
 
     params = SamplingParams(
         temperature=0.0,
-        max_tokens=1,
+        max_tokens=ANSWER_TOKENS,
+        ignore_eos=True,
         logprobs=5,
         extra_args={REVISION_KEY: revision, NONCE_KEY: secrets.token_hex(16)},
     )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from interpretops.model_spec import read_model_spec
 from interpretops.plan import Gate, Plan, Site, SiteEdits, TopK
+from steering_kernels.ops import site_op
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.request_args import RequestArgsError
 from steering_kernels.vllm_plugin.runtime import SteeringRuntime
@@ -137,3 +138,27 @@ def test_requests_of_the_warm_up_name_no_policy_and_are_the_last_that_may(make_r
     runtime.end_warm_up(torch.bfloat16)
     with pytest.raises(RequestArgsError):
         runtime.track("a", None, 0)
+
+
+def test_captured_op_edits_in_place_whatever_stands_around_the_tokens(
+    model_folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The op that a graph holds runs whatever the step says, on a batch of one too (in the interpreter)."""
+    monkeypatch.setattr(site_op, "_OWNER", [])
+    spec, device = read_model_spec(model_folder), torch.device("cpu")
+    runtime = SteeringRuntime(
+        model, spec, EngineOptions(), max_requests=4, device=device, room=ROOM, compiled=True
+    )
+    plan = plan_with(runtime)
+    track(runtime, "a", plan)
+    (site,) = plan.edits
+    number = [Site(layer, "resid_post") for layer in range(spec.num_layers)].index(site)
+    runtime.begin_step(["a"], [2], [0], [PROMPT])
+    hidden = torch.zeros(1, 3, spec.hidden_size)
+    runtime.hooks.capturing = True
+    site_op.edit_site(hidden, torch.zeros_like(hidden), None, number)
+    write = torch.from_numpy(plan.edits[site].units.write[0])
+    torch.testing.assert_close(hidden[0, :2], write.expand(2, -1))
+    assert not hidden[0, 2].any(), "a token past the batch was edited"
+    with pytest.raises(ValueError, match="steps have room for 8"):
+        site_op.edit_site(torch.zeros(ROOM + 1, spec.hidden_size), None, None, number)
