@@ -20,9 +20,15 @@ from discovery.proposals.origin import from_features
 from discovery.proposals.reading import encode, feature_auroc
 from discovery.proposals.settings import ProposeSettings
 from discovery.proposals.struck import StruckSettings, start, train_struck
-from discovery.proposals.struck_words import spellings, struck_pieces, unwanted_words
+from discovery.proposals.struck_words import (
+    StruckPiece,
+    Tokens,
+    spellings,
+    struck_pieces,
+    unwanted_words,
+)
 from discovery.proposals.trait import Sampled, trait_tokens, trait_vocabulary
-from discovery.proposals.word_rows import begun, likeliest, word_rows, word_states
+from discovery.proposals.word_rows import WordStates, begun, likeliest, word_rows, word_states
 from discovery.run_record import run_record
 from interpretops.adapter import AdapterSite
 from interpretops.dictionary.manifest import TrainingRecord
@@ -252,9 +258,7 @@ class AvoidEdits:
         words = unwanted_words(self.contrast, [model.decode(sample.ids) for sample in samples])
         used = Counter(token for sample in (*samples, *others) for token in sample.ids)
         pieces = struck_pieces(spellings(model, judge, words), used)
-        places = begun(samples, pieces, seed)
-        with meter("propose: words", len(places), "places") as progress:
-            found = word_states(model, places, pieces, layers, progress)
+        found = self._word_states(layers, pieces, begun(samples, pieces, seed))
         order = likeliest(found, len(pieces), self.chosen.rank)
         sites, mark = {}, []
         for layer in layers:
@@ -267,6 +271,18 @@ class AvoidEdits:
             sites, TrainingRecord(method="ReLU rows against words, computed without training")
         )
         return self._gated({"layers": list(layers), "rank": len(order)}, digest(mark))
+
+    def _word_states(
+        self, layers: Sequence[int], pieces: Sequence[StruckPiece], places: Sequence[tuple[int, Tokens]]
+    ) -> WordStates:
+        def compute() -> dict[str, Tensor]:
+            with meter("propose: words", len(places), "places") as progress:
+                found = word_states(self.model, places, pieces, layers, progress)
+            states = {str(layer): x for layer, x in found.states.items()}
+            return states | {"piece": found.piece, "likely": found.likely}
+
+        kept = self.kept.tensors(f"words_{digest([layers, places])[:16]}", compute)
+        return WordStates({layer: kept[str(layer)] for layer in layers}, kept["piece"], kept["likely"])
 
     def _write_adapter(self, sites: Mapping[Site, AdapterSite], made: TrainingRecord) -> None:
         """The rows with their manifest and run record, among the artifacts."""
