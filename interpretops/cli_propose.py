@@ -20,7 +20,7 @@ def propose(
         str, typer.Option("--from", help="What decides where to act: contrast, features or circuit.")
     ] = "contrast",
     method: Annotated[
-        str, typer.Option("--method", help="Kind of edit: direction, sae-feature or gated-edit.")
+        str, typer.Option("--method", help="Kind of edit: direction, sae-feature, gated-edit or word-rows.")
     ] = "direction",
     policy_id: Annotated[
         str | None, typer.Option("--policy-id", help="Id of the policy; else class and method.")
@@ -69,7 +69,9 @@ def propose(
     most_selection: Annotated[int, typer.Option(help="Most selection prompts of a side.")] = 100,
     pairs: Annotated[int, typer.Option(help="Target prompts whose answers are compared.")] = 48,
     steps: Annotated[int, typer.Option(help="Training steps of a gated-edit.")] = 300,
-    rank: Annotated[int, typer.Option(help="ReLU rows of a gated-edit at each layer.")] = 16,
+    rank: Annotated[
+        int, typer.Option(help="ReLU rows at each layer: of a gated-edit, and most of word-rows.")
+    ] = 16,
     suite: Annotated[
         list[str] | None, typer.Option("--suite", help="Name of a suite of the policy; may be repeated.")
     ] = None,

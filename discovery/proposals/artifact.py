@@ -1,6 +1,7 @@
-"""Writing a proposal: vectors with the model's fingerprint, the policy with its header, the run record."""
+"""Writing a proposal: vectors and rows of this model, the policy with its header, the run record."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,16 @@ import yaml
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from discovery.errors import DiscoveryError
+from discovery.proposals.contrast import Contrast
 from discovery.proposals.kept import write_whole
 from discovery.proposals.settings import ProposeSettings
+from discovery.run_record import commit
+from interpretops.adapter import AdapterSite, write_adapter
 from interpretops.compile import compile_policy
+from interpretops.dictionary.manifest import TrainingRecord
 from interpretops.errors import PolicyError
-from interpretops.plan import ModelSpec
+from interpretops.plan import ModelSpec, Site
 from interpretops.policy import policy_from_document
 from interpretops.policy_file import parse_yaml
 from interpretops.vectors import FINGERPRINT_KEY
@@ -44,6 +50,35 @@ def write_vectors(path: Path, vectors: dict[str, Tensor], spec: ModelSpec) -> No
         {FINGERPRINT_KEY: spec.fingerprint},
     )
     write_whole(path, data)
+
+
+def write_rows(
+    places: Places,
+    sites: Mapping[Site, AdapterSite],
+    contrast: Contrast,
+    spec: ModelSpec,
+    made: TrainingRecord,
+    record: dict[str, Any],
+) -> None:
+    """Write rows as an adapter named after the policy; data, seed and commit join ``made``."""
+    folder = places.artifacts / spec.name / "adapters" / places.policy_id
+    data = sorted({f"{entry['path']} ({entry.get('licence', 'own')})" for entry in contrast.record})
+    training = made.model_copy(update={"data": tuple(data), "seed": record["seed"], "commit": commit()})
+    try:
+        write_adapter(
+            folder,
+            sites,
+            target_class=contrast.name,
+            model=spec,
+            training=training,
+            license_name="Apache-2.0",
+        )
+    except OSError as error:
+        raise DiscoveryError(
+            f"{folder}: cannot be written ({error.strerror or error}); finished steps are kept: "
+            "free space or name another place, and run the same again"
+        ) from error
+    write_record(folder / "run.json", record)
 
 
 def policy_yaml(document: dict[str, Any], header: list[str], chosen: ProposeSettings) -> str:

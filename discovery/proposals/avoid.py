@@ -115,7 +115,8 @@ class Avoiding:
         samples = self._samples("discovery")
         shown = [s for s in samples if s.begins is not None]
         self.say(f"{len(shown)} of {len(samples)} sampled continuations of discovery prompts show the trait")
-        if len(shown) < 4 or len(shown) > len(samples) - 4:
+        contrasted = self.chosen.method != "word-rows"
+        if contrasted and (len(shown) < 4 or len(shown) > len(samples) - 4):
             raise DiscoveryError(
                 f"{self.chosen.contrast}: {len(shown)} of {len(samples)} continuations show the trait, but "
                 "both kinds are needed, at least 4 of each; give other target prompts"

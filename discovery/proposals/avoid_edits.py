@@ -1,6 +1,7 @@
-"""Edits against a trait of answers: a direction behind a token gate, features scaled down, learned rows."""
+"""Edits against a trait of answers: a direction behind a token gate, features scaled down, ReLU rows."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, norm_bound
 from discovery.gate_probe import Probe, auroc, fit_probe, threshold_at
 from discovery.progress import meter
-from discovery.proposals.artifact import Places, vector_file, write_record, write_vectors
+from discovery.proposals.artifact import Places, vector_file, write_rows, write_vectors
 from discovery.proposals.contrast import Contrast
 from discovery.proposals.dictionaries import chosen_dictionary
 from discovery.proposals.kept import Kept, digest
@@ -19,15 +20,28 @@ from discovery.proposals.origin import from_features
 from discovery.proposals.reading import encode, feature_auroc
 from discovery.proposals.settings import ProposeSettings
 from discovery.proposals.struck import StruckSettings, start, train_struck
+from discovery.proposals.struck_words import (
+    StruckPiece,
+    Tokens,
+    spellings,
+    struck_pieces,
+    unwanted_words,
+)
 from discovery.proposals.trait import Sampled, trait_tokens, trait_vocabulary
-from discovery.run_record import commit, run_record
-from interpretops.adapter import AdapterSite, write_adapter
+from discovery.proposals.word_rows import WordStates, begun, likeliest, word_rows, word_states
+from discovery.run_record import run_record
+from interpretops.adapter import AdapterSite
 from interpretops.dictionary.manifest import TrainingRecord
 from interpretops.plan import Site
 from interpretops.settings import Settings
 
-LAYER_SHARES = {"direction": (0.6, 0.75), "gated-edit": (0.7, 0.85)}
-STRENGTHS = {"direction": (1.0, 2.0, 4.0), "sae-feature": (0.0, -1.0), "gated-edit": (1.0, 1.3)}
+LAYER_SHARES = {"direction": (0.6, 0.75), "gated-edit": (0.7, 0.85), "word-rows": (1.0,)}
+STRENGTHS = {
+    "direction": (1.0, 2.0, 4.0),
+    "sae-feature": (0.0, -1.0),
+    "gated-edit": (1.0, 1.3),
+    "word-rows": (4.0, 8.0, 12.0),
+}
 GATE_RATES = (0.02, 0.1)
 """Shares of other tokens that a token gate may open on."""
 ROW_RATE = 0.02
@@ -70,15 +84,18 @@ class AvoidEdits:
         """All policies of the grid; vectors lie in `folder`, adapters in the artifacts."""
         if self.chosen.method == "sae-feature":
             return self._features(samples, benign, text)
+        depth = self.model.spec.num_layers
         layers = self.chosen.layers or tuple(
-            sorted({round(s * self.model.spec.num_layers) for s in LAYER_SHARES[self.chosen.method]})
+            sorted({min(round(s * depth), depth - 1) for s in LAYER_SHARES[self.chosen.method]})
         )
         self.model.check_layers(layers)
         tokens = self._tokens(layers, samples, [*benign, *text])
-        probes, bounds = {}, {}
+        bounds = {layer: round(norm_bound(tokens[f"other/{layer}"].norm(dim=-1), 8.0), 1) for layer in layers}
+        if self.chosen.method == "word-rows":
+            return self._words(layers, tokens, bounds, samples, [*benign, *text])
+        probes = {}
         for layer in layers:
             trait, other = tokens[f"trait/{layer}"], tokens[f"other/{layer}"]
-            bounds[layer] = round(norm_bound(other.norm(dim=-1), 8.0), 1)
             probes[layer] = fit_probe(trait, other)
             area = auroc(probes[layer].read(trait), probes[layer].read(other))
             self.found[f"probe_auroc_discovery.{layer}"] = round(area, 4)
@@ -223,49 +240,61 @@ class AvoidEdits:
         for layer in layers:
             read, bias, write = (tensor.numpy().astype(np.float32) for tensor in edit.rows(layer))
             sites[Site(layer, "resid_post")] = AdapterSite(read, write, bias, "relu", bounds[layer])
-        folder = self.places.artifacts / self.model.spec.name / "adapters" / self.places.policy_id
-        training = TrainingRecord(
-            data=tuple(sorted({f"{e['path']} ({e.get('licence', 'own')})" for e in self.contrast.record})),
-            seed=settings.seed,
-            method="ReLU rows, distilled from the model with unwanted words struck out",
-            steps=settings.steps,
-            commit=commit(),
-        )
-        try:
-            write_adapter(
-                folder,
-                sites,
-                target_class=self.contrast.name,
-                model=self.model.spec,
-                training=training,
-                license_name="Apache-2.0",
-            )
-        except OSError as error:
-            raise DiscoveryError(
-                f"{folder}: cannot be written ({error.strerror or error}); "
-                f"the training is kept in {checkpoint}"
-            ) from error
-        record = run_record("propose", settings.seed, self.chosen.record(), self.contrast.record)
-        write_record(folder / "run.json", record | {"found": self.found})
+        method = "ReLU rows, distilled from the model with unwanted words struck out"
+        self._write_adapter(sites, TrainingRecord(method=method, steps=settings.steps))
         mark = digest([value.tolist() for _, value in edit.named_parameters()])
+        return self._gated({"layers": list(layers), "rank": settings.rank, "steps": settings.steps}, mark)
+
+    def _words(
+        self,
+        layers: Sequence[int],
+        tokens: dict[str, Tensor],
+        bounds: dict[int, float],
+        samples: Sequence[Sampled],
+        others: Sequence[Sampled],
+    ) -> list[Candidate]:
+        """Rows against the class's words at each layer, then the same rows at several strengths."""
+        model, judge, seed = self.model, self.contrast.judge, self.chosen.seed
+        words = unwanted_words(self.contrast, [model.decode(sample.ids) for sample in samples])
+        used = Counter(token for sample in (*samples, *others) for token in sample.ids)
+        pieces = struck_pieces(spellings(model, judge, words), used)
+        found = self._word_states(layers, pieces, begun(samples, pieces, seed))
+        order = likeliest(found, len(pieces), self.chosen.rank)
+        sites, mark = {}, []
+        for layer in layers:
+            rows = word_rows(model, layer, pieces, order, found, tokens[f"other/{layer}"])
+            read, write, bias = (t.numpy().astype(np.float32) for t in (rows.read, rows.write, rows.bias))
+            sites[Site(layer, "resid_post")] = AdapterSite(read, write, bias, "relu", bounds[layer])
+            mark += [read.tolist(), write.tolist(), bias.tolist()]
+        self.found |= {"words": words, "struck_tokens": len(order), "left_out": len(pieces) - len(order)}
+        self._write_adapter(
+            sites, TrainingRecord(method="ReLU rows against words, computed without training")
+        )
+        return self._gated({"layers": list(layers), "rank": len(order)}, digest(mark))
+
+    def _word_states(
+        self, layers: Sequence[int], pieces: Sequence[StruckPiece], places: Sequence[tuple[int, Tokens]]
+    ) -> WordStates:
+        def compute() -> dict[str, Tensor]:
+            with meter("propose: words", len(places), "places") as progress:
+                found = word_states(self.model, places, pieces, layers, progress)
+            states = {str(layer): x for layer, x in found.states.items()}
+            return states | {"piece": found.piece, "likely": found.likely}
+
+        kept = self.kept.tensors(f"words_{digest([layers, places])[:16]}", compute)
+        return WordStates({layer: kept[str(layer)] for layer in layers}, kept["piece"], kept["likely"])
+
+    def _write_adapter(self, sites: Mapping[Site, AdapterSite], made: TrainingRecord) -> None:
+        """The rows with their manifest and run record, among the artifacts."""
+        record = run_record("propose", self.chosen.seed, self.chosen.record(), self.contrast.record)
+        write_rows(self.places, sites, self.contrast, self.model.spec, made, record | {"found": self.found})
+
+    def _gated(self, setting: dict[str, Any], mark: str) -> list[Candidate]:
+        """The adapter just written, at each strength."""
+        edit = {"type": "lora_gate", "selector": {"block": "resid"}, "adapter": self.places.policy_id}
         return [
-            Candidate(
-                {"layers": list(layers), "rank": settings.rank, "steps": settings.steps, "alpha": strength},
-                self._document(
-                    [
-                        {
-                            "type": "lora_gate",
-                            "selector": {"block": "resid"},
-                            "adapter": self.places.policy_id,
-                            "alpha": strength,
-                        }
-                    ],
-                    {},
-                ),
-                {},
-                mark,
-            )
-            for strength in self._strengths()
+            Candidate(setting | {"alpha": alpha}, self._document([edit | {"alpha": alpha}], {}), {}, mark)
+            for alpha in self._strengths()
         ]
 
     def _document(self, interventions: list[dict[str, Any]], gates: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,11 @@ def propose(
     """Search strength and threshold on selection prompts, write the best policy; a stopped run goes on."""
     chosen.check()
     contrast = read_contrast(chosen.contrast, chosen.data_folder, chosen.seed, chosen.target_class)
+    if chosen.method == "word-rows" and contrast.aim != "avoid":
+        raise DiscoveryError(
+            f"{chosen.contrast}: aim = {contrast.aim!r}, but word-rows strike words out of answers; "
+            "take another --method, or aim 'avoid'"
+        )
     policy_id = chosen.policy_id or f"{contrast.name}-{chosen.method}"
     policy = work / f"{policy_id}.yaml" if out is None else out
     record = policy.parent / "records" / f"{policy_id}.json" if record is None else record

@@ -85,6 +85,8 @@ class ClassFile(Strictly):
     """For aim `avoid`: files of plain text that must stay as likely as it is."""
     wanted: Annotated[tuple[str, ...], Strict(False)] = ()
     """How a target prompt should be answered; else the project's own refusals."""
+    words: Annotated[tuple[str, ...], Strict(False)] = ()
+    """For method word-rows: words to strike, beyond those of the prompts and the judge."""
     judge: Judged = Judged()
     """What recognises the wanted (aim `answer`) or the unwanted (aim `avoid`) answer."""
     formats: Annotated[tuple[Literal["chat", "plain"], ...], Field(min_length=1), Strict(False)] = ("chat",)
@@ -105,6 +107,8 @@ class Contrast:
     formats: tuple[Literal["chat", "plain"], ...] = ("chat",)
     text: dict[Part, tuple[str, ...]] = field(default_factory=dict)
     """Pieces of plain text."""
+    words: tuple[str, ...] = ()
+    """Words to strike, beyond those that are found."""
     record: list[dict[str, Any]] = field(default_factory=list)
     """Name, sha256 and licence of every file."""
 
@@ -143,6 +147,7 @@ def read_contrast(path: Path, folder: Path | None, seed: int, target_class: str 
         prompts,
         found.formats,
         _pieces(found.text, (path.parent, folder or path.parent), record),
+        found.words,
         record,
     )
     return _checked(contrast, str(path))

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from discovery.errors import DiscoveryError
 
 Start = Literal["contrast", "features", "circuit"]
-MethodName = Literal["direction", "sae-feature", "gated-edit"]
+MethodName = Literal["direction", "sae-feature", "gated-edit", "word-rows"]
 GateName = Literal["probe", "features"]
 
 
@@ -51,7 +51,7 @@ class ProposeSettings:
     """Target prompts whose wanted and own answers are compared."""
     steps: int = 300
     rank: int = 16
-    """Of the learned edit."""
+    """Of the learned edit; most rows of word-rows."""
     suites: tuple[str, ...] = ()
     defense_efficacy_min: float | None = None
     """The policy's bar; with one it serves only once its Risk Card meets it."""

@@ -119,7 +119,7 @@ def test_killed_training_ends_with_the_same_rows(tiny: FrozenModel, tmp_path: Pa
         torch.testing.assert_close(other, value, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("method", ["direction", "sae-feature", "gated-edit"])
+@pytest.mark.parametrize("method", ["direction", "sae-feature", "gated-edit", "word-rows"])
 def test_every_method_ends_in_a_stateless_policy_or_says_why_not(
     mechctl: Run,
     class_file: Callable[..., Path],

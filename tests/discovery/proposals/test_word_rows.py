@@ -1,0 +1,115 @@
+"""Rows against words: which tokens are struck, and what the rows do at a layer of a tiny model."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from discovery.errors import DiscoveryError
+from discovery.frozen_model import FrozenModel
+from discovery.progress import Meter
+from discovery.proposals.contrast import Contrast, Judged
+from discovery.proposals.struck_words import (
+    StruckPiece,
+    spellings,
+    struck_pieces,
+    unwanted_words,
+)
+from discovery.proposals.trait import Sampled
+from discovery.proposals.word_rows import (
+    WORD_RATE,
+    WordStates,
+    begun,
+    centred_unembedding,
+    likeliest,
+    word_rows,
+    word_states,
+)
+
+WORDS = Judged(kind="words", words=("zzz", "yyy"))
+
+
+def test_word_is_struck_at_its_piece_that_is_used_least_elsewhere() -> None:
+    """Of 7 8 9 the token 8 is the rarest; a beginning is needed, so the first token is never it."""
+    assert struck_pieces([(7, 8, 9)], {7: 0, 8: 1, 9: 5}) == [StruckPiece(8, ((7,),))]
+    assert struck_pieces([(7,)], {7: 100}) == [StruckPiece(7, ((),))]
+
+
+def test_words_that_share_a_piece_share_its_row() -> None:
+    """One row strikes 8 after 7 and after 6; a word that goes on from a struck one needs no other."""
+    pieces = struck_pieces([(7, 8), (6, 8), (5, 7, 8), (7, 8, 9)], Counter({9: 0}))
+    assert pieces == [StruckPiece(8, ((6,), (7,)))]
+
+
+def test_words_are_those_of_the_class_and_those_that_its_judge_marks_alone() -> None:
+    """The judge's own come first, then the class file's, then the marked ones of the prompts by frequency."""
+    prompts: dict[str, dict[str, tuple[str, ...]]] = {}
+    contrast = Contrast("rude", "avoid", Judged(kind="toxicity"), (), prompts, words=("twats",))
+    texts = ["Shit happens, he said.", "That shit? A pile of f***.", "the assessment passed"]
+    assert unwanted_words(contrast, texts) == ["twats", "shit", "f***"]
+    with pytest.raises(DiscoveryError, match="'harmless', which its judge does not mark"):
+        unwanted_words(Contrast("rude", "avoid", WORDS, (), prompts, words=("harmless",)), [])
+    plain = Contrast("loud", "avoid", WORDS, (), prompts)
+    assert unwanted_words(plain, ["no such words"]) == ["zzz", "yyy"]
+
+
+def test_spellings_are_marked_by_the_judge_and_have_something_before_them(tiny: FrozenModel) -> None:
+    """A first name with a capital is no profanity, so only the judge's spelling is struck."""
+    found = [tiny.decode(tokens) for tokens in spellings(tiny, Judged(kind="toxicity"), ["dick"])]
+    assert found
+    assert all(text.endswith("dick") and text != "dick" for text in found)
+    with pytest.raises(DiscoveryError, match="give the class file `words`"):
+        spellings(tiny, WORDS, ["harmless"])
+
+
+def test_states_are_those_after_a_beginning_and_know_how_likely_the_word_is(tiny: FrozenModel) -> None:
+    """State and probability are read at the end of each place, whatever its length and batch."""
+    samples = [Sampled((1, 2, 3), tuple(range(30, 30 + length)), None) for length in (4, 9, 17)]
+    pieces = [StruckPiece(20, ((21,), (22, 23))), StruckPiece(50, ((),))]
+    places = begun(samples, pieces, 0)
+    assert {ids[-1] for number, ids in places if number == 0} == {21, 23}
+    found = word_states(tiny, places, pieces, [2], Meter("words", len(places), "places"))
+    for place in (0, len(places) // 2, len(places) - 1):
+        number, ids = places[place]
+        tokens = torch.tensor([ids])
+        state = tiny.residuals(tokens, torch.ones_like(tokens), [2])[2][0, -1].float()
+        torch.testing.assert_close(found.states[2][place], state, rtol=1e-4, atol=1e-4)
+        likely = tiny.network(input_ids=tokens).logits[0, -1].float().softmax(-1)[pieces[number].token]
+        torch.testing.assert_close(found.likely[place], likely, rtol=1e-3, atol=1e-6)
+    assert likeliest(found, 2, 1) == likeliest(found, 2, 2)[:1]
+
+
+def test_rows_lower_their_word_where_it_has_begun_and_spare_other_tokens(tiny: FrozenModel) -> None:
+    """The word's logit falls by about alpha, others stay; one in 1000 other tokens is touched."""
+    generator = torch.Generator().manual_seed(3)
+    others = torch.randn(4000, tiny.spec.hidden_size, generator=generator)
+    begins = torch.randn(tiny.spec.hidden_size, generator=generator) * 1.5
+    states = torch.randn(40, tiny.spec.hidden_size, generator=generator) + begins
+    pieces = [StruckPiece(20, ((21,),)), StruckPiece(50, ((),))]
+    piece = torch.tensor([0] * 30 + [1] * 10)
+    found = WordStates({2: states}, piece, torch.linspace(0.2, 0.4, 40))
+    rows = word_rows(tiny, 2, pieces, [1, 0], found, others)
+
+    def edited(x: torch.Tensor) -> torch.Tensor:
+        return x + 6.0 * (x @ rows.read.T + rows.bias).clamp(min=0) @ rows.write
+
+    unembed = centred_unembedding(tiny)
+    scale = others.square().mean(-1).sqrt().median()
+    moved = (edited(states[:30]) - states[:30]) @ unembed.T / scale
+    assert 4 < -moved[:, 20].median() < 9
+    rest = [token for token in range(tiny.spec.vocab_size) if token not in (20, 50)]
+    assert moved[:, rest].abs().median() < 1
+    touched = ((others @ rows.read.T + rows.bias) > 0).float().mean(0)
+    assert (touched - WORD_RATE).abs().max() < WORD_RATE
+    assert torch.corrcoef(torch.stack([others @ rows.read[0], others @ unembed[50]]))[0, 1] > 0.5
+
+
+def test_word_rows_are_for_classes_to_avoid(
+    mechctl: Callable[..., tuple[int, str, str]], class_file: Callable[..., Path]
+) -> None:
+    """A class whose prompts want an answer has no words to strike: one line says so."""
+    status, _, errors = mechctl("propose", "--contrast", class_file(), "--method", "word-rows")
+    assert status == 2
+    assert "aim = 'answer', but word-rows strike words out of answers" in errors
