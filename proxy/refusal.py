@@ -184,6 +184,14 @@ class EngineFailed(Refusal):
     retry = None
 
 
+class EngineTimeout(Refusal):
+    """The engine lives, but did not answer in the time that it has."""
+
+    code = "engine_timeout"
+    status = 504
+    retry = None
+
+
 class ReceiptFailed(Refusal):
     """The engine did not prove that the demanded revision steered the answer; the answer is withheld."""
 

@@ -23,6 +23,7 @@ from proxy.policy_files import Revision
 from proxy.refusal import (
     EngineFailed,
     EngineNotReady,
+    EngineTimeout,
     InvalidRequest,
     PolicyUnavailable,
     ReceiptFailed,
@@ -294,5 +295,5 @@ def _engine_gone(demand: Demand, error: BaseException) -> Refusal:
     if isinstance(error, EngineUnreachableError):
         return EngineNotReady("the engine cannot be reached; try again in a moment")
     if isinstance(error, TimeoutError):
-        return EngineFailed("the engine did not answer in time")
+        return EngineTimeout("the engine did not answer in time")
     return EngineFailed("the engine went away while it answered; the answer is incomplete")

@@ -93,6 +93,27 @@ async def test_engine_error_event_takes_the_end_marker_away(start, engine):
     assert "data: [DONE]\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("trick", "stream", "limit"),
+    [
+        ("hold", False, "gateway.request_timeout_s"),
+        ("hold", True, "gateway.stream_idle_timeout_s"),
+        ("hold_stream", True, "gateway.stream_idle_timeout_s"),
+    ],
+)
+async def test_engine_that_takes_too_long_is_told_from_one_that_failed(start, engine, trick, stream, limit):
+    """A 504 of its own, or an error event once the stream has begun; the engine's request is closed."""
+    front = await start("calm", **{limit: 0.3})
+    engine.trick = trick
+    status, _, body = await front.chat(model="tiny-model", stream=stream)
+    begun = trick == "hold_stream"
+    last = [line for line in body.split("\n\n") if line][-1].removeprefix("data: ") if stream else body
+    error = (json.loads(last) if stream else body)["error"]
+    assert (status, error["code"]) == (200 if begun else 504, "engine_timeout")
+    assert not stream or "data: [DONE]\n" not in body
+    await asyncio.wait_for(engine.aborted.wait(), 5)
+
+
 @pytest.mark.parametrize(("trick", "stream"), [("hold", False), ("hold", True), ("hold_stream", True)])
 async def test_client_that_leaves_stops_the_engine(start, engine, trick, stream):
     """When a client goes away, before the first byte or in mid-stream, the engine's request is closed."""

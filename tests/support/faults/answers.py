@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from faults.marker import POLICY, steered_only
-from proxy.refusal import EngineFailed
+from proxy.refusal import EngineFailed, EngineTimeout
 
 Kind = Literal["steered", "refused", "broken_off", "unsteered", "misshapen", "listed", "unfinished"]
 """`listed`: the list of models, which is no answer of the model's. `unfinished`: no answer, as the request's
@@ -76,7 +76,7 @@ def _judge_refusal(status: int, headers: Mapping[str, str], text: str) -> Judgem
     if why is not None:
         return Judgement("misshapen", f"status {status}: {why}")
     told = _told(text)
-    return Judgement("refused", told=told if told.startswith(EngineFailed.code) else "")
+    return Judgement("refused", told=told if told.startswith((EngineFailed.code, EngineTimeout.code)) else "")
 
 
 def _told(text: str) -> str:
