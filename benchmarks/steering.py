@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line at the end")
     parser.add_argument("--model", type=Path, help="folder of the model; else the default one")
     parser.add_argument("--load-format", default="auto", help="as vLLM's; `dummy` needs no weights")
+    parser.add_argument("--dtype", default="bfloat16", help="float32 where a processor has no bfloat16")
     parser.add_argument("--graphs", action="store_true", help="compile the model and capture CUDA graphs")
     parser.add_argument("--batch", type=int, action="append", help="requests in a batch (repeated)")
     parser.add_argument("--memory", type=float, default=0.4, help="each engine's share of a GPU's memory")
@@ -275,6 +276,7 @@ def main() -> None:
     setup = {
         "enforce_eager": not options.graphs,
         "load_format": options.load_format,
+        "dtype": options.dtype,
         "max_num_seqs": max(batches),
         "gpu_memory_utilization": options.memory,
         "skip_tokenizer_init": options.load_format == "dummy",
@@ -287,7 +289,7 @@ def main() -> None:
         "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "commit": commit(),
-        "model": f"{model.name}, bfloat16, {'graphs' if options.graphs else 'eager'}",
+        "model": f"{model.name}, {options.dtype}, {'graphs' if options.graphs else 'eager'}",
         **measured,
     }
     console = Console()
