@@ -142,7 +142,8 @@ class SteeringRuntime:
 
     def track(self, request_id: str, extra_args: Mapping[str, Any] | None, cached_tokens: int) -> None:
         """A request is scheduled for the first time."""
-        args = RequestArgs(None, "") if self.warming_up else RequestArgs.read(extra_args)
+        made_by_vllm = self.warming_up and not extra_args
+        args = RequestArgs(None, "") if made_by_vllm else RequestArgs.read(extra_args)
         if request_id in self._tracked:  # resumed after preemption: gates stay fired where they fired
             return
         slot = self._free_slots.pop()
@@ -159,11 +160,10 @@ class SteeringRuntime:
             self._free_slots.append(tracked.slot)
 
     def end_warm_up(self, dtype: torch.dtype) -> None:
-        """Requests are real from now on; the op's kernels are compiled, so that none of them waits for that.
+        """Before the first real request: the op's kernels are compiled, so that none waits for that.
 
-        Raises RuntimeError if one of vLLM's own is still there.
+        Raises RuntimeError if a request of vLLM's own making is still there.
         """
-        self.warming_up = False
         if self._tracked:
             raise RuntimeError(f"vLLM's warm-up has left requests behind: {', '.join(sorted(self._tracked))}")
         self.clear_step()
@@ -191,9 +191,10 @@ class SteeringRuntime:
         tracked or a revision that is not resident, and RuntimeError where a graph does not do what they
         demand: then the pass must not run.
         """
-        in_prompt = [begin < end for begin, end in zip(first_position, prompt_length, strict=True)]
-        if replayed and not self.may_replay(request_ids, in_prompt):
-            raise RuntimeError("a step with a gate that must read was about to be replayed from a graph")
+        if replayed:
+            in_prompt = [begin < end for begin, end in zip(first_position, prompt_length, strict=True)]
+            if not self.may_replay(request_ids, in_prompt):
+                raise RuntimeError("a step with a gate that must read was about to be replayed from a graph")
         tracked = [self._tracked[request_id] for request_id in request_ids]
         self.bank.begin_step(
             revisions=[entry.args.revision for entry in tracked],
@@ -210,9 +211,11 @@ class SteeringRuntime:
             entry.tokens_evaluated += count
 
     def may_replay(self, request_ids: Sequence[str], in_prompt: Sequence[bool]) -> bool:
-        """See `PlanBank.may_replay`; KeyError for a request that is not tracked."""
+        """See `PlanBank.may_replay`; where graphs hold the op, KeyError for a request that is not tracked."""
+        if not self.replays:
+            return False
         revisions = [self._tracked[request_id].args.revision for request_id in request_ids]
-        return self.replays and self.bank.may_replay(revisions, in_prompt)
+        return self.bank.may_replay(revisions, in_prompt)
 
     def reports(self) -> StepReports:
         """For every request of the last pass, what was done for it since it began."""

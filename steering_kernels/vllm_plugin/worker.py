@@ -68,7 +68,10 @@ def patch_worker() -> None:
     def compile_or_warm_up_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         runtime = self.model_runner.interpretops
         runtime.warming_up = True
-        result = original(self, *args, **kwargs)
+        try:
+            result = original(self, *args, **kwargs)
+        finally:  # whoever lives on after a failure must name policies
+            runtime.warming_up = False
         runtime.end_warm_up(self.model_config.dtype)
         return result
 

@@ -29,6 +29,9 @@ from interpretops.refusal import is_degenerate
 from interpretops.riskcard import RiskCard, load_card
 from interpretops.settings import load_settings
 
+DATA = Path(os.environ.get("INTERPRETOPS_DATA", Path(__file__).parents[3] / "shared" / "data"))
+"""Public data, by default where `make cards` looks for it: beside the checkout."""
+
 POLICY = """
 meta: {id: guard, target_class: jailbreak}
 gates: {late: {phase: decode}}
@@ -444,9 +447,9 @@ def test_shipped_suite_takes_nothing_that_training_or_selection_saw(repository: 
                 assert high <= source.part[0] or source.part[1] <= low, source.path
 
 
-@pytest.mark.skipif("INTERPRETOPS_DATA" not in os.environ, reason="INTERPRETOPS_DATA names no data folder")
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data in {DATA}; INTERPRETOPS_DATA names the folder")
 def test_shipped_suite_finds_its_files(repository: Path) -> None:
     """Each file of the shipped suite is found and gives prompts."""
     suite_file = repository / "discovery/evaluation/suites/jailbreak-unseen.yaml"
-    loaded = load_suite(suite_file, os.environ["INTERPRETOPS_DATA"])
+    loaded = load_suite(suite_file, str(DATA))
     assert len(loaded.prompts) > 500

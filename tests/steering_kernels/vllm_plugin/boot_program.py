@@ -1,7 +1,8 @@
 """A program that configures engines with the plugin, as their boot does, and tells why each may not start.
 
 Usage: boot_program.py CASES RESULT. CASES: JSON, engine arguments by name. RESULT: JSON, the refusal of
-each, or null; and under `versions` that of each vLLM version tried.
+each, or null; under `versions` that of each vLLM version tried; and under `graphs` what becomes of each mode
+of CUDA graphs, by whether the runner can hold the op in graphs of the whole model.
 """
 
 import json
@@ -35,7 +36,26 @@ def main(cases: str, result: str) -> None:
             told[name] = None
         except ValueError as error:
             told[name] = str(error)
-    Path(result).write_text(json.dumps(told | {"versions": versions}))
+    Path(result).write_text(json.dumps(told | {"versions": versions, "graphs": graphs()}))
+
+
+def graphs() -> dict[str, dict[str, str]]:
+    """Cut graphs of every mode."""
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+
+    from steering_kernels.ops.site_op import SITE_OP
+    from steering_kernels.vllm_plugin.engine_config import cut_graphs
+
+    found: dict[str, dict[str, str]] = {}
+    for whole in (True, False):
+        for mode in CUDAGraphMode:
+            compilation = CompilationConfig(
+                mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=mode, splitting_ops=["vllm::attention"]
+            )
+            cut_graphs(compilation, whole=whole)
+            assert SITE_OP in compilation.splitting_ops
+            found.setdefault("whole" if whole else "pieces", {})[mode.name] = compilation.cudagraph_mode.name
+    return found
 
 
 if __name__ == "__main__":

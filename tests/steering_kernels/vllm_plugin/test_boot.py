@@ -80,3 +80,13 @@ def test_configurations_that_are_followed_boot(told: dict[str, Any]) -> None:
     assert told["plain"] is None
     assert told["compiled"] is None
     assert told["two ranks"] is None
+
+
+def test_graphs_of_the_whole_model_are_for_a_runner_that_holds_the_op_in_them(told: dict[str, Any]) -> None:
+    """And then for decode steps alone; elsewhere they are cut into pieces. What was turned off stays off."""
+    left = {"NONE": "NONE", "PIECEWISE": "PIECEWISE"}
+    full = ("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
+    assert told["graphs"] == {
+        "whole": left | dict.fromkeys(full, "FULL_AND_PIECEWISE"),
+        "pieces": left | dict.fromkeys(full, "PIECEWISE"),
+    }

@@ -136,6 +136,12 @@ def test_requests_of_the_warm_up_name_no_policy_and_are_the_last_that_may(make_r
         runtime.end_warm_up(torch.bfloat16)
     runtime.untrack("_warmup_0_")
     runtime.end_warm_up(torch.bfloat16)
+    plan = plan_with(runtime)
+    track(runtime, "real", plan)
+    runtime.begin_step(["real"], [1], [0], [PROMPT])
+    (report,) = runtime.reports().take().values()
+    assert report[0] == plan.revision, "a request that names a policy came under none"
+    runtime.warming_up = False
     with pytest.raises(RequestArgsError):
         runtime.track("a", None, 0)
 
