@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 from engines import EngineServer
@@ -14,6 +15,10 @@ from tiny_families import save_family
 pytestmark = pytest.mark.engine
 WORKERS = 4
 """Requests at a time at each gateway."""
+PAUSE_S = 0.3
+"""Before each of them: the engines share a small machine."""
+UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+"""By itself vLLM binds every engine's worker to the same core, where a busy one starves one that starts."""
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +36,19 @@ def model(default_model_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def servers(model, tmp_path_factory):
     """Two engines, started together."""
-    running = [EngineServer(model, tmp_path_factory.mktemp(name), "tiny-model") for name in ("a", "b")]
-    for server in running:
-        server.start("--dtype", "float32")
-    try:
+    folders = [tmp_path_factory.mktemp(name) for name in ("a", "b")]
+    running = [EngineServer(model, folder, "tiny-model", UNBOUND) for folder in folders]
+    with ExitStack() as ending:
+        for server in running:
+            server.start("--dtype", "float32")
+            ending.callback(server.stop)
         for server in running:
             server.wait()
         yield running
-    finally:
-        for server in running:
-            server.stop()
 
 
 class Load:
-    """Asks without pause, and notes of each answer under which label it came and what it said."""
+    """Asks again and again, and notes of each answer under which label it came and what it said."""
 
     def __init__(self, fronts):
         self.answers = Counter()
@@ -56,6 +60,7 @@ class Load:
         turn = 0
         while not self._stop:
             turn += 1
+            await asyncio.sleep(PAUSE_S)
             stream = turn % 2 == 0
             status, headers, body = await ask(front, stream=stream)
             text = text_of(body, stream) if status == 200 else None

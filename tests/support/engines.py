@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -106,8 +107,9 @@ def run_engine(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 class EngineServer:
     """An engine server on a socket of its own."""
 
-    def __init__(self, model: Path, folder: Path, name: str) -> None:
+    def __init__(self, model: Path, folder: Path, name: str, environ: dict[str, str] | None = None) -> None:
         self.log, self.socket = folder / "log.txt", folder / "engine.sock"
+        self._environ = {"VLLM_PLUGINS": "interpretops", "VLLM_CPU_KVCACHE_SPACE": "1"} | (environ or {})
         self._command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
             *("--uds", str(self.socket), "--served-model-name", name, "--enforce-eager"),
@@ -126,7 +128,7 @@ class EngineServer:
         with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
                 self._command,
-                env=os.environ | {"VLLM_PLUGINS": "interpretops", "VLLM_CPU_KVCACHE_SPACE": "1"},
+                env=os.environ | self._environ,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -137,7 +139,7 @@ class EngineServer:
         deadline = time.monotonic() + 300
         while True:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, "the engine did not start in 300 s"
+            assert time.monotonic() < deadline, f"no answer in 300 s\n{self.log.read_text()[-3000:]}"
             try:
                 with self.client() as client:
                     if client.get("/health").status_code == 200:
@@ -153,7 +155,11 @@ class EngineServer:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(60)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
 
     def client(self) -> httpx.Client:
         return httpx.Client(
