@@ -50,6 +50,8 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 16, 64
 BATCHES = [1, 4, 16]
 TTFT_PROMPTS = (16, 512)
 FEATURES, LAYERS = 5, (10, 18)
+REST_S = 1.2
+"""Rest before each batch: after its last one a worker spins for a second, and both are bound to one core."""
 WORKER = Path(__file__).with_name("engine_worker.py")
 
 
@@ -182,6 +184,7 @@ def measure(
                 revisions = [drawn[index % len(drawn)].revision for index in range(len(texts))]
             else:
                 revisions = [closed.revision if setting == "gated" else "none"] * len(texts)
+            time.sleep(REST_S)
             return (vanilla if setting == "vanilla" else ours).run(texts, revisions, tokens)
 
         def play(name: str) -> dict[str, float]:
