@@ -56,11 +56,7 @@ def test_one_command_measures_the_shipped_guard(
     (policies / "jailbreak.yaml").write_text((repository / "policies" / "jailbreak.yaml").read_text())
     settings = load_settings(
         None,
-        {
-            "paths.policies": policies,
-            "paths.artifacts": repository / "sae_artifacts",
-            "model.dtype": "float32",  # bfloat16 is emulated on some machines
-        },
+        {"paths.policies": policies, "paths.artifacts": repository / "sae_artifacts"},
         environ={},
     )
     out = tmp_path / "out"

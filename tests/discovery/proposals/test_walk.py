@@ -66,10 +66,9 @@ def served(command: list[str], folder: Path) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(2 * WALK_S)
 def test_the_walk_ends_in_a_served_policy_that_acts(
-    repository: Path, tmp_path: Path, default_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    repository: Path, tmp_path: Path, default_model_dir: Path
 ) -> None:
     """Search, propose, compile, serve and eval run as printed; the policy refuses doses that it never saw."""
-    monkeypatch.setenv("INTERPRETOPS_MODEL_DTYPE", "float32")  # bfloat16 is emulated on some machines
     (tmp_path / "docs").symlink_to(repository / "docs")
     del default_model_dir
     typed = [shlex.split(line) for line in commands(repository)]
