@@ -15,8 +15,6 @@ from tiny_families import save_family
 pytestmark = pytest.mark.engine
 WORKERS = 4
 """Requests at a time at each gateway."""
-PAUSE_S = 0.3
-"""Before each of them: the engines share a small machine."""
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 """By itself vLLM binds every engine's worker to the same core, where a busy one starves one that starts."""
 
@@ -48,7 +46,7 @@ def servers(model, tmp_path_factory):
 
 
 class Load:
-    """Asks again and again, and notes of each answer under which label it came and what it said."""
+    """Asks without pause, and notes of each answer under which label it came and what it said."""
 
     def __init__(self, fronts):
         self.answers = Counter()
@@ -60,7 +58,6 @@ class Load:
         turn = 0
         while not self._stop:
             turn += 1
-            await asyncio.sleep(PAUSE_S)
             stream = turn % 2 == 0
             status, headers, body = await ask(front, stream=stream)
             text = text_of(body, stream) if status == 200 else None
