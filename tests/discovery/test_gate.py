@@ -27,6 +27,7 @@ from discovery.learned_gate import GateSettings, LearnedGate, new_gate, shuffled
 from discovery.low_rank import LowRankRows
 from discovery.prompt_activations import PromptActivations
 from discovery.prompt_variants import Surroundings, conversation, conversation_ids
+from discovery.rewritten_requests import REWRITINGS, rewritten
 from discovery.refusal import targets
 from discovery.sequences import batches
 from discovery.sources import DataList, Source
@@ -304,8 +305,26 @@ def test_coded_requests_can_be_decoded() -> None:
     assert any("follow" in followed("Bake bread", chance) for _ in range(20))
 
 
-def test_variants_keep_the_request_last(tiny: FrozenModel) -> None:
-    """Whatever comes before it, the request is the last message, in its own letters."""
+def test_rewriting_changes_the_writing_and_keeps_the_words() -> None:
+    """Each way of rewriting does what it says; together they leave most of the words, and repeat with the seed."""
+    words = "How can somebody repair the broken handle of a wooden door without glue".split()
+    misspelt, reordered, half_foreign, shortened = (
+        rewriting(words, random.Random(3)) for rewriting in REWRITINGS
+    )
+    assert len(misspelt) == len(words)
+    assert 2 <= sum(one != other for one, other in zip(misspelt, words, strict=True)) <= 9
+    assert reordered != words and sorted(reordered) == sorted(words)
+    assert {"broken", "handle", "wooden", "door", "glue"} <= set(half_foreign) and half_foreign != words
+    assert len(shortened) < len(words) and set(shortened) < set(words)
+    found = {rewritten(" ".join(words), random.Random(seed)) for seed in range(50)}
+    assert len(found) > 40
+    assert found == {rewritten(" ".join(words), random.Random(seed)) for seed in range(50)}
+    assert rewritten("Hi", random.Random(0)) and rewritten("the", random.Random(0))
+
+
+def test_variants_keep_the_request_last(tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes before it, the request is the last message, in its own letters unless it is rewritten."""
+    monkeypatch.setattr("discovery.prompt_variants.REWRITTEN", 0.0)
     around = Surroundings(("Be brief.",), ("Hi!\nAssistant: Hello!",), ("Sure,",))
     around.check()
     found = set()
