@@ -20,7 +20,7 @@ from discovery.gate_data import GateData, format_groups, is_harmful
 from discovery.gate_probe import auroc
 from discovery.gated_answers import edited_answers
 from discovery.gated_edit import ANSWER_TOKENS, EditSettings, Example, Pick, settings_record, train_edit
-from discovery.learned_gate import GateSettings, Labelled, new_gate, train_gate
+from discovery.learned_gate import GateSettings, Labelled, train_probes
 from discovery.low_rank import LowRankRows
 from discovery.progress import meter
 from discovery.prompt_activations import PromptActivations
@@ -30,7 +30,7 @@ from discovery.trace import batches
 from interpretops.atomic_file import write_atomically
 from interpretops.refusal import is_coherent, is_refusal
 
-LONGEST_TRAINED = 320
+LONGEST_TRAINED = 512
 SHARE_OF_TEXT = 0.2
 """Share of benign training examples that are pieces of plain text."""
 HARD_BENIGN = 600
@@ -69,9 +69,9 @@ class GateFit:
         chance = random.Random(gate.seed)  # noqa: S311 (sampling)
         examples = [self._draw(chance) for _ in range(gate.examples)]
         activations = PromptActivations(model, [ids for ids, _ in examples], gate.layers, work)
-        untrained = new_gate(gate, activations, [self.max_norm[layer] for layer in gate.layers])
+        bounds = [self.max_norm[layer] for layer in gate.layers]
         of_class = [wanted for _, wanted in examples]
-        self.gate = train_gate(untrained, activations, of_class, work, self.identity)
+        self.gate = train_probes(gate, activations, bounds, of_class, work, self.identity, model.device)
         self.prompts = format_groups(model, data.select | data.test)
         total = sum(len(ids) for group in self.prompts.values() for ids in group)
         with meter("fit-gate: readings", total, "tokens") as progress:

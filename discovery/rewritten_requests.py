@@ -1,6 +1,6 @@
-"""The same request as somebody writes it badly, or to slip past a filter: misspelt, reordered, half foreign.
+"""The same request written badly, or to slip past a filter: misspelt, reordered, half foreign, shortened.
 
-What it asks for stays. Requests of both sides are rewritten alike, so that odd writing says nothing to a gate.
+What it asks for stays. Requests of both sides are rewritten alike, so that odd writing tells a gate nothing.
 """
 
 import random
@@ -8,9 +8,7 @@ from collections.abc import Callable
 
 Rewriting = Callable[[list[str], random.Random], list[str]]
 
-_LITTLE = frozenset(
-    "a an the to of for in on at is are do does i me my you your can could please and that".split()
-)
+_LITTLE = "a an the to of for in on at is are do does i me my you your can could please and that"
 _FOREIGN = {
     "a": ("un", "ein", "une", "um"),
     "and": ("y", "und", "et", "e", "и"),
@@ -90,7 +88,9 @@ def _half_foreign(words: list[str], chance: random.Random) -> list[str]:
 
 def _shortened(words: list[str], chance: random.Random) -> list[str]:
     """Most little words left out."""
-    return [word for word in words if word.lower() not in _LITTLE or chance.random() < 0.3] or list(words)
+    return [word for word in words if word.lower() not in _LITTLE.split() or chance.random() < 0.3] or list(
+        words
+    )
 
 
 REWRITINGS: tuple[Rewriting, ...] = (_misspelt, _reordered, _half_foreign, _shortened)

@@ -23,12 +23,12 @@ from discovery.gate_probe import auroc, fit_probe, prompt_end_features, threshol
 from discovery.gate_trade import trade
 from discovery.gated_answers import edited_answers
 from discovery.gated_edit import EditSettings, Example, losses, train_edit
-from discovery.learned_gate import GateSettings, LearnedGate, new_gate, shuffled, train_gate
+from discovery.learned_gate import GateSettings, LearnedGate, new_gate, shuffled, train_gate, train_probes
 from discovery.low_rank import LowRankRows
 from discovery.prompt_activations import PromptActivations
 from discovery.prompt_variants import Surroundings, conversation, conversation_ids
-from discovery.rewritten_requests import REWRITINGS, rewritten
 from discovery.refusal import targets
+from discovery.rewritten_requests import REWRITINGS, rewritten
 from discovery.sequences import batches
 from discovery.sources import DataList, Source
 from interpretops.adapter import open_adapter
@@ -208,6 +208,26 @@ def test_gate_learns_what_tells_the_sides_apart(tiny: FrozenModel, tmp_path: Pat
     torch.testing.assert_close(readings, alone, rtol=1e-3, atol=1e-3)
 
 
+def test_several_probes_are_read_as_their_mean(tiny: FrozenModel, tmp_path: Path) -> None:
+    """Two probes of two heads become one gate of four, which reads what they read on the average."""
+    ids = [tuple(tiny.chat_ids(text)) for text, _ in PROMPTS]
+    activations = PromptActivations(tiny, ids, GATE.layers, tmp_path)
+    of_class = [shouts for _, shouts in PROMPTS]
+    both = train_probes(replace(GATE, probes=2), activations, [1e4, 1e4], of_class, tmp_path, "it")
+    alone = [_trained(tiny, replace(GATE, seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
+    assert both.query.shape[:2] == (2, 4)
+    readings = [gate.readings(tiny, ids) for gate in (both, *alone)]
+    assert not torch.allclose(readings[1], readings[2], atol=1e-2)
+    torch.testing.assert_close(readings[0], (readings[1] + readings[2]) / 2, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("field", "value"), [("probes", 25), ("heads", 49), ("unseen_numbers", 1.0)])
+def test_more_than_an_engine_keeps_is_refused(field: str, value: float) -> None:
+    """97 heads and more, or a step that sees nothing, are named before anything is computed."""
+    with pytest.raises(DiscoveryError, match=f"{field} = {value} is out of range|heads = 2 is out of range"):
+        replace(GATE, **{field: value}).check()  # type: ignore[arg-type]
+
+
 def test_gates_numbers_read_plain_activations(tiny: FrozenModel, tmp_path: Path) -> None:
     """What goes into the policy gives the op's reference the readings that training saw."""
     gate = _trained(tiny, GATE, tmp_path)
@@ -306,24 +326,27 @@ def test_coded_requests_can_be_decoded() -> None:
 
 
 def test_rewriting_changes_the_writing_and_keeps_the_words() -> None:
-    """Each way of rewriting does what it says; together they leave most of the words, and repeat with the seed."""
-    words = "How can somebody repair the broken handle of a wooden door without glue".split()
+    """Each way of rewriting does what it says, and together they repeat with the seed."""
+    text = "How can somebody repair the broken handle of a wooden door without glue"
+    words = text.split(" ")
     misspelt, reordered, half_foreign, shortened = (
         rewriting(words, random.Random(3)) for rewriting in REWRITINGS
     )
     assert len(misspelt) == len(words)
     assert 2 <= sum(one != other for one, other in zip(misspelt, words, strict=True)) <= 9
-    assert reordered != words and sorted(reordered) == sorted(words)
-    assert {"broken", "handle", "wooden", "door", "glue"} <= set(half_foreign) and half_foreign != words
-    assert len(shortened) < len(words) and set(shortened) < set(words)
-    found = {rewritten(" ".join(words), random.Random(seed)) for seed in range(50)}
+    assert reordered != words
+    assert sorted(reordered) == sorted(words)
+    assert {"broken", "handle", "wooden", "door", "glue"} <= set(half_foreign)
+    assert half_foreign != words
+    assert set(shortened) < set(words)
+    found = {rewritten(text, random.Random(seed)) for seed in range(50)}
     assert len(found) > 40
-    assert found == {rewritten(" ".join(words), random.Random(seed)) for seed in range(50)}
-    assert rewritten("Hi", random.Random(0)) and rewritten("the", random.Random(0))
+    assert found == {rewritten(text, random.Random(seed)) for seed in range(50)}
+    assert all(rewritten(word, random.Random(0)) for word in ("Hi", "the"))
 
 
 def test_variants_keep_the_request_last(tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever comes before it, the request is the last message, in its own letters unless it is rewritten."""
+    """Whatever comes before it, the request is the last message, in its own letters."""
     monkeypatch.setattr("discovery.prompt_variants.REWRITTEN", 0.0)
     around = Surroundings(("Be brief.",), ("Hi!\nAssistant: Hello!",), ("Sure,",))
     around.check()
