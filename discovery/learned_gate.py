@@ -167,8 +167,8 @@ def train_probes(
     work: Path,
     identity: Any,
     device: torch.device | str = "cpu",
-) -> LearnedGate:
-    """Train the settings' probes one after the other; gives one gate that reads their mean, on the CPU."""
+) -> list[LearnedGate]:
+    """Train the settings' probes one after the other, each from its own seed; they end on the CPU."""
     probes = []
     for number in range(settings.probes):
         own = replace(settings, probes=1, seed=settings.seed + number)
@@ -176,19 +176,7 @@ def train_probes(
         folder.mkdir(parents=True, exist_ok=True)
         gate = new_gate(own, activations, bounds).to(device)
         probes.append(train_gate(gate, activations, of_class, folder, identity).to("cpu"))
-    return mean_of(probes)
-
-
-@torch.no_grad()
-def mean_of(probes: Sequence[LearnedGate]) -> LearnedGate:
-    """One gate whose reading is the mean of the probes': all their heads side by side."""
-    first, count = probes[0], len(probes)
-    settings = replace(first.settings, heads=first.settings.heads * count)
-    gate = LearnedGate(settings, first.mean, first.spread, first.bounds)
-    gate.query.copy_(torch.cat([probe.query for probe in probes], 1))
-    gate.value.copy_(torch.cat([probe.value for probe in probes], 1) / count)
-    gate.bias.copy_(torch.cat([probe.bias for probe in probes], 1) / count)
-    return gate
+    return probes
 
 
 def train_gate(

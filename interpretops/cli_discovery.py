@@ -176,6 +176,12 @@ def fit_gate(
     ] = "9,12,15",
     heads: Annotated[int, typer.Option(help="Heads of the probe at each of them.")] = 8,
     probes: Annotated[int, typer.Option(help="Probes trained apart; the gate reads their mean.")] = 1,
+    join: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--join", help="Probe file trained before; counts as one probe more.", show_default=False
+        ),
+    ] = None,
     unseen_numbers: Annotated[
         float, typer.Option(help="Share of each activation that a training step of the probe does not see.")
     ] = 0.2,
@@ -211,6 +217,7 @@ def fit_gate(
         policy_id=policy_id,
         out=out,
         work=work,
+        join=join or (),
         gate={
             "layers": _numbers("gate-layers", gate_layers),
             "heads": heads,
