@@ -170,6 +170,7 @@ def fit_gate(
     gate: dict[str, Any],
     edit: dict[str, Any],
     say: Say,
+    join: Sequence[Path] = (),
 ) -> None:
     """Fit a probe gate and the learned edit behind it; write adapter folder and policy."""
     from discovery.fit_gate import GateFit
@@ -184,7 +185,7 @@ def fit_gate(
     listed = read_data_list(data, data_folder)
     edit_settings = EditSettings(**edit)
     prompts = load_gate_data(listed, edit_settings.seed)
-    fit = GateFit(_model(settings, say), prompts, GateSettings(**gate), edit_settings, work)
+    fit = GateFit(_model(settings, say), prompts, GateSettings(**gate), edit_settings, work, join)
     trained = fit.train()
     outcomes = fit.outcomes(trained, [*prompts.select, *prompts.test])
     write_atomically(work / "outcomes.json", json.dumps(outcomes).encode())

@@ -20,7 +20,8 @@ from discovery.gate_data import GateData, format_groups, is_harmful
 from discovery.gate_probe import auroc
 from discovery.gated_answers import edited_answers
 from discovery.gated_edit import ANSWER_TOKENS, EditSettings, Example, Pick, settings_record, train_edit
-from discovery.learned_gate import GateSettings, Labelled, new_gate, train_gate
+from discovery.joined_probes import mean_of, read_numbers
+from discovery.learned_gate import GateSettings, Labelled, train_probes
 from discovery.low_rank import LowRankRows
 from discovery.progress import meter
 from discovery.prompt_activations import PromptActivations
@@ -30,7 +31,7 @@ from discovery.trace import batches
 from interpretops.atomic_file import write_atomically
 from interpretops.refusal import is_coherent, is_refusal
 
-LONGEST_TRAINED = 320
+LONGEST_TRAINED = 512
 SHARE_OF_TEXT = 0.2
 """Share of benign training examples that are pieces of plain text."""
 HARD_BENIGN = 600
@@ -48,8 +49,15 @@ class GateFit:
     """The state of one run: model, data, gate, edit. Every slow step is kept in ``work``."""
 
     def __init__(
-        self, model: FrozenModel, data: GateData, gate: GateSettings, edit: EditSettings, work: Path
+        self,
+        model: FrozenModel,
+        data: GateData,
+        gate: GateSettings,
+        edit: EditSettings,
+        work: Path,
+        join: Sequence[Path] = (),
     ) -> None:
+        """join  probe files trained before, each of which counts as one probe more"""
         edit.check()
         gate.check()
         model.check_layers([*gate.layers, *edit.layers])
@@ -58,7 +66,8 @@ class GateFit:
                 f"layers = {edit.layers}, but the gate reads at layer {gate.layers[-1]}, after that"
             )
         self.model, self.data, self.gate_settings, self.edit_settings = model, data, gate, edit
-        self.work = work
+        self.work, self.join = work, tuple(join)
+        joined = [read_numbers(path, model.spec, gate.layers) for path in join]
         self.identity = {
             "train": hashlib.sha256(repr((data.train, data.plain_text, data.openings)).encode()).hexdigest(),
             "around": hashlib.sha256(repr(data.surroundings).encode()).hexdigest(),
@@ -69,9 +78,10 @@ class GateFit:
         chance = random.Random(gate.seed)  # noqa: S311 (sampling)
         examples = [self._draw(chance) for _ in range(gate.examples)]
         activations = PromptActivations(model, [ids for ids, _ in examples], gate.layers, work)
-        untrained = new_gate(gate, activations, [self.max_norm[layer] for layer in gate.layers])
+        bounds = [self.max_norm[layer] for layer in gate.layers]
         of_class = [wanted for _, wanted in examples]
-        self.gate = train_gate(untrained, activations, of_class, work, self.identity)
+        probes = train_probes(gate, activations, bounds, of_class, work, self.identity, model.device)
+        self.gate = mean_of(probes, joined)
         self.prompts = format_groups(model, data.select | data.test)
         total = sum(len(ids) for group in self.prompts.values() for ids in group)
         with meter("fit-gate: readings", total, "tokens") as progress:
@@ -137,7 +147,7 @@ class GateFit:
             settings.rank,
             {n: self.norms[n] for n in settings.layers},
             settings.seed,
-        )
+        ).to(self.model.device)
         identity = {"settings": settings_record(settings), **self.identity}
         if settings.benign_weight > 0:  # only then does the edit depend on what opens the gate
             identity["gate"] = self.gate_settings.trained()
@@ -236,18 +246,24 @@ class GateFit:
     def choose_threshold(self, outcomes: dict[str, list[dict[str, Any]]]) -> float:
         """The lowest threshold that keeps the budgets of plain and of borderline selection prompts.
 
-        Groups of one kind are pooled, as a group of 60 prompts alone would decide by one of them.
+        Groups of one kind count the same, however many prompts each has; a group of 60 does not decide alone.
         """
         least = self._least_threshold()
+        settings = self.gate_settings
         for borderline in (False, True):
             names = [name for name in self._budgets() if ("borderline" in name) == borderline]
-            rows = [row for name in names for row in outcomes[name]]
-            refused = sorted((row["reading"] for row in rows if row["refused"]), reverse=True)
-            settings = self.gate_settings
-            budget = settings.borderline_budget if borderline else settings.benign_budget
-            allowed = int(budget * len(rows))
-            if len(refused) > allowed:
-                least = max(least, refused[allowed])
+            refused = [
+                (row["reading"], 1 / (len(names) * len(outcomes[name])))
+                for name in names
+                for row in outcomes[name]
+                if row["refused"]
+            ]
+            share, budget = 0.0, settings.borderline_budget if borderline else settings.benign_budget
+            for reading, part in sorted(refused, reverse=True):
+                share += part
+                if share > budget + 1e-9:
+                    least = max(least, reading)
+                    break
         return round(least + 5e-4, 3)
 
     def report(self, outcomes: dict[str, list[dict[str, Any]]], threshold: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from discovery.fit_gate import GateFit
 from discovery.gated_edit import settings_record
 from discovery.low_rank import LowRankRows
 from discovery.run_record import run_record, write_json
-from discovery.sources import DataList
+from discovery.sources import DataList, sha256_of_file
 from interpretops.adapter import AdapterSite, write_adapter
 from interpretops.atomic_file import write_atomically
 from interpretops.dictionary.manifest import MetricsRecord, TrainingRecord, write_manifest
@@ -45,7 +45,11 @@ def write_gate(
     record = run_record(
         "fit-gate",
         fit.edit_settings.seed,
-        {"gate": asdict(fit.gate_settings), "edit": settings_record(fit.edit_settings)},
+        {
+            "gate": asdict(fit.gate_settings),
+            "joined": {path.name: sha256_of_file(path) for path in fit.join},
+            "edit": settings_record(fit.edit_settings),
+        },
         data.record(),
     )
     trained = {

@@ -8,6 +8,7 @@ from discovery.coded_requests import decoded, followed
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.prompt_variants import Surroundings
+from discovery.rewritten_requests import rewritten
 from discovery.sources import DataList, Source, read_prompts, read_text, refuse_noncommercial
 
 CONTEXT = 1024
@@ -16,6 +17,8 @@ Groups = dict[str, list[str]]
 
 
 PIECE_CHARACTERS = 500
+REWRITTEN = 0.25
+"""Share of the requests in wrappers that are rewritten, see `rewritten`."""
 SPECIAL = ("wrappers", "select_wrappers", "system_prompts", "earlier_turns", "answer_openings")
 
 
@@ -121,7 +124,7 @@ def _rendered(group: str, source: Source, wrappers: list[str], chance: random.Ra
         raise DiscoveryError(f"{group}: {source.path.name} has wrap: true, but there are no wrappers")
     each = 1 if source.templates else source.each
     return [
-        wrapper.replace("{request}", prompt)
+        wrapper.replace("{request}", rewritten(prompt, chance) if chance.random() < REWRITTEN else prompt)
         for prompt in found
         for wrapper in chance.sample(wrappers, min(each, len(wrappers)))
     ]

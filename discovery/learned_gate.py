@@ -9,7 +9,7 @@ is edited before the gate opens. The model is run once for the activations, and 
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ from discovery.frozen_model import FrozenModel
 from discovery.progress import Meter, meter
 from discovery.prompt_activations import PromptActivations, stacked
 from discovery.sequences import batches
+from steering_kernels.ops import MEMORY_COLUMNS
 
 SOFTENED = 0.01
 """Labels are 0.01 and 0.99: a probe that is certain of everything has learned its data by heart."""
-UNSEEN_NUMBERS = 0.2
-"""Share of the activation's numbers that a training step does not see."""
 UNSEEN_TOKENS = 0.1
 """Share of the prompt's tokens that a training step does not see."""
 WEIGHT_DECAY = 0.05
@@ -47,16 +46,25 @@ class GateSettings:
     """Layers at which the probe reads, the lowest first; it decides at the last."""
     heads: int = 8
     """Heads at each of them."""
+    probes: int = 1
+    """Probes trained apart, each from its own beginning; the gate reads their mean."""
     examples: int = 16_000
     """Prompts that are drawn from the training groups."""
     epochs: int = 12
     batch_tokens: int = 12_000
     learning_rate: float = 2e-3
+    unseen_numbers: float = 0.2
+    """Share of the activation's numbers that a training step does not see."""
     benign_budget: float = 0.02
     """Share of the plain benign selection prompts of a group that may newly be refused."""
     borderline_budget: float = 0.12
     """The same for benign prompts that sound harmful, or come in a jailbreak's clothes."""
     seed: int = 0
+
+    @property
+    def all_heads(self) -> int:
+        """Heads of all probes at all layers; an engine keeps two numbers a token for each."""
+        return self.heads * self.probes * max(len(self.layers), 1)
 
     def trained(self) -> dict[str, Any]:
         """What decides the training; the budgets only choose the threshold afterwards."""
@@ -66,7 +74,9 @@ class GateSettings:
         """Raise `DiscoveryError` for a value that makes no sense."""
         for name, good in (
             ("layers", list(self.layers) == sorted(set(self.layers)) and len(self.layers) > 0),
-            ("heads", 1 <= self.heads * max(len(self.layers), 1) <= 32),
+            ("probes", self.probes >= 1),
+            ("heads", self.heads >= 1 and self.all_heads <= MEMORY_COLUMNS // 2),
+            ("unseen_numbers", 0 <= self.unseen_numbers < 1),
             ("examples", self.examples >= 2),
             ("epochs", self.epochs >= 1),
             ("batch_tokens", self.batch_tokens >= 64),
@@ -88,7 +98,8 @@ class LearnedGate(nn.Module):
         """mean, spread  [L, D] of ordinary tokens; bounds  [L] the norm above which a token is a sink"""
         super().__init__()
         settings.check()
-        self.settings, self.mean, self.spread, self.bounds = settings, mean, spread, bounds
+        self.settings = settings
+        self.mean, self.spread, self.bounds = nn.Buffer(mean), nn.Buffer(spread), nn.Buffer(bounds)
         generator = torch.Generator().manual_seed(settings.seed)
         shape = (len(mean), settings.heads, mean.shape[1])
         self.query = nn.Parameter(0.02 * torch.randn(shape, generator=generator))
@@ -100,9 +111,10 @@ class LearnedGate(nn.Module):
         seen = real[..., None] & (x.norm(dim=-1) <= self.bounds)
         scale = (1 / self.spread).expand(len(x), -1, -1)
         if chance is not None:
-            kept = torch.rand(scale.shape, generator=chance) >= UNSEEN_NUMBERS
-            scale = scale * kept / (1 - UNSEEN_NUMBERS)
-            fewer = seen & (torch.rand(seen.shape, generator=chance) >= UNSEEN_TOKENS)
+            unseen = self.settings.unseen_numbers
+            kept = torch.rand(scale.shape, generator=chance).to(x.device) >= unseen
+            scale = scale * kept / (1 - unseen)
+            fewer = seen & (torch.rand(seen.shape, generator=chance).to(x.device) >= UNSEEN_TOKENS)
             seen = torch.where(fewer.any(1, keepdim=True), fewer, seen)
         # Standardising the few directions instead of every token: the same products.
         both = torch.cat([self.query, self.value], dim=1) * scale[:, :, None]  # [B, L, 2 H, D]
@@ -147,15 +159,35 @@ def new_gate(settings: GateSettings, activations: PromptActivations, bounds: Seq
     return LearnedGate(settings, mean, spread, torch.tensor(bounds))
 
 
+def train_probes(
+    settings: GateSettings,
+    activations: PromptActivations,
+    bounds: Sequence[float],
+    of_class: Sequence[bool],
+    work: Path,
+    identity: Any,
+    device: torch.device | str = "cpu",
+) -> list[LearnedGate]:
+    """Train the settings' probes one after the other, each from its own seed; they end on the CPU."""
+    probes = []
+    for number in range(settings.probes):
+        own = replace(settings, probes=1, seed=settings.seed + number)
+        folder = work if number == 0 else work / f"probe-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        gate = new_gate(own, activations, bounds).to(device)
+        probes.append(train_gate(gate, activations, of_class, folder, identity).to("cpu"))
+    return probes
+
+
 def train_gate(
     gate: LearnedGate, activations: PromptActivations, of_class: Sequence[bool], work: Path, identity: Any
 ) -> LearnedGate:
     """Train, or go on from the checkpoint in ``work``. Epoch n depends on the seed and n alone."""
-    settings = gate.settings
+    settings, device = gate.settings, gate.query.device
     checkpoint, identity = work / "gate.safetensors", [settings.trained(), identity]
     optimizer = torch.optim.AdamW(gate.parameters(), weight_decay=WEIGHT_DECAY)
     epoch = restore_checkpoint(gate, optimizer, checkpoint, identity)
-    wanted = torch.tensor(of_class).float().clamp(SOFTENED, 1 - SOFTENED)
+    wanted = torch.tensor(of_class).float().clamp(SOFTENED, 1 - SOFTENED).to(device)
     with meter("fit-gate: gate", settings.epochs, "epochs", epoch) as progress:
         while epoch < settings.epochs:
             seed = settings.seed * 1_000_003 + epoch
@@ -166,7 +198,8 @@ def train_gate(
                 for group in optimizer.param_groups:
                     at = epoch * len(groups) + step
                     group["lr"] = learning_rate(settings.learning_rate, at, settings.epochs * len(groups))
-                readings = gate(*activations.padded(places), chance)
+                x, real = activations.padded(places)
+                readings = gate(x.to(device).float(), real.to(device), chance)
                 loss = binary_cross_entropy_with_logits(readings, wanted[places])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]

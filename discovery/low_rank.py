@@ -58,10 +58,10 @@ class LowRankRows(nn.Module):
         return edit
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(read [R, D], bias [R], write [R, D]) in the model's own units."""
+        """(read [R, D], bias [R], write [R, D]) in the model's own units, on the CPU."""
         key, norm = str(layer), self.norms[layer]
         return (
-            (self.a[key] / norm).detach().clone(),
-            self.bias[key].detach().clone(),
-            (self.b[key] * norm).detach().clone(),
+            (self.a[key] / norm).detach().cpu().clone(),
+            self.bias[key].detach().cpu().clone(),
+            (self.b[key] * norm).detach().cpu().clone(),
         )

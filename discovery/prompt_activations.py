@@ -79,9 +79,9 @@ class PromptActivations:
         return np.asarray(self._values[self._first[place] : self._first[place + 1]])
 
     def padded(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[B, T, L, D] float32 of some prompts, padded on the right, and which tokens are real [B, T]."""
+        """[B, T, L, D] float16 of some prompts, padded on the right, and which tokens are real [B, T]."""
         longest = max(len(self.prompts[place]) for place in places)
-        x = np.zeros((len(places), longest, *self._values.shape[1:]), np.float32)
+        x = np.zeros((len(places), longest, *self._values.shape[1:]), np.float16)
         real = np.zeros((len(places), longest), np.bool_)
         for row, place in enumerate(places):
             length = len(self.prompts[place])

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
+from discovery.rewritten_requests import rewritten
 
 ANSWER_MARK = "\nAssistant: "
 """Between the user's and the assistant's words of an earlier turn."""
 TEXT = "text"
 """The role of a request that comes as plain text, without the chat format."""
+REWRITTEN = 0.12
+"""Share of requests that are rewritten, see `rewritten`."""
 Message = dict[str, str]
 
 
@@ -45,6 +48,8 @@ def conversation(request: str, surroundings: Surroundings, chance: random.Random
         text = _with_slips(request, chance)
     elif at < 0.16:
         text = request.upper()
+    elif at < 0.16 + REWRITTEN:
+        text = rewritten(request, chance)
     messages = [{"role": "user", "content": text}]
     at = chance.random()
     if at < 0.03:

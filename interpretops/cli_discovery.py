@@ -175,6 +175,16 @@ def fit_gate(
         str, typer.Option(help="Layers at which the probe reads; it decides at the last.")
     ] = "9,12,15",
     heads: Annotated[int, typer.Option(help="Heads of the probe at each of them.")] = 8,
+    probes: Annotated[int, typer.Option(help="Probes trained apart; the gate reads their mean.")] = 1,
+    join: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--join", help="Probe file trained before; counts as one probe more.", show_default=False
+        ),
+    ] = None,
+    unseen_numbers: Annotated[
+        float, typer.Option(help="Share of each activation that a training step of the probe does not see.")
+    ] = 0.2,
     examples: Annotated[int, typer.Option(help="Prompts drawn to train the probe on.")] = 16_000,
     epochs: Annotated[int, typer.Option(help="Times that the probe sees each.")] = 12,
     benign_budget: Annotated[
@@ -207,9 +217,12 @@ def fit_gate(
         policy_id=policy_id,
         out=out,
         work=work,
+        join=join or (),
         gate={
             "layers": _numbers("gate-layers", gate_layers),
             "heads": heads,
+            "probes": probes,
+            "unseen_numbers": unseen_numbers,
             "examples": examples,
             "epochs": epochs,
             "seed": seed,

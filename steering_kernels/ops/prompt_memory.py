@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MEMORY_COLUMNS = 64
+MEMORY_COLUMNS = 192
 """Numbers kept for a token: two for each head of a row's attention probes."""
 
 

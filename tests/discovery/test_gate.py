@@ -23,13 +23,15 @@ from discovery.gate_probe import auroc, fit_probe, prompt_end_features, threshol
 from discovery.gate_trade import trade
 from discovery.gated_answers import edited_answers
 from discovery.gated_edit import EditSettings, Example, losses, train_edit
-from discovery.learned_gate import GateSettings, LearnedGate, new_gate, shuffled, train_gate
+from discovery.joined_probes import mean_of, read_numbers
+from discovery.learned_gate import GateSettings, LearnedGate, new_gate, shuffled, train_gate, train_probes
 from discovery.low_rank import LowRankRows
 from discovery.prompt_activations import PromptActivations
 from discovery.prompt_variants import Surroundings, conversation, conversation_ids
 from discovery.refusal import targets
+from discovery.rewritten_requests import REWRITINGS, rewritten
 from discovery.sequences import batches
-from discovery.sources import DataList, Source
+from discovery.sources import DataList, Source, sha256_of_file
 from interpretops.adapter import open_adapter
 from interpretops.compile import compile_policy
 from interpretops.hooked import HookedModel
@@ -207,6 +209,66 @@ def test_gate_learns_what_tells_the_sides_apart(tiny: FrozenModel, tmp_path: Pat
     torch.testing.assert_close(readings, alone, rtol=1e-3, atol=1e-3)
 
 
+def test_several_probes_are_read_as_their_mean(tiny: FrozenModel, tmp_path: Path) -> None:
+    """Two probes of two heads become one gate of four, which reads what they read on the average."""
+    ids = [tuple(tiny.chat_ids(text)) for text, _ in PROMPTS]
+    activations = PromptActivations(tiny, ids, GATE.layers, tmp_path)
+    of_class = [shouts for _, shouts in PROMPTS]
+    both = mean_of(train_probes(replace(GATE, probes=2), activations, [1e4, 1e4], of_class, tmp_path, "it"))
+    alone = [_trained(tiny, replace(GATE, seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
+    assert both.query.shape[:2] == (2, 4)
+    readings = [gate.readings(tiny, ids) for gate in (both, *alone)]
+    assert not torch.allclose(readings[1], readings[2], atol=1e-2)
+    torch.testing.assert_close(readings[0], (readings[1] + readings[2]) / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_joined_probe_is_read_with_the_others(tiny: FrozenModel, listed: DataList, tmp_path: Path) -> None:
+    """A gate with a probe of an earlier run reads the mean of both, and its record names the file."""
+    data = load_gate_data(listed, 0)
+    fits = [GateFit(tiny, data, replace(GATE, seed=seed), EDIT, tmp_path / str(seed)) for seed in (0, 1)]
+    folder = tmp_path / "artifacts" / "tiny-llama" / "adapters" / "first"
+    write_gate(fits[0], fits[0].train(), listed, folder, "jailbreak", 0.5, {})
+    probe = folder / "probe.safetensors"
+    both = GateFit(tiny, data, replace(GATE, seed=1), EDIT, tmp_path / "1", [probe])
+    for name, readings in both.readings.items():
+        expected = (fits[0].readings[name] + fits[1].readings[name]) / 2
+        torch.testing.assert_close(readings, expected, rtol=1e-3, atol=1e-3)
+    write_gate(both, both.train(), listed, tmp_path / "second", "jailbreak", 0.5, {})
+    joined = json.loads((tmp_path / "second" / "run.json").read_text())["settings"]["joined"]
+    assert joined == {"probe.safetensors": sha256_of_file(probe)}
+    with pytest.raises(DiscoveryError, match=r"reads at layers \[1, 2\], but the gate at \[0, 2\]"):
+        read_numbers(probe, tiny.spec, (0, 2))
+    with pytest.raises(DiscoveryError, match="was trained on another model than"):
+        read_numbers(probe, replace(tiny.spec, fingerprint="0" * 64), (1, 2))
+    with pytest.raises(DiscoveryError, match=r"adapter_model.safetensors: .*; name the probe.safetensors"):
+        read_numbers(folder / "adapter_model.safetensors", tiny.spec, (1, 2))
+
+
+def test_threshold_keeps_each_budget_over_groups_that_count_the_same(
+    tiny: FrozenModel, listed: DataList, tmp_path: Path
+) -> None:
+    """A borderline group of 4 prompts counts as much as one of 40; what is not refused does not count."""
+    fit = GateFit(tiny, load_gate_data(listed, 0), replace(GATE, borderline_budget=0.25), EDIT, tmp_path)
+    fit.data = replace(
+        fit.data, select={"select_borderline_few": [""] * 4, "select_borderline_many": [""] * 40}
+    )
+    few, many = ([float(n) for n in range(count)] for count in (4, 40))
+    fit.readings = {"select_borderline_few": torch.tensor(few), "select_borderline_many": torch.tensor(many)}
+    outcomes: dict[str, list[dict[str, Any]]] = {
+        "select_borderline_few": [{"reading": reading + 50, "refused": True} for reading in few],
+        "select_borderline_many": [{"reading": reading, "refused": reading != 39} for reading in many],
+    }
+    # 53, 52 are half of the few, a quarter in all: the next one, 51, is one too many.
+    assert fit.choose_threshold(outcomes) == pytest.approx(51.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(("field", "value"), [("probes", 25), ("heads", 49), ("unseen_numbers", 1.0)])
+def test_more_than_an_engine_keeps_is_refused(field: str, value: float) -> None:
+    """97 heads and more, or a step that sees nothing, are named before anything is computed."""
+    with pytest.raises(DiscoveryError, match=f"{field} = {value} is out of range|heads = 2 is out of range"):
+        replace(GATE, **{field: value}).check()  # type: ignore[arg-type]
+
+
 def test_gates_numbers_read_plain_activations(tiny: FrozenModel, tmp_path: Path) -> None:
     """What goes into the policy gives the op's reference the readings that training saw."""
     gate = _trained(tiny, GATE, tmp_path)
@@ -304,8 +366,29 @@ def test_coded_requests_can_be_decoded() -> None:
     assert any("follow" in followed("Bake bread", chance) for _ in range(20))
 
 
-def test_variants_keep_the_request_last(tiny: FrozenModel) -> None:
+def test_rewriting_changes_the_writing_and_keeps_the_words() -> None:
+    """Each way of rewriting does what it says, and together they repeat with the seed."""
+    text = "How can somebody repair the broken handle of a wooden door without glue"
+    words = text.split(" ")
+    misspelt, reordered, half_foreign, shortened = (
+        rewriting(words, random.Random(3)) for rewriting in REWRITINGS
+    )
+    assert len(misspelt) == len(words)
+    assert 2 <= sum(one != other for one, other in zip(misspelt, words, strict=True)) <= 9
+    assert reordered != words
+    assert sorted(reordered) == sorted(words)
+    assert {"broken", "handle", "wooden", "door", "glue"} <= set(half_foreign)
+    assert half_foreign != words
+    assert set(shortened) < set(words)
+    found = {rewritten(text, random.Random(seed)) for seed in range(50)}
+    assert len(found) > 40
+    assert found == {rewritten(text, random.Random(seed)) for seed in range(50)}
+    assert all(rewritten(word, random.Random(0)) for word in ("Hi", "the"))
+
+
+def test_variants_keep_the_request_last(tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes before it, the request is the last message, in its own letters."""
+    monkeypatch.setattr("discovery.prompt_variants.REWRITTEN", 0.0)
     around = Surroundings(("Be brief.",), ("Hi!\nAssistant: Hello!",), ("Sure,",))
     around.check()
     found = set()
