@@ -20,7 +20,7 @@ from discovery.gate_data import GateData, format_groups, is_harmful
 from discovery.gate_probe import auroc
 from discovery.gated_answers import edited_answers
 from discovery.gated_edit import ANSWER_TOKENS, EditSettings, Example, Pick, settings_record, train_edit
-from discovery.joined_probes import mean_of, read_numbers
+from discovery.joined_probes import check_heads, mean_of, read_numbers
 from discovery.learned_gate import GateSettings, Labelled, train_probes
 from discovery.low_rank import LowRankRows
 from discovery.progress import meter
@@ -31,7 +31,7 @@ from discovery.trace import batches
 from interpretops.atomic_file import write_atomically
 from interpretops.refusal import is_coherent, is_refusal
 
-LONGEST_TRAINED = 512
+LONGEST_TRAINED = 320
 SHARE_OF_TEXT = 0.2
 """Share of benign training examples that are pieces of plain text."""
 HARD_BENIGN = 600
@@ -65,9 +65,15 @@ class GateFit:
             raise DiscoveryError(
                 f"layers = {edit.layers}, but the gate reads at layer {gate.layers[-1]}, after that"
             )
+        if unknown := [name for name, _ in gate.weights if name not in data.train]:
+            raise DiscoveryError(
+                f"weights = {unknown[0]!r}, but the data trains on no such group; name one of "
+                + ", ".join(data.train)
+            )
         self.model, self.data, self.gate_settings, self.edit_settings = model, data, gate, edit
         self.work, self.join = work, tuple(join)
         joined = [read_numbers(path, model.spec, gate.layers) for path in join]
+        check_heads(gate.all_heads, joined)
         self.identity = {
             "train": hashlib.sha256(repr((data.train, data.plain_text, data.openings)).encode()).hexdigest(),
             "around": hashlib.sha256(repr(data.surroundings).encode()).hexdigest(),
@@ -124,7 +130,7 @@ class GateFit:
         )
 
     def _draw(self, chance: random.Random) -> Labelled:
-        """One training example: as many of either side, larger groups more often."""
+        """One training example: as many of either side, larger groups more often, and those with a weight."""
         of_class = chance.random() < 0.5
         while True:
             if not of_class and self.plain_text and chance.random() < SHARE_OF_TEXT:
@@ -132,7 +138,8 @@ class GateFit:
                 ids = text[: chance.randrange(min(10, len(text)), len(text) + 10)]
             else:
                 names = [name for name in self.data.train if is_harmful(name) == of_class]
-                sizes = [len(self.data.train[name]) ** 0.8 for name in names]
+                weights = dict(self.gate_settings.weights)
+                sizes = [len(self.data.train[name]) ** 0.8 * weights.get(name, 1.0) for name in names]
                 request = chance.choice(self.data.train[chance.choices(names, sizes)[0]])
                 messages = conversation(request, self.data.surroundings, chance)
                 ids = conversation_ids(self.model, messages)

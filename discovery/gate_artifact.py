@@ -47,7 +47,7 @@ def write_gate(
         fit.edit_settings.seed,
         {
             "gate": asdict(fit.gate_settings),
-            "joined": {path.name: sha256_of_file(path) for path in fit.join},
+            "joined": [{"file": path.name, "sha256": sha256_of_file(path)} for path in fit.join],
             "edit": settings_record(fit.edit_settings),
         },
         data.record(),

@@ -12,6 +12,7 @@ from discovery.learned_gate import LearnedGate
 from interpretops.errors import PolicyError
 from interpretops.plan import ModelSpec
 from interpretops.vectors import read_attention_probe
+from steering_kernels.ops import MEMORY_COLUMNS
 
 Numbers = dict[int, dict[str, Tensor]]
 """By layer, query [H, D], read [H, D] and bias [H] for plain activations."""
@@ -34,6 +35,16 @@ def read_numbers(path: Path, spec: ModelSpec, layers: Sequence[int]) -> Numbers:
         layer: {name: torch.from_numpy(array) for name, array in arrays.items() if name != "max_norm"}
         for layer, arrays in probe.layers.items()
     }
+
+
+def check_heads(trained: int, joined: Sequence[Numbers]) -> None:
+    """Raise `DiscoveryError` when an engine does not keep so many heads, those of joined probes included."""
+    heads = trained + sum(len(arrays["bias"]) for numbers in joined for arrays in numbers.values())
+    if heads > MEMORY_COLUMNS // 2:
+        raise DiscoveryError(
+            f"{trained} heads to train and {heads - trained} of joined probes, but an engine keeps "
+            f"{MEMORY_COLUMNS // 2}; lower --probes or --heads, or join fewer"
+        )
 
 
 @torch.no_grad()

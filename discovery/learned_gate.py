@@ -7,6 +7,7 @@ numbers a head (`interpretops.plan.Gate`), so that nothing depends on what a pre
 is edited before the gate opens. The model is run once for the activations, and not while the probe trains.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -55,6 +56,8 @@ class GateSettings:
     learning_rate: float = 2e-3
     unseen_numbers: float = 0.2
     """Share of the activation's numbers that a training step does not see."""
+    weights: tuple[tuple[str, float], ...] = ()
+    """Training groups that are drawn from so many times as often as their size would have it."""
     benign_budget: float = 0.02
     """Share of the plain benign selection prompts of a group that may newly be refused."""
     borderline_budget: float = 0.12
@@ -77,6 +80,7 @@ class GateSettings:
             ("probes", self.probes >= 1),
             ("heads", self.heads >= 1 and self.all_heads <= MEMORY_COLUMNS // 2),
             ("unseen_numbers", 0 <= self.unseen_numbers < 1),
+            ("weights", all(0 < weight < math.inf for _, weight in self.weights)),
             ("examples", self.examples >= 2),
             ("epochs", self.epochs >= 1),
             ("batch_tokens", self.batch_tokens >= 64),

@@ -186,6 +186,15 @@ def fit_gate(
         float, typer.Option(help="Share of each activation that a training step of the probe does not see.")
     ] = 0.2,
     examples: Annotated[int, typer.Option(help="Prompts drawn to train the probe on.")] = 16_000,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight",
+            metavar="GROUP=N",
+            help="Draw N times as often from a training group, as benign_borderline=4.",
+            show_default=False,
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Times that the probe sees each.")] = 12,
     benign_budget: Annotated[
         float, typer.Option(help="Share of benign selection prompts that may be refused.")
@@ -223,6 +232,7 @@ def fit_gate(
             "heads": heads,
             "probes": probes,
             "unseen_numbers": unseen_numbers,
+            "weights": tuple(_weight(text) for text in weight or ()),
             "examples": examples,
             "epochs": epochs,
             "seed": seed,
@@ -240,6 +250,15 @@ def fit_gate(
         },
         say=_say,
     )
+
+
+def _weight(text: str) -> tuple[str, float]:
+    group, _, weight = text.partition("=")
+    try:
+        return group, float(weight)
+    except ValueError:
+        typer.secho(f"--weight = {text!r}, but must be a group and a number, as benign_own=2", err=True)
+        sys.exit(2)
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:

@@ -235,13 +235,34 @@ def test_joined_probe_is_read_with_the_others(tiny: FrozenModel, listed: DataLis
         torch.testing.assert_close(readings, expected, rtol=1e-3, atol=1e-3)
     write_gate(both, both.train(), listed, tmp_path / "second", "jailbreak", 0.5, {})
     joined = json.loads((tmp_path / "second" / "run.json").read_text())["settings"]["joined"]
-    assert joined == {"probe.safetensors": sha256_of_file(probe)}
+    assert joined == [{"file": "probe.safetensors", "sha256": sha256_of_file(probe)}]
+    with pytest.raises(
+        DiscoveryError, match=r"^92 heads to train and 8 of joined probes, but an engine keeps"
+    ):
+        GateFit(tiny, data, replace(GATE, heads=23, probes=2), EDIT, tmp_path / "2", [probe, probe])
     with pytest.raises(DiscoveryError, match=r"reads at layers \[1, 2\], but the gate at \[0, 2\]"):
         read_numbers(probe, tiny.spec, (0, 2))
     with pytest.raises(DiscoveryError, match="was trained on another model than"):
         read_numbers(probe, replace(tiny.spec, fingerprint="0" * 64), (1, 2))
     with pytest.raises(DiscoveryError, match=r"adapter_model.safetensors: .*; name the probe.safetensors"):
         read_numbers(folder / "adapter_model.safetensors", tiny.spec, (1, 2))
+
+
+def test_group_with_a_weight_is_drawn_more_often(tiny: FrozenModel, listed: DataList, tmp_path: Path) -> None:
+    """A weight of nine moves a group of the same size to nine of ten draws; an unknown group is named."""
+    data = load_gate_data(listed, 0)
+    groups = {
+        "benign_a": [f"move slowly {n}" for n in range(40)],
+        "benign_b": [f"take {n}" for n in range(40)],
+    }
+    data = replace(data, train=data.train | groups, plain_text=(), openings=())
+    fit = GateFit(tiny, data, replace(GATE, weights=(("benign_a", 9.0),)), EDIT, tmp_path)
+    chance = random.Random(0)
+    drawn = [fit._draw(chance) for _ in range(800)]
+    texts = [tiny.tokenizer.decode(ids).lower() for ids, of_class in drawn if not of_class]
+    assert 0.75 < sum("slowly" in text for text in texts) / len(texts) < 0.97
+    with pytest.raises(DiscoveryError, match=r"weights = 'benign_c', but the data trains on no such group"):
+        GateFit(tiny, data, replace(GATE, weights=(("benign_c", 2.0),)), EDIT, tmp_path)
 
 
 def test_threshold_keeps_each_budget_over_groups_that_count_the_same(
@@ -268,6 +289,7 @@ def test_threshold_keeps_each_budget_over_groups_that_count_the_same(
         ("probes", 25, "heads = 2"),
         ("heads", 49, "heads = 49"),
         ("unseen_numbers", 1.0, "unseen_numbers = 1.0"),
+        ("weights", (("benign", 0.0),), r"weights = .*0\.0\),\)"),
     ],
 )
 def test_more_than_an_engine_keeps_is_refused(field: str, value: float, named: str) -> None:
