@@ -80,7 +80,11 @@ class GateSettings:
             ("probes", self.probes >= 1),
             ("heads", self.heads >= 1 and self.all_heads <= MEMORY_COLUMNS // 2),
             ("unseen_numbers", 0 <= self.unseen_numbers < 1),
-            ("weights", all(0 < weight < math.inf for _, weight in self.weights)),
+            (
+                "weights",
+                len(dict(self.weights)) == len(self.weights)
+                and all(0 < weight < math.inf for _, weight in self.weights),
+            ),
             ("examples", self.examples >= 2),
             ("epochs", self.epochs >= 1),
             ("batch_tokens", self.batch_tokens >= 64),

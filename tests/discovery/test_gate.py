@@ -290,6 +290,7 @@ def test_threshold_keeps_each_budget_over_groups_that_count_the_same(
         ("heads", 49, "heads = 49"),
         ("unseen_numbers", 1.0, "unseen_numbers = 1.0"),
         ("weights", (("benign", 0.0),), r"weights = .*0\.0\),\)"),
+        ("weights", (("benign", 1.0), ("benign", 2.0)), r"weights = .*2\.0\)\)"),
     ],
 )
 def test_more_than_an_engine_keeps_is_refused(field: str, value: float, named: str) -> None:
