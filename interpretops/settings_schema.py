@@ -151,6 +151,9 @@ class EngineSettings(Section):
     """Run without graphs and compilation. `auto`: on a CPU, where they gain nothing and start slowly."""
     startup_timeout_s: Seconds = 900.0
     """Longest wait for the engine to be ready."""
+    silence_timeout_s: Seconds = 120.0
+    """Longest silence of the engine's workers, which answer between two steps: after it they are taken to
+    hang, and the engine is started again. Must be longer than its longest step."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for `vllm serve`, one item each, e.g. `--tensor-parallel-size=2`."""
 

@@ -16,9 +16,14 @@ from interpretops.settings import Settings
 
 PLUGIN: Final = "interpretops"
 _CPU_MAX_MODEL_LEN: Final = 2048
+_CPU_MAX_BATCHED_TOKENS: Final = 512
+"""Tokens of one step on a CPU, where a step takes as long as its tokens are many. Meanwhile no stream moves
+and no worker answers, and vLLM's 2048 at once are no faster on the whole."""
 _ENGINE_BASE_BYTES: Final = 2 * 2**30
 """What the engine's processes take beside weights and KV cache: interpreters, torch, buffers."""
 _GIB: Final = 2**30
+_BFLOAT16_FLAGS: Final = frozenset(("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
+"""Names that Linux gives in /proc/cpuinfo to instructions that compute in bfloat16, on x86 and ARM."""
 
 
 def engine_runs_on_cpu(settings: Settings) -> bool:
@@ -51,8 +56,16 @@ def engine_command(settings: Settings, model: Path, socket: Path) -> list[str]:
         command += ["--max-model-len", str(length)]
     if engine.enforce_eager is True or (engine.enforce_eager == "auto" and on_cpu):
         command.append("--enforce-eager")
+    if on_cpu and not _sizes_its_steps(engine.extra_args):
+        command += ["--max-num-batched-tokens", str(max(_CPU_MAX_BATCHED_TOKENS, engine.max_num_seqs))]
     command += ["--disable-uvicorn-access-log", "--disable-fastapi-docs"]
     return command + list(engine.extra_args)
+
+
+def _sizes_its_steps(extra_args: tuple[str, ...]) -> bool:
+    """Whether the operator says how long a step is, or that prompts are not cut into several."""
+    names = {argument.split("=", 1)[0].replace("_", "-") for argument in extra_args}
+    return bool(names & {"--max-num-batched-tokens", "--no-enable-chunked-prefill"})
 
 
 def engine_environment(settings: Settings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -87,6 +100,22 @@ def check_memory(settings: Settings, model: Path, available_bytes: int | None = 
             f"the engine needs about {needed / _GIB:.1f} GiB, but {available / _GIB:.1f} GiB are free; "
             "free some memory, lower engine.kv_cache_gib, or serve a smaller model"
         )
+
+
+def slow_format(settings: Settings, cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """What to tell an operator whose CPU computes in `model.dtype` the long way round."""
+    if settings.model.dtype != "bfloat16" or not engine_runs_on_cpu(settings):
+        return None
+    try:
+        words = set(cpuinfo.read_text(encoding="ascii", errors="replace").split())
+    except OSError:
+        return None
+    if words & _BFLOAT16_FLAGS or not words & {"flags", "Features"}:
+        return None
+    return (
+        "model.dtype = bfloat16, but this CPU has no instructions for it: float32 may be several times "
+        "faster (INTERPRETOPS_MODEL_DTYPE=float32)"
+    )
 
 
 def available_memory_bytes() -> int:

@@ -24,7 +24,10 @@ _WATCH_EVERY_S = 1.0
 _ATTEST_EVERY = 5
 """Health is asked every time, the plugin every fifth, and each time after a miss."""
 _ATTEST_S = 20.0
-"""An engine whose workers hang is still healthy by its own word; only its plugin is silent."""
+"""Longest wait for the plugin before health is asked again. An engine whose workers hang is still healthy
+by its own word; only its plugin is silent. So it is in a long step too: `engine.silence_timeout_s` tells."""
+_CONTROL_S = 60.0
+"""Loading a plan waits for the step under way as well, and takes time of its own."""
 _MISSES = 3
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _STABLE_S = 60.0
@@ -139,6 +142,7 @@ class EngineLoop:
             client = EngineClient(
                 engine.address,
                 connect_timeout_s=self._settings.gateway.connect_timeout_s,
+                control_timeout_s=max(_CONTROL_S, self._settings.engine.silence_timeout_s),
                 holder=self._around.holder,
             )
             gone = asyncio.create_task(engine.wait_gone())
@@ -148,7 +152,8 @@ class EngineLoop:
                 if gone.done():
                     self._link.lose(gone.result(), gone=True)
                     raise EngineError(gone.result())
-                return life.result()
+                self._link.lose(reason := life.result(), gone=True)
+                return reason
             finally:
                 life.cancel()
                 with contextlib.suppress(asyncio.CancelledError, EngineError):
@@ -185,6 +190,8 @@ class EngineLoop:
     async def _watch(self) -> str:
         """Ask again and again whether it is still the same engine; returns why it is not."""
         missed = turn = 0
+        silent = False
+        silence_s, heard = self._settings.engine.silence_timeout_s, time.monotonic()
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             engine = self._link.joined
@@ -193,16 +200,25 @@ class EngineLoop:
             turn += 1
             try:
                 await engine.client.check_health()
-                if missed or turn % _ATTEST_EVERY == 0:
-                    async with asyncio.timeout(_ATTEST_S):
+                if missed or silent or turn % _ATTEST_EVERY == 0:
+                    async with asyncio.timeout(min(_ATTEST_S, silence_s)):
                         lost = await engine.check_resident()
+                    silent, heard = False, time.monotonic()
                     if lost:
                         self._log.error("revisions_lost", engine=self._link.name, revisions=lost)
                         await self._around.restore()
                 missed = 0
             except EngineReplacedError as error:
                 return str(error)
-            except (EngineError, TimeoutError) as error:
+            except TimeoutError:
+                silent = True
+                if time.monotonic() - heard >= silence_s:
+                    return (
+                        f"the engine's workers were silent for engine.silence_timeout_s = {silence_s:g}; "
+                        "raise it if one step can take that long, or lower --max-num-batched-tokens "
+                        "in engine.extra_args"
+                    )
+            except EngineError as error:
                 missed += 1
                 if missed >= _MISSES:
-                    return f"the engine stopped answering: {str(error) or 'its workers are silent'}"
+                    return f"the engine stopped answering: {error}"

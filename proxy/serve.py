@@ -25,7 +25,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from interpretops.errors import ConfigError
 from interpretops.settings import Settings
 from proxy.access import check_exposure
-from proxy.engine_command import check_memory, engine_command
+from proxy.engine_command import check_memory, engine_command, slow_format
 from proxy.engine_loop import make_engine
 from proxy.gateway import Apps, make_app
 from proxy.http_server import Runner
@@ -103,6 +103,8 @@ class _Serve:
                 return
             check_memory(settings, model)
             engine_command(settings, model, Path("engine.sock"))
+            if slow := slow_format(settings):
+                self._console.print(slow, style="yellow", markup=False)
             self._progress("Starting the engine (about a minute on a CPU)")
         else:
             self._progress(f"Waiting for an engine at {', '.join(settings.engine.url)}")

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import math
 import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,9 @@ RECEIPT = "X-Steering-Receipt"
 NONE = "none"
 ATTEMPTS = 5
 FIRST_PAUSE_S = 0.5
+NOT_READY = "engine_not_ready"
+PATIENCE_S = 300.0
+"""How long a gateway may be without its engine: it starts a lost one again, which takes a minute or two."""
 _LABEL = re.compile(r"(?P<id>[A-Za-z0-9][A-Za-z0-9._-]{0,127})@(?P<revision>[0-9a-f]{12})")
 _REVISION = re.compile(r"[0-9a-f]{64}")
 _TOO_LONG = re.compile(r"maximum (context|model) length", re.IGNORECASE)
@@ -71,10 +76,9 @@ class Endpoint:
     async def _ask(
         self, method: str, route: str, body: dict[str, Any] | None, headers: dict[str, str]
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        why = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+        attempts, patient_until = 0, math.inf
+        while True:
+            waits = False
             try:
                 async with self._session.request(
                     method, self.url + route, json=body, headers=headers
@@ -82,17 +86,25 @@ class Endpoint:
                     data = await response.read()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 why = f"{type(error).__name__}: {error}"
-                continue
-            if response.status == 200:
-                return _object(data, self.url + route), {
-                    key.lower(): value for key, value in response.headers.items()
-                }
-            why = f"status {response.status}: {_message(data)}"
-            if response.status == 400 and _TOO_LONG.search(why):
-                raise PromptTooLongError(f"{self.url}{route}: {why}")
-            if response.status not in _BUSY:
-                raise DiscoveryError(f"{self.url}{route}: {why}")
-        raise DiscoveryError(f"{self.url}{route}: {why}; when it serves again, the same command goes on")
+            else:
+                if response.status == 200:
+                    return _object(data, self.url + route), {
+                        key.lower(): value for key, value in response.headers.items()
+                    }
+                why = f"status {response.status}: {_error(data, 'message') or 'no reason given'}"
+                if response.status == 400 and _TOO_LONG.search(why):
+                    raise PromptTooLongError(f"{self.url}{route}: {why}")
+                if response.status not in _BUSY:
+                    raise DiscoveryError(f"{self.url}{route}: {why}")
+                if _error(data, "code") == NOT_READY:
+                    patient_until = min(patient_until, time.monotonic() + PATIENCE_S)
+                    waits = time.monotonic() < patient_until
+            attempts += not waits
+            if attempts == ATTEMPTS:
+                raise DiscoveryError(
+                    f"{self.url}{route}: {why}; when it serves again, the same command goes on"
+                )
+            await asyncio.sleep(FIRST_PAUSE_S * 2 ** (ATTEMPTS - 2 if waits else attempts - 1))
 
 
 def _object(data: bytes, where: str) -> dict[str, Any]:
@@ -105,11 +117,11 @@ def _object(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _message(data: bytes) -> str:
+def _error(data: bytes, field: str) -> str:
     try:
-        return str(json.loads(data)["error"]["message"])[:300]
+        return str(json.loads(data)["error"][field])[:300]
     except (ValueError, KeyError, TypeError):
-        return "no reason given"
+        return ""
 
 
 def _proof(policy: str, headers: dict[str, str], where: str) -> Proof:

@@ -58,11 +58,10 @@ def own_gateway(
     reader = threading.Thread(target=_keep_log, args=(process, log, told), daemon=True)
     reader.start()
     try:
-        if (url := told.get()) is None:
-            raise DiscoveryError(
-                f"the gateway of this run did not start: {_last_line(log)} (its log: {log.name} in --out)"
-            )
-        yield url
+        yield _url(told, log)
+    except DiscoveryError:
+        say(f"{log}: what this run's gateway said")
+        raise
     finally:
         process.terminate()
         try:
@@ -83,6 +82,14 @@ def _keep_log(process: "subprocess.Popen[bytes]", log: Path, told: "queue.Simple
             if match := _READY.search(line.decode(errors="replace")):
                 told.put(match[1])
     told.put(None)
+
+
+def _url(told: "queue.SimpleQueue[str | None]", log: Path) -> str:
+    if (url := told.get()) is None:
+        raise DiscoveryError(
+            f"the gateway of this run did not start: {_last_line(log)} (its log: {log.name} in --out)"
+        )
+    return url
 
 
 def _last_line(log: Path) -> str:

@@ -226,6 +226,20 @@ async def test_busy_endpoint_is_asked_again(suite: Path, subject: Subject, tmp_p
     assert card.measures["defense_efficacy"].n == 20
 
 
+async def test_engine_that_is_started_again_is_waited_for(
+    suite: Path, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that is lost half-way costs minutes, not the run; one that stays away ends it."""
+    gateway = Gateway()
+    gateway.not_ready = 200
+    card = await run(suite, subject, gateway, tmp_path / "out", concurrency=1)
+    assert card.measures["defense_efficacy"].n == 20
+    monkeypatch.setattr(endpoint_module, "PATIENCE_S", 0.0)
+    gateway.not_ready = 200
+    with pytest.raises(DiscoveryError, match=r"not ready.*the same command goes on"):
+        await run(suite, subject, gateway, tmp_path / "other", concurrency=1)
+
+
 async def test_whole_job_writes_card_and_pages(
     suite: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

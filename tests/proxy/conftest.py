@@ -33,6 +33,8 @@ class FakeEngine:
 
     socket: Path
     trick: str = ""
+    silences: int = 0
+    """How often it was asked while its workers hung."""
     plans: dict[str, Plan] = field(default_factory=dict)
     retired: list[str] = field(default_factory=list)
     seen: list[dict[str, Any]] = field(default_factory=list)
@@ -97,6 +99,7 @@ class FakeEngine:
 
     async def _attest(self, _request: web.Request) -> web.Response:
         if self.trick == "workers_hang":
+            self.silences += 1
             await self.go_on.wait()
         if self.trick == "no_plugin":
             return web.json_response({"error": {"message": "Not Found", "code": 404}}, status=404)

@@ -1,5 +1,6 @@
 """How the local engine is started, and when it is not."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
-from proxy.engine_command import check_memory, engine_command, engine_environment
+from proxy.engine_command import check_memory, engine_command, engine_environment, slow_format
 from proxy.local_engine import LocalEngine
 
 GIB = 2**30
@@ -34,6 +35,47 @@ def test_engine_listens_on_its_private_socket_only(model):
     assert option(command, "--max-model-len") == "1024"
     assert "--enforce-eager" in command
     assert not {"--host", "--port", "--api-key"} & set(command)
+
+
+@pytest.mark.parametrize(
+    ("set_to", "steps"),
+    [
+        ({}, ["512"]),
+        ({"engine.max_num_seqs": 600}, ["600"]),
+        ({"engine.extra_args": ("--max-num-batched-tokens=64",)}, []),
+        ({"engine.extra_args": ("--no-enable-chunked-prefill",)}, []),
+    ],
+)
+def test_step_on_a_cpu_is_short_unless_the_operator_says_otherwise(model, set_to, steps):
+    """A step holds few tokens, at least one of each sequence; the operator's own word stands."""
+    settings = load_settings(
+        overrides={"model.name": str(model), "model.device": "cpu", **set_to}, environ={}
+    )
+    command = engine_command(settings, model, Path("/run/e.sock"))
+    assert [
+        after for name, after in itertools.pairwise(command) if name == "--max-num-batched-tokens"
+    ] == steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "told"),
+    [
+        ("flags : fpu avx avx2 fma", "bfloat16", True),
+        ("flags : fpu avx avx2 fma", "float32", False),
+        ("flags : fpu avx512f avx512_bf16", "bfloat16", False),
+        ("Features : fp asimd", "bfloat16", True),
+        ("Features : fp asimd bf16", "bfloat16", False),
+        ("", "bfloat16", False),
+    ],
+)
+def test_cpu_without_bfloat16_is_told(tmp_path, flags, dtype, told):
+    """Whoever serves in a format that the CPU does not know hears of the faster one."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor : 0\n{flags}\n")
+    settings = load_settings(overrides={"model.dtype": dtype, "model.device": "cpu"}, environ={})
+    line = slow_format(settings, cpuinfo)
+    assert (line is not None) == told
+    assert line is None or "INTERPRETOPS_MODEL_DTYPE=float32" in line
 
 
 def test_surroundings_cannot_take_the_plugin_away():

@@ -22,6 +22,7 @@ class Gateway:
         self.revision, self.asked, self.fail_after = revision, 0, 10**9
         self.headers: Callable[[str, dict[str, str]], dict[str, str]] = lambda policy, headers: headers
         self.busy = 0
+        self.not_ready = 0
         self.names = ["tiny+guard", "tiny"]
         self.continuations: tuple[dict[str, str], dict[str, str]] = ({}, {})
         """Of plain text without and with a policy, by the text."""
@@ -44,6 +45,10 @@ class Gateway:
         if self.busy:
             self.busy -= 1
             return web.json_response({"error": {"message": "busy"}}, status=503)
+        if self.not_ready:
+            self.not_ready -= 1
+            error = {"message": "the engine is not ready; try again in a moment", "code": "engine_not_ready"}
+            return web.json_response({"error": error}, status=503)
         if self.asked > self.fail_after:
             return web.json_response({"error": {"message": "no more"}}, status=400)
         steered = policy != "none"

@@ -32,7 +32,7 @@ bindings: [{{policy: {POLICY}, mode: mandatory}}]
 tenants: [{{id: anonymous, limits: {{token_budget: 1000000000}}}}]
 audit: {{path: disk/audit.jsonl}}
 paths: {{policies: policies, artifacts: policies, state: disk/state}}
-engine: {{kv_cache_gib: 1, max_num_seqs: 16, max_model_len: 512}}
+engine: {{kv_cache_gib: 1, max_num_seqs: 16, max_model_len: 512, silence_timeout_s: 60}}
 gateway: {{port: 0, admin_port: 0, request_timeout_s: 40, stream_idle_timeout_s: 20, body_timeout_s: 5}}
 """
 
