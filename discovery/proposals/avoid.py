@@ -50,7 +50,7 @@ BENIGN_SAMPLES = 64
 """Benign discovery prompts whose sampled answers an edit is held to."""
 BENIGN = 40
 """Benign selection prompts that every point of the grid answers."""
-TEXTS = {"discovery": 120, "selection": 40}
+TEXTS = {"discovery": 400, "selection": 40}
 
 
 @dataclass(frozen=True)

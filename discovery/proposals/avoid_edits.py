@@ -47,6 +47,8 @@ GATE_RATES = (0.02, 0.1)
 ROW_RATE = 0.02
 """Share of other tokens on which a learned row fires before training."""
 MOST_TOKENS = 6000
+MOST_WORD_TOKENS = 60_000
+"""The cut of a row is a quantile far out: it takes more tokens to know it."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,11 @@ class AvoidEdits:
         self, layers: Sequence[int], samples: Sequence[Sampled], others: Sequence[Sampled]
     ) -> dict[str, Tensor]:
         every = [*samples, *others]
+        most = MOST_WORD_TOKENS if self.chosen.method == "word-rows" else MOST_TOKENS
 
         def compute() -> dict[str, Tensor]:
             with meter("propose: activations", len(every), "answers") as progress:
-                return trait_tokens(self.model, every, layers, MOST_TOKENS, progress)
+                return trait_tokens(self.model, every, layers, most, progress)
 
         return self.kept.tensors(f"tokens_{'_'.join(map(str, layers))}", compute)
 

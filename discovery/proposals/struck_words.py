@@ -16,7 +16,7 @@ from discovery.proposals.judging import shows
 
 _WORD = re.compile(r"[^\W\d_][\w*'-]*")
 
-LEADS = (" ", "-", '"')
+LEADS = (" ", "-", '"', "“")
 """What comes before a word."""
 
 Tokens = tuple[int, ...]

@@ -26,9 +26,9 @@ from discovery.proposals.struck_words import StruckPiece, Tokens
 from discovery.proposals.trait import Sampled
 from discovery.trace import batches
 
-WORD_RATE = 0.001
+WORD_RATE = 0.003
 """Share of other tokens on which a row fires."""
-CONTEXTS = 6
+CONTEXTS = 12
 """Places in answers at which a beginning is put."""
 CONTEXT_TOKENS = 24
 LIKELIEST = 8
