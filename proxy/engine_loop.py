@@ -211,7 +211,8 @@ class EngineLoop:
             except EngineReplacedError as error:
                 return str(error)
             except TimeoutError:
-                silent = True
+                # Its health was good: misses before that are no row of them.
+                silent, missed = True, 0
                 if time.monotonic() - heard >= silence_s:
                     return (
                         f"the engine's workers were silent for engine.silence_timeout_s = {silence_s:g}; "

@@ -33,6 +33,8 @@ class FakeEngine:
 
     socket: Path
     trick: str = ""
+    sick: int = 0
+    """How often its health route will still refuse."""
     silences: int = 0
     """How often it was asked while its workers hung."""
     plans: dict[str, Plan] = field(default_factory=dict)
@@ -92,6 +94,9 @@ class FakeEngine:
             await web.TCPSite(self.runner, *self.tcp).start()
 
     async def _health(self, _request: web.Request) -> web.Response:
+        if self.sick:
+            self.sick -= 1
+            return web.Response(status=503)
         return web.Response(status=503 if self.trick == "unhealthy" else 200)
 
     async def _models(self, _request: web.Request) -> web.Response:

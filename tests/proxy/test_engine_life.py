@@ -99,6 +99,23 @@ async def test_engine_in_a_long_step_is_kept(start, engine, until, monkeypatch):
     assert not [line for line in front.log if line["event"] == "engine_lost"]
 
 
+async def test_single_misses_in_a_long_step_do_not_add_up(start, engine, until, monkeypatch):
+    """An engine whose health route fails now and then, and answers in between, is not given up."""
+    monkeypatch.setattr(engine_loop, "_ATTEST_S", 0.1)
+    monkeypatch.setattr(engine_loop, "_WATCH_EVERY_S", 0.1)
+    front = await start("calm")
+    engine.trick = "workers_hang"
+    for _ in range(4):
+        before, engine.sick = engine.silences, 1
+
+        async def asked_again(before=before):
+            return engine.sick == 0 and engine.silences > before
+
+        await until(asked_again, 10)
+    assert await front.engine_ready()
+    assert not [line for line in front.log if line["event"] == "engine_lost"]
+
+
 async def test_engine_whose_workers_hang_is_given_up(start, engine, until, monkeypatch):
     """An engine that says it is healthy, but whose workers are silent, serves nobody for long."""
     monkeypatch.setattr(engine_loop, "_ATTEST_S", 0.1)
