@@ -6,17 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr, TypeAdapter, ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from interpretops.errors import ConfigError
-from interpretops.policy_file import parse_yaml, read_yaml, show_path
+from interpretops.policy_file import read_yaml, show_path
 from interpretops.settings_access import Alias, Binding, Limits, Match, Tenant
+from interpretops.settings_environment import CONFIG_VARIABLE, ENV_PREFIX, read_environment
 from interpretops.settings_gateway import AuditSettings, GatewaySettings
 from interpretops.settings_schema import EngineSettings, ModelSettings, Settings
 from interpretops.settings_section import Section
 
 __all__ = [
+    "CONFIG_VARIABLE",
+    "ENV_PREFIX",
     "Alias",
     "AuditSettings",
     "Binding",
@@ -30,8 +33,6 @@ __all__ = [
     "load_settings",
 ]
 
-ENV_PREFIX = "INTERPRETOPS_"
-CONFIG_VARIABLE = "INTERPRETOPS_CONFIG"
 COMMAND_LINE = "command line"
 
 
@@ -45,7 +46,8 @@ def load_settings(
     path       a YAML file; without one the file that INTERPRETOPS_CONFIG names, else none
     overrides  values of command-line flags by dotted field, as `{"gateway.port": 8000}`; None is "not given"
     environ    the environment, this process's own by default; `INTERPRETOPS_GATEWAY_PORT=8000` sets
-               `gateway.port`; lists are written as YAML: `INTERPRETOPS_ENGINE_EXTRA_ARGS='[--seed=1]'`
+               `gateway.port`; lists are written as YAML: `INTERPRETOPS_ENGINE_EXTRA_ARGS='[--seed=1]'`;
+               a variable of this prefix that sets nothing is refused
 
     Relative paths in the file are relative to the file's folder, elsewhere to the working directory.
     Raises `ConfigError` with one line per fault: source, field, value, what would be right.
@@ -55,8 +57,8 @@ def load_settings(
         path = Path(environ[CONFIG_VARIABLE])
     values: dict[str, Any] = {} if path is None else _from_file(path)
     sources: dict[tuple[str, ...], str] = {}
-    for (section, field), (variable, value) in _from_environment(environ).items():
-        _put(values, sources, (section, field) if field else (section,), value, variable)
+    for where, (variable, value) in read_environment(environ).items():
+        _put(values, sources, where, value, variable)
     for dotted, value in (overrides or {}).items():
         if value is not None:
             _put(values, sources, tuple(dotted.split(".")), _plain(value), COMMAND_LINE)
@@ -102,33 +104,6 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     name = model.get("name") if isinstance(model, dict) else None
     if isinstance(model, dict) and isinstance(name, str) and name.startswith(("./", "../")):
         model["name"] = str(folder / name)
-
-
-def _from_environment(environ: Mapping[str, str]) -> dict[tuple[str, str], tuple[str, Any]]:
-    """`{(section, field): (variable, value)}` of the variables whose first word is one of our sections."""
-    found: dict[tuple[str, str], tuple[str, Any]] = {}
-    for variable, text in sorted(environ.items()):
-        if not variable.startswith(ENV_PREFIX):
-            continue
-        section, _, field = variable.removeprefix(ENV_PREFIX).lower().partition("_")
-        info = Settings.model_fields.get(section)
-        if info is None:
-            continue
-        kind = info.annotation
-        inner = kind.model_fields.get(field) if isinstance(kind, type) and issubclass(kind, Section) else info
-        found[section, field] = variable, _parse_variable(text, inner, variable)
-    return found
-
-
-def _parse_variable(text: str, field: FieldInfo | None, variable: str) -> Any:
-    """The text itself where the field takes text, else the YAML value it spells."""
-    if field is not None:
-        kind: Any = field.annotation
-        try:
-            TypeAdapter(kind).validate_json(json.dumps(text), strict=True)
-        except ValidationError:
-            return parse_yaml(text.encode(), ConfigError, variable).data
-    return text
 
 
 def _put(

@@ -40,7 +40,8 @@ bindings:
 
 In the environment a field is written `INTERPRETOPS_<SECTION>_<FIELD>`, as `INTERPRETOPS_GATEWAY_PORT=9000`;
 lists as YAML. Unknown keys, values of another type and values out of range stop the start, with source,
-field and value.
+field and value; so does a variable of this prefix that sets nothing. `INTERPRETOPS_CONFIG` and
+`INTERPRETOPS_DATA`, the folder of public data for `mechctl eval`, are the two others that are known.
 Relative paths in a file are relative to that file, all others to the working directory.
 """
 

@@ -14,13 +14,13 @@ import yaml
 
 from interpretops.cli import app
 from interpretops.settings import Settings, load_settings
+from interpretops.settings_environment import NOT_SETTINGS
 from interpretops.settings_section import Section
 from proxy.engine_command import engine_command, engine_environment
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DOCKERFILES = sorted(DEPLOY.glob("docker/*.Dockerfile"))
 UNIT = DEPLOY / "systemd" / "interpretops.service"
-NOT_SETTINGS = {"INTERPRETOPS_CONFIG"}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Settings: defaults that need no file, three sources in order, faults that name source, field and value."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from pydantic import ValidationError
 
 from interpretops.errors import ConfigError
 from interpretops.settings import Settings, load_settings
+from interpretops.settings_environment import NOT_SETTINGS
 
 REFERENCE = Path(__file__).resolve().parents[1] / "fixtures" / "reference-config.yaml"
 DSN = "postgresql://user:pass@localhost:5432/interpretops"
@@ -84,7 +86,7 @@ def test_environment_spells_every_kind_of_value() -> None:
             "INTERPRETOPS_ENGINE_ENFORCE_EAGER": "true",
             "INTERPRETOPS_ENGINE_EXTRA_ARGS": "[--seed=1, --max-logprobs=5]",
             "INTERPRETOPS_BINDINGS": "[{policy: calm, mode: mandatory}]",
-            "INTERPRETOPS_SOMETHING_OF_ANOTHER_TOOL": "x",
+            "ANOTHER_TOOLS_INTERPRETOPS_PORT": "x",
         }
     )
     assert settings.cache.dir == Path("/somewhere/else")
@@ -134,6 +136,59 @@ def test_unknown_keys_are_refused_with_the_known_ones(tmp_path: Path, text: str)
 def test_misspelt_variable_of_a_known_section_is_refused() -> None:
     """INTERPRETOPS_GATEWAY_PROT is a mistake and not another tool's variable."""
     assert "INTERPRETOPS_GATEWAY_PROT: gateway.prot is not a setting" in fault(INTERPRETOPS_GATEWAY_PROT="1")
+
+
+@pytest.mark.parametrize(
+    ("variable", "told"),
+    [
+        (
+            "INTERPRETOPS_GATEWAY_PROT",
+            "gateway.prot is not a setting; did you mean INTERPRETOPS_GATEWAY_PORT",
+        ),
+        ("INTERPRETOPS_GATEWY_PORT", "no section 'gatewy'; did you mean INTERPRETOPS_GATEWAY_PORT"),
+        (
+            "INTERPRETOPS_GATEWAY__PORT",
+            "gateway._port is not a setting; did you mean INTERPRETOPS_GATEWAY_PORT",
+        ),
+        ("INTERPRETOPS_PORT", "no section 'port'; did you mean INTERPRETOPS_GATEWAY_PORT"),
+        ("INTERPRETOPS_FOO_BAR", "no section 'foo'; docs/configuration.md lists"),
+        ("INTERPRETOPS_", "no section ''; docs/configuration.md lists"),
+        ("INTERPRETOPS_GATEWAY", "gateway is a section; each of its fields has a variable of its own"),
+        ("INTERPRETOPS_GATEWAY_", "gateway is a section; each of its fields"),
+        ("INTERPRETOPS_BINDINGS_0_POLICY", "as a whole; write all of it as YAML in INTERPRETOPS_BINDINGS"),
+        ("INTERPRETOPS_gateway_port", "in capitals; write INTERPRETOPS_GATEWAY_PORT"),
+        ("interpretops_gateway_port", "in capitals; write INTERPRETOPS_GATEWAY_PORT"),
+        ("Interpretops_Config", "in capitals; write INTERPRETOPS_CONFIG"),
+        ("INTERPRETOPS_SERVICE_HOST", "`enableServiceLinks: false` in the pod"),
+        ("INTERPRETOPS_PORT_8000_TCP_ADDR", "`enableServiceLinks: false` in the pod"),
+    ],
+)
+def test_variable_that_sets_nothing_is_refused_with_the_nearest_one(variable: str, told: str) -> None:
+    """Whatever begins with our prefix and is no setting stops the start; its value is not repeated."""
+    text = fault(None, None, **{variable: "hunter2"})
+    assert text.startswith(f"{variable}: ")
+    assert told in text
+    assert "hunter2" not in text
+
+
+def test_every_variable_that_sets_nothing_is_named_at_once() -> None:
+    """One line for each."""
+    assert len(fault(None, None, INTERPRETOPS_A_B="1", INTERPRETOPS_C="2").splitlines()) == 2
+
+
+def test_variables_of_ours_that_are_no_settings_are_known() -> None:
+    """What commands read beside the settings is declared with them, and refuses no start."""
+    sources = Path(__file__).resolve().parents[2]
+    named = {
+        name
+        for package in ("interpretops", "proxy", "discovery", "steering_kernels", "benchmarks")
+        for path in (sources / package).rglob("*.py")
+        for name in re.findall(
+            r"(?:environ(?:\.get\(|\[)|getenv\(|envvar=)\"(INTERPRETOPS_\w+)", path.read_text()
+        )
+    }
+    assert named <= NOT_SETTINGS
+    assert load_settings(environ={"INTERPRETOPS_DATA": "/data"}) == Settings()
 
 
 @pytest.mark.parametrize(
