@@ -152,7 +152,11 @@ def test_gateway_and_library_import_without_torch() -> None:
 def test_importing_has_no_side_effect_on_disk_or_screen(tmp_path: Path) -> None:
     """Importing writes nothing, prints nothing and needs no checkout as working directory."""
     command = [sys.executable, "-c", IMPORT_ALL, "-", *light_modules()]
-    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        **{"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"},
+        # This checkout, wherever another one is installed.
+        "PYTHONPATH": str(ROOT),
+    }
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
