@@ -153,7 +153,9 @@ def test_importing_has_no_side_effect_on_disk_or_screen(tmp_path: Path) -> None:
     """Importing writes nothing, prints nothing and needs no checkout as working directory."""
     command = [sys.executable, "-c", IMPORT_ALL, "-", *light_modules()]
     environment = {
-        **{"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"},
+        "HOME": str(tmp_path),
+        "PATH": "/usr/bin:/bin",
+        "PYTHONDONTWRITEBYTECODE": "1",
         # This checkout, wherever another one is installed.
         "PYTHONPATH": str(ROOT),
     }
