@@ -88,7 +88,7 @@ async def list_policies(request: web.Request) -> web.Response:
             "policies": listed,
             "file_errors": strays,
             "bindings": [binding.model_dump(mode="json") for binding in gateway.settings.bindings],
-            "not_ready": gateway.not_ready(),
+            "not_ready": "; ".join(reason.detail for reason in gateway.readiness.reasons()) or None,
         }
     )
 

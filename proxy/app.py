@@ -33,7 +33,7 @@ from proxy.state import GATEWAY, IDENTITY, Gateway
 from proxy.trail import TRAIL, Trail
 
 HEALTH: Final = frozenset(("/healthz", "/readyz"))
-"""Routes that an orchestrator asks without a key; they say yes or no, and nothing else."""
+"""Routes that an orchestrator asks without a key; they say yes or no, and of a no its codes."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -64,9 +64,9 @@ async def healthz(_request: web.Request) -> web.Response:
 
 
 async def readyz(request: web.Request) -> web.Response:
-    """The engine is proven, and the policies that bindings demand are loaded."""
-    ready = request.app[GATEWAY].not_ready() is None
-    return web.json_response({"ready": ready}, status=200 if ready else 503)
+    """Whether requests can be served, and the codes of what is in the way."""
+    reasons = sorted({reason.code for reason in request.app[GATEWAY].readiness.reasons()})
+    return web.json_response({"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200)
 
 
 async def generate(request: web.Request) -> web.StreamResponse:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections import deque
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,7 @@ from interpretops.errors import ConfigError
 from interpretops.settings import AuditSettings
 from proxy.file_lock import hold
 from proxy.metrics import Metrics
+from proxy.readiness import Reason
 from proxy.refusal import AuditUnavailable
 
 _SYNC_EVERY_S: Final = 1.0
@@ -76,6 +78,11 @@ class AuditLog:
         if self.failing is not None and self._settings.on_failure == "refuse":
             raise AuditUnavailable("requests cannot be recorded at the moment; try again in a moment")
 
+    def not_ready(self) -> Iterator[Reason]:
+        """Why every request is refused: as `require` decides it."""
+        if self.failing is not None and self._settings.on_failure == "refuse":
+            yield Reason("audit_failing", f"the audit log cannot be written: {self.failing}")
+
     def append(self, event: str, **fields: Any) -> None:
         """Record something that happened. What cannot be written waits, and makes `failing` true."""
         if len(self._waiting) >= _MOST_WAITING:
@@ -107,6 +114,9 @@ class AuditLog:
             await asyncio.sleep(_SYNC_EVERY_S)
             if self._waiting:
                 self._write_waiting()
+            elif self.failing is not None:
+                # What was refused left nothing behind, and only writing tells that it can be done again.
+                self.append("audit_recovered", why=self.failing)
             await self.sync()
 
     async def sync(self) -> None:

@@ -17,6 +17,7 @@ from proxy.entry import Entry, ReloadReport
 from proxy.fleet import Fleet
 from proxy.metrics import Metrics
 from proxy.policy_files import Revision, judge
+from proxy.readiness import Reason
 from proxy.refusal import PolicyUnavailable, UnknownPolicy
 from proxy.residency import Residency
 
@@ -43,6 +44,7 @@ class Catalogue:
         self._require_cards = require_cards
         self._record = record
         self._folder = folder
+        self._fleet = fleet
         self.demanded = frozenset(demanded)
         """Policies that bindings demand."""
         self._metrics = metrics
@@ -60,6 +62,17 @@ class Catalogue:
         """Policies that bindings demand and that cannot be served now."""
         alone = sorted(policy for policy in self.demanded if self._available(policy) is None)
         return [*alone, *self.compositions.missing]
+
+    def not_ready(self) -> Iterator[Reason]:
+        """Why requests that bindings give a policy are refused. Without an engine nothing is loaded."""
+        if self._fleet.current is None:
+            return
+        if missing := self.missing:
+            told = f"bindings demand policies that are not loaded: {', '.join(missing)}"
+            yield Reason("policy_missing", told)
+        if suspended := sorted(filter(self.is_suspended, self.demanded)):
+            told = f"bindings demand policies that are suspended: {', '.join(suspended)}"
+            yield Reason("policy_suspended", told)
 
     @contextmanager
     def pin(self, policy: str) -> Iterator[Revision | None]:

@@ -93,7 +93,6 @@ class EngineLink:
         breaker: Breaker,
         metrics: Metrics,
         log: FilteringBoundLogger,
-        on_change: Callable[[], None],
     ) -> None:
         self.name = name
         """Its address, or `local`; a label in metrics."""
@@ -104,7 +103,6 @@ class EngineLink:
         """When it was last chosen; a larger number is later."""
         self._metrics = metrics
         self._log = log
-        self._on_change = on_change
         self.joined: ProvenEngine | None = None
         """The engine from its self-test on, also while policies are loaded into it."""
         self.current: ProvenEngine | None = None
@@ -146,7 +144,6 @@ class EngineLink:
         self.current = engine
         self.reason = ""
         self.breaker.worked()
-        self._on_change()
         self._log.info(
             "engine_ready",
             engine=self.name,
@@ -164,7 +161,6 @@ class EngineLink:
         self.current = self.joined = None
         self.reason = reason
         self.answers = self.answers and not gone
-        self._on_change()
 
     def forget(self) -> None:
         """The engine is listed no more, and metrics show it no more."""

@@ -13,6 +13,7 @@ from interpretops.settings import GatewaySettings
 from proxy.breaker import Breaker
 from proxy.engine_link import EngineLink, ProvenEngine
 from proxy.metrics import Metrics
+from proxy.readiness import Reason
 from proxy.refusal import EngineNotReady
 
 
@@ -29,7 +30,7 @@ class Fleet:
     def add(self, name: str) -> EngineLink:
         """A link for an engine that is to join."""
         breaker = Breaker(self._settings.breaker_failures, self._settings.breaker_open_s)
-        link = EngineLink(name, breaker, self._metrics, self._log, self._note_ready)
+        link = EngineLink(name, breaker, self._metrics, self._log)
         self.links[name] = link
         return link
 
@@ -37,7 +38,6 @@ class Fleet:
         """Give no more requests to an engine; those that it has go on."""
         link = self.links.pop(name)
         link.forget()
-        self._note_ready()
         return link
 
     @property
@@ -62,6 +62,13 @@ class Fleet:
         if len(reasons) == 1:
             return next(iter(reasons.values()))
         return "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "no engine is known yet"
+
+    def not_ready(self) -> Iterator[Reason]:
+        """Why no request at all would find an engine."""
+        if self.current is None:
+            yield Reason("engine_not_ready", self.reason)
+        elif not any(link.breaker.allows for link in self.links.values() if link.current is not None):
+            yield Reason("engines_left_alone", "requests in a row failed at every engine")
 
     def require(self) -> ProvenEngine:
         """As `current`; refuses the request when there is none."""
@@ -99,9 +106,6 @@ class Fleet:
         if best is not None:
             best.last_turn = next(self._turns)
         return best
-
-    def _note_ready(self) -> None:
-        self._metrics.ready.set(self.current is not None)
 
 
 class Turn:

@@ -27,6 +27,7 @@ from proxy.fleet_loop import FleetLoop
 from proxy.intake import Intake
 from proxy.limits import Limiter
 from proxy.metrics import Metrics
+from proxy.readiness import Readiness
 from proxy.settlements import Settlements
 from proxy.shadow import Shadows
 from proxy.shared_limits import SharedCounts
@@ -58,6 +59,7 @@ def make_app(
     Raises `ConfigError`.
     """
     metrics = Metrics()
+    readiness = Readiness(metrics, log)
     fleet = Fleet(settings.gateway, metrics, log)
     paths = settings.paths
     audit = AuditLog(settings.audit.path, settings.audit, metrics, log) if settings.audit.path else None
@@ -103,9 +105,14 @@ def make_app(
         drift=Drift(paths.state, catalogue.entries, metrics),
         audit=audit,
         tracing=(tracing := Tracing(settings.tracing, __version__)),
+        readiness=readiness,
         metrics=metrics,
         log=log,
     )
+    readiness.add(fleet.not_ready)
+    readiness.add(catalogue.not_ready)
+    if audit is not None:
+        readiness.add(audit.not_ready)
     around = Surroundings(
         settings=settings,
         make=make_engine,
@@ -117,6 +124,11 @@ def make_app(
         holder=secrets.token_hex(8),
     )
     loop = FleetLoop(fleet, around)
+
+    async def keep_readiness(_app: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(readiness.keep(), name="readiness")
+        yield
+        await _end(task)
 
     async def keep_engines(_app: web.Application) -> AsyncIterator[None]:
         loop.task = asyncio.create_task(loop.run(), name="engines")
@@ -147,6 +159,7 @@ def make_app(
     public = make_public_app(gateway)
     public.cleanup_ctx.append(keep_tracing)
     public.cleanup_ctx.append(keep_engines)
+    public.cleanup_ctx.append(keep_readiness)
 
     async def keep_keys(_app: web.Application) -> AsyncIterator[None]:
         task = asyncio.create_task(watch_keys(access), name="keys")

@@ -204,7 +204,15 @@ class Metrics:
             "1 while Redis, where gateways count limits together, does not answer.",
             registry=registry,
         )
-        self.ready = Gauge("interpretops_ready", "1 while some engine is proven to steer.", registry=registry)
+        self.ready = Gauge(
+            "interpretops_ready", "1 while requests can be served, as /readyz says.", registry=registry
+        )
+        self.not_ready = Gauge(
+            "interpretops_not_ready",
+            "1 for each reason why requests cannot be served.",
+            ("reason",),
+            registry=registry,
+        )
         self.engine_starts = Counter("interpretops_engine_starts", "Engines started.", registry=registry)
         self.in_flight = Gauge("interpretops_requests_in_flight", "Requests in progress.", registry=registry)
         self.tasks = Gauge(

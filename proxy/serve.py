@@ -139,17 +139,17 @@ class _Serve:
     async def _until_stopped(self, apps: Apps, public: socket.socket, admin: socket.socket) -> None:
         loop = apps.engine_loop
         assert loop.task is not None
-        ready = asyncio.create_task(loop.first_ready.wait())
         stop = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({ready, stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
+        proven = await _comes(loop.first_ready, stop, loop.task)
         self._end_steps()
-        if ready.done():
+        if proven:
             # What has been made until now stays for good: no need to look at it again and again.
             gc.collect()
             gc.freeze()
-            self._announce(apps, public, admin)
-            await asyncio.wait({stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
+            self._tell(apps, admin)
+            if await _comes(apps.gateway.readiness.ready, stop, loop.task):
+                self._announce(apps, public)
+                await asyncio.wait({stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         if not self._stop.is_set():
             await loop.task
@@ -166,24 +166,26 @@ class _Serve:
         await asyncio.gather(task, return_exceptions=True)
         return None
 
-    def _announce(self, apps: Apps, public: socket.socket, admin: socket.socket) -> None:
-        engine = apps.gateway.fleet.current
-        served = sorted(engine.served)[0] if engine is not None else self._settings.model.served_name
+    def _tell(self, apps: Apps, admin: socket.socket) -> None:
+        """What serves, what is not as its operator may believe, and what keeps requests from being served."""
         entries = apps.gateway.catalogue.entries
-        active = [policy for policy in sorted(entries) if entries[policy].active is not None]
         for policy, entry in sorted(entries.items()):
             if entry.unproven:
-                self._console.print(
-                    f"policy {policy} serves unproven: {entry.unproven}", style="yellow", markup=False
-                )
+                self._warn(f"policy {policy} serves unproven: {entry.unproven}")
             if entry.error:
-                self._console.print(
-                    f"policy {policy} is not up to date: {entry.error}", style="yellow", markup=False
-                )
-        policies = ", ".join(active) or "none"
+                self._warn(f"policy {policy} is not up to date: {entry.error}")
+        policies = ", ".join(_active(apps)) or "none"
+        url = self._url(admin, 1)
         self._console.print(
-            f"model {served}, policies {policies}, admin and metrics on {self._url(admin, 1)}", markup=False
+            f"model {self._served(apps)}, policies {policies}, admin and metrics on {url}", markup=False
         )
+        readiness = apps.gateway.readiness
+        readiness.look()
+        for reason in readiness.reasons():
+            self._warn(f"not ready ({reason.code}): {reason.detail}")
+
+    def _announce(self, apps: Apps, public: socket.socket) -> None:
+        served, active = self._served(apps), _active(apps)
         name = f"{served}+{active[0]}" if active else served
         body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
         route = f"{self._url(public, 0)}/v1/chat/completions"
@@ -191,6 +193,13 @@ class _Serve:
         # On standard output, where scripts wait for it.
         sys.stdout.write(f"ready: {self._url(public, 0)}/v1   try: {curl}\n")
         sys.stdout.flush()
+
+    def _served(self, apps: Apps) -> str:
+        engine = apps.gateway.fleet.current
+        return self._settings.model.served_name if engine is None else min(engine.served)
+
+    def _warn(self, line: str) -> None:
+        self._console.print(line, style="yellow", markup=False)
 
     def _url(self, listener: socket.socket, which: int) -> str:
         host, port = listener.getsockname()[:2]
@@ -216,6 +225,22 @@ class _Serve:
             # Asked twice: go at once. The engine's keeper sees us gone and ends the engine.
             os._exit(_FORCED_EXIT)
         self._stop.set()
+
+
+async def _comes(event: asyncio.Event, *ends: asyncio.Task[Any]) -> bool:
+    """Wait for an event; False when one of ``ends`` comes first."""
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait({waiting, *ends}, return_when=asyncio.FIRST_COMPLETED)
+    if not waiting.done():
+        waiting.cancel()
+        return False
+    return True
+
+
+def _active(apps: Apps) -> list[str]:
+    """Policies that serve."""
+    entries = apps.gateway.catalogue.entries
+    return [policy for policy in sorted(entries) if entries[policy].active is not None]
 
 
 def _connections(runners: list[Runner]) -> list[web.RequestHandler]:

@@ -19,6 +19,7 @@ from proxy.fleet import Fleet
 from proxy.intake import Intake
 from proxy.limits import Limiter
 from proxy.metrics import Metrics
+from proxy.readiness import Readiness
 from proxy.refusal import UnknownModel
 from proxy.settlements import Settlements
 from proxy.shadow import Shadows
@@ -45,6 +46,7 @@ class Gateway:
     transcripts: Transcripts
     audit: AuditLog | None
     tracing: Tracing
+    readiness: Readiness
     metrics: Metrics
     log: FilteringBoundLogger
 
@@ -66,14 +68,6 @@ class Gateway:
         if alias.model not in served:
             raise UnknownModel(f"model {name!r} stands for one that the engine does not serve", param="model")
         return alias.model
-
-    def not_ready(self) -> str | None:
-        """Why requests cannot be served now, for operators; None when they can."""
-        if self.fleet.current is None:
-            return self.fleet.reason
-        if missing := self.catalogue.missing:
-            return f"bindings demand policies that are not loaded: {', '.join(missing)}"
-        return None
 
 
 IDENTITY: web.RequestKey[Identity] = web.RequestKey("identity", Identity)

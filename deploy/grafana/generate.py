@@ -40,7 +40,14 @@ def _rate(metric: str, by: str) -> tuple[tuple[str, str], ...]:
 
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Is it guarding?": (
-        Panel("Ready to steer", "bool_yes_no", (("interpretops_ready", "{{instance}}"),), kind="stat"),
+        Panel("Ready", "bool_yes_no", (("interpretops_ready", "{{instance}}"),), kind="stat"),
+        Panel(
+            "Why requests are refused",
+            "bool_yes_no",
+            (("max by (reason) (interpretops_not_ready)", "{{reason}}"),),
+            "The reasons behind a /readyz that says no.",
+            "stat",
+        ),
         Panel(
             "Answers withheld for want of proof",
             "short",

@@ -108,7 +108,7 @@ async def test_unforeseen_error_names_no_version(start, monkeypatch):
     def fail(*_told, **_named):
         raise RuntimeError("of nobody's making")
 
-    monkeypatch.setattr(type(front.apps.gateway), "not_ready", fail)
+    monkeypatch.setattr(type(front.apps.gateway.readiness), "reasons", fail)
     in_route = await _exchange(front, _head(b"GET /readyz"))
     monkeypatch.setattr(type(front.apps.gateway.tracing), "begin", fail)
     above = await _exchange(front, _head(b"GET /readyz"))

@@ -1,0 +1,158 @@
+"""Readiness is one answer: `/readyz`, gauge, log and what requests really get never contradict each other."""
+
+import errno
+import os
+
+import pytest
+
+from proxy.readiness import CODES
+from proxy.refusal import Refusal
+
+MANDATORY = [{"policy": "calm", "mode": "mandatory"}]
+CAUSES = {
+    "audit_unavailable": {"audit_failing"},
+    "engine_not_ready": {"engine_not_ready", "engines_left_alone"},
+    "limits_unavailable": {"limits_away"},
+    "policy_unavailable": {"policy_missing", "policy_suspended"},
+}
+"""Refusals that can meet everybody, and the reasons by which readiness tells of them."""
+
+
+async def readiness(front):
+    """What an orchestrator is told, when log and both gauges tell the same."""
+    async with front.public.get("/readyz") as answer:
+        told = await answer.json()
+        assert (answer.status == 200) is told["ready"] is (not told["reasons"])
+    async with front.admin.get("/metrics") as answer:
+        shown = await answer.text()
+    assert f"interpretops_ready {float(told['ready'])}" in shown
+    for code in CODES:
+        assert f'interpretops_not_ready{{reason="{code}"}} {float(code in told["reasons"])}' in shown
+    front.apps.gateway.readiness.look()
+    lines = [line for line in front.log if line["event"] in ("gateway_ready", "gateway_not_ready")]
+    assert lines[-1].get("reasons", []) == told["reasons"]
+    return told["reasons"]
+
+
+async def refused(front):
+    status, _, body = await front.chat()
+    return None if status == 200 else body["error"]["code"]
+
+
+def test_every_refusal_that_can_meet_everybody_has_a_reason():
+    """A refusal with 503 that is added without a reason in readiness fails here."""
+    kinds = list(Refusal.__subclasses__())
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert {kind.code for kind in kinds if kind.status == 503} == set(CAUSES)
+    assert set().union(*CAUSES.values()) <= set(CODES)
+
+
+async def test_wrong_name_of_a_mandatory_policy_is_told_everywhere(start):
+    """A binding names a policy that does not exist: not ready, whichever way one asks, with the reason."""
+    front = await start("calm", bindings=[{"policy": "clam", "mode": "mandatory"}])
+    assert await refused(front) == "policy_unavailable"
+    assert await readiness(front) == ["policy_missing"]
+    told = [line for line in front.log if line["event"] == "gateway_not_ready"][-1]
+    assert (told["log_level"], told["why"]) == (
+        "error",
+        ["bindings demand policies that are not loaded: clam"],
+    )
+    listed = await front.policy_list()
+    assert listed["not_ready"] == "bindings demand policies that are not loaded: clam"
+
+
+async def test_change_is_logged_once(start, engine, until):
+    """One line when requests can be served no more, one when they can again, none in between."""
+    front = await start("calm", bindings=MANDATORY)
+    assert await readiness(front) == []
+    engine.trick = "unhealthy"
+
+    async def lost():
+        return not await front.engine_ready()
+
+    await until(lost)
+    for _ in range(3):
+        assert await readiness(front) == ["engine_not_ready"]
+    engine.trick = ""
+    await until(front.engine_ready)
+    assert await readiness(front) == []
+    levels = [
+        (line["event"], line["log_level"]) for line in front.log if line["event"].startswith("gateway_")
+    ]
+    assert levels == [
+        ("gateway_not_ready", "info"),
+        ("gateway_ready", "info"),
+        ("gateway_not_ready", "error"),
+        ("gateway_ready", "info"),
+    ]
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk that is full while the list holds something."""
+    full = []
+    real = os.write
+
+    def write(descriptor, data):
+        if full and data.startswith(b'{"seq"'):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    return full
+
+
+@pytest.mark.parametrize("on_failure", ["refuse", "continue"])
+async def test_audit_log_that_cannot_be_written(start, tmp_path, disk, until, on_failure):
+    """Not ready while every request is refused for it, and ready again by itself; else ready all the time."""
+    settings = {"audit.path": tmp_path / "audit.jsonl", "audit.on_failure": on_failure}
+    front = await start("calm", **settings)
+    assert await readiness(front) == []
+    disk.append("full")
+    await front.chat()
+    strict = on_failure == "refuse"
+    assert await refused(front) == ("audit_unavailable" if strict else None)
+    assert await readiness(front) == (["audit_failing"] if strict else [])
+    disk.clear()
+    # Nobody asks an endpoint that is not ready: it must find out by itself.
+    await until(front.engine_ready)
+    assert await refused(front) is None
+
+
+async def test_audit_log_that_nobody_writes_is_tried_again(start, tmp_path, disk, until):
+    """A change that was refused for want of a record is not recorded later; the log recovers without it."""
+    front = await start("calm", **{"audit.path": tmp_path / "audit.jsonl"})
+    audit = front.apps.gateway.audit
+    await audit.sync()
+    disk.append("full")
+    async with front.admin.post("/admin/policies/calm/rollback") as answer:
+        assert (await answer.json())["error"]["code"] == "audit_unavailable"
+    assert await readiness(front) == ["audit_failing"]
+    disk.clear()
+    await until(front.engine_ready)
+    await audit.sync()
+    assert '"event":"audit_recovered"' in (tmp_path / "audit.jsonl").read_text()
+
+
+async def test_engines_that_are_left_alone(start, engine, until):
+    """While every engine is left alone everybody is refused; then one request is tried."""
+    front = await start("calm", **{"gateway.breaker_failures": 2, "gateway.breaker_open_s": 0.5})
+    engine.trick = "busy"
+    assert [await refused(front) for _ in range(3)] == ["engine_failed", "engine_failed", "engine_not_ready"]
+    assert await readiness(front) == ["engines_left_alone"]
+    engine.trick = ""
+    await until(front.engine_ready)
+    assert await refused(front) is None
+    assert await readiness(front) == []
+
+
+async def test_mandatory_policy_that_is_suspended(start):
+    """A policy that is refused for what it costs refuses whom it is mandatory for, and readiness says so."""
+    front = await start("calm", bindings=MANDATORY)
+    catalogue = front.apps.gateway.catalogue
+    catalogue.suspended["calm"] = catalogue.entries["calm"].active.revision
+    assert await refused(front) == "policy_unavailable"
+    assert await readiness(front) == ["policy_suspended"]
+    catalogue.suspended.clear()
+    assert await readiness(front) == []
