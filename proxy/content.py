@@ -1,4 +1,9 @@
-"""Looks into messages, inputs and tools: only text, and nothing that makes the engine fetch an address."""
+"""Looks into messages, inputs and tools: only text, and nothing that makes the engine fetch an address.
+
+What reaches the engine is a closed list. A part of a content may hold the keys of its type, and those that
+clients add and no engine reads. A message may hold what belongs to a message; what clients note on it beside
+that (ids, times) is taken out. All of it is looked at by kind first: any JSON may stand anywhere.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +12,117 @@ from typing import Any, Final
 
 from proxy.refusal import FieldNotAllowed, InvalidRequest
 
-_TEXTS: Final = frozenset(("text", "refusal", "input_text", "output_text", "summary_text", "reasoning_text"))
-_NESTED: Final = frozenset(("tool_result",))
-_BLOCKS: Final = frozenset(("tool_use", "thinking", "redacted_thinking"))
-"""Parts of Anthropic's messages that hold no address."""
-_ITEMS: Final = frozenset(("message", "function_call", "function_call_output", "reasoning"))
-"""Items of a Responses input that hold no address and refer to nothing stored."""
+_NOTES: Final = frozenset(
+    [
+        "annotations",
+        "cache_control",
+        "citations",
+        "extras",
+        "id",
+        "index",
+        "logprobs",
+        "metadata",
+        "prompt_cache_breakpoint",
+        "providerMetadata",
+        "providerOptions",
+        "provider_metadata",
+        "provider_options",
+        "status",
+    ]
+)
+"""Keys that clients add to parts, and that change no answer."""
+
+
+def _part(said: str, *more: str) -> tuple[str, frozenset[str]]:
+    return said, frozenset(("type", said, *more)) | _NOTES
+
+
+_PARTS: Final[Mapping[str, tuple[str, frozenset[str]]]] = {
+    "text": _part("text"),
+    "input_text": _part("text"),
+    "output_text": _part("text"),
+    "summary_text": _part("text"),
+    "reasoning_text": _part("text"),
+    "refusal": _part("refusal"),
+    "thinking": _part("thinking", "signature", "closed"),
+    "redacted_thinking": _part("data"),
+    "tool_use": _part("name", "input", "caller", "toolset_name"),
+    "tool_result": _part("tool_use_id", "content", "is_error", "caller", "toolset_name"),
+}
+"""Each type of part that is text, where its text stands, and its keys."""
+_MESSAGE: Final = frozenset(
+    [
+        "content",
+        "function_call",
+        "name",
+        "reasoning",
+        "reasoning_content",
+        "refusal",
+        "role",
+        "tool_call_id",
+        "tool_calls",
+        "tools",
+    ]
+)
+_ITEMS: Final[Mapping[str, frozenset[str]]] = {
+    "message": frozenset(("type", "role", "content", "id", "status", "phase", "name")),
+    "function_call": frozenset(
+        ("type", "arguments", "call_id", "name", "id", "status", "namespace", "caller", "async")
+    ),
+    "function_call_output": frozenset(
+        ("type", "call_id", "output", "id", "status", "name", "namespace", "caller")
+    ),
+    "reasoning": frozenset(("type", "id", "summary", "content", "encrypted_content", "status")),
+}
+"""Items of a Responses input that hold no address and refer to nothing stored, and the keys of each."""
+_OTHER_CONTENT: Final = frozenset(
+    [
+        "attachments",
+        "audio",
+        "audio_embeds",
+        "audio_url",
+        "document",
+        "file",
+        "file_data",
+        "file_id",
+        "file_url",
+        "files",
+        "image",
+        "image_embeds",
+        "image_pil",
+        "image_url",
+        "images",
+        "input_audio",
+        "input_file",
+        "input_image",
+        "prompt_embeds",
+        "source",
+        "video",
+        "video_embeds",
+        "video_url",
+        "videos",
+    ]
+)
+"""Keys under which clients send what is not text. Taken out, callers would think it was read."""
+_EMPTY: Final[tuple[Any, ...]] = (None, "", [], {})
 
 
 def check_messages(body: Mapping[str, Any]) -> None:
-    """Of ``messages`` and ``system`` only text is served."""
-    messages = body.get("messages")
-    if messages is not None and not isinstance(messages, list):
-        raise InvalidRequest("messages must be a list", param="messages")
-    for index, message in enumerate(messages or ()):
-        content = message.get("content") if isinstance(message, dict) else None
-        _check_parts(content, f"messages[{index}].content")
-    _check_parts(body.get("system"), "system")
+    """Of ``messages`` and ``system`` only text is served. Keys that no engine reads are taken out."""
+    for index, message in enumerate(_list(body.get("messages"), "messages")):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise InvalidRequest(f"{where} must be an object", param=where)
+        if not isinstance(message.get("role"), str):
+            raise InvalidRequest(f"{where}.role must be a text", param=f"{where}.role")
+        _keep(message, _MESSAGE, where)
+        _check_content(message.get("content"), f"{where}.content")
+        _check_tools(message.get("tools"), f"{where}.tools")
+        for name in ("name", "reasoning", "reasoning_content", "refusal", "tool_call_id"):
+            _check_text(message, name, where)
+        for place, call in enumerate(_list(message.get("tool_calls"), f"{where}.tool_calls")):
+            _check_call(call, f"{where}.tool_calls[{place}]")
+    _check_content(body.get("system"), "system")
 
 
 def check_input(body: Mapping[str, Any]) -> None:
@@ -38,37 +137,86 @@ def check_input(body: Mapping[str, Any]) -> None:
         if not isinstance(item, dict):
             raise InvalidRequest(f"{where} must be an object", param=where)
         kind = item.get("type", "message")
-        if kind not in _ITEMS:
+        if not isinstance(kind, str) or kind not in _ITEMS:
             raise _refused(where, kind)
+        _keep(item, _ITEMS[kind], where)
         for name in ("content", "output", "summary"):
-            _check_parts(item.get(name), f"{where}.{name}")
+            _check_content(item.get(name), f"{where}.{name}")
 
 
 def check_tools(body: Mapping[str, Any]) -> None:
     """Only functions, which the client runs; a server's address would be called by the engine."""
-    tools = body.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise InvalidRequest("tools must be a list", param="tools")
-    for index, tool in enumerate(tools or ()):
+    _check_tools(body.get("tools"), "tools")
+
+
+def _check_tools(tools: Any, where: str) -> None:
+    for index, tool in enumerate(_list(tools, where)):
         kind = tool.get("type", "function") if isinstance(tool, dict) else None
         if kind not in ("function", "custom"):
             raise FieldNotAllowed(
-                f"tools[{index}]: type {str(kind)[:32]!r}, but only functions run by the client are served",
-                param=f"tools[{index}]",
+                f"{where}[{index}]: type {str(kind)[:32]!r}, but only functions run by the client are served",
+                param=f"{where}[{index}]",
             )
 
 
-def _check_parts(content: Any, where: str) -> None:
-    if not isinstance(content, list):
+def _check_content(content: Any, where: str) -> None:
+    if content is None or isinstance(content, str):
         return
+    if not isinstance(content, list):
+        raise InvalidRequest(f"{where} must be a text or a list", param=where)
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(part, str) or kind in _TEXTS or kind in _BLOCKS:
-            continue
-        if kind in _NESTED:
-            _check_parts(part.get("content"), where)
-            continue
+        if not isinstance(part, str):
+            _check_part(part, where)
+
+
+def _check_part(part: Any, where: str) -> None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in _PARTS:
         raise _refused(where, kind)
+    said, keys = _PARTS[kind]
+    for name in [name for name in part if name not in keys]:
+        if part[name] is not None:
+            raise FieldNotAllowed(
+                f"{where}: part of type {kind!r} holds {name[:64]!r}, but only text is served; remove it",
+                param=where,
+            )
+        del part[name]
+    _check_text(part, said, where)
+    if kind == "tool_result":
+        _check_content(part.get("content"), where)
+
+
+def _check_call(call: Any, where: str) -> None:
+    if not isinstance(call, dict):
+        raise InvalidRequest(f"{where} must be an object", param=where)
+    for name in ("id", "type"):
+        _check_text(call, name, where)
+    for name in ("function", "custom"):
+        if not isinstance(call.get(name, {}), dict | None):
+            raise InvalidRequest(f"{where}.{name} must be an object", param=f"{where}.{name}")
+
+
+def _keep(found: dict[str, Any], keys: frozenset[str], where: str) -> None:
+    """Take out of a message what is not in ``keys``; refuse it where it is content of another kind."""
+    for name in [name for name in found if name not in keys]:
+        if name in _OTHER_CONTENT and found[name] not in _EMPTY:
+            raise FieldNotAllowed(
+                f"{where} holds {name!r}, but only text is served; remove it", param=f"{where}.{name}"
+            )
+        del found[name]
+
+
+def _check_text(found: Mapping[str, Any], name: str, where: str) -> None:
+    if not isinstance(found.get(name), str | None):
+        raise InvalidRequest(f"{where}: {name} must be a text", param=where)
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise InvalidRequest(f"{where} must be a list", param=where)
+    return value
 
 
 def _refused(where: str, kind: Any) -> FieldNotAllowed:

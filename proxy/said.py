@@ -20,7 +20,7 @@ _TEXTS: Final = frozenset(
     ]
 )
 """Names under which the routes' answers and their events carry what the model wrote."""
-_CALLS: Final = frozenset(("tool_use", "custom_tool_call"))
+_CALLS: Final = ("tool_use", "custom_tool_call")
 """Calls that carry what they were called with as `input`, an object or a text."""
 _SPOKEN: Final = ("choices", "output", "content")
 """Where a whole answer holds what the model wrote; beside it some routes repeat what was asked."""

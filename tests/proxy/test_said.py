@@ -85,3 +85,9 @@ async def test_streamed_message_of_the_engine_says_each_text_once():
     answer = serving.messages_full_converter(ChatCompletionResponse.model_validate(whole))
     for raw, streamed in ((stream, True), (answer.model_dump_json(), False)):
         assert texts_said(raw.encode(), streamed=streamed) == ["ice cream", '{"x": "a"}']
+
+
+def test_answer_of_odd_types_says_what_it_says():
+    """A type that is no text breaks nothing: what can be read is read."""
+    answer = json.dumps({"content": [{"type": ["tool_use"], "input": {"text": "a"}}]}).encode()
+    assert texts_said(answer, streamed=False) == ["a"]
