@@ -1,9 +1,11 @@
 """The audit log's format: JSON lines, each holding the hash of the one before; and its verification."""
 
+import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -49,6 +51,11 @@ def head_path(log: Path) -> Path:
     return log.with_name(log.name + ".head")
 
 
+def head_line(head: Head) -> bytes:
+    """What stands there; always of the same length."""
+    return json.dumps({"seq": f"{head.seq:015d}", "hash": head.hash}).encode() + b"\n"
+
+
 def read_head(log: Path) -> Head | None:
     """The noted head; None when there is none or it cannot be read."""
     try:
@@ -64,10 +71,36 @@ def rotated_path(log: Path, first_seq: int) -> Path:
 
 
 def log_files(log: Path) -> list[Path]:
-    """All files of a log in order, the one being written last."""
-    name = re.compile(re.escape(log.stem) + r"\.\d{12}" + re.escape(log.suffix))
-    aside = sorted(path for path in log.parent.glob(f"{log.stem}.*") if name.fullmatch(path.name))
-    return [*aside, *([log] if log.exists() else [])]
+    """All files of a log in order, the one being written last.
+
+    Full ones have names of ours. Those that another program set aside beside it, as `audit.jsonl.1` or
+    `audit.jsonl-20261130`, are known by their first record.
+    """
+    own = re.compile(re.escape(log.stem) + r"\.(\d{12})" + re.escape(log.suffix))
+    aside = {path: int(found[1]) for path in _beside(log) if (found := own.fullmatch(path.name))}
+    if log.exists():
+        aside[log] = first_number(log) or sys.maxsize
+    other = re.compile(re.escape(log.name) + r"[.-]\d[\d-]*")
+    for path in _beside(log):
+        number = first_number(path) if other.fullmatch(path.name) else None
+        # A copy of what is there already adds nothing.
+        if number is not None and number not in aside.values():
+            aside.setdefault(path, number)
+    return sorted(aside, key=lambda path: (path == log, aside[path]))
+
+
+def _beside(log: Path) -> list[Path]:
+    return sorted(log.parent.glob(f"{glob.escape(log.stem)}*"))
+
+
+def first_number(path: Path) -> int | None:
+    """The number of a file's first record; None when that is none."""
+    try:
+        with path.open("rb") as file:
+            record = read_line(file.readline().rstrip(b"\n"))
+    except OSError:
+        return None
+    return None if record is None else int(record["seq"])
 
 
 @dataclass
@@ -86,16 +119,17 @@ class Verification:
         return not self.faults and self.records > 0
 
 
-def verify(log: Path, *, first: int = 1) -> Verification:
+def verify(log: Path, *, first: int = 1, also: Sequence[Path] = ()) -> Verification:
     """Read a whole log and name every line that is not as it was written.
 
     first  the number that the log must begin with; later ones after files were archived elsewhere
+    also   files of the same log that lie elsewhere, in any order
     """
     found = Verification()
     expected, prev = first, GENESIS if first == 1 else None
     head, head_seen = read_head(log), False
     torn: tuple[str, bytes] | None = None
-    for place, line in _lines(log):
+    for place, line in _lines(_in_order(log, also)):
         if len(found.faults) >= _MOST_FAULTS:
             found.faults.append("further faults are not listed")
             return found
@@ -135,7 +169,8 @@ def _check_place(
         )
     elif seq > expected:
         missing = f"record {expected} was" if seq == expected + 1 else f"records {expected} to {seq - 1} were"
-        found.faults.append(f"{place}: {missing} removed before record {seq}")
+        more = "; name the files that were set aside as well, or give --first" if found.first is None else ""
+        found.faults.append(f"{place}: {missing} removed before record {seq}{more}")
     elif prev is not None and record["prev"] != prev:
         found.faults.append(f"{place}: record {seq} does not follow what stands before it: one was exchanged")
 
@@ -159,8 +194,15 @@ def _tells_of(record: Mapping[str, Any], torn: bytes) -> bool:
     )
 
 
-def _lines(log: Path) -> Iterator[tuple[str, bytes]]:
-    for path in log_files(log):
+def _in_order(log: Path, also: Sequence[Path]) -> list[Path]:
+    files = log_files(log)
+    known = {path.resolve() for path in files}
+    more = [path for path in also if path.resolve() not in known]
+    return sorted([*more, *files], key=lambda path: (path == log, first_number(path) or 0)) if more else files
+
+
+def _lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    for path in files:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 yield f"{path}:{number}", line

@@ -17,8 +17,12 @@ def _options() -> None:
 
 @audit_app.command()
 def verify(
-    log: Annotated[
-        Path | None, typer.Argument(help="The log's file; else `audit.path` of the settings.")
+    logs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="The log's file, with those that were moved elsewhere; else `audit.path` of the settings.",
+            show_default=False,
+        ),
     ] = None,
     first: Annotated[
         int, typer.Option("--first", min=1, help="Number of the first record, after files were archived.")
@@ -26,16 +30,20 @@ def verify(
     config: Config = None,
 ) -> None:
     """Name every line that was changed, removed, inserted or cut off. Exit status 1 when there is one."""
+    from interpretops.audit_chain import head_path
     from interpretops.audit_chain import verify as check
     from interpretops.errors import ConfigError
     from interpretops.settings import load_settings
 
-    path = log or load_settings(config).audit.path
-    if path is None:
+    named = logs or [path for path in (load_settings(config).audit.path,) if path is not None]
+    if not named:
         raise ConfigError("audit.path is not set; set it in the file given with --config, or name the log")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: there is no such log")
-    found = check(path, first=first)
+    for path in named:
+        if not path.parent.is_dir() or (len(named) > 1 and not path.is_file()):
+            raise ConfigError(f"{path}: there is no such log")
+    # The one that is still written has the note of the newest record beside it.
+    path = next((path for path in named if head_path(path).exists()), named[-1])
+    found = check(path, first=first, also=[other for other in named if other != path])
     for line in (*found.notes, *found.faults):
         typer.echo(line)
     if not found.intact:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -23,11 +21,10 @@ from interpretops.audit_chain import (
     make_line,
     read_head,
     read_line,
-    rotated_path,
 )
 from interpretops.errors import ConfigError
 from interpretops.settings import AuditSettings
-from proxy.file_lock import hold
+from proxy.audit_file import DISPLACED, Displaced, HeadFile, Lock, LogFile
 from proxy.metrics import Metrics
 from proxy.readiness import Reason
 from proxy.refusal import AuditUnavailable
@@ -47,29 +44,31 @@ class AuditLog:
         self._settings = settings
         self._metrics = metrics
         self._log = log
-        self._lock = hold(self._path.with_name(self._path.name + ".lock"), "audit.path")
+        for how in DISPLACED:
+            metrics.audit_displaced.labels(how)
+        self._lock = Lock(self._path)
         self._waiting: deque[tuple[str, str, dict[str, Any]]] = deque()
         """Records that could not be written yet, in order."""
         self._omitted = 0
         self._syncing = asyncio.Lock()
         self._sync_task: asyncio.Task[None] | None = None
         self._synced: Head | None = None
-        self._file = -1
-        self._size = 0
+        self._untold: Displaced | None = None
+        """What happened to the file before the one that is written now, until it is recorded."""
         self.failing: str | None = None
         """Why the log cannot be written at the moment."""
         try:
             self.head, torn = self._find_end()
-            self._first = self._open()
-            self._head_file = os.open(head_path(self._path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._file = LogFile(self._path, self._next_number)
+            self._note = HeadFile(self._path)
         except (OSError, ConfigError) as error:
-            os.close(self._lock)
+            self._lock.close()
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"audit.path = {path}, but it cannot be written ({error.strerror})") from error
         if torn:
-            os.write(self._file, b"\n")
-            self._size += 1
+            if self._file.size:
+                self._file.append(b"\n")
             digest = hashlib.sha256(torn).hexdigest()
             self.append("recovered", torn_bytes=len(torn), torn_sha256=digest)
 
@@ -88,8 +87,7 @@ class AuditLog:
         if len(self._waiting) >= _MOST_WAITING:
             self._omitted += 1
             return
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._waiting.append((now, event, fields))
+        self._waiting.append((_now(), event, fields))
         self._write_waiting()
         if self._settings.fsync == "always" and (self._sync_task is None or self._sync_task.done()):
             # What is written while it runs is forced out by the look of the next second at the latest.
@@ -112,12 +110,28 @@ class AuditLog:
         """Force lines to the disk as the settings say, and try again what failed, until cancelled."""
         while True:
             await asyncio.sleep(_SYNC_EVERY_S)
+            self.look()
             if self._waiting:
                 self._write_waiting()
             elif self.failing is not None:
                 # What was refused left nothing behind, and only writing tells that it can be done again.
                 self.append("audit_recovered", why=self.failing)
             await self.sync()
+
+    def look(self) -> None:
+        """Go on in a new file, on the same chain, if another program moved or changed the one being written.
+
+        For programs that rotate logs: they rename the file; this notices within a second, and at once when
+        the gateway is told to reload.
+        """
+        try:
+            if self._lock.heal():
+                self._tell_displaced("lock")
+            if self._note.heal():
+                self._tell_displaced("head")
+            self._go_on_if_displaced()
+        except OSError as error:
+            self._fail(error)
 
     async def sync(self) -> None:
         """Force what was written to the disk, then note the head."""
@@ -128,7 +142,7 @@ class AuditLog:
             try:
                 if self._settings.fsync != "never":
                     # A file that was set aside meanwhile was forced out then.
-                    descriptor = os.dup(self._file)
+                    descriptor = os.dup(self._file.descriptor)
                     try:
                         await asyncio.to_thread(os.fsync, descriptor)
                     finally:
@@ -146,8 +160,9 @@ class AuditLog:
         await self.sync()
         if self._waiting:
             self._log.error("audit_records_lost", records=len(self._waiting), why=self.failing)
-        for descriptor in (self._file, self._head_file, self._lock):
-            os.close(descriptor)
+        os.close(self._file.descriptor)
+        self._note.close()
+        self._lock.close()
 
     def _write_waiting(self) -> None:
         try:
@@ -170,65 +185,52 @@ class AuditLog:
         self._metrics.audit_failing.set(0)
 
     def _write(self, time: str, event: str, fields: dict[str, Any]) -> None:
-        seq, prev = (1, GENESIS) if self.head is None else (self.head.seq + 1, self.head.hash)
+        self._go_on_if_displaced()
+        self._write_record(time, event, fields)
+
+    def _write_record(self, time: str, event: str, fields: dict[str, Any]) -> None:
+        seq, prev = self._next_number, GENESIS if self.head is None else self.head.hash
         line, digest = make_line(seq, prev, time, event, fields)
-        if self._size and self._size + len(line) > self._settings.rotate_bytes:
-            self._rotate(seq)
-        written = 0
-        try:
-            while written < len(line):
-                written += os.write(self._file, line[written:])
-        except OSError:
-            # Half a line must not stay: the next record would follow it.
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._size)
-            raise
-        self._size += len(line)
+        if self._file.size and self._file.size + len(line) > self._settings.rotate_bytes:
+            self._file = self._file.next(seq)
+        self._file.append(line)
         self.head = Head(seq, digest)
         self._metrics.audit_records.inc()
 
-    def _rotate(self, next_seq: int) -> None:
-        os.fsync(self._file)
-        target = rotated_path(self._path, self._first)
-        self._path.rename(target)
-        try:
-            old, self._file = self._file, self._open_file()
-        except OSError:
-            target.rename(self._path)
-            raise
-        os.close(old)
-        self._size, self._first = 0, next_seq
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    def _go_on_if_displaced(self) -> None:
+        self._lock.require()
+        how = self._file.displaced()
+        if how is not None:
+            self._file = self._file.next(self._next_number)
+            self._untold = how
+            self._tell_displaced(how)
+        if self._untold is not None:
+            told = (
+                {} if self.head is None else {"previous_seq": self.head.seq, "previous_hash": self.head.hash}
+            )
+            self._write_record(_now(), "log_continued", {"previous_file": self._untold, **told})
+            self._untold = None
+
+    def _tell_displaced(self, how: Displaced) -> None:
+        self._metrics.audit_displaced.labels(how).inc()
+        tell = self._log.info if how == "renamed" else self._log.error
+        newest = None if self.head is None else self.head.seq
+        tell("audit_log_displaced", how=how, path=str(self._path), newest_record=newest)
+
+    @property
+    def _next_number(self) -> int:
+        return 1 if self.head is None else self.head.seq + 1
 
     def _note_head(self, head: Head) -> None:
-        """In one small write, in place: the length is always the same."""
-        content = json.dumps({"seq": f"{head.seq:015d}", "hash": head.hash}).encode() + b"\n"
-        os.pwrite(self._head_file, content, 0)
-        if self._settings.fsync == "always":
-            os.fsync(self._head_file)
+        self._note.note(head, durably=self._settings.fsync == "always")
         self._synced = head
 
     def _fail(self, error: OSError) -> None:
+        why = error.strerror or type(error).__name__
         if self.failing is None:
-            self._log.error("audit_failing", error=error.strerror)
-        self.failing = error.strerror or type(error).__name__
+            self._log.error("audit_failing", error=why, path=str(self._path))
+        self.failing = why
         self._metrics.audit_failing.set(1)
-
-    def _open_file(self) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        return os.open(self._path, flags, 0o600)
-
-    def _open(self) -> int:
-        """Open the current file; the number of its first record."""
-        self._file = self._open_file()
-        self._size = os.fstat(self._file).st_size
-        with self._path.open("rb") as file:
-            record = read_line(file.readline().rstrip(b"\n"))
-        return (0 if self.head is None else self.head.seq) + 1 if record is None else int(record["seq"])
 
     def _find_end(self) -> tuple[Head | None, bytes]:
         """The last whole record, and what a crash left of one after it.
@@ -248,10 +250,27 @@ class AuditLog:
                     raise ConfigError(_altered(self._path, "its last record was changed"))
                 last = Head(record["seq"], record["hash"])
                 break
+        if noted is not None and last is None:
+            raise ConfigError(_gone(self._path, noted))
         if noted is not None and (last is None or last.seq < noted.seq):
             raise ConfigError(_altered(self._path, f"it was cut off before record {noted.seq}"))
         return last, torn
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 def _altered(path: Path, what: str) -> str:
-    return f"audit.path = {path}, but {what}; see `mechctl audit verify {path}`, then move the log aside"
+    return (
+        f"audit.path = {path}, but {what}; see `mechctl audit verify {path}`, then move the log's files and "
+        f"{head_path(path)} aside: a new log is begun"
+    )
+
+
+def _gone(path: Path, noted: Head) -> str:
+    return (
+        f"audit.path = {path}, but no file of that log is there, and it had {noted.seq} records "
+        f"({head_path(path)}); put its files back, or, where they are kept elsewhere or lost, move "
+        f"{head_path(path)} there too: a new log is begun"
+    )

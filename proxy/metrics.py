@@ -161,6 +161,12 @@ class Metrics:
         self.audit_records = Counter(
             "interpretops_audit_records", "Records written to the audit log.", registry=registry
         )
+        self.audit_displaced = Counter(
+            "interpretops_audit_displaced",
+            "Times that a file of the audit log was moved, removed or changed while it was written.",
+            ("file",),
+            registry=registry,
+        )
         self.keys_broken = Gauge(
             "interpretops_keys_broken",
             "1 while the file of keys cannot be taken and older keys are in force.",

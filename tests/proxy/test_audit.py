@@ -1,6 +1,7 @@
 """The audit log: nothing is taken from it unseen, nothing happens without it, it tells nothing private."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,12 +9,13 @@ import pytest
 import structlog
 from typer.testing import CliRunner
 
-from interpretops.audit_chain import head_path, log_files, make_line, verify
+from interpretops.audit_chain import head_path, log_files, make_line, read_head, verify
 from interpretops.cli import app
 from interpretops.errors import ConfigError
 from interpretops.settings import AuditSettings
 from proxy.audit import AuditLog
 from proxy.metrics import Metrics
+from proxy.refusal import AuditUnavailable
 
 LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
 
@@ -88,8 +90,12 @@ async def test_log_that_was_cut_off_is_named_and_not_continued(log):
         open_log(log)
     log.unlink()
     assert not verify(log).intact
-    with pytest.raises(ConfigError, match="cut off before record 9"):
+    with pytest.raises(ConfigError, match=r"no file of that log is there.*move \S+\.head there too"):
         open_log(log)
+    # What the message tells to do is enough.
+    head_path(log).unlink()
+    await write(log, 2)
+    assert verify(log).intact
 
 
 async def test_log_without_its_head_is_not_called_whole(log):
@@ -133,6 +139,195 @@ async def test_one_gateway_alone_writes(log):
     with pytest.raises(ConfigError, match="another gateway writes"):
         open_log(log)
     await first.close()
+
+
+def displaced(metrics, how):
+    return metrics.registry.get_sample_value("interpretops_audit_displaced_total", {"file": how})
+
+
+class Written:
+    """A log that is being written, and what it counts and logs."""
+
+    def __init__(self, path, **settings):
+        self.path, self.metrics, capture = path, Metrics(), structlog.testing.LogCapture()
+        self.told = capture.entries
+        log = structlog.wrap_logger(None, processors=[capture])
+        self.audit = AuditLog(path, AuditSettings(path=path, **settings), self.metrics, log)
+
+    def append(self, records=1):
+        for _ in range(records):
+            self.audit.append("request", status=200)
+
+    def events(self, path=None):
+        return [json.loads(line)["event"] for line in (path or self.path).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("seconds_first", [True, False])
+async def test_removed_log_is_noticed_and_the_chain_goes_on_in_a_new_file(tmp_path, seconds_first):
+    """With or without traffic: the new file's first record names the newest one before; it is counted."""
+    log = Written(tmp_path / "audit.jsonl")
+    assert displaced(log.metrics, "removed") == 0
+    log.append(3)
+    before = log.audit.head
+    log.path.unlink()
+    if seconds_first:
+        log.audit.look()
+        assert log.events() == ["log_continued"]
+    log.append(2)
+    assert log.events() == ["log_continued", "request", "request"]
+    first = json.loads(log.path.read_text().splitlines()[0])
+    assert (first["seq"], first["prev"], first["previous_file"]) == (4, before.hash, "removed")
+    assert (first["previous_seq"], first["previous_hash"]) == (3, before.hash)
+    assert displaced(log.metrics, "removed") == 1
+    assert [entry["log_level"] for entry in log.told if entry["event"] == "audit_log_displaced"] == ["error"]
+    await log.audit.close()
+    assert "records 1 to 3 were removed before record 4" in verify(log.path).faults[0]
+    assert verify(log.path, first=4).intact
+    await write(log.path, 1)
+    assert verify(log.path, first=4).intact
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+@pytest.mark.parametrize("name", ["audit.jsonl.1", "audit.jsonl-20261130"])
+async def test_log_is_rotated_by_another_program(tmp_path, name, made_anew):
+    """Renamed as logrotate does it, with or without an empty file in its place: nothing is lost or refused,
+    verification follows, and so does the next start."""
+    log = Written(tmp_path / "audit.jsonl")
+    log.append(3)
+    log.path.rename(tmp_path / name)
+    if made_anew:
+        log.path.touch()
+    log.append(2)
+    assert log.events(tmp_path / name) == ["request"] * 3
+    assert log.events() == ["log_continued", "request", "request"]
+    assert (displaced(log.metrics, "renamed"), displaced(log.metrics, "removed")) == (1, 0)
+    await log.audit.close()
+    found = verify(log.path)
+    assert (found.intact, found.records) == (True, 6)
+    # While no gateway runs.
+    log.path.rename(tmp_path / f"{name}2")
+    await write(log.path, 1)
+    found = verify(log.path)
+    assert (found.intact, found.records) == (True, 7)
+    (tmp_path / "audit.jsonl.3").write_bytes((tmp_path / name).read_bytes())
+    assert verify(log.path).intact, "a copy adds nothing"
+
+
+async def test_log_moved_elsewhere_is_verified_by_naming_both(tmp_path):
+    """In any order; the fault without the older file says so."""
+    log = Written(tmp_path / "audit.jsonl")
+    log.append(3)
+    (tmp_path / "kept").mkdir()
+    archived = log.path.rename(tmp_path / "kept" / "old.jsonl")
+    log.append()
+    await log.audit.close()
+    run = CliRunner().invoke
+    alone = run(app, ["audit", "verify", str(log.path)])
+    assert alone.exit_code == 1
+    assert "name the files that were set aside as well, or give --first" in alone.stdout
+    for order in ([log.path, archived], [archived, log.path]):
+        ended = run(app, ["audit", "verify", *map(str, order)])
+        assert (ended.exit_code, "5 records, 1 to 5, are as they" in ended.stdout) == (0, True), ended.stdout
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: os.truncate(path, 0),
+        lambda path: os.truncate(path, path.stat().st_size - 5),
+        lambda path: path.write_bytes(path.read_bytes() + b"not ours"),
+    ],
+)
+async def test_log_that_another_program_changed_is_set_aside(tmp_path, spoil):
+    """Cut short or written to: no record of ours is appended to it, and verification names it."""
+    log = Written(tmp_path / "audit.jsonl")
+    log.append(3)
+    spoil(log.path)
+    log.append(2)
+    assert log.events() == ["log_continued", "request", "request"]
+    assert displaced(log.metrics, "altered") == 1
+    await log.audit.close()
+    assert not verify(log.path).intact
+    assert verify(log.path).last.seq == 6
+
+
+async def test_foreign_file_in_the_logs_place_is_neither_overwritten_nor_appended_to(tmp_path):
+    """It is moved beside the log."""
+    log = Written(tmp_path / "audit.jsonl")
+    log.append(3)
+    log.path.rename(tmp_path / "audit.jsonl.1")
+    log.path.write_text("of somebody else")
+    log.append()
+    await log.audit.close()
+    assert (tmp_path / "audit.jsonl.unknown-000000000004").read_text() == "of somebody else"
+    assert (verify(log.path).intact, verify(log.path).records) == (True, 5)
+
+
+async def test_requests_are_refused_while_the_log_has_no_folder(tmp_path):
+    """A log that cannot be begun anew is one that cannot be written; it goes on when it can."""
+    log = Written(tmp_path / "log" / "audit.jsonl")
+    log.append(3)
+    (tmp_path / "log").rename(tmp_path / "gone")
+    log.audit.look()
+    log.audit.append("request", status=200)
+    assert log.audit.failing == "No such file or directory"
+    with pytest.raises(AuditUnavailable):
+        log.audit.require()
+    (tmp_path / "log").mkdir()
+    log.audit.look()
+    log.append()
+    log.audit.require()
+    assert log.events() == ["log_continued", "request", "request"]
+    assert displaced(log.metrics, "lock") == displaced(log.metrics, "renamed") == 1
+    await log.audit.close()
+    assert verify(log.path, first=4).intact
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda head: head.unlink(),
+        lambda head: head.rename(head.with_suffix(".old")),
+        lambda head: head.write_text("garbage"),
+        lambda head: head.write_bytes(head.read_bytes() + b"}"),
+    ],
+)
+async def test_note_of_the_newest_record_is_written_again(log, spoil):
+    """Removed, moved or garbled while the gateway runs: it is whole a second later, and that is counted."""
+    written = Written(log)
+    written.append()
+    await written.audit.sync()
+    spoil(head_path(log))
+    written.audit.look()
+    assert read_head(log).seq == 10
+    assert displaced(written.metrics, "head") == 1
+    written.audit.look()
+    assert displaced(written.metrics, "head") == 1
+    await written.audit.close()
+    assert verify(log).intact
+
+
+async def test_lock_is_taken_again_or_nothing_is_written(log):
+    """Without its lock file a second gateway could write the same log: then this one stops."""
+    written = Written(log)
+    lock = log.with_name(log.name + ".lock")
+    lock.unlink()
+    written.audit.look()
+    with pytest.raises(ConfigError, match="another gateway writes"):
+        open_log(log)
+    lock.unlink()
+    other = open_log(log)
+    written.audit.look()
+    assert written.audit.failing == "another gateway writes it"
+    written.append()
+    assert written.audit.failing
+    assert verify(log).records == 9
+    await other.close()
+    written.audit.look()
+    written.append()
+    assert written.audit.failing is None
+    await written.audit.close()
+    assert verify(log).intact
 
 
 FULL_DISK = """
