@@ -403,6 +403,20 @@ async def test_requests_are_recorded_and_nothing_of_what_they_said(start, engine
     assert (told["records"], told["hash"], told["failing"]) == (5, records[-1]["hash"], None)
 
 
+async def test_no_answer_goes_unrecorded_when_the_log_is_removed(start, tmp_path):
+    """The next request stands in a new file, after a record that tells of it; the metric is there before."""
+    path = tmp_path / "audit.jsonl"
+    front = await start("calm", **{"audit.path": path})
+    metrics = front.apps.gateway.metrics
+    assert displaced(metrics, "removed") == 0
+    path.unlink()
+    status, headers, _ = await front.chat(model="tiny-model+calm")
+    first, *_, last = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (status, first["event"], first["previous_file"]) == (200, "log_continued", "removed")
+    assert last["request_id"] == headers["X-Request-Id"]
+    assert displaced(metrics, "removed") == 1
+
+
 async def test_request_that_could_not_be_recorded_is_refused(start, engine, tmp_path):
     """While the log fails nobody is served, and no request reaches the engine."""
     front = await start("calm", **{"audit.path": tmp_path / "audit.jsonl"})
