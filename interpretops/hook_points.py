@@ -45,10 +45,21 @@ class SiteHooks:
     """
 
     def __init__(
-        self, model: nn.Module, bank: PlanBank, *, residual_pair: bool, fixed: Sequence[Site] = ()
+        self,
+        model: nn.Module,
+        bank: PlanBank,
+        *,
+        residual_pair: bool,
+        fixed: Sequence[Site] = (),
+        in_place: bool = True,
     ) -> None:
-        """``residual_pair``: layers return ``(hidden, residual)``, whose sum is the stream, as in vLLM."""
+        """``residual_pair``: layers return ``(hidden, residual)``, whose sum is the stream, as in vLLM.
+
+        ``in_place``: whether an activation may be written over. Not where others may hold it, as a user's own
+        hooks do in a Hugging Face model; sites that are fixed are always written in place.
+        """
         self.bank = bank
+        self.in_place = in_place
         self.family = family_of(bank.spec.architecture)
         self.layers = find_layers(model, bank.spec.num_layers)
         self.residual_pair = residual_pair
@@ -154,6 +165,10 @@ class SiteHooks:
             update_gates(stream[: step.num_tokens], gates, step)
         table = self.bank.tables.get(site)
         if table is not None and table.views:
+            if not self.in_place:
+                if not any(row in table.views for row in step.rows):
+                    return hidden
+                flat = flat.clone()
             apply_edits(flat, table, step, residual, source)
         return hidden if flat.data_ptr() == hidden.data_ptr() else flat.view(hidden.shape)
 

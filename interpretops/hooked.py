@@ -6,7 +6,8 @@ Shape letters: T tokens, V vocabulary, D width of a site.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ class HookedModel:
         """The transformers model itself."""
         self._family = family_of(self.spec.architecture)
         self._layers = find_layers(self.network, self.spec.num_layers)
+        self.scoring = False
+        """Whether the pass under way reads a whole text at once, and is not a step of an answer."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,7 +164,9 @@ class HookedModel:
     @torch.no_grad()
     def logprobs(self, token_ids: Sequence[int]) -> Tensor:
         """[T, V] float32: after each of T tokens, the log-probability of every next one."""
-        logits = self.network(input_ids=self._batch_of(token_ids), use_cache=False).logits[0]
+        ids = self._batch_of(token_ids)
+        with self._reading():
+            logits = self.network(input_ids=ids, use_cache=False).logits[0]
         logprobs: Tensor = logits.float().log_softmax(-1)
         return logprobs
 
@@ -178,11 +183,20 @@ class HookedModel:
         kept: dict[Site, Tensor] = {}
         handles = [self._keep(site, kept) for site in wanted]
         try:
-            self.network.base_model(input_ids=self._batch_of(ids), use_cache=False)
+            with self._reading():
+                self.network.base_model(input_ids=self._batch_of(ids), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
         return kept
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        self.scoring = True
+        try:
+            yield
+        finally:
+            self.scoring = False
 
     def _keep(self, site: Site, kept: dict[Site, Tensor]) -> torch.utils.hooks.RemovableHandle:
         module = site_module(self._layers, self._family, site)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from interpretops.bank import PlanBank
+from interpretops.batch_layout import check_positions, real_spans
 from interpretops.compile import compile_policy
 from interpretops.errors import ModelError, PlanError
+from interpretops.generation import CacheWatch, FollowedGeneration
 from interpretops.hook_points import SiteHooks
 from interpretops.hooked import HookedModel
 from interpretops.plan import Plan
@@ -53,7 +55,8 @@ class SteeringSession:
 
     Inside, every pass of ``model.network`` is steered, whoever starts it, batches padded left or right
     included. A request begins with an empty key-value cache: its first pass is its prompt, and latched gates
-    are closed. Beam search is not for it, as the beams of a batch change places unseen.
+    are closed. Without a cache ``network.generate`` begins one request too, however often it runs the prompt
+    again. What cannot be followed is refused (`interpretops.generation`).
     """
 
     def __init__(
@@ -77,6 +80,10 @@ class SteeringSession:
         self._hooks: SiteHooks | None = None
         self._signature = inspect.signature(model.network.base_model.forward)
         self._demanded_prompt_length: int | None = None
+        self._generation = FollowedGeneration(model.network)
+        self._cache = CacheWatch()
+        self._uncached: Tensor | None = None
+        """What the latest pass without a cache was given; kept for plans that must know a prompt's end."""
         self._prompt_length: list[int] = []
         self._seen = 0
         self._evaluated = 0
@@ -86,7 +93,7 @@ class SteeringSession:
         if id(network) in _STEERED:
             raise ModelError(f"{self.model.spec.name} is being steered by another session; leave that first")
         self._bank = _bank(self.model, self.plan)
-        self._hooks = SiteHooks(network, self._bank, residual_pair=False)
+        self._hooks = SiteHooks(network, self._bank, residual_pair=False, in_place=False)
         _STEERED.add(id(network))
         self._hooks.refresh()
         body = network.base_model
@@ -94,6 +101,7 @@ class SteeringSession:
             body.register_forward_pre_hook(self._before_pass, with_kwargs=True),
             body.register_forward_hook(self._after_pass, always_call=True),
         ]
+        self._generation.install()
         self._prompt_length, self._seen, self._evaluated = [], 0, 0
         return self
 
@@ -105,6 +113,9 @@ class SteeringSession:
         self._handles = []
         if self._hooks is not None:
             self._hooks.remove()
+            self._generation.remove()
+        self._cache.remember(None)
+        self._uncached = None
         _STEERED.discard(id(self.model.network))
         self._hooks = None
 
@@ -162,8 +173,13 @@ class SteeringSession:
         batch, tokens = int(inputs.shape[0]), int(inputs.shape[1])
         cache = given.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        spans = _real_spans(given.get("attention_mask"), batch, past, tokens)
+        spans = real_spans(given.get("attention_mask"), batch, past, tokens)
+        check_positions(given.get("position_ids"), spans, past)
+        if not past:
+            self._note_uncached(inputs)
         self._admit(batch, past, spans)
+        if past:
+            self._cache.check(cache)
         layout = [
             entry
             for sequence, span in enumerate(spans)
@@ -188,21 +204,56 @@ class SteeringSession:
         self._bank.keep_memory(longest * len(self._prompt_length))
         return torch.arange(count) + sequence * longest
 
-    def _after_pass(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+    def _after_pass(self, _module: nn.Module, _args: Any, output: Any) -> None:
         assert self._bank is not None
         self._bank.step.clear()
+        if output is None:  # the pass was refused, or failed
+            return
+        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        self._cache.remember(next((part for part in parts if hasattr(part, "get_seq_length")), None))
+        if self._generation.passes is not None:
+            self._generation.passes += 1
+
+    def _note_uncached(self, inputs: Tensor) -> None:
+        """Refuse a request that grows by hand without a cache: which part of it was the prompt is unknown."""
+        if self._generation.passes is not None or self.model.scoring or not _reads_prompt_length(self.plan):
+            self._uncached = None
+            return
+        last, self._uncached = self._uncached, inputs.detach().clone()
+        if last is not None and last.shape[1] + 1 == inputs.shape[1] and torch.equal(inputs[:, :-1], last):
+            raise ModelError(
+                "a sequence grew by one token and was given anew without its cache, so that nobody can tell "
+                f"its prompt from its answer, and {self.plan.policy_id!r} has gates that must; pass "
+                "past_key_values, use generate, or score it with session.logprobs(token_ids, prompt_length=…)"
+            )
 
     def _admit(self, batch: int, past: int, spans: list[tuple[int, int]]) -> None:
         """Begin new requests when the cache is empty; else make sure that these are the ones begun."""
         assert self._bank is not None
         if batch > MAX_SEQUENCES:
             raise ModelError(f"a batch of {batch} sequences, but a session takes at most {MAX_SEQUENCES}")
+        lengths = [end - start for start, end in spans]
         if past == 0:
             for slot in range(max(batch, len(self._prompt_length))):
                 self._bank.step.forget_request(slot)
-            demanded = self._demanded_prompt_length
-            self._prompt_length = [end - start if demanded is None else demanded for start, end in spans]
             self._evaluated = 0
+            if (
+                self._generation.passes
+            ):  # without a cache, generation runs the same requests again, only longer
+                if len(lengths) != len(self._prompt_length) or any(
+                    now < prompt for now, prompt in zip(lengths, self._prompt_length, strict=True)
+                ):
+                    raise ModelError(
+                        "generate runs other sequences than it began, which a session cannot follow"
+                    )
+                return
+            demanded = self._demanded_prompt_length
+            self._prompt_length = [length if demanded is None else demanded for length in lengths]
+        elif self._generation.passes == 0:
+            raise ModelError(
+                f"generate was given a key-value cache of {past} tokens, but a session takes the first pass "
+                "for the prompt; leave past_key_values out"
+            )
         elif batch != len(self._prompt_length) or past != self._seen:
             raise ModelError(
                 f"the key-value cache holds {past} tokens of {batch} sequences, but this session has seen "
@@ -226,26 +277,8 @@ class SteeringSession:
         return [part for part in parts if part[2]]
 
 
-def _real_spans(mask: Any, batch: int, past: int, tokens: int) -> list[tuple[int, int]]:
-    """Where each sequence's real tokens begin and end in the P + T columns of the attention mask."""
-    length = past + tokens
-    if mask is None:
-        return [(0, length)] * batch
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, length):
-        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ModelError(
-            f"attention_mask is {shape}, but a session reads one of [{batch}, {length}], 1 for real tokens"
-        )
-    spans = []
-    for row in (mask != 0).long().cpu():
-        places = row.nonzero().flatten().tolist()
-        start, end = (places[0], places[-1] + 1) if places else (0, 0)
-        if len(places) != end - start:
-            raise ModelError(
-                "attention_mask has gaps, but a session reads padding on the left or the right only"
-            )
-        spans.append((start, end))
-    return spans
+def _reads_prompt_length(plan: Plan) -> bool:
+    return any(gate.scope != "token" or gate.phase != "both" for gate in plan.gates)
 
 
 def _plan(model: HookedModel, policy: Policy | Plan | str | Path, artifacts: str | Path | None) -> Plan:

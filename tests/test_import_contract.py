@@ -27,6 +27,8 @@ HEAVY = frozenset({"torch", "vllm", "transformers", "sae_lens", "transformer_len
 TORCH_MODULES = frozenset(
     {
         "interpretops.bank",
+        "interpretops.batch_layout",
+        "interpretops.generation",
         "interpretops.bank_rows",
         "interpretops.hook_points",
         "interpretops.hooked",
