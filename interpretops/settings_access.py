@@ -51,7 +51,11 @@ class SharedLimits(Section):
     """What happens to requests of limited tenants while Redis does not answer: refused with 503, or counted
     by each gateway for itself."""
     timeout_s: Seconds = 0.5
-    """Longest wait for Redis, within a request."""
+    """Longest wait for an answer of Redis, within a request: then the request is treated as `when_away` says.
+    Redis counts as away only when it has answered nothing for `away_after_s`."""
+    away_after_s: Seconds = 2.0
+    """How long Redis must have answered nothing before it counts as away: from then on no request waits for
+    it, and an alert is due. It is tried again every second."""
 
     @model_validator(mode="after")
     def _check_url(self) -> Self:

@@ -59,6 +59,11 @@ class Access:
         """Whether keys are asked for."""
         return self._path is not None
 
+    @property
+    def callers(self) -> list[Tenant]:
+        """Everybody on whose behalf a request can come."""
+        return [self._anonymous.tenant] if self._path is None else [*self._tenants.values()]
+
     def refresh(self) -> None:
         """Take the file's keys as they are now; when it cannot be read, the keys stay as they were."""
         if self._path is None:

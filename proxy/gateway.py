@@ -25,7 +25,7 @@ from proxy.engine_loop import Engine, Surroundings
 from proxy.fleet import Fleet
 from proxy.fleet_loop import FleetLoop
 from proxy.intake import Intake
-from proxy.limits import Limiter
+from proxy.limits import Limiter, counted_together
 from proxy.metrics import Metrics
 from proxy.readiness import Readiness
 from proxy.settlements import Settlements
@@ -77,7 +77,10 @@ def make_app(
     intake = Intake(paths.policies, paths.artifacts, catalogue, fleet, metrics, log)
     access = Access(settings, metrics, log)
     budgeted = any(tenant.limits.token_budget is not None for tenant in settings.tenants)
-    shared = None if settings.limits.redis_url is None else SharedCounts(settings.limits, metrics, log)
+    shared = None
+    if settings.limits.redis_url is not None:
+        limited = all(counted_together(tenant.limits) for tenant in access.callers)
+        shared = SharedCounts(settings.limits, metrics, log, for_everybody=limited)
     alone = budgeted and shared is None
     budgets = Budgets(paths.state.expanduser() if alone else None, log)
     settlements = Settlements(metrics)
@@ -113,6 +116,8 @@ def make_app(
     readiness.add(catalogue.not_ready)
     if audit is not None:
         readiness.add(audit.not_ready)
+    if shared is not None:
+        readiness.add(shared.not_ready)
     around = Surroundings(
         settings=settings,
         make=make_engine,

@@ -215,6 +215,11 @@ class Limiter:
         return self._meters[tenant.id]
 
 
+def counted_together(limits: Limits) -> bool:
+    """Whether a tenant has limits that gateways count together, where they share any."""
+    return any((limits.requests_per_minute, limits.tokens_per_minute, limits.token_budget))
+
+
 def estimate_tokens(body: Mapping[str, Any], size: int) -> int:
     """What a request may use: its text at four bytes a token, and all that it allows to be written."""
     stated = [body.get(name) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]

@@ -210,6 +210,11 @@ class Metrics:
             "1 while Redis, where gateways count limits together, does not answer.",
             registry=registry,
         )
+        self.limits_unanswered = Counter(
+            "interpretops_limits_unanswered",
+            "Questions that Redis, where gateways count limits together, did not answer, or not in time.",
+            registry=registry,
+        )
         self.ready = Gauge(
             "interpretops_ready", "1 while requests can be served, as /readyz says.", registry=registry
         )

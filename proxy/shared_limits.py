@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import time
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import ConfigError
 from interpretops.settings_access import SharedLimits
-from proxy.breaker import Breaker
 from proxy.metrics import Metrics
+from proxy.readiness import Reason
 from proxy.refusal import LimitsUnavailable
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 _PREFIX: Final = "interpretops:"
-_AWAY_S: Final = 1.0
-"""How long Redis is not asked after it did not answer."""
+_AT_A_TIME: Final = 32
+"""Questions that Redis is asked at once, each on a connection of its own. The others wait for their turn."""
+_CONNECTIONS: Final = _AT_A_TIME + 2
+"""What is owed and the look whether Redis counts need no turn."""
+_LOOK_EVERY_S: Final = 1.0
+_LOOK: Final = f"{_PREFIX}look"
+"""A bucket that nobody draws on, to see whether Redis counts."""
 _BUDGET_KEPT_S: Final = 40 * 86400
 """Longer than the longest period of a budget."""
 _DRAW: Final = """
@@ -43,18 +48,67 @@ A bucket that nobody has drawn on until it must be full is forgotten, which is t
 T = TypeVar("T")
 
 
+class _UnansweredError(Exception):
+    """Redis has not answered, or was not asked since it is away."""
+
+
+class Silence:
+    """Knows whether Redis is away: it has counted nothing for a while, although it was asked.
+
+    By time and not by the number of failures: one slow moment fails all who are waiting in it.
+    """
+
+    def __init__(
+        self,
+        away_after_s: float,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._away_after_s = away_after_s
+        self._metrics = metrics
+        self._log = log
+        self._clock = clock
+        self._since: float | None = None
+        """When it first failed to answer, of the failures since its last answer."""
+        self.away = False
+        metrics.limits_away.set_function(lambda: self.away)
+
+    def broken(self) -> None:
+        """It has answered."""
+        self._since = None
+        if self.away:
+            self.away = False
+            self._log.info("limits_back")
+
+    def lasts(self, error: BaseException, then: str) -> None:
+        """It has not answered, or with an error."""
+        self._metrics.limits_unanswered.inc()
+        now = self._clock()
+        if self._since is None:
+            self._since = now
+        if not self.away and now - self._since >= self._away_after_s:
+            self.away = True
+            self._log.error("limits_away", error=type(error).__name__, then=then)
+
+
 class SharedCounts:
     """Buckets and budgets in Redis. Where it does not answer, the settings say what happens."""
 
-    def __init__(self, settings: SharedLimits, metrics: Metrics, log: FilteringBoundLogger) -> None:
-        """Raises `ConfigError` when the client library is missing."""
+    def __init__(
+        self, settings: SharedLimits, metrics: Metrics, log: FilteringBoundLogger, *, for_everybody: bool
+    ) -> None:
+        """``for_everybody``: whether no caller is without limits that are counted here.
+
+        Raises `ConfigError` when the client library is missing.
+        """
         assert settings.redis_url is not None
         self._settings = settings
-        self._metrics = metrics
-        self._log = log
+        self._for_everybody = for_everybody
         self._redis = _connect(settings.redis_url.get_secret_value(), settings.timeout_s)
         self._draw = self._redis.register_script(_DRAW)
-        self._breaker = Breaker(1, _AWAY_S)
+        self._turns = asyncio.Semaphore(_AT_A_TIME)
+        self._silence = Silence(settings.away_after_s, metrics, log)
         self._owed_tokens: Counter[tuple[str, int]] = Counter()
         """Tenant and size of its bucket, to the tokens that must still be taken from it."""
         self._owed_budget: Counter[tuple[str, str]] = Counter()
@@ -66,7 +120,7 @@ class SharedCounts:
 
         None when Redis does not answer and every gateway counts for itself then. Raises `LimitsUnavailable`.
         """
-        answer = await self._ask(self._draw(keys=[_bucket(tenant, kind)], args=[size, amount, 0]))
+        answer = await self._ask(lambda: self._draw(keys=[_bucket(tenant, kind)], args=[size, amount, 0]))
         if answer is None:
             return None
         drawn, level = answer
@@ -74,7 +128,7 @@ class SharedCounts:
 
     async def used(self, tenant: str, period: str) -> int | None:
         """Tokens used of a budget; None and errors as in `draw`."""
-        found = await self._ask(self._get(_budget(tenant, period)))
+        found = await self._ask(lambda: self._get(_budget(tenant, period)))
         return None if found is None else found + self._owed_budget[tenant, period]
 
     def settle(self, tenant: str, *, bucket: tuple[int, int] | None, budget: tuple[str, int] | None) -> None:
@@ -83,15 +137,29 @@ class SharedCounts:
             self._owed_tokens[tenant, bucket[0]] += bucket[1]
         if budget is not None:
             self._owed_budget[tenant, budget[0]] += budget[1]
-        self._owing.set()
+        if bucket is not None or budget is not None:
+            self._owing.set()
+
+    def not_ready(self) -> Iterator[Reason]:
+        """Why every request is refused. Where some callers have no such limits, these are served."""
+        if self._silence.away and self._settings.when_away == "refuse" and self._for_everybody:
+            yield Reason("limits_away", "Redis does not answer, and everybody's use is counted there")
 
     async def keep(self) -> None:
-        """Write what is owed, until cancelled; what Redis does not take is kept for later."""
+        """Write what is owed, until cancelled; what Redis does not take is kept for later.
+
+        Where nothing is owed, looks once a second whether Redis counts: nobody may ask when it is back.
+        """
         while True:
-            await self._owing.wait()
+            try:
+                async with asyncio.timeout(_LOOK_EVERY_S):
+                    await self._owing.wait()
+            except TimeoutError:
+                await self._look()
+                continue
             self._owing.clear()
             if not await self._pay():
-                await asyncio.sleep(_AWAY_S)
+                await asyncio.sleep(_LOOK_EVERY_S)
                 self._owing.set()
 
     async def close(self) -> None:
@@ -103,6 +171,7 @@ class SharedCounts:
         try:
             for (tenant, size), amount in list(self._owed_tokens.items()):
                 await self._draw(keys=[_bucket(tenant, "tokens")], args=[size, amount, 1])
+                self._silence.broken()
                 self._owed_tokens[tenant, size] -= amount
                 _drop_if_paid(self._owed_tokens, (tenant, size))
             for (tenant, period), amount in list(self._owed_budget.items()):
@@ -110,45 +179,48 @@ class SharedCounts:
                     both.incrby(_budget(tenant, period), amount)
                     both.expire(_budget(tenant, period), _BUDGET_KEPT_S)
                     await both.execute()
+                self._silence.broken()
                 self._owed_budget[tenant, period] -= amount
                 _drop_if_paid(self._owed_budget, (tenant, period))
         except _faults() as error:
-            self._note_away(error)
+            self._silence.lasts(error, self._settings.when_away)
             return False
-        self._note_there()
         return True
+
+    async def _look(self) -> None:
+        """Let Redis count something: one that answers may still be full, or not allowed to write."""
+        try:
+            await self._draw(keys=[_LOOK], args=[60, 0, 0])
+        except _faults() as error:
+            self._silence.lasts(error, self._settings.when_away)
+        else:
+            self._silence.broken()
 
     async def _get(self, key: str) -> int:
         return int(await self._redis.get(key) or 0)
 
-    async def _ask(self, question: Awaitable[T]) -> T | None:
-        if self._breaker.allows:
-            self._breaker.begin()
-            try:
-                answer = await question
-            except _faults() as error:
-                self._note_away(error)
-            else:
-                self._note_there()
-                return answer
-        else:
-            with contextlib.suppress(AttributeError):
-                question.close()  # type: ignore[attr-defined] # a coroutine that is never awaited
-        if self._settings.when_away == "refuse":
-            raise LimitsUnavailable("the use of all gateways cannot be counted now; try again in a moment")
-        return None
+    async def _ask(self, question: Callable[[], Awaitable[T]]) -> T | None:
+        try:
+            return await self._ask_in_turn(question)
+        except _UnansweredError:
+            if self._settings.when_away == "local":
+                return None
+        raise LimitsUnavailable("the use of all gateways cannot be counted now; try again in a moment")
 
-    def _note_away(self, error: BaseException) -> None:
-        if self._breaker.state == "closed":
-            self._log.error("limits_away", error=type(error).__name__, then=self._settings.when_away)
-        self._breaker.failed()
-        self._metrics.limits_away.set(1)
-
-    def _note_there(self) -> None:
-        if self._breaker.state != "closed":
-            self._log.info("limits_back")
-        self._breaker.worked()
-        self._metrics.limits_away.set(0)
+    async def _ask_in_turn(self, question: Callable[[], Awaitable[T]]) -> T:
+        """However many ask at once: none is told that Redis is away because its connections are in use."""
+        if not self._silence.away:
+            async with self._turns:
+                # It may have been found away meanwhile.
+                if not self._silence.away:
+                    try:
+                        answer = await question()
+                    except _faults() as error:
+                        self._silence.lasts(error, self._settings.when_away)
+                    else:
+                        self._silence.broken()
+                        return answer
+        raise _UnansweredError
 
 
 def _connect(url: str, timeout_s: float) -> Redis:
@@ -162,7 +234,11 @@ def _connect(url: str, timeout_s: float) -> Redis:
         ) from None
     never = Retry(NoBackoff(), 0)
     client: Redis = Redis.from_url(
-        url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=never
+        url,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        max_connections=_CONNECTIONS,
+        retry=never,
     )
     return client
 

@@ -4,8 +4,10 @@ import asyncio
 import os
 import shutil
 import socket
+from collections import Counter
 
 import pytest
+from aiohttp import ClientSession, TCPConnector
 from redis.asyncio import Redis
 
 pytestmark = pytest.mark.skipif(
@@ -61,11 +63,11 @@ async def redis(tmp_path):
 def gateways(start, redis):
     """Two gateways that count together."""
 
-    async def run(when_away="refuse", **limits):
+    async def run(when_away="refuse", timeout_s=5, **limits):
         wish = {
             "limits.redis_url": redis.url,
             "limits.when_away": when_away,
-            "limits.timeout_s": 5,
+            "limits.timeout_s": timeout_s,
             "tenants": [{"id": "anonymous", "limits": limits}],
         }
         return [await start("calm", **wish), await start("calm", **wish)]
@@ -121,20 +123,59 @@ async def test_budget_is_that_of_all_gateways(gateways, engine, until):
 
 
 async def test_without_redis_limited_requests_are_refused(gateways, engine, redis, until):
-    """By default nothing is served uncounted; when it is back, everything goes on."""
+    """By default nothing is served uncounted, and the gateway is not ready until Redis is back."""
     one, _ = await gateways(requests_per_minute=1000)
     assert await code(one) == 200
     await redis.stop()
     assert await code(one) == "limits_unavailable"
-    assert "interpretops_limits_away 1.0" in one.apps.gateway.metrics.render().decode()
     assert len(engine.seen) == 1
+
+    async def told():
+        async with one.public.get("/readyz") as answer:
+            return (await answer.json())["reasons"] == ["limits_away"]
+
+    await until(told)
+    assert away(one)
     await redis.start()
+    # Nobody asks an endpoint that is not ready: it must find out by itself.
+    await until(one.engine_ready)
+    assert not away(one)
+    assert await code(one) == 200
 
-    async def back():
-        return await code(one) == 200
 
-    await until(back)
-    assert "interpretops_limits_away 0.0" in one.apps.gateway.metrics.render().decode()
+async def test_redis_that_answers_and_does_not_count_is_away(gateways, redis, until):
+    """One that is up and refuses to write is no better than none, and PING would call it well."""
+    one, _ = await gateways(requests_per_minute=1000)
+    async with Redis.from_url(redis.url) as client:
+        await client.config_set("maxmemory", "1")
+        assert await client.ping()
+
+        async def told():
+            return away(one)
+
+        await until(told)
+        assert not await one.engine_ready()
+        await client.config_set("maxmemory", "0")
+    await until(one.engine_ready)
+
+
+async def test_client_that_leaves_while_redis_is_asked_changes_nothing(gateways, redis, until):
+    """Whoever goes away in the middle of a question takes nobody's turn along."""
+    one, _ = await gateways(requests_per_minute=1000)
+    async with Redis.from_url(redis.url) as client:
+        await client.execute_command("CLIENT", "PAUSE", 500, "ALL")
+        gone = [asyncio.create_task(code(one)) for _ in range(60)]
+
+        async def asked():
+            return one.apps.gateway.limiter._shared._turns.locked()
+
+        await until(asked)
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        await client.ping()
+    assert await code(one) == 200
+    assert one.apps.gateway.limiter._shared._turns._value == 32
 
 
 async def test_without_redis_each_gateway_may_count_for_itself(gateways, engine, redis, until):
@@ -154,8 +195,80 @@ async def test_without_redis_each_gateway_may_count_for_itself(gateways, engine,
     assert await code(other) == "insufficient_quota"
 
 
-async def test_tenant_without_limits_needs_no_redis(gateways, redis):
-    """Only what is counted depends on it."""
+async def test_tenant_without_limits_needs_no_redis(gateways, redis, until):
+    """Only what is counted depends on it; the gateway is ready for the others."""
     one, _ = await gateways(concurrency=5)
     await redis.stop()
     assert await code(one) == 200
+
+    async def told():
+        return away(one)
+
+    await until(told)
+    assert await code(one) == 200
+    assert await one.engine_ready()
+
+
+def away(front):
+    """Whether operators are told that Redis is away."""
+    return "interpretops_limits_away 1.0" in front.apps.gateway.metrics.render().decode()
+
+
+async def test_many_requests_at_once_are_counted_by_a_redis_that_is_well(gateways):
+    """However many ask at the same moment, none is refused, and none served uncounted."""
+    one, other = await gateways(requests_per_minute=600)
+    body = {"model": "tiny-model", "messages": []}
+    unbounded = TCPConnector(limit=0)
+    async with ClientSession(one.public._base_url, connector=unbounded) as session:
+
+        async def status():
+            async with session.post("/v1/chat/completions", json=body) as answer:
+                return answer.status
+
+        assert Counter(await asyncio.gather(*(status() for _ in range(400)))) == {200: 400}
+    assert not away(one)
+    assert await left(other, "requests") < 400
+
+
+@pytest.mark.parametrize("when_away", ["refuse", "local"])
+async def test_one_slow_answer_is_not_an_outage(gateways, redis, when_away):
+    """Requests that wait in vain while Redis pauses are told so; those that come after it are counted."""
+    (one, other) = await gateways(when_away, timeout_s=0.2, requests_per_minute=200)
+    assert await code(one) == 200
+    async with Redis.from_url(redis.url) as client:
+        await client.execute_command("CLIENT", "PAUSE", 500, "ALL")
+        met = await asyncio.gather(*(code(one) for _ in range(50)))
+        await client.ping()
+    assert set(met) <= {200, "limits_unavailable"}
+    assert ("limits_unavailable" in met) is (when_away == "refuse")
+    before = await left(other, "requests")
+    assert [await code(one) for _ in range(20)] == [200] * 20
+    assert await left(other, "requests") < before - 10
+    assert not away(one)
+    assert not [line for line in one.log if line["event"] == "limits_away"]
+
+
+async def test_outage_is_told_without_interruption(gateways, redis, until):
+    """From its start to its end the gauge says so, and the log once, whatever requests end meanwhile."""
+    one, _ = await gateways("local", requests_per_minute=10_000)
+    assert await code(one) == 200
+    await redis.stop()
+
+    async def told():
+        await code(one)
+        return away(one)
+
+    await until(told)
+    for _ in range(300):
+        assert await code(one) == 200
+        assert away(one)
+    await redis.start()
+
+    async def back():
+        return not away(one)
+
+    await until(back)
+    assert [line["event"] for line in one.log if line["event"].startswith("limits_")] == [
+        "limits_away",
+        "limits_back",
+    ]
