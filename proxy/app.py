@@ -12,7 +12,6 @@ import aiohttp
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from interpretops.errors import InterpretOpsError
 from proxy.binding import Caller, choices, decide
 from proxy.limits import Meter
 from proxy.openapi import openapi_document
@@ -31,6 +30,7 @@ from proxy.routes import ROUTES, UNGUARDED, Route
 from proxy.sanitize import cache_salt, check_headers, clean, parse_strict, read_body
 from proxy.state import GATEWAY, IDENTITY, Gateway
 from proxy.trail import TRAIL, Trail
+from proxy.unforeseen import told
 
 HEALTH: Final = frozenset(("/healthz", "/readyz"))
 """Routes that an orchestrator asks without a key; they say yes or no, and of a no its codes."""
@@ -226,15 +226,7 @@ async def _refuse_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except (aiohttp.ClientConnectionResetError, ConnectionError):
         raise
     except Exception as error:
-        # The text of an unforeseen error may quote the request: only its kind and place are kept.
-        where = error.__traceback__
-        while where is not None and where.tb_next is not None:
-            where = where.tb_next
-        place = "?" if where is None else f"{where.tb_frame.f_code.co_qualname}:{where.tb_lineno}"
-        told = str(error) if isinstance(error, InterpretOpsError) else None
-        request.app[GATEWAY].log.error(
-            "unforeseen", request_id=trail.request_id, kind=type(error).__name__, place=place, error=told
-        )
+        request.app[GATEWAY].log.error("unforeseen", request_id=trail.request_id, **told(error))
         if request.writer.output_size > 0:
             raise ConnectionResetError("the answer had begun and cannot be finished") from None
         trail.reason = "internal_error"

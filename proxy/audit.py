@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +28,7 @@ from proxy.audit_file import DISPLACED, Displaced, HeadFile, Lock, LogFile
 from proxy.metrics import Metrics
 from proxy.readiness import Reason
 from proxy.refusal import AuditUnavailable
+from proxy.supervisor import Supervisor
 
 _SYNC_EVERY_S: Final = 1.0
 _MOST_WAITING: Final = 10_000
@@ -38,7 +39,12 @@ class AuditLog:
     """An append-only log that no line can be taken from unseen. One process writes it."""
 
     def __init__(
-        self, path: Path, settings: AuditSettings, metrics: Metrics, log: FilteringBoundLogger
+        self,
+        path: Path,
+        settings: AuditSettings,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self._path = path.expanduser().absolute()
         self._settings = settings
@@ -47,6 +53,7 @@ class AuditLog:
         for how in DISPLACED:
             metrics.audit_displaced.labels(how)
         self._lock = Lock(self._path)
+        self._supervisor = supervisor or Supervisor(metrics, log)
         self._waiting: deque[tuple[str, str, dict[str, Any]]] = deque()
         """Records that could not be written yet, in order."""
         self._omitted = 0
@@ -91,7 +98,7 @@ class AuditLog:
         self._write_waiting()
         if self._settings.fsync == "always" and (self._sync_task is None or self._sync_task.done()):
             # What is written while it runs is forced out by the look of the next second at the latest.
-            self._sync_task = asyncio.create_task(self.sync())
+            self._sync_task = self._supervisor.spawn("audit sync", self.sync())
 
     async def append_durably(self, event: str, **fields: Any) -> None:
         """Record something that may only happen once it is recorded. Raises `AuditUnavailable`."""
@@ -106,7 +113,7 @@ class AuditLog:
                 "the audit log cannot be written, and this must be recorded; nothing was done"
             )
 
-    async def keep(self) -> None:
+    async def keep(self, alive: Callable[[], None]) -> None:
         """Force lines to the disk as the settings say, and try again what failed, until cancelled."""
         while True:
             await asyncio.sleep(_SYNC_EVERY_S)
@@ -117,6 +124,7 @@ class AuditLog:
                 # What was refused left nothing behind, and only writing tells that it can be done again.
                 self.append("audit_recovered", why=self.failing)
             await self.sync()
+            alive()
 
     def look(self) -> None:
         """Go on in a new file, on the same chain, if another program moved or changed the one being written.

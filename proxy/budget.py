@@ -64,11 +64,12 @@ class Budgets:
         self._used[tenant] = name, self.used(tenant, period) + tokens
         self._changed = True
 
-    async def keep(self) -> None:
+    async def keep(self, alive: Callable[[], None]) -> None:
         """Save what changed, every second, until cancelled."""
         while True:
             await asyncio.sleep(_SAVE_EVERY_S)
             await asyncio.to_thread(self.save)
+            alive()
 
     def save(self) -> None:
         """Write the file when something changed; a disk that is full is tried again the next time."""

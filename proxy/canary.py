@@ -136,13 +136,14 @@ class Canary:
         """Whether there is a canary."""
         return self._settings.interval_s is not None
 
-    async def keep(self) -> None:
+    async def keep(self, alive: Callable[[], None]) -> None:
         """Ask, one pair after each pause, until cancelled."""
         assert self._settings.interval_s is not None
         while True:
             for policy in [*self._catalogue.entries] or [""]:
                 await asyncio.sleep(self._settings.interval_s)
                 await self.step(policy)
+                alive()
 
     async def step(self, policy: str) -> None:
         """One pair under one policy, if it serves; its failure is counted and never raised."""

@@ -20,6 +20,7 @@ from proxy.policy_files import Revision, judge
 from proxy.readiness import Reason
 from proxy.refusal import PolicyUnavailable, UnknownPolicy
 from proxy.residency import Residency
+from proxy.supervisor import Supervisor
 
 
 class Catalogue:
@@ -36,6 +37,7 @@ class Catalogue:
         fleet: Fleet,
         metrics: Metrics,
         log: FilteringBoundLogger,
+        supervisor: Supervisor,
         *,
         joint: Collection[frozenset[str]] = (),
         require_cards: bool = False,
@@ -49,7 +51,7 @@ class Catalogue:
         """Policies that bindings demand."""
         self._metrics = metrics
         self._log = log
-        self.residency = Residency(fleet, metrics, log)
+        self.residency = Residency(fleet, metrics, log, supervisor)
         self.compositions = Compositions(joint, self.residency)
         self.entries: dict[str, Entry] = {}
         self.suspended: dict[str, str] = {}

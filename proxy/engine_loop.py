@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from proxy.engine_client import EngineClient
 from proxy.engine_link import EngineLink, EngineReplacedError, ProvenEngine
 from proxy.local_engine import LocalEngine
 from proxy.metrics import Metrics
+from proxy.supervisor import Alive, first_of
 
 _POLL_S = 0.25
 _WATCH_EVERY_S = 1.0
@@ -114,13 +114,13 @@ class EngineLoop:
         self._ready = ready
         self._hopeless = hopeless
 
-    async def run(self) -> None:
+    async def run(self, alive: Alive) -> None:
         """Never returns. Raises `EngineError` when an engine does not come up and that is ``hopeless``."""
         failures = 0
         while True:
             began = time.monotonic()
             try:
-                reason = await self._live()
+                reason = await self._live(alive)
             except EngineError as error:
                 if self._hopeless(self._link.name):
                     raise
@@ -131,11 +131,10 @@ class EngineLoop:
             self._log.error("engine_restart", engine=self._link.name, reason=reason, delay_s=delay_s)
             await asyncio.sleep(delay_s)
 
-    async def _live(self) -> str:
+    async def _live(self, alive: Alive) -> str:
         """One engine's life, to its end; returns why it ended."""
         engine = self._around.make(self._url)
         client: EngineClient | None = None
-        gone: asyncio.Task[str] | None = None
         try:
             await engine.start()
             self._metrics.engine_starts.inc()
@@ -145,34 +144,25 @@ class EngineLoop:
                 control_timeout_s=max(_CONTROL_S, self._settings.engine.silence_timeout_s),
                 holder=self._around.holder,
             )
-            gone = asyncio.create_task(engine.wait_gone())
-            life = asyncio.create_task(self._serve(engine, client))
-            try:
-                await asyncio.wait({gone, life}, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done():
-                    self._link.lose(gone.result(), gone=True)
-                    raise EngineError(gone.result())
-                self._link.lose(reason := life.result(), gone=True)
-                return reason
-            finally:
-                life.cancel()
-                with contextlib.suppress(asyncio.CancelledError, EngineError):
-                    await life
+            which, reason = await first_of(engine.wait_gone(), self._serve(engine, client, alive))
+            self._link.lose(reason, gone=True)
+            if which == 0:
+                raise EngineError(reason)
         except asyncio.CancelledError:
             self._link.lose("the gateway stops", gone=True, meant=True)
             raise
         finally:
             self._link.lose("the engine was lost and is being started again", gone=True)
-            if gone is not None:
-                gone.cancel()
             if client is not None:
                 await client.close()
             await engine.stop()
+        return reason
 
-    async def _serve(self, engine: Engine, client: EngineClient) -> str:
+    async def _serve(self, engine: Engine, client: EngineClient, alive: Alive) -> str:
         await self._wait_healthy(client)
         await self._link.prove(client, engine.own, self._around.prepare, self._around.progress)
         self._ready.set()
+        alive()
         return await self._watch()
 
     async def _wait_healthy(self, client: EngineClient) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
+from interpretops.errors import EngineError
 from proxy.engine_link import EngineLink
 from proxy.engine_loop import EngineLoop, Surroundings
 from proxy.fleet import Fleet
+from proxy.supervisor import Alive, Supervisor, end
 
 LOCAL: Final = "local"
 """Name of the engine that is started here."""
@@ -22,8 +24,9 @@ _IDLE_POLL_S: Final = 0.2
 class FleetLoop:
     """Runs until cancelled. Engines come and go with the answers of the resolver."""
 
-    def __init__(self, fleet: Fleet, around: Surroundings) -> None:
+    def __init__(self, fleet: Fleet, around: Surroundings, supervisor: Supervisor) -> None:
         self._fleet = fleet
+        self._supervisor = supervisor
         self._around = around
         self._urls = around.settings.engine.url
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -34,30 +37,32 @@ class FleetLoop:
         self.task: asyncio.Task[None] | None = None
         """Runs `run`; set by whoever starts it."""
 
-    async def run(self) -> None:
-        """Never returns. Raises `EngineError` when no engine of a list that cannot grow comes up at first."""
-        try:
-            while True:
-                wanted = await self._wanted()
-                for name in wanted.keys() - self._tasks.keys():
-                    self._join(name, wanted[name])
-                for name in self._tasks.keys() - wanted.keys():
-                    self._leave(name)
-                every_s = _RESOLVE_EVERY_S if self._grows else None
-                done: set[asyncio.Task[None]] = set()
-                if self._tasks:
-                    done, _ = await asyncio.wait(
-                        self._tasks.values(), timeout=every_s, return_when=asyncio.FIRST_COMPLETED
-                    )
-                else:
-                    await asyncio.sleep(_RESOLVE_EVERY_S)
-                for task in done:
-                    task.result()
-        finally:
-            tasks = [*self._tasks.values(), *self._leaving]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    async def run(self, alive: Alive) -> None:
+        """Never returns. Raises `EngineError` when no engine of a list that cannot grow comes up at first.
+
+        The engines' own tasks go on when this one ends, until `close`.
+        """
+        while True:
+            wanted = await self._wanted()
+            for name in wanted.keys() - self._tasks.keys():
+                self._join(name, wanted[name])
+            for name in self._tasks.keys() - wanted.keys():
+                self._leave(name)
+            alive()
+            every_s = _RESOLVE_EVERY_S if self._grows else None
+            done: set[asyncio.Task[None]] = set()
+            if self._tasks:
+                done, _ = await asyncio.wait(
+                    self._tasks.values(), timeout=every_s, return_when=asyncio.FIRST_COMPLETED
+                )
+            else:
+                await asyncio.sleep(_RESOLVE_EVERY_S)
+            for task in done:
+                task.result()
+
+    async def close(self) -> None:
+        """End all engines' tasks, and with them the engines started here."""
+        await end(*self._tasks.values(), *self._leaving)
 
     @property
     def _grows(self) -> bool:
@@ -69,13 +74,13 @@ class FleetLoop:
 
     def _join(self, name: str, url: str | None) -> None:
         loop = EngineLoop(url, self._fleet.add(name), self._around, self.first_ready, self._hopeless)
-        self._tasks[name] = asyncio.create_task(loop.run(), name=f"engine {name}")
+        self._tasks[name] = self._supervisor.keep("engine", loop.run, ends_with=(EngineError,))
 
     def _leave(self, name: str) -> None:
         """Give an engine that is listed no more no new requests, and let it go after the last of them."""
         link, task = self._fleet.remove(name), self._tasks.pop(name)
         self._around.log.info("engine_leaves", engine=name, outstanding=link.outstanding)
-        leaving = asyncio.create_task(self._let_go(link, task))
+        leaving = self._supervisor.spawn("engine leaves", self._let_go(link, task))
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
 
@@ -87,8 +92,7 @@ class FleetLoop:
         except TimeoutError:
             pass
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end(task)
 
     async def _wanted(self) -> Mapping[str, str | None]:
         """Name to address of every engine there should be."""

@@ -11,6 +11,7 @@ from aiohttp import web
 from structlog.typing import FilteringBoundLogger
 
 from interpretops import __version__
+from interpretops.errors import EngineError
 from interpretops.settings import Settings
 from proxy.access import Access
 from proxy.admin import make_admin_app
@@ -33,9 +34,10 @@ from proxy.shadow import Shadows
 from proxy.shared_limits import SharedCounts
 from proxy.stalls import StallWatch
 from proxy.state import Gateway
+from proxy.supervisor import Supervisor, end
 from proxy.tracing import Tracing
 from proxy.transcripts import Transcripts
-from proxy.watch import watch_keys, watch_policies
+from proxy.watch import hear_changes, watch_keys, watch_policies
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ def make_app(
     """
     metrics = Metrics()
     readiness = Readiness(metrics, log)
+    supervisor = Supervisor(metrics, log)
     fleet = Fleet(settings.gateway, metrics, log)
     paths = settings.paths
-    audit = AuditLog(settings.audit.path, settings.audit, metrics, log) if settings.audit.path else None
+    audit = _open_audit(settings, metrics, log, supervisor)
     record = _nothing if audit is None else audit.append
     catalogue = Catalogue(
         paths.policies,
@@ -70,6 +73,7 @@ def make_app(
         fleet,
         metrics,
         log,
+        supervisor,
         joint=joint_mandatory(settings.bindings),
         require_cards=settings.policies.require_cards,
         record=record,
@@ -83,7 +87,7 @@ def make_app(
         shared = SharedCounts(settings.limits, metrics, log, for_everybody=limited)
     alone = budgeted and shared is None
     budgets = Budgets(paths.state.expanduser() if alone else None, log)
-    settlements = Settlements(metrics)
+    settlements = Settlements(metrics, supervisor)
     stalls = StallWatch(settings.gateway, metrics, log)
     shadows = Shadows(
         settings.policies.shadow_share,
@@ -91,6 +95,7 @@ def make_app(
         settings.gateway.request_timeout_s,
         metrics,
         log,
+        supervisor,
     )
     canary = Canary(settings, catalogue, fleet, metrics, log, record)
     gateway = Gateway(
@@ -109,11 +114,13 @@ def make_app(
         audit=audit,
         tracing=(tracing := Tracing(settings.tracing, __version__)),
         readiness=readiness,
+        supervisor=supervisor,
         metrics=metrics,
         log=log,
     )
     readiness.add(fleet.not_ready)
     readiness.add(catalogue.not_ready)
+    readiness.add(supervisor.not_ready)
     if audit is not None:
         readiness.add(audit.not_ready)
     if shared is not None:
@@ -128,38 +135,48 @@ def make_app(
         progress=progress,
         holder=secrets.token_hex(8),
     )
-    loop = FleetLoop(fleet, around)
+    loop = FleetLoop(fleet, around, supervisor)
 
     async def keep_readiness(_app: web.Application) -> AsyncIterator[None]:
-        task = asyncio.create_task(readiness.keep(), name="readiness")
+        task = supervisor.keep("readiness", readiness.keep)
         yield
-        await _end(task)
+        await end(task)
 
     async def keep_engines(_app: web.Application) -> AsyncIterator[None]:
-        loop.task = asyncio.create_task(loop.run(), name="engines")
+        loop.task = supervisor.keep("engines", loop.run, ends_with=(EngineError,))
         yield
-        await _end(loop.task)
+        await end(loop.task)
+        await loop.close()
         await catalogue.residency.close()
 
     async def keep_watch(_app: web.Application) -> AsyncIterator[None]:
-        task = asyncio.create_task(watch_policies(paths.policies, intake, fleet, log), name="watch")
+        changed = asyncio.Event()
+        tasks = [
+            supervisor.keep("policies", lambda alive: watch_policies(changed, intake, fleet, log, alive)),
+            supervisor.keep(
+                "policy notifications", lambda alive: hear_changes(paths.policies, changed, alive)
+            ),
+        ]
         yield
-        await _end(task)
+        await end(*tasks)
 
     async def keep_tracing(_app: web.Application) -> AsyncIterator[None]:
         yield
         await tracing.close()
 
     async def keep_transcripts(_app: web.Application) -> AsyncIterator[None]:
-        task = asyncio.create_task(transcripts.run(), name="transcripts")
+        tasks = [
+            supervisor.keep("transcripts", transcripts.run),
+            supervisor.keep("retention", transcripts.sweep),
+        ]
         yield
-        await _end(task)
+        await end(*tasks)
         await transcripts.close()
 
     async def keep_canary(_app: web.Application) -> AsyncIterator[None]:
-        task = asyncio.create_task(canary.keep(), name="canary")
+        task = supervisor.keep("canary", canary.keep)
         yield
-        await _end(task)
+        await end(task)
 
     public = make_public_app(gateway)
     public.cleanup_ctx.append(keep_tracing)
@@ -167,30 +184,37 @@ def make_app(
     public.cleanup_ctx.append(keep_readiness)
 
     async def keep_keys(_app: web.Application) -> AsyncIterator[None]:
-        task = asyncio.create_task(watch_keys(access), name="keys")
+        task = supervisor.keep("keys", lambda alive: watch_keys(access, alive))
         yield
-        await _end(task)
+        await end(task)
 
     async def keep_audit(_app: web.Application) -> AsyncIterator[None]:
         assert audit is not None
         audit.append("gateway_started", version=__version__)
-        task = asyncio.create_task(audit.keep(), name="audit")
+        task = supervisor.keep("audit", audit.keep)
         yield
-        await _end(task)
+        await end(task)
         audit.append("gateway_stopped")
         await audit.close()
 
+    async def keep_strays(_app: web.Application) -> AsyncIterator[None]:
+        running = asyncio.get_running_loop()
+        before = running.get_exception_handler()
+        running.set_exception_handler(supervisor.stray)
+        yield
+        running.set_exception_handler(before)
+
+    public.cleanup_ctx.insert(0, keep_strays)
     if audit is not None:
         # First to begin and last to end: all else may have something to record.
         public.cleanup_ctx.insert(0, keep_audit)
 
     async def keep_budgets(_app: web.Application) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(budgets.keep(), name="budgets")]
+        tasks = [supervisor.keep("budgets", budgets.keep)]
         if shared is not None:
-            tasks.append(asyncio.create_task(shared.keep(), name="shared limits"))
+            tasks.append(supervisor.keep("shared limits", shared.keep))
         yield
-        for task in tasks:
-            await _end(task)
+        await end(*tasks)
         await shadows.close()
         await settlements.close()
         budgets.close()
@@ -213,7 +237,9 @@ def _nothing(_event: str, **_fields: object) -> None:
     """What happens to records without an audit log."""
 
 
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    # Its failure, if any, was seen by whoever waits for the task.
-    await asyncio.gather(task, return_exceptions=True)
+def _open_audit(
+    settings: Settings, metrics: Metrics, log: FilteringBoundLogger, supervisor: Supervisor
+) -> AuditLog | None:
+    if settings.audit.path is None:
+        return None
+    return AuditLog(settings.audit.path, settings.audit, metrics, log, supervisor)

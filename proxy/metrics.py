@@ -229,6 +229,18 @@ class Metrics:
         self.tasks = Gauge(
             "interpretops_gateway_tasks", "Asyncio tasks of the gateway, as it is asked.", registry=registry
         )
+        self.task_failures = Counter(
+            "interpretops_task_failures",
+            "Exceptions that ended a task of the gateway; those that must go on were started again.",
+            ("task",),
+            registry=registry,
+        )
+        self.task_down = Gauge(
+            "interpretops_task_down",
+            "1 while a task that must go on fails again and again.",
+            ("task",),
+            registry=registry,
+        )
         self.ttft = Histogram(
             "interpretops_time_to_first_token_seconds",
             "Request read to first streamed event.",

@@ -30,24 +30,34 @@ async def find_model(settings: Settings, progress: Callable[[str], None]) -> Pat
     )
     assert process.stdout is not None
     assert process.stderr is not None
-    noise = asyncio.create_task(process.stderr.read())
     faults: list[str] = []
     try:
-        async for raw in process.stdout:
-            line = raw.decode(errors="replace").rstrip("\n")
-            if line.startswith(_FOLDER):
-                return Path(line.removeprefix(_FOLDER))
-            if line.startswith(_FAULT):
-                faults.append(line.removeprefix(_FAULT))
-            elif line:
-                progress(line)
-        last = (await noise).decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        folder, noise = await asyncio.gather(
+            _read_lines(process.stdout, progress, faults), process.stderr.read()
+        )
+        if folder is not None:
+            return folder
+        last = noise.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         raise ModelError("\n".join(faults) or f"model.name = {model.name!r} could not be prepared: {last[0]}")
     finally:
         if process.returncode is None:
             process.terminate()
-        noise.cancel()
         await process.wait()
+
+
+async def _read_lines(
+    lines: asyncio.StreamReader, progress: Callable[[str], None], faults: list[str]
+) -> Path | None:
+    folder = None
+    async for raw in lines:
+        line = raw.decode(errors="replace").rstrip("\n")
+        if line.startswith(_FOLDER):
+            folder = Path(line.removeprefix(_FOLDER))
+        elif line.startswith(_FAULT):
+            faults.append(line.removeprefix(_FAULT))
+        elif line:
+            progress(line)
+    return folder
 
 
 def main(arguments: list[str]) -> int:

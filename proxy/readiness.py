@@ -19,6 +19,7 @@ Code = Literal[
     "policy_suspended",
     "audit_failing",
     "limits_away",
+    "task_down",
 ]
 """Why requests are refused, in words that never change: shown to anybody, and a label of metrics."""
 CODES: Final[tuple[Code, ...]] = get_args(Code)
@@ -77,10 +78,11 @@ class Readiness:
                 tell("gateway_not_ready", reasons=sorted(codes), why=[reason.detail for reason in reasons])
         self._told = codes
 
-    async def keep(self) -> None:
+    async def keep(self, alive: Callable[[], None]) -> None:
         """Look once a second, until cancelled."""
         while True:
             self.look()
+            alive()
             await asyncio.sleep(_LOOK_EVERY_S)
 
     def _has(self, code: Code) -> bool:

@@ -16,6 +16,7 @@ from proxy.engine_link import ProvenEngine
 from proxy.fleet import Fleet
 from proxy.metrics import Metrics
 from proxy.policy_files import Revision
+from proxy.supervisor import Supervisor
 
 _THE_PLANS_OWN: Final = frozenset(("invalid_plan", "plan_too_large", "table_full"))
 """Refusals that say nothing against the engine: it is well, and cannot take this plan."""
@@ -27,8 +28,11 @@ class Residency:
     So no request that was accepted under a revision is ever refused by an engine because of a change.
     """
 
-    def __init__(self, fleet: Fleet, metrics: Metrics, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self, fleet: Fleet, metrics: Metrics, log: FilteringBoundLogger, supervisor: Supervisor
+    ) -> None:
         self._fleet = fleet
+        self._supervisor = supervisor
         self._metrics = metrics
         self._log = log
         self._retiring: set[str] = set()
@@ -117,7 +121,7 @@ class Residency:
         return None
 
     def _free_soon(self, name: str) -> None:
-        task = asyncio.create_task(self._free(name))
+        task = self._supervisor.spawn("free revision", self._free(name))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

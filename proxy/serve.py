@@ -13,6 +13,7 @@ import ssl
 import sys
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,9 +32,11 @@ from proxy.gateway import Apps, make_app
 from proxy.http_server import Runner
 from proxy.logs import make_logger
 from proxy.model_folder import find_model
+from proxy.supervisor import end, first_of
 from proxy.tls import make_tls
 
 _FORCED_EXIT = 130
+_CAME: Final = 2
 POOL_THREADS: Final = 8
 """Most threads for what would hold up the loop: files, and compiling policies."""
 POOL_NAME: Final = "pool"
@@ -124,7 +127,10 @@ class _Serve:
             )
             for app, leaves in ((apps.public, True), (apps.admin, False))
         ]
-        watch = asyncio.create_task(apps.gateway.stalls.run(lambda: _connections(runners)))
+        gateway = apps.gateway
+        watch = gateway.supervisor.keep(
+            "stalls", lambda alive: gateway.stalls.run(lambda: _connections(runners), alive)
+        )
         try:
             for runner, listener, tls in zip(runners, (public, admin), self._tls, strict=True):
                 await runner.setup()
@@ -134,37 +140,33 @@ class _Serve:
             # What ends by itself may; what does not move is still cut meanwhile.
             for runner in runners:
                 await runner.cleanup()
-            watch.cancel()
+            await end(watch)
 
     async def _until_stopped(self, apps: Apps, public: socket.socket, admin: socket.socket) -> None:
         loop = apps.engine_loop
         assert loop.task is not None
-        stop = asyncio.create_task(self._stop.wait())
-        proven = await _comes(loop.first_ready, stop, loop.task)
+        over = partial(_end_of, loop.task)
+        which, _ = await first_of(self._stopped(), over(), _comes(loop.first_ready))
         self._end_steps()
-        if proven:
+        if which == _CAME:
             # What has been made until now stays for good: no need to look at it again and again.
             gc.collect()
             gc.freeze()
             self._tell(apps, admin)
-            if await _comes(apps.gateway.readiness.ready, stop, loop.task):
+            which, _ = await first_of(self._stopped(), over(), _comes(apps.gateway.readiness.ready))
+            if which == _CAME:
                 self._announce(apps, public)
-                await asyncio.wait({stop, loop.task}, return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
+                await first_of(self._stopped(), over())
         if not self._stop.is_set():
             await loop.task
         self._console.print("Stopping")
 
     async def _unless_stopped(self, finding: Coroutine[Any, Any, Path]) -> Path | None:
-        task = asyncio.create_task(finding)
-        stop = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if task.done():
-            return task.result()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        return None
+        _, found = await first_of(finding, self._stopped())
+        return found
+
+    async def _stopped(self) -> None:
+        await self._stop.wait()
 
     def _tell(self, apps: Apps, admin: socket.socket) -> None:
         """What serves, what is not as its operator may believe, and what keeps requests from being served."""
@@ -227,14 +229,13 @@ class _Serve:
         self._stop.set()
 
 
-async def _comes(event: asyncio.Event, *ends: asyncio.Task[Any]) -> bool:
-    """Wait for an event; False when one of ``ends`` comes first."""
-    waiting = asyncio.create_task(event.wait())
-    await asyncio.wait({waiting, *ends}, return_when=asyncio.FIRST_COMPLETED)
-    if not waiting.done():
-        waiting.cancel()
-        return False
-    return True
+async def _comes(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def _end_of(task: asyncio.Task[None]) -> None:
+    """Wait until a task has ended, however it did; leave it alone when cancelled."""
+    await asyncio.wait({task})
 
 
 def _active(apps: Apps) -> list[str]:

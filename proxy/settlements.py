@@ -9,6 +9,7 @@ from interpretops.errors import EngineError
 from proxy.engine_link import ProvenEngine
 from proxy.limits import Charge
 from proxy.metrics import Metrics
+from proxy.supervisor import Supervisor
 from proxy.trail import Trail
 
 _STOPPING_S: Final = 0.5
@@ -18,8 +19,9 @@ _STOPPING_S: Final = 0.5
 class Settlements:
     """Settles at once where the receipt was read, else asks the engine for it a moment later."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, supervisor: Supervisor) -> None:
         self._metrics = metrics
+        self._supervisor = supervisor
         self._tasks: set[asyncio.Task[None]] = set()
 
     def settle(self, charge: Charge, engine: ProvenEngine, trail: Trail, unknown: int | None) -> None:
@@ -32,7 +34,9 @@ class Settlements:
         elif trail.tokens is not None:
             self._charge(charge, trail.tenant, trail.tokens)
         else:
-            task = asyncio.create_task(self._settle_later(charge, engine, trail.nonce, trail.tenant, unknown))
+            task = self._supervisor.spawn(
+                "settlement", self._settle_later(charge, engine, trail.nonce, trail.tenant, unknown)
+            )
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

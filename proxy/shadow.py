@@ -19,6 +19,7 @@ from proxy.own_request import ask
 from proxy.policy_files import Revision
 from proxy.residency import Residency
 from proxy.routes import Route
+from proxy.supervisor import Supervisor
 from proxy.trail import Trail
 
 _AT_A_TIME: Final = 4
@@ -57,6 +58,7 @@ class Shadows:
         timeout_s: float,
         metrics: Metrics,
         log: FilteringBoundLogger,
+        supervisor: Supervisor,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._share = share
@@ -64,6 +66,7 @@ class Shadows:
         self._timeout_s = timeout_s
         self._metrics = metrics
         self._log = log
+        self._supervisor = supervisor
         self._draw = draw
         self._tasks: set[asyncio.Task[None]] = set()
         self.tallies: dict[str, Tally] = {}
@@ -78,7 +81,7 @@ class Shadows:
         """Run a request once more, now that its own answer has been sent, if the same engine can."""
         if revision.revision not in engine.resident:
             return
-        task = asyncio.create_task(self._repeat(engine, route, dict(body), revision, trail))
+        task = self._supervisor.spawn("shadow", self._repeat(engine, route, dict(body), revision, trail))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -145,7 +145,7 @@ class SharedCounts:
         if self._silence.away and self._settings.when_away == "refuse" and self._for_everybody:
             yield Reason("limits_away", "Redis does not answer, and everybody's use is counted there")
 
-    async def keep(self) -> None:
+    async def keep(self, alive: Callable[[], None]) -> None:
         """Write what is owed, until cancelled; what Redis does not take is kept for later.
 
         Where nothing is owed, looks once a second whether Redis counts: nobody may ask when it is back.
@@ -156,11 +156,18 @@ class SharedCounts:
                     await self._owing.wait()
             except TimeoutError:
                 await self._look()
+                alive()
                 continue
             self._owing.clear()
-            if not await self._pay():
+            paid = False
+            try:
+                paid = await self._pay()
+            finally:
+                if not paid:
+                    self._owing.set()
+            alive()
+            if not paid:
                 await asyncio.sleep(_LOOK_EVERY_S)
-                self._owing.set()
 
     async def close(self) -> None:
         """Write what is still owed, if Redis takes it."""

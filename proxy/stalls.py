@@ -55,7 +55,11 @@ class StallWatch:
         finally:
             watched.request, watched.since = None, self._clock()
 
-    async def run(self, connections: Callable[[], Iterable[web.RequestHandler]]) -> None:
+    async def run(
+        self,
+        connections: Callable[[], Iterable[web.RequestHandler]],
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
         """Watch until cancelled."""
         while True:
             await asyncio.sleep(_EVERY_S)
@@ -64,6 +68,7 @@ class StallWatch:
                 self.look(connection)
             for gone in self._watched.keys() - set(open_now):
                 del self._watched[gone]
+            alive()
 
     def look(self, connection: web.RequestHandler) -> None:
         """Cut one connection if it has not moved for too long."""

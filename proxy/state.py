@@ -24,6 +24,7 @@ from proxy.refusal import UnknownModel
 from proxy.settlements import Settlements
 from proxy.shadow import Shadows
 from proxy.stalls import StallWatch
+from proxy.supervisor import Supervisor
 from proxy.tracing import Tracing
 from proxy.transcripts import Transcripts
 
@@ -47,6 +48,7 @@ class Gateway:
     audit: AuditLog | None
     tracing: Tracing
     readiness: Readiness
+    supervisor: Supervisor
     metrics: Metrics
     log: FilteringBoundLogger
 

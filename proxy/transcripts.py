@@ -78,19 +78,19 @@ class Transcripts:
         except asyncio.QueueFull:
             self._count(trail.tenant, "lost")
 
-    async def run(self) -> None:
-        """Write, and delete what is too old, until cancelled; also of tenants that ask for it no more."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._sweep())
-            while True:
-                await self._store(*await self._waiting.get())
+    async def run(self, alive: Callable[[], None]) -> None:
+        """Write, until cancelled."""
+        while True:
+            await self._store(*await self._waiting.get())
+            alive()
 
     async def close(self) -> None:
         """Write what still waits."""
         while not self._waiting.empty():
             await self._store(*self._waiting.get_nowait())
 
-    async def _sweep(self) -> None:
+    async def sweep(self, alive: Callable[[], None]) -> None:
+        """Delete what is too old, until cancelled; also of tenants that ask for it no more."""
         while True:
             try:
                 deleted = await asyncio.to_thread(
@@ -103,6 +103,7 @@ class Transcripts:
                 self._metrics.transcripts_overdue.set(0)
                 if deleted:
                     self._log.info("transcripts_deleted", files=deleted)
+            alive()
             await asyncio.sleep(_SWEEP_EVERY_S)
 
     async def _store(self, tenant: str, transcript: Transcript, facts: dict[str, Any]) -> None:

@@ -12,42 +12,45 @@ from interpretops.errors import InterpretOpsError
 from proxy.access import Access
 from proxy.fleet import Fleet
 from proxy.intake import Intake
+from proxy.supervisor import Alive
 
 _POLL_S = 2.0
 """Covers what no notification tells of: network folders, a folder that is made later, swapped links."""
 
 
-async def watch_policies(folder: Path, intake: Intake, fleet: Fleet, log: FilteringBoundLogger) -> None:
+async def watch_policies(
+    changed: asyncio.Event, intake: Intake, fleet: Fleet, log: FilteringBoundLogger, alive: Alive
+) -> None:
     """Reload on every change, until cancelled. Contents are compared, so a false alarm costs nothing."""
-    changed = asyncio.Event()
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(_listen(folder, changed))
-        while True:
-            try:
-                async with asyncio.timeout(_POLL_S):
-                    await changed.wait()
-            except TimeoutError:
-                pass
-            changed.clear()
-            if fleet.current is None:
-                continue
+    while True:
+        try:
+            async with asyncio.timeout(_POLL_S):
+                await changed.wait()
+        except TimeoutError:
+            pass
+        changed.clear()
+        if fleet.current is not None:
             try:
                 await intake.reload()
             except InterpretOpsError as error:
                 log.warning("reload_postponed", error=str(error))
+        alive()
 
 
-async def watch_keys(access: Access) -> None:
+async def watch_keys(access: Access, alive: Alive) -> None:
     """Take changes of the file of keys, until cancelled: a revoked key opens nothing a moment later."""
     while True:
         await asyncio.sleep(_POLL_S)
         await asyncio.to_thread(access.refresh)
+        alive()
 
 
-async def _listen(folder: Path, changed: asyncio.Event) -> None:
+async def hear_changes(folder: Path, changed: asyncio.Event, alive: Alive) -> None:
+    """Set ``changed`` whenever the system tells of a change below ``folder``, until cancelled."""
     while True:
         try:
             async for _ in watchfiles.awatch(folder, debounce=100, step=20, rust_timeout=5000):
                 changed.set()
-        except (FileNotFoundError, OSError):
+                alive()
+        except OSError:
             await asyncio.sleep(_POLL_S)

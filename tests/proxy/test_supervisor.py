@@ -1,0 +1,304 @@
+"""No task of the gateway dies without a sound: each is logged, counted, started again, and missed."""
+
+import ast
+import asyncio
+from pathlib import Path
+
+import pytest
+import structlog
+
+import proxy
+from interpretops.api_keys import make_key, write_keys
+from interpretops.errors import EngineError
+from proxy import audit, budget, supervisor, transcripts, watch
+from proxy.access import Access
+from proxy.audit import AuditLog
+from proxy.budget import Budgets
+from proxy.canary import Canary
+from proxy.engine_client import EngineClient
+from proxy.fleet_loop import FleetLoop
+from proxy.intake import Intake
+from proxy.metrics import Metrics
+from proxy.readiness import Readiness
+from proxy.shared_limits import SharedCounts
+from proxy.stalls import StallWatch
+from proxy.supervisor import BRIEF, KEPT, Supervisor, end, first_of
+from proxy.transcripts import Transcripts
+
+SECRET = "a-prompt-7c1d"
+PLACES = {
+    "readiness": (Readiness, "look"),
+    "policies": (Intake, "reload"),
+    "policy notifications": (watch.watchfiles, "awatch"),
+    "keys": (Access, "refresh"),
+    "audit": (AuditLog, "sync"),
+    "budgets": (Budgets, "save"),
+    "shared limits": (SharedCounts, "_pay"),
+    "stalls": (StallWatch, "look"),
+    "engines": (FleetLoop, "_wanted"),
+    "engine": (EngineClient, "healthy"),
+    "canary": (Canary, "step"),
+    "transcripts": (Transcripts, "_store"),
+    "retention": (transcripts, "delete_old"),
+}
+"""What each kept task calls at every turn."""
+
+
+class Gone:
+    """A connection that has ended."""
+
+    transport = None
+
+
+def calls_in_the_gateway(*names):
+    """(file, call) of every call of a function or method of these names."""
+    for path in sorted(Path(proxy.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", None))
+                if name in names:
+                    yield path.name, node
+
+
+def test_every_task_is_started_by_the_supervisor():
+    """Nothing else in the gateway starts a task, so that none can fail unseen."""
+    starters = ("create_task", "ensure_future", "TaskGroup", "run_coroutine_threadsafe", "Task")
+    assert {file for file, _ in calls_in_the_gateway(*starters)} == {"supervisor.py"}
+
+
+def test_every_declared_task_is_started_and_tested():
+    """The names that metrics and readiness know are those of the tasks there are."""
+    started = {
+        node.args[0].value
+        for _, node in calls_in_the_gateway("keep", "spawn")
+        if node.args and isinstance(node.args[0], ast.Constant)
+    }
+    assert started == {*KEPT, *BRIEF}
+    assert PLACES.keys() == KEPT.keys()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pauses that are no part of what is tested."""
+    for module, name in ((watch, "_POLL_S"), (budget, "_SAVE_EVERY_S"), (audit, "_SYNC_EVERY_S")):
+        monkeypatch.setattr(module, name, 0.02)
+    monkeypatch.setattr(supervisor, "_DELAYS_S", (0.02,))
+    monkeypatch.setattr(transcripts, "_SWEEP_EVERY_S", 0.02)
+    monkeypatch.setattr("proxy.stalls._EVERY_S", 0.02)
+    monkeypatch.setattr("proxy.readiness._LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("proxy.engine_loop._WATCH_EVERY_S", 0.02)
+    monkeypatch.setattr("proxy.fleet_loop._RESOLVE_EVERY_S", 0.02)
+
+
+def break_on_demand(monkeypatch, owner, name):
+    """Makes a function raise while ``broken`` is set; the number of its calls that went well."""
+    original, state = getattr(owner, name), {"broken": False, "well": 0}
+
+    def replaced(*args, **kwargs):
+        if state["broken"]:
+            raise RuntimeError(SECRET)
+        state["well"] += 1
+        if owner is Transcripts:
+            return asyncio.sleep(0)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, replaced)
+    return state
+
+
+@pytest.mark.usefixtures("quick", "engine")
+@pytest.mark.parametrize("task", KEPT)
+async def test_task_that_fails_is_logged_counted_and_started_again(start, monkeypatch, tmp_path, until, task):
+    """Whatever a task raises: the log names task, kind and place, never the text; a metric counts; the task
+    goes on when it can; and while one that enforces something cannot, the gateway is not ready."""
+    write_keys(tmp_path / "keys.yaml", [make_key(role="viewer")[1]])
+    # As with a name to resolve: the list of engines is looked at again and again.
+    monkeypatch.setattr(FleetLoop, "_grows", True)
+    state = break_on_demand(monkeypatch, *PLACES[task])
+    # One call listens until something changes.
+    state["broken"] = task == "policy notifications"
+    front = await start(
+        "calm",
+        **{
+            "paths.keys": tmp_path / "keys.yaml",
+            "paths.state": tmp_path / "state",
+            "paths.transcripts": tmp_path / "kept",
+            "audit.path": tmp_path / "audit.jsonl",
+            "canary.interval_s": 0.02,
+            "limits.redis_url": "redis://127.0.0.1:1/0" if task == "shared limits" else None,
+        },
+    )
+    gateway = front.apps.gateway
+    stalls = gateway.supervisor.keep("stalls", lambda alive: gateway.stalls.run(lambda: [Gone()], alive))
+
+    def shown(metric):
+        (value,) = (
+            float(line.rsplit(" ", 1)[1])
+            for line in gateway.metrics.render().decode().splitlines()
+            if line.startswith(f'{metric}{{task="{task}"}}')
+        )
+        return value
+
+    def nudge():
+        if task == "shared limits":
+            gateway.limiter._shared._owing.set()
+        if task == "transcripts" and gateway.transcripts._waiting.empty():
+            gateway.transcripts._waiting.put_nowait(("acme", None, {}))
+        if task == "policy notifications":
+            (front.policies / "calm.yaml").touch()
+
+    async def failed():
+        nudge()
+        return shown("interpretops_task_failures_total") >= 3
+
+    async def ready():
+        nudge()
+        return await front.engine_ready() and not shown("interpretops_task_down")
+
+    assert state["broken"] or shown("interpretops_task_failures_total") == 0
+    state["broken"] = True
+    await until(failed)
+    if KEPT[task]:
+        assert not await front.engine_ready()
+        assert [reason.code for reason in gateway.readiness.reasons()] == ["task_down"]
+    assert gateway.supervisor.down == [task] * KEPT[task]
+    assert shown("interpretops_task_down") == 1
+    state.update(broken=False, well=0)
+    await until(ready)
+    assert state["well"]
+    told = next(line for line in front.log if line["event"] == "task_failed" and line["task"] == task)
+    assert (told["kind"], told["log_level"]) == ("RuntimeError", "error")
+    assert "replaced:" in told["place"]
+    assert SECRET not in str(front.log)
+    await end(stalls)
+
+
+@pytest.fixture
+def watched():
+    """A supervisor whose pauses are over at once, its metrics and its log."""
+    log = structlog.testing.LogCapture()
+    metrics = Metrics()
+    pauses = []
+
+    async def pause(seconds):
+        pauses.append(seconds)
+        await asyncio.sleep(0)
+
+    return Supervisor(metrics, structlog.wrap_logger(None, processors=[log]), pause), log.entries, pauses
+
+
+@pytest.mark.parametrize("ending", ["raises", "returns", "group", "cancelled inside"])
+async def test_task_goes_on_however_it_ends(watched, ending):
+    """An exception, a group of them, a return, and a cancellation of what it waits for are all failures."""
+    tasks, log, pauses = watched
+    turns, over = [], asyncio.Event()
+
+    async def run(alive):
+        turns.append(ending)
+        if len(turns) > 9:
+            alive()
+            over.set()
+            await asyncio.Event().wait()
+        if ending == "raises":
+            raise KeyError(SECRET)
+        if ending == "group":
+            raise ExceptionGroup(SECRET, [KeyError(SECRET)])
+        if ending == "cancelled inside":
+            raise asyncio.CancelledError(SECRET)
+
+    task = tasks.keep("keys", run)
+    await asyncio.wait_for(over.wait(), 5)
+    kinds = {"returns": "returned", "cancelled inside": "CancelledError"}
+    assert {line["kind"] for line in log if line["event"] == "task_failed"} == {kinds.get(ending, "KeyError")}
+    assert SECRET not in str(log)
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    assert [line["event"] for line in log if line["event"] != "task_failed"] == [
+        "task_down",
+        "task_recovered",
+    ]
+    await end(task)
+    assert task.cancelled()
+
+
+async def test_task_is_down_only_while_no_turn_goes_well(watched):
+    """Two failures in a row are a hiccup, three are an outage; one good turn ends it."""
+    tasks, _, _ = watched
+    seen, over = [], asyncio.Event()
+
+    async def run(alive):
+        seen.append(tasks.down)
+        if len(seen) == 5:
+            alive()
+            seen.append(tasks.down)
+            over.set()
+            await asyncio.Event().wait()
+        raise ValueError
+
+    task = tasks.keep("audit", run)
+    await asyncio.wait_for(over.wait(), 5)
+    assert seen == [[], [], [], ["audit"], ["audit"], []]
+    await end(task)
+
+
+async def test_failure_that_is_meant_ends_the_task(watched):
+    """What whoever started the gateway must hear is raised to it, and not tried again."""
+    tasks, log, _ = watched
+
+    async def run(_alive):
+        raise EngineError("no engine comes up")
+
+    with pytest.raises(EngineError):
+        await tasks.keep("engines", run, ends_with=(EngineError,))
+    assert log == []
+
+
+async def test_brief_task_fails_with_a_sound(watched):
+    """The exception of a task that nobody awaits is logged and counted; a cancelled one is none."""
+    tasks, log, _ = watched
+
+    async def fail():
+        raise KeyError(SECRET)
+
+    with pytest.raises(KeyError):
+        await tasks.spawn("settlement", fail())
+    await end(tasks.spawn("settlement", asyncio.sleep(60)))
+    assert [(line["event"], line["task"], line["kind"]) for line in log] == [
+        ("task_failed", "settlement", "KeyError")
+    ]
+    assert SECRET not in str(log)
+
+
+@pytest.mark.usefixtures("engine")
+async def test_what_the_event_loop_reports_is_told_without_its_text(start, until):
+    """A callback of the loop that raises is logged and counted, and its arguments are not quoted."""
+    front = await start()
+
+    def callback(_text):
+        raise KeyError(SECRET)
+
+    asyncio.get_running_loop().call_soon(callback, SECRET)
+
+    async def logged():
+        return any(line["event"] == "task_failed" and line["task"] == "stray" for line in front.log)
+
+    await until(logged)
+    assert SECRET not in str(front.log)
+    assert b'interpretops_task_failures_total{task="stray"} 1.0' in front.apps.gateway.metrics.render()
+
+
+async def test_first_of_several_ends_the_others():
+    """The result is of the one that ended, or of the first given when several have; the others are over."""
+    ended = []
+
+    async def slow():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("slow")
+
+    async def fast(value):
+        return value
+
+    assert await first_of(slow(), fast(1)) == (1, 1)
+    assert await first_of(fast(2), fast(1), slow()) == (0, 2)
+    assert ended == ["slow", "slow"]
