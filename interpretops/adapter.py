@@ -33,6 +33,7 @@ from interpretops.dictionary.manifest import (
 )
 from interpretops.errors import AdapterError, PlanError
 from interpretops.json_file import read_json_object
+from interpretops.peft_config import check_lora_config
 from interpretops.plan import Array, ModelSpec, Site
 from interpretops.tensor_file import TensorFile
 
@@ -88,13 +89,14 @@ def open_adapter(folder: Path) -> Adapter:
     path = check_weights(folder, manifest.weights, AdapterError)
     config = read_json_object(folder / CONFIG_NAME, AdapterError)
     tensors = TensorFile(path, AdapterError)
-    _check_lora(folder / CONFIG_NAME, config)
+    check_lora_config(folder / CONFIG_NAME, config)
     scaling = _scaling(folder / CONFIG_NAME, config)
     if config.get("interpretops") is not None:
         described = _described_sites(folder / CONFIG_NAME, config)
         parts = _parts(tensors, described)
     else:
         parts = _peft_parts(folder / CONFIG_NAME, config, tensors)
+        _check_rank(path, config["r"], parts)
         described = {site: _checked_options(path, str(site), {}) for site in parts}
     return Adapter(
         manifest,
@@ -148,19 +150,6 @@ def write_adapter(
     return manifest
 
 
-def _check_lora(path: Path, config: dict[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: peft_type = {config.get('peft_type')!r}, but must be 'LORA'")
-    for flag in ("use_dora", "fan_in_fan_out", "alora_invocation_tokens", "layer_replication"):
-        if config.get(flag):
-            raise AdapterError(f"{path}: {flag} = {config[flag]!r}, which is not supported")
-    for table in ("rank_pattern", "alpha_pattern"):
-        if config.get(table):
-            raise AdapterError(
-                f"{path}: {table} is not empty, which is not supported; use one rank and alpha"
-            )
-
-
 def _peft_parts(path: Path, config: dict[str, Any], tensors: TensorFile) -> dict[Site, dict[str, Any]]:
     """The parts of an adapter that PEFT wrote, by edit site."""
     targets = config.get("target_modules")
@@ -170,10 +159,6 @@ def _peft_parts(path: Path, config: dict[str, Any], tensors: TensorFile) -> dict
             f"{path}: target_modules = {targets!r}, but only the attention's output projection "
             f"({' or '.join(sorted(PROJECTIONS))}) is an edit site; train the adapter on it alone"
         )
-    if config.get("bias", "none") != "none" or config.get("modules_to_save"):
-        raise AdapterError(
-            f"{path}: bias and modules_to_save change the model itself, which is not supported"
-        )
     parts: dict[Site, dict[str, Any]] = {}
     for name in tensors:
         match = _PEFT_TENSOR.fullmatch(name)
@@ -182,6 +167,14 @@ def _peft_parts(path: Path, config: dict[str, Any], tensors: TensorFile) -> dict
         site = Site(int(match["layer"]), "attn_proj")
         parts.setdefault(site, {})[match["part"]] = np.array(tensors[name], np.float64)
     return parts
+
+
+def _check_rank(path: Path, rank: int, parts: Mapping[Site, dict[str, Any]]) -> None:
+    """PEFT's scale is that of the configuration's rank, whatever the tensors have."""
+    for site, tensors in parts.items():
+        found = tensors["lora_A.weight"].shape[0] if "lora_A.weight" in tensors else rank
+        if found != rank:
+            raise AdapterError(f"{path}: site {site} has rank {found}, but {CONFIG_NAME} says r = {rank}")
 
 
 def _described_sites(path: Path, config: dict[str, Any]) -> dict[Site, dict[str, Any]]:
@@ -215,9 +208,9 @@ def _checked_options(path: Path, text: str, options: Any) -> dict[str, Any]:
 
 def _scaling(path: Path, config: dict[str, Any]) -> float:
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise AdapterError(f"{path}: r = {rank!r}, but must be a positive integer")
-    if not isinstance(alpha, int | float) or not abs(alpha) < float("inf"):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < float("inf"):
         raise AdapterError(f"{path}: lora_alpha = {alpha!r}, but must be a number")
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
