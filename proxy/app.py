@@ -255,6 +255,7 @@ def _account(request: web.Request, status: int, total_s: float) -> None:
         return
     metrics = gateway.metrics
     metrics.requests.labels(route, trail.tenant, trail.policy, str(status)).inc()
+    metrics.outcomes.labels(_outcome(status, trail)).inc()
     if trail.reason is None and trail.engine_s:
         metrics.e2e.labels(trail.policy).observe(total_s)
         metrics.overhead.observe(max(0.0, total_s - trail.engine_s))
@@ -298,6 +299,15 @@ def _account(request: web.Request, status: int, total_s: float) -> None:
         duration_ms=round(total_s * 1e3, 3),
         ttft_ms=None if trail.ttft_s is None else round(trail.ttft_s * 1e3, 3),
     )
+
+
+def _outcome(status: int, trail: Trail) -> str:
+    """One of `OUTCOMES`. A stream has its status before it can break off."""
+    if trail.reason == "client_gone":
+        return "client_gone"
+    if status >= 500 or (status == 200 and trail.reason is not None):
+        return "failed"
+    return "answered" if status < 400 else "refused"
 
 
 def route_label(request: web.Request) -> str:

@@ -12,7 +12,7 @@ from structlog.typing import FilteringBoundLogger
 from interpretops.compose import SEPARATOR
 from interpretops.errors import EngineError, PlanError, PolicyError
 from proxy.binding import NONE
-from proxy.compositions import Compositions
+from proxy.compositions import Compositions, joint_name
 from proxy.entry import Entry, ReloadReport
 from proxy.fleet import Fleet
 from proxy.metrics import Metrics
@@ -53,6 +53,9 @@ class Catalogue:
         self._log = log
         self.residency = Residency(fleet, metrics, log, supervisor)
         self.compositions = Compositions(joint, self.residency)
+        metrics.receipts_failed.labels(NONE)
+        for name in (*self.demanded, *map(joint_name, joint)):
+            metrics.know_policy(name)
         self.entries: dict[str, Entry] = {}
         self.suspended: dict[str, str] = {}
         """Revisions of policies under which requests are refused at the moment, for what they cost."""
@@ -214,6 +217,7 @@ class Catalogue:
 
     async def activate(self, entry: Entry, fresh: Revision) -> None:
         """Load into the engine, then swap: from here on every request that is accepted gets ``fresh``."""
+        self._metrics.know_policy(entry.policy)
         await self.residency.load(fresh)
         active = {policy: other.active for policy, other in self.entries.items() if other.active is not None}
         try:

@@ -111,6 +111,7 @@ class EngineLink:
         """Why there is none, for operators."""
         self.answers = False
         """Whether it has attested itself, and answers since."""
+        metrics.engine_unattested.labels(name)
         metrics.engine_up.labels(name).set_function(lambda: self.answers)
         metrics.engine_ready.labels(name).set_function(lambda: self.current is not None)
         metrics.engine_outstanding.labels(name).set_function(lambda: self.outstanding)
@@ -169,6 +170,8 @@ class EngineLink:
         metrics.engine_ready.remove(self.name)
         metrics.engine_outstanding.remove(self.name)
         metrics.engine_breaker_open.remove(self.name)
+        metrics.engine_unattested.remove(self.name)
+        metrics.engine_retries.remove_by_labels({"engine": self.name})
 
     def shown(self) -> dict[str, Any]:
         """For operators."""

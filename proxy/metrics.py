@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -22,8 +24,15 @@ _ITL_BUCKETS_S = (
 _OVERHEAD_BUCKETS_S = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 100e-3, 500e-3)
 
 
+OUTCOMES: Final = ("answered", "refused", "failed", "client_gone")
+
+
 class Metrics:
-    """Everything the gateway counts. Labels: route patterns, ids of loaded policies, codes, statuses."""
+    """Everything the gateway counts. Labels: route patterns, ids of loaded policies, codes, statuses.
+
+    A series that an alert reads must be there, with 0, before its first event: Prometheus sees no increase in
+    a series that appears with 1. Whoever first knows a label's value says so.
+    """
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -33,6 +42,14 @@ class Metrics:
             ("route", "tenant", "policy", "status"),
             registry=registry,
         )
+        self.outcomes = Counter(
+            "interpretops_request_outcomes",
+            "Requests by how they ended; `failed` holds streams that broke off after they had begun.",
+            ("outcome",),
+            registry=registry,
+        )
+        for outcome in OUTCOMES:
+            self.outcomes.labels(outcome)
         self.refusals = Counter(
             "interpretops_refusals", "Requests refused, by reason.", ("reason",), registry=registry
         )
@@ -268,6 +285,16 @@ class Metrics:
             buckets=_OVERHEAD_BUCKETS_S,
             registry=registry,
         )
+
+    def know_policy(self, policy: str) -> None:
+        """A policy may get requests from now on."""
+        for counter in (
+            *(self.receipts_failed, self.tokens_evaluated, self.edits_applied),
+            *(self.gates_fired, self.requests_gated),
+        ):
+            counter.labels(policy)
+        for result in ("ok", "failed"):
+            self.canary_pairs.labels(policy, result)
 
     def render(self) -> bytes:
         """The exposition text."""

@@ -51,6 +51,9 @@ class Transcripts:
         self._log = log
         self._now = now
         self._waiting: asyncio.Queue[tuple[str, Transcript, dict[str, Any]]] = asyncio.Queue(_MOST_WAITING)
+        for tenant in self._vaults:
+            for result in ("stored", "lost"):
+                metrics.transcripts.labels(tenant, result)
         if self._vaults:
             routes = [path for path, route in ROUTES.items() if route.generates]
             log.info("requests_are_kept", tenants=sorted(self._vaults), routes=routes)
