@@ -5,15 +5,20 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
+
+from interpretops.regular_file import open_regular, read_regular
 
 GENESIS: Final = "0" * 64
 """What the first record follows."""
 _HASH = re.compile(rb',"hash":"([0-9a-f]{64})"}')
 _HASH_BYTES: Final = 75
+_HEAD = re.compile(r"([0-9]{1,15}):([0-9a-f]{64})")
+_HEAD_BYTES: Final = 4096
 _MOST_FAULTS: Final = 50
 
 
@@ -59,10 +64,16 @@ def head_line(head: Head) -> bytes:
 def read_head(log: Path) -> Head | None:
     """The noted head; None when there is none or it cannot be read."""
     try:
-        content = json.loads(head_path(log).read_bytes())
-        return Head(int(content["seq"]), str(content["hash"]))
+        content = json.loads(read_regular(head_path(log), _HEAD_BYTES))
+        return parse_head(f"{int(content['seq'])}:{content['hash']}")
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def parse_head(text: str) -> Head | None:
+    """A head written as ``SEQ:HASH``, as `GET /admin/audit` gives number and hash; None when it is none."""
+    found = _HEAD.fullmatch(text)
+    return None if found is None else Head(int(found[1]), found[2])
 
 
 def rotated_path(log: Path, first_seq: int) -> Path:
@@ -96,7 +107,7 @@ def _beside(log: Path) -> list[Path]:
 def first_number(path: Path) -> int | None:
     """The number of a file's first record; None when that is none."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             record = read_line(file.readline().rstrip(b"\n"))
     except OSError:
         return None
@@ -119,20 +130,65 @@ class Verification:
         return not self.faults and self.records > 0
 
 
-def verify(log: Path, *, first: int = 1, also: Sequence[Path] = ()) -> Verification:
+def verify(log: Path, *, first: int = 1, also: Sequence[Path] = (), kept: Head | None = None) -> Verification:
     """Read a whole log and name every line that is not as it was written.
 
     first  the number that the log must begin with; later ones after files were archived elsewhere
     also   files of the same log that lie elsewhere, in any order
+    kept   a head of the log that was kept elsewhere: up to it nothing can be missing, whoever had the files
     """
-    found = Verification()
-    expected, prev = first, GENESIS if first == 1 else None
-    head, head_seen = read_head(log), False
+    found, head = Verification(), read_head(log)
+    seen = _check_lines(
+        found, _lines(_in_order(log, also)), first, GENESIS if first == 1 else None, {head, kept}
+    )
+    if len(found.faults) < _MOST_FAULTS:
+        if kept is not None:
+            _check_kept(found, log, kept, first, seen=kept in seen)
+        _check_end(found, log, head, kept, seen)
+    return found
+
+
+def faults_after(log: Path, head: Head) -> list[str]:
+    """What is wrong with a log from a noted record on: it must be there, and all that follow must follow it.
+
+    Half a line at the end is a crash and no fault. So is a note that is older than the log's end: lines are
+    on the disk before they are noted.
+    """
+    files = log_files(log)
+    since = [path for path in files if 0 < (first_number(path) or 0) <= head.seq][-1:]
+    lines = _whole_lines(files[files.index(since[0]) :] if since else files)
+    found, near = Verification(), tuple(b'{"seq":%d,' % number for number in (head.seq, head.seq + 1))
+    for placed in lines if head.seq else ():
+        record = read_line(placed[1].rstrip(b"\n")) if placed[1].startswith(near) else None
+        if record is None:
+            continue
+        if (record["seq"], record["hash"]) == (head.seq, head.hash):
+            break
+        if (record["seq"], record["prev"]) == (head.seq + 1, head.hash):
+            # The file with the noted record was moved away by a program that rotates logs.
+            lines = chain([placed], lines)
+            break
+    else:
+        if head.seq:
+            return [f"record {head.seq} is gone or another than was noted in {head_path(log)}"]
+    _check_lines(found, lines, head.seq + 1, head.hash, set())
+    return found.faults
+
+
+def _check_lines(
+    found: Verification,
+    lines: Iterable[tuple[str, bytes]],
+    expected: int,
+    prev: str | None,
+    heads: Collection[Head | None],
+) -> set[Head]:
+    """Check lines of which the first must have the number ``expected``; those of ``heads`` that are there."""
+    seen: set[Head] = set()
     torn: tuple[str, bytes] | None = None
-    for place, line in _lines(_in_order(log, also)):
+    for place, line in lines:
         if len(found.faults) >= _MOST_FAULTS:
             found.faults.append("further faults are not listed")
-            return found
+            return seen
         record = read_line(line.rstrip(b"\n"))
         if record is None:
             if torn is not None:
@@ -151,12 +207,12 @@ def verify(log: Path, *, first: int = 1, also: Sequence[Path] = ()) -> Verificat
         found.records += 1
         found.first = record["seq"] if found.first is None else found.first
         found.last = Head(record["seq"], line.rstrip(b"\n")[-66:-2].decode())
-        head_seen = head_seen or found.last == head
+        if found.last in heads:
+            seen.add(found.last)
         expected, prev = max(expected, record["seq"] + 1), found.last.hash
     if torn is not None:
         found.faults.append(f"{torn[0]}: was changed or broken off: its hash is not that of its content")
-    _check_end(found, log, head, head_seen=head_seen)
-    return found
+    return seen
 
 
 def _check_place(
@@ -175,16 +231,41 @@ def _check_place(
         found.faults.append(f"{place}: record {seq} does not follow what stands before it: one was exchanged")
 
 
-def _check_end(found: Verification, log: Path, head: Head | None, *, head_seen: bool) -> None:
+def _check_kept(found: Verification, log: Path, kept: Head, first: int, *, seen: bool) -> None:
+    if seen:
+        return
+    if kept.seq < first:
+        found.faults.append(f"record {kept.seq}, whose hash was given, lies before --first {first}")
+    elif found.last is None or kept.seq > found.last.seq:
+        end = "holds no records" if found.last is None else f"ends with record {found.last.seq}"
+        found.faults.append(f"{log}: was cut off: {end}, but the head kept elsewhere is of record {kept.seq}")
+    else:
+        found.faults.append(
+            f"{log}: record {kept.seq} has another hash than the head kept elsewhere: it was written anew"
+        )
+
+
+def _check_end(
+    found: Verification, log: Path, head: Head | None, kept: Head | None, seen: Collection[Head]
+) -> None:
     if found.last is None:
         found.faults.append(f"{log}: holds no records")
+    elif head is None and kept in seen and kept == found.last:
+        found.notes.append(
+            f"{head_path(log)}: is missing or unreadable; the head kept elsewhere stands for it"
+        )
     elif head is None:
-        found.faults.append(f"{head_path(log)}: is missing or unreadable, so a cut-off end would not show")
+        found.faults.append(
+            f"{head_path(log)}: is missing or unreadable, so a cut-off end would not show; compare with a "
+            "head that was kept elsewhere: --head SEQ:HASH"
+        )
+    elif head.seq == 0 and head.hash == GENESIS:
+        found.notes.append(f"{head_path(log)}: notes no record yet")
     elif head.seq > found.last.seq:
         found.faults.append(
             f"{log}: was cut off: ends with record {found.last.seq}, but {head.seq} had been written"
         )
-    elif not head_seen:
+    elif head not in seen:
         found.faults.append(f"{head_path(log)}: names record {head.seq} with another hash than the log has")
 
 
@@ -201,8 +282,12 @@ def _in_order(log: Path, also: Sequence[Path]) -> list[Path]:
     return sorted([*more, *files], key=lambda path: (path == log, first_number(path) or 0)) if more else files
 
 
+def _whole_lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    return ((place, line) for place, line in _lines(files) if line.endswith(b"\n"))
+
+
 def _lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for path in files:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for number, line in enumerate(file, 1):
                 yield f"{path}:{number}", line

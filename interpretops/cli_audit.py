@@ -27,14 +27,28 @@ def verify(
     first: Annotated[
         int, typer.Option("--first", min=1, help="Number of the first record, after files were archived.")
     ] = 1,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            "--head",
+            metavar="SEQ:HASH",
+            help="Number and hash of a record that were kept elsewhere (`GET /admin/audit`).",
+        ),
+    ] = None,
     config: Config = None,
 ) -> None:
-    """Name every line that was changed, removed, inserted or cut off. Exit status 1 when there is one."""
-    from interpretops.audit_chain import head_path
+    """Name every line that was changed, removed, inserted or cut off. Exit status 1 when there is one.
+
+    What has all files can write them anew. With --head nothing up to that record can be missing or other.
+    """
+    from interpretops.audit_chain import head_path, parse_head
     from interpretops.audit_chain import verify as check
     from interpretops.errors import ConfigError
     from interpretops.settings import load_settings
 
+    kept = None if head is None else parse_head(head)
+    if head is not None and kept is None:
+        raise ConfigError(f"--head = {head!r}, but must be SEQ:HASH, a number and 64 hex digits")
     named = logs or [path for path in (load_settings(config).audit.path,) if path is not None]
     if not named:
         raise ConfigError("audit.path is not set; set it in the file given with --config, or name the log")
@@ -43,7 +57,7 @@ def verify(
             raise ConfigError(f"{path}: there is no such log")
     # The one that is still written has the note of the newest record beside it.
     path = next((path for path in named if head_path(path).exists()), named[-1])
-    found = check(path, first=first, also=[other for other in named if other != path])
+    found = check(path, first=first, also=[other for other in named if other != path], kept=kept)
     for line in (*found.notes, *found.faults):
         typer.echo(line)
     if not found.intact:

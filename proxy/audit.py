@@ -16,6 +16,7 @@ from structlog.typing import FilteringBoundLogger
 from interpretops.audit_chain import (
     GENESIS,
     Head,
+    faults_after,
     head_path,
     log_files,
     make_line,
@@ -23,6 +24,7 @@ from interpretops.audit_chain import (
     read_line,
 )
 from interpretops.errors import ConfigError
+from interpretops.regular_file import open_regular
 from interpretops.settings import AuditSettings
 from proxy.audit_file import DISPLACED, Displaced, HeadFile, Lock, LogFile
 from proxy.metrics import Metrics
@@ -65,9 +67,10 @@ class AuditLog:
         self.failing: str | None = None
         """Why the log cannot be written at the moment."""
         try:
-            self.head, torn = self._find_end()
+            noted = read_head(self._path)
+            self.head, torn = self._find_end(noted)
+            self._note = HeadFile(self._path, noted)
             self._file = LogFile(self._path, self._next_number)
-            self._note = HeadFile(self._path)
         except (OSError, ConfigError) as error:
             self._lock.close()
             if isinstance(error, ConfigError):
@@ -240,15 +243,19 @@ class AuditLog:
         self.failing = why
         self._metrics.audit_failing.set(1)
 
-    def _find_end(self) -> tuple[Head | None, bytes]:
+    def _find_end(self, noted: Head | None) -> tuple[Head | None, bytes]:
         """The last whole record, and what a crash left of one after it.
 
-        Raises `ConfigError` when the end is not what was written: a log is not continued over a gap.
+        Raises `ConfigError` when the end is not what was written: a log is not continued over a gap, nor
+        without the note of its newest record, which alone shows that its end was cut off.
         """
-        noted, last, torn = read_head(self._path), None, b""
-        for path in reversed(log_files(self._path)):
+        last, torn = None, b""
+        files = log_files(self._path)
+        if noted is None and (_holds_something(head_path(self._path)) or any(map(_holds_something, files))):
+            raise ConfigError(_headless(self._path))
+        for path in reversed(files):
             size = path.stat().st_size
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 file.seek(max(0, size - _TAIL_BYTES))
                 *lines, rest = file.read().split(b"\n")
             torn = torn or rest
@@ -258,15 +265,35 @@ class AuditLog:
                     raise ConfigError(_altered(self._path, "its last record was changed"))
                 last = Head(record["seq"], record["hash"])
                 break
-        if noted is not None and last is None:
+        if noted is None or (last is None and noted.seq == 0):
+            return last, torn
+        if last is None:
             raise ConfigError(_gone(self._path, noted))
-        if noted is not None and (last is None or last.seq < noted.seq):
+        if last.seq < noted.seq:
             raise ConfigError(_altered(self._path, f"it was cut off before record {noted.seq}"))
+        if faults := faults_after(self._path, noted):
+            raise ConfigError(_altered(self._path, faults[0]))
         return last, torn
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _holds_something(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _headless(path: Path) -> str:
+    return (
+        f"audit.path = {path}, but {head_path(path)}, the note of its newest record, is missing or "
+        "unreadable, and without it a cut-off end would not show; put it back, or check the log against a "
+        f"head that was kept elsewhere (`mechctl audit verify {path} --head SEQ:HASH`) and move the log's "
+        "files and the note aside: a new log is begun"
+    )
 
 
 def _altered(path: Path, what: str) -> str:

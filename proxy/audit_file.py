@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from interpretops.audit_chain import Head, first_number, head_line, head_path, rotated_path
+from interpretops.audit_chain import GENESIS, Head, first_number, head_line, head_path, rotated_path
 from interpretops.errors import ConfigError
 from proxy.file_lock import hold
 
@@ -73,11 +73,7 @@ class LogFile:
                 aside.rename(self.path)
             raise
         os.close(self.descriptor)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.path.parent)
         return fresh
 
     def _set_aside(self, first: int) -> Path | None:
@@ -99,10 +95,17 @@ class LogFile:
 class HeadFile:
     """The note of the newest record. In one small write, in place: the length is always the same."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, noted: Head | None) -> None:
+        """Open it, or make it before the log has any record: so one without a note is no crash's work.
+
+        noted  what stands in it; None when there is no log yet. Raises `OSError`.
+        """
         self._path = head_path(log)
-        self._noted = b""
+        self._noted = head_line(noted or Head(0, GENESIS))
         self._descriptor = self._open()
+        if noted is None:
+            self._write()
+            sync_folder(log.parent)
 
     def note(self, head: Head, *, durably: bool) -> None:
         """Write it down. Raises `OSError`."""
@@ -121,15 +124,16 @@ class HeadFile:
             os.close(old)
         if not moved and os.pread(self._descriptor, len(self._noted) + 1, 0) == self._noted:
             return False
-        if not self._noted:
-            return moved
-        os.pwrite(self._descriptor, self._noted, 0)
-        os.ftruncate(self._descriptor, len(self._noted))
-        os.fsync(self._descriptor)
+        self._write()
         return True
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+    def _write(self) -> None:
+        os.pwrite(self._descriptor, self._noted, 0)
+        os.ftruncate(self._descriptor, len(self._noted))
+        os.fsync(self._descriptor)
 
     def _open(self) -> int:
         return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
@@ -168,6 +172,15 @@ class Lock:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Force the names in a folder to the disk."""
+    folder = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _same(ours: os.stat_result, path: Path) -> bool:

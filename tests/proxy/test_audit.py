@@ -9,7 +9,16 @@ import pytest
 import structlog
 from typer.testing import CliRunner
 
-from interpretops.audit_chain import head_path, log_files, make_line, read_head, verify
+from interpretops.audit_chain import (
+    GENESIS,
+    Head,
+    head_line,
+    head_path,
+    log_files,
+    make_line,
+    read_head,
+    verify,
+)
 from interpretops.cli import app
 from interpretops.errors import ConfigError
 from interpretops.settings import AuditSettings
@@ -104,6 +113,110 @@ async def test_log_without_its_head_is_not_called_whole(log):
     assert "is missing or unreadable" in verify(log).faults[0]
     head_path(log).write_text(json.dumps({"seq": 9, "hash": "0" * 64}))
     assert "names record 9 with another hash" in verify(log).faults[0]
+
+
+@pytest.mark.parametrize("kept_rows", [9, 6, 0])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda head: head.unlink(),
+        lambda head: head.write_text("garbage"),
+        lambda head: head.write_text(""),
+        lambda head: head.write_text('{"seq": "000000000000006", "hash": "x"}'),
+    ],
+)
+async def test_log_without_its_readable_head_is_not_continued(log, spoil, kept_rows):
+    """A start would note a new head, and a cut-off end would be healed for good: it is refused, with the way
+    out, whether lines are missing or not. Only where neither log nor note holds anything a new one begins."""
+    rows = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(rows[:kept_rows]))
+    spoil(head_path(log))
+    assert not verify(log).intact
+    holds_nothing = kept_rows == 0 and not (head_path(log).exists() and head_path(log).read_bytes())
+    if holds_nothing:
+        await open_log(log).close()
+        return
+    with pytest.raises(ConfigError, match=r"is missing or unreadable.*verify \S+ --head SEQ:HASH.*aside"):
+        open_log(log)
+    assert log.read_bytes() == b"".join(rows[:kept_rows])
+    ended = CliRunner().invoke(app, ["audit", "verify", str(log)])
+    assert ended.exit_code == 1
+    # What the message tells to do is enough.
+    log.rename(log.with_suffix(".aside"))
+    head_path(log).unlink(missing_ok=True)
+    await write(log, 2)
+    assert verify(log).intact
+
+
+async def test_records_are_noted_before_a_crash_could_leave_them_unnoted(tmp_path):
+    """The note is there before the first record: a process killed at any moment after leaves a log that the
+    next one continues, with all that was written."""
+    path = tmp_path / "audit.jsonl"
+    killed = open_log(path)
+    assert read_head(path) == Head(0, GENESIS)
+    killed.append("request", status=200)
+    for record in range(2, 5):
+        abandon(killed)
+        assert verify(path).intact
+        killed = open_log(path)
+        killed.append("request", status=200)
+        assert killed.head.seq == record
+    await killed.sync()
+    killed.append("request", status=200)
+    abandon(killed)
+    await write(path, 1)
+    assert (verify(path).intact, verify(path).records) == (True, 6)
+
+
+def abandon(log):
+    """End as a process that is killed does: nothing is flushed, what it held is free."""
+    os.close(log._file.descriptor)
+    log._note.close()
+    log._lock.close()
+
+
+@pytest.mark.parametrize("cut", [6, 9])
+async def test_lines_that_replace_those_noted_are_not_continued(log, cut):
+    """Who cuts the end off and writes other records up to the noted number is found by the noted hash, and
+    who changes what follows the noted record by the chain."""
+    rows = log.read_bytes().splitlines(keepends=True)[:cut]
+    for seq in range(cut + 1, 13):
+        rows.append(forged(rows, seq, prev=None if cut == 6 or seq != 11 else "0" * 64))
+    log.write_bytes(b"".join(rows))
+    told = "record 9 is gone or another" if cut == 6 else "record 11 does not follow"
+    with pytest.raises(ConfigError, match=told):
+        open_log(log)
+    assert not verify(log).intact
+
+
+async def test_head_kept_elsewhere_proves_what_the_files_cannot(log):
+    """Who has all files can cut the log and note another head; against a head that was kept elsewhere it
+    shows, by library and command line. A head of the log as it is passes, and stands for a lost note."""
+    rows = log.read_bytes().splitlines(keepends=True)
+    kept = Head(9, json.loads(rows[8])["hash"])
+
+    def command(head):
+        ended = CliRunner().invoke(app, ["audit", "verify", str(log), "--head", head])
+        return ended.exit_code, ended.stdout
+
+    assert command(f"9:{kept.hash}")[0] == 0
+    assert command(f"6:{json.loads(rows[5])['hash']}")[0] == 0
+    assert "another hash than the head kept elsewhere" in command(f"8:{kept.hash}")[1]
+    head_path(log).unlink()
+    status, told = command(f"9:{kept.hash}")
+    assert (status, "the head kept elsewhere stands for it" in told) == (0, True)
+    assert command(f"6:{json.loads(rows[5])['hash']}")[0] == 1
+    log.write_bytes(b"".join(rows[:6]))
+    head_path(log).write_bytes(head_line(Head(6, json.loads(rows[5])["hash"])))
+    assert verify(log).intact
+    assert verify(log, kept=kept).faults == [
+        f"{log}: was cut off: ends with record 6, but the head kept elsewhere is of record 9"
+    ]
+    assert command(f"9:{kept.hash}")[0] == 1
+    assert verify(log, first=12, kept=kept).faults[-1].endswith("lies before --first 12")
+    for wrong in ("9", "x:" + kept.hash, "9:abc"):
+        ended = CliRunner().invoke(app, ["audit", "verify", str(log), "--head", wrong])
+        assert ended.exit_code != 0
 
 
 async def test_chain_goes_on_in_the_next_file(tmp_path):

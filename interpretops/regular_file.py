@@ -1,0 +1,37 @@
+"""Opening files that others put there: plain ones only, never a pipe or device that blocks its reader."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a plain file, by a link too, for reading bytes. Raises `OSError`, at once, for anything else.
+
+    Opening a pipe waits for its writer, and a terminal or device may never end: neither is configuration.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        _require_plain(os.fstat(descriptor).st_mode, path)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_plain(mode: int, path: Path) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "is not a plain file", str(path))
+
+
+def read_regular(path: Path, most_bytes: int) -> bytes:
+    """The content of a plain file, or its first ``most_bytes`` + 1 bytes: so much is too much.
+
+    Raises `OSError` as `open_regular`.
+    """
+    with open_regular(path) as file:
+        return file.read(most_bytes + 1)
