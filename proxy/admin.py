@@ -19,6 +19,7 @@ from proxy.binding import HEADER, NONE, decide, explain
 from proxy.entry import Entry
 from proxy.metrics import CONTENT_TYPE_LATEST
 from proxy.refusal import EngineNotReady, FieldNotAllowed, InvalidRequest, Refusal
+from proxy.reload import reload_everything
 from proxy.routes import ROUTES
 from proxy.sanitize import parse_strict, read_body
 from proxy.state import GATEWAY, Gateway
@@ -100,11 +101,10 @@ async def list_engines(request: web.Request) -> web.Response:
 
 
 async def reload(request: web.Request) -> web.Response:
-    """Compile every file again. Answers when every request accepted from now on gets what was loaded."""
+    """As SIGHUP does. Answers when every request accepted from now on gets what was loaded."""
     gateway = request.app[GATEWAY]
     try:
-        await asyncio.to_thread(gateway.access.refresh)
-        report = await gateway.intake.reload(force=True)
+        report = await reload_everything(gateway)
     except InterpretOpsError as error:
         raise EngineNotReady(str(error)) from error
     return web.json_response(

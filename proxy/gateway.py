@@ -35,9 +35,10 @@ from proxy.shared_limits import SharedCounts
 from proxy.stalls import StallWatch
 from proxy.state import Gateway
 from proxy.supervisor import Supervisor, end
+from proxy.tls import Doorways
 from proxy.tracing import Tracing
 from proxy.transcripts import Transcripts
-from proxy.watch import hear_changes, watch_keys, watch_policies
+from proxy.watch import hear_changes, watch_certificates, watch_keys, watch_policies
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ def make_app(
     make_engine: Callable[[str | None], Engine],
     log: FilteringBoundLogger,
     progress: Callable[[str], None] = lambda line: None,
+    doorways: Doorways | None = None,
 ) -> Apps:
     """Both apps over one state; the public one's start starts the engines, its cleanup ends them.
+
+    doorways  the TLS of the listeners, to be read again when it changes
 
     Raises `ConfigError`.
     """
@@ -113,6 +117,7 @@ def make_app(
         drift=Drift(paths.state, catalogue.entries, metrics),
         audit=audit,
         tracing=(tracing := Tracing(settings.tracing, __version__)),
+        doorways=(doorways := doorways or Doorways()),
         readiness=readiness,
         supervisor=supervisor,
         metrics=metrics,
@@ -188,6 +193,13 @@ def make_app(
         yield
         await end(task)
 
+    async def keep_certificates(_app: web.Application) -> AsyncIterator[None]:
+        task = supervisor.keep(
+            "certificates", lambda alive: watch_certificates(doorways, metrics, log, alive)
+        )
+        yield
+        await end(task)
+
     async def keep_audit(_app: web.Application) -> AsyncIterator[None]:
         assert audit is not None
         audit.append("gateway_started", version=__version__)
@@ -228,6 +240,7 @@ def make_app(
         public.cleanup_ctx.append(keep_canary)
     if access.wanted:
         public.cleanup_ctx.append(keep_keys)
+    public.cleanup_ctx.append(keep_certificates)
     if settings.gateway.watch_policies:
         public.cleanup_ctx.append(keep_watch)
     return Apps(public, make_admin_app(gateway), gateway, loop)

@@ -6,7 +6,10 @@ a key, when that is where the mistake is. Here neither the answer nor the log qu
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import socket
+import ssl
 from typing import Any, Final
 
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
@@ -63,6 +66,36 @@ class Runner(web.AppRunner):
             handler_cancellation=made.handler_cancellation,
             loop=made._loop,
             **made._kwargs,
+        )
+
+
+class Site(web.SockSite):
+    """A listener whose clients must begin, and end, TLS in time."""
+
+    def __init__(
+        self,
+        runner: web.BaseRunner,
+        sock: socket.socket,
+        tls: ssl.SSLContext | None,
+        handshake_timeout_s: float,
+    ) -> None:
+        super().__init__(runner, sock, ssl_context=tls)
+        # A connection before its handshake is none that the watch for stalls can see.
+        self._timeout_s = None if tls is None else handshake_timeout_s
+
+    async def start(self) -> None:
+        """Listen."""
+        # As `BaseSite.start` and `SockSite.start`, which know nothing of timeouts.
+        self._runner._reg_site(self)
+        server = self._runner.server
+        assert server is not None
+        self._server = await asyncio.get_running_loop().create_server(
+            server,
+            sock=self._sock,
+            ssl=self._ssl_context,
+            backlog=self._backlog,
+            ssl_handshake_timeout=self._timeout_s,
+            ssl_shutdown_timeout=self._timeout_s,
         )
 
 

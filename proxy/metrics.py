@@ -184,6 +184,24 @@ class Metrics:
             ("file",),
             registry=registry,
         )
+        self.tls_start = Gauge(
+            "interpretops_tls_certificate_start_timestamp_seconds",
+            "When the certificate chain that a listener shows became valid, in seconds since 1970.",
+            ("listener",),
+            registry=registry,
+        )
+        self.tls_expiry = Gauge(
+            "interpretops_tls_certificate_expiry_timestamp_seconds",
+            "When the certificate chain that a listener shows expires, in seconds since 1970.",
+            ("listener",),
+            registry=registry,
+        )
+        self.tls_broken = Gauge(
+            "interpretops_tls_certificate_broken",
+            "1 while the pair of certificate and key on disk cannot be used and the one before is shown.",
+            ("listener",),
+            registry=registry,
+        )
         self.keys_broken = Gauge(
             "interpretops_keys_broken",
             "1 while the file of keys cannot be taken and older keys are in force.",

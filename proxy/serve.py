@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
-import os
 import shlex
-import signal
 import socket
-import ssl
 import sys
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -29,25 +26,34 @@ from proxy.access import check_exposure
 from proxy.engine_command import check_memory, engine_command, slow_format
 from proxy.engine_loop import make_engine
 from proxy.gateway import Apps, make_app
-from proxy.http_server import Runner
+from proxy.http_server import Runner, Site
 from proxy.logs import make_logger
 from proxy.model_folder import find_model
+from proxy.reload import reload_when_told
+from proxy.stopping import Signals, end_threads, end_within
 from proxy.supervisor import end, first_of
-from proxy.tls import make_tls
+from proxy.tls import Doorways, Listener, make_doorways
 
-_FORCED_EXIT = 130
 _CAME: Final = 2
+_ERROR_TOLD_S: Final = 5.0
 POOL_THREADS: Final = 8
 """Most threads for what would hold up the loop: files, and compiling policies."""
 POOL_NAME: Final = "pool"
 """How their names begin."""
+_LISTENERS: Final[tuple[Listener, Listener]] = ("public", "admin")
 
 
 def serve(settings: Settings) -> None:
     """Run until SIGINT or SIGTERM. Raises `InterpretOpsError`, of one line, when it cannot start."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_Serve(settings, console).run())
+        try:
+            runner.run(_Serve(settings, console).run())
+        except BaseException:
+            # The error is told; a thread that hangs must not keep the process from ending on it.
+            end_within(_ERROR_TOLD_S, 1)
+            raise
+        end_threads(POOL_NAME)
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
@@ -61,8 +67,9 @@ class _Serve:
     def __init__(self, settings: Settings, console: Console) -> None:
         self._settings = settings
         self._console = console
-        self._stop = asyncio.Event()
-        self._tls: list[ssl.SSLContext | None] = [None, None]
+        self._signals = Signals(settings.gateway.shutdown_grace_s)
+        self._stop = self._signals.stop
+        self._doorways = Doorways()
         self._steps = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -73,7 +80,7 @@ class _Serve:
         self._step = self._steps.add_task("Starting", total=None)
 
     async def run(self) -> None:
-        self._take_signals()
+        self._signals.take()
         gateway = self._settings.gateway
         with (
             _listen(gateway.host, gateway.port, "gateway.port", "--port") as public,
@@ -93,10 +100,7 @@ class _Serve:
         gateway = self._settings.gateway
         check_exposure(public.getsockname()[0], "gateway.host", keys=keys)
         check_exposure(admin.getsockname()[0], "gateway.admin_host", keys=keys)
-        self._tls = [
-            make_tls(gateway.tls_cert, gateway.tls_key, "gateway.tls_cert"),
-            make_tls(gateway.admin_tls_cert, gateway.admin_tls_key, "gateway.admin_tls_cert"),
-        ]
+        self._doorways = make_doorways(gateway)
 
     async def _run_on(self, public: socket.socket, admin: socket.socket) -> None:
         settings, model = self._settings, None
@@ -112,7 +116,11 @@ class _Serve:
         else:
             self._progress(f"Waiting for an engine at {', '.join(settings.engine.url)}")
         apps = make_app(
-            settings, lambda url: make_engine(settings, url, model), make_logger(), self._progress
+            settings,
+            lambda url: make_engine(settings, url, model),
+            make_logger(),
+            self._progress,
+            self._doorways,
         )
         grace_s = settings.gateway.shutdown_grace_s
         runners = [
@@ -128,19 +136,25 @@ class _Serve:
             for app, leaves in ((apps.public, True), (apps.admin, False))
         ]
         gateway = apps.gateway
-        watch = gateway.supervisor.keep(
-            "stalls", lambda alive: gateway.stalls.run(lambda: _connections(runners), alive)
-        )
+        kept = [
+            gateway.supervisor.keep(
+                "stalls", lambda alive: gateway.stalls.run(lambda: _connections(runners), alive)
+            ),
+            gateway.supervisor.keep(
+                "reloads", lambda alive: reload_when_told(self._signals.reload, gateway, alive)
+            ),
+        ]
         try:
-            for runner, listener, tls in zip(runners, (public, admin), self._tls, strict=True):
+            for runner, listener, name in zip(runners, (public, admin), _LISTENERS, strict=True):
                 await runner.setup()
-                await web.SockSite(runner, listener, ssl_context=tls).start()
+                tls = self._doorways.context(name)
+                await Site(runner, listener, tls, settings.gateway.body_timeout_s).start()
             await self._until_stopped(apps, public, admin)
         finally:
             # What ends by itself may; what does not move is still cut meanwhile.
             for runner in runners:
                 await runner.cleanup()
-            await end(watch)
+            await end(*kept)
 
     async def _until_stopped(self, apps: Apps, public: socket.socket, admin: socket.socket) -> None:
         loop = apps.engine_loop
@@ -177,7 +191,7 @@ class _Serve:
             if entry.error:
                 self._warn(f"policy {policy} is not up to date: {entry.error}")
         policies = ", ".join(_active(apps)) or "none"
-        url = self._url(admin, 1)
+        url = self._url(admin, "admin")
         self._console.print(
             f"model {self._served(apps)}, policies {policies}, admin and metrics on {url}", markup=False
         )
@@ -190,10 +204,10 @@ class _Serve:
         served, active = self._served(apps), _active(apps)
         name = f"{served}+{active[0]}" if active else served
         body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-        route = f"{self._url(public, 0)}/v1/chat/completions"
+        route = f"{self._url(public, 'public')}/v1/chat/completions"
         curl = f"curl {route} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
         # On standard output, where scripts wait for it.
-        sys.stdout.write(f"ready: {self._url(public, 0)}/v1   try: {curl}\n")
+        sys.stdout.write(f"ready: {self._url(public, 'public')}/v1   try: {curl}\n")
         sys.stdout.flush()
 
     def _served(self, apps: Apps) -> str:
@@ -203,9 +217,9 @@ class _Serve:
     def _warn(self, line: str) -> None:
         self._console.print(line, style="yellow", markup=False)
 
-    def _url(self, listener: socket.socket, which: int) -> str:
+    def _url(self, listener: socket.socket, name: Listener) -> str:
         host, port = listener.getsockname()[:2]
-        scheme = "http" if self._tls[which] is None else "https"
+        scheme = "http" if self._doorways.context(name) is None else "https"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def _end_steps(self) -> None:
@@ -216,17 +230,6 @@ class _Serve:
         self._steps.update(self._step, description=escape(line))
         if not self._console.is_terminal:
             self._console.print(line, markup=False)
-
-    def _take_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._signalled)
-
-    def _signalled(self) -> None:
-        if self._stop.is_set():
-            # Asked twice: go at once. The engine's keeper sees us gone and ends the engine.
-            os._exit(_FORCED_EXIT)
-        self._stop.set()
 
 
 async def _comes(event: asyncio.Event) -> None:

@@ -25,6 +25,7 @@ from proxy.settlements import Settlements
 from proxy.shadow import Shadows
 from proxy.stalls import StallWatch
 from proxy.supervisor import Supervisor
+from proxy.tls import Doorways
 from proxy.tracing import Tracing
 from proxy.transcripts import Transcripts
 
@@ -47,6 +48,7 @@ class Gateway:
     transcripts: Transcripts
     audit: AuditLog | None
     tracing: Tracing
+    doorways: Doorways
     readiness: Readiness
     supervisor: Supervisor
     metrics: Metrics

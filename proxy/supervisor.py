@@ -18,6 +18,8 @@ KEPT: Final = {
     "policies": True,
     "policy notifications": False,
     "keys": True,
+    "certificates": False,
+    "reloads": False,
     "audit": True,
     "budgets": True,
     "shared limits": True,

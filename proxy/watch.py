@@ -1,4 +1,4 @@
-"""Notices that policy files changed, at once where the system tells, and keys, within two seconds."""
+"""Notices changed policy files, at once where the system tells, and keys and certificates in two seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from interpretops.errors import InterpretOpsError
 from proxy.access import Access
 from proxy.fleet import Fleet
 from proxy.intake import Intake
+from proxy.metrics import Metrics
 from proxy.supervisor import Alive
+from proxy.tls import Doorways
 
 _POLL_S = 2.0
 """Covers what no notification tells of: network folders, a folder that is made later, swapped links."""
@@ -43,6 +45,16 @@ async def watch_keys(access: Access, alive: Alive) -> None:
         await asyncio.sleep(_POLL_S)
         await asyncio.to_thread(access.refresh)
         alive()
+
+
+async def watch_certificates(
+    doorways: Doorways, metrics: Metrics, log: FilteringBoundLogger, alive: Alive
+) -> None:
+    """Take renewed certificates, until cancelled: new connections get them a moment later."""
+    while True:
+        await asyncio.to_thread(doorways.refresh, metrics, log)
+        alive()
+        await asyncio.sleep(_POLL_S)
 
 
 async def hear_changes(folder: Path, changed: asyncio.Event, alive: Alive) -> None:

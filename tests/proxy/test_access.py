@@ -14,7 +14,7 @@ from certificates import write_certificate
 from interpretops.api_keys import KeyRing, make_key, read_keys, write_keys
 from interpretops.errors import ConfigError
 from proxy.access import check_exposure, names_this_machine
-from proxy.tls import make_tls
+from proxy.tls import Doorway
 
 TENANTS = [{"id": "acme", "models": ["tiny-model", "bot"]}, {"id": "other", "routes": ["/v1/completions"]}]
 
@@ -263,7 +263,7 @@ async def test_page_of_a_foreign_name_cannot_read_the_admin_routes(start):
 async def test_listener_with_a_certificate_speaks_tls_only(tmp_path):
     """A client that trusts the certificate is answered, and a plain one is not."""
     cert, key = write_certificate(tmp_path)
-    context = make_tls(cert, key, "gateway.tls_cert")
+    context = Doorway("public", cert, key, "gateway.tls_cert").context
     app = web.Application()
     runner = web.AppRunner(app)
     await runner.setup()
@@ -278,6 +278,6 @@ async def test_listener_with_a_certificate_speaks_tls_only(tmp_path):
             await session.get(f"http://127.0.0.1:{port}/")
     await runner.cleanup()
     with pytest.raises(ConfigError, match=r"gateway.tls_cert = .* cannot be used with"):
-        make_tls(cert, cert, "gateway.tls_cert")
+        Doorway("public", cert, cert, "gateway.tls_cert")
     with pytest.raises(ConfigError, match=r"No such file"):
-        make_tls(tmp_path / "none.pem", key, "gateway.tls_cert")
+        Doorway("public", tmp_path / "none.pem", key, "gateway.tls_cert")

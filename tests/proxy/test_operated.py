@@ -1,11 +1,17 @@
-"""`mechctl serve` as an operator runs it: TLS on both listeners, keys, an audit log, a stop under load."""
+"""`mechctl serve` as an operator runs it: TLS on both listeners, keys, an audit log, signals under load."""
 
 import asyncio
+import contextlib
+import fcntl
 import os
 import re
 import signal
 import ssl
 import sys
+import termios
+import time
+from contextlib import asynccontextmanager
+from datetime import timedelta
 
 import aiohttp
 import pytest
@@ -29,22 +35,28 @@ gateway:
 """
 
 
-@pytest.fixture
-async def served(engine, tmp_path, policy_writer):
-    """A gateway in a process of its own before the fake engine; its URLs, keys and trust."""
+PROGRAM = "from interpretops.cli import app; app()"
+
+
+@asynccontextmanager
+async def serving(engine, tmp_path, policy_writer, config=CONFIG, before="", **how):
+    """A gateway in a process of its own before the fake engine; its URLs, keys and trust.
+
+    before  what the process executes before it is `mechctl`
+    """
     cert, _ = write_certificate(tmp_path)
     (tmp_path / "policies").mkdir()
     policy_writer(tmp_path / "policies", "calm")
     made = {"tenant": make_key(tenant="acme"), "viewer": make_key(role="viewer")}
     write_keys(tmp_path / "keys.yaml", [kept for _, kept in made.values()])
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG)
+    (tmp_path / "config.yaml").write_text(config)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "interpretops.cli", "serve"),
-        *("--config", str(config), "--engine-url", engine.url),
+        *(sys.executable, "-c", before + PROGRAM, "serve"),
+        *("--config", str(tmp_path / "config.yaml"), "--engine-url", engine.url),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "COLUMNS": "200"},
+        **how,
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -62,6 +74,13 @@ async def served(engine, tmp_path, policy_writer):
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+@pytest.fixture
+async def served(engine, tmp_path, policy_writer):
+    """One as configured above."""
+    async with serving(engine, tmp_path, policy_writer) as running:
+        yield running
 
 
 async def test_stop_under_load_finishes_what_runs_and_leaves_whole_records(served, engine, tmp_path):
@@ -99,3 +118,132 @@ async def test_stop_under_load_finishes_what_runs_and_leaves_whole_records(serve
     assert events[-1] == "gateway_stopped"
     assert "policy_active" in events
     assert '"acme": ' in (tmp_path / "state" / "usage.json").read_text()
+
+
+QUIET = CONFIG.replace("  port: 0\n", "  port: 0\n  watch_policies: false\n", 1)
+
+
+async def test_hangup_reloads_everything_and_cuts_nothing(engine, tmp_path, policy_writer, until):
+    """SIGHUP does what the admin's reload does, policies and the audit log's place; a stream goes on."""
+    async with serving(engine, tmp_path, policy_writer, QUIET) as (process, url, admin, headers, trust):
+        body = {"model": "tiny-model", "messages": [], "stream": True}
+        route, engine.trick = f"{url}/v1/chat/completions", "hold_stream"
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trust)) as session,
+            session.post(route, json=body, headers=headers["tenant"]) as running,
+        ):
+
+            async def fresh_policy():
+                async with session.get(f"{admin}/admin/policies", headers=headers["viewer"]) as answer:
+                    return "fresh" in {entry["id"] for entry in (await answer.json())["policies"]}
+
+            first = await running.content.readany()
+            policy_writer(tmp_path / "policies", "fresh")
+            (tmp_path / "audit.jsonl").rename(tmp_path / "audit.jsonl.1")
+            process.send_signal(signal.SIGHUP)
+            await until(fresh_policy)
+            engine.go_on.set()
+            text = (first + await running.content.read()).decode()
+        assert text.endswith("\n\ndata: [DONE]\n\n")
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+    events = re.findall(r'"event":"(\w+)"', (tmp_path / "audit.jsonl").read_text())
+    assert events[0] == "log_continued"
+    assert verify(tmp_path / "audit.jsonl").intact
+
+
+async def test_renewed_certificate_is_taken_while_running(served, tmp_path, until):
+    """Both listeners show it within seconds, and say when it expires."""
+    _, url, admin, headers, _ = served
+    cert, _ = write_certificate(tmp_path, ends=timedelta(days=90))
+    trust = ssl.create_default_context(cafile=cert)
+    text = ""
+    for address in (f"{url}/healthz", f"{admin}/metrics"):
+
+        async def answered(address=address):
+            nonlocal text
+            try:
+                async with (
+                    aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trust)) as session,
+                    session.get(address, headers=headers["viewer"]) as answer,
+                ):
+                    text = await answer.text()
+            except aiohttp.ClientConnectorCertificateError:
+                return False
+            return True
+
+        await until(answered)
+    found = re.findall(r'tls_certificate_expiry_timestamp_seconds\{listener="(\w+)"\} (\S+)', text)
+    assert [name for name, _ in found] == ["public", "admin"]
+    assert all(float(value) == pytest.approx(time.time() + 90 * 86400, abs=60) for _, value in found)
+
+
+async def test_connections_that_never_begin_tls_obey_the_timeout_of_bodies(engine, tmp_path, policy_writer):
+    """On both listeners, under the event loop that serves: cut after `gateway.body_timeout_s`."""
+    config = CONFIG + "  body_timeout_s: 1\n"
+    async with serving(engine, tmp_path, policy_writer, config) as (_, *urls, _, _):
+        for url in urls:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.wait_for(reader.read(), 10) == b""
+            writer.close()
+
+
+SHORT = CONFIG + "  shutdown_grace_s: 0.5\n"
+HANGING = """
+import asyncio, os, threading, proxy.gateway, proxy.intake, proxy.stopping
+def hang():
+    open("hangs", "w").close()
+    os.open("pipe", os.O_RDONLY)
+def thread(find=proxy.intake.find_policies):
+    def look(folder):
+        if os.path.exists("now"):
+            hang()
+        return find(folder)
+    proxy.intake.find_policies = look
+def loop():
+    proxy.stopping._ENGINE_END_S = 0.5
+    async def watch(*_arguments):
+        while not os.path.exists("now"):
+            await asyncio.sleep(0.05)
+        hang()
+    proxy.gateway.watch_policies = watch
+"""
+
+
+@pytest.mark.parametrize(("where", "status"), [("thread", 0), ("loop", 130)])
+async def test_stop_is_bounded_whatever_hangs(engine, tmp_path, policy_writer, where, status, until):
+    """A thread that hangs is left behind; when the event loop hangs the process ends; both are told."""
+    os.mkfifo(tmp_path / "pipe")
+    before = HANGING + f"{where}()\n"
+    async with serving(engine, tmp_path, policy_writer, SHORT, before, cwd=tmp_path) as (process, *_):
+
+        async def hangs():
+            return (tmp_path / "hangs").exists()
+
+        (tmp_path / "now").touch()
+        await until(hangs)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 20) == status
+        told = (await process.stderr.read()).decode()
+    assert "hang:" in told
+    if where == "thread":
+        assert verify(tmp_path / "audit.jsonl").intact
+        assert '"event":"gateway_stopped"' in (tmp_path / "audit.jsonl").read_text()
+
+
+async def test_closing_the_terminal_ends_the_gateway(engine, tmp_path, policy_writer):
+    """That hangup is no wish to reload: nobody is there to stop it otherwise."""
+    master, slave = os.openpty()
+
+    def own_terminal():
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    how = {"start_new_session": True, "preexec_fn": own_terminal, "pass_fds": [slave]}
+    async with serving(engine, tmp_path, policy_writer, **how) as (process, *_):
+        os.close(slave)
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(process.wait(), 1)
+        os.close(master)
+        assert await asyncio.wait_for(process.wait(), 30) == 0

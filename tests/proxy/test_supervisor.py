@@ -10,7 +10,7 @@ import structlog
 import proxy
 from interpretops.api_keys import make_key, write_keys
 from interpretops.errors import EngineError
-from proxy import audit, budget, supervisor, transcripts, watch
+from proxy import audit, budget, reload, supervisor, transcripts, watch
 from proxy.access import Access
 from proxy.audit import AuditLog
 from proxy.budget import Budgets
@@ -23,6 +23,7 @@ from proxy.readiness import Readiness
 from proxy.shared_limits import SharedCounts
 from proxy.stalls import StallWatch
 from proxy.supervisor import BRIEF, KEPT, Supervisor, end, first_of
+from proxy.tls import Doorways
 from proxy.transcripts import Transcripts
 
 SECRET = "a-prompt-7c1d"
@@ -31,6 +32,8 @@ PLACES = {
     "policies": (Intake, "reload"),
     "policy notifications": (watch.watchfiles, "awatch"),
     "keys": (Access, "refresh"),
+    "certificates": (Doorways, "refresh"),
+    "reloads": (reload, "reload_everything"),
     "audit": (AuditLog, "sync"),
     "budgets": (Budgets, "save"),
     "shared limits": (SharedCounts, "_pay"),
@@ -130,6 +133,8 @@ async def test_task_that_fails_is_logged_counted_and_started_again(start, monkey
     )
     gateway = front.apps.gateway
     stalls = gateway.supervisor.keep("stalls", lambda alive: gateway.stalls.run(lambda: [Gone()], alive))
+    told = asyncio.Event()
+    reloads = gateway.supervisor.keep("reloads", lambda alive: reload.reload_when_told(told, gateway, alive))
 
     def shown(metric):
         (value,) = (
@@ -140,6 +145,7 @@ async def test_task_that_fails_is_logged_counted_and_started_again(start, monkey
         return value
 
     def nudge():
+        told.set()
         if task == "shared limits":
             gateway.limiter._shared._owing.set()
         if task == "transcripts" and gateway.transcripts._waiting.empty():
@@ -166,11 +172,11 @@ async def test_task_that_fails_is_logged_counted_and_started_again(start, monkey
     state.update(broken=False, well=0)
     await until(ready)
     assert state["well"]
-    told = next(line for line in front.log if line["event"] == "task_failed" and line["task"] == task)
-    assert (told["kind"], told["log_level"]) == ("RuntimeError", "error")
-    assert "replaced:" in told["place"]
+    line = next(line for line in front.log if line["event"] == "task_failed" and line["task"] == task)
+    assert (line["kind"], line["log_level"]) == ("RuntimeError", "error")
+    assert "replaced:" in line["place"]
     assert SECRET not in str(front.log)
-    await end(stalls)
+    await end(stalls, reloads)
 
 
 @pytest.fixture
