@@ -20,7 +20,8 @@ class GatewaySettings(Section):
     admin_port: Port = 8001
     """Port of the admin routes and metrics; 0 takes any free one."""
     tls_cert: Path | None = None
-    """Certificate chain (PEM) of the OpenAI endpoint; with it the endpoint speaks TLS only."""
+    """Certificate chain (PEM) of the OpenAI endpoint; with it the endpoint speaks TLS only. When the file
+    changes, new connections get it."""
     tls_key: Path | None = None
     """Private key (PEM) of `tls_cert`."""
     admin_tls_cert: Path | None = None
@@ -30,7 +31,8 @@ class GatewaySettings(Section):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
     """Largest request body that is read."""
     body_timeout_s: Seconds = 30.0
-    """Longest wait for a client to send its body, and for a connection without a request to send one."""
+    """Longest wait for a client to send its body, for a connection without a request to send one, and for
+    TLS to begin and to end."""
     connect_timeout_s: Seconds = 5.0
     """Longest wait for a connection to the engine."""
     request_timeout_s: Seconds = 600.0
@@ -44,7 +46,7 @@ class GatewaySettings(Section):
     client_idle_timeout_s: Seconds = 60.0
     """Longest a client may leave unread what was sent to it before its connection is cut."""
     shutdown_grace_s: Seconds = 30.0
-    """How long running requests may finish after a request to stop."""
+    """How long running requests may finish after a request to stop. The process ends at most 25 s later."""
     watch_policies: bool = True
     """Reload when a file under `paths.policies` changes."""
 
