@@ -97,7 +97,7 @@ async def _answer(request: web.Request, route: Route, meter: Meter) -> web.Strea
         trail.headers.update(meter.headers())
         with gateway.fleet.turn(None) as turn:
             return await relay_plain(Demand(gateway, turn, route, body, None, trail))
-    trail.transcript = gateway.transcripts.begin(identity.tenant.id, route.path, body)
+    trail.transcript = gateway.transcripts.begin(identity.tenant.id, route.path, body, len(raw))
     decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
     # No await between here and the pin: the revision is the one that is active now, and it stays resident.
     with (

@@ -15,6 +15,7 @@ from structlog.typing import FilteringBoundLogger
 from interpretops.atomic_file import write_atomically
 from interpretops.errors import ConfigError
 from proxy.file_lock import hold
+from proxy.metrics import Metrics
 
 Period = Literal["day", "month"]
 _SAVE_EVERY_S: Final = 1.0
@@ -27,11 +28,15 @@ class Budgets:
     def __init__(
         self,
         folder: Path | None,
+        metrics: Metrics,
         log: FilteringBoundLogger,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._file = None if folder is None else folder / "usage.json"
+        self._metrics = metrics
         self._log = log
+        self._unsaved: str | None = None
+        """Why the file could not be written the last time."""
         self._now = now
         self._used: dict[str, tuple[str, int]] = {}
         """Tenant to the period that is running, and what was used in it."""
@@ -76,11 +81,18 @@ class Budgets:
         if self._file is None or not self._changed:
             return
         self._changed = False
+        fault: str | None = None
         try:
             write_atomically(self._file, json.dumps(self._used, sort_keys=True).encode())
         except OSError as error:
-            self._changed = True
-            self._log.error("budget_not_saved", error=str(error))
+            self._changed, fault = True, error.strerror or type(error).__name__
+            if fault != self._unsaved:
+                self._log.error("budget_not_saved", file=str(self._file), error=fault)
+        else:
+            if self._unsaved is not None:
+                self._log.info("budget_saved_again", file=str(self._file))
+        self._unsaved = fault
+        self._metrics.budgets_unsaved.set(fault is not None)
 
     def close(self) -> None:
         """Save, and let another gateway have the file."""

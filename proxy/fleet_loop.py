@@ -33,6 +33,9 @@ class FleetLoop:
         self._leaving: set[asyncio.Task[None]] = set()
         self._failed: set[str] = set()
         self._resolved: dict[str, tuple[str, ...]] = {}
+        self._unresolved: dict[str, str] = {}
+        """Names that have no address at the moment, and why."""
+        around.metrics.engines_unresolved.set_function(lambda: bool(self._unresolved))
         self.first_ready = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         """Runs `run`; set by whoever starts it."""
@@ -112,8 +115,12 @@ class FleetLoop:
             loop = asyncio.get_running_loop()
             answers = await loop.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
         except OSError as error:
-            self._around.log.warning("engines_not_resolved", url=url, error=str(error))
+            if self._unresolved.get(url) != str(error):
+                self._around.log.warning("engines_not_resolved", url=url, error=str(error))
+            self._unresolved[url] = str(error)
         else:
+            if self._unresolved.pop(url, None) is not None:
+                self._around.log.info("engines_resolved", url=url)
             hosts = sorted({str(answer[4][0]) for answer in answers})
             self._resolved[url] = tuple(
                 f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host in hosts

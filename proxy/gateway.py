@@ -90,7 +90,7 @@ def make_app(
         limited = all(counted_together(tenant.limits) for tenant in access.callers)
         shared = SharedCounts(settings.limits, metrics, log, for_everybody=limited)
     alone = budgeted and shared is None
-    budgets = Budgets(paths.state.expanduser() if alone else None, log)
+    budgets = Budgets(paths.state.expanduser() if alone else None, metrics, log)
     settlements = Settlements(metrics, supervisor)
     stalls = StallWatch(settings.gateway, metrics, log)
     shadows = Shadows(

@@ -245,6 +245,16 @@ class Metrics:
             "1 while Redis, where gateways count limits together, does not answer.",
             registry=registry,
         )
+        self.budgets_unsaved = Gauge(
+            "interpretops_budgets_unsaved",
+            "1 while what tenants have used of their budgets cannot be written to its file.",
+            registry=registry,
+        )
+        self.engines_unresolved = Gauge(
+            "interpretops_engines_unresolved",
+            "1 while a DNS name of engine.url has no address, and those it had before stay in use.",
+            registry=registry,
+        )
         self.limits_unanswered = Counter(
             "interpretops_limits_unanswered",
             "Questions that Redis, where gateways count limits together, did not answer, or not in time.",

@@ -17,6 +17,8 @@ class Transcript:
 
     route: str
     body: Mapping[str, Any]
+    size: int
+    """Of the body as it came, in bytes."""
     chunks: list[bytes] = field(default_factory=list)
     """The answer as it was sent."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -18,12 +20,26 @@ from proxy.routes import ROUTES
 from proxy.said import texts_said
 from proxy.trail import Trail, Transcript
 
-_MOST_WAITING: Final = 64
+_MOST_WAITING_BYTES: Final = 16 * 1024 * 1024
+"""Of requests and answers that wait to be written: minutes of ordinary traffic, and a bound to memory."""
 _MOST_CHARACTERS: Final = 256 * 1024
 """A longer request is not kept, and counted as lost: redacting it would take the core for seconds."""
 _SWEEP_EVERY_S: Final = 3600.0
 _TOKENS: Final = "[TOKENS]"
 """Stands for a prompt of token numbers: nothing here reads them, so nothing could be taken out of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A request that has ended and is to be stored."""
+
+    tenant: str
+    transcript: Transcript
+    facts: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        return self.transcript.size + sum(map(len, self.transcript.chunks))
 
 
 class Transcripts:
@@ -50,7 +66,11 @@ class Transcripts:
         self._metrics = metrics
         self._log = log
         self._now = now
-        self._waiting: asyncio.Queue[tuple[str, Transcript, dict[str, Any]]] = asyncio.Queue(_MOST_WAITING)
+        self._waiting: deque[_Kept] = deque()
+        self._waiting_bytes = 0
+        self._more = asyncio.Event()
+        self._writing: tuple[_Kept, asyncio.Future[None]] | None = None
+        """What is being written, also after whoever waits for it was cancelled."""
         for tenant in self._vaults:
             for result in ("stored", "lost"):
                 metrics.transcripts.labels(tenant, result)
@@ -58,12 +78,15 @@ class Transcripts:
             routes = [path for path, route in ROUTES.items() if route.generates]
             log.info("requests_are_kept", tenants=sorted(self._vaults), routes=routes)
 
-    def begin(self, tenant: str, route: str, body: Mapping[str, Any]) -> Transcript | None:
-        """What fills up while a request of a tenant runs that wants it kept; None for all others."""
-        return Transcript(route, dict(body)) if tenant in self._vaults else None
+    def begin(self, tenant: str, route: str, body: Mapping[str, Any], size: int) -> Transcript | None:
+        """What fills up while a request of a tenant runs that wants it kept; None for all others.
+
+        ``size`` is that of the body as it came, in bytes.
+        """
+        return Transcript(route, dict(body), size) if tenant in self._vaults else None
 
     def keep(self, trail: Trail, status: int) -> None:
-        """Store a request that has ended, soon; when too many wait, it is lost and counted."""
+        """Store a request that has ended, soon; when too much waits, it is lost: told and counted."""
         assert trail.transcript is not None
         facts: dict[str, Any] = {
             "time": self._now().isoformat(timespec="milliseconds"),
@@ -76,21 +99,27 @@ class Transcripts:
             "reason": trail.reason,
             "stream": trail.stream,
         }
-        try:
-            self._waiting.put_nowait((trail.tenant, trail.transcript, facts))
-        except asyncio.QueueFull:
-            self._count(trail.tenant, "lost")
+        kept = _Kept(trail.tenant, trail.transcript, facts)
+        if self._waiting and self._waiting_bytes + kept.size > _MOST_WAITING_BYTES:
+            self._lose(kept, "too_much_waits")
+            return
+        self._waiting.append(kept)
+        self._waiting_bytes += kept.size
+        self._more.set()
 
     async def run(self, alive: Callable[[], None]) -> None:
         """Write, until cancelled."""
         while True:
-            await self._store(*await self._waiting.get())
-            alive()
+            await self._more.wait()
+            self._more.clear()
+            while self._waiting or self._writing:
+                await self._store_next()
+                alive()
 
     async def close(self) -> None:
         """Write what still waits."""
-        while not self._waiting.empty():
-            await self._store(*self._waiting.get_nowait())
+        while self._waiting or self._writing:
+            await self._store_next()
 
     async def sweep(self, alive: Callable[[], None]) -> None:
         """Delete what is too old, until cancelled; also of tenants that ask for it no more."""
@@ -109,17 +138,24 @@ class Transcripts:
             alive()
             await asyncio.sleep(_SWEEP_EVERY_S)
 
-    async def _store(self, tenant: str, transcript: Transcript, facts: dict[str, Any]) -> None:
+    async def _store_next(self) -> None:
+        if self._writing is None:
+            kept = self._waiting.popleft()
+            self._waiting_bytes -= kept.size
+            loop = asyncio.get_running_loop()
+            self._writing = kept, loop.run_in_executor(None, self._write, kept)
+        kept, written = self._writing
         try:
-            await asyncio.to_thread(self._write, tenant, transcript, facts)
-        except (OSError, ValueError, RecursionError) as error:
-            # The error's text may quote what it was about.
-            self._log.error("transcript_lost", tenant=tenant, kind=type(error).__name__)
-            self._count(tenant, "lost")
+            await asyncio.shield(written)
+        except Exception as error:
+            # Those behind it must not be lost too. Its text may quote what it was about.
+            self._lose(kept, type(error).__name__)
         else:
-            self._count(tenant, "stored")
+            self._metrics.transcripts.labels(kept.tenant, "stored").inc()
+        self._writing = None
 
-    def _write(self, tenant: str, transcript: Transcript, facts: dict[str, Any]) -> None:
+    def _write(self, kept: _Kept) -> None:
+        tenant, transcript, facts = kept.tenant, kept.transcript, kept.facts
         said = texts_said(b"".join(transcript.chunks), streamed=bool(facts["stream"]))
         content: dict[str, Any] = {"request": dict(transcript.body), "answer": said}
         if len(json.dumps(content)) > _MOST_CHARACTERS:
@@ -132,8 +168,9 @@ class Transcripts:
         line = self._vaults[tenant].seal(str(facts["request_id"]), record)
         append(self._folder, tenant, self._now().date(), line)
 
-    def _count(self, tenant: str, result: str) -> None:
-        self._metrics.transcripts.labels(tenant, result).inc()
+    def _lose(self, kept: _Kept, kind: str) -> None:
+        self._log.error("transcript_lost", tenant=kept.tenant, request_id=kept.facts["request_id"], kind=kind)
+        self._metrics.transcripts.labels(kept.tenant, "lost").inc()
 
 
 def _without_tokens(prompt: Any) -> Any:

@@ -291,3 +291,13 @@ async def test_engines_follow_a_dns_name(start, engine, other, until, monkeypatc
 
     await until(unresolved)
     assert await front.engine_ready()
+    assert metric(front, "interpretops_engines_unresolved 1.0")
+    listed.append("127.0.0.2")
+
+    async def resolved():
+        return any(line["event"] == "engines_resolved" for line in front.log)
+
+    await until(resolved)
+    assert metric(front, "interpretops_engines_unresolved 0.0")
+    told = [line["event"] for line in front.log if line["event"].startswith("engines_")]
+    assert told == ["engines_not_resolved", "engines_resolved"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from datetime import UTC, datetime
 
 import pytest
@@ -11,6 +12,7 @@ from interpretops.errors import ConfigError
 from interpretops.settings import Limits, Tenant
 from proxy.budget import Budgets
 from proxy.limits import Limiter, estimate_tokens
+from proxy.metrics import Metrics
 from proxy.refusal import BudgetSpent, RateLimited
 
 LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
@@ -26,7 +28,7 @@ class Clock:
 
 
 def meter_of(clock, **limits):
-    return Limiter(Budgets(None, LOG), clock).meter(Tenant(id="t", limits=Limits(**limits)))
+    return Limiter(Budgets(None, Metrics(), LOG), clock).meter(Tenant(id="t", limits=Limits(**limits)))
 
 
 def anonymous(**limits):
@@ -99,7 +101,7 @@ def test_budget_outlasts_a_restart_and_a_clock_set_back(tmp_path):
     limited = Tenant(id="t", limits=Limits(token_budget=100))
 
     def fresh():
-        budgets = Budgets(tmp_path, LOG, lambda: today[0])
+        budgets = Budgets(tmp_path, Metrics(), LOG, lambda: today[0])
         return budgets, Limiter(budgets).meter(limited)
 
     budgets, meter = fresh()
@@ -205,3 +207,22 @@ async def test_malformed_requests_count_too(start, engine):
     status, headers, body = await front.chat()
     assert (status, headers["x-ratelimit-remaining-tokens"]) == (429, "1000")
     assert json.dumps(body)
+
+
+def test_budget_that_cannot_be_saved_is_told_once(tmp_path):
+    """One line for each cause, a gauge as long as it lasts, and one line when it is over."""
+    metrics, folder = Metrics(), tmp_path / "state"
+    with structlog.testing.capture_logs() as log:
+        budgets = Budgets(folder, metrics, structlog.get_logger())
+        assert "interpretops_budgets_unsaved 0.0" in metrics.render().decode()
+        shutil.rmtree(folder)
+        folder.write_text("no folder any more")
+        for _ in range(5):
+            budgets.add("t", "day", 10)
+            budgets.save()
+            assert "interpretops_budgets_unsaved 1.0" in metrics.render().decode()
+        folder.unlink()
+        budgets.save()
+        assert "interpretops_budgets_unsaved 0.0" in metrics.render().decode()
+    assert [line["event"] for line in log] == ["budget_not_saved", "budget_saved_again"]
+    assert json.loads((folder / "usage.json").read_bytes())["t"][1] == 50

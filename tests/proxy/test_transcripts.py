@@ -1,7 +1,9 @@
 """Requests are kept only of tenants that ask for it: redacted, sealed with their key, deleted in time."""
 
+import asyncio
 import json
 import sys
+import threading
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
@@ -11,6 +13,7 @@ from interpretops.cli import app
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
 from interpretops.transcript_file import Vault, append, delete_old, make_key, read
+from proxy import transcripts as transcripts_module
 from proxy.routes import ROUTES
 
 WORDS = ("write to a", "@b.exam", "ple or not")
@@ -172,7 +175,7 @@ async def test_tenant_that_does_not_ask_has_nothing_kept(start, tmp_path):
     """By default no request is kept, and no folder made."""
     front = await start("calm", **{"paths.state": tmp_path / "state"})
     await front.chat()
-    assert front.apps.gateway.transcripts.begin("anonymous", "/v1/chat/completions", {}) is None
+    assert front.apps.gateway.transcripts.begin("anonymous", "/v1/chat/completions", {}, 2) is None
     assert not (tmp_path / "state").exists()
 
 
@@ -304,3 +307,82 @@ def test_command_makes_keys_and_reads_back(tmp_path, monkeypatch):
     assert runner.invoke(app, [*ask, "--day", "2026-11-24"]).output == ""
     append(tmp_path / "kept", "acme", day, b"broken\n")
     assert runner.invoke(app, ask).exit_code == 1
+
+
+async def test_burst_is_kept(front, until):
+    """Requests that end at the same moment are all kept: what waits is bounded by size, not by number."""
+    await asyncio.gather(*(front.chat() for _ in range(300)))
+    assert len(await kept(front, until, 300)) == 300
+    assert not [line for line in front.log if line["event"] == "transcript_lost"]
+
+
+async def lost(front, until, number):
+    """The log's lines of requests that are lost, once the metric counts so many."""
+
+    async def counted():
+        told = front.apps.gateway.metrics.render().decode()
+        return f'interpretops_transcripts_total{{result="lost",tenant="anonymous"}} {number}.0' in told
+
+    await until(counted)
+    return [line for line in front.log if line["event"] == "transcript_lost"]
+
+
+async def test_no_request_is_lost_without_a_word(front, until, monkeypatch):
+    """Each that is counted as lost stands in the log too, by its id and why: also when too much waits."""
+    monkeypatch.setattr(transcripts_module, "_MOST_WAITING_BYTES", 1000)
+    release = threading.Event()
+    real = front.apps.gateway.transcripts._write
+
+    def wait(kept):
+        assert release.wait(20)
+        real(kept)
+
+    monkeypatch.setattr(front.apps.gateway.transcripts, "_write", wait)
+    for _ in range(9):
+        await front.chat(headers={"X-Request-Id": "mine"})
+    count = int(front.apps.gateway.metrics.transcripts.labels("anonymous", "lost")._value.get())
+    lines = await lost(front, until, count)
+    assert len(lines) == count > 1
+    assert {(line["kind"], line["request_id"]) for line in lines} == {("too_much_waits", "mine")}
+    release.set()
+    assert len(await kept(front, until, 9 - len(lines))) == 9 - len(lines) > 1
+
+
+async def test_request_that_cannot_be_written_takes_no_other_along(front, until, monkeypatch):
+    """An error that nobody thought of costs one kept request, told and counted, and not those behind it."""
+    real, called = front.apps.gateway.transcripts._write, []
+
+    def fail(kept):
+        called.append(kept)
+        if len(called) == 1:
+            raise KeyError(SECRET)
+        real(kept)
+
+    monkeypatch.setattr(front.apps.gateway.transcripts, "_write", fail)
+    await front.chat()
+    await front.chat()
+    assert len(await kept(front, until, 1)) == 1
+    (line,) = await lost(front, until, 1)
+    assert line["kind"] == "KeyError"
+    assert SECRET not in str(front.log)
+
+
+async def test_stop_in_the_middle_of_writing_loses_nothing(front, until, monkeypatch):
+    """What a thread is writing when the gateway stops is written once, and what waits behind it too."""
+    begun, release = threading.Event(), threading.Event()
+    transcripts = front.apps.gateway.transcripts
+    real = transcripts._write
+
+    def wait(kept):
+        begun.set()
+        assert release.wait(20)
+        real(kept)
+
+    monkeypatch.setattr(transcripts, "_write", wait)
+    await front.chat()
+    await front.chat()
+    assert await asyncio.to_thread(begun.wait, 20)
+    stopping = [asyncio.create_task(runner.cleanup()) for runner in front.runners]
+    release.set()
+    await asyncio.gather(*stopping)
+    assert len(await kept(front, until, 2)) == 2
