@@ -24,6 +24,7 @@ from interpretops.transcript_file import make_key
 from proxy.audit_file import DISPLACED
 from proxy.drift import LEAST
 from proxy.metrics import OUTCOMES, Metrics
+from proxy.supervisor import BRIEF, KEPT, STRAY
 from proxy.trail import Trail
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +139,7 @@ async def test_what_alerts_count_is_there_before_it_happens(start, engine, tmp_p
         "interpretops_audit_displaced_total": {"file": set(DISPLACED)},
         "interpretops_engine_starts_total": {},
         "interpretops_engine_unattested_total": {"engine": {str(engine.socket)}},
+        "interpretops_task_failures_total": {"task": {*KEPT, *BRIEF, STRAY}},
         "interpretops_request_outcomes_total": {"outcome": set(OUTCOMES)},
         "interpretops_policy_tokens_evaluated_total": {"policy": policies},
         "interpretops_policy_edits_applied_total": {"policy": policies},
