@@ -110,11 +110,11 @@ class Transcripts:
     async def run(self, alive: Callable[[], None]) -> None:
         """Write, until cancelled."""
         while True:
-            await self._more.wait()
-            self._more.clear()
             while self._waiting or self._writing:
                 await self._store_next()
                 alive()
+            self._more.clear()
+            await self._more.wait()
 
     async def close(self) -> None:
         """Write what still waits."""

@@ -41,7 +41,7 @@ PLACES = {
     "engines": (FleetLoop, "_wanted"),
     "engine": (EngineClient, "healthy"),
     "canary": (Canary, "step"),
-    "transcripts": (Transcripts, "_store"),
+    "transcripts": (Transcripts, "_store_next"),
     "retention": (transcripts, "delete_old"),
 }
 """What each kept task calls at every turn."""
@@ -102,6 +102,7 @@ def break_on_demand(monkeypatch, owner, name):
             raise RuntimeError(SECRET)
         state["well"] += 1
         if owner is Transcripts:
+            args[0]._waiting.clear()
             return asyncio.sleep(0)
         return original(*args, **kwargs)
 
@@ -148,8 +149,9 @@ async def test_task_that_fails_is_logged_counted_and_started_again(start, monkey
         told.set()
         if task == "shared limits":
             gateway.limiter._shared._owing.set()
-        if task == "transcripts" and gateway.transcripts._waiting.empty():
-            gateway.transcripts._waiting.put_nowait(("acme", None, {}))
+        if task == "transcripts":
+            gateway.transcripts._waiting.append(None)
+            gateway.transcripts._more.set()
         if task == "policy notifications":
             (front.policies / "calm.yaml").touch()
 
