@@ -26,16 +26,18 @@ CANARY = "canary"
 
 
 class Limits(Section):
-    """How much a tenant may use; nothing given is no limit."""
+    """How much a tenant may use; nothing given is no limit. A request of several prompts, or with `n`, counts
+    as one request for each answer; one that could never fit is refused with 400."""
 
     requests_per_minute: Positive | None = None
     """Requests a minute, as many of them at once."""
     tokens_per_minute: Positive | None = None
     """Tokens a minute, read and written. A request is admitted on an estimate, and charged what it used."""
     concurrency: Positive | None = None
-    """Requests at a time."""
+    """Answers at a time."""
     token_budget: Positive | None = None
-    """Tokens in a `budget_period`; survives restarts."""
+    """Tokens in a `budget_period`; survives restarts. A request is admitted when what it may use is left, by
+    its `max_tokens` where it states one."""
     budget_period: Literal["day", "month"] = "month"
     """When the budget begins anew, in UTC."""
 

@@ -30,6 +30,13 @@ class GatewaySettings(Section):
     """Private key (PEM) of `admin_tls_cert`."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
     """Largest request body that is read."""
+    max_body_values: Annotated[int, Field(ge=1000)] = 200_000
+    """Most values of a request body: numbers and texts count once, a key 4 times, an object or list 8 times,
+    as reading them takes. More would hold up every other request; prompts of more token numbers need more."""
+    max_choices: Annotated[int, Field(ge=1)] = 64
+    """Largest `n`: answers to one prompt."""
+    max_answers: Annotated[int, Field(ge=1)] = 256
+    """Most answers of one request: its prompts times `n`. Each counts as a request in a tenant's limits."""
     body_timeout_s: Seconds = 30.0
     """Longest wait for a client to send its body, for a connection without a request to send one, and for
     TLS to begin and to end."""

@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from proxy.binding import Caller, choices, decide
-from proxy.limits import Meter
+from proxy.limits import Meter, Places
 from proxy.openapi import openapi_document
 from proxy.refusal import (
     InvalidRequest,
@@ -26,6 +26,7 @@ from proxy.refusal import (
     error_headers,
 )
 from proxy.relay import PROCESSING_HEADER, REQUEST_ID_HEADER, Demand, relay, relay_plain
+from proxy.request_size import check_size, size_of
 from proxy.routes import ROUTES, UNGUARDED, Route
 from proxy.sanitize import cache_salt, check_headers, clean, parse_strict, read_body
 from proxy.state import GATEWAY, IDENTITY, Gateway
@@ -78,17 +79,17 @@ async def generate(request: web.Request) -> web.StreamResponse:
         gateway.audit.require()
     meter = gateway.limiter.meter(identity.tenant)
     await meter.hear_requests()
-    with meter.request():
-        return await _answer(request, ROUTES[route], meter)
+    with meter.request() as places:
+        return await _answer(request, ROUTES[route], meter, places)
 
 
-async def _answer(request: web.Request, route: Route, meter: Meter) -> web.StreamResponse:
+async def _answer(request: web.Request, route: Route, meter: Meter, places: Places) -> web.StreamResponse:
     gateway, trail, identity = request.app[GATEWAY], request[TRAIL], request[IDENTITY]
     limits = gateway.settings.gateway
     check_headers(request)
     raw = await read_body(request, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
     trail.began_at = time.perf_counter()
-    body = clean(route, parse_strict(raw))
+    body = clean(route, parse_strict(raw, max_values=limits.max_body_values))
     trail.stream = body.get("stream") is True
     caller = gateway.caller(route.path, request.headers, body["model"], identity)
     trail.model = caller.model
@@ -97,6 +98,9 @@ async def _answer(request: web.Request, route: Route, meter: Meter) -> web.Strea
         trail.headers.update(meter.headers())
         with gateway.fleet.turn(None) as turn:
             return await relay_plain(Demand(gateway, turn, route, body, None, trail))
+    size = size_of(body, len(raw))
+    check_size(size, limits)
+    await places.widen(size.requests)
     trail.transcript = gateway.transcripts.begin(identity.tenant.id, route.path, body, len(raw))
     decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
     # No await between here and the pin: the revision is the one that is active now, and it stays resident.
@@ -109,8 +113,8 @@ async def _answer(request: web.Request, route: Route, meter: Meter) -> web.Strea
         body["model"] = gateway.engine_model(caller.model)
         if gateway.access.wanted:
             body["cache_salt"] = cache_salt(identity.tenant.id, body.get("cache_salt"))
-        await meter.hear_tokens(body, len(raw))
-        charge = meter.reserve(body, len(raw))
+        await meter.hear_tokens(size)
+        charge = meter.reserve(size)
         trail.headers.update(meter.headers())
         unknown: int | None = None
         shadow = gateway.catalogue.shadow(decision.policy)

@@ -6,18 +6,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
 
 from interpretops.settings import Limits, Tenant
 from proxy.budget import Budgets
-from proxy.refusal import BudgetSpent, RateLimited
+from proxy.refusal import BudgetSpent, InvalidRequest, RateLimited
+from proxy.request_size import Size
 from proxy.shared_limits import SharedCounts
-
-_UNSTATED_TOKENS: Final = 256
-"""What a request is taken to write when it does not say: a guess, put right when it ends."""
-_BYTES_PER_TOKEN: Final = 4
 
 
 class Bucket:
@@ -69,16 +65,19 @@ class Meter:
         self._requests = _bucket(limits.requests_per_minute, now)
         self._tokens = _bucket(limits.tokens_per_minute, now)
         self.in_flight = 0
+        """Answers that are in progress; a request of several prompts is as many."""
+        self._set_aside = 0
+        """Tokens that requests in progress may use."""
 
-    async def hear_requests(self) -> None:
-        """Take a request's share from what all gateways have left, so that `request` decides by that."""
+    async def hear_requests(self, number: int = 1) -> None:
+        """Take requests' share from what all gateways have left, so that `Places` decide by that."""
         limits = self._limits
-        if self._shared is None or self._requests is None:
+        if self._shared is None or self._requests is None or number > self._requests.size:
             return
-        if limits.concurrency is None or self.in_flight < limits.concurrency:
-            await self._hear(self._shared, "requests", self._requests, 1)
+        if limits.concurrency is None or self.in_flight + number <= limits.concurrency:
+            await self._hear(self._shared, "requests", self._requests, number)
 
-    async def hear_tokens(self, body: Mapping[str, Any], size: int) -> None:
+    async def hear_tokens(self, size: Size) -> None:
         """As `hear_requests`, for `reserve`."""
         shared, limit, period = self._shared, self._limits.token_budget, self._limits.budget_period
         if shared is None:
@@ -87,10 +86,10 @@ class Meter:
             used = await shared.used(self._tenant, self._budgets.period(period))
             if used is not None:
                 self._budgets.correct(self._tenant, period, used)
-            if self._budgets.used(self._tenant, period) >= limit:
+            if self._left() < size.owed:
                 return
         if self._tokens is not None:
-            amount = min(estimate_tokens(body, size), self._tokens.size)
+            amount = min(size.tokens, self._tokens.size)
             await self._hear(shared, "tokens", self._tokens, amount)
 
     async def _hear(self, shared: SharedCounts, kind: str, bucket: Bucket, amount: int) -> None:
@@ -100,10 +99,21 @@ class Meter:
             bucket.correct(level, self._clock())
 
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self) -> Iterator[Places]:
         """One request, however it ends; refuses it when there are too many."""
+        places = Places(self)
+        places.take(1)
+        try:
+            yield places
+        finally:
+            self.in_flight -= places.taken
+
+    def admit(self, number: int, more: int) -> None:
+        """Count ``more`` answers of a request of ``number``, or refuse it."""
         limits, now = self._limits, self._clock()
-        if limits.concurrency is not None and self.in_flight >= limits.concurrency:
+        if limits.concurrency is not None and self.in_flight + more > limits.concurrency:
+            if number > limits.concurrency:
+                raise _never(f"asks for {number} answers", f"{limits.concurrency} are served at a time")
             raise RateLimited(
                 f"{self.in_flight} requests are in progress, and at most {limits.concurrency} are served "
                 "at a time; wait for one to end",
@@ -111,7 +121,9 @@ class Meter:
                 headers=self.headers(),
             )
         if self._requests is not None:
-            wait_s = self._requests.wait_s(1, now)
+            if number > self._requests.size:
+                raise _never(f"counts as {number} requests", f"{self._requests.size} are served a minute")
+            wait_s = self._requests.wait_s(more, now)
             if wait_s > 0:
                 raise RateLimited(
                     f"at most {self._requests.size} requests are served a minute; try again in "
@@ -119,50 +131,69 @@ class Meter:
                     retry_after_s=wait_s,
                     headers=self.headers(),
                 )
-            self._requests.draw(1, now)
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
+            self._requests.draw(more, now)
+        self.in_flight += more
 
-    def reserve(self, body: Mapping[str, Any], size: int) -> Charge:
+    def reserve(self, size: Size) -> Charge:
         """Set aside what a request may use, by its text and what it says; refuses what is over a limit."""
-        estimate = estimate_tokens(body, size)
-        limit = self._limits.token_budget
-        if limit is not None and self._budgets.used(self._tenant, self._limits.budget_period) >= limit:
-            raise BudgetSpent(
-                f"the budget of {limit} tokens a {self._limits.budget_period} is spent",
-                headers=self.headers(),
-            )
+        self._check_budget(size)
+        drawn = size.tokens
         if self._tokens is not None:
             now = self._clock()
-            # What is larger than the bucket is admitted when that is full: it pays by what it waits after.
-            estimate = min(estimate, self._tokens.size)
-            wait_s = self._tokens.wait_s(estimate, now)
+            if size.requests > 1 and size.tokens > self._tokens.size:
+                raise _never(
+                    f"may use {size.tokens} tokens for {size.requests} answers",
+                    f"{self._tokens.size} are served a minute",
+                )
+            # One answer that is larger than the bucket is admitted when that is full: it pays by what it
+            # waits after.
+            drawn = min(drawn, self._tokens.size)
+            wait_s = self._tokens.wait_s(drawn, now)
             if wait_s > 0:
                 raise RateLimited(
                     f"at most {self._tokens.size} tokens are served a minute, and this request may use "
-                    f"{estimate}; try again in {_duration(wait_s)}",
+                    f"{drawn}; try again in {_duration(wait_s)}",
                     retry_after_s=wait_s,
                     headers=self.headers(),
                 )
-            self._tokens.draw(estimate, now)
+            self._tokens.draw(drawn, now)
             if self._shared is not None and not self._counted:
-                self._shared.settle(self._tenant, bucket=(self._tokens.size, estimate), budget=None)
-        return Charge(self, estimate)
+                self._shared.settle(self._tenant, bucket=(self._tokens.size, drawn), budget=None)
+        self._set_aside += size.owed
+        return Charge(self, size, drawn)
 
-    def settle(self, estimate: int, used: int) -> None:
-        """Charge what was used in place of what was set aside."""
+    def _check_budget(self, size: Size) -> None:
+        limit, period = self._limits.token_budget, self._limits.budget_period
+        if limit is None or size.owed <= self._left():
+            return
+        if size.owed > limit:
+            raise _never(f"may use {size.owed} tokens", f"{limit} are served a {period}")
+        used = self._budgets.used(self._tenant, period)
+        raise BudgetSpent(
+            f"of the budget of {limit} tokens a {period} {used} are used"
+            + (f" and {self._set_aside} set aside for requests in progress" if self._set_aside else "")
+            + f", and this request may use {size.owed}",
+            headers=self.headers(),
+        )
+
+    def _left(self) -> int:
+        """Tokens of the budget that are neither used nor set aside."""
+        limit = self._limits.token_budget
+        assert limit is not None
+        return limit - self._budgets.used(self._tenant, self._limits.budget_period) - self._set_aside
+
+    def settle(self, size: Size, drawn: int, used: int) -> None:
+        """Charge what was used in place of what was drawn from the bucket and set aside of the budget."""
+        self._set_aside -= size.owed
         if self._tokens is not None:
-            self._tokens.draw(used - estimate, self._clock())
+            self._tokens.draw(used - drawn, self._clock())
         period = self._limits.budget_period
         if self._limits.token_budget is not None:
             self._budgets.add(self._tenant, period, used)
         if self._shared is not None:
             self._shared.settle(
                 self._tenant,
-                bucket=None if self._tokens is None else (self._tokens.size, used - estimate),
+                bucket=None if self._tokens is None else (self._tokens.size, used - drawn),
                 budget=None if self._limits.token_budget is None else (self._budgets.period(period), used),
             )
 
@@ -177,19 +208,39 @@ class Meter:
         return found
 
 
+class Places:
+    """The places among a tenant's requests that one request takes, one for each of its answers."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self.taken = 0
+
+    async def widen(self, number: int) -> None:
+        """Take ``number`` in all, now that the request is read. Raises as `Meter.request`."""
+        if number > self.taken:
+            await self._meter.hear_requests(number - self.taken)
+            self.take(number)
+
+    def take(self, number: int) -> None:
+        """Take ``number`` in all; refuses the request when they cannot be had."""
+        self._meter.admit(number, number - self.taken)
+        self.taken = number
+
+
 class Charge:
     """What one request has set aside; settled once."""
 
-    def __init__(self, meter: Meter, estimate: int) -> None:
+    def __init__(self, meter: Meter, size: Size, drawn: int) -> None:
         self._meter = meter
-        self._estimate = estimate
+        self._size = size
+        self._drawn = drawn
         self._open = True
 
     def settle(self, used: int | None) -> None:
-        """Charge what was used; None, when nobody knows, charges what was set aside."""
+        """Charge what was used; None, when nobody knows, charges what it was taken to use."""
         if self._open:
             self._open = False
-            self._meter.settle(self._estimate, self._estimate if used is None else used)
+            self._meter.settle(self._size, self._drawn, self._size.tokens if used is None else used)
 
 
 class Limiter:
@@ -220,13 +271,11 @@ def counted_together(limits: Limits) -> bool:
     return any((limits.requests_per_minute, limits.tokens_per_minute, limits.token_budget))
 
 
-def estimate_tokens(body: Mapping[str, Any], size: int) -> int:
-    """What a request may use: its text at four bytes a token, and all that it allows to be written."""
-    stated = [body.get(name) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
-    given = [value for value in stated if isinstance(value, int) and value > 0]
-    choices = body.get("n")
-    number = choices if isinstance(choices, int) and choices > 0 else 1
-    return size // _BYTES_PER_TOKEN + number * (max(given) if given else _UNSTATED_TOKENS)
+def _never(asks: str, bound: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"the request {asks}, but at most {bound}, so that it can never be served; send several, each of "
+        "fewer prompts, a smaller n or a smaller max_tokens"
+    )
 
 
 def _bucket(per_minute: int | None, now: float) -> Bucket | None:

@@ -11,11 +11,17 @@ from typing import Any, Final, NoReturn
 
 from aiohttp import web
 
+from interpretops.settings import GatewaySettings
 from proxy.refusal import FieldNotAllowed, InvalidRequest, SlowRequest, TooLarge, UnsupportedMedia
 from proxy.routes import DROPPED, Route
 
 MAX_DEPTH: Final = 64
 """Deepest nesting of a body; JSON schemas of tools need about ten."""
+MAX_VALUES: Final[int] = GatewaySettings.model_fields["max_body_values"].default
+"""Most values of a body where nothing else is set."""
+_KEY_VALUES: Final = 4
+_CONTAINER_VALUES: Final = 8
+"""As many numbers are read in the time that a key takes, or an object or list."""
 
 SALT_PATTERN: Final = "[A-Za-z0-9_-]{1,32}"
 _SALT = re.compile(SALT_PATTERN)
@@ -59,8 +65,12 @@ async def read_body(request: web.Request, *, max_bytes: int, timeout_s: float) -
     return b"".join(parts)
 
 
-def parse_strict(data: bytes) -> dict[str, Any]:
-    """A JSON object without duplicate keys, numbers that are none, or bottomless nesting."""
+def parse_strict(data: bytes, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
+    """A JSON object without duplicate keys, NaN and infinity, bottomless nesting, or values without number.
+
+    Reading it holds up every other request, and takes as long as it has values, whatever its size.
+    """
+    deep = _count(data, max_values) > MAX_DEPTH
     try:
         body = _DECODER.decode(data.decode("utf-8"))
     except UnicodeDecodeError:
@@ -73,8 +83,34 @@ def parse_strict(data: bytes) -> dict[str, Any]:
         raise InvalidRequest("the body holds a number that is too long") from None
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
-    _check_depth(body)
+    if deep:
+        _check_depth(body)
     return body
+
+
+def _count(data: bytes, max_values: int) -> int:
+    """The most objects and lists that a body can hold; refuses one that holds too much to be read in passing.
+
+    Nothing is parsed: a value follows a comma or opens what it stands in. Only where there is too much of
+    that, what stands within texts is told from the rest.
+    """
+    structure = data.translate(None, _NOT_STRUCTURE)
+    if _values(structure) > max_values:
+        structure = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_STRUCTURE)
+        # Each value has at most two texts: its key and itself.
+        if structure.count(b'"') <= 4 * max_values:
+            structure = b"".join(structure.split(b'"')[::2])
+        if _values(structure) > max_values:
+            raise TooLarge(
+                f"the body holds more than {max_values} values (gateway.max_body_values; a key counts as "
+                f"{_KEY_VALUES}, an object or list as {_CONTAINER_VALUES}); send less at once"
+            )
+    return structure.count(b"{") + structure.count(b"[")
+
+
+def _values(structure: bytes) -> int:
+    containers = structure.count(b"{") + structure.count(b"[")
+    return structure.count(b",") + _KEY_VALUES * structure.count(b":") + _CONTAINER_VALUES * containers
 
 
 def clean(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,5 +177,6 @@ def _check_depth(body: dict[str, Any]) -> None:
     raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels")
 
 
+_NOT_STRUCTURE: Final = bytes(set(range(256)) - set(b'{[,:"'))
 _DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))

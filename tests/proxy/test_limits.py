@@ -11,9 +11,10 @@ import structlog
 from interpretops.errors import ConfigError
 from interpretops.settings import Limits, Tenant
 from proxy.budget import Budgets
-from proxy.limits import Limiter, estimate_tokens
+from proxy.limits import Limiter
 from proxy.metrics import Metrics
-from proxy.refusal import BudgetSpent, RateLimited
+from proxy.refusal import BudgetSpent, InvalidRequest, RateLimited
+from proxy.request_size import size_of
 
 LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
 
@@ -63,36 +64,132 @@ def test_tokens_are_set_aside_and_put_right():
     """A request is admitted on an estimate; what it used is charged, and a debt is waited off."""
     clock = Clock()
     meter = meter_of(clock, tokens_per_minute=600)
-    charge = meter.reserve({"max_tokens": 500}, 400)
+    charge = meter.reserve(size_of({"max_tokens": 500}, 400))
     assert meter.headers()["x-ratelimit-remaining-tokens"] == "0"
     with pytest.raises(RateLimited):
-        meter.reserve({"max_tokens": 1}, 4)
+        meter.reserve(size_of({"max_tokens": 1}, 4))
     charge.settle(100)
     charge.settle(100)
     assert meter.headers()["x-ratelimit-remaining-tokens"] == "500"
-    meter.reserve({"max_tokens": 10}, 4).settle(1100)
+    meter.reserve(size_of({"max_tokens": 10}, 4)).settle(1100)
     with pytest.raises(RateLimited) as refused:
-        meter.reserve({"max_tokens": 1}, 0)
+        meter.reserve(size_of({"max_tokens": 1}, 0))
     assert refused.value.headers["Retry-After"] == "61"
     clock.now += 1000
-    huge = meter.reserve({"max_tokens": 10_000}, 0)
+    huge = meter.reserve(size_of({"max_tokens": 10_000}, 0))
     huge.settle(None)
     assert meter.headers()["x-ratelimit-remaining-tokens"] == "0"
 
 
 @pytest.mark.parametrize(
-    ("body", "tokens"),
+    ("body", "requests", "tokens"),
     [
-        ({"max_tokens": 10}, 110),
-        ({"max_completion_tokens": 20, "n": 3}, 160),
-        ({"max_output_tokens": 5}, 105),
-        ({}, 356),
-        ({"max_tokens": -5, "n": "many"}, 356),
+        ({"max_tokens": 10}, 1, 110),
+        ({"max_completion_tokens": 20, "n": 3}, 3, 3 * 120),
+        ({"max_output_tokens": 5}, 1, 105),
+        ({"max_tokens": 5.0, "max_completion_tokens": 7}, 1, 107),
+        ({}, 1, 356),
+        ({"max_tokens": -5, "n": None}, 1, 356),
+        ({"prompt": "a", "max_tokens": 1}, 1, 101),
+        ({"prompt": ["a"] * 40, "max_tokens": 2, "n": 2}, 80, 2 * 100 + 80 * 2),
+        ({"prompt": [7] * 300, "max_tokens": 1}, 1, 301),
+        ({"prompt": [[7] * 100, [8] * 200], "max_tokens": 1}, 2, 302),
     ],
 )
-def test_estimate(body, tokens):
-    """Text at four bytes a token, and all that may be written; nonsense counts as unsaid."""
-    assert estimate_tokens(body, 400) == tokens
+def test_size(body, requests, tokens):
+    """Text at four bytes a token, token numbers as many as there are, all that may be written, and as many
+    requests as prompts times choices."""
+    size = size_of(body, 400)
+    assert (size.requests, size.tokens) == (requests, tokens)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *({"n": n} for n in (0, -1, True, "2", 1.5, [2], {}, float("inf"))),
+        {"max_tokens": "9"},
+        {"max_completion_tokens": [9]},
+        {"max_output_tokens": {}},
+        {"max_tokens": True},
+        *({"prompt": prompt} for prompt in ([], [[]], ["a", 1], [1, "a"], [[1], "a"], [True], [[1], [True]])),
+        *({"prompt": prompt} for prompt in ({"prompt_token_ids": [1]}, [[[1]]], [1.0], 7, [None])),
+    ],
+)
+def test_what_has_no_size_is_refused_by_name(body):
+    """The engine would read `"2"` and `true` as numbers; here they would count as nothing."""
+    with pytest.raises(InvalidRequest) as refused:
+        size_of(body, 10)
+    assert [refused.value.param] == list(body)
+
+
+async def ask(front, **fields):
+    body = {"model": "tiny-model", **fields}
+    async with front.public.post("/v1/completions", json=body) as answer:
+        return answer.status, answer.headers, await answer.json()
+
+
+async def test_array_of_prompts_counts_as_many_requests(start, engine):
+    """A thousand prompts are a thousand requests: of the minute, of those at a time, and of the tokens."""
+    front = await start("calm", **anonymous(requests_per_minute=100, tokens_per_minute=5000))
+    status, headers, _ = await ask(front, prompt=["a"] * 30, n=2, max_tokens=4)
+    assert (status, headers["x-ratelimit-remaining-requests"]) == (200, "40")
+    assert int(headers["x-ratelimit-remaining-tokens"]) < 5000 - 60 * 4
+    status, headers, body = await ask(front, prompt=["a"] * 60, max_tokens=1)
+    assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert 10 <= int(headers["Retry-After"]) <= 13
+    assert len(engine.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "fields", "bound"),
+    [
+        ({"concurrency": 1}, {"prompt": ["a", "b"]}, "1 are served at a time"),
+        ({"concurrency": 3}, {"prompt": "a", "n": 4}, "3 are served at a time"),
+        ({"requests_per_minute": 9}, {"prompt": ["a"] * 5, "n": 2}, "9 are served a minute"),
+        ({"tokens_per_minute": 100}, {"prompt": ["a"] * 20, "max_tokens": 10}, "100 are served a minute"),
+        ({"token_budget": 10}, {"prompt": ["a"] * 9, "max_tokens": 1}, "10 are served a month"),
+        ({"token_budget": 10}, {"prompt": [7] * 200_000}, "10 are served a month"),
+        ({}, {"prompt": ["a"] * 257}, "257 prompts are 257 answers, but at most 256"),
+        ({}, {"prompt": ["a"] * 129, "n": 2}, "129 prompts times n = 2 are 258 answers, but at most 256"),
+        ({}, {"prompt": "a", "n": 65}, "n = 65, but at most 64"),
+    ],
+)
+async def test_what_can_never_be_served_is_told_so(start, engine, limits, fields, bound):
+    """A 400 that names the bound, and no 429 that a client would obey for ever."""
+    front = await start("calm", **anonymous(**limits), **{"gateway.max_body_values": 300_000})
+    status, headers, body = await ask(front, **fields)
+    assert (status, headers["x-should-retry"]) == (400, "false")
+    assert bound in body["error"]["message"]
+    assert engine.seen == []
+    meter = front.apps.gateway.limiter.meter(front.apps.gateway.settings.tenants[0])
+    assert meter.in_flight == 0
+
+
+async def test_answers_at_a_time_are_bounded(start, engine, until):
+    """A request of several answers takes a place for each; all are free again when it ends."""
+    front = await start("calm", **anonymous(concurrency=4))
+    engine.trick = "hold"
+    first = asyncio.create_task(ask(front, prompt=["a", "b", "c"]))
+    await engine.arrived.wait()
+    assert (await ask(front, prompt=["a", "b"]))[0] == 429
+    engine.trick = ""
+    assert (await ask(front, prompt="a"))[0] == 200
+    engine.go_on.set()
+    assert (await first)[0] == 200
+    assert (await ask(front, prompt=["a"] * 4))[0] == 200
+
+
+def test_budget_is_never_overdrawn_by_what_was_stated():
+    """What requests in progress may use is set aside: together they use no more than what is left."""
+    meter = meter_of(Clock(), token_budget=1000)
+    one = meter.reserve(size_of({"max_tokens": 500}, 400))
+    with pytest.raises(BudgetSpent, match="0 are used and 600 set aside"):
+        meter.reserve(size_of({"max_tokens": 500}, 400))
+    one.settle(50)
+    meter.reserve(size_of({"max_tokens": 500}, 400)).settle(600)
+    with pytest.raises(BudgetSpent, match="650 are used, and this request may use 400"):
+        meter.reserve(size_of({"max_tokens": 300}, 400))
+    meter.reserve(size_of({}, 400)).settle(10)
 
 
 def test_budget_outlasts_a_restart_and_a_clock_set_back(tmp_path):
@@ -105,17 +202,17 @@ def test_budget_outlasts_a_restart_and_a_clock_set_back(tmp_path):
         return budgets, Limiter(budgets).meter(limited)
 
     budgets, meter = fresh()
-    meter.reserve({}, 0).settle(150)
+    meter.reserve(size_of({}, 0)).settle(150)
     budgets.close()
     budgets, meter = fresh()
     for moment in (datetime(2026, 3, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)):
         today[0] = moment
         with pytest.raises(BudgetSpent) as refused:
-            meter.reserve({}, 0)
+            meter.reserve(size_of({}, 0))
         assert (refused.value.status, refused.value.code) == (429, "insufficient_quota")
         assert refused.value.retry is False
     today[0] = datetime(2026, 4, 1, tzinfo=UTC)
-    meter.reserve({}, 0)
+    meter.reserve(size_of({}, 0))
     with pytest.raises(ConfigError, match=r"another gateway writes in"):
         fresh()
     budgets.close()

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.refusal import FieldNotAllowed, InvalidRequest, Refusal
+from proxy import sanitize
+from proxy.refusal import FieldNotAllowed, InvalidRequest, Refusal, TooLarge
 from proxy.routes import ROUTES
 from proxy.sanitize import MAX_DEPTH, clean, parse_strict, serialize
 
@@ -65,7 +66,7 @@ def test_field_that_clients_may_not_set_is_refused_by_name(route, name):
 )
 def test_what_two_parsers_could_read_differently_is_refused(text):
     """Duplicate keys, numbers that are none, half characters, bottomless nesting: refused, never guessed."""
-    with pytest.raises(InvalidRequest):
+    with pytest.raises((InvalidRequest, TooLarge)):
         serialize(parse_strict(text.encode("utf-8", "surrogatepass")))
 
 
@@ -79,6 +80,64 @@ def test_nesting_within_the_bound_is_read():
     """The bound is on depth alone."""
     text = '{"tools": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}"
     assert "tools" in parse_strict(text.encode())
+
+
+def many(part, number, head='{"tools": [', tail="]}"):
+    return (head + ",".join([part] * number) + tail).encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        many("{}", 25_000),
+        many('{"a":0}', 16_000),
+        many("[]", 25_000),
+        many("0", 200_000),
+        many('"\\\\"', 200_000),
+        many('"a,[{":0', 50_000, head='{"logit_bias": {', tail="}}"),
+        many("[" * 60 + "]" * 60, 500),
+    ],
+)
+def test_body_of_too_many_values_is_not_parsed(data, monkeypatch):
+    """What would hold up every other request is refused by counting, before anything of it is read."""
+    monkeypatch.setattr(sanitize, "_DECODER", None)
+    with pytest.raises(TooLarge, match=r"more than 200000 values \(gateway.max_body_values"):
+        parse_strict(data)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [7] * 190_000},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}] * 4000},
+        {"prompt": '{"a": [1, 2], "b": "c\\"}, ' * 50_000},
+        {"prompt": "\\" * 100_001 + '"[{,' * 100_000},
+    ],
+)
+def test_body_of_many_texts_or_tokens_is_read(body):
+    """Long prompts pass, and what stands within a text counts for nothing, however it is quoted."""
+    assert parse_strict(json.dumps(body).encode()) == body
+
+
+@given(
+    value=st.recursive(st.integers(0, 9) | st.text('\\"[{,:', max_size=5), st.lists, max_leaves=20),
+    quoted=st.booleans(),
+)
+def test_count_is_that_of_the_parser(value, quoted):
+    """Counting sees as many values as parsing finds."""
+    data = json.dumps({"stop": json.dumps(value) if quoted else value}, separators=(",", ":")).encode()
+
+    def values(part):
+        if isinstance(part, dict):
+            return 8 + sum(4 + values(child) for child in part.values()) + max(0, len(part) - 1)
+        if isinstance(part, list):
+            return 8 + sum(map(values, part)) + max(0, len(part) - 1)
+        return 0
+
+    exact = values(json.loads(data))
+    parse_strict(data, max_values=exact)
+    with pytest.raises(TooLarge):
+        parse_strict(data, max_values=exact - 1)
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=20))

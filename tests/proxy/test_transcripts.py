@@ -136,14 +136,13 @@ async def test_stream_that_breaks_off_is_kept_as_far_as_it_came(front, engine, u
     assert (record["reason"], record["answer"]) == ("engine_failed", ["[DONE] error" * 2])
 
 
-@pytest.mark.parametrize("prompt", [[5, 6], [[5, 6], "or [EMAIL]"]])
+@pytest.mark.parametrize("prompt", [[5, 6], [[5, 6], [7]]])
 async def test_tokens_that_nobody_reads_are_not_kept(front, until, prompt):
     """A prompt of token numbers would keep what redaction cannot see; that there was one is kept."""
-    asked = json.loads(json.dumps(prompt).replace("[EMAIL]", "a@b.example"))
-    async with front.public.post("/v1/completions", json={"model": "tiny-model", "prompt": asked}) as answer:
+    async with front.public.post("/v1/completions", json={"model": "tiny-model", "prompt": prompt}) as answer:
         assert answer.status == 200
     (record,) = await kept(front, until, 1)
-    assert record["request"]["prompt"] == ("[TOKENS]" if prompt == [5, 6] else ["[TOKENS]", "or [EMAIL]"])
+    assert record["request"]["prompt"] == ("[TOKENS]" if prompt == [5, 6] else ["[TOKENS]"] * 2)
 
 
 async def test_start_says_which_routes_are_kept(front, engine, until):
