@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from interpretops.errors import InterpretOpsError
+from interpretops.regular_file import read_regular
 
 MAX_BYTES = 16 * 2**20
 
@@ -12,8 +13,7 @@ MAX_BYTES = 16 * 2**20
 def read_json_object(path: Path, error: type[InterpretOpsError]) -> dict[str, Any]:
     """The object in a file of at most 16 MiB; raises ``error`` with one line."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_regular(path, MAX_BYTES)
         if len(data) > MAX_BYTES:
             raise error(f"{path}: is larger than {MAX_BYTES} bytes, the most that is read")
         value = json.loads(data)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from interpretops.errors import InterpretOpsError
+from interpretops.regular_file import read_regular
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 16
@@ -52,8 +53,7 @@ def read_yaml(path: Path, error: type[InterpretOpsError], source: str | None = N
     """Read a file of at most 1 MiB; raises ``error`` with one line naming the file, and line or field."""
     source = str(path) if source is None else source
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_regular(path, MAX_BYTES)
     except OSError as problem:
         raise error(f"{source}: cannot be read ({problem.strerror or problem})") from problem
     if len(data) > MAX_BYTES:

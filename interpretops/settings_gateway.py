@@ -40,6 +40,9 @@ class GatewaySettings(Section):
     body_timeout_s: Seconds = 30.0
     """Longest wait for a client to send its body, for a connection without a request to send one, and for
     TLS to begin and to end."""
+    keys_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
+    """How long the keys that were read last stay in force while the file `paths.keys` cannot be taken. After
+    that nobody is let in until it can. A file that is deleted revokes all keys at once."""
     connect_timeout_s: Seconds = 5.0
     """Longest wait for a connection to the engine."""
     request_timeout_s: Seconds = 600.0

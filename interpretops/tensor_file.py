@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from interpretops.errors import InterpretOpsError
+from interpretops.regular_file import open_regular
 
 MAX_HEADER_BYTES = 64 * 2**20
 
@@ -53,7 +54,7 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
         self._error = error
         self.metadata: dict[str, str] = {}
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as problem:
             raise error(f"{path}: cannot be read as a safetensors file ({problem})") from problem

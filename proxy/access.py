@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,9 +17,13 @@ from interpretops.errors import ConfigError
 from interpretops.settings import Settings, Tenant
 from interpretops.settings_access import ANONYMOUS
 from proxy.metrics import Metrics
-from proxy.refusal import InvalidKey, NotPermitted
+from proxy.reader import Reader, StuckError
+from proxy.readiness import Reason
+from proxy.refusal import InvalidKey, KeysUnavailable, NotPermitted
 
 _MAX_KEY = 512
+_LOOKED_AT_S: Final = 5.0
+"""Keys that were read so long ago are not stale: the file is looked at every two seconds."""
 LOOPBACK_NAMES: Final = frozenset(("localhost", "localhost.localdomain"))
 
 
@@ -43,15 +48,33 @@ class Identity:
 class Access:
     """Knows tenants and keys; reads the file of keys again when its content changes."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._path: Path | None = settings.paths.keys
+        self._grace_s = settings.gateway.keys_grace_s
+        self._clock = clock
+        self._reader = Reader(f"paths.keys = {self._path}")
         self._tenants: Mapping[str, Tenant] = {tenant.id: tenant for tenant in settings.tenants}
         self._anonymous = Identity(self._tenants.get(ANONYMOUS, Tenant(id=ANONYMOUS)))
         self._metrics = metrics
         self._log = log
         self._ring = KeyRing(())
-        self._failure: str | None = None
+        self._known_at = clock()
+        """When the keys in force were last known to be those of the file."""
+        self._deleted = False
+        self.failure: str | None = None
+        """Why the file's keys are not those in force."""
         if self._path is not None:
+            if not _exists(self._path):
+                raise ConfigError(
+                    f"paths.keys = {self._path}, but there is no such file; "
+                    "make a key with `mechctl keys add`"
+                )
             self._ring = self._read(self._path)
 
     @property
@@ -64,20 +87,52 @@ class Access:
         """Everybody on whose behalf a request can come."""
         return [self._anonymous.tenant] if self._path is None else [*self._tenants.values()]
 
+    async def look(self) -> None:
+        """As `refresh`, beside the event loop; a file system that hangs is a file that cannot be read."""
+        try:
+            await self._reader.run(self.refresh)
+        except StuckError as error:
+            self._note_failure(str(error))
+
     def refresh(self) -> None:
-        """Take the file's keys as they are now; when it cannot be read, the keys stay as they were."""
+        """Take the file's keys as they are now. One that is gone holds none: nobody is let in any more.
+
+        When it cannot be read or taken the keys stay in force as they were, for `gateway.keys_grace_s`.
+        """
         if self._path is None:
             return
         try:
-            ring, failure = self._read(self._path), None
+            deleted = not _exists(self._path)
+            ring = KeyRing(()) if deleted else self._read(self._path)
         except ConfigError as error:
-            ring, failure = self._ring, str(error)
-        if failure is not None and failure != self._failure:
-            self._log.error("keys_refused", error=failure)
-        elif ring.keys != self._ring.keys:
+            self._note_failure(str(error))
+            return
+        if ring.keys != self._ring.keys:
             self._log.info("keys_changed", keys=len(ring.keys))
-        self._failure, self._ring = failure, ring
-        self._metrics.keys_broken.set(failure is not None)
+        self._ring, self._known_at, self._deleted = ring, self._clock(), deleted
+        if deleted:
+            self._note_failure(
+                f"paths.keys = {self._path} is gone: all keys are revoked; put it back, or restart"
+            )
+        else:
+            self.failure = None
+            self._metrics.keys_broken.set(0)
+
+    def not_ready(self) -> Iterator[Reason]:
+        """Why nobody is let in: as `identify` decides it."""
+        if self._path is not None and (self._deleted or self._overdue):
+            told = self.failure or f"paths.keys = {self._path} was not read for {self._grace_s:g} s"
+            yield Reason("keys_unusable", told)
+
+    @property
+    def _overdue(self) -> bool:
+        return self._clock() - self._known_at > self._grace_s + _LOOKED_AT_S
+
+    def _note_failure(self, failure: str) -> None:
+        if failure != self.failure:
+            self._log.error("keys_refused", error=failure)
+        self.failure = failure
+        self._metrics.keys_broken.set(1)
 
     def tenant(self, name: str) -> Tenant:
         """A declared tenant. Raises `KeyError`."""
@@ -111,6 +166,8 @@ class Access:
         return f"{key.name or key.role} ({key.id})"
 
     def _find(self, headers: CIMultiDictProxy[str]) -> ApiKey:
+        if self._overdue:
+            raise KeysUnavailable("keys cannot be checked at the moment; try again later")
         presented = _presented(headers)
         key = self._ring.find(presented)
         if key is None:
@@ -120,10 +177,6 @@ class Access:
         return key
 
     def _read(self, path: Path) -> KeyRing:
-        if not path.exists():
-            raise ConfigError(
-                f"paths.keys = {path}, but there is no such file; make a key with `mechctl keys add`"
-            )
         keys = read_keys(path)
         for key in keys:
             if key.tenant is not None and key.tenant not in self._tenants:
@@ -132,6 +185,16 @@ class Access:
                     f"{', '.join(sorted(self._tenants)) or 'none'}; declare it or revoke the key"
                 )
         return KeyRing(keys)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    return True
 
 
 def check_exposure(address: str, field: str, *, keys: bool) -> None:

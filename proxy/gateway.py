@@ -126,6 +126,7 @@ def make_app(
     readiness.add(fleet.not_ready)
     readiness.add(catalogue.not_ready)
     readiness.add(supervisor.not_ready)
+    readiness.add(access.not_ready)
     if audit is not None:
         readiness.add(audit.not_ready)
     if shared is not None:

@@ -204,7 +204,7 @@ class Metrics:
         )
         self.keys_broken = Gauge(
             "interpretops_keys_broken",
-            "1 while the file of keys cannot be taken and older keys are in force.",
+            "1 while the file of keys is gone, or cannot be taken and older keys are in force for a while.",
             registry=registry,
         )
         self.engine_up = Gauge(

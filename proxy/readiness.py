@@ -20,6 +20,7 @@ Code = Literal[
     "audit_failing",
     "limits_away",
     "task_down",
+    "keys_unusable",
 ]
 """Why requests are refused, in words that never change: shown to anybody, and a label of metrics."""
 CODES: Final[tuple[Code, ...]] = get_args(Code)

@@ -66,6 +66,14 @@ class InvalidKey(Refusal):
     status = 401
 
 
+class KeysUnavailable(Refusal):
+    """The file of keys has been broken for too long to trust the keys that were read from it."""
+
+    code = "keys_unavailable"
+    status = 503
+    retry = True
+
+
 class NotPermitted(Refusal):
     """The key is known, and not allowed to do this."""
 

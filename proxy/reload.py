@@ -15,8 +15,10 @@ async def reload_everything(gateway: Gateway) -> ReloadReport:
 
     Raises `EngineError` when no engine is there that policies could be loaded into; all else was read then.
     """
-    await asyncio.to_thread(gateway.access.refresh)
+    await gateway.access.look()
     failed = await asyncio.to_thread(gateway.doorways.refresh, gateway.metrics, gateway.log)
+    if gateway.access.failure is not None:
+        failed[str(gateway.settings.paths.keys)] = gateway.access.failure
     if gateway.audit is not None:
         gateway.audit.look()
         if gateway.audit.failing is not None:

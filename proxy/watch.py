@@ -43,7 +43,7 @@ async def watch_keys(access: Access, alive: Alive) -> None:
     """Take changes of the file of keys, until cancelled: a revoked key opens nothing a moment later."""
     while True:
         await asyncio.sleep(_POLL_S)
-        await asyncio.to_thread(access.refresh)
+        await access.look()
         alive()
 
 

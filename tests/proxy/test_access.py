@@ -1,9 +1,11 @@
 """Who gets in: keys, tenants and roles, on both listeners."""
 
 import asyncio
+import os
 import ssl
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 
 import aiohttp
@@ -14,6 +16,7 @@ from certificates import write_certificate
 from interpretops.api_keys import KeyRing, make_key, read_keys, write_keys
 from interpretops.errors import ConfigError
 from proxy.access import check_exposure, names_this_machine
+from proxy.reader import Reader
 from proxy.tls import Doorway
 
 TENANTS = [{"id": "acme", "models": ["tiny-model", "bot"]}, {"id": "other", "routes": ["/v1/completions"]}]
@@ -172,6 +175,93 @@ async def test_keys_are_taken_and_revoked_while_running(guarded, engine, keys, t
     await asyncio.to_thread(front.apps.gateway.access.refresh)
     assert await works(new)
     assert b"interpretops_keys_broken 1.0" in front.apps.gateway.metrics.render()
+
+
+async def test_deleting_the_key_file_revokes_all_keys(guarded, engine, keys, tmp_path, until):
+    """A file that is gone holds no keys: nobody is let in, readiness and log say why, and no file is not the
+    same as no keys asked for. Put back, it is in force again."""
+    front = await guarded()
+    path, holder = tmp_path / "keys.yaml", bearer(keys["acme"])
+    assert (await front.chat(headers=holder))[0] == 200
+    path.rename(tmp_path / "aside.yaml")
+
+    async def revoked():
+        return (await front.chat(headers=holder))[0] == 401
+
+    await until(revoked)
+    assert (await front.chat())[0] == 401
+    async with front.admin.get("/admin/policies", headers=bearer(keys["operator"])) as answer:
+        assert answer.status == 401
+    async with front.public.get("/readyz") as answer:
+        assert (answer.status, (await answer.json())["reasons"]) == (503, ["keys_unusable"])
+    assert any("is gone: all keys are revoked" in str(line.get("error")) for line in front.log)
+    assert b"interpretops_keys_broken 1.0" in front.apps.gateway.metrics.render()
+    (tmp_path / "aside.yaml").rename(path)
+    await until(front.engine_ready)
+    assert (await front.chat(headers=holder))[0] == 200
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def loop(path):
+    path.unlink()
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_text("keys: ["),
+        lambda path: path.write_text(""),
+        lambda path: path.write_bytes(b"#" * 2**21),
+        pipe,
+        loop,
+        lambda path: (path.unlink(), path.mkdir()),
+    ],
+)
+async def test_broken_key_file_has_a_bounded_grace(guarded, engine, keys, tmp_path, until, spoil):
+    """While the file cannot be taken, whatever it became, the keys before stay in force for a set time, and a
+    reload reports it; then nobody is let in, with 503, and readiness says no, until it is whole again."""
+    front = await guarded(**{"gateway.keys_grace_s": 120.0})
+    access, path, holder = front.apps.gateway.access, tmp_path / "keys.yaml", bearer(keys["acme"])
+    whole = path.read_bytes()
+    spoil(path)
+    async with front.admin.post("/admin/reload", headers=bearer(keys["operator"])) as answer:
+        report = await answer.json()
+    assert report["ok"] is False
+    assert report["failed"].keys() == {str(path)}
+    assert (await front.chat(headers=holder))[0] == 200
+    assert await front.engine_ready()
+    real = access._clock
+    access._clock = lambda: real() + 130.0
+    status, headers, body = await front.chat(headers=holder)
+    assert (status, body["error"]["code"], headers["x-should-retry"]) == (503, "keys_unavailable", "true")
+    async with front.public.get("/readyz") as answer:
+        assert (answer.status, (await answer.json())["reasons"]) == (503, ["keys_unusable"])
+    (tmp_path / "fresh").write_bytes(whole)
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    (tmp_path / "fresh").rename(path)
+    await until(front.engine_ready)
+    assert (await front.chat(headers=holder))[0] == 200
+
+
+async def test_keys_that_nobody_reads_any_more_end(guarded, engine, keys, monkeypatch):
+    """A file system that hangs is a file that cannot be read: the grace runs, although no error comes."""
+    front = await guarded()
+    access, holder, held = front.apps.gateway.access, bearer(keys["acme"]), threading.Event()
+    monkeypatch.setattr(access, "_reader", Reader("the keys", 0.05))
+    monkeypatch.setattr(access, "refresh", lambda: held.wait(30))
+    await access.look()
+    assert "the keys: could not be read within 0.05 s" in access.failure
+    assert (await front.chat(headers=holder))[0] == 200
+    real = access._clock
+    access._clock = lambda: real() + 310.0
+    assert (await front.chat(headers=holder))[0] == 503
+    held.set()
 
 
 async def test_keys_never_reach_log_or_metrics(guarded, keys):

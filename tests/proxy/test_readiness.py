@@ -11,6 +11,7 @@ from proxy.refusal import Refusal
 MANDATORY = [{"policy": "calm", "mode": "mandatory"}]
 CAUSES = {
     "audit_unavailable": {"audit_failing"},
+    "keys_unavailable": {"keys_unusable"},
     "engine_not_ready": {"engine_not_ready", "engines_left_alone"},
     "limits_unavailable": {"limits_away"},
     "policy_unavailable": {"policy_missing", "policy_suspended"},

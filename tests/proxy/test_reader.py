@@ -1,0 +1,78 @@
+"""What hangs while it is read holds up nothing else."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from proxy.reader import Reader, StuckError
+
+
+async def test_result_or_error_of_the_work_is_given():
+    """Work that ends is as if it had been called."""
+    reader = Reader("the folder")
+    assert await reader.run(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        await reader.run(divmod, 7, 0)
+    assert await reader.run(divmod, 7, 2) == (3, 1)
+
+
+async def test_work_that_hangs_is_given_up_and_not_begun_again():
+    """One thread at most hangs; while it does the answer is an error at once; when it ends, all is well."""
+    reader, held, begun = Reader("the folder", 0.05), threading.Event(), []
+
+    def hang():
+        begun.append(threading.current_thread().daemon)
+        held.wait(30)
+
+    for _ in range(3):
+        with pytest.raises(StuckError, match=r"the folder: could not be read within 0.05 s"):
+            await reader.run(hang)
+    assert begun == [True]
+    running = reader._running
+    held.set()
+    await asyncio.wrap_future(running)
+    assert await reader.run(divmod, 7, 2) == (3, 1)
+
+
+async def test_work_whose_waiter_was_cancelled_is_waited_for_by_the_next():
+    """Two pieces of work never run at the same time, and one that nobody waits for disturbs nobody."""
+    reader, held, running = Reader("the folder"), threading.Event(), []
+
+    def work():
+        running.append("begun")
+        held.wait(30)
+        running.append("ended")
+        raise OSError
+
+    first = asyncio.create_task(reader.run(work))
+    while not running:  # noqa: ASYNC110 - a thread's state
+        await asyncio.sleep(0)
+    first.cancel()
+    second = asyncio.create_task(reader.run(running.append, "second"))
+    held.set()
+    await second
+    assert running == ["begun", "ended", "second"]
+
+
+HANGING = """
+import asyncio, threading
+from proxy.reader import Reader, StuckError
+
+async def main():
+    try:
+        await Reader("the folder", 0.05).run(threading.Event().wait)
+    except StuckError as error:
+        print(error)
+
+asyncio.run(main())
+"""
+
+
+def test_process_ends_although_a_read_hangs():
+    """A hanging read is waited for neither by the event loop nor by Python's exit."""
+    ended = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=20)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "could not be read" in ended.stdout
