@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, Final, TypeVar
+from concurrent.futures import Executor, Future
+from typing import Any, Final, ParamSpec, TypeVar
 
 from interpretops.errors import InterpretOpsError
 
 _PATIENCE_S: Final = 30.0
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -26,11 +27,11 @@ class Reader:
     """
 
     def __init__(self, what: str, patience_s: float = _PATIENCE_S) -> None:
-        """``what`` is read, as errors and the thread's name say it."""
+        """``what`` is read, as errors say it."""
         self._what = what
         self._patience_s = patience_s
         self._turn = asyncio.Lock()
-        self._running: Future[Any] | None = None
+        self._running: asyncio.Future[Any] | None = None
         self._stuck = False
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -43,18 +44,16 @@ class Reader:
                 # Whoever waited for it was cancelled.
                 await self._wait(before)
             self._stuck = False
-            future: Future[T] = Future()
-            self._running = future
-            threading.Thread(
-                target=_run, args=(future, work, arguments), name=f"read {self._what}", daemon=True
-            ).start()
-            await self._wait(future)
-            return future.result()
+            running = asyncio.get_running_loop().run_in_executor(_THREADS, work, *arguments)
+            # Its error, too, may come when nobody waits for it any more.
+            running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            self._running = running
+            await self._wait(running)
+            return running.result()
 
-    async def _wait(self, future: Future[Any]) -> None:
-        ended = asyncio.gather(asyncio.wrap_future(future), return_exceptions=True)
-        await asyncio.wait({ended}, timeout=self._patience_s)
-        if not future.done():
+    async def _wait(self, running: asyncio.Future[Any]) -> None:
+        await asyncio.wait({running}, timeout=self._patience_s)
+        if not running.done():
             self._stuck = True
             raise self._error()
 
@@ -64,9 +63,21 @@ class Reader:
         )
 
 
-def _run(future: Future[T], work: Callable[..., T], arguments: tuple[Any, ...]) -> None:
-    future.set_running_or_notify_cancel()
-    try:
-        future.set_result(work(*arguments))
-    except BaseException as error:
-        future.set_exception(error)
+class _DaemonThreads(Executor):
+    """A thread of its own for each piece of work; nobody waits for them at the process's end."""
+
+    def submit(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            future.set_running_or_notify_cancel()
+            try:
+                future.set_result(work(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="reader", daemon=True).start()
+        return future
+
+
+_THREADS: Final = _DaemonThreads()

@@ -33,7 +33,7 @@ async def test_work_that_hangs_is_given_up_and_not_begun_again():
     assert begun == [True]
     running = reader._running
     held.set()
-    await asyncio.wrap_future(running)
+    await running
     assert await reader.run(divmod, 7, 2) == (3, 1)
 
 
