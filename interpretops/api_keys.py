@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from interpretops.atomic_file import write_atomically
+from interpretops.atomic_file import PRIVATE, write_atomically
 from interpretops.errors import ConfigError
 from interpretops.policy_file import read_yaml, show_path
 from interpretops.settings_section import Label, Section
@@ -98,11 +98,16 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
 
 
 def write_keys(path: Path, keys: Sequence[ApiKey]) -> None:
-    """Write the file whole or not at all, readable for its owner alone."""
+    """Write the file whole or not at all; a new one is readable for its owner alone. Raises `ConfigError`."""
     lines = ["# Written by `mechctl keys`. Holds hashes, no keys.", "keys:" if keys else "keys: []"]
     # As JSON, which quotes: an id of digits and an e would be read as a number.
     lines += [f"- {json.dumps(key.model_dump(mode='json', exclude_none=True))}" for key in keys]
-    write_atomically(path, "\n".join([*lines, ""]).encode())
+    try:
+        write_atomically(path, "\n".join([*lines, ""]).encode(), PRIVATE)
+    except OSError as error:
+        # Our own error, of a file that its owner could not read any more, has no number.
+        told = f"{path} cannot be written ({error.strerror})" if error.errno else str(error)
+        raise ConfigError(f"{told}; the file is as it was") from error
 
 
 @dataclass(frozen=True)

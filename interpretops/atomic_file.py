@@ -1,20 +1,83 @@
-"""Writing a file whole or not at all, so that no reader ever meets half of one."""
+"""Writing a file whole or not at all: no reader ever meets half of one, or may not read it any more."""
 
+import contextlib
 import os
-import tempfile
+import pwd
+import secrets
+import stat
 from pathlib import Path
+from typing import Final
+
+PRIVATE: Final = 0o600
+SHARED: Final = 0o666
+_ACL: Final = "system.posix_acl_access"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``: to a temporary file beside it first, flushed to disk, then renamed."""
+def write_atomically(path: Path, data: bytes, mode: int = SHARED) -> None:
+    """Write ``data`` to ``path``: to a temporary file beside it first, flushed to disk, then renamed.
+
+    A file that is replaced hands on its owner, group, mode and access list; a new one gets ``mode``, less
+    the process's umask. Raises `OSError`: a `PermissionError` where the owner of the file cannot be kept
+    and could not read the new one; the old one stays then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(os.open(temporary, flags, mode), "wb") as file:
+            _hand_on(path, file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _hand_on(path: Path, file: int) -> None:
+    """Give a new file what the one at ``path`` has."""
+    try:
+        before = path.stat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(before.st_mode):
+        for user, group in ((before.st_uid, -1), (-1, before.st_gid)):
+            # Only root may give files away; a group is kept by whoever belongs to it.
+            with contextlib.suppress(OSError):
+                os.fchown(file, user, group)
+        after = os.fstat(file)
+        kept = stat.S_IMODE(before.st_mode)
+        # Another group must not get what the former had.
+        os.fchmod(file, kept if after.st_gid == before.st_gid else kept & ~0o070)
+        with contextlib.suppress(OSError, AttributeError):  # no access list, or a system without them
+            os.setxattr(file, _ACL, os.getxattr(path, _ACL))
+        if can_read(before.st_uid, before) and not can_read(before.st_uid, os.fstat(file)):
+            raise PermissionError(
+                f"{path} belongs to {_user_name(before.st_uid)}, who could not read what "
+                f"{_user_name(os.geteuid())} would write; do it as that user, or as root"
+            )
+
+
+def can_read(user: int, file: os.stat_result) -> bool:
+    """Whether a user may read a file, by owner, group and mode."""
+    if user in (0, file.st_uid):
+        return user == 0 or bool(file.st_mode & stat.S_IRUSR)
+    if file.st_gid in _groups(user):
+        return bool(file.st_mode & stat.S_IRGRP)
+    return bool(file.st_mode & stat.S_IROTH)
+
+
+def _groups(user: int) -> list[int]:
+    try:
+        entry = pwd.getpwuid(user)
+    except KeyError:
+        return []
+    return os.getgrouplist(entry.pw_name, entry.pw_gid)
+
+
+def _user_name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return f"user {user}"

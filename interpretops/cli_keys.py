@@ -45,7 +45,10 @@ def add(
         raise ConfigError(f"--tenant = {tenant!r}, but the settings declare {known}; add it to `tenants`")
     expires = None if days is None else datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
     key, kept = make_key(tenant=tenant, role=role, name=name, expires=expires)  # type: ignore[arg-type]  # checked above
-    write_keys(path, (*(read_keys(path) if path.exists() else ()), kept))
+    before = read_keys(path) if path.exists() else None
+    write_keys(path, (*(before or ()), kept))
+    if before is None:
+        _note_reader(path)
     typer.echo(f"key {kept.id} is in {path}; it is shown only here:", err=True)
     typer.echo(key)
 
@@ -79,6 +82,21 @@ def revoke(
         raise ConfigError(f"{path}: holds no key {key_id!r}; `mechctl keys list` shows what it holds")
     write_keys(path, left)
     typer.echo(f"key {key_id} is revoked")
+
+
+def _note_reader(path: Path) -> None:
+    """Say who may read a new file, where its folder's owner may not: that may be the gateway's user."""
+    import os
+
+    from interpretops.atomic_file import can_read
+
+    folder = path.absolute().parent.stat()
+    if not can_read(folder.st_uid, path.stat()):
+        typer.echo(
+            f"{path} is readable for user id {os.geteuid()} alone, and its folder belongs to user id "
+            f"{folder.st_uid}: if the gateway runs as that user, give it the file (chown)",
+            err=True,
+        )
 
 
 def _file(file: Path | None, config: Path | None) -> tuple[Path, list[str] | None]:

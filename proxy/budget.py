@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from structlog.typing import FilteringBoundLogger
 
-from interpretops.atomic_file import write_atomically
+from interpretops.atomic_file import PRIVATE, write_atomically
 from interpretops.errors import ConfigError
 from proxy.file_lock import hold
 from proxy.metrics import Metrics
@@ -83,7 +83,7 @@ class Budgets:
         self._changed = False
         fault: str | None = None
         try:
-            write_atomically(self._file, json.dumps(self._used, sort_keys=True).encode())
+            write_atomically(self._file, json.dumps(self._used, sort_keys=True).encode(), PRIVATE)
         except OSError as error:
             self._changed, fault = True, error.strerror or type(error).__name__
             if fault != self._unsaved:

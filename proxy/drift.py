@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from interpretops.atomic_file import write_atomically
+from interpretops.atomic_file import PRIVATE, write_atomically
 from interpretops.errors import ConfigError, PolicyError
 from interpretops.settings_section import Section
 from proxy.entry import Entry
@@ -117,7 +117,7 @@ class Drift:
             at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         try:
-            write_atomically(self._file, _BASELINES.dump_json(baselines))
+            write_atomically(self._file, _BASELINES.dump_json(baselines), PRIVATE)
         except OSError as error:
             raise PolicyError(f"{self._file} cannot be written ({error.strerror}); pinned none") from error
         self._baselines = baselines
