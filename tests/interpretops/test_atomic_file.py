@@ -1,6 +1,7 @@
 """A file that is replaced stays readable for whoever could read it."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,12 +33,11 @@ def acting_as(user: int, *groups: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder in which everybody may write, reached by everybody."""
-    for above in tmp_path.parents[:2]:  # pytest's own
-        above.chmod(0o711)
-    tmp_path.chmod(0o777)
-    return tmp_path
+def folder() -> Iterator[Path]:
+    """A folder in which everybody may write, reached by everybody: those of pytest are its user's alone."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
 
 
 def of(path: Path) -> tuple[int, int, int]:
