@@ -121,6 +121,7 @@ class SiteHooks:
                 others = (None if other is None else _flat(other) for other in (residual, source))
                 apply_edits_captured(_flat(hidden), table, self.bank.step, *others)
             return
+        self.bank.step.check_laid_out()
         if not self.bank.step.active:
             return
         edited = self._run(self._fixed[number], hidden, residual, source)
@@ -129,6 +130,7 @@ class SiteHooks:
 
     def _before(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            self.bank.step.check_laid_out()
             if not self.bank.step.active:
                 return None
             edited = self._run(site, args[0], None)
@@ -140,6 +142,7 @@ class SiteHooks:
         pair = self.residual_pair and site.point == "resid_post"
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            self.bank.step.check_laid_out()
             if not self.bank.step.active:
                 return None
             is_tuple = isinstance(output, tuple)

@@ -173,9 +173,11 @@ class Gate(Strictly):
     latched: bool = False
     """Once open, stay open to the end of the request."""
     phase: Phase = "both"
-    """Act on the prompt (`prefill`), on generated tokens (`decode`), or on both."""
+    """Act on the prompt (`prefill`), on what the answer comes from (`decode`: the prompt's last token, out of
+    which the first generated one comes, and the generated ones), or on both."""
     max_norm: NormBound | None = None
-    """Tokens with a larger norm (attention sinks) are not read; else the dictionary's bound, if any."""
+    """Tokens with a larger norm (attention sinks) are not read; else the dictionary's bound, if any. A gate
+    of scope `prompt` or `prompt_end` that had to leave too much unread opens."""
 
     @model_validator(mode="after")
     def _complete(self) -> "Gate":

@@ -67,7 +67,7 @@ def _section(name: str, schema: dict[str, Any], definitions: dict[str, Any]) -> 
 def _meaning(field: dict[str, Any], definitions: dict[str, Any]) -> str:
     """The field's own description; pydantic leaves it out where it is that of the field's type."""
     named = definitions.get(field.get("$ref", "").rsplit("/", 1)[-1], {})
-    return str(field.get("description", named.get("description", "")))
+    return " ".join(str(field.get("description", named.get("description", ""))).split())
 
 
 def _default(field: dict[str, Any]) -> str:

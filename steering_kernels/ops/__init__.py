@@ -13,12 +13,19 @@ from steering_kernels.ops.naive import (
     attention_probe_reference,
     gate_open_reference,
 )
-from steering_kernels.ops.prompt_memory import MEMORY_COLUMNS, ProbeHeads, PromptPart, new_memory
+from steering_kernels.ops.prompt_memory import (
+    MEMORY_COLUMNS,
+    ProbeHeads,
+    PromptPart,
+    empty_slots,
+    may_ignore,
+    new_memory,
+)
 from steering_kernels.ops.ranks import SumRanks
 from steering_kernels.ops.step import NEVER, StepMap
 from steering_kernels.ops.table import RowEdits, SiteTable, TableFullError
 
-OP_VERSION = "2"
+OP_VERSION = "3"
 """Changes whenever the op would give other numbers; part of the engine's compile-cache key."""
 
 __all__ = [
@@ -37,7 +44,9 @@ __all__ = [
     "apply_edits_captured",
     "apply_edits_reference",
     "attention_probe_reference",
+    "empty_slots",
     "gate_open_reference",
+    "may_ignore",
     "new_memory",
     "update_gates",
 ]

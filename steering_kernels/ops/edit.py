@@ -34,8 +34,9 @@ def apply_edits(
                        always take the first: all its features decide which are active
 
     Tokens of row 0 and tokens at which no edit acts are bit-identical. Raises ValueError when shapes or
-    dtypes do not fit.
+    dtypes do not fit, and RuntimeError for a pass that was not laid out.
     """
+    step.check_laid_out()
     if not step.active:
         return
     _check(hidden, table, residual, source)

@@ -37,11 +37,14 @@ class GateView:
 
 
 def phase_mask(phase: str, position: Tensor, prompt_length: Tensor) -> Tensor | None:
-    """Tokens of a phase, by position against prompt length; None means all."""
+    """Tokens of a phase, by position against prompt length; None means all.
+
+    The last prompt token is of both: it is part of the prompt, and the first generated token comes out of it.
+    """
     if phase == "prefill":
         return position < prompt_length
     if phase == "decode":
-        return position >= prompt_length
+        return position >= prompt_length - 1
     return None
 
 
@@ -66,7 +69,7 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
         scored = step.ends_prompt or not gate.prompt_end
         if not scored and not gate.latched:
             continue  # closed, as the step began
-        fires = _fires(x, index, gate, step) if scored else position < 0
+        fires = _fires(x, index, position, gate, step) if scored else position < 0
         if gate.prompt_end and scored:
             fires &= position == prompt_length - 1
         if gate.latched:
@@ -88,8 +91,13 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
             step.opened.index_add_(0, slots, fires.long())
 
 
-def _fires(x: Tensor, index: Tensor | None, gate: GateView, step: StepMap) -> Tensor:
-    """Whether the gate's condition holds at the tokens ``index`` of x [T, D]."""
+def _fires(x: Tensor, index: Tensor | None, position: Tensor, gate: GateView, step: StepMap) -> Tensor:
+    """Whether the gate's condition holds at the tokens ``index`` of x [T, D].
+
+    A token past the norm bound is not read. Where it is the only one that a gate reads, at the prompt's end,
+    the gate opens: a guard that could not look does not let through. The first token of a request is the
+    exception: it is a sink whatever it says.
+    """
     if gate.probe is not None:
         return _probed(x, index, gate, gate.probe, step)
     x = x if index is None else x[index]
@@ -99,7 +107,10 @@ def _fires(x: Tensor, index: Tensor | None, gate: GateView, step: StepMap) -> Te
     above = project(wide, gate.read.t(), gate.bias, gate.sum_ranks) > gate.cut
     fires = above.all(dim=1) if gate.require_all else above.any(dim=1)
     if gate.max_norm != float("inf"):
-        fires &= norm(wide, gate.sum_ranks) <= gate.max_norm
+        unread = norm(wide, gate.sum_ranks) > gate.max_norm
+        fires = fires & ~unread
+        if gate.prompt_end:
+            fires |= unread & (position > 0)
     return fires
 
 

@@ -84,7 +84,7 @@ def gate_open_reference(
     if phase == "prefill":
         return [fire and place < prompt_length for fire, place in zip(fires, position, strict=True)]
     if phase == "decode":
-        return [fire and place >= prompt_length for fire, place in zip(fires, position, strict=True)]
+        return [fire and place >= prompt_length - 1 for fire, place in zip(fires, position, strict=True)]
     return fires
 
 

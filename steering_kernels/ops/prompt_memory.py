@@ -3,7 +3,9 @@
 A prompt may reach the engine in several passes, and part of it may lie in the prefix cache and never be
 computed again. What an attention probe needs of a token, a score and a value a head, is therefore written
 into the slot of the token's keys and values: it is there exactly as long as they are, and belongs to the
-revision whose salt they have.
+revision whose salt they have. A slot that is given to another request is emptied first (`empty_slots`), and
+answers are not left in the cache for such revisions (`interpretops.prompt_boundary`): nobody reads them as
+they are written, so that a later turn could not know what they say.
 """
 
 from __future__ import annotations
@@ -52,9 +54,23 @@ class ProbeHeads:
     nothing is decided."""
 
 
+def may_ignore(tokens: int) -> int:
+    """How many of a prompt's tokens a gate may leave unread because of their norm; past that it opens.
+
+    A prompt begins with a sink, and a few more are ordinary (measured: docs/engine-integration.md).
+    """
+    return 4 + tokens // 16
+
+
 def new_memory(slots: int, device: torch.device) -> Tensor:
     """[slots, MEMORY_COLUMNS] float32 that no probe has written: a reading over it is no number."""
     return torch.full((slots, MEMORY_COLUMNS), torch.nan, device=device)
+
+
+def empty_slots(memory: Tensor, blocks: Tensor, block_size: int) -> None:
+    """Make readings of earlier owners unreadable in blocks [B] int64 of so many slots each."""
+    slots = (blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)).flatten()
+    memory.index_fill_(0, slots, torch.nan)
 
 
 def keep_readings(x: Tensor, heads: ProbeHeads, parts: list[PromptPart], memory: Tensor) -> None:
@@ -77,13 +93,17 @@ def keep_readings(x: Tensor, heads: ProbeHeads, parts: list[PromptPart], memory:
 def probe_fires(heads: ProbeHeads, cut: Tensor, part: PromptPart, memory: Tensor) -> Tensor:
     """Bool, whether the probe that decides with ``heads`` fires for a prompt that ends in this pass.
 
-    Where anything that was to be kept is missing it fires: a guard that cannot read does not let through.
+    Where anything that was to be kept is missing it fires, and where more tokens than `may_ignore` were not
+    read: a guard that cannot read does not let through.
     """
     reading = torch.zeros((), dtype=torch.float64, device=memory.device)
+    blind = torch.zeros((), dtype=torch.bool, device=memory.device)
     for column, count in heads.summed:
         kept = memory[part.slots, column : column + 2 * count].double()
         score, value = kept[:, :count], kept[:, count:]
+        ignored = (score == -torch.inf).all(dim=1)
+        blind |= ignored.sum() > may_ignore(len(part.slots))
         said = (score.softmax(dim=0) * value).sum()
         # Sinks alone: nothing was said at this site.
-        reading = reading + torch.where((score == -torch.inf).all(), 0.0, said)
-    return ~(reading <= cut).all()
+        reading = reading + torch.where(ignored.all(), 0.0, said)
+    return ~(reading <= cut).all() | blind

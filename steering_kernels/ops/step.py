@@ -41,12 +41,26 @@ class StepMap:
         self._fixed_in_use = False
         self.memory: Tensor | None = None
         """What gates that read whole prompts keep of their tokens (`prompt_memory`); outlives the step."""
-        self.clear()
+        self.end()
+
+    def end(self) -> None:
+        """The pass is over; another must not run before it was laid out (`check_laid_out`)."""
+        self._forget_pass()
+        self._erase_fixed()
+        self._laid_out = False
 
     def clear(self) -> None:
         """No token of the coming forward pass is edited (dummy and warm-up passes)."""
-        self._forget_pass()
-        self._erase_fixed()
+        self.end()
+        self._laid_out = True
+
+    def check_laid_out(self) -> None:
+        """Raise RuntimeError where nobody said whose tokens the pass holds: it must not run unedited."""
+        if not self._laid_out:
+            raise RuntimeError(
+                "a forward pass reached an edit site before its batch was laid out, so that nobody knows "
+                "which policies its tokens need; is this a runner of vLLM that the plugin does not know?"
+            )
 
     def _forget_pass(self) -> None:
         self.active = False
@@ -85,6 +99,7 @@ class StepMap:
         prompt_length    prompt tokens of the request
         """
         self._forget_pass()
+        self._laid_out = True
         if not any(rows):
             self._erase_fixed()
             return

@@ -8,12 +8,16 @@ from typing import Any
 
 from interpretops.errors import PlanError
 from interpretops.plan import Plan
+from interpretops.prompt_boundary import depends_on_prompt_end
 from interpretops.shard import Shard
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
-from steering_kernels.vllm_plugin.registry import NotAdmittedError, Registry
+from steering_kernels.vllm_plugin.registry import CacheUse, NotAdmittedError, Registry
 from steering_kernels.vllm_plugin.report import move_to_outputs
 from steering_kernels.vllm_plugin.request_args import RequestArgs, compose_cache_salt
 from steering_kernels.vllm_plugin.wrapping import wrap_method
+
+PROMPT_BLOCKS_ONLY = "interpretops_prompt_blocks_only"
+"""Set by `admit` among a request's ``extra_args``, whatever stood there."""
 
 
 def admit(registry: Registry, request: Any) -> None:
@@ -21,15 +25,29 @@ def admit(registry: Registry, request: Any) -> None:
     if request.sampling_params is None:
         raise NotAdmittedError("only requests that generate can be bound to a policy")
     args = RequestArgs.read(request.sampling_params.extra_args)
-    if registry.admit(request.request_id, args):
-        # A latch that reads every token must see the cached ones too.
+    use = registry.admit(request.request_id, args)
+    if not use.reads:
         request.sampling_params.skip_reading_prefix_cache = True
+    request.sampling_params.extra_args[PROMPT_BLOCKS_ONLY] = not use.keeps_answers
     request.cache_salt = compose_cache_salt(args.revision, request.cache_salt)
 
 
-def sees_whole_prompt(plan: Plan) -> bool:
-    """Whether a gate's verdict depends on tokens that the prefix cache would spare."""
-    return any(gate.latched and gate.scope == "token" for gate in plan.gates)
+def cache_use(plan: Plan) -> CacheUse:
+    """How requests of a plan may use the prefix cache, so that it never changes what they are answered."""
+    latched = any(gate.latched and gate.scope == "token" for gate in plan.gates)
+    return CacheUse(reads=not latched, keeps_answers=not depends_on_prompt_end(plan))
+
+
+def cacheable_tokens(request: Any, tokens: int) -> int:
+    """How many of a request's first ``tokens`` may lie in blocks that later requests find.
+
+    Under a revision that treats the prompt's end as such, all before it: from the last prompt token on, keys
+    and values are those of an answer, and not of the same text in the next turn's prompt.
+    """
+    params = request.sampling_params
+    if params is not None and (params.extra_args or {}).get(PROMPT_BLOCKS_ONLY, False):
+        return int(min(tokens, request.num_prompt_tokens - 1))
+    return tokens
 
 
 def load(core: Any, plan: str) -> dict[str, Any]:
@@ -55,7 +73,7 @@ def load(core: Any, plan: str) -> dict[str, Any]:
             "error": first.get("error", f"rank {first['rank']} holds other numbers than the plan"),
             "code": first.get("code", "digest_mismatch"),
         }
-    core.interpretops.add(revision, parsed.digest(), whole_prompt=sees_whole_prompt(parsed))
+    core.interpretops.add(revision, parsed.digest(), cache_use(parsed))
     return {"revision": revision, "ranks": ranks}
 
 
@@ -97,7 +115,8 @@ def _idle(core: Any) -> list[str]:
 
 
 def patch_core() -> None:
-    """Patch `EngineCore` and `Scheduler`; utility methods are looked up by name on the core."""
+    """Patch `EngineCore`, `Scheduler` and the prefix cache; utility methods are looked up on the core."""
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
@@ -129,6 +148,9 @@ def patch_core() -> None:
             free_if_idle(self, self.interpretops_idle.pop())
         return result
 
+    def cache_blocks(original: Any, self: Any, request: Any, num_computed_tokens: int) -> None:
+        original(self, request, cacheable_tokens(request, num_computed_tokens))
+
     # vLLM loads plugins inside EngineCore.__init__, too late to wrap that: state is made at its first use.
     EngineCore.interpretops = property(_registry)
     EngineCore.interpretops_idle = property(_idle)
@@ -139,3 +161,4 @@ def patch_core() -> None:
     wrap_method(EngineCore, "post_step", post_step)
     wrap_method(Scheduler, "_free_request", free_request)
     wrap_method(Scheduler, "update_from_output", update_from_output)
+    wrap_method(KVCacheCoordinator, "cache_blocks", cache_blocks)

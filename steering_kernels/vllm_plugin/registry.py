@@ -12,11 +12,20 @@ class NotAdmittedError(Exception):
     """The request demands a revision that this engine does not hold, or no policy where one is demanded."""
 
 
+@dataclass(frozen=True)
+class CacheUse:
+    """What requests of a revision may do with the prefix cache."""
+
+    reads: bool = True
+    """Whether they may take blocks from it; not where a gate must see every prompt token."""
+    keeps_answers: bool = True
+    """Whether blocks of their answers may stay in it (`interpretops.prompt_boundary`)."""
+
+
 @dataclass
 class _Resident:
     digest: str
-    whole_prompt: bool
-    """The plan must see every prompt token, so its requests read nothing from the prefix cache."""
+    cache_use: CacheUse
     requests: set[str] = field(default_factory=set)
     retired: bool = False
 
@@ -30,25 +39,25 @@ class Registry:
         self._resident: dict[str, _Resident] = {}
         self._revision_of: dict[str, str] = {}
 
-    def add(self, revision: str, digest: str, *, whole_prompt: bool) -> None:
+    def add(self, revision: str, digest: str, cache_use: CacheUse) -> None:
         """A revision is loaded on every rank; admit its requests, also if it was being retired."""
         with self._lock:
-            entry = self._resident.setdefault(revision, _Resident(digest, whole_prompt))
+            entry = self._resident.setdefault(revision, _Resident(digest, cache_use))
             entry.retired = False
 
-    def admit(self, request_id: str, args: RequestArgs) -> bool:
-        """Count a request in; True if it must not read the prefix cache. Raises `NotAdmittedError`."""
+    def admit(self, request_id: str, args: RequestArgs) -> CacheUse:
+        """Count a request in; returns how it may use the prefix cache. Raises `NotAdmittedError`."""
         if args.revision is None:
             if not self.pass_through:
                 raise NotAdmittedError("this engine serves no request without a policy")
-            return False
+            return CacheUse()
         with self._lock:
             entry = self._resident.get(args.revision)
             if entry is None or entry.retired:
                 raise NotAdmittedError(f"revision {args.revision[:12]} is not resident")
             entry.requests.add(request_id)
             self._revision_of[request_id] = args.revision
-            return entry.whole_prompt
+            return entry.cache_use
 
     def release(self, request_id: str) -> str | None:
         """A request has ended; returns its revision if that is retired and has no other in flight."""

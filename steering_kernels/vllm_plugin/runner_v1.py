@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interpretops.errors import PlanError
+from steering_kernels.vllm_plugin.kv_blocks import cache_block_size, new_blocks
 from steering_kernels.vllm_plugin.report import attach_reports
 from steering_kernels.vllm_plugin.wrapping import wrap_method
 
@@ -23,7 +23,10 @@ def patch_runner_v1() -> None:
             runtime.untrack(request_id)
         for new in scheduler_output.scheduled_new_reqs:
             runtime.track(new.req_id, new.sampling_params.extra_args, new.num_computed_tokens)
-        runtime.clear_step()
+        runtime.end_step()
+        if runtime.keeps_readings:
+            size = cache_block_size(self)
+            runtime.empty_blocks(new_blocks(scheduler_output, size), size)
         return original(self, scheduler_output)
 
     def prepare_inputs(original: Any, self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
@@ -51,21 +54,6 @@ def patch_runner_v1() -> None:
     wrap_method(GPUModelRunner, "_prepare_inputs", prepare_inputs)
     wrap_method(GPUModelRunner, "_dummy_run", dummy_run)
     wrap_method(GPUModelRunner, "sample_tokens", sample_tokens)
-
-
-def count_slots(runner: Any) -> int:
-    """Tokens that a runner's key-value cache holds.
-
-    Raises `PlanError` where the cache forgets the beginning of a prompt, or there are several.
-    """
-    groups = runner.kv_cache_config.kv_cache_groups
-    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-    if kinds != ["FullAttentionSpec"]:
-        raise PlanError(
-            f"gates of scope 'prompt' need one key-value cache that holds whole prompts, but this model has "
-            f"{kinds}; use scope 'prompt_end'"
-        )
-    return int(runner.kv_cache_config.num_blocks * groups[0].kv_cache_spec.block_size)
 
 
 def _slots(table: Any, place: int, tokens: int) -> Tensor:

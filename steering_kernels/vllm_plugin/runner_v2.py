@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering_kernels.vllm_plugin.kv_blocks import cache_block_size, new_blocks
 from steering_kernels.vllm_plugin.report import attach_reports
 from steering_kernels.vllm_plugin.wrapping import wrap_method
 
@@ -30,9 +31,18 @@ def patch_runner_v2() -> None:
             self.interpretops.track(new.req_id, new.sampling_params.extra_args, new.num_computed_tokens)
         return original(self, scheduler_output)
 
-    def execute_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.interpretops.clear_step()
-        return original(self, *args, **kwargs)
+    def execute_model(
+        original: Any, self: Any, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any
+    ) -> Any:
+        runtime = self.interpretops
+        if dummy_run:
+            runtime.clear_step()
+        else:
+            runtime.end_step()
+            if runtime.keeps_readings:
+                size = cache_block_size(self)
+                runtime.empty_blocks(new_blocks(scheduler_output, size), size)
+        return original(self, scheduler_output, *args, dummy_run=dummy_run, **kwargs)
 
     def gather_batch_req_state(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         state, uniform_tokens = original(self, *args, **kwargs)

@@ -16,7 +16,7 @@ from interpretops.hook_points import SiteHooks, site_module
 from interpretops.model_spec import read_model_spec
 from interpretops.plan import POINTS, ModelSpec, Plan, Site
 from interpretops.shard import Shard
-from steering_kernels.ops import SumRanks
+from steering_kernels.ops import SumRanks, empty_slots
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.report import Report, StepReports
 from steering_kernels.vllm_plugin.request_args import RequestArgs
@@ -174,6 +174,22 @@ class SteeringRuntime:
         """The coming pass carries no request."""
         self._in_step = []
         self.bank.step.clear()
+
+    def end_step(self) -> None:
+        """The pass before is over; the coming one must be laid out (`begin_step`) before it runs."""
+        self._in_step = []
+        self.bank.step.end()
+
+    @property
+    def keeps_readings(self) -> bool:
+        """Whether gates keep readings beside the key-value cache, so that new blocks must be emptied."""
+        return self.bank.step.memory is not None
+
+    def empty_blocks(self, blocks: Sequence[int], block_size: int) -> None:
+        """Forget what was read of the tokens that these blocks of the key-value cache held for others."""
+        memory = self.bank.step.memory
+        if blocks and memory is not None:
+            empty_slots(memory, torch.tensor(blocks, device=memory.device), block_size)
 
     def begin_step(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 
 from interpretops.errors import InterpretOpsError
 from interpretops.plan import Plan
-from steering_kernels.vllm_plugin.runner_v1 import count_slots
+from steering_kernels.vllm_plugin.kv_blocks import count_slots
 from steering_kernels.vllm_plugin.runtime import make_runtime
 from steering_kernels.vllm_plugin.wrapping import wrap_method
 

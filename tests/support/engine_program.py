@@ -29,6 +29,7 @@ def main(job_path: str, result_path: str) -> None:
         if "error" in answer:
             raise SystemExit(answer["error"])
     batches: list[list[dict[str, Any]]] = []
+    asked: list[list[int]] = []
     for batch in job["batches"]:
         nonces = [secrets.token_hex(16) for _ in batch]
         params = [
@@ -43,8 +44,13 @@ def main(job_path: str, result_path: str) -> None:
             )
             for item, nonce in zip(batch, nonces, strict=True)
         ]
-        prompts = [{"prompt_token_ids": item["prompt"]} for item in batch]
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        # The next turn of a conversation: what was asked and answered in the batch before, and more.
+        before = [
+            asked[place] + batches[-1][place]["tokens"] if item.get("continues") else []
+            for place, item in enumerate(batch)
+        ]
+        asked = [[*said, *item["prompt"]] for said, item in zip(before, batch, strict=True)]
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked], params, use_tqdm=False)
         batches.append(
             [
                 {

@@ -95,7 +95,7 @@ def run_engine(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
                 | {"VLLM_PLUGINS": "interpretops" if plugin else "none", "VLLM_CPU_KVCACHE_SPACE": "1"},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                timeout=400,
+                timeout=900,
             )
         assert done.returncode == 0, log.read_text()[-3000:]
         result: dict[str, Any] = json.loads((folder / "result.json").read_text())

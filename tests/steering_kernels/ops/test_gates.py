@@ -1,10 +1,19 @@
 """Gates: the same verdict for the same tokens, however the scheduler cuts, mixes and repeats them."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steering_kernels.ops import GateView, StepMap, gate_open_reference, update_gates
+from steering_kernels.ops import (
+    GateView,
+    SiteTable,
+    StepMap,
+    apply_edits,
+    gate_open_reference,
+    update_gates,
+)
+from steering_kernels.ops.gates import phase_mask
 
 CPU = torch.device("cpu")
 
@@ -94,6 +103,41 @@ def test_gate_does_not_fire_at_an_attention_sink() -> None:
     update_gates(torch.tensor([[100.0, 0.0], [1.0, 0.0]]), [gate], step)
     assert step.gate_open[:, 1].tolist() == [False, True]
     assert step.opened.tolist() == [1]
+
+
+def test_gate_that_could_not_read_the_prompts_end_opens() -> None:
+    """A prompt that ends on a token past the norm bound opens a gate of its end; one token alone does not."""
+    gate = make_gate(prompt_end=True, latched=True, phase="both", max_norm=10.0)
+    step = StepMap(requests=2, gates=2, device=CPU)
+    step.begin(rows=[1, 1], slots=[0, 1], num_tokens=[3, 1], first_position=[0, 0], prompt_length=[2, 1])
+    update_gates(torch.tensor([[0.0, 0.0], [0.0, 99.0], [0.0, 0.0], [0.0, 99.0]]), [gate], step)
+    assert step.gate_open[:, 1].tolist() == [False, True, True, False]
+
+
+def test_first_generated_token_is_of_the_decode_phase() -> None:
+    """Decode begins at the last prompt token, out of which the first generated token comes."""
+    position = torch.arange(5)
+    length = torch.full((5,), 3)
+    decode, prefill = (phase_mask(phase, position, length) for phase in ("decode", "prefill"))
+    assert decode is not None
+    assert prefill is not None
+    assert decode.tolist() == [False, False, True, True, True]
+    assert prefill.tolist() == [True, True, True, False, False]
+
+
+def test_pass_that_was_not_laid_out_is_stopped() -> None:
+    """Before a step is begun, and after it has ended, no pass gets past an edit site unedited."""
+    table = SiteTable(2, rows=2, units=1, scales=0, device=CPU)
+    step = StepMap(requests=1, gates=2, device=CPU)
+    hidden = torch.ones(1, 2)
+    for undo in (lambda: None, step.end):
+        undo()
+        with pytest.raises(RuntimeError, match="before its batch was laid out"):
+            apply_edits(hidden, table, step)
+        step.clear()  # a dummy pass is said to be one
+        apply_edits(hidden, table, step)
+        step.begin(rows=[0], slots=[0], num_tokens=[1], first_position=[0], prompt_length=[1])
+        apply_edits(hidden, table, step)
 
 
 def test_pass_with_only_row_zero_costs_nothing() -> None:

@@ -16,6 +16,8 @@ from steering_kernels.ops import (
     PromptPart,
     StepMap,
     attention_probe_reference,
+    empty_slots,
+    may_ignore,
     new_memory,
     update_gates,
 )
@@ -89,11 +91,15 @@ def test_verdict_is_the_references_under_chunks_cache_and_recompute(
     """In any chunks, any slots, beside strangers, partly from the cache: the verdict of the whole prompt."""
     numbers = torch.Generator().manual_seed(seed)
     x = torch.randn(PROMPT + 3, WIDTH, generator=numbers)
-    max_norm = float(x.norm(dim=1).median()) if bounded else math.inf
+    # A bound that leaves as many tokens unread as a prompt may have, or one more: then the gate opens.
+    ignored = data.draw(st.integers(1, may_ignore(PROMPT) + 1), label="ignored")
+    norms = x[:PROMPT].norm(dim=1).sort().values
+    max_norm = float(norms[-ignored - 1] + norms[-ignored]) / 2 if bounded else math.inf
     found = heads(max_norm=max_norm, seed=seed)
     reading = reference(x[:PROMPT], found)
-    opens = data.draw(st.booleans(), label="opens")
-    view = gate(found, reading - (1e-4 if opens else -1e-4), latched=latched)
+    above = data.draw(st.booleans(), label="above the cut")
+    opens = above or (bounded and ignored > may_ignore(PROMPT))
+    view = gate(found, reading - (1e-4 if above else -1e-4), latched=latched)
     expected = [opens and place == PROMPT - 1 for place in range(PROMPT + 3)]
     if latched:
         expected = [opens and place >= PROMPT - 1 for place in range(PROMPT + 3)]
@@ -127,11 +133,41 @@ def test_probe_fires_where_something_was_not_kept() -> None:
     assert run(step, [view], x[4:], 4, list(range(20, 20 + PROMPT)))[-1] is True
 
 
-def test_prompt_of_sinks_alone_says_nothing() -> None:
-    """Where every token's norm is past the bound there is nothing to read, and the gate stays closed."""
+def test_emptied_slots_hold_nothing_of_their_former_owner() -> None:
+    """Where blocks were emptied another prompt finds nothing to read: its gate opens."""
+    x = torch.randn(PROMPT, WIDTH, generator=torch.Generator().manual_seed(1))
+    view = gate(heads(), 1e6)
+    step = new_step()
+    assert run(step, [view], x, 0, list(range(PROMPT)))[-1] is False
+    step.forget_request(1)
+    assert run(step, [view], x[8:], 8, list(range(PROMPT)))[-1] is False  # its own readings, as in the cache
+    step.forget_request(1)
+    assert step.memory is not None
+    empty_slots(step.memory, torch.tensor([1]), 4)
+    assert step.memory.isnan().all(dim=1).nonzero().flatten().tolist()[:4] == [4, 5, 6, 7]
+    assert run(step, [view], x[8:], 8, list(range(PROMPT)))[-1] is True
+
+
+@pytest.mark.parametrize("sinks", [1, may_ignore(PROMPT), may_ignore(PROMPT) + 1, PROMPT])
+def test_gate_that_had_to_ignore_too_much_opens(sinks: int) -> None:
+    """A few tokens past the norm bound are ordinary; of a prompt that consists of them nothing is known."""
+    step = new_step()
+    view = gate(heads(max_norm=5.0), 1e6)
+    x = torch.full((PROMPT, WIDTH), 0.1)
+    x[:sinks] = 9.0
+    opened = run(step, [view], x, 0, list(range(PROMPT)))
+    assert opened[:-1] == [False] * (PROMPT - 1)
+    assert opened[-1] is (sinks > may_ignore(PROMPT))
+
+
+def test_prompt_of_one_sink_says_nothing() -> None:
+    """The first token is a sink whatever it says: a prompt of it alone opens no gate."""
     step = new_step()
     view = gate(heads(max_norm=1.0), 1e6)
-    assert run(step, [view], torch.full((PROMPT, WIDTH), 9.0), 0, list(range(PROMPT))) == [False] * PROMPT
+    step.begin(rows=[1], slots=[1], num_tokens=[1], first_position=[0], prompt_length=[1])
+    step.prompts.append(PromptPart(1, 0, torch.tensor([0]), 1, True))
+    update_gates(torch.full((1, WIDTH), 9.0), [view], step)
+    assert step.gate_open[0, 1].item() is False
 
 
 def test_two_probes_of_a_row_keep_apart() -> None:

@@ -117,6 +117,16 @@ def test_pass_that_cannot_be_laid_out_does_not_run(steered: tuple[SteeringRuntim
         runtime.track("e", {}, 0)
 
 
+def test_pass_between_two_steps_is_stopped(steered: tuple[SteeringRuntime, Any, Plan]) -> None:
+    """A pass that a runner starts without laying it out raises in the model, and a dummy pass does not."""
+    runtime, model, _plan = steered
+    runtime.end_step()
+    with pytest.raises(RuntimeError, match="before its batch was laid out"):
+        model(torch.arange(1, 3)[None])
+    runtime.clear_step()
+    model(torch.arange(1, 3)[None])
+
+
 def test_hooks_stand_only_where_a_resident_plan_acts(
     steered: tuple[SteeringRuntime, Any, Plan], tmp_path: Path
 ) -> None:

@@ -1,0 +1,73 @@
+"""Which blocks a step gives to requests, and which tokens may stay in the prefix cache for later ones."""
+
+from types import SimpleNamespace as Of
+from typing import Any
+
+import numpy as np
+import pytest
+
+from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan
+from interpretops.prompt_boundary import depends_on_prompt_end
+from steering_kernels.vllm_plugin.core import admit, cache_use, cacheable_tokens
+from steering_kernels.vllm_plugin.kv_blocks import new_blocks
+from steering_kernels.vllm_plugin.registry import Registry
+
+SPEC = ModelSpec("m", "f" * 64, "LlamaForCausalLM", 8, 2, 2, 2, 4, 32)
+
+
+def plan(**options: Any) -> Plan:
+    nothing = np.zeros(0, np.float32)
+    gates = (
+        (ALWAYS, Gate(None, np.zeros((0, 0), np.float32), nothing, nothing, **options))
+        if options
+        else (ALWAYS,)
+    )
+    return Plan("p", "test", SPEC, {}, gates)
+
+
+@pytest.mark.parametrize(
+    ("options", "depends"),
+    [
+        ({}, False),
+        ({"scope": "token"}, False),
+        ({"latched": True}, False),
+        ({"phase": "decode"}, True),
+        ({"phase": "prefill"}, True),
+        ({"scope": "prompt_end"}, True),
+        ({"scope": "prompt", "latched": True}, True),
+    ],
+)
+def test_answers_stay_in_the_cache_only_where_the_prompts_end_does_not_matter(
+    options: dict[str, Any], depends: bool
+) -> None:
+    """Others may find the tokens before a prompt's last one; the later ones only without such gates."""
+    ours = plan(**options)
+    assert depends_on_prompt_end(ours) is depends
+    registry = Registry(pass_through=True)
+    registry.add("a" * 64, "digest", cache_use(ours))
+    arguments = {"interpretops_revision": "a" * 64, "interpretops_nonce": "0" * 32}
+    # What a caller that reached the engine wrote there does not count.
+    arguments["interpretops_prompt_blocks_only"] = not depends  # type: ignore[assignment]
+    params = Of(extra_args=arguments, skip_reading_prefix_cache=None)
+    admit(registry, Of(request_id="r", sampling_params=params, cache_salt=None))
+    request = Of(sampling_params=params, num_prompt_tokens=40)
+    assert [cacheable_tokens(request, tokens) for tokens in (32, 40, 96)] == (
+        [32, 39, 39] if depends else [32, 40, 96]
+    )
+
+
+def test_new_blocks_are_those_that_hold_nothing_of_their_request() -> None:
+    """Found blocks of a new or resumed request are kept; all others that a step hands out are new."""
+    step = Of(
+        scheduled_new_reqs=[
+            Of(block_ids=([1, 2, 3],), num_computed_tokens=0),
+            Of(block_ids=([4, 5, 6],), num_computed_tokens=64),
+        ],
+        scheduled_cached_reqs=Of(
+            req_ids=["running", "idle", "resumed"],
+            new_block_ids=[([7],), None, ([8, 9],)],
+            num_computed_tokens=[96, 40, 32],
+            resumed_req_ids={"resumed"},
+        ),
+    )
+    assert new_blocks(step, 32) == [1, 2, 3, 6, 7, 9]
