@@ -37,6 +37,9 @@ class GatewaySettings(Section):
     """Largest `n`: answers to one prompt."""
     max_answers: Annotated[int, Field(ge=1)] = 256
     """Most answers of one request: its prompts times `n`. Each counts as a request in a tenant's limits."""
+    max_answer_bytes: Annotated[int, Field(ge=64 * 1024)] = 32 * 1024 * 1024
+    """Largest answer that is not streamed: it is held whole until its receipt proves it. What is larger ends
+    in `answer_too_large`, and the engine stops; a stream has no such bound."""
     body_timeout_s: Seconds = 30.0
     """Longest wait for a client to send its body, for a connection without a request to send one, and for
     TLS to begin and to end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote
@@ -21,6 +22,8 @@ HOLDER_HEADER: Final = "X-Interpretops-Holder"
 NONCE_HEADER: Final = "x-interpretops-nonce"
 """Asks the engine to send the receipt of the request with its answer."""
 RECEIPT_HEADER: Final = b"x-interpretops-receipt"
+_MOST_BYTES: Final = 16 * 1024 * 1024
+"""Longest answer of the plugin's routes; an attestation of many ranks and revisions is far below."""
 _HEALTH = aiohttp.ClientTimeout(total=5.0)
 
 
@@ -250,7 +253,7 @@ class EngineClient:
                 allow_redirects=False,
             ) as response:
                 status = response.status
-                answer = await response.json(content_type=None)
+                answer = json.loads(await _read(response))
         except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:
             raise EngineError(f"engine does not answer {method} {path}: {_why(error)}") from error
         except ValueError:
@@ -265,6 +268,18 @@ class EngineClient:
                 f"engine refuses {method} {path.rsplit('/', 1)[0]}: {message}", str(code)
             )
         return answer
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > _MOST_BYTES:
+            response.close()
+            raise EngineError(f"the engine answers with more than {_MOST_BYTES} bytes")
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _digests_of_shards(plan: bytes, shards: list[tuple[int, int]]) -> dict[tuple[int, int], str]:

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from interpretops.errors import EngineError
+
 KEEPALIVE_S: Final = 3.0
 """Shorter than the engine's own 5 s, so that no request goes into a connection that is just being closed."""
 _MOST_BUFFERED: Final = 256 * 1024
@@ -28,6 +30,10 @@ class EngineGivenUpError(EngineUnreachableError):
 
 class EngineBrokeOffError(OSError):
     """The engine closed the connection before its answer was whole, or spoke no HTTP."""
+
+
+class AnswerTooLargeError(EngineError):
+    """An answer that had to be whole exceeds what is held of one."""
 
 
 class Answer:
@@ -51,10 +57,21 @@ class Answer:
         """Without its parameters."""
         return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
 
-    async def read(self) -> bytes:
-        """The whole body, or what is left of it."""
+    async def read(self, most: int) -> bytes:
+        """The whole body, or what is left of it. Raises `AnswerTooLargeError` over ``most`` bytes.
+
+        A longer one is not read to its end; `close` it.
+        """
+        stated = self.headers.get(b"content-length", b"")
         parts: list[bytes] = []
+        size = int(stated) if stated.isdigit() else 0
+        if size > most:
+            raise AnswerTooLargeError(f"the answer has {size} bytes, but at most {most} are held")
+        size = 0
         while part := await self.next():
+            size += len(part)
+            if size > most:
+                raise AnswerTooLargeError(f"the answer exceeds the {most} bytes that are held")
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from interpretops.errors import EngineError
 from proxy.engine_client import NONCE_HEADER, RECEIPT_HEADER, Receipt
 from proxy.engine_link import ProvenEngine
 from proxy.routes import Route
 from proxy.sanitize import serialize
+
+_MOST_BYTES: Final = 4 * 1024 * 1024
+"""Longest answer that is read; a longer one is given up."""
 
 
 async def ask(
@@ -30,7 +33,7 @@ async def ask(
         headers={NONCE_HEADER: nonce},
     )
     try:
-        answer = await upstream.read()
+        answer = await upstream.read(_MOST_BYTES)
     finally:
         upstream.close()
     told = upstream.headers.get(RECEIPT_HEADER)

@@ -200,6 +200,13 @@ class EngineTimeout(Refusal):
     retry = None
 
 
+class AnswerTooLarge(Refusal):
+    """The answer must be held whole until it is proven, and exceeds what is held of one."""
+
+    code = "answer_too_large"
+    status = 400
+
+
 class ReceiptFailed(Refusal):
     """The engine did not prove that the demanded revision steered the answer; the answer is withheld."""
 

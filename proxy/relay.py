@@ -17,10 +17,11 @@ from interpretops.errors import EngineError
 from proxy.binding import HEADER, NONE
 from proxy.engine_client import NONCE_HEADER, Receipt
 from proxy.engine_client import RECEIPT_HEADER as ENGINE_RECEIPT
-from proxy.engine_http import Answer, EngineGivenUpError, EngineUnreachableError
+from proxy.engine_http import Answer, AnswerTooLargeError, EngineGivenUpError, EngineUnreachableError
 from proxy.fleet import Turn
 from proxy.policy_files import Revision
 from proxy.refusal import (
+    AnswerTooLarge,
     EngineFailed,
     EngineNotReady,
     EngineTimeout,
@@ -43,6 +44,10 @@ PROCESSING_HEADER: Final = "openai-processing-ms"
 """Milliseconds until the answer was there; of a stream, until it began."""
 _NOT_RESIDENT: Final = frozenset(("revision_not_resident", "unknown_revision", "table_full", "retired"))
 _GONE = (OSError, TimeoutError)
+_MOST_ERROR: Final = 1024 * 1024
+"""Longest error of the engine that is read; vLLM quotes what it finds wrong."""
+_MOST_COMPARED: Final = 1024 * 1024
+"""Longest answer that is kept until a shadow has answered too."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ async def relay_plain(demand: Demand) -> web.StreamResponse:
         if upstream.status != 200:
             raise await _engine_refusal(upstream)
         await _check_engine(demand)
-        answer = await upstream.read()
+        answer = await _read_whole(demand, upstream)
     except _GONE as error:
         raise _engine_gone(demand, error) from error
     finally:
@@ -140,17 +145,34 @@ async def _send(demand: Demand, payload: bytes, *, streamed: bool) -> Answer:
 
 async def _relay_whole(demand: Demand, upstream: Answer, sent_at: float) -> web.StreamResponse:
     try:
-        answer = await upstream.read()
+        answer = await _read_whole(demand, upstream)
     except _GONE as error:
         raise _engine_gone(demand, error) from error
     demand.trail.engine_s = time.perf_counter() - sent_at
     receipt = await _proof(demand, upstream.headers.get(ENGINE_RECEIPT, b""))
-    if demand.trail.keep_answer:
+    if demand.trail.keep_answer and len(answer) <= _MOST_COMPARED:
         demand.trail.answer = answer
     if demand.trail.transcript is not None:
-        demand.trail.transcript.chunks.append(answer)
+        demand.trail.transcript.add(answer)
     headers = {**demand.headers, RECEIPT_HEADER: json.dumps(receipt, separators=(",", ":"))}
     return web.Response(body=answer, content_type="application/json", headers=headers)
+
+
+async def _read_whole(demand: Demand, upstream: Answer) -> bytes:
+    """An answer that must be whole before any of it is sent on, so that it is held: up to a bound."""
+    most = demand.gateway.settings.gateway.max_answer_bytes
+    try:
+        return await upstream.read(most)
+    except AnswerTooLargeError:
+        if told := upstream.headers.get(ENGINE_RECEIPT):
+            # The engine has done the work, and tells of it this once.
+            with contextlib.suppress(EngineError):
+                demand.trail.take(Receipt.read(told))
+        streams = "" if "stream" not in demand.route.fields else ", or stream it"
+        raise AnswerTooLarge(
+            f"the answer exceeds the {most} bytes that are held of one (gateway.max_answer_bytes); ask for "
+            f"fewer answers, tokens or log-probabilities{streams}"
+        ) from None
 
 
 async def _relay_stream(
@@ -185,7 +207,7 @@ async def _relay_stream(
                 last = now
                 await response.write(events)
                 if trail.transcript is not None:
-                    trail.transcript.chunks.append(events)
+                    trail.transcript.add(events)
         trail.engine_s = time.perf_counter() - sent_at
         if splitter.failed:
             trail.reason = EngineFailed.code
@@ -275,9 +297,9 @@ async def _check_engine(demand: Demand) -> None:
 async def _engine_refusal(upstream: Answer) -> Refusal:
     """The engine's own error, in OpenAI's shape; its inner failures without their text."""
     try:
-        told = json.loads(await upstream.read())["error"]
+        told = json.loads(await upstream.read(_MOST_ERROR))["error"]
         message, code, param = str(told["message"]), told.get("code"), told.get("param")
-    except (*_GONE, ValueError, KeyError, TypeError, AttributeError):
+    except (*_GONE, AnswerTooLargeError, ValueError, KeyError, TypeError, AttributeError):
         return EngineFailed(f"the engine answered with status {upstream.status}")
     if code in _NOT_RESIDENT:
         return PolicyUnavailable("the engine does not hold the demanded policy at the moment; try again")

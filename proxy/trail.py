@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 
 from proxy.engine_client import Receipt
+
+_MOST_HELD: Final = 16 * 1024 * 1024
+"""Bytes of an answer to be stored: a stream takes about 250 for each token."""
 
 
 @dataclass
@@ -21,6 +24,18 @@ class Transcript:
     """Of the body as it came, in bytes."""
     chunks: list[bytes] = field(default_factory=list)
     """The answer as it was sent."""
+    too_long: bool = False
+    """Whether the answer is longer than what is held of one; nothing of it is, then."""
+    _held: int = 0
+
+    def add(self, chunk: bytes) -> None:
+        """More of the answer."""
+        self._held += len(chunk)
+        if self._held > _MOST_HELD:
+            self.too_long = True
+            self.chunks.clear()
+        else:
+            self.chunks.append(chunk)
 
 
 @dataclass

@@ -100,6 +100,9 @@ class Transcripts:
             "stream": trail.stream,
         }
         kept = _Kept(trail.tenant, trail.transcript, facts)
+        if kept.transcript.too_long:
+            self._lose(kept, "too_long")
+            return
         if self._waiting and self._waiting_bytes + kept.size > _MOST_WAITING_BYTES:
             self._lose(kept, "too_much_waits")
             return

@@ -54,6 +54,10 @@ class FakeEngine:
     """Further fields of its receipts."""
     tcp: tuple[str, int] | None = None
     """Listen there instead of on the socket."""
+    huge: int = 0
+    """MiB of its whole answers, when not 0."""
+    written: int = 0
+    """MiB of them that it could write."""
     boot_id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
@@ -156,6 +160,8 @@ class FakeEngine:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if self.trick == "huge_error":
+            return await self._write_huge(request, 400)
         if self.trick == "busy":
             return web.json_response({"error": {"message": "later", "code": 503}}, status=503)
         self.seen.append(body)
@@ -180,6 +186,8 @@ class FakeEngine:
             receipt["tokens_evaluated"] = 0
         if self.trick != "no_receipt":
             self.receipts[body["vllm_xargs"]["interpretops_nonce"]] = receipt
+        if self.huge and not body.get("stream"):
+            return await self._write_huge(request, 200, self._take(request))
         told = None if self.script is None else self.script(body)
         if not body.get("stream"):
             choice = {"text": revision, "message": {"role": "assistant", "content": revision}}
@@ -211,6 +219,19 @@ class FakeEngine:
             await response.write(f": interpretops-receipt {carried}\n\n".encode())
         return response
 
+    async def _write_huge(self, request: web.Request, status: int, receipt: str = "") -> web.StreamResponse:
+        response = web.StreamResponse(status=status)
+        response.content_type = "application/json"
+        if receipt:
+            response.headers["x-interpretops-receipt"] = receipt
+        if self.trick == "huge_stated":
+            response.content_length = self.huge * 2**20
+        await response.prepare(request)
+        for _ in range(self.huge):
+            await response.write(b" " * 2**20)
+            self.written += 1
+        return response
+
     def _take(self, request: web.Request) -> str:
         """The receipt, as it travels with an answer that has come to its end."""
         if self.trick == "older_plugin":
@@ -218,8 +239,10 @@ class FakeEngine:
         receipt = self.receipts.pop(request.headers.get("x-interpretops-nonce", ""), None)
         return "" if receipt is None else json.dumps(receipt)
 
-    async def _plain(self, request: web.Request) -> web.Response:
+    async def _plain(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if self.huge:
+            return await self._write_huge(request, 200)
         self.plain.append(body)
         return web.json_response({"count": 3, "tokens": [1, 2, 3]})
 

@@ -64,7 +64,7 @@ async def test_connection_is_used_again(tmp_path):
             answer = await post(http, body, headers={"X-Trace": "t"})
             assert (answer.status, answer.content_type) == (200, "application/json")
             assert answer.headers[b"x-note"] == b"a"
-            assert await answer.read() == b"hello"
+            assert await answer.read(2**30) == b"hello"
         assert [body for _, body in script.requests] == [b'{"a":1}', b"{}"]
         assert script.requests[0][0].startswith(b"POST /v1/x HTTP/1.1\r\nHost: engine\r\n")
         assert b"X-Trace: t\r\n" in script.requests[0][0]
@@ -83,7 +83,7 @@ async def test_answer_in_single_bytes_is_the_same(tmp_path):
         for _ in range(2):
             answer = await post(http)
             assert answer.content_type == "text/event-stream"
-            assert await answer.read() == b"abcde"
+            assert await answer.read(2**30) == b"abcde"
         assert script.connections == 1
 
 
@@ -97,7 +97,7 @@ async def test_requests_at_once_have_connections_of_their_own(tmp_path):
 
     async with engine(tmp_path, meet) as (script, http, _):
         answers = await asyncio.gather(post(http), post(http))
-        assert [await answer.read() for answer in answers] == [b"hello"] * 2
+        assert [await answer.read(2**30) for answer in answers] == [b"hello"] * 2
         assert script.connections == 2
 
 
@@ -155,7 +155,7 @@ async def test_connection_with_more_than_was_asked_for_is_not_used_again(tmp_pat
 
     async with engine(tmp_path, twice) as (script, http, _):
         for _ in range(2):
-            assert await (await post(http)).read() == b"hello"
+            assert await (await post(http)).read(2**30) == b"hello"
         assert script.connections == 2
 
 
@@ -178,7 +178,7 @@ async def test_silence_is_noticed_and_ends_the_connection(tmp_path):
             await answer.next()
         await asyncio.wait_for(script.gone.wait(), 5)
         with pytest.raises(TimeoutError):
-            await (await post(http, total=0.5)).read()
+            await (await post(http, total=0.5)).read(2**30)
 
 
 async def test_closing_an_answer_tells_the_engine(tmp_path):
@@ -230,7 +230,7 @@ async def test_reader_that_does_not_read_stops_the_engine_from_sending(tmp_path)
             before = sent
             await asyncio.sleep(0.2)
         assert sent < 8 * 1024 * 1024
-        assert len(await answer.read()) == size
+        assert len(await answer.read(2**30)) == size
 
 
 async def test_closed_pool_fails_its_readers_and_serves_nobody(tmp_path):
@@ -242,7 +242,7 @@ async def test_closed_pool_fails_its_readers_and_serves_nobody(tmp_path):
 
     async with engine(tmp_path, hold) as (_, http, _made):
         answer = await post(http)
-        reading = asyncio.create_task(answer.read())
+        reading = asyncio.create_task(answer.read(2**30))
         await asyncio.sleep(0)
         http.close()
         with pytest.raises(EngineBrokeOffError):

@@ -1,0 +1,95 @@
+"""What the gateway holds of an answer is bounded: an engine that writes without end is cut, whoever asked."""
+
+import pytest
+
+from interpretops.transcript_file import make_key
+from proxy.engine_http import AnswerTooLargeError
+from proxy.own_request import ask
+from proxy.routes import ROUTES
+
+BOUND = {"gateway.max_answer_bytes": 8 * 2**20}
+MOST_WRITTEN = 16
+"""MiB: the bound, and what sockets and buffers between take."""
+PLAIN = {"/tokenize": {"prompt": "a"}, "/detokenize": {"tokens": [1]}}
+ASKED = {
+    "/v1/chat/completions": {"messages": []},
+    "/v1/completions": {"prompt": "a"},
+    "/v1/responses": {"input": "a"},
+    "/v1/messages": {"messages": []},
+    **PLAIN,
+}
+
+
+@pytest.mark.parametrize("path", ASKED)
+@pytest.mark.parametrize("trick", ["", "huge_stated"])
+async def test_whole_answer_is_held_up_to_a_bound(start, engine, until, path, trick):
+    """Of 200 MiB no more than the bound is read; the caller is told, and the engine is stopped."""
+    front = await start("calm", **BOUND, tenants=[{"id": "anonymous", "limits": {"tokens_per_minute": 99}}])
+    engine.huge, engine.trick, engine.more = 200, trick, {"cached_tokens": 40}
+    async with front.public.post(path, json={"model": "tiny-model", **ASKED[path]}) as answer:
+        error = (await answer.json())["error"]
+    assert (answer.status, error["code"]) == (400, "answer_too_large")
+    assert "gateway.max_answer_bytes" in error["message"]
+    assert ("stream" in error["message"]) == (path not in PLAIN)
+    if path not in PLAIN:
+        # It went through the model, and is paid for.
+        assert 'tenant_tokens_total{tenant="anonymous"} 43.0' in front.apps.gateway.metrics.render().decode()
+        await until(lambda: gone(engine))
+    assert engine.written <= MOST_WRITTEN
+
+
+async def gone(engine):
+    return engine.aborted.is_set()
+
+
+async def test_answer_within_the_bound_arrives(start, engine):
+    """As long as it fits, and whatever its headers say of its length."""
+    front = await start("calm", **BOUND)
+    engine.huge = 7
+    for engine.trick in ("", "huge_stated"):
+        async with front.public.post("/tokenize", json={"model": "tiny-model", "prompt": "a"}) as answer:
+            assert (answer.status, len(await answer.read())) == (200, 7 * 2**20)
+
+
+async def test_stream_has_no_bound(start, engine):
+    """What can be sent on as it comes is not held, however long it is."""
+    front = await start("calm", **{"gateway.max_answer_bytes": 64 * 1024})
+    event = {"choices": [{"text": "a" * 100_000}]}
+    engine.script = lambda body: [event] * 20
+    status, _, text = await front.chat(stream=True)
+    assert (status, text.count('"choices"')) == (200, 20)
+
+
+async def test_error_of_the_engine_is_held_up_to_a_bound(start, engine, until):
+    """An error without end is a failure of the engine, and no memory of ours."""
+    front = await start("calm")
+    engine.huge, engine.trick = 200, "huge_error"
+    status, _, body = await front.chat()
+    assert (status, body["error"]["code"]) == (502, "engine_failed")
+    assert engine.written <= MOST_WRITTEN
+
+
+async def test_own_requests_hold_no_more(start, engine):
+    """The gateway's own questions, of canary and shadows, are bounded too."""
+    front = await start("calm")
+    engine.huge = 200
+    proven = front.apps.gateway.fleet.current
+    with pytest.raises(AnswerTooLargeError):
+        await ask(proven, ROUTES["/v1/completions"], {"model": "tiny-model", "prompt": "a"}, "none", 10)
+    assert engine.written <= MOST_WRITTEN
+
+
+async def test_long_stream_is_not_held_to_be_kept(start, engine, until, tmp_path, monkeypatch):
+    """A stream that is too long to be kept, of a tenant who asks for it, is lost: told and counted."""
+    monkeypatch.setenv("KEPT", make_key())
+    monkeypatch.setattr("proxy.trail._MOST_HELD", 1000)
+    tenants = [{"id": "anonymous", "transcripts": {"key": "env:KEPT"}}]
+    front = await start("calm", tenants=tenants, **{"paths.transcripts": tmp_path / "kept"})
+    engine.script = lambda body: [{"choices": [{"text": "a" * 100}]}] * 20
+    await front.chat(stream=True)
+
+    async def lost():
+        return [line for line in front.log if line["event"] == "transcript_lost"]
+
+    await until(lost)
+    assert (await lost())[0]["kind"] == "too_long"
