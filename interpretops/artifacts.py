@@ -1,5 +1,6 @@
 """Finding the dictionaries and adapters of a model in the artifacts folder."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -133,4 +134,9 @@ class Artifacts:
         return f"{text}; train one with `mechctl sae-train`{self._broken()}"
 
     def _broken(self) -> str:
-        return f" (not readable: {'; '.join(self.unreadable)})" if self.unreadable else ""
+        wrong = list(self.unreadable)
+        try:
+            os.scandir(self.root).close()
+        except OSError as error:
+            wrong.insert(0, f"{self.root}: {error.strerror}")
+        return f" (not readable: {'; '.join(wrong)})" if wrong else ""

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from structlog.typing import FilteringBoundLogger
 
-from interpretops.errors import EngineError, PolicyError
+from interpretops.errors import EngineError
 from interpretops.plan import ModelSpec
 from proxy.catalogue import Catalogue
 from proxy.engine_link import ProvenEngine
 from proxy.entry import Entry, ReloadReport
 from proxy.fleet import Fleet
 from proxy.metrics import Metrics
-from proxy.policy_files import BrokenPolicyError, compile_file, file_digest, find_policies
+from proxy.policy_files import BrokenPolicyError, DuplicatePolicyError, compile_file, file_digest
+from proxy.policy_folders import SOURCES, Listing, PolicyFolders, Source
+
+_COMPOSED: Final = Path("composed policies")
+"""Stands for the file that they have not."""
+_DELETED: Final = "deleted"
+_OF_FILES: Final = ("file", "duplicate")
 
 
 class Intake:
@@ -32,14 +38,18 @@ class Intake:
     ) -> None:
         self._folder = folder
         self._artifacts = artifacts
+        self._folders = PolicyFolders(folder, artifacts)
         self._catalogue = catalogue
         self._fleet = fleet
         self._metrics = metrics
         self._log = log
         self.file_errors: dict[Path, str] = {}
         """Why a file is not what serves, or serves nothing."""
+        self._source: dict[Path, Source] = {}
+        """Of errors that no policy's own metric shows: what kind of thing it is that is wrong."""
         self._seen: dict[Path, str] = {}
         self._owner: dict[Path, str] = {}
+        self._show_sources()
 
     async def prepare(self, engine: ProvenEngine) -> None:
         """Load everything into an engine that has nothing yet. Raises `EngineError` when it may not join."""
@@ -69,14 +79,11 @@ class Intake:
 
     async def _reload(self, spec: ModelSpec, *, force: bool) -> ReloadReport:
         report = ReloadReport()
-        try:
-            files = await asyncio.to_thread(find_policies, self._folder)
-        except PolicyError as error:
-            files = {}
-            self._note_failure(report, self._folder, None, str(error))
-        else:
-            self.file_errors.pop(self._folder, None)
-            self._forget_deleted(files, report)
+        listing = await asyncio.to_thread(self._folders.look)
+        self._note_hidden(listing, report)
+        files = listing.files or {}
+        if listing.files is not None:
+            self._forget_deleted(listing, report)
         await self._restore(report)
         for entry in self._catalogue.entries.values():
             if entry.shadow is not None and entry.shadow not in self._catalogue.residency:
@@ -87,6 +94,7 @@ class Intake:
         for path, digest in files.items():
             if force or self._seen.get(path) != digest:
                 await self._bring_in(spec, path, digest, report, force=force)
+        self._show_sources()
         return report
 
     async def _restore(self, report: ReloadReport) -> None:
@@ -105,7 +113,9 @@ class Intake:
         try:
             await self._catalogue.compositions.restore()
         except EngineError as error:
-            self._note_failure(report, self._folder, None, f"composed policies: {error}")
+            self._note_failure(report, _COMPOSED, None, str(error))
+        else:
+            self._clear(_COMPOSED)
 
     async def _bring_in(
         self, spec: ModelSpec, path: Path, digest: str, report: ReloadReport, *, force: bool
@@ -123,8 +133,10 @@ class Intake:
             self._seen[path] = digest
             if former is None and error.policy is not None and not self._files_of(error.policy):
                 self._owner[path] = error.policy
-            self._note_failure(report, path, self._owner.get(path), str(error))
+            source: Source = "duplicate" if isinstance(error, DuplicatePolicyError) else "file"
+            self._note_failure(report, path, self._owner.get(path), str(error), source)
             return
+        self._take_over(path, fresh.policy)
         self._owner[path] = fresh.policy
         entry = catalogue.entries.setdefault(fresh.policy, Entry(fresh.policy))
         held = force and entry.is_held(fresh)
@@ -146,7 +158,7 @@ class Intake:
             if former is not None and former != fresh.policy:
                 catalogue.remove(former, path, report)
         self._seen[path] = digest
-        self.file_errors.pop(path, None)
+        self._clear(path)
         entry.error = None
         self._metrics.policy_broken.labels(entry.policy).set(0)
 
@@ -167,8 +179,9 @@ class Intake:
 
     def _check_owner(self, path: Path, policy: str) -> None:
         """A policy has one file, and a file's policy is not renamed away while bindings demand it."""
-        if others := [other for other in self._files_of(policy) if other != path]:
-            raise BrokenPolicyError(
+        others = [other for other in self._files_of(policy) if other != path and not self._is_deleted(other)]
+        if others:
+            raise DuplicatePolicyError(
                 None, f"{path}: meta.id = {policy!r}, but {others[0]} has that id already; choose another"
             )
         former = self._owner.get(path, policy)
@@ -180,23 +193,80 @@ class Intake:
     def _files_of(self, policy: str) -> list[Path]:
         return [path for path, owned in self._owner.items() if owned == policy]
 
-    def _forget_deleted(self, files: Mapping[Path, str], report: ReloadReport) -> None:
-        known = {*self._seen, *self._owner, *self.file_errors} - {self._folder}
+    def _is_deleted(self, path: Path) -> bool:
+        return self._seen.get(path) == _DELETED
+
+    def _take_over(self, path: Path, policy: str) -> None:
+        """Forget the deleted file of a policy that bindings demand: it has another one now."""
+        for other in self._files_of(policy):
+            if other != path and self._is_deleted(other):
+                self._forget(other)
+
+    def _forget(self, path: Path) -> None:
+        self._seen.pop(path, None)
+        self._owner.pop(path, None)
+        self._clear(path)
+
+    def _clear(self, path: Path) -> None:
+        self.file_errors.pop(path, None)
+        self._source.pop(path, None)
+
+    def _note_hidden(self, listing: Listing, report: ReloadReport) -> None:
+        """Folders that cannot be looked into, and those that can again."""
+        folders = [
+            path for path, source in self._source.items() if source in ("policies", "artifacts", "cards")
+        ]
+        for path in folders:
+            if path not in listing.hidden:
+                self._clear(path)
+                self._log.info("folder_readable", folder=str(path))
+        for path, (source, text) in listing.hidden.items():
+            self._note_failure(report, path, None, text, source)
+
+    def _show_sources(self) -> None:
+        for source in SOURCES:
+            self._metrics.policy_sources_broken.labels(source).set([*self._source.values()].count(source))
+
+    def _forget_deleted(self, listing: Listing, report: ReloadReport) -> None:
+        files, forgotten = listing.files or {}, False
+        known = {
+            *self._seen,
+            *self._owner,
+            *(path for path, kind in self._source.items() if kind in _OF_FILES),
+        }
         for path in sorted(known - files.keys()):
+            if listing.hides(path):
+                continue
             policy = self._owner.get(path)
             if policy in self._catalogue.demanded:
                 text = f"{path}: deleted, but bindings demand {policy!r}; its last revision keeps serving"
                 self._note_failure(report, path, policy, text)
-                self._seen[path] = "deleted"
+                self._seen[path] = _DELETED
+                forgotten = True
                 continue
-            self._seen.pop(path, None)
-            self._owner.pop(path, None)
-            self.file_errors.pop(path, None)
+            self._forget(path)
+            forgotten = True
             if policy is not None:
                 self._catalogue.remove(policy, path, report)
 
-    def _note_failure(self, report: ReloadReport, path: Path, policy: str | None, text: str) -> None:
+        if forgotten:
+            # What another file kept from serving may serve now.
+            for path in [path for path, source in self._source.items() if source == "duplicate"]:
+                self._seen.pop(path, None)
+
+    def _note_failure(
+        self,
+        report: ReloadReport,
+        path: Path,
+        policy: str | None,
+        text: str,
+        source: Source | None = None,
+    ) -> None:
+        """``source`` tells what is wrong where no policy is known whose metric would show it."""
         report.failed[str(path)] = text
+        self._source.pop(path, None)
+        if policy is None and source is not None:
+            self._source[path] = source
         if policy is not None:
             self._catalogue.entries.setdefault(policy, Entry(policy)).error = text
             self._metrics.policy_broken.labels(policy).set(1)

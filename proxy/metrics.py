@@ -89,6 +89,12 @@ class Metrics:
             ("policy",),
             registry=registry,
         )
+        self.policy_sources_broken = Gauge(
+            "interpretops_policy_sources_broken",
+            "Folders that cannot be looked into, and files that serve nothing and are of no known policy.",
+            ("source",),
+            registry=registry,
+        )
         self.connections_cut = Counter(
             "interpretops_connections_cut",
             "Connections of clients that sent no whole request or read no answer for too long.",

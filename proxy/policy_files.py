@@ -1,9 +1,8 @@
-"""Finds policy files and compiles them; content, not time, decides what is new."""
+"""Compiles policy files; content, not time, decides what is new."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,23 +56,6 @@ def judge(policy: str, revision: str, folder: Path, criteria: SuccessCriteria | 
     return found.passed, found.reason
 
 
-def find_policies(folder: Path) -> Mapping[Path, str]:
-    """The policy files of a folder, by sha256: every ``*.yaml`` in it, every ``policy.yaml`` below.
-
-    Hidden files and folders are passed over. Raises `PolicyError` when the folder is not there.
-    """
-    if not folder.is_dir():
-        raise PolicyError(
-            f"paths.policies = {folder}, but there is no such folder; what was loaded keeps serving"
-        )
-    found: dict[Path, str] = {}
-    for path in sorted({*folder.glob("*.yaml"), *folder.glob("**/policy.yaml")}):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        found[path] = file_digest(path)
-    return found
-
-
 def file_digest(path: Path) -> str:
     """What tells one state of a policy file from another."""
     try:
@@ -91,6 +73,10 @@ class BrokenPolicyError(PolicyError):
         super().__init__(message)
         self.policy = policy
         """The id that the file gives, where it could be read that far."""
+
+
+class DuplicatePolicyError(BrokenPolicyError):
+    """A policy file whose id another file has already."""
 
 
 def compile_file(path: Path, model: ModelSpec, artifacts: Path, folder: Path) -> Revision:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import ssl
-import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +12,7 @@ from typing import Final, Literal
 from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import ConfigError
+from interpretops.regular_file import read_regular
 from interpretops.settings import GatewaySettings
 from proxy.certificate import Validity, validity
 from proxy.metrics import Metrics
@@ -131,13 +130,8 @@ def make_doorways(settings: GatewaySettings) -> Doorways:
 
 
 def _content(path: Path, field: str) -> bytes:
-    """A plain file's, bounded; anything else could block or never end."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ConfigError(f"{field} = {path}, but that is no plain file")
-            content = file.read(_MOST_BYTES + 1)
+        content = read_regular(path, _MOST_BYTES)
     except OSError as error:
         raise ConfigError(f"{field} = {path}, but it cannot be read ({error.strerror})") from error
     if len(content) > _MOST_BYTES:
