@@ -222,10 +222,13 @@ class Catalogue:
         active = {policy: other.active for policy, other in self.entries.items() if other.active is not None}
         try:
             composed = await self.compositions.load(fresh, active)
-        except (PlanError, EngineError) as error:
-            if entry.active is None or entry.active.revision != fresh.revision:
+        except BaseException as error:
+            # Whatever it is, what does not serve must not stay in the engines.
+            if fresh.revision not in {kept.revision for kept in (entry.active, entry.shadow) if kept}:
                 self.residency.retire(fresh)
-            raise EngineError(str(error)) from error
+            if isinstance(error, PlanError):
+                raise EngineError(str(error)) from error
+            raise
         self.end_shadow(entry, fresh)
         old = entry.swap(fresh)
         self.compositions.swap(composed)

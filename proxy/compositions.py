@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 
 from interpretops.compose import SEPARATOR, compose_plans
@@ -47,16 +47,30 @@ class Compositions:
     async def load(self, fresh: Revision, active: Mapping[str, Revision]) -> dict[str, Revision]:
         """Make resident what ``fresh`` brings into all its sets whose other members are active.
 
-        Raises `PlanError` or `EngineError`; nothing serves differently until `swap`.
+        Raises `PlanError` or `EngineError`; nothing serves differently until `swap`. Of a load that fails
+        half-way nothing stays in the engines.
         """
         made: dict[str, Revision] = {}
         for name, members in self._sets.items():
             parts = {**active, fresh.policy: fresh}
             if fresh.policy in members and members <= parts.keys():
                 made[name] = await asyncio.to_thread(_compose, name, [parts[policy] for policy in members])
-        for revision in made.values():
-            await self._residency.load(revision)
+        loaded: list[Revision] = []
+        try:
+            for revision in made.values():
+                await self._residency.load(revision)
+                loaded.append(revision)
+        except BaseException:
+            self.give_up(loaded)
+            raise
         return made
+
+    def give_up(self, made: Iterable[Revision]) -> None:
+        """Free what was loaded and will not serve."""
+        serving = {revision.revision for revision in self.current}
+        for revision in made:
+            if revision.revision not in serving:
+                self._residency.retire(revision)
 
     def swap(self, made: Mapping[str, Revision]) -> None:
         """From here on every request that is accepted gets what was made; what it replaces is freed."""

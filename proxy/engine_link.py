@@ -35,6 +35,8 @@ class ProvenEngine:
     """Started by this gateway: no other process can ever answer at its address."""
     resident: dict[str, str] = field(default_factory=dict)
     """Revision to the digest that every rank has attested. No request of another is ever sent there."""
+    unfreed: set[str] = field(default_factory=set)
+    """Revisions that it may hold although nobody needs them: loading or freeing them got no answer."""
 
     @property
     def served(self) -> frozenset[str]:

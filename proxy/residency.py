@@ -64,18 +64,22 @@ class Residency:
             if not engines:
                 raise EngineError("the engine is not ready; policies are loaded when it is")
             lacking = [engine for engine in engines if name not in engine.resident]
-            results = await asyncio.gather(*(self._try(engine, revision) for engine in lacking))
+            results = await asyncio.gather(
+                *(self._try(engine, revision) for engine in lacking), return_exceptions=True
+            )
             faults = {
                 engine.name: error
                 for engine, error in zip(lacking, results, strict=True)
                 if error is not None
             }
-            refused = [error for error in faults.values() if _is_the_plans_own(error)]
+            refused = [error for error in faults.values() if not _is_the_engines_own(error)]
             if refused or len(faults) == len(engines):
                 for engine in lacking:
                     await self._retire(engine, name)
+                self._free_unheld_soon()
                 raise (refused or list(faults.values()))[0]
             self._retiring.discard(name)
+        self._free_unheld_soon()
         for engine_name, error in faults.items():
             self._metrics.engine_unattested.labels(engine_name).inc()
             self._log.error("revision_not_attested", engine=engine_name, revision=name, error=str(error))
@@ -116,7 +120,11 @@ class Residency:
         try:
             await engine.client.load(revision.revision, revision.plan, revision.digest)
         except EngineError as error:
+            if not isinstance(error, EngineRefusedError):
+                # It may have been loaded all the same.
+                engine.unfreed.add(revision.revision)
             return error
+        engine.unfreed.discard(revision.revision)
         engine.resident[revision.revision] = revision.digest
         return None
 
@@ -139,8 +147,34 @@ class Residency:
         try:
             await engine.client.retire(name)
         except EngineError as error:
+            # Tried again when the next revision is loaded.
+            engine.unfreed.add(name)
             self._log.warning("retire_failed", revision=name, error=str(error))
 
+    def _free_unheld_soon(self) -> None:
+        if not any(engine.unfreed for engine in self._fleet.joined):
+            return
+        task = self._supervisor.spawn("free revision", self._free_unheld_now())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-def _is_the_plans_own(error: EngineError) -> bool:
-    return isinstance(error, EngineRefusedError) and error.reason in _THE_PLANS_OWN
+    async def _free_unheld_now(self) -> None:
+        async with self._lock:
+            await self._free_unheld(self._fleet.joined)
+
+    async def _free_unheld(self, engines: list[ProvenEngine]) -> None:
+        """Free what engines may hold without anybody's knowing."""
+        for engine in engines:
+            for name in sorted(engine.unfreed):
+                if name not in engine.resident:
+                    try:
+                        await engine.client.retire(name)
+                    except EngineError:
+                        break
+                engine.unfreed.discard(name)
+
+
+def _is_the_engines_own(error: BaseException) -> bool:
+    """Whether a failure says nothing against the plan, and other engines may take it."""
+    known = isinstance(error, EngineError)
+    return known and not (isinstance(error, EngineRefusedError) and error.reason in _THE_PLANS_OWN)

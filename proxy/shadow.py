@@ -24,6 +24,8 @@ from proxy.trail import Trail
 
 _AT_A_TIME: Final = 4
 """Shadows in progress; a request beyond that is not repeated, so that shadows never queue before answers."""
+_MALFORMED: Final = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+"""What reading an answer raises that has not the shape it should have."""
 
 
 @dataclass
@@ -100,11 +102,11 @@ class Shadows:
         try:
             with self._residency.pin(revision):
                 answer, receipt = await ask(engine, route, body, revision.revision, self._timeout_s)
-        except (EngineError, OSError, TimeoutError, ValueError) as error:
-            self._log.info("shadow_failed", policy=revision.policy, kind=type(error).__name__)
-        else:
             result = _compare(body, trail.answer, answer)
-        self._count(revision, result, trail, receipt)
+        except (EngineError, OSError, TimeoutError, *_MALFORMED) as error:
+            self._log.info("shadow_failed", policy=revision.policy, kind=type(error).__name__)
+        finally:
+            self._count(revision, result, trail, receipt)
 
     def _count(self, revision: Revision, result: str, trail: Trail, receipt: Receipt | None) -> None:
         tally = self.tallies.get(revision.policy)

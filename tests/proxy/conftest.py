@@ -38,6 +38,8 @@ class FakeEngine:
     silences: int = 0
     """How often it was asked while its workers hung."""
     plans: dict[str, Plan] = field(default_factory=dict)
+    room: int = 1000
+    """Most plans that it takes."""
     retired: list[str] = field(default_factory=list)
     seen: list[dict[str, Any]] = field(default_factory=list)
     plain: list[dict[str, Any]] = field(default_factory=list)
@@ -132,10 +134,12 @@ class FakeEngine:
         return web.json_response({"ok": True})
 
     async def _load(self, request: web.Request) -> web.Response:
-        if self.trick == "table_full":
+        if self.trick == "table_full" or len(self.plans) >= self.room:
             return web.json_response({"error": {"message": "full", "code": "table_full"}}, status=507)
         revision, plan = request.match_info["revision"], Plan.from_bytes(await request.read())
         self.plans[revision] = plan
+        if self.trick == "load_unanswered":
+            return web.Response(text="<html>")
         halves = {"two_ranks": (0, 1), "one_half": (0, 1), "same_half": (0, 0)}.get(self.trick, (0,))
         digests = [Shard(half, len(halves)).of_plan(plan).digest() for half in halves]
         ranks = [

@@ -75,6 +75,41 @@ async def test_edit_that_makes_them_clash_changes_nothing(start, engine, folder)
     assert len(engine.plans) == 3
 
 
+@pytest.mark.parametrize("trick", ["full", "silent"])
+async def test_composition_that_fails_half_way_leaves_no_rows(start, engine, folder, until, trick):
+    """Of several plans that a change needs the last one is not taken, or its loading gets no answer: what was
+    loaded before it is freed again, the engine holds what it held, and all goes on as it was."""
+    write(folder, "third", 3)
+    third = {"policy": "third", "mode": "mandatory", "match": {"route": "/v1/completions"}}
+    front = await start(bindings=[*BOTH, third], **{"gateway.watch_policies": False})
+    before = set(engine.plans)
+    assert len(before) == 5
+    write(folder, "calm", 1, scale=0.25)
+    if trick == "full":
+        engine.room = 7
+    else:
+        engine.trick = "load_unanswered"
+    assert not (await reload(front))["ok"]
+    engine.trick = ""
+
+    async def as_before():
+        return set(engine.plans) == before
+
+    await until(as_before)
+    (proven,) = front.apps.gateway.fleet.joined
+    assert set(proven.resident) == before
+    assert proven.unfreed == set()
+    status, headers, _ = await front.chat()
+    assert (status, headers["X-Steering-Policy"][:12]) == (200, "calm+strict@")
+    engine.room = 1000
+    assert (await reload(front))["ok"]
+    await until(lambda: held(engine, 5))
+
+
+async def held(engine, plans):
+    return len(engine.plans) == plans
+
+
 async def test_policies_that_clash_from_the_start_serve_nobody(start, engine, folder):
     """Nothing is served in place of what cannot be composed; readiness and the list say so."""
     write(folder, "strict", 1)

@@ -57,6 +57,38 @@ async def test_shadow_answers_nobody_and_is_counted(front, engine, until):
     assert b'interpretops_shadow_requests_total{policy="calm",result="changed"} 1.0' in metrics
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        7,
+        None,
+        {"choices": 1, "output": 3},
+        {"output": [1]},
+        {"output": {"a": 1}},
+        {"output": [None, "x"]},
+    ],
+)
+async def test_answer_that_cannot_be_compared_is_counted(front, engine, until, answer):
+    """A shadow whose answer has another shape than an answer is counted as failed: none ends unheard."""
+    waiting = (await entry(front))["candidate"]
+    assert await cast(front) == 200
+
+    def script(body):
+        shadow = body["vllm_xargs"]["interpretops_revision"] == waiting
+        return [answer if shadow else {"choices": [], "usage": {}}]
+
+    engine.script = script
+    assert (await front.chat(model="tiny-model+calm", temperature=0))[0] == 200
+
+    async def counted():
+        tally = (await entry(front))["shadow"]
+        return tally is not None and sum(tally["requests"].values()) == 1
+
+    await until(counted)
+    assert not [line for line in front.log if line["event"] == "task_failed"]
+
+
 async def test_shadow_that_fails_disturbs_no_answer(front, engine, until):
     """Whatever becomes of the shadow, the caller has its answer; the failure is counted."""
     await cast(front)
