@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from multidict import CIMultiDictProxy
 from structlog.typing import FilteringBoundLogger
@@ -69,6 +69,8 @@ class Access:
         self._deleted = False
         self.failure: str | None = None
         """Why the file's keys are not those in force."""
+        self.skipped: dict[str, str] = {}
+        """Ids of keys that stand in the file and open nothing, and why."""
         if self._path is not None:
             if not _exists(self._path):
                 raise ConfigError(
@@ -117,6 +119,12 @@ class Access:
         else:
             self.failure = None
             self._metrics.keys_broken.set(0)
+
+    def shown(self) -> dict[str, Any] | None:
+        """For operators: what became of the file of keys; None where no keys are asked for."""
+        if self._path is None:
+            return None
+        return {"loaded": len(self._ring.keys), "skipped": self.skipped, "failed": self.failure}
 
     def not_ready(self) -> Iterator[Reason]:
         """Why nobody is let in: as `identify` decides it."""
@@ -177,14 +185,21 @@ class Access:
         return key
 
     def _read(self, path: Path) -> KeyRing:
+        """The file's keys but those of undeclared tenants: these open nothing, and stop no other."""
         keys = read_keys(path)
-        for key in keys:
-            if key.tenant is not None and key.tenant not in self._tenants:
-                raise ConfigError(
-                    f"{path}: key {key.id} is for tenant {key.tenant!r}, but tenants declares "
-                    f"{', '.join(sorted(self._tenants)) or 'none'}; declare it or revoke the key"
-                )
-        return KeyRing(keys)
+        declared = ", ".join(sorted(self._tenants)) or "none"
+        skipped = {
+            key.id: f"{path}: key {key.id} is for tenant {key.tenant!r}, but tenants declares {declared}; "
+            "declare it or revoke the key"
+            for key in keys
+            if key.tenant is not None and key.tenant not in self._tenants
+        }
+        for key_id, why in skipped.items():
+            if key_id not in self.skipped:
+                self._log.error("key_skipped", key=key_id, error=why)
+        self.skipped = skipped
+        self._metrics.keys_skipped.set(len(skipped))
+        return KeyRing(tuple(key for key in keys if key.id not in skipped))
 
 
 def _exists(path: Path) -> bool:

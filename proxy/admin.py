@@ -107,15 +107,7 @@ async def reload(request: web.Request) -> web.Response:
         report = await reload_everything(gateway)
     except InterpretOpsError as error:
         raise EngineNotReady(str(error)) from error
-    return web.json_response(
-        {
-            "ok": not report.failed,
-            "loaded": report.loaded,
-            "removed": report.removed,
-            "failed": report.failed,
-            "waiting": report.waiting,
-        }
-    )
+    return web.json_response(report.shown())
 
 
 async def change_policy(request: web.Request) -> web.Response:

@@ -89,6 +89,19 @@ class ReloadReport:
     removed: list[str] = field(default_factory=list)
     waiting: dict[str, str] = field(default_factory=dict)
     """Candidates, and what each waits for."""
+    keys: dict[str, Any] | None = None
+    """What became of the file of keys, if any: how many are in force, which are skipped, why it failed."""
+
+    def shown(self) -> dict[str, Any]:
+        """For whoever asked for it."""
+        told = {
+            "ok": not self.failed,
+            "loaded": self.loaded,
+            "removed": self.removed,
+            "failed": self.failed,
+            "waiting": self.waiting,
+        }
+        return told if self.keys is None else {**told, "keys": self.keys}
 
 
 def _name(revision: Revision | None) -> str | None:

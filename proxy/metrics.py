@@ -213,6 +213,11 @@ class Metrics:
             "1 while the file of keys is gone, or cannot be taken and older keys are in force for a while.",
             registry=registry,
         )
+        self.keys_skipped = Gauge(
+            "interpretops_keys_skipped",
+            "Keys that stand in the file of keys and open nothing, as their tenant is not declared.",
+            registry=registry,
+        )
         self.engine_up = Gauge(
             "interpretops_engine_up", "1 while an engine answers.", ("engine",), registry=registry
         )

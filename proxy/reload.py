@@ -25,6 +25,7 @@ async def reload_everything(gateway: Gateway) -> ReloadReport:
             failed["audit.path"] = gateway.audit.failing
     report = await gateway.intake.reload(force=True)
     report.failed.update(failed)
+    report.keys = gateway.access.shown()
     return report
 
 
@@ -39,5 +40,5 @@ async def reload_when_told(told: asyncio.Event, gateway: Gateway, alive: Alive) 
             gateway.log.warning("reload_postponed", error=str(error))
         else:
             tell = gateway.log.error if report.failed else gateway.log.info
-            tell("reloaded", loaded=report.loaded, removed=report.removed, failed=report.failed)
+            tell("reloaded", **report.shown())
         alive()

@@ -311,14 +311,50 @@ def test_broken_key_file_is_named(tmp_path, content, told):
     assert told in str(refused.value)
 
 
-async def test_key_of_an_undeclared_tenant_stops_the_start(start, tmp_path):
-    """Nobody is let in on behalf of a tenant that the settings do not know; a missing file is named too."""
-    path = tmp_path / "keys.yaml"
+async def test_missing_file_of_keys_stops_the_start(start, tmp_path):
+    """It is named, and how to make one."""
     with pytest.raises(ConfigError, match=r"no such file; make a key with `mechctl keys add`"):
-        await start(**{"paths.keys": path})
-    write_keys(path, [make_key(tenant="ghost")[1]])
-    with pytest.raises(ConfigError, match=r"is for tenant 'ghost', but tenants declares none"):
-        await start(**{"paths.keys": path})
+        await start(**{"paths.keys": tmp_path / "keys.yaml"})
+
+
+async def test_key_of_an_undeclared_tenant_opens_nothing_and_stops_no_other(guarded, keys, tmp_path):
+    """It is skipped, at the start and later; the others are taken and revoked as ever, and reload says so."""
+    path = tmp_path / "keys.yaml"
+    ghost, kept = make_key(tenant="ghost")
+    write_keys(path, (*read_keys(path), kept))
+    front = await guarded("calm", **{"gateway.watch_policies": False})
+
+    async def reload():
+        async with front.admin.post("/admin/reload", headers=bearer(keys["operator"])) as answer:
+            return await answer.json()
+
+    assert (await front.chat(headers=bearer(ghost)))[0] == 401
+    assert (await front.chat(headers=bearer(keys["acme"])))[0] == 200
+    assert await front.engine_ready()
+    told = (await reload())["keys"]
+    assert (told["loaded"], [*told["skipped"]], told["failed"]) == (5, [kept.id], None)
+    assert "is for tenant 'ghost', but tenants declares acme, other;" in told["skipped"][kept.id]
+    assert "interpretops_keys_skipped 1.0" in front.apps.gateway.metrics.render().decode()
+    revoked = keys["acme"].split("_")[1]
+    write_keys(path, [key for key in read_keys(path) if key.id != revoked])
+    assert (await reload())["keys"]["loaded"] == 4
+    assert (await front.chat(headers=bearer(keys["acme"])))[0] == 401
+    assert len([line for line in front.log if line["event"] == "key_skipped"]) == 1
+    write_keys(path, [key for key in read_keys(path) if key.id != kept.id])
+    assert (await reload())["keys"]["skipped"] == {}
+    assert "interpretops_keys_skipped 0.0" in front.apps.gateway.metrics.render().decode()
+
+
+async def test_reload_fails_when_the_keys_do(guarded, keys, tmp_path):
+    """A file that is not taken makes the answer say not ok, with the file and the fault."""
+    front = await guarded("calm", **{"gateway.watch_policies": False})
+    path = tmp_path / "keys.yaml"
+    path.write_text("keys: [{id: x}]")
+    async with front.admin.post("/admin/reload", headers=bearer(keys["operator"])) as answer:
+        told = await answer.json()
+    assert not told["ok"]
+    assert "keys[0].id" in told["failed"][str(path)]
+    assert told["keys"]["failed"] == told["failed"][str(path)]
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.1", "2001:db8::1"])  # noqa: S104
