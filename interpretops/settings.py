@@ -159,7 +159,8 @@ def _explain(error: ValidationError, sources: Mapping[tuple[str, ...], str], def
         elif fault["type"] == "missing":
             lines.append(f"{source}: {field} is missing; give it")
         else:
-            shown = "(hidden)" if where in _SECRET_FIELDS else _short(fault["input"])
+            hidden = where in _SECRET_FIELDS or where[:2] == ("engine", "environment")
+            shown = "(hidden)" if hidden else _short(fault["input"])
             message = fault["msg"][0].lower() + fault["msg"][1:]
             lines.append(f"{source}: {field} = {shown}, but {message.replace('input should', 'it should')}")
     return "\n".join(dict.fromkeys(lines))

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -32,6 +33,19 @@ GUARDED_ENGINE_ARGS = frozenset(
     }
 )
 """Engine arguments that the guard sets itself or cannot allow."""
+GUARDED_ENGINE_VARIABLES = frozenset(
+    {
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "VLLM_API_KEY",
+        "VLLM_CPU_KVCACHE_SPACE",
+        "VLLM_PLUGINS",
+        "VLLM_RPC_BASE_PATH",
+        "VLLM_SERVER_DEV_MODE",
+    }
+)
+"""Variables of the engine of which the same holds."""
+VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 def user_cache_dir() -> Path:
@@ -156,11 +170,21 @@ class EngineSettings(Section):
     hang, and the engine is started again. Must be longer than its longest step."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for `vllm serve`, one item each, e.g. `--tensor-parallel-size=2`."""
+    environment: Mapping[VariableName, str | None] = Field(default_factory=dict)
+    """Further variables for an engine that is started here, e.g. `{LMCACHE_CONFIG_FILE: /etc/lmcache.yaml}`;
+    null hands on the gateway's own. Without it the engine sees of the gateway's environment only what vLLM,
+    torch and the devices need, and no name with a word such as KEY, TOKEN or SECRET in it."""
 
     @model_validator(mode="after")
     def _urls_differ(self) -> Self:
         if twice := sorted({url for url in self.url if self.url.count(url) > 1}):
             raise ValueError(f"url: {twice[0]!r} is given twice; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_environment(self) -> Self:
+        if guarded := sorted(GUARDED_ENGINE_VARIABLES & self.environment.keys()):
+            raise ValueError(f"environment.{guarded[0]} is given, but the guard sets that itself")
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from typing import Final
 
 from interpretops.errors import ConfigError, ModelError
 from interpretops.settings import Settings
+from proxy.child_environment import child_environment
 
 PLUGIN: Final = "interpretops"
 _CPU_MAX_MODEL_LEN: Final = 2048
@@ -68,23 +69,34 @@ def _sizes_its_steps(extra_args: tuple[str, ...]) -> bool:
     return bool(names & {"--max-num-batched-tokens", "--no-enable-chunked-prefill"})
 
 
-def engine_environment(settings: Settings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The engine's environment: ours, with the plugin named and nothing fetched or reported."""
-    environment = {
-        **environ,
+def engine_environment(
+    settings: Settings, folder: Path, environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The engine's environment: what it needs of ours, with the plugin named and nothing fetched or reported.
+
+    ``folder`` is its own; the sockets of its processes lie there.
+    """
+    environment = child_environment(environ)
+    if engine_runs_on_cpu(settings):
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "auto")
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(settings.engine.kv_cache_gib)
+    for name, value in settings.engine.environment.items():
+        if value is not None:
+            environment[name] = value
+        elif name in environ:
+            environment[name] = environ[name]
+    # A development mode with unguarded routes, and a key that we do not know, are not to be inherited.
+    for name in ("VLLM_SERVER_DEV_MODE", "VLLM_API_KEY"):
+        environment.pop(name, None)
+    return {
+        **environment,
         "VLLM_PLUGINS": PLUGIN,
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_RPC_BASE_PATH": str(folder),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    if engine_runs_on_cpu(settings):
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(settings.engine.kv_cache_gib)
-        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "auto")
-    # A development mode with unguarded routes, and a key that we do not know, are not to be inherited.
-    for name in ("VLLM_SERVER_DEV_MODE", "VLLM_API_KEY"):
-        environment.pop(name, None)
-    return environment
 
 
 def check_memory(settings: Settings, model: Path, available_bytes: int | None = None) -> None:

@@ -27,6 +27,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 def main(arguments: list[str]) -> int:
     """Run the command; its exit status, or 128 + the signal that ended it."""
     grace_s, folder, command = float(arguments[0]), arguments[1], arguments[2:]
+    # Sockets and files of the engine are for its user alone, wherever it puts them.
+    os.umask(0o077)
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     wake_reader, wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

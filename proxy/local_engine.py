@@ -68,7 +68,7 @@ class LocalEngine:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=descriptor,
                 stderr=descriptor,
-                env=engine_environment(self._settings),
+                env=engine_environment(self._settings, self._folder),
                 start_new_session=True,
             )
         finally:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from interpretops.errors import ModelError
 from interpretops.model_source import resolve_model
 from interpretops.settings import Settings
+from proxy.child_environment import child_environment
 
 _FOLDER = "folder: "
 _FAULT = "fault: "
@@ -27,6 +29,7 @@ async def find_model(settings: Settings, progress: Callable[[str], None]) -> Pat
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        env=child_environment(os.environ, fetches=True),
     )
     assert process.stdout is not None
     assert process.stderr is not None

@@ -2,12 +2,16 @@
 
 import itertools
 import json
+import os
+import stat
+import sys
 from pathlib import Path
 
 import pytest
 
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
+from proxy import model_folder
 from proxy.engine_command import check_memory, engine_command, engine_environment, slow_format
 from proxy.local_engine import LocalEngine
 
@@ -82,11 +86,123 @@ def test_surroundings_cannot_take_the_plugin_away():
     """Whatever the environment says, the plugin is named and development routes stay shut."""
     hostile = {"VLLM_PLUGINS": "", "VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": "k", "HOME": "/h"}
     settings = load_settings(overrides={"model.device": "cpu", "engine.kv_cache_gib": 3}, environ={})
-    environment = engine_environment(settings, hostile)
+    environment = engine_environment(settings, Path("/private"), hostile)
     assert environment["VLLM_PLUGINS"] == "interpretops"
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
     assert environment["HOME"] == "/h"
     assert not {"VLLM_SERVER_DEV_MODE", "VLLM_API_KEY"} & environment.keys()
+
+
+SECRETS = {
+    "ACME_KEYS": "hunter2",
+    "INTERPRETOPS_LIMITS_REDIS_URL": "redis://:hunter2@r",
+    "INTERPRETOPS_STORE_POSTGRES_DSN": "postgres://u:hunter2@p",
+    "AWS_SECRET_ACCESS_KEY": "hunter2",
+    "VLLM_API_KEY": "hunter2",
+    "VLLM_S3_ACCESS_KEY_ID": "hunter2",
+    "HF_TOKEN": "hunter2",
+    "RAY_AUTH_TOKEN": "hunter2",
+    "OTEL_EXPORTER_OTLP_HEADERS": "authorization=hunter2",
+}
+
+
+def test_engine_sees_what_it_needs_and_nothing_else():
+    """Names of vLLM, torch and the devices pass, others only when the operator names them."""
+    needed = {
+        "PATH": "/bin",
+        "PYTHONPATH": "/code",
+        "LD_PRELOAD": "/lib/libtcmalloc.so",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "NCCL_P2P_DISABLE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "OMP_NUM_THREADS": "2",
+        "TORCHINDUCTOR_CACHE_DIR": "/c",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HOME": "/hf",
+    }
+    others = {"KUBERNETES_PORT": "1", "http_proxy": "http://u:p@proxy", **SECRETS}
+    extra = {"LMCACHE_CONFIG_FILE": "/l", "AWS_SECRET_ACCESS_KEY": None, "NOT_THERE": None}
+    settings = load_settings(overrides={"model.device": "cuda", "engine.environment": extra}, environ={})
+    passed = engine_environment(settings, Path("/private"), {**needed, **others})
+    assert {name: passed[name] for name in needed} == needed
+    assert (passed["LMCACHE_CONFIG_FILE"], passed["VLLM_RPC_BASE_PATH"]) == ("/l", "/private")
+    assert [name for name in passed if passed[name] == others.get(name)] == ["AWS_SECRET_ACCESS_KEY"]
+    assert "NOT_THERE" not in passed
+
+
+@pytest.mark.parametrize(
+    "name", ["VLLM_PLUGINS", "VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "VLLM_RPC_BASE_PATH"]
+)
+def test_operator_cannot_take_the_plugin_away_either(name):
+    """What the guard sets itself is refused by name, and no value is quoted."""
+    with pytest.raises(ConfigError, match=f"environment.{name} is given, but the guard sets that") as refused:
+        load_settings(overrides={"engine.environment": {name: "hunter2"}}, environ={})
+    assert "hunter2" not in str(refused.value)
+    with pytest.raises(ConfigError) as refused:
+        load_settings(overrides={"engine.environment": {"A": ["hunter2"]}}, environ={})
+    assert "hunter2" not in str(refused.value)
+
+
+def environment_of(pid):
+    return Path(f"/proc/{pid}/environ").read_bytes()
+
+
+CHILD = """
+import os, socket, sys, time
+folder = sys.argv[1]
+for name in ("engine.sock", "rpc"):
+    socket.socket(socket.AF_UNIX).bind(os.path.join(os.environ["VLLM_RPC_BASE_PATH"], name))
+open(os.path.join(folder, "file"), "w").write(str(os.getpid()))
+os.rename(os.path.join(folder, "file"), os.path.join(folder, "pid"))
+time.sleep(600)
+"""
+
+
+async def test_processes_of_the_engine_hold_no_secret_and_are_private(tmp_path, model, monkeypatch, until):
+    """Neither the keeper nor what it starts has our secrets; folder and sockets are for our user alone."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings(overrides={"model.device": "cpu"}, environ={})
+    monkeypatch.setattr(
+        "proxy.local_engine.engine_command",
+        lambda _settings, _model, _socket: [sys.executable, "-c", CHILD, str(tmp_path)],
+    )
+    engine = LocalEngine(settings, model, tmp_path / "log" / "engine.log")
+    before = os.umask(0o022)
+    try:
+        await engine.start()
+    finally:
+        os.umask(before)
+    try:
+
+        async def begun():
+            return (tmp_path / "pid").exists()
+
+        await until(begun)
+        for pid in (engine.pid, int((tmp_path / "pid").read_text())):
+            held = environment_of(pid)
+            assert b"PATH=" in held
+            assert b"hunter2" not in held
+        folder = Path(engine.address.removeprefix("unix://")).parent
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())}
+        assert modes == {folder.name: 0o700, "engine.sock": 0o700, "rpc": 0o700}
+        assert stat.S_IMODE((tmp_path / "pid").stat().st_mode) == 0o600
+        assert stat.S_IMODE(engine.log_file.stat().st_mode) == 0o600
+    finally:
+        await engine.stop()
+
+
+async def test_process_that_finds_the_model_holds_only_the_key_for_that(tmp_path, monkeypatch):
+    """It may fetch from Hugging Face, and sees nothing else of what is secret here."""
+    program = tmp_path / "program.py"
+    program.write_text("import os\nfor item in sorted(os.environ.items()): print(*item)\nprint('folder: /f')")
+    for name, value in {**SECRETS, "HF_TOKEN": "hf_1", "https_proxy": "http://proxy"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(model_folder, "__file__", str(program))
+    seen = []
+    assert await model_folder.find_model(load_settings(environ={}), seen.append) == Path("/f")
+    assert {"HF_TOKEN hf_1", "https_proxy http://proxy"} <= set(seen)
+    assert not [line for line in seen if "hunter2" in line]
 
 
 def test_memory_is_checked_against_weights_and_cache(model):
