@@ -55,6 +55,10 @@ soak: install ## Half an hour of mixed load and reloads: does anything grow? (AR
 faults: install ## Break one part after another under traffic; the last line tells what came of it
 	@PYTHONPATH=tests/support $(bin)/python -m faults $(ARGS)
 
+.PHONY: simulate
+simulate: install ## Let everything go wrong in a simulation, seed by seed (ARGS="--seeds 10000"; "--seed 17" replays one)
+	@PYTHONPATH=tests $(bin)/python -m simulation $(ARGS)
+
 .PHONY: lock
 lock: install ## Resolve pyproject.toml into locks/*.txt anew, keeping pins that still fit
 	@$(bin)/python locks/lock.py

@@ -1,0 +1,229 @@
+"""The model of an engine: what it holds, what it generates under which revision, and what it attests."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from interpretops.plan import ModelSpec, Plan
+from simulation.clock import Clock
+from steering_kernels.vllm_plugin.holders import Holders
+
+MODEL = "tiny-model"
+SPEC = ModelSpec(MODEL, "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
+PROMPT_TOKENS = 3
+_ROOM = 12
+"""Plans that the tables have rows for."""
+_DIGESTS: dict[str, str] = {}
+"""Of plans that were seen before: they are named by their content."""
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request that reached an engine, and what was truly done for it."""
+
+    number: int
+    engine: str
+    boot_id: str
+    ask: str | None
+    """Which client's request it is: the mark in its text. None: the gateway's own."""
+    sealed: str
+    """The revision that the gateway demanded."""
+    applied: str
+    """The revision that edited the activations."""
+    nonce: str
+    began_at: float
+    prompts: int
+    choices: int
+    written: int
+    """Tokens of each choice."""
+    proven: bool = True
+    """Whether the receipt that was sent proves that ``sealed`` was applied to all of it."""
+    told_true: bool = True
+    """Whether the receipt that was sent tells what was done: what is charged cannot be known otherwise."""
+    whole: bool = False
+    """Whether all of it was sent."""
+    ended_at: float | None = None
+    given_up: Callable[[], bool] = lambda: False
+    """Whether the gateway has cut the connection."""
+
+    @property
+    def mark(self) -> str:
+        """Stands in every piece of its answer."""
+        return f"<g{self.number}>"
+
+    @property
+    def answers(self) -> int:
+        """As limits count it."""
+        return self.prompts * self.choices
+
+    @property
+    def tokens(self) -> int:
+        """What went through the model."""
+        return self.answers * (PROMPT_TOKENS + self.written - 1)
+
+    def receipt(self) -> dict[str, Any]:
+        """What the plugin says of it, when nothing goes wrong."""
+        return {
+            "revision": self.applied,
+            "requests": self.answers,
+            "tokens_evaluated": self.tokens,
+            "edits_applied": 0 if self.applied == "none" else self.tokens,
+            "gates_fired": 0,
+            "cached_tokens": 0,
+            "finished": True,
+        }
+
+
+@dataclass
+class _Resident:
+    digest: str
+    running: int = 0
+    retired: bool = False
+
+
+@dataclass(eq=False)
+class EngineModel:
+    """One engine; a restart is another boot of it."""
+
+    name: str
+    clock: Clock
+    chance: random.Random
+    count: list[int]
+    """Generations so far, of all engines."""
+    boot_id: str = ""
+    started: bool = False
+    listening: bool = True
+    hangs: bool = False
+    """Takes requests, and says nothing."""
+    sick: bool = False
+    """Its health route refuses."""
+    steers: bool = True
+    """Whether its self-test passes."""
+    damaged: bool = False
+    """Attests other numbers than those it was given."""
+    full: bool = False
+    """Has no rows for another plan."""
+    boots: int = 0
+    plans: dict[str, _Resident] = field(default_factory=dict)
+    receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    old_receipts: list[dict[str, Any]] = field(default_factory=list)
+    """Of former boots."""
+    generations: list[Generation] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.boot()
+
+    def boot(self) -> None:
+        """Begin anew, with nothing in the tables."""
+        self.boots += 1
+        self.boot_id = f"{self.name}-boot{self.boots}"
+        self.old_receipts += [generation.receipt() for generation in self.generations[-3:]]
+        self.plans, self.receipts = {}, {}
+        self.holders = Holders(self.clock.monotonic)
+        self.hangs = self.sick = self.full = self.damaged = False
+        self.steers = True
+
+    @property
+    def resident(self) -> dict[str, str]:
+        """Revision to digest of what new requests may name."""
+        return {name: plan.digest for name, plan in self.plans.items() if not plan.retired}
+
+    def load(self, holder: str, revision: str, data: bytes) -> tuple[int, dict[str, Any]]:
+        """Make a plan resident."""
+        if hashlib.sha256(data).hexdigest() != revision:
+            return 400, error("invalid_plan", "the plan file is damaged")
+        if revision not in self.plans and (self.full or len(self.plans) >= _ROOM):
+            return 507, error("table_full", "table full")
+        if revision not in _DIGESTS:
+            _DIGESTS[revision] = Plan.from_bytes(data).digest()
+        digest = "0" * 64 if self.damaged else _DIGESTS[revision]
+        self.plans.setdefault(revision, _Resident(digest)).retired = False
+        self.holders.hear(holder)
+        self.holders.hold(holder, revision)
+        return 200, {"revision": revision, "ranks": [{"rank": 0, "digest": digest}]}
+
+    def retire(self, holder: str, revision: str) -> tuple[int, dict[str, Any]]:
+        """Admit no more requests under a plan, unless another gateway holds it."""
+        running = 0
+        if self.holders.let_go(holder, revision):
+            running = self._retire(revision)
+        return 200, {"revision": revision, "in_flight": running}
+
+    def _retire(self, revision: str) -> int:
+        plan = self.plans.get(revision)
+        if plan is None:
+            return 0
+        plan.retired = True
+        self._free(revision)
+        return plan.running
+
+    def _free(self, revision: str) -> None:
+        plan = self.plans.get(revision)
+        if plan is not None and plan.retired and not plan.running:
+            del self.plans[revision]
+
+    def attest(self, holder: str) -> dict[str, Any]:
+        """What it is and holds; what no living gateway holds is retired before."""
+        self.holders.hear(holder)
+        for revision in self.holders.orphans():
+            self._retire(revision)
+        ranks = [{"rank": 0, "resident": self.resident, "model": asdict(SPEC)}]
+        return {
+            "plugin_version": "0",
+            "vllm_version": "0",
+            "boot_id": self.boot_id,
+            "model": asdict(SPEC),
+            "engines": [{"ranks": ranks, "resident": {}}],
+            "passthrough": True,
+        }
+
+    def lose_a_plan(self) -> None:
+        """A worker forgets one, as after a fault of its own."""
+        if self.plans:
+            del self.plans[self.chance.choice(sorted(self.plans))]
+
+    def admits(self, revision: str) -> bool:
+        """Whether a request may name it."""
+        return revision == "none" or revision in self.resident
+
+    def begin(
+        self, ask: str | None, revision: str, nonce: str, prompts: int, choices: int, written: int
+    ) -> Generation:
+        """A request that was admitted begins."""
+        self.count[0] += 1
+        generation = Generation(
+            number=self.count[0],
+            engine=self.name,
+            boot_id=self.boot_id,
+            ask=ask,
+            sealed=revision,
+            applied=revision,
+            nonce=nonce,
+            began_at=self.clock.now,
+            prompts=prompts,
+            choices=choices,
+            written=written,
+        )
+        self.generations.append(generation)
+        if revision in self.plans:
+            self.plans[revision].running += 1
+        return generation
+
+    def end(self, generation: Generation) -> None:
+        """It is over, or was given up."""
+        if generation.ended_at is not None:
+            return
+        generation.ended_at = self.clock.now
+        plan = self.plans.get(generation.sealed)
+        if plan is not None and generation.boot_id == self.boot_id and plan.running:
+            plan.running -= 1
+            self._free(generation.sealed)
+
+
+def error(code: str, message: str) -> dict[str, Any]:
+    """As the plugin refuses."""
+    return {"error": {"code": code, "message": message}}

@@ -1,0 +1,27 @@
+"""What the engines tell the rest of the simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from simulation.engine import Generation
+
+
+@dataclass
+class Events:
+    """Heard by the invariants."""
+
+    step: Callable[[str], None]
+    """Something happened that a check should follow."""
+    began: Callable[[Generation], None]
+    """An engine began to generate."""
+    not_resident: Callable[[str], None]
+    """An engine refused an ask since it does not hold its revision."""
+    engine_connections: list[Any] = field(default_factory=list)
+    """Open ones, of all engines."""
+
+    def ended(self, generation: Generation) -> None:
+        """A generation ended, or was given up."""
+        self.step(f"generation {generation.number} ends")

@@ -1,0 +1,98 @@
+"""The operator's files: policies and keys, as people and programs leave them behind."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+from interpretops.api_keys import ApiKey, make_key, write_keys
+from simulation.patches import Disk
+from simulation.scenario import POLICIES, Scenario
+
+_CRITERIA = "evaluation: {success_criteria: {collateral_damage_max: 0.05}}\n"
+
+
+class Files:
+    """One folder of policies, and the file of keys."""
+
+    def __init__(self, folder: Path, scenario: Scenario, chance: random.Random, disk: Disk) -> None:
+        self.folder = folder
+        self.policies = folder / "policies"
+        self._away = folder / "away"
+        self._chance = chance
+        self._disk = disk
+        self.keys: dict[str, str] = {}
+        """Tenant, or `operator`, to its key."""
+        self._kept: dict[str, ApiKey] = {}
+        self._key_file = folder / "keys.yaml" if scenario.keys else None
+        self.policies.mkdir(parents=True)
+        for policy in POLICIES:
+            self.write(policy)
+        if self._key_file is not None:
+            for tenant in scenario.tenants:
+                self.keys[tenant["id"]], self._kept[tenant["id"]] = make_key(tenant=tenant["id"])
+            self.keys["operator"], self._kept["operator"] = make_key(role="operator")
+            self.write_keys()
+
+    def write(self, policy: str, *, layer: int | None = None, criteria: bool = False, name: str = "") -> None:
+        """A new revision of a policy, in its own file or another."""
+        scale = round(self._chance.uniform(0.1, 0.9), 4)
+        layer = POLICIES[policy] if layer is None else layer
+        text = (
+            f"meta: {{id: {policy}}}\ninterventions:\n"
+            f"  - {{type: head_scale, selector: {{layer: {layer}, heads: [0]}}, scale: {scale}}}\n"
+        )
+        self._put(name or policy, text + (_CRITERIA if criteria else ""))
+
+    def spoil(self, policy: str) -> None:
+        """A file that becomes no plan."""
+        bad = ("meta: {", "meta: {id: " + policy + "}\ninterventions: [{type: unknown}]\n", "", "\0\xff")
+        self._put(policy, self._chance.choice(bad))
+
+    def delete(self, policy: str) -> None:
+        """No file any more."""
+        (self.policies / f"{policy}.yaml").unlink(missing_ok=True)
+
+    def take_away(self) -> None:
+        """The whole folder is gone, as when a mount is lost."""
+        if self.policies.exists():
+            self.policies.rename(self._away)
+
+    def bring_back(self) -> None:
+        """It is there again."""
+        if self._away.exists():
+            if self.policies.exists():
+                shutil.rmtree(self.policies)
+            self._away.rename(self.policies)
+
+    def mend(self) -> None:
+        """All as it should be, each policy in a new revision."""
+        self.bring_back()
+        for path in self.policies.glob("*.yaml"):
+            if path.stem not in POLICIES:
+                path.unlink()
+        for policy in POLICIES:
+            self.write(policy)
+
+    def write_keys(self, *, without: str | None = None) -> None:
+        """The file of keys, with or without one tenant's."""
+        if self._key_file is not None:
+            # People keep their files on another disk than the gateway's.
+            full, self._disk.full = self._disk.full, False
+            write_keys(self._key_file, [key for name, key in self._kept.items() if name != without])
+            self._disk.full = full
+
+    def spoil_keys(self) -> None:
+        """A file of keys that cannot be read."""
+        if self._key_file is not None:
+            self._key_file.write_text("keys: [{id: 1")
+
+    def delete_keys(self) -> None:
+        """No file of keys any more."""
+        if self._key_file is not None:
+            self._key_file.unlink(missing_ok=True)
+
+    def _put(self, name: str, text: str) -> None:
+        if self.policies.exists():
+            (self.policies / f"{name}.yaml").write_text(text)

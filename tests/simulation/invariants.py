@@ -1,0 +1,230 @@
+"""What must hold at every moment of every run."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from proxy.refusal import Refusal
+from simulation.asks import Ask
+from simulation.clock import Clock
+from simulation.engine import Generation
+from simulation.scenario import BODY_TIMEOUT_S, Scenario
+
+_EXPECTED = ("RuntimeError",)
+"""What may come of it when no thread can be had."""
+_SLACK_S = 2 * BODY_TIMEOUT_S
+
+
+@dataclass
+class Invariants:
+    """Hears what happens, and collects what must not be."""
+
+    scenario: Scenario
+    clock: Clock
+    violations: list[str] = field(default_factory=list)
+    steps: int = 0
+    generations: dict[int, Generation] = field(default_factory=dict)
+    tenant_of: dict[str, str] = field(default_factory=dict)
+    """Number of an ask to its tenant."""
+    policy_of: dict[str, str] = field(default_factory=dict)
+    """Revision to the policy that it is of."""
+    served: dict[str, list[tuple[float, str]]] = field(default_factory=lambda: defaultdict(list))
+    """Policy to the revisions that were active, and since when."""
+    proven_boots: set[str] = field(default_factory=set)
+    refused_residency: set[str] = field(default_factory=set)
+    """Asks that an engine refused since it did not hold their revision."""
+    clock_was_set: bool = False
+    gateway: Any = None
+    """The running `Gateway`, if one runs."""
+
+    def fail(self, what: str) -> None:
+        """Something is as it must not be."""
+        if len(self.violations) < 20:
+            self.violations.append(f"at {self.clock.now - 1000:.3f} s: {what}")
+
+    def watch(self, gateway: Any) -> None:
+        """A gateway has started."""
+        self.gateway = gateway
+        compositions = gateway.catalogue.compositions
+        swap = compositions.swap
+
+        def swap_and_note(made: Mapping[str, Any]) -> None:
+            swap(made)
+            for name, revision in made.items():
+                self._serve(name, revision.revision)
+
+        # No line of the log tells of them.
+        compositions.swap = swap_and_note
+        if gateway.audit is not None:
+            require = gateway.audit.require
+
+            def require_and_check() -> None:
+                try:
+                    require()
+                except Refusal:
+                    if not gateway.readiness.reasons():
+                        self.fail("requests are refused for the audit log, but the gateway is ready")
+                    raise
+
+            gateway.audit.require = require_and_check
+
+    def step(self, _what: str) -> None:
+        """After everything that happens."""
+        self.steps += 1
+        if self.gateway is None:
+            return
+        self._look_at_revisions()
+        self._check_concurrency()
+
+    def began(self, generation: Generation) -> None:
+        """An engine was made to generate."""
+        self.generations[generation.number] = generation
+        if generation.ask is None:
+            return
+        ask = generation.ask
+        others = [g for g in self.generations.values() if g.ask == ask and g is not generation]
+        if others:
+            self.fail(f"ask{ask} was generated twice, by {others[0].engine} and {generation.engine}")
+        self._check_rate(generation)
+        self._check_budget(generation)
+
+    def logged(self, entry: Mapping[str, Any]) -> None:
+        """A line of the gateway's log."""
+        event = entry.get("event")
+        if event == "engine_ready":
+            self.proven_boots.add(entry["boot_id"])
+        elif event == "unforeseen" and entry.get("kind") not in _EXPECTED:
+            self.fail(
+                f"an unforeseen error: {entry.get('kind')} in {entry.get('place')} {entry.get('error')}"
+            )
+        elif event == "task_failed" and entry.get("kind") not in _EXPECTED:
+            self.fail(f"the task {entry.get('task')} failed: {dict(entry)}")
+        elif event == "policy_active":
+            self._serve(entry["policy"], entry["revision"])
+
+    def answered(self, ask: Ask) -> None:
+        """A client got all that it will get."""
+        self.step(ask.request_id)
+        demanded = self.scenario.demanded(ask.tenant, ask.route, ask.model, ask.choice)
+        name = f"{ask.request_id} ({ask.tenant}, {ask.route}, stream={ask.stream})"
+        marks = ask.marks
+        if str(ask.number) in self.refused_residency and ask.whole and ask.status not in (503, 200):
+            self.fail(f"{name}: a revision that an engine does not hold gave {ask.status}")
+        if not marks:
+            if ask.whole and ask.status == 200 and not ask.stream:
+                self.fail(f"{name}: answered with nothing of an engine's")
+            return
+        if len(marks) > 1:
+            self.fail(f"{name}: bytes of {len(marks)} generations in one answer")
+        generation = self.generations[min(marks)]
+        if generation.ask != str(ask.number):
+            self.fail(f"{name}: got the answer to ask{generation.ask}")
+        self._check_revision(name, ask, generation, demanded)
+        if generation.boot_id not in self.proven_boots:
+            self.fail(f"{name}: answered by {generation.boot_id}, which never proved itself")
+        if not ask.stream and not generation.proven:
+            self.fail(f"{name}: bytes of an answer whose receipt proves nothing")
+        if ask.stream and ask.ended_cleanly and not generation.proven:
+            self.fail(f"{name}: a stream ended cleanly without proof")
+        if ask.whole and (not ask.stream or ask.ended_cleanly):
+            self._check_receipt(name, ask, generation)
+
+    def _check_revision(self, name: str, ask: Ask, generation: Generation, demanded: str | None) -> None:
+        if demanded is None:
+            self.fail(f"{name}: answered, but its choice is not open to it")
+            return
+        sealed = generation.sealed
+        policy = "none" if sealed == "none" else self.policy_of.get(sealed, "a policy that is unknown")
+        if policy != demanded:
+            self.fail(f"{name}: {demanded} is demanded, but it was generated under {policy}")
+        label = "none" if sealed == "none" else f"{demanded}@{sealed[:12]}"
+        if ask.status == 200 and ask.headers.get("x-steering-policy") != label:
+            told = ask.headers.get("x-steering-policy")
+            self.fail(f"{name}: generated under {label}, but told to be under {told}")
+        if sealed != "none" and not self._was_active(policy, sealed, ask.sent_at, generation.began_at):
+            self.fail(f"{name}: generated under {sealed[:12]} of {policy}, which did not serve then")
+
+    def _check_receipt(self, name: str, ask: Ask, generation: Generation) -> None:
+        told = ask.headers.get("x-steering-receipt", "")
+        if ask.stream:
+            found = ask.body.partition(b": steering-receipt ")[2].partition(b"\n")[0]
+            told = found.decode()
+        try:
+            receipt = json.loads(told)
+        except ValueError:
+            self.fail(f"{name}: no receipt, but {told[:80]!r}")
+            return
+        if receipt["revision"] != generation.sealed:
+            self.fail(f"{name}: its receipt is for {receipt['revision'][:12]}")
+        if receipt["requests"] != generation.answers:
+            self.fail(f"{name}: its receipt is for {receipt['requests']} requests")
+
+    def _look_at_revisions(self) -> None:
+        """Note which revisions serve now: compositions are told in no line of the log."""
+        for revision in self.gateway.catalogue.wanted:
+            history = self.served[revision.policy]
+            if not history or history[-1][1] != revision.revision:
+                self._serve(revision.policy, revision.revision)
+
+    def _serve(self, policy: str, revision: str) -> None:
+        self.policy_of[revision] = policy
+        self.served[policy].append((self.clock.now, revision))
+
+    def _was_active(self, policy: str, revision: str, start: float, end: float) -> bool:
+        history = self.served[policy]
+        for index, (since, name) in enumerate(history):
+            until = history[index + 1][0] if index + 1 < len(history) else self.clock.now
+            if name == revision and since <= end + 0.5 and until >= start:
+                return True
+        return False
+
+    def _check_concurrency(self) -> None:
+        held: dict[str, int] = defaultdict(int)
+        for generation in self.running:
+            if generation.ask is not None and not generation.given_up():
+                held[self.tenant_of[generation.ask]] += generation.answers
+        for tenant, number in held.items():
+            most = self.scenario.limits(tenant).get("concurrency")
+            if most is not None and number > most:
+                self.fail(f"{number} answers of {tenant} run at once, but it may have {most}")
+
+    @property
+    def running(self) -> list[Generation]:
+        """Generations that have not ended."""
+        return [g for g in self.generations.values() if g.ended_at is None]
+
+    def _of_tenant(self, tenant: str) -> list[Generation]:
+        return [g for g in self.generations.values() if g.ask is not None and self.tenant_of[g.ask] == tenant]
+
+    def _check_rate(self, generation: Generation) -> None:
+        assert generation.ask is not None
+        tenant = self.tenant_of[generation.ask]
+        most = self.scenario.limits(tenant).get("requests_per_minute")
+        if most is None:
+            return
+        mine = self._of_tenant(tenant)
+        for index, first in enumerate(mine):
+            span = generation.began_at - first.began_at + _SLACK_S
+            number = sum(g.answers for g in mine[index:])
+            if number > most + span * most / 60 + 1:
+                self.fail(f"{number} answers of {tenant} in {span:.1f} s, but it may have {most} a minute")
+                return
+
+    def _check_budget(self, generation: Generation) -> None:
+        assert generation.ask is not None
+        tenant = self.tenant_of[generation.ask]
+        most = self.scenario.limits(tenant).get("token_budget")
+        if most is None or self.clock_was_set:
+            return
+        settled = generation.began_at - 1.0 - 2 * BODY_TIMEOUT_S
+        used = sum(
+            g.tokens
+            for g in self._of_tenant(tenant)
+            if g.whole and g.told_true and g.ended_at and g.ended_at < settled
+        )
+        if used >= most:
+            self.fail(f"{tenant} had used {used} tokens of its budget of {most}, and was served more")

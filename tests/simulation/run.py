@@ -1,0 +1,66 @@
+"""Runs seeds one after the other, and tells what came of them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import tempfile
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simulation.clock import Clock
+from simulation.loop import SimulatedLoop
+from simulation.patches import Disk, Notices, patched
+from simulation.trace import Trace
+from simulation.world import World
+
+
+@dataclass
+class Outcome:
+    """Of one seed."""
+
+    seed: int
+    steps: int
+    violations: list[str]
+    trace: str
+    """The hash of all that happened."""
+    lines: list[str] = field(repr=False)
+
+
+def run_seed(seed: int, *, only: frozenset[str] | None = None, keep_all: bool = False) -> Outcome:
+    """One run, which depends on the seed and the code alone."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="simulation-", dir=memory if memory.is_dir() else None))
+    clock, disk, trace = Clock(), Disk(), Trace(keep_all=keep_all)
+    trace.root = folder
+    loop = SimulatedLoop(clock, random.Random(f"{seed}/loop"))
+    asyncio.set_event_loop(loop)
+    world: World | None = None
+    try:
+        notices = Notices()
+        with patched(clock, random.Random(f"{seed}/secrets"), disk, notices):
+            world = World(seed, folder, clock, disk, notices, loop, trace, only)
+            try:
+                loop.run_until_complete(world.run())
+            except Exception as error:
+                text = "".join(traceback.format_exception(error)[-3:])
+                world.invariants.fail(f"the run itself ended with {text}")
+            _end_all(loop)
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    found = world.invariants
+    for violation in found.violations:
+        trace.add(clock.now, violation)
+    return Outcome(seed, found.steps, found.violations, trace.digest, list(trace.lines))
+
+
+def _end_all(loop: SimulatedLoop) -> None:
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=10))
