@@ -97,6 +97,7 @@ class MockEngine:
                 "boot_id": "mock",
                 "model": asdict(SPEC),
                 "engines": [{"ranks": ranks, "resident": {}}],
+                "special_tokens": {"ids": {"<|end|>": 0}},
                 "passthrough": True,
             }
         )

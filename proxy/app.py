@@ -15,6 +15,8 @@ from aiohttp.typedefs import Handler
 from proxy.binding import Caller, choices, decide
 from proxy.limits import Meter, Places
 from proxy.openapi import openapi_document
+from proxy.prompt_reading import check_reading, may_read
+from proxy.prompt_text import make_inert
 from proxy.refusal import (
     InvalidRequest,
     MethodNotAllowed,
@@ -97,6 +99,7 @@ async def _answer(request: web.Request, route: Route, meter: Meter, places: Plac
         body["model"] = gateway.engine_model(caller.model)
         trail.headers.update(meter.headers())
         with gateway.fleet.turn(None) as turn:
+            body = make_inert(route, body, turn.engine.special)
             return await relay_plain(Demand(gateway, turn, route, body, None, trail))
     size = size_of(body, len(raw))
     check_size(size, limits)
@@ -110,6 +113,8 @@ async def _answer(request: web.Request, route: Route, meter: Meter, places: Plac
     ):
         if revision is not None:
             trail.policy, trail.revision = revision.policy, revision.revision
+        check_reading(route, body, revision)
+        body = make_inert(route, body, turn.engine.special)
         body["model"] = gateway.engine_model(caller.model)
         if gateway.access.wanted:
             body["cache_salt"] = cache_salt(identity.tenant.id, body.get("cache_salt"))
@@ -118,7 +123,7 @@ async def _answer(request: web.Request, route: Route, meter: Meter, places: Plac
         trail.headers.update(meter.headers())
         unknown: int | None = None
         shadow = gateway.catalogue.shadow(decision.policy)
-        trail.keep_answer = gateway.shadows.wanted(shadow)
+        trail.keep_answer = may_read(route, body, shadow) and gateway.shadows.wanted(shadow)
         try:
             with gateway.metrics.in_flight.track_inprogress():
                 response = await relay(request, Demand(gateway, turn, route, body, revision, trail))

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from interpretops.compose import SEPARATOR, compose_plans
 from interpretops.plan import Plan
+from interpretops.plan_reach import steers_prompt_alike
 from proxy.policy_files import Revision
 from proxy.residency import Residency
 
@@ -107,4 +108,5 @@ def _compose(name: str, parts: list[Revision]) -> Revision:
         criteria=None,
         card="its members' cards speak for it",
         proven=True,
+        steers_prompt=steers_prompt_alike(plan),
     )

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from interpretops.errors import EngineError
 from interpretops.plan import ModelSpec, Plan
 from interpretops.shard import Shard
+from interpretops.special_tokens import SpecialTokens
 from proxy.engine_http import KEEPALIVE_S, Answer, EngineHttp
 
 API: Final = "/interpretops/v1"
@@ -47,6 +48,14 @@ class RankGroup(_Answer):
     ranks: list[Rank]
 
 
+class _Special(_Answer):
+    """The tokenizer's special tokens, and whether they can be kept out of what callers write."""
+
+    ids: dict[str, int]
+    first: int | None = None
+    fault: str | None = None
+
+
 class Attestation(_Answer):
     """What the engine says it is."""
 
@@ -55,6 +64,20 @@ class Attestation(_Answer):
     boot_id: str
     model: dict[str, Any]
     engines: list[RankGroup]
+    special_tokens: _Special | None = None
+
+    def special(self) -> SpecialTokens:
+        """What no caller may write into a prompt. Raises `EngineError` where that cannot be kept."""
+        if self.special_tokens is None:
+            raise EngineError(
+                f"engine's plugin {self.plugin_version} does not list the tokenizer's special tokens; "
+                "install the gateway's version of interpretops beside the engine"
+            )
+        if self.special_tokens.fault is not None:
+            raise EngineError(
+                f"engine's special tokens cannot be kept out of prompts: {self.special_tokens.fault}"
+            )
+        return SpecialTokens(self.special_tokens.ids, self.special_tokens.first)
 
     def spec(self) -> ModelSpec:
         """The model that plans must be compiled for."""

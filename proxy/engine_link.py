@@ -11,6 +11,7 @@ from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import EngineError
 from interpretops.plan import ModelSpec
+from interpretops.special_tokens import SpecialTokens
 from proxy.breaker import Breaker
 from proxy.engine_client import Attestation, EngineClient
 from proxy.metrics import Metrics
@@ -28,6 +29,8 @@ class ProvenEngine:
     client: EngineClient
     boot_id: str
     spec: ModelSpec
+    special: SpecialTokens
+    """Special tokens of its tokenizer, which no caller may write into a prompt."""
     models: tuple[dict[str, Any], ...]
     """The engine's own entries of its model list."""
     attested: Attestation
@@ -136,7 +139,7 @@ class EngineLink:
         progress("Proving the engine: self-test through the running model")
         await client.selftest()
         engine = ProvenEngine(
-            *(self.name, client, attested.boot_id, attested.spec()),
+            *(self.name, client, attested.boot_id, attested.spec(), attested.special()),
             *(tuple(await client.models()), attested, own),
         )
         progress("Loading policies")

@@ -283,6 +283,11 @@ def _check_alike(engine: ProvenEngine, other: ProvenEngine) -> None:
             f"the engine at {engine.name} serves {_model(engine)}, but {other.name} serves {_model(other)}; "
             "one gateway serves one model, under the same names everywhere"
         )
+    if engine.special != other.special:
+        raise EngineError(
+            f"the engine at {engine.name} has other special tokens than {other.name}; one gateway serves one "
+            "model, with the same tokenizer everywhere"
+        )
 
 
 def _model(engine: ProvenEngine) -> str:

@@ -44,7 +44,7 @@ def openapi_document() -> dict[str, Any]:
 
 
 def _operation(route: Route, errors: Mapping[str, Any]) -> dict[str, Any]:
-    known = {name: _TYPED.get(name, {}) for name in sorted(route.fields | DROPPED)}
+    known = {name: _TYPED.get(name, {}) for name in sorted(route.fields.keys() | DROPPED)}
     body = {"type": "object", "properties": known, "required": ["model"], "additionalProperties": False}
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     headers = [REQUEST_ID_HEADER]

@@ -11,6 +11,7 @@ from typing import Final
 from interpretops.compile import compile_policy
 from interpretops.errors import InterpretOpsError, PolicyError
 from interpretops.plan import ModelSpec
+from interpretops.plan_reach import steers_prompt_alike
 from interpretops.policy import Constraints, SuccessCriteria, load_policy
 from interpretops.riskcard import standing
 
@@ -41,6 +42,8 @@ class Revision:
     """What the policy may cost, and what happens when it costs more."""
     conditional: bool = False
     """Whether a gate with conditions decides where it acts."""
+    steers_prompt: bool = False
+    """Whether text sent as a prompt is edited as if it were generated, so that readings of it may be told."""
 
     @property
     def label(self) -> str:
@@ -109,4 +112,5 @@ def compile_file(path: Path, model: ModelSpec, artifacts: Path, folder: Path) ->
         compiled_at=datetime.now(UTC),
         constraints=policy.constraints,
         conditional=any(map(len, plan.gates)),
+        steers_prompt=steers_prompt_alike(plan),
     )

@@ -7,56 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
+from proxy import route_fields
 from proxy.content import check_input, check_messages, check_tools
-
-_SAMPLING = frozenset(
-    [
-        "frequency_penalty",
-        "ignore_eos",
-        "include_stop_str_in_output",
-        "logit_bias",
-        "min_p",
-        "presence_penalty",
-        "repetition_penalty",
-        "seed",
-        "skip_special_tokens",
-        "stop",
-        "stop_token_ids",
-        "temperature",
-        "top_k",
-        "top_p",
-    ]
-)
-_ALWAYS = frozenset(("cache_salt", "model", "stream"))
-_COMPLETIONS = (
-    _SAMPLING
-    | _ALWAYS
-    | frozenset(
-        [
-            "add_special_tokens",
-            "allowed_token_ids",
-            "bad_words",
-            "echo",
-            "logprob_token_ids",
-            "logprobs",
-            "max_tokens",
-            "min_tokens",
-            "n",
-            "prompt_logprobs",
-            "response_format",
-            "return_token_ids",
-            "return_tokens_as_token_ids",
-            "spaces_between_special_tokens",
-            "stream_options",
-            "structured_outputs",
-            "truncate_prompt_tokens",
-            "truncation_side",
-        ]
-    )
-)
-_TEMPLATE = frozenset(
-    ["add_generation_prompt", "add_special_tokens", "chat_template_kwargs", "continue_final_message", "tools"]
-)
 
 
 @dataclass(frozen=True)
@@ -64,8 +16,8 @@ class Route:
     """One route of the engine."""
 
     path: str
-    fields: frozenset[str]
-    """Fields handed to the engine. What is not here never reaches it."""
+    fields: route_fields.Fields
+    """Fields handed to the engine, each with the reason why. What is not here never reaches it."""
     generates: bool = True
     """Whether the model runs, so that a revision must be demanded and proven."""
     end: bytes = b"data: [DONE]"
@@ -79,49 +31,11 @@ class Route:
 
 
 _SERVED = (
-    Route(
-        "/v1/chat/completions",
-        _COMPLETIONS
-        | _TEMPLATE
-        | frozenset(
-            [
-                "documents",
-                "include_reasoning",
-                "max_completion_tokens",
-                "messages",
-                "parallel_tool_calls",
-                "reasoning_effort",
-                "thinking_token_budget",
-                "tool_choice",
-                "top_logprobs",
-            ]
-        ),
-        checks=(check_messages, check_tools),
-    ),
-    Route("/v1/completions", _COMPLETIONS | frozenset(("prompt", "suffix"))),
+    Route("/v1/chat/completions", route_fields.CHAT, checks=(check_messages, check_tools)),
+    Route("/v1/completions", route_fields.COMPLETIONS),
     Route(
         "/v1/responses",
-        _SAMPLING
-        | _ALWAYS
-        | frozenset(
-            [
-                "chat_template_kwargs",
-                "include",
-                "include_reasoning",
-                "input",
-                "instructions",
-                "max_output_tokens",
-                "max_tool_calls",
-                "parallel_tool_calls",
-                "reasoning",
-                "structured_outputs",
-                "text",
-                "tool_choice",
-                "tools",
-                "top_logprobs",
-                "truncation",
-            ]
-        ),
+        route_fields.RESPONSES,
         end=b"event: response.completed\n",
         named_events=True,
         # The engine would keep answers, and hand them to whoever knows their id.
@@ -130,42 +44,19 @@ _SERVED = (
     ),
     Route(
         "/v1/messages",
-        _ALWAYS
-        | frozenset(
-            [
-                "chat_template_kwargs",
-                "max_tokens",
-                "messages",
-                "output_config",
-                "stop_sequences",
-                "system",
-                "temperature",
-                "thinking",
-                "tool_choice",
-                "tools",
-                "top_k",
-                "top_p",
-            ]
-        ),
+        route_fields.MESSAGES,
         end=b"event: message_stop\n",
         named_events=True,
         checks=(check_messages, check_tools),
     ),
     Route(
         "/v1/messages/count_tokens",
-        frozenset(
-            ["chat_template_kwargs", "messages", "model", "system", "thinking", "tool_choice", "tools"]
-        ),
+        route_fields.COUNT,
         generates=False,
         checks=(check_messages, check_tools),
     ),
-    Route(
-        "/tokenize",
-        _TEMPLATE | frozenset(["messages", "model", "prompt", "return_token_strs"]),
-        generates=False,
-        checks=(check_messages, check_tools),
-    ),
-    Route("/detokenize", frozenset(("model", "tokens")), generates=False),
+    Route("/tokenize", route_fields.TOKENIZE, generates=False, checks=(check_messages, check_tools)),
+    Route("/detokenize", route_fields.DETOKENIZE, generates=False),
 )
 ROUTES: Final[Mapping[str, Route]] = MappingProxyType({route.path: route for route in _SERVED})
 """What is served."""

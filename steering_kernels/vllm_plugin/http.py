@@ -16,6 +16,7 @@ from steering_kernels.vllm_plugin.answer_receipt import AnswerReceipt
 from steering_kernels.vllm_plugin.holders import Holders
 from steering_kernels.vllm_plugin.receipts import RECEIPTS
 from steering_kernels.vllm_plugin.self_test import run_self_test
+from steering_kernels.vllm_plugin.special_tokens import describe_special_tokens
 
 PREFIX = "/interpretops/v1"
 HOLDER_HEADER = "X-Interpretops-Holder"
@@ -51,6 +52,7 @@ class SteeringEndpoints:
         self.boot_id = secrets.token_hex(8)
         """Another one after every start, so that the gateway notices an engine that has lost its plans."""
         self._client: Any = None
+        self._special_tokens: dict[str, Any] | None = None
         self._holders = Holders()
         self._changing = asyncio.Lock()
         """Held while plans come and go: a gateway lets go of one in the moment in which another loads it."""
@@ -137,12 +139,15 @@ class SteeringEndpoints:
         from interpretops import __version__
 
         answers = await EngineCores(self._client).call("interpretops_attest")
+        if self._special_tokens is None:
+            self._special_tokens = describe_special_tokens(self._client.tokenizer)
         return {
             "plugin_version": __version__,
             "vllm_version": vllm.__version__,
             "boot_id": self.boot_id,
             "model": answers[0]["ranks"][0]["model"],
             "points": answers[0]["ranks"][0]["points"],
+            "special_tokens": self._special_tokens,
             "passthrough": all(answer["pass_through"] for answer in answers),
             "engines": [{"resident": answer["resident"], "ranks": answer["ranks"]} for answer in answers],
         }

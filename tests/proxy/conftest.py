@@ -60,6 +60,10 @@ class FakeEngine:
     """MiB of its whole answers, when not 0."""
     written: int = 0
     """MiB of them that it could write."""
+    special: dict[str, Any] | None = field(
+        default_factory=lambda: {"ids": {"<|end|>": 0, "<|begin|>": 1}, "first": 1, "fault": None}
+    )
+    """What it says of its tokenizer's special tokens."""
     boot_id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
@@ -124,6 +128,7 @@ class FakeEngine:
                 "boot_id": self.boot_id,
                 "model": spec,
                 "engines": [{"ranks": ranks, "resident": {}}],
+                "special_tokens": self.special,
                 "passthrough": True,
             }
         )

@@ -42,7 +42,7 @@ def schemas():
 def test_every_field_that_passes_is_one_the_engine_reads(schemas, path):
     """A field of our lists that the engine does not know would be dropped there without a word."""
     known = set().union(*(schema.model_fields for schema in schemas[path]))
-    assert ROUTES[path].fields - known == set()
+    assert ROUTES[path].fields.keys() - known == set()
 
 
 @pytest.mark.parametrize("path", BODIES)

@@ -1,0 +1,86 @@
+"""Keeps text that somebody wrote from being read as the tokenizer's special tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+JOINER: Final = "\u2060"
+"""WORD JOINER: invisible, and of no meaning where no line is broken."""
+
+
+class SpecialTokens:
+    """The special tokens of one tokenizer, and text without them.
+
+    A tokenizer looks for the texts of its special tokens before anything else, and a chat template puts what
+    people wrote between special tokens of its own. So a text that is to be content must not hold one, nor
+    become one together with what stands beside it.
+    """
+
+    def __init__(self, ids: Mapping[str, int], first: int | None = None) -> None:
+        """``ids``: text to id. ``first``: the id that the tokenizer puts before every prompt, if any."""
+        self.ids = {text: token for text, token in ids.items() if text}
+        self.first = first
+        self._text_of = {token: text for text, token in self.ids.items()}
+        self._begins = re.compile(f"(?s)(?={_any_of(self.ids)}).") if self.ids else None
+        starts = {text[:size] for text in self.ids for size in range(1, len(text))}
+        self._starts = _by_length(starts)
+        # What is left of a token where a template writes its brackets. Plain words stay as they are: a tool
+        # may well have a parameter named `filename`.
+        bracketed = [text for text in self.ids if not re.fullmatch(r"\w*", text[1:-1])]
+        self._inner = {text[1:-1] for text in bracketed}
+        self._rests = tuple(text[1:] for text in bracketed)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SpecialTokens) and (self.ids, self.first) == (other.ids, other.first)
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.ids.items()), self.first))
+
+    def inert(self, text: str, *, alone: bool = False) -> str:
+        """``text`` with a `JOINER` wherever a special token would begin, and where one could be completed.
+
+        alone  nothing will stand before or after the text, so that only what it holds itself counts
+
+        Text that holds no such thing is returned as it is.
+        """
+        if self._begins is None:
+            return text
+        found = self._begins.sub(lambda match: match[0] + JOINER, text)
+        if alone:
+            return found
+        if text in self._inner or text.startswith(self._rests):
+            found = text[0] + JOINER + found[1:].removeprefix(JOINER)
+        if any(found[-size:] in starts for size, starts in self._starts.items()):
+            found += JOINER
+        return found
+
+    def in_tokens(self, tokens: Iterable[int]) -> tuple[int, str] | None:
+        """Place and text of the first special token among ``tokens`` that the tokenizer did not put there."""
+        for place, token in enumerate(tokens):
+            if token in self._text_of and not (place == 0 and token == self.first):
+                return place, self._text_of[token]
+        return None
+
+
+def _by_length(texts: Iterable[str]) -> dict[int, frozenset[str]]:
+    found: dict[int, set[str]] = {}
+    for text in texts:
+        if text:
+            found.setdefault(len(text), set()).add(text)
+    return {size: frozenset(members) for size, members in found.items()}
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """A pattern of all texts as a tree: some tokenizers have thousands, and each begins like the others."""
+    branches: dict[str, set[str]] = {}
+    for text in texts:
+        branches.setdefault(text[0], set()).add(text[1:])
+    parts = []
+    for head, rests in branches.items():
+        while "" not in rests and len({rest[0] for rest in rests}) == 1:
+            head += next(iter(rests))[0]  # noqa: PLW2901
+            rests = {rest[1:] for rest in rests}  # noqa: PLW2901
+        parts.append(re.escape(head) + ("" if "" in rests else _any_of(rests)))
+    return f"(?:{'|'.join(parts)})"

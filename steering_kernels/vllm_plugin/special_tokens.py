@@ -1,0 +1,57 @@
+"""The tokenizer's special tokens, for the gateway, and proof that it can keep them out of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from interpretops.special_tokens import JOINER, SpecialTokens
+
+
+def describe_special_tokens(tokenizer: Any) -> dict[str, Any]:
+    """``ids``: text to id; ``first``: what the tokenizer puts before a prompt; ``fault``: why it is unsafe.
+
+    Every text, made inert as the gateway does it, goes through the tokenizer. What still becomes a special
+    token there is a fault, and so is a look-alike that the tokenizer's normalizer turns into one.
+    """
+    if tokenizer is None:
+        return {"ids": {}, "first": None, "fault": "the engine has no tokenizer (--skip-tokenizer-init)"}
+    ids = _special_ids(tokenizer)
+    before = list(tokenizer.encode("", add_special_tokens=True))
+    first = before[0] if before and before[0] in ids.values() else None
+    return {"ids": ids, "first": first, "fault": _fault(tokenizer, SpecialTokens(ids, first))}
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    """Added tokens that are marked special, and what the tokenizer names so besides."""
+    found = {
+        str(token): int(index)
+        for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+        if getattr(token, "special", True)
+    }
+    named = [str(token) for token in tokenizer.all_special_tokens]
+    found |= {token: int(tokenizer.convert_tokens_to_ids(token)) for token in named if token not in found}
+    return {text: index for text, index in found.items() if text}
+
+
+def _fault(tokenizer: Any, special: SpecialTokens) -> str | None:
+    def encode(text: str) -> set[int]:
+        return set(tokenizer.encode(text, add_special_tokens=False))
+
+    # Where the vocabulary lacks the joiner, it is an unknown token as any other rare character is.
+    unsafe = set(special.ids.values()) - encode(JOINER) - encode(f"a{JOINER}a")
+    for text in special.ids:
+        for written in (text, f"a{text}", f" {text} ", text + text):
+            if encode(special.inert(written)) & unsafe:
+                return f"{text!r} is a special token also when {JOINER!r} stands after its first character"
+        for alike in _look_alikes(text):
+            if encode(special.inert(alike)) & unsafe:
+                return f"{alike!r} becomes the special token {text!r}: the tokenizer's normalizer makes it so"
+    return None
+
+
+def _look_alikes(text: str) -> Iterator[str]:
+    """Other writings that normalizers are known to fold: wide forms, and the other case."""
+    yield "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in text)
+    yield text.upper()
+    yield text.lower()

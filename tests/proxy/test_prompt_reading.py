@@ -1,0 +1,130 @@
+"""Nothing is told of a prompt that the bound policy would have changed, had it been generated."""
+
+import json
+
+import pytest
+
+from proxy.prompt_reading import field_that_reads
+from proxy.routes import ROUTES
+
+CHAT, COMPLETIONS = ROUTES["/v1/chat/completions"], ROUTES["/v1/completions"]
+ASKED = {
+    CHAT.path: {"messages": [{"role": "user", "content": "hi"}]},
+    COMPLETIONS.path: {"prompt": "hi"},
+}
+READS = [
+    *((path, {"prompt_logprobs": value}) for path in ASKED for value in (0, 1, -1, True, 1.0, "1", False)),
+    (CHAT.path, {"echo": True}),
+    (CHAT.path, {"echo": 1}),
+    (CHAT.path, {"echo": "true", "logprobs": False}),
+    (CHAT.path, {"echo": True, "logprobs": True, "top_logprobs": 5}),
+    *((COMPLETIONS.path, {"echo": True, "logprobs": value}) for value in (0, 1, -1, True)),
+    (COMPLETIONS.path, {"echo": "yes", "logprobs": 1}),
+    (COMPLETIONS.path, {"echo": True, "logprobs": 1, "max_tokens": 0}),
+    (COMPLETIONS.path, {"echo": True, "prompt_logprobs": 1, "max_tokens": 0}),
+    (COMPLETIONS.path, {"echo": True, "logprobs": 1, "n": 4}),
+]
+READS_NOT = [
+    (CHAT.path, {"prompt_logprobs": None, "echo": False, "logprobs": True, "top_logprobs": 20}),
+    (CHAT.path, {"logprobs": True, "logprob_token_ids": [5], "return_token_ids": True}),
+    (COMPLETIONS.path, {"echo": True}),
+    (COMPLETIONS.path, {"echo": True, "max_tokens": 0, "logprobs": None}),
+    (COMPLETIONS.path, {"logprobs": 5, "return_token_ids": True, "echo": None}),
+]
+LATE = """
+meta: {{id: {name}}}
+gates: {{late: {{phase: decode}}}}
+interventions:
+  - {{type: head_scale, selector: {{layer: {layer}, heads: [0]}}, scale: 0.5, gate: late}}
+"""
+
+
+def write_late(folder, name="late", layer=2):
+    """A policy that acts on generated positions alone."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.yaml").write_text(LATE.format(name=name, layer=layer))
+
+
+async def ask(front, path, fields, stream=False, headers=None):
+    body = {"model": "tiny-model", "stream": stream, **ASKED[path], **fields}
+    async with front.public.post(path, json=body, headers=headers) as answer:
+        return answer.status, await answer.text()
+
+
+def is_refused(told, policy):
+    error = json.loads(told[1])["error"]
+    return (
+        (told[0], error["code"]) == (400, "field_not_allowed")
+        and error["param"] in ("prompt_logprobs", "echo")
+        and error["param"] in error["message"]
+        and repr(policy) in error["message"]
+        and "leave" in error["message"]
+    )
+
+
+@pytest.mark.parametrize(("path", "fields"), READS, ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_reads_the_prompt_is_refused_under_a_policy_that_waits(
+    start, engine, tmp_path, path, fields, stream
+):
+    """Every way to have them told is refused by field and policy, and the engine is not asked."""
+    write_late(tmp_path / "policies")
+    front = await start(bindings=[{"policy": "late", "mode": "mandatory"}])
+    assert is_refused(await ask(front, path, fields, stream), "late")
+    assert engine.seen == []
+
+
+@pytest.mark.parametrize(("path", "fields"), READS_NOT, ids=str)
+async def test_what_tells_of_the_answer_alone_is_served(start, engine, tmp_path, path, fields):
+    """Log-probabilities of the answer, token ids and the echo of a text are the caller's to have."""
+    write_late(tmp_path / "policies")
+    front = await start(bindings=[{"policy": "late", "mode": "mandatory"}])
+    assert (await ask(front, path, fields))[0] == 200
+    assert field_that_reads(ROUTES[path], fields) is None
+
+
+@pytest.mark.parametrize(("path", "fields"), READS, ids=str)
+async def test_prompts_are_read_without_a_policy_and_under_unconditional_ones(start, engine, path, fields):
+    """`mechctl eval` measures so; the engine is asked what the caller asked."""
+    front = await start("calm")
+    for policy in ("none", "calm"):
+        status, _ = await ask(front, path, fields, headers={"X-Steering-Policy": policy})
+        assert status == 200
+        assert engine.seen[-1].items() >= fields.items()
+
+
+async def test_policy_that_waits_is_found_however_it_is_bound(start, engine, tmp_path):
+    """By header, by alias, as a default and as one part of a composition: the revision decides."""
+    write_late(tmp_path / "policies")
+    fields = {"prompt_logprobs": 1}
+    front = await start("calm")
+    assert is_refused(await ask(front, CHAT.path, fields, headers={"X-Steering-Policy": "late"}), "late")
+    assert is_refused(await ask(front, CHAT.path, {**fields, "model": "tiny-model+late"}), "late")
+    front = await start(bindings=[{"policy": "late", "mode": "default"}, {"policy": "*"}])
+    assert is_refused(await ask(front, CHAT.path, fields), "late")
+    assert (await ask(front, CHAT.path, fields, headers={"X-Steering-Policy": "calm"}))[0] == 200
+    front = await start(bindings=[{"policy": name, "mode": "mandatory"} for name in ("calm", "late")])
+    assert is_refused(await ask(front, CHAT.path, fields), "calm+late")
+    assert (await ask(front, CHAT.path, {}))[0] == 200
+
+
+async def test_shadow_that_waits_reads_no_prompt_either(start, engine, until):
+    """A waiting revision that could not be asked for it is not asked in the dark."""
+    front = await start("calm", **{"gateway.watch_policies": False, "policies.shadow_share": 1.0})
+    write_late(front.policies, "calm", 1)
+    path = front.policies / "calm.yaml"
+    path.write_text(path.read_text() + "evaluation: {success_criteria: {collateral_damage_max: 0.05}}\n")
+    async with front.admin.post("/admin/reload"):
+        pass
+    async with front.admin.post("/admin/policies/calm/promote", json={"to": "shadow"}) as answer:
+        assert answer.status == 200
+    model = {"model": "tiny-model+calm"}
+    assert (await ask(front, CHAT.path, {**model, "prompt_logprobs": 1}))[0] == 200
+    assert len(engine.seen) == 1
+    assert (await ask(front, CHAT.path, model))[0] == 200
+
+    async def repeated():
+        return len(engine.seen) == 3
+
+    await until(repeated)
+    assert [seen.get("prompt_logprobs") for seen in engine.seen] == [1, None, None]

@@ -1,0 +1,181 @@
+"""What a caller wrote reaches the engine as text: no special tokens, on any route, in any field."""
+
+import asyncio
+import copy
+import json
+
+import pytest
+
+from interpretops.errors import EngineError
+from interpretops.special_tokens import JOINER, SpecialTokens
+from proxy.prompt_text import make_inert
+from proxy.refusal import FieldNotAllowed, InvalidRequest, Refusal
+from proxy.route_fields import Field
+from proxy.routes import ROUTES
+
+END = "<|end|>"
+INERT = f"<{JOINER}|end|>"
+SPECIAL = SpecialTokens({END: 0, "<|begin|>": 1}, first=1)
+TOOL = {
+    "type": "function",
+    "function": {"name": END, "parameters": {"properties": {END: {"description": END}}}},
+}
+CALL = {
+    "role": "assistant",
+    "tool_calls": [{"id": END, "function": {"name": END, "arguments": f'{{"{END}": 1}}'}}],
+}
+RESULT = {"type": "tool_result", "content": [{"type": "text", "text": END}]}
+SAID = [
+    {"role": "system", "content": END, "name": END},
+    {"role": "user", "content": [{"type": "text", "text": END}, {"type": "text", "text": f"a {END} b"}]},
+    CALL,
+    {"role": "tool", "content": END, "tool_call_id": END},
+]
+WRITTEN = {
+    "/v1/chat/completions": {
+        "messages": SAID,
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "function": {"name": END}},
+        "documents": [{"title": END, "text": END}],
+        "chat_template_kwargs": {END: [END]},
+        "response_format": {"type": "json_schema", "json_schema": {"name": END, "schema": {"const": END}}},
+    },
+    "/v1/completions": {"prompt": [END, f"a{END}"], "suffix": END},
+    "/v1/responses": {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": END}]},
+            {"type": "function_call", "name": END, "arguments": END, "call_id": END},
+            {"type": "function_call_output", "output": END, "call_id": END},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": END}]},
+        ],
+        "instructions": END,
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "name": END},
+        "chat_template_kwargs": {END: END},
+        "text": {"format": {"type": "json_schema", "name": END, "schema": {"const": END}}},
+    },
+    "/v1/messages": {
+        "system": [{"type": "text", "text": END}],
+        "messages": [
+            {"role": "user", "content": END},
+            {"role": "assistant", "content": [{"type": "tool_use", "name": END, "input": {END: END}}]},
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "content": [{"type": "text", "text": END}]}],
+            },
+        ],
+        "tools": [{"name": END, "input_schema": {"properties": {END: {}}}}],
+        "tool_choice": {"type": "tool", "name": END},
+        "chat_template_kwargs": {END: END},
+        "output_config": {"format": {"type": "json_schema", "schema": {"const": END}}},
+    },
+    "/tokenize": {"messages": SAID, "prompt": END, "tools": [TOOL], "chat_template_kwargs": {END: END}},
+}
+WRITTEN["/v1/messages/count_tokens"] = {
+    name: value for name, value in WRITTEN["/v1/messages"].items() if name != "output_config"
+}
+PASSED = {"stop": [END], "model": END, "cache_salt": END, "bad_words": [END], "stop_sequences": [END]}
+
+
+@pytest.mark.parametrize("path", [path for path in ROUTES if path != "/detokenize"])
+def test_every_string_of_the_prompt_is_made_inert(path):
+    """On every route, in every field whose strings become text of the prompt, at any depth, keys included."""
+    route, body = ROUTES[path], WRITTEN[path]
+    assert set(body) == {name for name, field in route.fields.items() if field.text}
+    passed = {name: value for name, value in PASSED.items() if name in route.fields}
+    before = copy.deepcopy(body)
+    found = make_inert(route, body | passed, SPECIAL)
+    text = json.dumps({name: found[name] for name in body}, ensure_ascii=False)
+    assert END not in text
+    assert text == json.dumps(body).replace(END, INERT)
+    assert {name: found[name] for name in passed} == passed
+    assert body == before
+
+
+@pytest.mark.parametrize("path", WRITTEN)
+def test_other_content_passes_as_it_is(path):
+    """Where nothing spells a special token, the engine gets what the caller wrote."""
+    plain = json.loads(json.dumps(WRITTEN[path]).replace(END, "if a < b: <b>x</b> \u2060"))
+    assert make_inert(ROUTES[path], plain, SPECIAL) == plain
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        ([0], "prompt[0]"),
+        ([5, 1], "prompt[1]"),
+        ([1, 5, 0], "prompt[2]"),
+        ([[5], [1, 7, 1]], "prompt[1][2]"),
+    ],
+)
+def test_special_tokens_among_token_numbers_are_refused_by_name(prompt, param):
+    """By place, number and text; only what the tokenizer itself puts first may stand first."""
+    with pytest.raises(FieldNotAllowed, match=r"is the special token '<\|") as refused:
+        make_inert(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    "prompt", [[0.0], [False], [[5], ["0"]], [[5, 0.0]], [5, "0"], ["a", 0], [[5], 0], [[[0]]], {"a": 0}, 0]
+)
+def test_what_the_engine_could_take_for_token_numbers_is_refused(prompt):
+    """Its parser makes token 0 of 0.0, false and "0"; only whole numbers pass."""
+    with pytest.raises(InvalidRequest, match="prompt"):
+        make_inert(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL)
+
+
+@pytest.mark.parametrize("prompt", ["x", ["x", "y"], [1, 5, 7], [[1, 5], [7]], []])
+def test_texts_and_ordinary_token_numbers_pass(prompt):
+    """The four kinds of prompt that OpenAI has."""
+    assert make_inert(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL) == {"prompt": prompt}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize"])
+@pytest.mark.parametrize("role", ["end", "|end|", "assistant\n", ["user"], {"a": 1}, 7, "User"])
+def test_role_that_no_template_knows_is_refused(path, role):
+    """Templates build special tokens of roles: any other could spell one."""
+    name = "input" if path == "/v1/responses" else "messages"
+    with pytest.raises(Refusal, match=rf"{name}\[1\].role") as refused:
+        make_inert(ROUTES[path], {name: [{"role": "user"}, {"role": role}]}, SPECIAL)
+    assert refused.value.status == 400
+
+
+def test_field_without_a_reason_cannot_be_declared():
+    """The page of fields says of each why it is safe."""
+    with pytest.raises(ValueError, match="reason"):
+        Field("  ")
+
+
+async def test_engine_gets_inert_text_on_every_kind_of_route(start, engine):
+    """What generates, what counts, and token numbers, which are refused before the engine is asked."""
+    front = await start("calm")
+    await front.chat(messages=[{"role": "user", "content": END}])
+    assert engine.seen[-1]["messages"][0]["content"] == INERT
+    async with front.public.post("/tokenize", json={"model": "tiny-model", "prompt": END}) as answer:
+        assert answer.status == 200
+    assert engine.plain[-1]["prompt"] == INERT
+    body = {"model": "tiny-model", "prompt": [[5], [5, 0]]}
+    async with front.public.post("/v1/completions", json=body) as answer:
+        assert (answer.status, (await answer.json())["error"]["param"]) == (400, "prompt[1][1]")
+    assert len(engine.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("special", "why"),
+    [
+        (None, "does not list the tokenizer's special tokens"),
+        ({"ids": {END: 0}, "first": None, "fault": "it folds"}, "it folds"),
+        ({"ids": ["x"]}, "malformed"),
+    ],
+)
+async def test_engine_that_lists_no_special_tokens_serves_nobody(start, engine, special, why):
+    """An older plugin, or a tokenizer whose special tokens cannot be kept out, is not proven; it says why."""
+    engine.special = special
+    front = await start("calm", wait=False)
+    task = front.apps.engine_loop.task
+    await asyncio.wait({task}, timeout=10)
+    with pytest.raises(EngineError, match=why):
+        task.result()
+    status, _, answer = await front.chat()
+    assert (status, answer["error"]["code"]) == (503, "engine_not_ready")
+    assert not await front.engine_ready()
