@@ -36,6 +36,8 @@ class Answer(Strictly):
     """Mean over the tokens of a piece of text, in nats."""
     tokens: int | None = None
     """Tokens that `cross_entropy` is the mean of."""
+    not_told: bool = False
+    """A piece of text that could not be scored under this arm: see `PromptNotToldError`."""
     too_long: bool = False
     """The prompt does not fit into the model's context: there is no answer, and the prompt does not count."""
 
@@ -79,7 +81,9 @@ class AnswerFile:
 
     def sha256(self) -> str:
         """Hash of all answers, whatever their order and wherever their prompt tokens came from."""
-        lines = sorted(answer.model_dump_json(exclude={"cached"}) for answer in self.answers.values())
+        lines = sorted(
+            answer.model_dump_json(exclude={"cached", "not_told"}) for answer in self.answers.values()
+        )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
@@ -88,7 +92,7 @@ class AnswerFile:
         return frozenset(answer.id for answer in self.answers.values() if answer.too_long)
 
     def _check(self, answer: Answer) -> None:
-        if answer.too_long:
+        if answer.too_long or answer.not_told:
             return
         known = self._revisions.setdefault(answer.policy, answer.revision)
         if known != answer.revision:

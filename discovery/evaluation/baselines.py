@@ -160,5 +160,7 @@ def card_baselines(
 
 
 def _served(answers: AnswerFile, kind: str) -> str:
-    answer = next(a for (arm, _), a in answers.answers.items() if arm == kind and not a.too_long)
+    answer = next(
+        a for (arm, _), a in answers.answers.items() if arm == kind and not (a.too_long or a.not_told)
+    )
     return f"policy {answer.policy}@{answer.revision[:12]}"

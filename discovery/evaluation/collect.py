@@ -7,7 +7,7 @@ from typing import Any
 
 from discovery.errors import DiscoveryError
 from discovery.evaluation.answers import Answer, AnswerFile
-from discovery.evaluation.endpoint import NONE, Endpoint, PromptTooLongError
+from discovery.evaluation.endpoint import NONE, Endpoint, PromptNotToldError, PromptTooLongError
 from discovery.evaluation.suite import ASKED, Prompt
 from discovery.progress import Meter, meter
 
@@ -116,8 +116,17 @@ async def _work(
             body = (sampling.chat if prompt.chat else sampling.plain)(prompt, arm.system)
         try:
             told, proof = await endpoint.post(route, body, arm.policy)
-        except PromptTooLongError:
-            answers.add(Answer(arm=arm.name, id=prompt.id, policy=arm.policy, revision=NONE, too_long=True))
+        except (PromptTooLongError, PromptNotToldError) as error:
+            answers.add(
+                Answer(
+                    arm=arm.name,
+                    id=prompt.id,
+                    policy=arm.policy,
+                    revision=NONE,
+                    too_long=isinstance(error, PromptTooLongError),
+                    not_told=isinstance(error, PromptNotToldError),
+                )
+            )
             progress.advance(1)
             continue
         result = _scores(told, prompt) if scored else {"text": _text(told, prompt)}

@@ -38,6 +38,12 @@ class PromptTooLongError(DiscoveryError):
     code = "prompt_too_long"
 
 
+class PromptNotToldError(DiscoveryError):
+    """The policy acts otherwise on a prompt than on an answer, so that nothing of the prompt is told."""
+
+    code = "prompt_not_told"
+
+
 @dataclass(frozen=True)
 class Proof:
     """What the gateway said it did for one request."""
@@ -94,6 +100,8 @@ class Endpoint:
                 why = f"status {response.status}: {_error(data, 'message') or 'no reason given'}"
                 if response.status == 400 and _TOO_LONG.search(why):
                     raise PromptTooLongError(f"{self.url}{route}: {why}")
+                if response.status == 400 and _error(data, "param") == "prompt_logprobs":
+                    raise PromptNotToldError(f"{self.url}{route}: {why}")
                 if response.status not in _BUSY:
                     raise DiscoveryError(f"{self.url}{route}: {why}")
                 if _error(data, "code") == NOT_READY:

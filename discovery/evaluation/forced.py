@@ -1,7 +1,8 @@
 """Likelihoods of given answers with and without the policy, on the engine's own op over a Hugging Face model.
 
 An endpoint scores only prompts. An edit that begins at the end of the prompt, as most gated ones do, acts on
-what follows: here a given answer follows the prompt, token by token, and its probability is read.
+what follows: here a given answer follows the prompt, token by token, and its probability is read. Of a piece
+of plain text the second half follows the first.
 """
 
 import json
@@ -16,6 +17,7 @@ from discovery.evaluation.metrics import merge
 from discovery.evaluation.suite import LoadedSuite, Prompt
 from discovery.progress import meter
 from interpretops.plan import Plan
+from interpretops.plan_reach import steers_prompt_alike
 from interpretops.riskcard.card import Measure, MeasureName, Measures, Source
 from interpretops.riskcard.measures import mean_difference, rate
 
@@ -39,13 +41,20 @@ class Item:
     answers: tuple[str, ...]
 
 
-def forced_items(loaded: LoadedSuite, own_answers: dict[str, str], most_answers: int) -> list[Item]:
-    """What is scored: own unsteered answers to benign prompts (at most so many), options, pairs."""
+def forced_items(
+    loaded: LoadedSuite, own_answers: dict[str, str], most_answers: int, plan: Plan | None = None
+) -> list[Item]:
+    """What is scored: own unsteered answers to benign prompts (at most so many), options, pairs.
+
+    And plain text, where under ``plan`` an endpoint cannot score it.
+    """
     benign = [prompt for prompt in loaded.of("benign") if own_answers.get(prompt.id, "").strip()]
     step = max(1, len(benign) // max(most_answers, 1))
     items = [Item(prompt, (own_answers[prompt.id],)) for prompt in benign[::step][:most_answers]]
     items += [Item(prompt, prompt.options) for prompt in loaded.of("factual") if len(prompt.options) > 1]
     items += [Item(prompt, (prompt.text, *prompt.options)) for prompt in loaded.of("bias")]
+    if plan is not None and not steers_prompt_alike(plan):
+        items += [Item(prompt, (prompt.text,)) for prompt in loaded.of("text")]
     return items
 
 
@@ -77,17 +86,20 @@ def forced_measures(
     """ΔCE on own answers, factual and bias likelihood of one arm."""
     found: dict[MeasureName, Measure] = {}
     by_role = {
-        role: [item for item in items if item.prompt.role == role] for role in ("benign", "factual", "bias")
+        role: [item for item in items if item.prompt.role == role]
+        for role in ("benign", "text", "factual", "bias")
     }
-    if benign := by_role["benign"]:
-        rows = [(scores.found["off", i.prompt.id][0], scores.found[arm, i.prompt.id][0]) for i in benign]
-        found["delta_ce_answers"] = mean_difference(
-            [-a / n for (a, n), _ in rows],
-            [-b / n for _, (b, n) in rows],
-            [n for (_, n), _ in rows],
-            data=_files(loaded, benign),
-            seed=seed,
-        )
+    differences: tuple[tuple[MeasureName, str], ...] = (("delta_ce_answers", "benign"), ("delta_ce", "text"))
+    for name, role in differences:
+        if chosen := by_role[role]:
+            rows = [(scores.found["off", i.prompt.id][0], scores.found[arm, i.prompt.id][0]) for i in chosen]
+            found[name] = mean_difference(
+                [-a / n for (a, n), _ in rows],
+                [-b / n for _, (b, n) in rows],
+                [n for (_, n), _ in rows],
+                data=_files(loaded, chosen),
+                seed=seed,
+            ).model_copy(update={"after_prompt": True})
     names: tuple[tuple[MeasureName, str, bool], ...] = (
         ("factual_likelihood", "factual", True),
         ("bias_likelihood", "bias", False),
@@ -120,6 +132,9 @@ def _ids(model: "HookedModel", item: Item) -> Iterator[tuple[list[int], list[int
         if item.prompt.role == "bias":  # a sentence by itself, after an end mark
             first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
             yield [int(first)], list(tokenizer(answer, add_special_tokens=False).input_ids)
+        elif item.prompt.role == "text":
+            tokens = list(tokenizer(answer).input_ids)[:MOST_TOKENS]
+            yield tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
         else:
             chat = item.prompt.chat and tokenizer.chat_template is not None
             before = model.tokens(item.prompt.text, chat=chat)

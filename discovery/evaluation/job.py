@@ -30,6 +30,7 @@ from interpretops.atomic_file import write_atomically
 from interpretops.riskcard import RiskCard, card_path, save_card, verdict
 from interpretops.riskcard.card import (
     MEASURES,
+    NATS,
     BaselineKind,
     MeasureName,
     Measures,
@@ -51,7 +52,8 @@ NOTES = (
     "Answers are greedy and cut at max_tokens; refusals and coherence are judged by the named judges.",
     "A prompt whose unsteered answer is already refused or degenerate is not counted in CD and over-refusal.",
     "A fluent, wrong answer to a benign prompt is not noticed by CD.",
-    "ΔCE text is read from prompt tokens: edits that act only after the prompt show in ΔCE answers alone.",
+    "ΔCE text is read from prompt tokens; under a policy that acts from its gate's decision on, from the "
+    "second half of each piece, behind the first as prompt.",
     "ΔCE answers, factual and bias likelihood are read from the model in this process, by the same edit op.",
 )
 
@@ -194,7 +196,7 @@ def make_card(run: Run, measured: Measured) -> RiskCard:
     unsteered: Measures = {"bleu": task_measure(loaded, answers, "off")}
     on, off = _likelihoods(run, measured)
     measures |= on
-    unsteered |= {name: measure for name, measure in off.items() if name != "delta_ce_answers"}
+    unsteered |= {name: measure for name, measure in off.items() if name not in NATS}
     baselines["none"] = baselines["none"].model_copy(
         update={"measures": baselines["none"].measures | unsteered}
     )
@@ -245,7 +247,7 @@ def _likelihoods(run: Run, measured: Measured) -> tuple[Measures, Measures]:
     if subject.plan is None or subject.folder is None:
         return {}, {}
     own = {key: answer.text for (arm, key), answer in measured.answers.answers.items() if arm == "off"}
-    items = forced_items(run.loaded, own, run.options.answer_limit)
+    items = forced_items(run.loaded, own, run.options.answer_limit, subject.plan)
     scores = score_items(items, subject.plan, subject.folder, run.dtype, run.out / "likelihoods.jsonl")
     on, off = (forced_measures(run.loaded, items, scores, arm, run.options.seed) for arm in ("on", "off"))
     return on, off

@@ -16,6 +16,9 @@ from interpretops.riskcard.measures import (
     rate,
 )
 
+NOT_TOLD = (
+    "the policy acts only from its gate's decision on, so that nothing of it shows at positions of a prompt"
+)
 Event = Callable[[Outcome, Outcome], bool]
 """Of the unsteered and of the arm's own outcome."""
 
@@ -94,6 +97,8 @@ def text_measure(
     pieces = [prompt for prompt in loaded.of("text") if (arm, prompt.id) in answers]
     if not pieces:
         return absent("the suite has no source with role text")
+    if any(answers[arm, piece.id].not_told for piece in pieces):
+        return absent(NOT_TOLD)
     rows = [(answers["off", piece.id], answers[arm, piece.id]) for piece in pieces]
     scores = [(a.cross_entropy, b.cross_entropy, a.tokens) for a, b in rows]
     whole = [(a, b, n) for a, b, n in scores if a is not None and b is not None and n is not None]

@@ -139,6 +139,8 @@ class Measure(Strictly):
     """Seeds of sampling and resampling."""
     data: tuple[Source, ...] = ()
     """Files that were measured on."""
+    after_prompt: Literal[True] | None = None
+    """Of a likelihood: read behind a prompt, where a gate has decided, and not in the prompt itself."""
     absent: Annotated[str, Field(min_length=1)] | None = None
     """Why there is no value."""
 

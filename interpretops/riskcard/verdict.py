@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from interpretops.policy import SuccessCriteria
-from interpretops.riskcard.card import NATS, MeasureName, RiskCard
+from interpretops.riskcard.card import NATS, Measure, MeasureName, RiskCard
 
 CRITERIA: dict[str, MeasureName] = {
     "defense_efficacy_min": "defense_efficacy",
@@ -20,6 +20,8 @@ CRITERIA: dict[str, MeasureName] = {
     "latency_overhead_max": "latency_cost_overhead",
 }
 """The measure that each field of `success_criteria` speaks of."""
+_NOTHING = 1e-6
+"""Nats. No edit of a text changes so little: a smaller ΔCE was read where nothing is edited."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Finding:
         if self.bound is None:
             return f"{self.criterion}: fails, as {self.measure} was not measured"
         word = "holds" if self.passed else "fails"
+        if self.measure != CRITERIA[self.criterion]:
+            word += f" by {self.measure}"
         show = "{:+.4f}".format if self.measure in NATS else "{:.2%}".format
         return (
             f"{self.criterion}: {word}, {side} 95 % bound {show(self.bound)} (point {show(self.value)}), "
@@ -64,7 +68,9 @@ class Verdict:
 def verdict(card: RiskCard, criteria: SuccessCriteria | None = None) -> Verdict:
     """Hold a card against criteria; without any given, against those that it was made under.
 
-    A minimum is met by the interval's lower bound, a maximum by its upper one. An absent measure fails.
+    A minimum is met by the interval's lower bound, a maximum by its upper one. An absent measure fails. Where
+    ΔCE text is absent, or 0 because it was read at positions of a prompt that the policy leaves as they are,
+    ΔCE answers stands for it.
     """
     chosen = card.criteria if criteria is None else criteria
     findings = [
@@ -79,6 +85,10 @@ def verdict(card: RiskCard, criteria: SuccessCriteria | None = None) -> Verdict:
 
 def _finding(card: RiskCard, criterion: str, name: MeasureName, demanded: float) -> Finding:
     measure = card.measures[name]
+    if name == "delta_ce" and _is_nothing(measure) and card.measures["delta_ce_answers"].interval is not None:
+        name, measure = "delta_ce_answers", card.measures["delta_ce_answers"]
+    elif name == "delta_ce" and _is_nothing(measure):
+        return Finding(criterion, name, demanded, None, None, passed=False)
     if measure.interval is None:
         return Finding(criterion, name, demanded, None, None, passed=False)
     if criterion.endswith("_min"):
@@ -86,3 +96,10 @@ def _finding(card: RiskCard, criterion: str, name: MeasureName, demanded: float)
         return Finding(criterion, name, demanded, bound, measure.value, passed=bound >= demanded)
     bound = measure.interval.high
     return Finding(criterion, name, demanded, bound, measure.value, passed=bound <= demanded)
+
+
+def _is_nothing(measure: Measure) -> bool:
+    """Whether a ΔCE of plain text says nothing, as on older cards of conditional policies."""
+    if measure.interval is None:
+        return True
+    return not measure.after_prompt and max(abs(measure.interval.low), abs(measure.interval.high)) < _NOTHING

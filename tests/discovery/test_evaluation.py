@@ -104,6 +104,21 @@ async def test_counts_are_those_of_the_answers(suite: Path, subject: Subject, tm
     assert card.measures["collateral_damage"].data[0].name == "kind"
 
 
+async def test_text_that_is_not_told_is_absent_and_not_zero(
+    suite: Path, subject: Subject, tmp_path: Path
+) -> None:
+    """Where nothing of a prompt is told under a policy, its card says why there is no number."""
+    gateway = Gateway()
+    gateway.untold = {"guard"}
+    card = await run(suite, subject, gateway, tmp_path / "out", baselines=("ungated=loose",))
+    assert "gate's decision" in str(card.measures["delta_ce"].absent)
+    assert card.baselines["ungated"].measures["delta_ce"].value == pytest.approx(0.01)
+    assert card.measures["defense_efficacy"].value == pytest.approx(15 / 20)
+    asked = gateway.asked
+    await run(suite, subject, gateway, tmp_path / "out", baselines=("ungated=loose",))
+    assert gateway.asked == asked
+
+
 async def test_baselines_stand_in_the_card(suite: Path, subject: Subject, tmp_path: Path) -> None:
     """System prompt and block are measured on the same prompts; what is not served says so."""
     card = await run(suite, subject, Gateway(), tmp_path / "out")

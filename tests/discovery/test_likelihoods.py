@@ -1,5 +1,6 @@
 """Likelihoods of given answers, through the real op: what a gate at the prompt's end does shows in them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,18 +8,23 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from discovery.evaluation.forced import Item, score_items
+from discovery.evaluation.forced import Item, forced_items, score_items
 from discovery.evaluation.suite import Prompt
+from discovery.evaluation.suite_files import load_suite
 from discovery.frozen_model import FrozenModel
 from interpretops.compile import compile_policy
 from interpretops.hooked import HookedModel
-from interpretops.plan import Plan
+from interpretops.plan import ALWAYS, Plan
 from interpretops.policy import load_policy
 
 ITEMS = (
     Item(Prompt("b/0", "benign", "b", "Say the number 3 in words."), ("It is three.",)),
     Item(
         Prompt("f/0", "factual", "f", "The sky is", chat=False, options=("blue", "green")), ("blue", "green")
+    ),
+    Item(
+        Prompt("t/0", "text", "t", "A cat sat on the mat, and a dog ran by."),
+        ("A cat sat on the mat, and a dog ran by.",),
     ),
     Item(Prompt("p/0", "bias", "p", "A cat sat."), ("A cat sat.", "A dog sat.")),
 )
@@ -71,3 +77,22 @@ def test_gate_at_the_prompts_end_shows_on_answers(plan: Plan, tiny_folder: Path,
     assert len(out.read_text().splitlines()) == len(lines.splitlines()) + 1
     out.write_text(lines)
     score_items(ITEMS, plan, Path("/nowhere"), "float32", out)
+
+
+def test_plain_text_is_its_own_prompt(plan: Plan, tiny_folder: Path, tmp_path: Path) -> None:
+    """Its second half is scored behind the first, so that a gate has decided."""
+    text = "A cat sat on the mat, and a dog ran by."
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "suite.yaml").write_text(
+        yaml.safe_dump(
+            {"name": "s", "sources": [{"path": "text.txt", "role": "text", "licence": "own", "limit": 1}]}
+        )
+    )
+    loaded = load_suite(tmp_path / "suite.yaml")
+    (item,) = forced_items(loaded, {}, 3, plan)
+    assert forced_items(loaded, {}, 3, replace(plan, gates=(ALWAYS, ALWAYS))) == []
+    found = score_items([item], plan, tiny_folder, "float32", tmp_path / "text.jsonl").found
+    tokens = HookedModel(tiny_folder, dtype="float32").tokenizer(item.prompt.text).input_ids
+    ((off, count),), ((on, _),) = found["off", item.prompt.id], found["on", item.prompt.id]
+    assert count == len(tokens) - len(tokens) // 2
+    assert abs(off - on) > 1e-3

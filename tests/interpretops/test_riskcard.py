@@ -105,6 +105,30 @@ def test_no_measure_and_no_criteria_never_pass(make_card: Callable[..., RiskCard
     assert not verdict(card, SuccessCriteria()).passed
 
 
+def test_zero_by_construction_meets_no_bar(make_card: Callable[..., RiskCard]) -> None:
+    """A ΔCE read where nothing is edited counts as absent: ΔCE answers stands for it, or it fails."""
+
+    def judged(**measures: Measure) -> Any:
+        card = make_card()
+        card = card.model_copy(update={"measures": {**card.measures, **measures}})
+        (found,) = verdict(card, SuccessCriteria(delta_ce_max=0.02)).findings
+        return found
+
+    zero = mean_difference([3.0, 3.1], [3.0, 3.1], [10, 20], data=())
+    noise = mean_difference([3.0, 3.1], [3.0 - 1e-8, 3.1 + 2e-8], [10, 20], data=())
+    small = mean_difference([3.0, 3.1], [3.001, 3.102], [10, 20], data=())
+    large = mean_difference([3.0, 3.1], [3.2, 3.4], [10, 20], data=())
+    for nothing in (zero, noise, absent("not told")):
+        assert not judged(delta_ce=nothing).passed
+        assert not judged(delta_ce=nothing, delta_ce_answers=large).passed
+        stands = judged(delta_ce=nothing, delta_ce_answers=small)
+        assert stands.passed
+        assert "holds by delta_ce_answers" in stands.line()
+    assert judged(delta_ce=nothing, delta_ce_answers=zero).passed
+    assert judged(delta_ce=small, delta_ce_answers=large).passed
+    assert judged(delta_ce=zero.model_copy(update={"after_prompt": True})).passed
+
+
 def test_stopping_every_attack_still_has_a_width() -> None:
     """With all of 50 attacks stopped DE is 1, and its lower bound that of 50 of 50, not 1."""
     found = defense_efficacy(Pairs(both=0, only_off=50, only_on=0, neither=5))

@@ -221,6 +221,20 @@ async def test_engine_that_joins_is_proven_and_loaded_before_it_is_asked(start, 
     assert other.seen
 
 
+async def test_engine_with_other_special_tokens_does_not_join(start, engine, other, until):
+    """What a caller wrote must be as harmless on each engine as on the other."""
+    front = await start("calm", **{"engine.url": [engine.url, other.url]})
+    other.special = {"ids": {"<|other|>": 0}}
+    await other.up()
+
+    async def told():
+        return any("other special tokens" in (shown["reason"] or "") for shown in await engines(front))
+
+    await until(told)
+    assert await front.engine_ready()
+    assert other.seen == []
+
+
 async def test_engine_of_another_model_stays_outside(start, engine, other, until):
     """One gateway serves one model, and says which engine serves another."""
     front = await start("calm", **{"engine.url": [engine.url, other.url]})

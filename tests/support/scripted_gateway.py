@@ -24,6 +24,8 @@ class Gateway:
         self.busy = 0
         self.not_ready = 0
         self.names = ["tiny+guard", "tiny"]
+        self.untold: set[str] = set()
+        """Policies under which nothing of a prompt is told."""
         self.continuations: tuple[dict[str, str], dict[str, str]] = ({}, {})
         """Of plain text without and with a policy, by the text."""
         self.systems: set[str] = set()
@@ -83,6 +85,9 @@ class Gateway:
         if "prompt_logprobs" not in body:
             text = self.continuations[steered].get(body["prompt"], ANSWER)
             return self._respond(request, {"choices": [{"text": text}]}, 0)
+        if request.headers["X-Steering-Policy"] in self.untold:
+            error = {"message": "leave it out", "code": "field_not_allowed", "param": "prompt_logprobs"}
+            return web.json_response({"error": error}, status=400)
         log = -2.0 - 0.01 * steered
         logs = [None, *({str(i): {"logprob": log}} for i in range(4))]
         return self._respond(request, {"choices": [{"text": "x", "prompt_logprobs": logs}]}, 0)
