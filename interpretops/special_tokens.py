@@ -23,7 +23,12 @@ class SpecialTokens:
         self.ids = {text: token for text, token in ids.items() if text}
         self.first = first
         self._text_of = {token: text for text, token in self.ids.items()}
-        self._begins = re.compile(f"(?s)(?={_any_of(self.ids)}).") if self.ids else None
+        # The first character alone is taken, so that a token which begins inside another is met too.
+        heads = sorted({text[0] for text in self.ids})
+        rests = [_any_of(text[1:] for text in self.ids if text[0] == head) for head in heads]
+        pairs = zip(heads, rests, strict=True)
+        begins = "|".join(f"{re.escape(head)}(?={rest})" for head, rest in pairs)
+        self._begins = re.compile(begins) if begins else None
         starts = {text[:size] for text in self.ids for size in range(1, len(text))}
         self._starts = _by_length(starts)
         # What is left of a token where a template writes its brackets. Plain words stay as they are: a tool
@@ -47,7 +52,7 @@ class SpecialTokens:
         """
         if self._begins is None:
             return text
-        found = self._begins.sub(lambda match: match[0] + JOINER, text)
+        found = self._begins.sub(rf"\g<0>{JOINER}", text)
         if alone:
             return found
         if text in self._inner or text.startswith(self._rests):
@@ -75,7 +80,10 @@ def _by_length(texts: Iterable[str]) -> dict[int, frozenset[str]]:
 def _any_of(texts: Iterable[str]) -> str:
     """A pattern of all texts as a tree: some tokenizers have thousands, and each begins like the others."""
     branches: dict[str, set[str]] = {}
-    for text in texts:
+    found = set(texts)
+    if "" in found:
+        return ""
+    for text in found:
         branches.setdefault(text[0], set()).add(text[1:])
     parts = []
     for head, rests in branches.items():

@@ -77,7 +77,7 @@ def test_what_a_template_puts_into_brackets_makes_no_token():
         assert f"<{SPECIAL.inert(name)}>".startswith(f"<{name[0]}{JOINER}")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(texts=st.lists(TEXT, min_size=1, max_size=4), system=TEXT)
 def test_real_tokenizer_finds_only_its_templates_tokens(tokenizer, special, texts, system):
     """After the real template, the prompt holds as many special tokens as it does for plain words."""
@@ -97,7 +97,7 @@ def test_real_tokenizer_finds_only_its_templates_tokens(tokenizer, special, text
     assert count([special.inert(text) for text in written]) == count(["x"] * len(written))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(TEXT | st.text())
 def test_real_tokenizer_finds_none_in_content(tokenizer, special, text):
     """No id of a special token comes of what was written, Unicode look-alikes among it."""
