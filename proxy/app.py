@@ -126,7 +126,7 @@ async def _answer(request: web.Request, route: Route, meter: Meter, places: Plac
         trail.keep_answer = may_read(route, body, shadow) and gateway.shadows.wanted(shadow)
         try:
             with gateway.metrics.in_flight.track_inprogress():
-                response = await relay(request, Demand(gateway, turn, route, body, revision, trail))
+                response = await relay(request, Demand(gateway, turn, route, body, revision, trail, size))
         except Refusal:
             unknown = 0
             raise

@@ -88,15 +88,17 @@ class Attestation(_Answer):
 
 
 class Receipt(_Answer):
-    """What the engine did for one request."""
+    """What the engine did for one request of ours, which may be several of its own."""
 
     revision: str
-    requests: int
-    tokens_evaluated: int
-    edits_applied: int = 0
-    gates_fired: int = 0
-    cached_tokens: int = 0
-    finished: bool = True
+    requests: int = Field(ge=0)
+    """Engine requests: one for each choice of each prompt."""
+    tokens_evaluated: int = Field(ge=0)
+    edits_applied: int = Field(default=0, ge=0)
+    gates_fired: int = Field(default=0, ge=0)
+    cached_tokens: int = Field(default=0, ge=0)
+    finished: bool
+    """Whether every one of those has come to its end, so that no token of the answer is missing here."""
 
     @classmethod
     def read(cls, told: bytes) -> Receipt:

@@ -9,6 +9,8 @@ from typing import Any, Final
 from interpretops.errors import EngineError
 from proxy.engine_client import NONCE_HEADER, RECEIPT_HEADER, Receipt
 from proxy.engine_link import ProvenEngine
+from proxy.proof import fault, told_by
+from proxy.request_size import size_of
 from proxy.routes import Route
 from proxy.sanitize import serialize
 
@@ -36,8 +38,14 @@ async def ask(
         answer = await upstream.read(_MOST_BYTES)
     finally:
         upstream.close()
-    told = upstream.headers.get(RECEIPT_HEADER)
-    receipt = await engine.client.receipt(nonce) if told is None else Receipt.read(told)
-    if upstream.status != 200 or receipt is None or receipt.revision != revision:
-        raise EngineError(f"the engine answered with status {upstream.status}, or without proof")
+    if upstream.status != 200:
+        raise EngineError(f"the engine answered with status {upstream.status}")
+    came = upstream.headers.get(RECEIPT_HEADER)
+    receipt = await engine.client.receipt(nonce) if came is None else Receipt.read(came)
+    try:
+        why = fault(receipt, revision, size_of(body, 0), await told_by(answer))
+    except ValueError:
+        raise EngineError("the engine did not answer with a JSON object") from None
+    if receipt is None or why is not None:
+        raise EngineError(f"the engine answered without proof: {why}")
     return answer, receipt

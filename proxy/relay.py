@@ -20,6 +20,7 @@ from proxy.engine_client import RECEIPT_HEADER as ENGINE_RECEIPT
 from proxy.engine_http import Answer, AnswerTooLargeError, EngineGivenUpError, EngineUnreachableError
 from proxy.fleet import Turn
 from proxy.policy_files import Revision
+from proxy.proof import Told, fault, told_by, told_by_stream
 from proxy.refusal import (
     AnswerTooLarge,
     EngineFailed,
@@ -32,6 +33,7 @@ from proxy.refusal import (
     UnknownModel,
     error_body,
 )
+from proxy.request_size import Size
 from proxy.routes import Route
 from proxy.sanitize import serialize
 from proxy.sse import SseOverflowError, SseSplitter, comment, error_event
@@ -60,6 +62,8 @@ class Demand:
     body: Mapping[str, Any]
     revision: Revision | None
     trail: Trail
+    size: Size = Size()  # noqa: RUF009 (frozen)
+    """Of `body`: how many engine requests the receipt must cover."""
 
     @property
     def revision_id(self) -> str:
@@ -149,7 +153,11 @@ async def _relay_whole(demand: Demand, upstream: Answer, sent_at: float) -> web.
     except _GONE as error:
         raise _engine_gone(demand, error) from error
     demand.trail.engine_s = time.perf_counter() - sent_at
-    receipt = await _proof(demand, upstream.headers.get(ENGINE_RECEIPT, b""))
+    try:
+        told = await told_by(answer)
+    except ValueError:
+        raise EngineFailed("the engine did not answer with a JSON object") from None
+    receipt = await _proof(demand, upstream.headers.get(ENGINE_RECEIPT, b""), told)
     if demand.trail.keep_answer and len(answer) <= _MOST_COMPARED:
         demand.trail.answer = answer
     if demand.trail.transcript is not None:
@@ -218,7 +226,11 @@ async def _relay_stream(
             return response
         if not splitter.end_event:
             raise EngineFailed("the engine ended the stream too early; the answer is incomplete")
-        receipt = await _proof(demand, splitter.receipt)
+        try:
+            told = told_by_stream(splitter, named=demand.route.named_events)
+        except ValueError:
+            raise EngineFailed("the engine sent an event that is no JSON object") from None
+        receipt = await _proof(demand, splitter.receipt, told)
     except Refusal as refusal:
         return await _break_off(response, demand, refusal)
     except SseOverflowError:
@@ -242,19 +254,19 @@ async def _break_off(response: web.StreamResponse, demand: Demand, refusal: Refu
     return response
 
 
-async def _proof(demand: Demand, told: bytes) -> dict[str, Any]:
-    """The receipt of the answer just read, as callers see it; raises when it does not prove the revision.
+async def _proof(demand: Demand, came: bytes, told: Told) -> dict[str, Any]:
+    """The receipt of the answer just read, as callers see it; raises when it does not prove the answer.
 
-    ``told`` came with the answer; an engine with an older plugin is asked for it.
+    ``came`` is what came with the answer; an engine with an older plugin is asked for it.
     """
     why: str | None
     receipt: Receipt | None = None
     try:
         client, nonce = demand.turn.engine.client, demand.trail.nonce or ""
-        receipt = Receipt.read(told) if told else await client.receipt(nonce)
+        receipt = Receipt.read(came) if came else await client.receipt(nonce)
         if receipt is not None:
             demand.trail.take(receipt)
-        why = _fault(receipt, demand.revision_id)
+        why = fault(receipt, demand.revision_id, demand.size, told)
     except EngineError as error:
         why = str(error)
     if receipt is None or why is not None:
@@ -270,18 +282,6 @@ async def _proof(demand: Demand, told: bytes) -> dict[str, Any]:
         "policy": demand.trail.policy,
         **receipt.model_dump(exclude={"finished"}),
     }
-
-
-def _fault(receipt: Receipt | None, demanded: str) -> str | None:
-    if receipt is None:
-        return "no receipt"
-    if receipt.revision != demanded:
-        return f"receipt is for revision {receipt.revision[:64]!r}"
-    if receipt.requests < 1 or not receipt.finished:
-        return f"receipt covers {receipt.requests} requests, finished = {receipt.finished}"
-    if demanded != NONE and receipt.tokens_evaluated < 1:
-        return "receipt says that no token was evaluated"
-    return None
 
 
 async def _check_engine(demand: Demand) -> None:

@@ -35,6 +35,14 @@ class SseSplitter:
         self.receipt = b""
         """The engine's receipt; empty until it has come."""
         self.failed = False
+        self.events = 0
+        """Events sent on."""
+        self._last = b""
+
+    @property
+    def last_event(self) -> bytes:
+        """The last event that was sent on; empty before the first."""
+        return self._last[:-2].rpartition(b"\n\n")[2]
 
     def feed(self, chunk: bytes) -> bytes:
         """The whole events that can be sent on now, bytes untouched; possibly none."""
@@ -53,8 +61,14 @@ class SseSplitter:
             and b"failed" not in events
             and _RECEIPT not in events
         ):
-            return events
-        return self._inspect(events)
+            return self._count(events)
+        return self._count(self._inspect(events))
+
+    def _count(self, events: bytes) -> bytes:
+        if events:
+            self.events += events.count(b"\n\n")
+            self._last = events
+        return events
 
     def _inspect(self, events: bytes) -> bytes:
         kept: list[bytes] = []

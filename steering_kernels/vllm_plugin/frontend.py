@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from steering_kernels.vllm_plugin.engine_config import prepare
-from steering_kernels.vllm_plugin.receipts import collect
+from steering_kernels.vllm_plugin.receipts import collect, note_ended
 from steering_kernels.vllm_plugin.request_args import RequestArgs, RequestArgsError
 from steering_kernels.vllm_plugin.wrapping import wrap_method
 
@@ -33,8 +33,10 @@ def patch_frontend() -> None:
         return original(self, request_id, prompt, params, *args, **kwargs)
 
     def process_outputs(original: Any, self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        collect(outputs)
-        return original(self, outputs, *args, **kwargs)
+        reported = collect(outputs)
+        result = original(self, outputs, *args, **kwargs)
+        note_ended(reported, self.request_states)
+        return result
 
     wrap_method(EngineArgs, "create_engine_config", create_engine_config)
     wrap_method(InputProcessor, "process_inputs", process_inputs)

@@ -26,7 +26,7 @@ class Report:
     gates_fired: int
     """(token, gate) pairs at which a conditional gate was open."""
     cached_tokens: int
-    """Prompt tokens whose keys and values came from the prefix cache."""
+    """Tokens whose keys and values came from the prefix cache."""
 
 
 class StepReports:

@@ -29,7 +29,10 @@ class _Tracked:
     args: RequestArgs
     slot: int
     cached_tokens: int
+    """Tokens that this request did not compute: they came from the cache, at first or after a preemption."""
     tokens_evaluated: int = 0
+    reached: int = 0
+    """Tokens from the first on that were computed or found in the cache."""
 
 
 class SteeringRuntime:
@@ -148,7 +151,7 @@ class SteeringRuntime:
             return
         slot = self._free_slots.pop()
         self.bank.step.forget_request(slot)
-        self._tracked[request_id] = _Tracked(args, slot, cached_tokens)
+        self._tracked[request_id] = _Tracked(args, slot, cached_tokens, reached=cached_tokens)
 
     def untrack(self, request_id: str) -> None:
         """A request has ended; unknown ones are ignored."""
@@ -223,7 +226,10 @@ class SteeringRuntime:
         if replayed:
             self.bank.decide_gates()
         self._in_step = list(request_ids)
-        for entry, count in zip(tracked, num_tokens, strict=True):
+        for entry, first, count in zip(tracked, first_position, num_tokens, strict=True):
+            # Also after a preemption: what others computed meanwhile is found in the cache then.
+            entry.cached_tokens += max(0, first - entry.reached)
+            entry.reached = max(entry.reached, first + count)
             entry.tokens_evaluated += count
 
     def may_replay(self, request_ids: Sequence[str], in_prompt: Sequence[bool]) -> bool:

@@ -188,7 +188,9 @@ class FakeEngine:
             raise
 
     async def _answer(self, request: web.Request, body: dict[str, Any], revision: str) -> web.StreamResponse:
-        receipt = {"revision": revision, "requests": 1, "tokens_evaluated": 3, "finished": True, **self.more}
+        requests = _engine_requests(body)
+        receipt = {"revision": revision, "requests": requests, "tokens_evaluated": 3 * requests}
+        receipt |= {"finished": True, **self.more}
         if self.trick == "wrong_revision":
             receipt["revision"] = "a" * 64
         if self.trick == "nothing_evaluated":
@@ -254,6 +256,13 @@ class FakeEngine:
             return await self._write_huge(request, 200)
         self.plain.append(body)
         return web.json_response({"count": 3, "tokens": [1, 2, 3]})
+
+
+def _engine_requests(body: dict[str, Any]) -> int:
+    """How many requests vLLM makes of one."""
+    prompt = body.get("prompt", "")
+    lists = isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt)
+    return (len(prompt) if lists else 1) * body.get("n", 1)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -10,8 +11,8 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from steering_kernels.vllm_plugin.answer_receipt import AnswerReceipt
-from steering_kernels.vllm_plugin.receipts import RECEIPTS
-from steering_kernels.vllm_plugin.report import Report
+from steering_kernels.vllm_plugin.receipts import RECEIPTS, collect, note_ended
+from steering_kernels.vllm_plugin.report import OUTPUT_KEY, Report
 
 NONCE = "ab" * 16
 
@@ -46,6 +47,7 @@ def app() -> Iterator[FastAPI]:
         return JSONResponse({"error": {}}, status_code=500)
 
     RECEIPTS.record("r", Report(None, NONCE, 3, 0, 0, 0))
+    RECEIPTS.end("r", NONCE)
     yield app
     RECEIPTS.take(NONCE)
 
@@ -85,3 +87,19 @@ async def test_otherwise_it_stays_behind(app: FastAPI, path: str, nonce: str | N
     answer = await ask(app, path, nonce)
     assert "interpretops-receipt" not in f"{answer.headers}{answer.text}"
     assert RECEIPTS.take(NONCE) is not None
+
+
+@pytest.mark.parametrize(("running", "finished"), [((), True), (("second",), False)])
+def test_receipt_is_finished_when_all_its_engine_requests_are(
+    running: tuple[str, ...], finished: bool
+) -> None:
+    """Of two choices one still runs: the receipt says so. What the front end expects no more has ended."""
+    nonce = "ef" * 16
+    outputs = [
+        SimpleNamespace(request_id=name, kv_transfer_params={OUTPUT_KEY: [None, nonce, 4, 0, 0, 0]})
+        for name in ("first", "second")
+    ]
+    note_ended(collect(outputs), running)
+    receipt = RECEIPTS.take(nonce)
+    assert receipt is not None
+    assert (receipt["requests"], receipt["tokens_evaluated"], receipt["finished"]) == (2, 8, finished)

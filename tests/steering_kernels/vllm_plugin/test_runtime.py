@@ -78,6 +78,22 @@ def test_latch_outlives_preemption_although_the_prompt_is_not_scored_again(
     runtime.untrack("a")
 
 
+def test_tokens_found_in_the_cache_after_a_preemption_are_counted(
+    steered: tuple[SteeringRuntime, Any, Plan],
+) -> None:
+    """Evaluated and cached tokens together cover every token, also those that others computed meanwhile."""
+    runtime, model, plan = steered
+    runtime.track("h", arguments(plan.revision), 1)
+    run(runtime, model, "h", 1, 1)
+    # Preempted after two of five; three came from the cache, two of which it had had already.
+    run(runtime, model, "h", 4, 1)
+    report = runtime.reports().take()["h"]
+    assert (report[2], report[5]) == (2, 3)
+    run(runtime, model, "h", 0, 5)
+    assert runtime.reports().take()["h"][2::3] == [7, 3]
+    runtime.untrack("h")
+
+
 def test_next_request_in_a_slot_begins_with_closed_gates(
     steered: tuple[SteeringRuntime, Any, Plan],
 ) -> None:

@@ -1,0 +1,137 @@
+"""A receipt proves a whole answer: each of its engine requests, to the end, and every token told."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.engine_client import Receipt
+from proxy.proof import Size, Told, fault, size_of, told_by, told_by_stream
+from proxy.refusal import InvalidRequest
+from proxy.sse import SseSplitter
+
+MANDATORY = [{"policy": "calm", "mode": "mandatory"}]
+REVISION = "ab" * 32
+
+
+def receipt(**fields):
+    given = {"revision": REVISION, "requests": 1, "tokens_evaluated": 9, "finished": True, **fields}
+    return Receipt.model_validate(given)
+
+
+@pytest.mark.parametrize(
+    ("body", "size"),
+    [
+        ({"prompt": "one"}, Size(1, 1)),
+        ({"prompt": ["one"], "n": 3}, Size(1, 3)),
+        ({"prompt": ["one", "two"], "n": 3}, Size(2, 3)),
+        ({"prompt": [1, 2, 3]}, Size(1, 1)),
+        ({"prompt": [[1, 2], [3], [4]], "n": 2}, Size(3, 2)),
+        ({"prompt": [], "n": 2}, Size(1, 2)),
+        ({"messages": [{}, {}], "n": 2}, Size(1, 2)),
+        ({"input": ["one", "two"]}, Size(1, 1)),
+    ],
+)
+def test_engine_requests_are_prompts_times_choices(body, size):
+    """Texts and lists of tokens are prompts each; a list of tokens is one, and so are messages."""
+    assert size_of(body) == size
+
+
+@pytest.mark.parametrize("n", [0, -1, True, "2", 2.0, [2]])
+def test_n_that_is_no_count_is_refused(n):
+    """The engine would read `"2"` as two: what the gateway cannot count is not passed on."""
+    with pytest.raises(InvalidRequest, match="n must be a whole number"):
+        size_of({"n": n})
+
+
+@given(
+    st.integers(1, 50), st.integers(1, 4), st.integers(1, 300), st.integers(0, 300), st.integers(0, 100)
+)
+def test_honest_receipt_proves_and_one_token_less_does_not(prompts, choices, prompt, answer, again):
+    """Prompt and answer but for each last token are the least; what is computed again comes on top."""
+    size, requests = Size(prompts, choices), prompts * choices
+    told = Told(prompts * prompt, requests * answer)
+    least = requests * max(1, prompt + answer - 1)
+    assert fault(receipt(requests=requests, tokens_evaluated=least + again), REVISION, size, told) is None
+    cached = min(least - requests, again)
+    honest = receipt(requests=requests, tokens_evaluated=least - cached, cached_tokens=cached)
+    assert fault(honest, REVISION, size, told) is None
+    short = receipt(requests=requests, tokens_evaluated=least - 1)
+    assert fault(short, REVISION, size, told) is not None
+
+
+@pytest.mark.parametrize(
+    "short",
+    [
+        {"requests": 1},
+        {"requests": 5},
+        {"requests": 3},
+        {"finished": False},
+        {"tokens_evaluated": 3, "cached_tokens": 100},
+        {"tokens_evaluated": 10},
+    ],
+)
+async def test_receipt_that_proves_part_of_a_request_withholds_it(start, engine, short):
+    """Two prompts with two choices each are four engine requests: whatever is missing, nothing is sent."""
+    front = await start("calm", bindings=MANDATORY)
+    usage = {"prompt_tokens": 10, "completion_tokens": 8}
+    engine.script = lambda body: [{"choices": [{"text": "leak"}], "usage": usage}]
+    body = {"model": "tiny-model", "prompt": ["a", "b"], "n": 2}
+
+    async def ask():
+        async with front.public.post("/v1/completions", json=body) as answer:
+            return answer.status, await answer.text()
+
+    engine.more = {"tokens_evaluated": 24}
+    assert (await ask())[0] == 200
+    engine.more = {"tokens_evaluated": 24, **short}
+    status, text = await ask()
+    assert (status, json.loads(text)["error"]["code"]) == (502, "receipt_failed")
+    assert "leak" not in text
+
+
+async def test_stream_longer_than_its_receipt_does_not_end_well(start, engine):
+    """A stream without `usage` is bounded by its events, one with it by what that says: no end marker."""
+    front = await start("calm", bindings=MANDATORY)
+    engine.script = lambda body: [{"choices": [{"text": "x"}]}] * 40
+    engine.more = {"tokens_evaluated": 20}
+    assert (await front.chat(stream=True))[2].endswith("data: [DONE]\n\n")
+    engine.more = {"tokens_evaluated": 10}
+    assert "receipt_failed" in (told := (await front.chat(stream=True))[2])
+    assert "[DONE]" not in told
+    usage = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 8}}
+    engine.script = lambda body: [{"choices": [{"text": "x"}]}, usage]
+    engine.more = {"tokens_evaluated": 12}
+    assert (await front.chat(stream=True))[2].endswith("data: [DONE]\n\n")
+    engine.more = {"tokens_evaluated": 11}
+    assert "[DONE]" not in (await front.chat(stream=True))[2]
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+def test_usage_of_named_streams_is_found(cut):
+    """The Responses API tells it in its last event, the Messages API in the one before."""
+    responses = (
+        b'event: response.output_text.delta\ndata: {"delta":"a"}\n\n'
+        b'event: response.completed\ndata: {"response":{"usage":{"input_tokens":7,"output_tokens":3}}}\n\n'
+    )
+    messages = (
+        b'event: message_delta\ndata: {"usage":{"input_tokens":7,"output_tokens":3}}\n\n'
+        b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    )
+    for end, stream in ((b"event: response.completed\n", responses), (b"event: message_stop\n", messages)):
+        splitter = SseSplitter(end)
+        for at in range(0, len(stream), cut):
+            splitter.feed(stream[at : at + cut])
+        assert told_by_stream(splitter, named=True) == Told(7, 3, 0)
+
+
+async def test_usage_that_is_none_bounds_nothing_and_no_object_is_an_error():
+    """Answers without usage are proven by requests and revision; what is no answer is none."""
+    for answer in ({}, {"usage": None}, {"usage": {"prompt_tokens": "7"}}, {"usage": []}):
+        assert await told_by(json.dumps(answer).encode()) == Told()
+    large = json.dumps({"text": "x" * 300_000, "usage": {"input_tokens": 2, "output_tokens": 1}})
+    assert await told_by(large.encode()) == Told(2, 1)
+    for answer in (b"", b"[]", b"{"):
+        with pytest.raises(ValueError, match=r"."):
+            await told_by(answer)
