@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from interpretops.bank_rows import gate_views, row_edits, to_numpy
-from interpretops.errors import PlanError
+from interpretops.errors import NoRoomError, PlanError
 from interpretops.plan import (
     HEAD_POINTS,
     MAX_GATES,
@@ -101,7 +101,7 @@ class PlanBank:
             self._check(plan)
             free = sorted(set(range(1, self.rows)) - set(self.row_of.values()))
             if not free:
-                raise PlanError(f"table full: {self.rows - 1} revisions are resident; retire one first")
+                raise NoRoomError(f"table full: {self.rows - 1} revisions are resident; retire one first")
             row = free[0]
             placed: list[Site] = []
             try:
@@ -112,7 +112,7 @@ class PlanBank:
             except TableFullError as error:
                 for done in placed:
                     self.tables[done].clear_row(row)
-                raise PlanError(f"table full at site {site}: {error}; retire a revision first") from error
+                raise NoRoomError(f"table full at site {site}: {error}; retire a revision first") from error
             self._gates_of[row] = gate_views(plan, row, self.device, self._sum_at)
             self._sites_of[row] = frozenset(plan.edits) | {s for s, _ in self._gates_of[row] if s is not None}
             self.row_of[revision] = row

@@ -36,6 +36,13 @@ class PlanError(InterpretOpsError):
     status = 400
 
 
+class NoRoomError(PlanError):
+    """The tables have no room for another plan; nothing is wrong with it."""
+
+    code = "table_full"
+    status = 507
+
+
 class DictionaryError(InterpretOpsError):
     """A dictionary cannot be read, or is not of this model."""
 

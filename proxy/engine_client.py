@@ -11,18 +11,13 @@ from urllib.parse import quote
 import aiohttp
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from interpretops.engine_api import HOLDER_HEADER, PREFIX
 from interpretops.errors import EngineError
 from interpretops.plan import ModelSpec, Plan
 from interpretops.shard import Shard
 from interpretops.special_tokens import SpecialTokens
 from proxy.engine_http import KEEPALIVE_S, Answer, EngineHttp
 
-API: Final = "/interpretops/v1"
-HOLDER_HEADER: Final = "X-Interpretops-Holder"
-"""Which gateway speaks: engines keep a plan as long as a gateway that lives holds it."""
-NONCE_HEADER: Final = "x-interpretops-nonce"
-"""Asks the engine to send the receipt of the request with its answer."""
-RECEIPT_HEADER: Final = b"x-interpretops-receipt"
 _MOST_BYTES: Final = 16 * 1024 * 1024
 """Longest answer of the plugin's routes; an attestation of many ranks and revisions is far below."""
 _HEALTH = aiohttp.ClientTimeout(total=5.0)
@@ -221,7 +216,7 @@ class EngineClient:
     async def attest(self) -> Attestation:
         """Ask the plugin what it is and holds."""
         try:
-            return _parse(Attestation, await self._call("GET", f"{API}/attest"))
+            return _parse(Attestation, await self._call("GET", f"{PREFIX}/attest"))
         except EngineRefusedError as error:
             raise EngineError(
                 f"the engine does not attest the interpretops plugin ({error}); start it with "
@@ -230,13 +225,13 @@ class EngineClient:
 
     async def selftest(self) -> None:
         """Let the engine prove through the running model that edits act; raises `EngineError` when not."""
-        answer = await self._call("POST", f"{API}/selftest", accept=(200, 503))
+        answer = await self._call("POST", f"{PREFIX}/selftest", accept=(200, 503))
         if answer.get("ok") is not True:
             raise EngineError(f"engine's self-test failed: {answer.get('reason', 'no reason given')}")
 
     async def load(self, revision: str, plan: bytes, digest: str) -> None:
         """Make a plan resident on every rank; raises unless every rank attests its very numbers."""
-        loaded = _parse(_Loaded, await self._call("PUT", f"{API}/plans/{quote(revision)}", data=plan))
+        loaded = _parse(_Loaded, await self._call("PUT", f"{PREFIX}/plans/{quote(revision)}", data=plan))
         shards = sorted({(rank.shard, rank.shards) for rank in loaded.ranks} - {(0, 1)})
         expected = {(0, 1): digest}
         if shards:
@@ -253,11 +248,11 @@ class EngineClient:
 
     async def retire(self, revision: str) -> None:
         """Admit no more requests under a plan; the engine frees its rows after the last one."""
-        await self._call("DELETE", f"{API}/plans/{quote(revision)}", accept=(200, 404))
+        await self._call("DELETE", f"{PREFIX}/plans/{quote(revision)}", accept=(200, 404))
 
     async def receipt(self, nonce: str) -> Receipt | None:
         """What was done for the request that carried ``nonce``; None when the engine knows of none."""
-        answer = await self._call("GET", f"{API}/receipts/{quote(nonce)}", accept=(200, 404))
+        answer = await self._call("GET", f"{PREFIX}/receipts/{quote(nonce)}", accept=(200, 404))
         return _parse(Receipt, answer) if "revision" in answer else None
 
     async def _note_connection(self, *_trace: object) -> None:

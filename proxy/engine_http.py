@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from interpretops.engine_api import REFUSAL_HEADER, EngineCode
 from interpretops.errors import EngineError
 
 KEEPALIVE_S: Final = 3.0
@@ -56,6 +57,10 @@ class Answer:
     def content_type(self) -> str:
         """Without its parameters."""
         return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
+
+    def header(self, name: str) -> bytes:
+        """A header by its lower-case name; empty when there is none."""
+        return self.headers.get(name.encode(), b"")
 
     async def read(self, most: int) -> bytes:
         """The whole body, or what is left of it. Raises `AnswerTooLargeError` over ``most`` bytes.
@@ -129,6 +134,12 @@ class Answer:
             await self._waiter
         finally:
             self._waiter = None
+
+
+def refusal_code(answer: Answer) -> EngineCode | None:
+    """Why the plugin refused the request, if it did; whatever vLLM itself refuses has no such code."""
+    told = answer.header(REFUSAL_HEADER)
+    return EngineCode.of(told.decode("latin-1")) if told else None
 
 
 class _Connection(asyncio.Protocol):

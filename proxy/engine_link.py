@@ -41,6 +41,14 @@ class ProvenEngine:
     unfreed: set[str] = field(default_factory=set)
     """Revisions that it may hold although nobody needs them: loading or freeing them got no answer."""
 
+    missed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the engine refused a revision that it had attested: it must be loaded again."""
+
+    def miss(self, revision: str) -> None:
+        """Send no more requests of a revision that the engine says it does not hold."""
+        if self.resident.pop(revision, None) is not None:
+            self.missed.set()
+
     @property
     def served(self) -> frozenset[str]:
         """Names under which the engine serves the model."""

@@ -183,12 +183,18 @@ class EngineLoop:
         silent = False
         silence_s, heard = self._settings.engine.silence_timeout_s, time.monotonic()
         while True:
-            await asyncio.sleep(_WATCH_EVERY_S)
             engine = self._link.joined
             if engine is None:
                 return self._link.reason
+            missed_plans = await _within(engine.missed, _WATCH_EVERY_S)
+            if self._link.joined is not engine:
+                continue
             turn += 1
             try:
+                if missed_plans:
+                    engine.missed.clear()
+                    self._log.error("revisions_missed", engine=self._link.name)
+                    await self._around.restore()
                 await engine.client.check_health()
                 if missed or silent or turn % _ATTEST_EVERY == 0:
                     async with asyncio.timeout(min(_ATTEST_S, silence_s)):
@@ -213,3 +219,12 @@ class EngineLoop:
                 missed += 1
                 if missed >= _MISSES:
                     return f"the engine stopped answering: {error}"
+
+
+async def _within(event: asyncio.Event, seconds: float) -> bool:
+    """Whether something happens within a time."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False

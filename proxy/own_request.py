@@ -6,8 +6,10 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, Final
 
+from interpretops.engine_api import NONCE_HEADER, NONCE_KEY, RECEIPT_HEADER, REVISION_KEY, EngineCode
 from interpretops.errors import EngineError
-from proxy.engine_client import NONCE_HEADER, RECEIPT_HEADER, Receipt
+from proxy.engine_client import Receipt
+from proxy.engine_http import refusal_code
 from proxy.engine_link import ProvenEngine
 from proxy.proof import fault, told_by
 from proxy.request_size import size_of
@@ -26,7 +28,7 @@ async def ask(
     Raises `EngineError` when it is not proven, and as `EngineHttp.post`.
     """
     nonce = secrets.token_hex(16)
-    sealed = {"interpretops_revision": revision, "interpretops_nonce": nonce}
+    sealed = {REVISION_KEY: revision, NONCE_KEY: nonce}
     upstream = await engine.client.generate(
         route.path,
         serialize({**body, "vllm_xargs": sealed}),
@@ -38,10 +40,12 @@ async def ask(
         answer = await upstream.read(_MOST_BYTES)
     finally:
         upstream.close()
+    if refusal_code(upstream) is EngineCode.NOT_RESIDENT:
+        engine.miss(revision)
     if upstream.status != 200:
         raise EngineError(f"the engine answered with status {upstream.status}")
-    came = upstream.headers.get(RECEIPT_HEADER)
-    receipt = await engine.client.receipt(nonce) if came is None else Receipt.read(came)
+    came = upstream.header(RECEIPT_HEADER)
+    receipt = Receipt.read(came) if came else await engine.client.receipt(nonce)
     try:
         why = fault(receipt, revision, size_of(body, 0), await told_by(answer))
     except ValueError:

@@ -71,7 +71,9 @@ def fault(receipt: Receipt | None, demanded: str, size: Size, told: Told) -> str
             f"but {size.prompts} prompts with {size.choices} choices each are {size.requests}"
         )
     if demanded != NONE and receipt.tokens_evaluated < size.requests:
-        return f"receipt says that {receipt.tokens_evaluated} tokens were evaluated for {size.requests} requests"
+        return (
+            f"receipt says that {receipt.tokens_evaluated} tokens were evaluated for {size.requests} requests"
+        )
     told_tokens = told.prompt_tokens * size.choices + told.completion_tokens - size.requests
     streamed_tokens = told.events - _EVENTS_PER_REQUEST * size.requests - _EVENTS_AROUND
     least = max(told_tokens, streamed_tokens)
@@ -87,7 +89,7 @@ def _told_by(answer: bytes) -> Told:
 def _usage(content: Any) -> Told:
     """`usage`, as OpenAI's and Anthropic's routes write it; none of it is no usage."""
     if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is no JSON object")  # noqa: TRY004 - of JSON, not of an argument
     inner = content.get("response")
     usage = (inner if isinstance(inner, dict) else content).get("usage")
     if not isinstance(usage, dict):

@@ -13,11 +13,18 @@ from typing import Any, Final
 import aiohttp
 from aiohttp import web
 
+from interpretops.engine_api import NONCE_HEADER, NONCE_KEY, REVISION_KEY, EngineCode
+from interpretops.engine_api import RECEIPT_HEADER as ENGINE_RECEIPT
 from interpretops.errors import EngineError
 from proxy.binding import HEADER, NONE
-from proxy.engine_client import NONCE_HEADER, Receipt
-from proxy.engine_client import RECEIPT_HEADER as ENGINE_RECEIPT
-from proxy.engine_http import Answer, AnswerTooLargeError, EngineGivenUpError, EngineUnreachableError
+from proxy.engine_client import Receipt
+from proxy.engine_http import (
+    Answer,
+    AnswerTooLargeError,
+    EngineGivenUpError,
+    EngineUnreachableError,
+    refusal_code,
+)
 from proxy.fleet import Turn
 from proxy.policy_files import Revision
 from proxy.proof import Told, fault, told_by, told_by_stream
@@ -44,7 +51,6 @@ RECEIPT_HEADER: Final = "X-Steering-Receipt"
 REQUEST_ID_HEADER: Final = "X-Request-Id"
 PROCESSING_HEADER: Final = "openai-processing-ms"
 """Milliseconds until the answer was there; of a stream, until it began."""
-_NOT_RESIDENT: Final = frozenset(("revision_not_resident", "unknown_revision", "table_full", "retired"))
 _GONE = (OSError, TimeoutError)
 _MOST_ERROR: Final = 1024 * 1024
 """Longest error of the engine that is read; vLLM quotes what it finds wrong."""
@@ -80,7 +86,7 @@ class Demand:
 async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
     """Answer one request. Raises `Refusal` as long as nothing has been sent to the client."""
     nonce = demand.trail.nonce = secrets.token_hex(16)
-    sealed = {"interpretops_revision": demand.revision_id, "interpretops_nonce": nonce}
+    sealed = {REVISION_KEY: demand.revision_id, NONCE_KEY: nonce}
     payload = serialize({**demand.body, "vllm_xargs": sealed})
     streamed = demand.body.get("stream") is True
     sent_at = time.perf_counter()
@@ -139,7 +145,14 @@ async def _send(demand: Demand, payload: bytes, *, streamed: bool) -> Answer:
             if isinstance(refusal, EngineNotReady) and turn.again("unreached"):
                 continue
             raise refusal from error
-        if upstream.status == 503:
+        refused = refusal_code(upstream)
+        if refused is EngineCode.NOT_RESIDENT:
+            # Nothing is wrong with the engine but that it lost a plan, which is loaded again.
+            turn.engine.miss(demand.revision_id)
+            if turn.again("not_resident"):
+                upstream.close()
+                continue
+        elif upstream.status == 503 and refused is None:
             turn.link.breaker.failed()
             if turn.again("refused"):
                 upstream.close()
@@ -157,7 +170,7 @@ async def _relay_whole(demand: Demand, upstream: Answer, sent_at: float) -> web.
         told = await told_by(answer)
     except ValueError:
         raise EngineFailed("the engine did not answer with a JSON object") from None
-    receipt = await _proof(demand, upstream.headers.get(ENGINE_RECEIPT, b""), told)
+    receipt = await _proof(demand, upstream.header(ENGINE_RECEIPT), told)
     if demand.trail.keep_answer and len(answer) <= _MOST_COMPARED:
         demand.trail.answer = answer
     if demand.trail.transcript is not None:
@@ -296,13 +309,18 @@ async def _check_engine(demand: Demand) -> None:
 
 async def _engine_refusal(upstream: Answer) -> Refusal:
     """The engine's own error, in OpenAI's shape; its inner failures without their text."""
+    refused = refusal_code(upstream)
+    if refused is EngineCode.NOT_RESIDENT:
+        return PolicyUnavailable("the engine does not hold the demanded policy at the moment; try again")
+    if refused is EngineCode.POLICY_DEMANDED:
+        return PolicyUnavailable("the engine serves no request without a policy, and none applies here")
+    if refused is not None:
+        return EngineFailed(f"the engine refused the request: {refused.value}")
     try:
         told = json.loads(await upstream.read(_MOST_ERROR))["error"]
-        message, code, param = str(told["message"]), told.get("code"), told.get("param")
+        message, param = str(told["message"]), told.get("param")
     except (*_GONE, AnswerTooLargeError, ValueError, KeyError, TypeError, AttributeError):
         return EngineFailed(f"the engine answered with status {upstream.status}")
-    if code in _NOT_RESIDENT:
-        return PolicyUnavailable("the engine does not hold the demanded policy at the moment; try again")
     if upstream.status in (400, 413, 422):
         return InvalidRequest(message, param=None if param is None else str(param))
     if upstream.status == 404:

@@ -10,6 +10,7 @@ from typing import Final
 
 from structlog.typing import FilteringBoundLogger
 
+from interpretops.engine_api import EngineCode
 from interpretops.errors import EngineError
 from proxy.engine_client import EngineRefusedError
 from proxy.engine_link import ProvenEngine
@@ -18,7 +19,7 @@ from proxy.metrics import Metrics
 from proxy.policy_files import Revision
 from proxy.supervisor import Supervisor
 
-_THE_PLANS_OWN: Final = frozenset(("invalid_plan", "plan_too_large", "table_full"))
+_THE_PLANS_OWN: Final = frozenset((EngineCode.INVALID_PLAN, EngineCode.PLAN_TOO_LARGE, EngineCode.TABLE_FULL))
 """Refusals that say nothing against the engine: it is well, and cannot take this plan."""
 
 

@@ -1,14 +1,16 @@
-"""Lets a receipt travel with the answer that it is of, so that the gateway need not ask for it."""
+"""Lets a receipt travel with the answer that it is of, and a refusal of the plugin's with its code."""
 
 from __future__ import annotations
 
 import json
 from typing import Any, Final
 
+from interpretops.engine_api import NONCE_HEADER, RECEIPT_HEADER, EngineCode
 from steering_kernels.vllm_plugin.receipts import RECEIPTS
+from steering_kernels.vllm_plugin.refusals import REFUSALS, refusal_answer
 
-NONCE_HEADER: Final = b"x-interpretops-nonce"
-RECEIPT_HEADER: Final = b"x-interpretops-receipt"
+_NONCE: Final = NONCE_HEADER.encode()
+_RECEIPT: Final = RECEIPT_HEADER.encode()
 
 
 class AnswerReceipt:
@@ -16,6 +18,9 @@ class AnswerReceipt:
 
     A whole answer gets the receipt as a header and is held back until it is whole; a stream of events gets it
     as its last event, a comment. Both are known by then: reports leave the core with the outputs they are of.
+
+    A stream begins with its first event, so that a request which is refused before gets an answer of its own:
+    `error.code` and a header say why, where vLLM would say "Internal server error".
     """
 
     def __init__(self, app: Any) -> None:
@@ -23,44 +28,83 @@ class AnswerReceipt:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One request."""
-        nonce = _header(scope, NONCE_HEADER) if scope["type"] == "http" else None
+        nonce = _header(scope, _NONCE) if scope["type"] == "http" else None
         if nonce is None:
             await self._app(scope, receive, send)
+        else:
+            await self._app(scope, receive, _Answer(nonce, send))
+
+
+class _Answer:
+    """The messages of one answer, on their way."""
+
+    def __init__(self, nonce: str, send: Any) -> None:
+        self._nonce = nonce
+        self._send = send
+        self._start: Any = None
+        """Held back; None before it came and after it was sent."""
+        self._parts: list[bytes] = []
+        self._streamed = self._refused = False
+
+    async def __call__(self, message: Any) -> None:
+        if self._refused:
             return
-        held: dict[str, Any] | None = None
-        parts: list[bytes] = []
-        streamed = False
+        if message["type"] == "http.response.start":
+            self._start = message
+            self._streamed = (_header(message, b"content-type") or "").startswith("text/event-stream")
+        elif message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._streamed:
+            await self._send_event(message)
+        else:
+            self._parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                await self._send_whole()
 
-        async def send_with_receipt(message: Any) -> None:
-            nonlocal held, streamed
-            if message["type"] == "http.response.start":
-                streamed = (_header(message, b"content-type") or "").startswith("text/event-stream")
-                if streamed or message["status"] != 200:
-                    await send(message)
-                else:
-                    held = message
+    async def _send_event(self, message: Any) -> None:
+        if self._start is not None:
+            if await self._refuse(REFUSALS.take(self._nonce)):
                 return
-            if message["type"] != "http.response.body" or not (streamed or held):
-                await send(message)
-                return
-            if held is not None:
-                parts.append(message.get("body", b""))
-            if message.get("more_body"):
-                if held is None:
-                    await send(message)
-                return
-            receipt = RECEIPTS.take(nonce)
-            told = b"" if receipt is None else json.dumps(receipt, separators=(",", ":")).encode()
-            if held is None:
-                comment = b": interpretops-receipt " + told + b"\n\n" if told else b""
-                await send({**message, "body": message.get("body", b"") + comment})
-                return
-            if told:
-                held["headers"] = [*held.get("headers", ()), (RECEIPT_HEADER, told)]
-            await send(held)
-            await send({"type": "http.response.body", "body": b"".join(parts)})
+            await self._send(self._start)
+            self._start = None
+        if not message.get("more_body") and (told := self._receipt()):
+            message = {
+                **message,
+                "body": message.get("body", b"") + b": interpretops-receipt " + told + b"\n\n",
+            }
+        await self._send(message)
 
-        await self._app(scope, receive, send_with_receipt)
+    async def _send_whole(self) -> None:
+        body, start = b"".join(self._parts), self._start
+        if start["status"] != 200:
+            if await self._refuse(REFUSALS.take(self._nonce) or _unsealed(start["status"], body)):
+                return
+        elif told := self._receipt():
+            start["headers"] = [*start.get("headers", ()), (_RECEIPT, told)]
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _refuse(self, refusal: tuple[EngineCode, str] | None) -> bool:
+        if refusal is not None:
+            self._refused = True
+            for message in refusal_answer(*refusal):
+                await self._send(message)
+        return self._refused
+
+    def _receipt(self) -> bytes:
+        receipt = RECEIPTS.take(self._nonce)
+        return b"" if receipt is None else json.dumps(receipt, separators=(",", ":")).encode()
+
+
+def _unsealed(status: int, body: bytes) -> tuple[EngineCode, str] | None:
+    """The refusal of a front end that found no valid arguments of ours; vLLM lets an error name one field."""
+    if status != 400 or b"vllm_xargs" not in body:
+        return None
+    try:
+        error = json.loads(body)["error"]
+        return (EngineCode.INVALID_SEAL, str(error["message"])) if error["param"] == "vllm_xargs" else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _header(message: Any, name: bytes) -> str | None:

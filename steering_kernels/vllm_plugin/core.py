@@ -6,6 +6,7 @@ import base64
 import hashlib
 from typing import Any
 
+from interpretops.engine_api import EngineCode
 from interpretops.errors import PlanError
 from interpretops.plan import Plan
 from interpretops.prompt_boundary import depends_on_prompt_end
@@ -23,7 +24,9 @@ PROMPT_BLOCKS_ONLY = "interpretops_prompt_blocks_only"
 def admit(registry: Registry, request: Any) -> None:
     """Check an `EngineCoreRequest` before its blocks are hashed, and salt it. Raises if it may not run."""
     if request.sampling_params is None:
-        raise NotAdmittedError("only requests that generate can be bound to a policy")
+        raise NotAdmittedError(
+            EngineCode.NOT_GENERATING, "only requests that generate can be bound to a policy"
+        )
     args = RequestArgs.read(request.sampling_params.extra_args)
     use = registry.admit(request.request_id, args)
     if not use.reads:
@@ -71,7 +74,7 @@ def load(core: Any, plan: str) -> dict[str, Any]:
         first = failed[0]
         return {
             "error": first.get("error", f"rank {first['rank']} holds other numbers than the plan"),
-            "code": first.get("code", "digest_mismatch"),
+            "code": first.get("code", EngineCode.DIGEST_MISMATCH.value),
         }
     core.interpretops.add(revision, parsed.digest(), cache_use(parsed))
     return {"revision": revision, "ranks": ranks}

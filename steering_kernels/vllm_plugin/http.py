@@ -12,17 +12,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from interpretops.engine_api import HOLDER_HEADER, PREFIX, REFUSAL_HEADER, STATUS, EngineCode
 from steering_kernels.vllm_plugin.answer_receipt import AnswerReceipt
 from steering_kernels.vllm_plugin.holders import Holders
 from steering_kernels.vllm_plugin.receipts import RECEIPTS
+from steering_kernels.vllm_plugin.refusals import refusal_body
 from steering_kernels.vllm_plugin.self_test import run_self_test
 from steering_kernels.vllm_plugin.special_tokens import describe_special_tokens
 
-PREFIX = "/interpretops/v1"
-HOLDER_HEADER = "X-Interpretops-Holder"
-"""Which gateway speaks. Several may share an engine; a plan stays as long as one of them holds it."""
 MAX_PLAN_BYTES = 64 * 1024 * 1024
-_STATUS = {"table_full": 507, "invalid_plan": 400, "digest_mismatch": 500}
 
 
 def make_plugin() -> SteeringEndpoints:
@@ -78,9 +76,11 @@ class SteeringEndpoints:
         async for chunk in request.stream():
             data += chunk
             if len(data) > MAX_PLAN_BYTES:
-                return _error(413, "plan_too_large", f"plan exceeds {MAX_PLAN_BYTES} bytes")
+                return _error(EngineCode.PLAN_TOO_LARGE, f"plan exceeds {MAX_PLAN_BYTES} bytes")
         if hashlib.sha256(data).hexdigest() != revision:
-            return _error(400, "invalid_plan", f"body's sha256 is not {revision}: the plan file is damaged")
+            return _error(
+                EngineCode.INVALID_PLAN, f"body's sha256 is not {revision}: the plan file is damaged"
+            )
         async with self._changing:
             return await self._load(_holder(request), revision, bytes(data))
 
@@ -91,8 +91,7 @@ class SteeringEndpoints:
             if "error" in answer:
                 if self._holders.let_go(holder, revision):
                     await cores.call("interpretops_retire", revision)
-                code = "table_full" if "table full" in answer["error"] else answer["code"]
-                return _error(_STATUS.get(code, 500), code, answer["error"])
+                return _error(EngineCode.of(answer["code"]), answer["error"])
         self._holders.hear(holder)
         self._holders.hold(holder, revision)
         ranks = [rank for answer in answers for rank in answer["ranks"]]
@@ -130,7 +129,7 @@ class SteeringEndpoints:
         """The receipt of an answer that did not carry it; it can be had once."""
         receipt = RECEIPTS.take(nonce)
         if receipt is None:
-            return _error(404, "unknown_nonce", "no receipt for this nonce")
+            return _error(EngineCode.UNKNOWN_NONCE, "no receipt for this nonce")
         return JSONResponse(receipt)
 
     async def _attest(self) -> dict[str, Any]:
@@ -157,5 +156,7 @@ def _holder(request: Request) -> str:
     return request.headers.get(HOLDER_HEADER, "")
 
 
-def _error(status: int, code: str, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"code": code, "message": message}}, status_code=status)
+def _error(code: EngineCode, message: str) -> JSONResponse:
+    return JSONResponse(
+        refusal_body(code, message), status_code=STATUS[code], headers={REFUSAL_HEADER: code.value}
+    )

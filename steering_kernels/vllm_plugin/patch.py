@@ -3,6 +3,7 @@
 from steering_kernels.vllm_plugin.core import patch_core
 from steering_kernels.vllm_plugin.engine_config import check_version
 from steering_kernels.vllm_plugin.frontend import patch_frontend
+from steering_kernels.vllm_plugin.refusals import patch_refusals
 from steering_kernels.vllm_plugin.runner_v1 import patch_runner_v1
 from steering_kernels.vllm_plugin.runner_v2 import patch_runner_v2
 from steering_kernels.vllm_plugin.worker import patch_worker
@@ -15,6 +16,7 @@ def apply_patches() -> None:
     check_version(vllm.__version__)
     patch_frontend()
     patch_core()
+    patch_refusals()
     patch_worker()
     patch_runner_v1()
     patch_runner_v2()

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Container
 from typing import Any
 
+from steering_kernels.vllm_plugin.refusals import take_refusal
 from steering_kernels.vllm_plugin.report import Report, take_report
 
 CAPACITY = 16_384
@@ -61,6 +62,7 @@ def collect(outputs: list[Any]) -> list[tuple[str, str]]:
     """Take the reports off the engine core's outputs; request and nonce of each, in order."""
     found: list[tuple[str, str]] = []
     for output in outputs:
+        take_refusal(output)
         report = take_report(output)
         if report is not None:
             RECEIPTS.record(output.request_id, report)

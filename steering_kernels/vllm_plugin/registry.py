@@ -5,11 +5,16 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+from interpretops.engine_api import EngineCode
 from steering_kernels.vllm_plugin.request_args import RequestArgs
 
 
 class NotAdmittedError(Exception):
     """The request demands a revision that this engine does not hold, or no policy where one is demanded."""
+
+    def __init__(self, code: EngineCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,16 @@ class Registry:
         """Count a request in; returns how it may use the prefix cache. Raises `NotAdmittedError`."""
         if args.revision is None:
             if not self.pass_through:
-                raise NotAdmittedError("this engine serves no request without a policy")
+                raise NotAdmittedError(
+                    EngineCode.POLICY_DEMANDED, "this engine serves no request without a policy"
+                )
             return CacheUse()
         with self._lock:
             entry = self._resident.get(args.revision)
             if entry is None or entry.retired:
-                raise NotAdmittedError(f"revision {args.revision[:12]} is not resident")
+                raise NotAdmittedError(
+                    EngineCode.NOT_RESIDENT, f"revision {args.revision[:12]} is not resident"
+                )
             entry.requests.add(request_id)
             self._revision_of[request_id] = args.revision
             return entry.cache_use

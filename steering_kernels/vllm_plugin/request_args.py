@@ -6,11 +6,9 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-REVISION_KEY = "interpretops_revision"
-NONCE_KEY = "interpretops_nonce"
-PASS_THROUGH = "none"  # noqa: S105 (no password)
+from interpretops.engine_api import NONCE_KEY, PASS_THROUGH, REVISION_KEY, EngineCode
 
 _REVISION = re.compile(r"[0-9a-f]{64}")
 _NONCE = re.compile(r"[0-9a-f]{16,64}")
@@ -18,6 +16,8 @@ _NONCE = re.compile(r"[0-9a-f]{16,64}")
 
 class RequestArgsError(ValueError):
     """The request does not say which revision it demands, or says it wrongly."""
+
+    code: ClassVar[EngineCode] = EngineCode.INVALID_SEAL
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from interpretops.engine_api import NONCE_KEY, REVISION_KEY
 from interpretops.plan import POINTS, ModelSpec, Plan, Point, Site, SiteEdits, Units
-from steering_kernels.vllm_plugin.request_args import NONCE_KEY, REVISION_KEY
 
 PROMPT_TOKENS, ANSWER_TOKENS = 6, 3
 """Decode steps too: they may come from a graph of their own. An answer's last token passes no model."""

@@ -1,6 +1,7 @@
 """A small fake engine for what cannot be provoked on a real one, and a gateway in front of it."""
 
 import asyncio
+import hashlib
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +15,8 @@ import structlog
 from aiohttp import ClientSession, web
 from engines import engine_server as engine_server
 
+from interpretops.engine_api import STATUS, EngineCode
+from interpretops.errors import PlanError
 from interpretops.plan import ModelSpec, Plan
 from interpretops.settings import load_settings
 from interpretops.shard import Shard
@@ -52,6 +55,8 @@ class FakeEngine:
     """`traceparent` of the requests."""
     script: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None
     """What it answers instead: one body, or the events of a stream."""
+    refusal: str | None = None
+    """Refuses every request with this code."""
     more: dict[str, int] = field(default_factory=dict)
     """Further fields of its receipts."""
     tcp: tuple[str, int] | None = None
@@ -140,8 +145,14 @@ class FakeEngine:
 
     async def _load(self, request: web.Request) -> web.Response:
         if self.trick == "table_full" or len(self.plans) >= self.room:
-            return web.json_response({"error": {"message": "full", "code": "table_full"}}, status=507)
-        revision, plan = request.match_info["revision"], Plan.from_bytes(await request.read())
+            return _refuse(EngineCode.TABLE_FULL, "full")
+        revision, data = request.match_info["revision"], await request.read()
+        if hashlib.sha256(data).hexdigest() != revision:
+            return _refuse(EngineCode.INVALID_PLAN, "the plan file is damaged")
+        try:
+            plan = Plan.from_bytes(data)
+        except PlanError as error:
+            return _refuse(EngineCode.INVALID_PLAN, str(error))
         self.plans[revision] = plan
         if self.trick == "load_unanswered":
             return web.Response(text="<html>")
@@ -164,7 +175,7 @@ class FakeEngine:
     async def _receipt(self, request: web.Request) -> web.Response:
         receipt = self.receipts.pop(request.match_info["nonce"], None)
         if receipt is None:
-            return web.json_response({"error": {"message": "unknown", "code": "x"}}, status=404)
+            return _refuse(EngineCode.UNKNOWN_NONCE, "no receipt for this nonce")
         return web.json_response(receipt)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -176,9 +187,13 @@ class FakeEngine:
         self.seen.append(body)
         self.traced.append(request.headers.get("traceparent", ""))
         self.arrived.set()
-        revision = body["vllm_xargs"]["interpretops_revision"]
+        revision = body.get("vllm_xargs", {}).get("interpretops_revision")
+        if not isinstance(revision, str):
+            return _refuse(EngineCode.INVALID_SEAL, "every request must name a revision")
+        if self.refusal is not None:
+            return _refuse(self.refusal, "secret")
         if revision not in ("none", *self.plans):
-            return web.json_response({"error": {"message": "not resident", "code": 500}}, status=500)
+            return _refuse(EngineCode.NOT_RESIDENT, f"revision {revision[:12]} is not resident")
         try:
             if self.trick in ("hold", f"hold {revision}"):
                 await self.go_on.wait()
@@ -256,6 +271,13 @@ class FakeEngine:
             return await self._write_huge(request, 200)
         self.plain.append(body)
         return web.json_response({"count": 3, "tokens": [1, 2, 3]})
+
+
+def _refuse(code: str, message: str) -> web.Response:
+    """As the plugin does; `test_engine_schemas.py` compares the two."""
+    error = {"message": message, "type": "interpretops_refusal", "param": None, "code": str(code)}
+    status = STATUS.get(EngineCode.of(code), 500)
+    return web.json_response({"error": error}, status=status, headers={"x-interpretops-refusal": str(code)})
 
 
 def _engine_requests(body: dict[str, Any]) -> int:

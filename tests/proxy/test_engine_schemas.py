@@ -1,5 +1,8 @@
 """The engine's own request classes read what we send: every field is known, and the seal arrives."""
 
+import hashlib
+
+import httpx
 import pytest
 
 from proxy.routes import ROUTES
@@ -68,3 +71,64 @@ def test_every_generating_route_is_read(schemas):
     """No route that runs the model is missing here."""
     assert {path for path, route in ROUTES.items() if route.generates} == BODIES.keys()
     assert schemas.keys() == ROUTES.keys()
+
+
+def refused_calls():
+    """What the plugin refuses, by name: method, path and what is sent."""
+    lost, sealed = (
+        {**SEAL, "interpretops_revision": "f" * 64},
+        {"x-interpretops-nonce": SEAL["interpretops_nonce"]},
+    )
+    chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    text = {"model": "m", "prompt": "hi", "max_tokens": 2}
+    damaged = b"no plan"
+    asked = {
+        "whole": ("/v1/completions", {**text, "vllm_xargs": lost}),
+        "streamed": ("/v1/completions", {**text, "stream": True, "vllm_xargs": lost}),
+        "several": ("/v1/completions", {**text, "prompt": ["a", "b"], "n": 2, "vllm_xargs": lost}),
+        "chat": ("/v1/chat/completions", {**chat, "n": 2, "vllm_xargs": lost}),
+        "chat streamed": ("/v1/chat/completions", {**chat, "stream": True, "vllm_xargs": lost}),
+        "responses": ("/v1/responses", {"model": "m", "input": "hi", "stream": True, "vllm_xargs": lost}),
+        "unsealed": ("/v1/completions", text),
+    }
+    return {
+        **{name: ("POST", path, {"json": body, "headers": sealed}) for name, (path, body) in asked.items()},
+        "damaged plan": (
+            *("PUT", f"/interpretops/v1/plans/{hashlib.sha256(damaged).hexdigest()}"),
+            {"content": damaged},
+        ),
+        "other plan": ("PUT", f"/interpretops/v1/plans/{'0' * 64}", {"content": damaged}),
+        "unknown receipt": ("GET", f"/interpretops/v1/receipts/{'c' * 32}", {}),
+    }
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+async def test_fake_engine_refuses_as_the_real_one_does(engine_server, engine):
+    """Status, code and shape of every refusal are the real plugin's: tests on the fake say what is."""
+
+    async def answers(socket):
+        found = {}
+        transport = httpx.AsyncHTTPTransport(uds=str(socket))
+        async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=120) as client:
+            for name, (method, path, sent) in refused_calls().items():
+                answer = await client.request(method, path, **sent)
+                error = answer.json()["error"]
+                found[name] = (
+                    *(answer.status_code, answer.headers.get("x-interpretops-refusal"), error["code"]),
+                    *(sorted(error), answer.headers["content-type"].partition(";")[0]),
+                )
+        return found
+
+    real = await answers(engine_server.socket)
+    assert real == await answers(engine.socket)
+    assert {name: told[:2] for name, told in real.items()} == {
+        **dict.fromkeys(
+            ("whole", "streamed", "several", "chat", "chat streamed", "responses"),
+            (503, "revision_not_resident"),
+        ),
+        "unsealed": (400, "invalid_seal"),
+        "damaged plan": (400, "invalid_plan"),
+        "other plan": (400, "invalid_plan"),
+        "unknown receipt": (404, "unknown_nonce"),
+    }

@@ -315,3 +315,18 @@ async def test_engines_follow_a_dns_name(start, engine, other, until, monkeypatc
     assert metric(front, "interpretops_engines_unresolved 0.0")
     told = [line["event"] for line in front.log if line["event"].startswith("engines_")]
     assert told == ["engines_not_resolved", "engines_resolved"]
+
+
+async def test_engine_that_lost_a_revision_leaves_its_requests_to_the_other(pair, engine, other, until):
+    """No request fails: the other engine answers, none is blamed, and the plan is loaded again."""
+    front = await pair(**{"gateway.watch_policies": False, "gateway.breaker_failures": 1})
+    engine.plans.clear()
+    for _ in range(4):
+        assert await served(front) != 503
+    shown = {entry["name"]: entry for entry in await engines(front)}
+    assert {entry["breaker"] for entry in shown.values()} == {"closed"}
+
+    async def loaded():
+        return bool(engine.plans)
+
+    await until(loaded)

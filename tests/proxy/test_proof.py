@@ -45,9 +45,7 @@ def test_n_that_is_no_count_is_refused(n):
         size_of({"n": n})
 
 
-@given(
-    st.integers(1, 50), st.integers(1, 4), st.integers(1, 300), st.integers(0, 300), st.integers(0, 100)
-)
+@given(st.integers(1, 50), st.integers(1, 4), st.integers(1, 300), st.integers(0, 300), st.integers(0, 100))
 def test_honest_receipt_proves_and_one_token_less_does_not(prompts, choices, prompt, answer, again):
     """Prompt and answer but for each last token are the least; what is computed again comes on top."""
     size, requests = Size(prompts, choices), prompts * choices

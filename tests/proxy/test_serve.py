@@ -162,6 +162,32 @@ def test_several_choices_are_all_steered(served):
     assert len(answer.parse().choices) == 3
 
 
+COMPLETIONS = {
+    "several prompts": {"prompt": ["The sky is", "Once upon a time", "Two"], "n": 2, "max_tokens": 5},
+    "tokens": {"prompt": [504, 6], "max_tokens": 3},
+    "lists of tokens": {"prompt": [[504], [6, 7, 8]], "n": 2, "max_tokens": 3},
+    "one token": {"prompt": "The sky is", "max_tokens": 1},
+    "echo": {"prompt": "The sky is", "max_tokens": 2, "echo": True},
+    "echo alone": {"prompt": ["The sky is", "Two"], "max_tokens": 0, "echo": True},
+    "stop string": {"prompt": "Count: 1, 2, 3, 4,", "max_tokens": 24, "stop": [",", "\n", "."]},
+    "truncated": {"prompt": "word " * 200, "truncate_prompt_tokens": 20, "max_tokens": 2},
+}
+STREAMS = (
+    *({"stream": False}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}),
+    {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+)
+
+
+@pytest.mark.parametrize("name", COMPLETIONS)
+def test_every_honest_answer_is_proven(served, name):
+    """However it is asked, streamed or not, read from the cache or not: no honest answer is withheld."""
+    for stream in (*STREAMS, *STREAMS):
+        body = {"model": f"{MODEL}+silent", "temperature": 0, **COMPLETIONS[name], **stream}
+        answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=120)
+        assert answer.status_code == 200, (stream, answer.text)
+        assert not stream["stream"] or answer.text.endswith("data: [DONE]\n\n"), (stream, answer.text)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("route", ["completions", "responses", "messages"])
 def test_every_route_is_steered_and_proven(served, route, stream):

@@ -1,0 +1,96 @@
+"""Requests that the plugin refused, on their way to the gateway with a code that it can act on.
+
+vLLM turns whatever is raised while the core takes a request in into a bare "Internal server error". So the
+refusal rides on the output by which vLLM tells the front end that the request is over, and is kept there by
+nonce until the answer is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import OrderedDict
+from typing import Any
+
+from interpretops.engine_api import NONCE_KEY, REFUSAL_HEADER, STATUS, EngineCode
+from steering_kernels.vllm_plugin.registry import NotAdmittedError
+from steering_kernels.vllm_plugin.request_args import RequestArgsError
+from steering_kernels.vllm_plugin.wrapping import wrap_method
+
+OUTPUT_KEY = "interpretops_refusal"
+CAPACITY = 16_384
+_log = logging.getLogger("vllm.interpretops")
+
+
+class Refusals:
+    """The newest refusals by nonce; whoever writes the answer takes its own."""
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._by_nonce: OrderedDict[str, tuple[EngineCode, str]] = OrderedDict()
+
+    def record(self, nonce: str, code: EngineCode, message: str) -> None:
+        """Keep one; the oldest are forgotten when there are too many."""
+        self._by_nonce[nonce] = code, message
+        while len(self._by_nonce) > self._capacity:
+            self._by_nonce.popitem(last=False)
+
+    def take(self, nonce: str) -> tuple[EngineCode, str] | None:
+        """Code and message of a nonce's request; None when it was not refused."""
+        return self._by_nonce.pop(nonce, None)
+
+
+REFUSALS = Refusals()
+"""The front end process's own."""
+
+
+def take_refusal(output: Any) -> None:
+    """In the front end: take a refusal off an output of the core."""
+    params = output.kv_transfer_params
+    if params and OUTPUT_KEY in params:
+        output.kv_transfer_params = None
+        nonce, code, message = params[OUTPUT_KEY]
+        REFUSALS.record(nonce, EngineCode.of(code), message)
+
+
+def refusal_body(code: EngineCode, message: str) -> dict[str, Any]:
+    """A refusal in the shape of vLLM's errors."""
+    return {"error": {"message": message, "type": "interpretops_refusal", "param": None, "code": code.value}}
+
+
+def refusal_answer(code: EngineCode, message: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two ASGI messages of a refusal: what every caller of the plugin's contract gets."""
+    body = json.dumps(refusal_body(code, message)).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (REFUSAL_HEADER.encode(), code.value.encode()),
+    ]
+    start = {"type": "http.response.start", "status": STATUS[code], "headers": headers}
+    return start, {"type": "http.response.body", "body": body}
+
+
+def patch_refusals() -> None:
+    """Patch the one place of `EngineCoreProc` that answers for a request which could not be taken in."""
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+    from vllm.v1.engine.core import EngineCoreProc
+
+    def handle_request_preproc_error(original: Any, self: Any, request: Any) -> Any:
+        error = sys.exception()
+        params = request.sampling_params
+        nonce = None if params is None else (params.extra_args or {}).get(NONCE_KEY)
+        if not isinstance(error, NotAdmittedError | RequestArgsError) or not isinstance(nonce, str):
+            return original(self, request)
+        _log.warning("request %s is refused: %s", request.request_id, error)
+        output = EngineCoreOutput(
+            request.request_id,
+            [],
+            finish_reason=FinishReason.ERROR,
+            kv_transfer_params={OUTPUT_KEY: [nonce, error.code.value, str(error)]},
+        )
+        outputs = EngineCoreOutputs(finished_requests={request.request_id}, outputs=[output])
+        self.output_queue.put_nowait((request.client_index, outputs))
+        return None
+
+    wrap_method(EngineCoreProc, "_handle_request_preproc_error", handle_request_preproc_error)
