@@ -65,10 +65,15 @@ _NOBODY = ApiKey(
 
 
 def make_key(
-    *, tenant: str | None = None, role: Role | None = None, name: str = "", expires: datetime | None = None
+    *,
+    tenant: str | None = None,
+    role: Role | None = None,
+    name: str = "",
+    expires: datetime | None = None,
+    key_id: str | None = None,
 ) -> tuple[str, ApiKey]:
-    """A new key as its holder gets it, and what is kept of it."""
-    key_id = secrets.token_hex(6)
+    """A new key as its holder gets it, and what is kept of it; under the id of an old one if given."""
+    key_id = secrets.token_hex(6) if key_id is None else key_id
     key, salt = f"iops_{key_id}_{secrets.token_urlsafe(32)}", secrets.token_hex(32)
     kept = ApiKey(
         id=key_id,
@@ -81,6 +86,11 @@ def make_key(
         expires=expires,
     )
     return key, kept
+
+
+def rotate_key(key: ApiKey, expires: datetime | None) -> tuple[str, ApiKey]:
+    """The same key with another secret: bindings, limits and log lines that name its id stay true."""
+    return make_key(tenant=key.tenant, role=key.role, name=key.name, expires=expires, key_id=key.id)
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:

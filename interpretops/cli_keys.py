@@ -84,6 +84,38 @@ def revoke(
     typer.echo(f"key {key_id} is revoked")
 
 
+@keys_app.command()
+def rotate(
+    key_id: Annotated[str, typer.Argument(help="The key's id, as `mechctl keys list` shows it.")],
+    days: Annotated[
+        int | None, typer.Option("--days", min=1, help="Days until it expires; else as before.")
+    ] = None,
+    file: File = None,
+    config: Config = None,
+) -> None:
+    """Give a key a new secret and show it, this once. Its id stays, and with it all that names it.
+
+    A running gateway takes the new secret and refuses the old one within seconds. To let both work for a
+    while, add a second key, and revoke the first later: bindings by key then name both.
+    """
+    from interpretops.api_keys import read_keys, rotate_key, write_keys
+    from interpretops.errors import ConfigError
+
+    path, _ = _file(file, config)
+    keys = read_keys(path)
+    old = next((key for key in keys if key.id == key_id), None)
+    if old is None:
+        raise ConfigError(f"{path}: holds no key {key_id!r}; `mechctl keys list` shows what it holds")
+    now = datetime.now(UTC).replace(microsecond=0)
+    expires = old.expires if days is None else now + timedelta(days=days)
+    if expires is not None and expires <= now:
+        raise ConfigError(f"{path}: key {key_id} expired on {expires.isoformat()}; give --days to renew it")
+    key, kept = rotate_key(old, expires)
+    write_keys(path, [kept if other is old else other for other in keys])
+    typer.echo(f"key {key_id} has a new secret in {path}; it is shown only here:", err=True)
+    typer.echo(key)
+
+
 def _note_reader(path: Path) -> None:
     """Say who may read a new file, where its folder's owner may not: that may be the gateway's user."""
     import os

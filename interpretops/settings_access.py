@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, StringConstraints, field_validator, model_validator
 
+from interpretops.nearest import remedy
 from interpretops.settings_section import Label, Name, Seconds, Section
 
 Route = Literal[
@@ -165,6 +166,6 @@ def check_names(
                 )
         if binding.match.tenant is not None and binding.match.tenant not in known:
             raise ValueError(
-                f"bindings[{index}].match.tenant = {binding.match.tenant!r}, but tenants declares "
-                f"{', '.join(known) or 'none'}"
+                f"bindings[{index}].match.tenant = {binding.match.tenant!r}, but tenants declares no such "
+                f"tenant; {remedy(binding.match.tenant, known)}"
             )

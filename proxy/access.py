@@ -89,6 +89,11 @@ class Access:
         """Everybody on whose behalf a request can come."""
         return [self._anonymous.tenant] if self._path is None else [*self._tenants.values()]
 
+    @property
+    def keys(self) -> tuple[ApiKey, ...]:
+        """The keys that are known now, expired ones among them."""
+        return self._ring.keys
+
     async def look(self) -> None:
         """As `refresh`, beside the event loop; a file system that hangs is a file that cannot be read."""
         try:

@@ -171,7 +171,11 @@ def _models(request: web.Request) -> list[dict[str, Any]]:
     names = [*by_name, *(alias.name for alias in gateway.settings.aliases if alias.name not in by_name)]
     listed: list[dict[str, Any]] = []
     for name in filter(identity.may_name, names):
-        model = by_name[gateway.engine_model(name)]
+        try:
+            model = by_name[gateway.engine_model(name)]
+        except UnknownModel:
+            # An alias of a model that the engine does not serve: logged when the engine joined.
+            continue
         base = {
             "object": "model",
             "created": model.get("created", 0),

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 
 from interpretops.compose import SEPARATOR, compose_plans
+from interpretops.errors import EngineError
 from interpretops.plan import Plan
 from interpretops.plan_reach import steers_prompt_alike
 from proxy.policy_files import Revision
@@ -81,11 +82,16 @@ class Compositions:
             if old is not None and old.revision != revision.revision:
                 self._residency.retire(old)
 
-    async def restore(self) -> None:
-        """Load again where an engine lacks it. Raises `EngineError`."""
+    async def restore(self) -> dict[str, str]:
+        """Load again where an engine lacks it; why that failed, by name. One that fails keeps no other."""
+        failed: dict[str, str] = {}
         for revision in self.current:
             if not self._residency.everywhere(revision):
-                await self._residency.load(revision)
+                try:
+                    await self._residency.load(revision)
+                except EngineError as error:
+                    failed[revision.policy] = str(error)
+        return failed
 
     def forget(self) -> None:
         """All of it was compiled for another model."""

@@ -18,10 +18,12 @@ from proxy.admin import make_admin_app
 from proxy.app import make_public_app
 from proxy.audit import AuditLog
 from proxy.binding import demanded, joint_mandatory
+from proxy.binding_names import NameCheck
 from proxy.budget import Budgets
 from proxy.canary import Canary
 from proxy.catalogue import Catalogue
 from proxy.drift import Drift
+from proxy.engine_link import ProvenEngine
 from proxy.engine_loop import Engine, Surroundings
 from proxy.fleet import Fleet
 from proxy.fleet_loop import FleetLoop
@@ -84,6 +86,7 @@ def make_app(
     )
     intake = Intake(paths.policies, paths.artifacts, catalogue, fleet, metrics, log)
     access = Access(settings, metrics, log)
+    names = NameCheck(settings, lambda: access.keys, lambda: _served(fleet), catalogue.entries, metrics, log)
     budgeted = any(tenant.limits.token_budget is not None for tenant in settings.tenants)
     shared = None
     if settings.limits.redis_url is not None:
@@ -131,10 +134,17 @@ def make_app(
         readiness.add(audit.not_ready)
     if shared is not None:
         readiness.add(shared.not_ready)
+    readiness.add(names.not_ready)
+
+    async def prepare(engine: ProvenEngine) -> None:
+        names.check_engine(engine.served)
+        await intake.prepare(engine)
+        names.note_policies()
+
     around = Surroundings(
         settings=settings,
         make=make_engine,
-        prepare=intake.prepare,
+        prepare=prepare,
         restore=intake.restore,
         metrics=metrics,
         log=log,
@@ -257,3 +267,8 @@ def _open_audit(
     if settings.audit.path is None:
         return None
     return AuditLog(settings.audit.path, settings.audit, metrics, log, supervisor)
+
+
+def _served(fleet: Fleet) -> frozenset[str] | None:
+    """The names under which the engines serve the model; None while there is none."""
+    return None if fleet.current is None else fleet.current.served

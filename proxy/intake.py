@@ -110,10 +110,9 @@ class Intake:
                 self._seen.pop(active.file, None)
             else:
                 report.loaded.append(active.label)
-        try:
-            await self._catalogue.compositions.restore()
-        except EngineError as error:
-            self._note_failure(report, _COMPOSED, None, str(error))
+        if failed := await self._catalogue.compositions.restore():
+            why = "; ".join(f"{name}: {error}" for name, error in failed.items())
+            self._note_failure(report, _COMPOSED, None, why)
         else:
             self._clear(_COMPOSED)
 

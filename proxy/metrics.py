@@ -280,6 +280,12 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
+        self.names_unmatched = Gauge(
+            "interpretops_names_unmatched",
+            "Names in the settings that no key, model or alias has now, by the list in which they stand.",
+            ("place",),
+            registry=registry,
+        )
         self.engine_starts = Counter("interpretops_engine_starts", "Engines started.", registry=registry)
         self.in_flight = Gauge("interpretops_requests_in_flight", "Requests in progress.", registry=registry)
         self.tasks = Gauge(

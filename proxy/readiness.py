@@ -21,6 +21,7 @@ Code = Literal[
     "limits_away",
     "task_down",
     "keys_unusable",
+    "binding_unmatched",
 ]
 """Why requests are refused, in words that never change: shown to anybody, and a label of metrics."""
 CODES: Final[tuple[Code, ...]] = get_args(Code)

@@ -82,14 +82,20 @@ class Residency:
             self._retiring.discard(name)
         self._free_unheld_soon()
         for engine_name, error in faults.items():
-            self._metrics.engine_unattested.labels(engine_name).inc()
-            self._log.error("revision_not_attested", engine=engine_name, revision=name, error=str(error))
+            self._note_unattested(engine_name, revision, error)
 
     async def load_into(self, engine: ProvenEngine, revision: Revision) -> None:
-        """Make a revision resident on one engine that joins. Raises `EngineError`."""
+        """Make a revision resident on one engine that joins.
+
+        One that is well and cannot take this plan joins without it, and gets no request of it: the others
+        that it can serve must not wait for that. Raises `EngineError` for all else.
+        """
         async with self._lock:
-            if error := await self._try(engine, revision):
+            error = await self._try(engine, revision)
+            if error is not None and not _is_the_plans_own(error):
                 raise error
+        if error is not None:
+            self._note_unattested(engine.name, revision, error)
 
     @contextmanager
     def pin(self, revision: Revision) -> Iterator[Revision]:
@@ -116,6 +122,10 @@ class Residency:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _note_unattested(self, engine: str, revision: Revision, error: EngineError) -> None:
+        self._metrics.engine_unattested.labels(engine).inc()
+        self._log.error("revision_not_attested", engine=engine, revision=revision.revision, error=str(error))
 
     async def _try(self, engine: ProvenEngine, revision: Revision) -> EngineError | None:
         try:

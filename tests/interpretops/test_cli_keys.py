@@ -1,10 +1,11 @@
 """`mechctl keys` as an operator uses it."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 from typer.testing import CliRunner
 
-from interpretops.api_keys import KeyRing, read_keys
+from interpretops.api_keys import KeyRing, make_key, read_keys, write_keys
 from interpretops.cli import app
 from interpretops.errors import ConfigError
 
@@ -61,3 +62,34 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         assert isinstance(failure, ConfigError)
         assert told in str(failure)
     assert not (tmp_path / "keys.yaml").exists()
+
+
+def test_rotated_key_keeps_its_id_and_only_the_new_secret_works(tmp_path: Path) -> None:
+    """`rotate` shows the new secret once; id, tenant and name stay, other keys stay as they are."""
+    file = str(tmp_path / "keys.yaml")
+    old, _ = run("add", "--tenant", "acme", "--name", "CI", "--file", file)
+    run("add", "--role", "operator", "--file", file)
+    before = read_keys(Path(file))
+    new, failure = run("rotate", before[0].id, "--file", file)
+    assert failure is None
+    after = read_keys(Path(file))
+    ring = KeyRing(after)
+    assert ring.find(old.strip()) is None
+    assert ring.find(new.strip()) == after[0]
+    kept = ("id", "tenant", "role", "name", "expires")
+    assert [getattr(after[0], name) for name in kept] == [getattr(before[0], name) for name in kept]
+    assert after[1] == before[1]
+
+
+def test_key_that_expired_is_rotated_with_days_only(tmp_path: Path) -> None:
+    """A new secret of an expired key would open nothing, and says so; so does an unknown id."""
+    path = tmp_path / "keys.yaml"
+    _, expired = make_key(tenant="acme", expires=datetime(2020, 1, 1, tzinfo=UTC))
+    write_keys(path, [expired])
+    failure = run("rotate", expired.id, "--file", str(path))[1]
+    assert isinstance(failure, ConfigError)
+    assert "give --days" in str(failure)
+    new, failure = run("rotate", expired.id, "--days", "1", "--file", str(path))
+    assert failure is None
+    assert KeyRing(read_keys(path)).find(new.strip()) is not None
+    assert "holds no key" in str(run("rotate", "0" * 12, "--file", str(path))[1])

@@ -210,7 +210,10 @@ def test_values_of_another_type_are_refused(tmp_path: Path, text: str) -> None:
         ("bindings: [{policy: '*', mode: mandatory}]\n", "bindings[0]"),
         ("bindings: [{policy: a, match: {key: '!'}}]\n", "bindings[0].match.key"),
         ("bindings: [{policy: a, match: {tenant: acme}}]\n", ": bindings[0].match.tenant = 'acme'"),
-        ("paths: {keys: k}\nbindings: [{policy: a, match: {tenant: acme}}]\n", "tenants declares none"),
+        (
+            "paths: {keys: k}\nbindings: [{policy: a, match: {tenant: acme}}]\n",
+            "tenants declares no such tenant; none is known",
+        ),
         ("tenants: [{id: a}, {id: a}]\n", "tenants: 'a' is declared twice"),
         ("gateway: {tls_cert: c.pem}\n", "tls_cert and tls_key belong together"),
         ("store: {s3_endpoint: 'ftp://x'}\n", "store.s3_endpoint"),
