@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from proxy.app import HEALTH, add_health, answer_in_openai_shape, route_label
 from proxy.binding import HEADER, NONE, decide, explain
 from proxy.entry import Entry
 from proxy.metrics import CONTENT_TYPE_LATEST
+from proxy.policy_files import Revision
 from proxy.refusal import EngineNotReady, FieldNotAllowed, InvalidRequest, Refusal
 from proxy.reload import reload_everything
 from proxy.routes import ROUTES
@@ -28,6 +30,7 @@ ADMIN: web.RequestKey[str] = web.RequestKey("admin", str)
 """Who is changing something, for the record."""
 _MAX_BODY_BYTES = 64 * 1024
 _MAX_REASON = 1000
+_REVISION = re.compile(r"[0-9a-f]{12,64}")
 
 
 class AdminRefused(Refusal):
@@ -113,28 +116,32 @@ async def reload(request: web.Request) -> web.Response:
 async def change_policy(request: web.Request) -> web.Response:
     """Promote a candidate, or go back to the revision before. Recorded before it is done.
 
-    Body of a promotion, optional: ``{"to": "shadow"}`` to run the candidate unseen beside the active one;
-    ``{"override": {"by": …, "why": …}}`` to promote without a card that meets the policy's criteria.
+    Body of a promotion: ``revision``, the one that was looked at, as 12 or more of its hex digits; optional
+    ``"to": "shadow"`` to run it unseen beside the active one, and ``"override": {"by": …, "why": …}`` to
+    promote without a card that meets the policy's criteria. A rollback may name the ``revision`` to go back
+    to. Files change while a person reads: what is not named, or no more what it was, is not done.
     """
     gateway = request.app[GATEWAY]
     policy, catalogue, change = request.match_info["id"], gateway.catalogue, request.match_info["change"]
-    override, to = await _wish(request, change)
-    fields: dict[str, Any] = {"policy": policy, "by": request[ADMIN], "to": to}
+    override, to, named = await _wish(request, change)
+    fields: dict[str, Any] = {"policy": policy, "by": request[ADMIN], "to": to, "asked": named}
     if override is not None:
         if gateway.audit is None:
             raise AdminRefused("an override must be recorded, and there is no audit log; set audit.path")
         fields["override"] = override
     try:
-        if change == "promote":
-            fields["revision"] = catalogue.candidate(policy).revision
+        target = catalogue.candidate(policy) if change == "promote" else catalogue.previous(policy)
+        active = catalogue.entries[policy].active
+        fields["from"], fields["revision"] = NONE if active is None else active.revision, target.revision
+        _check_named(named, target, change)
         if gateway.audit is not None:
             await gateway.audit.append_durably(change, **fields)
         if to == "shadow":
-            await catalogue.cast_shadow(policy)
+            await catalogue.cast_shadow(policy, target.revision)
         elif change == "promote":
-            await catalogue.promote(policy, override=override is not None)
+            await catalogue.promote(policy, target.revision, override=override is not None)
         else:
-            await catalogue.rollback(policy)
+            await catalogue.rollback(policy, target.revision)
     except Refusal:
         raise
     except InterpretOpsError as error:
@@ -156,17 +163,35 @@ async def pin_baseline(request: web.Request) -> web.Response:
     return web.json_response(pinned)
 
 
-async def _wish(request: web.Request, change: str) -> tuple[dict[str, str] | None, str]:
-    """Who overrides what a card does not show, and why, if anybody does; and the state that is wished for."""
+def _check_named(named: str | None, target: Revision, change: str) -> None:
+    """Refuse what would make another revision serve than the one that was looked at."""
+    if named is not None and not target.revision.startswith(named):
+        waits = "waits" if change == "promote" else "served before"
+        raise AdminRefused(
+            f"revision = {named!r}, but {target.label} is the one that {waits} now; look at it, and name it"
+        )
+
+
+async def _wish(request: web.Request, change: str) -> tuple[dict[str, str] | None, str, str | None]:
+    """Who overrides what a card does not show, and why, if anybody; the state and revision wished for."""
     raw = await read_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=10)
     body = parse_strict(raw) if raw.strip() else {}
-    override, to = body.get("override"), body.get("to", "active")
-    if body.keys() - {"override", "to"} or (body and change != "promote"):
-        raise InvalidRequest("a promotion's body holds at most `override` and `to`, a rollback's nothing")
+    override, to, named = body.get("override"), body.get("to", "active"), body.get("revision")
+    known = ("revision", "override", "to") if change == "promote" else ("revision",)
+    if body.keys() - set(known):
+        raise InvalidRequest(f"a {change}'s body holds at most {', '.join(known)}")
+    if named is None and change == "promote":
+        raise InvalidRequest(
+            "revision is missing: name the candidate that you looked at, by 12 or more hex digits of "
+            '`candidate` in GET /admin/policies, as {"revision": "0123456789ab"}',
+            param="revision",
+        )
+    if named is not None and not (isinstance(named, str) and _REVISION.fullmatch(named)):
+        raise InvalidRequest("revision must be 12 to 64 hex digits", param="revision")
     if to not in ("active", "shadow"):
         raise InvalidRequest("to must be active or shadow", param="to")
     if override is None:
-        return None, to
+        return None, to, named
     if not isinstance(override, dict) or override.keys() != {"by", "why"}:
         raise InvalidRequest("override needs `by` and `why`, and nothing else", param="override")
     for name, value in override.items():
@@ -175,7 +200,7 @@ async def _wish(request: web.Request, change: str) -> tuple[dict[str, str] | Non
                 f"override.{name} must be a text of at most {_MAX_REASON} characters",
                 param=f"override.{name}",
             )
-    return override, to
+    return override, to, named
 
 
 async def resolve(request: web.Request) -> web.Response:

@@ -99,24 +99,26 @@ class Catalogue:
         active = None if entry is None else entry.active
         return active is not None and self.suspended.get(policy) == active.revision
 
-    async def rollback(self, policy: str) -> Revision:
-        """Make the revision before the active one active again, and keep the other as candidate."""
+    async def rollback(self, policy: str, revision: str) -> Revision:
+        """Make ``revision``, which served before the active one, active again; that becomes the candidate."""
         async with self.lock:
             entry = self._entry(policy)
-            if entry.previous is None:
-                raise PolicyError(f"policy {policy!r} has no previous revision to go back to")
-            target, aside = entry.previous, entry.active
+            target, aside = self.previous(policy), entry.active
+            _check_still(target, revision)
             await self.activate(entry, target)
             entry.previous = None
             if aside is not None:
                 entry.wait(aside, "it was rolled back; promote it to serve it again", rolled_back=True)
             return target
 
-    async def promote(self, policy: str, *, override: bool = False) -> Revision:
-        """Make the candidate active: on a Risk Card that meets its criteria, or by an override."""
+    async def promote(self, policy: str, revision: str, *, override: bool = False) -> Revision:
+        """Make the candidate active, if it is ``revision``: on a Risk Card that meets its criteria, or by an
+        override.
+        """
         async with self.lock:
             entry = self._entry(policy)
             target = self.candidate(policy)
+            _check_still(target, revision)
             proven, why = await self.judge(target)
             if not proven and not override:
                 raise PolicyError(
@@ -127,10 +129,11 @@ class Catalogue:
                 self._note_unproven(entry, f"overridden: {why}")
             return target
 
-    async def cast_shadow(self, policy: str) -> Revision:
-        """Let the candidate run beside the active revision, on a share of its traffic, unseen."""
+    async def cast_shadow(self, policy: str, revision: str) -> Revision:
+        """Let the candidate, if it is ``revision``, run beside the active one on a share of its traffic."""
         async with self.lock:
             entry, target = self._entry(policy), self.candidate(policy)
+            _check_still(target, revision)
             await self.residency.load(target)
             entry.candidate_state = "shadow"
             self._record("policy_shadow", policy=policy, revision=target.revision)
@@ -167,6 +170,13 @@ class Catalogue:
         if waiting is None:
             raise PolicyError(f"policy {policy!r} has no candidate to promote")
         return waiting
+
+    def previous(self, policy: str) -> Revision:
+        """The revision that served before. Raises `PolicyError` when there is none."""
+        before = self._entry(policy).previous
+        if before is None:
+            raise PolicyError(f"policy {policy!r} has no previous revision to go back to")
+        return before
 
     def _available(self, policy: str) -> Revision | None:
         if policy in self.compositions:
@@ -256,3 +266,12 @@ class Catalogue:
         if entry.active is not None:
             self._metrics.policy_info.remove(policy, entry.active.revision[:12])
             self.residency.retire(entry.active)
+
+
+def _check_still(target: Revision, revision: str) -> None:
+    """Raise `PolicyError` if another revision took the place of the one that was chosen."""
+    if target.revision != revision:
+        raise PolicyError(
+            f"policy {target.policy!r}: {target.label} took the place of {revision[:12]} meanwhile; "
+            "look at it, and name it"
+        )

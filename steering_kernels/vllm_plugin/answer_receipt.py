@@ -19,8 +19,9 @@ class AnswerReceipt:
     A whole answer gets the receipt as a header and is held back until it is whole; a stream of events gets it
     as its last event, a comment. Both are known by then: reports leave the core with the outputs they are of.
 
-    A stream begins with its first event, so that a request which is refused before gets an answer of its own:
-    `error.code` and a header say why, where vLLM would say "Internal server error".
+    A stream begins when the engine has answered for the first time, be it with a token, so that a request
+    which it refuses gets an answer of its own: `error.code` and a header say why, where vLLM would say
+    "Internal server error" or, on some routes, break off after its first events.
     """
 
     def __init__(self, app: Any) -> None:
@@ -31,8 +32,13 @@ class AnswerReceipt:
         nonce = _header(scope, _NONCE) if scope["type"] == "http" else None
         if nonce is None:
             await self._app(scope, receive, send)
-        else:
-            await self._app(scope, receive, _Answer(nonce, send))
+            return
+        answer = _Answer(nonce, send)
+        try:
+            await self._app(scope, receive, answer)
+        except Exception:
+            if not await answer.refuse_late():
+                raise
 
 
 class _Answer:
@@ -44,6 +50,9 @@ class _Answer:
         self._start: Any = None
         """Held back; None before it came and after it was sent."""
         self._parts: list[bytes] = []
+        self._early: list[Any] = []
+        """Events of before the engine's first answer."""
+        self._begun = False
         self._streamed = self._refused = False
 
     async def __call__(self, message: Any) -> None:
@@ -61,12 +70,21 @@ class _Answer:
             if not message.get("more_body"):
                 await self._send_whole()
 
+    async def refuse_late(self) -> bool:
+        """The app failed: whether that was a refusal, which has been sent now."""
+        return not self._begun and await self._refuse(REFUSALS.take(self._nonce))
+
     async def _send_event(self, message: Any) -> None:
         if self._start is not None:
             if await self._refuse(REFUSALS.take(self._nonce)):
                 return
-            await self._send(self._start)
-            self._start = None
+            if message.get("more_body") and not RECEIPTS.knows(self._nonce):
+                self._early.append(message)
+                return
+            self._begun = True
+            for early in (self._start, *self._early):
+                await self._send(early)
+            self._start, self._early = None, []
         if not message.get("more_body") and (told := self._receipt()):
             message = {
                 **message,
@@ -81,6 +99,7 @@ class _Answer:
                 return
         elif told := self._receipt():
             start["headers"] = [*start.get("headers", ()), (_RECEIPT, told)]
+        self._begun = True
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
 

@@ -34,6 +34,10 @@ class Receipts:
         if nonce in self._by_nonce:
             self._ended.setdefault(nonce, set()).add(request_id)
 
+    def knows(self, nonce: str) -> bool:
+        """Whether the engine has answered for a nonce at all."""
+        return nonce in self._by_nonce
+
     def take(self, nonce: str) -> dict[str, Any] | None:
         """The receipt of a nonce, summed over its requests; it can be had once. None if nothing is known."""
         by_request, ended = self._by_nonce.pop(nonce, {}), self._ended.pop(nonce, set())

@@ -179,8 +179,8 @@ async def test_rollback_and_promote(start, engine, policy_writer):
     await reload(front)
     new = await revision_of(front, "calm")
 
-    async def change(what, status=200):
-        async with front.admin.post(f"/admin/policies/calm/{what}") as answer:
+    async def change(what, status=200, **body):
+        async with front.admin.post(f"/admin/policies/calm/{what}", json=body) as answer:
             assert answer.status == status
             return await answer.json()
 
@@ -190,10 +190,11 @@ async def test_rollback_and_promote(start, engine, policy_writer):
     assert (await reload(front))["loaded"] == []
     assert await revision_of(front, "calm") == old
     assert (await front.chat(model="tiny-model+calm"))[1]["X-Steering-Policy"] == f"calm@{old[:12]}"
-    forward = await change("promote")
+    forward = await change("promote", revision=new[:12])
     assert (forward["revision"], forward["previous"], forward["candidate"]) == (new, old, None)
     assert (await front.chat(model="tiny-model+calm"))[1]["X-Steering-Policy"] == f"calm@{new[:12]}"
-    await change("promote", 409)
+    await change("promote", 409, revision=new)
+    await change("promote", 400)
     async with front.admin.post("/admin/policies/unknown/rollback") as answer:
         assert answer.status == 400
 

@@ -89,6 +89,7 @@ def refused_calls():
         "chat": ("/v1/chat/completions", {**chat, "n": 2, "vllm_xargs": lost}),
         "chat streamed": ("/v1/chat/completions", {**chat, "stream": True, "vllm_xargs": lost}),
         "responses": ("/v1/responses", {"model": "m", "input": "hi", "stream": True, "vllm_xargs": lost}),
+        "messages": ("/v1/messages", {**chat, "stream": True, "vllm_xargs": lost}),
         "unsealed": ("/v1/completions", text),
     }
     return {
@@ -124,7 +125,7 @@ async def test_fake_engine_refuses_as_the_real_one_does(engine_server, engine):
     assert real == await answers(engine.socket)
     assert {name: told[:2] for name, told in real.items()} == {
         **dict.fromkeys(
-            ("whole", "streamed", "several", "chat", "chat streamed", "responses"),
+            ("whole", "streamed", "several", "chat", "chat streamed", "responses", "messages"),
             (503, "revision_not_resident"),
         ),
         "unsealed": (400, "invalid_seal"),

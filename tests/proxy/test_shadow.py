@@ -22,7 +22,8 @@ async def entry(front):
 
 
 async def cast(front, **body):
-    async with front.admin.post("/admin/policies/calm/promote", json={"to": "shadow", **body}) as answer:
+    body = {"revision": (await entry(front))["candidate"] or "0" * 12, "to": "shadow", **body}
+    async with front.admin.post("/admin/policies/calm/promote", json=body) as answer:
         return answer.status
 
 
@@ -146,7 +147,7 @@ async def test_shadow_ends_with_its_candidate(front, engine, policy_writer, unti
     await cast(front)
     candidate = (await entry(front))["candidate"]
     assert candidate in engine.plans
-    async with front.admin.post("/admin/policies/calm/promote") as answer:
+    async with front.admin.post("/admin/policies/calm/promote", json={"revision": candidate}) as answer:
         assert answer.status == 409
     policy_writer(front.policies, "calm", 0.75)
     async with front.admin.post("/admin/reload"):

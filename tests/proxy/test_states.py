@@ -54,6 +54,7 @@ async def entry(front):
 
 
 async def promote(front, **body):
+    body = {"revision": (await entry(front))["candidate"], **body}
     async with front.admin.post("/admin/policies/calm/promote", json=body) as answer:
         return answer.status, await answer.json()
 
@@ -110,6 +111,8 @@ async def test_override_is_recorded_before_it_is_done(front, tmp_path):
     waiting = (await entry(front))["candidate"]
     for wrong in ({"override": {}}, {"override": {"by": "x", "why": " "}}, {"override": 1}, {"force": True}):
         assert (await promote(front, **wrong))[0] == 400
+    for named in (None, waiting[:11], waiting.upper(), waiting + "0", 12):
+        assert (await promote(front, revision=named))[0] == 400
     status, body = await promote(front, override={"by": "ada", "why": "hotfix of an outage"})
     assert (status, body["revision"]) == (200, waiting)
     assert "overridden: " in body["unproven"]
@@ -119,7 +122,7 @@ async def test_override_is_recorded_before_it_is_done(front, tmp_path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     told = next(record for record in records if record["event"] == "promote")
     assert told["override"] == {"by": "ada", "why": "hotfix of an outage"}
-    assert told["revision"] == waiting
+    assert (told["from"], told["revision"]) == (front.first, waiting)
     after = records[records.index(told) + 1]
     assert (after["event"], after["revision"]) == ("policy_active", waiting)
     await front.apps.gateway.audit.sync()
@@ -191,3 +194,61 @@ async def test_cards_can_be_demanded_from_the_first_start(start, engine, tmp_pat
     write_card(front, (await entry(front))["candidate"], 2)
     await reload(front)
     assert await served(front) == (await entry(front))["revision"][:12]
+
+
+async def test_promotion_serves_the_revision_that_was_reviewed_or_none(front, tmp_path):
+    """The candidate moved after it was looked at: an override of the old one makes nothing else active."""
+    reviewed = (await entry(front))["candidate"]
+    write_strict(front, 0.125)
+    await reload(front)
+    newer = (await entry(front))["candidate"]
+    assert newer not in (reviewed, front.first)
+    override = {"by": "ada", "why": "reviewed"}
+    for body in ({"override": override}, {"to": "shadow"}, {}):
+        status, told = await promote(front, revision=reviewed[:12], **body)
+        assert (status, told["error"]["code"]) == (409, "admin_refused")
+        assert f"calm@{newer[:12]} is the one that waits now" in told["error"]["message"]
+    assert await served(front) == front.first[:12]
+    async with front.admin.post("/admin/policies/calm/promote", json={"override": override}) as answer:
+        assert answer.status == 400
+        assert "`candidate` in GET /admin/policies" in (await answer.json())["error"]["message"]
+    assert (await promote(front, revision=newer[:12], override=override))[0] == 200
+    assert await served(front) == newer[:12]
+    records = [json.loads(line) for line in (tmp_path / "audit" / "audit.jsonl").read_text().splitlines()]
+    promoted = [record["revision"] for record in records if record["event"] == "promote"]
+    became = [record["revision"] for record in records if record["event"] == "policy_active"]
+    assert promoted == [newer]
+    assert became[-1] == newer
+    assert reviewed not in became
+
+
+async def test_candidate_that_moves_while_the_promotion_is_recorded_is_not_served(front, monkeypatch):
+    """The file changes between the record on the disk and the change: refused, and recorded as failed."""
+    reviewed = (await entry(front))["candidate"]
+    audit, recorded = front.apps.gateway.audit, []
+
+    async def slowly(event, **fields):
+        recorded.append((event, fields["revision"]))
+        write_strict(front, 0.125)
+        await front.apps.gateway.intake.reload()
+
+    monkeypatch.setattr(audit, "append_durably", slowly)
+    status, told = await promote(front, revision=reviewed, override={"by": "ada", "why": "reviewed"})
+    assert (status, told["error"]["code"]) == (409, "admin_refused")
+    assert "took the place of" in told["error"]["message"]
+    assert recorded == [("promote", reviewed)]
+    assert await served(front) == front.first[:12]
+
+
+async def test_rollback_may_name_its_target_and_records_both_ends(front, tmp_path):
+    """Whoever names what to go back to never gets another; the audit log says from what to what."""
+    waiting = (await entry(front))["candidate"]
+    write_card(front, waiting, 2)
+    await reload(front)
+    for named, expected in ((waiting[:12], 409), ("nonsense", 400), (front.first[:12], 200)):
+        async with front.admin.post("/admin/policies/calm/rollback", json={"revision": named}) as answer:
+            assert answer.status == expected
+    assert await served(front) == front.first[:12]
+    records = [json.loads(line) for line in (tmp_path / "audit" / "audit.jsonl").read_text().splitlines()]
+    (told,) = [record for record in records if record["event"] == "rollback"]
+    assert (told["from"], told["revision"]) == (waiting, front.first)

@@ -10,8 +10,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from interpretops.engine_api import EngineCode
 from steering_kernels.vllm_plugin.answer_receipt import AnswerReceipt
 from steering_kernels.vllm_plugin.receipts import RECEIPTS, collect, note_ended
+from steering_kernels.vllm_plugin.refusals import REFUSALS
 from steering_kernels.vllm_plugin.report import OUTPUT_KEY, Report
 
 NONCE = "ab" * 16
@@ -103,3 +105,63 @@ def test_receipt_is_finished_when_all_its_engine_requests_are(
     receipt = RECEIPTS.take(nonce)
     assert receipt is not None
     assert (receipt["requests"], receipt["tokens_evaluated"], receipt["finished"]) == (2, 8, finished)
+
+
+@pytest.mark.parametrize("path", ["/whole-fails", "/events-fail", "/early-events", "/first-event"])
+async def test_refusal_is_the_answer_however_the_server_reports_it(app: FastAPI, path: str) -> None:
+    """A 500, a stream that ends in an error event or that breaks off: status, header and code say why."""
+    nonce = "12" * 16
+
+    async def events(*texts: bytes, fail: bool = False) -> AsyncIterator[bytes]:
+        for text in texts:
+            yield text
+        REFUSALS.record(nonce, EngineCode.NOT_RESIDENT, "revision is not resident")
+        if fail:
+            raise RuntimeError
+        yield b'data: {"error": {"message": "Internal server error"}}\n\n'
+
+    @app.post("/whole-fails")
+    async def whole_fails() -> JSONResponse:
+        REFUSALS.record(nonce, EngineCode.NOT_RESIDENT, "revision is not resident")
+        return JSONResponse({"error": {}}, status_code=500)
+
+    @app.post("/first-event")
+    async def first_event() -> StreamingResponse:
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    @app.post("/early-events")
+    async def early_events() -> StreamingResponse:
+        return StreamingResponse(events(b"data: 1\n\n", b"data: 2\n\n"), media_type="text/event-stream")
+
+    @app.post("/events-fail")
+    async def events_fail() -> StreamingResponse:
+        return StreamingResponse(events(b"data: 1\n\n", fail=True), media_type="text/event-stream")
+
+    answer = await ask(app, path, nonce)
+    assert answer.status_code == 503
+    assert (
+        answer.headers["x-interpretops-refusal"] == answer.json()["error"]["code"] == "revision_not_resident"
+    )
+    assert REFUSALS.take(nonce) is None
+
+
+async def test_failure_without_a_refusal_stays_a_failure(app: FastAPI) -> None:
+    """Whatever else goes wrong in the server is no refusal of ours."""
+
+    @app.post("/dies")
+    async def dies() -> JSONResponse:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        await ask(app, "/dies")
+
+
+async def test_unsealed_request_has_a_code_of_its_own(app: FastAPI) -> None:
+    """vLLM's 400 that names our arguments is a refusal; one that names another field is the caller's."""
+
+    @app.post("/bad/{param}")
+    async def bad(param: str) -> JSONResponse:
+        return JSONResponse({"error": {"message": "vllm_xargs", "param": param}}, status_code=400)
+
+    assert (await ask(app, "/bad/vllm_xargs")).json()["error"]["code"] == "invalid_seal"
+    assert "code" not in (await ask(app, "/bad/prompt")).json()["error"]
