@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from interpretops.errors import InterpretOpsError
+from interpretops.errors import InterpretOpsError, PolicyError
 from interpretops.settings import Tenant
 from interpretops.settings_access import ANONYMOUS
 from proxy.access import Identity, names_this_machine
@@ -130,18 +130,20 @@ async def change_policy(request: web.Request) -> web.Response:
             raise AdminRefused("an override must be recorded, and there is no audit log; set audit.path")
         fields["override"] = override
     try:
-        target = catalogue.candidate(policy) if change == "promote" else catalogue.previous(policy)
-        active = catalogue.entries[policy].active
-        fields["from"], fields["revision"] = NONE if active is None else active.revision, target.revision
+        found = catalogue.entries.get(policy)
+        before = None if found is None else found.previous
+        target = catalogue.candidate(policy) if change == "promote" else before
+        fields["from"] = _name(None if found is None else found.active)
+        fields["revision"] = revision = _name(target)
         _check_named(named, target, change)
         if gateway.audit is not None:
             await gateway.audit.append_durably(change, **fields)
         if to == "shadow":
-            await catalogue.cast_shadow(policy, target.revision)
+            await catalogue.cast_shadow(policy, revision)
         elif change == "promote":
-            await catalogue.promote(policy, target.revision, override=override is not None)
+            await catalogue.promote(policy, revision, override=override is not None)
         else:
-            await catalogue.rollback(policy, target.revision)
+            await catalogue.rollback(policy, revision)
     except Refusal:
         raise
     except InterpretOpsError as error:
@@ -163,12 +165,16 @@ async def pin_baseline(request: web.Request) -> web.Response:
     return web.json_response(pinned)
 
 
-def _check_named(named: str | None, target: Revision, change: str) -> None:
-    """Refuse what would make another revision serve than the one that was looked at."""
-    if named is not None and not target.revision.startswith(named):
-        waits = "waits" if change == "promote" else "served before"
-        raise AdminRefused(
-            f"revision = {named!r}, but {target.label} is the one that {waits} now; look at it, and name it"
+def _name(revision: Revision | None) -> str:
+    return NONE if revision is None else revision.revision
+
+
+def _check_named(named: str | None, target: Revision | None, change: str) -> None:
+    """Raise `PolicyError` for what would make another revision serve than the one that was looked at."""
+    if named is not None and target is not None and not target.revision.startswith(named):
+        state = "that waits now" if change == "promote" else "that served before"
+        raise PolicyError(
+            f"revision = {named!r}, but {target.label} is the one {state}; look at it, and name it"
         )
 
 

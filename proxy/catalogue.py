@@ -103,7 +103,9 @@ class Catalogue:
         """Make ``revision``, which served before the active one, active again; that becomes the candidate."""
         async with self.lock:
             entry = self._entry(policy)
-            target, aside = self.previous(policy), entry.active
+            if entry.previous is None:
+                raise PolicyError(f"policy {policy!r} has no previous revision to go back to")
+            target, aside = entry.previous, entry.active
             _check_still(target, revision)
             await self.activate(entry, target)
             entry.previous = None
@@ -170,13 +172,6 @@ class Catalogue:
         if waiting is None:
             raise PolicyError(f"policy {policy!r} has no candidate to promote")
         return waiting
-
-    def previous(self, policy: str) -> Revision:
-        """The revision that served before. Raises `PolicyError` when there is none."""
-        before = self._entry(policy).previous
-        if before is None:
-            raise PolicyError(f"policy {policy!r} has no previous revision to go back to")
-        return before
 
     def _available(self, policy: str) -> Revision | None:
         if policy in self.compositions:

@@ -216,6 +216,9 @@ async def test_promotion_serves_the_revision_that_was_reviewed_or_none(front, tm
     assert await served(front) == newer[:12]
     records = [json.loads(line) for line in (tmp_path / "audit" / "audit.jsonl").read_text().splitlines()]
     promoted = [record["revision"] for record in records if record["event"] == "promote"]
+    assert [record["asked"] for record in records if record["event"] == "promote_failed"] == [
+        reviewed[:12]
+    ] * 3
     became = [record["revision"] for record in records if record["event"] == "policy_active"]
     assert promoted == [newer]
     assert became[-1] == newer
