@@ -184,6 +184,8 @@ class FakeEngine:
             return await self._write_huge(request, 400)
         if self.trick == "busy":
             return web.json_response({"error": {"message": "later", "code": 503}}, status=503)
+        if self.trick == "inner_failure":
+            return web.json_response({"error": {"message": "secret", "code": 500}}, status=500)
         self.seen.append(body)
         self.traced.append(request.headers.get("traceparent", ""))
         self.arrived.set()

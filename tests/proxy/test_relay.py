@@ -134,8 +134,9 @@ async def test_client_that_leaves_stops_the_engine(start, engine, trick, stream)
 async def test_engine_refusals_keep_openai_shape(start, engine):
     """The engine's inner failures arrive as one of our codes, without its text."""
     front = await start("calm")
-    engine.plans.clear()
+    engine.trick = "inner_failure"
     status, _, body = await front.chat(model="tiny-model+calm")
+    assert "secret" not in body["error"]["message"]
     assert (status, body["error"]["type"], body["error"]["code"]) == (502, "server_error", "engine_failed")
 
 
