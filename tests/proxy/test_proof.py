@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.engine_client import Receipt
-from proxy.proof import Size, Told, fault, size_of, told_by, told_by_stream
-from proxy.refusal import InvalidRequest
+from proxy.proof import Told, fault, told_by, told_by_stream
+from proxy.request_size import Size
 from proxy.sse import SseSplitter
 
 MANDATORY = [{"policy": "calm", "mode": "mandatory"}]
@@ -18,31 +18,6 @@ REVISION = "ab" * 32
 def receipt(**fields):
     given = {"revision": REVISION, "requests": 1, "tokens_evaluated": 9, "finished": True, **fields}
     return Receipt.model_validate(given)
-
-
-@pytest.mark.parametrize(
-    ("body", "size"),
-    [
-        ({"prompt": "one"}, Size(1, 1)),
-        ({"prompt": ["one"], "n": 3}, Size(1, 3)),
-        ({"prompt": ["one", "two"], "n": 3}, Size(2, 3)),
-        ({"prompt": [1, 2, 3]}, Size(1, 1)),
-        ({"prompt": [[1, 2], [3], [4]], "n": 2}, Size(3, 2)),
-        ({"prompt": [], "n": 2}, Size(1, 2)),
-        ({"messages": [{}, {}], "n": 2}, Size(1, 2)),
-        ({"input": ["one", "two"]}, Size(1, 1)),
-    ],
-)
-def test_engine_requests_are_prompts_times_choices(body, size):
-    """Texts and lists of tokens are prompts each; a list of tokens is one, and so are messages."""
-    assert size_of(body) == size
-
-
-@pytest.mark.parametrize("n", [0, -1, True, "2", 2.0, [2]])
-def test_n_that_is_no_count_is_refused(n):
-    """The engine would read `"2"` as two: what the gateway cannot count is not passed on."""
-    with pytest.raises(InvalidRequest, match="n must be a whole number"):
-        size_of({"n": n})
 
 
 @given(st.integers(1, 50), st.integers(1, 4), st.integers(1, 300), st.integers(0, 300), st.integers(0, 100))
