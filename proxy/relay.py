@@ -185,7 +185,7 @@ async def _read_whole(demand: Demand, upstream: Answer) -> bytes:
     try:
         return await upstream.read(most)
     except AnswerTooLargeError:
-        if told := upstream.headers.get(ENGINE_RECEIPT):
+        if told := upstream.header(ENGINE_RECEIPT):
             # The engine has done the work, and tells of it this once.
             with contextlib.suppress(EngineError):
                 demand.trail.take(Receipt.read(told))

@@ -92,7 +92,7 @@ class Residency:
         """
         async with self._lock:
             error = await self._try(engine, revision)
-            if error is not None and not _is_the_plans_own(error):
+            if error is not None and _is_the_engines_own(error):
                 raise error
         if error is not None:
             self._note_unattested(engine.name, revision, error)
@@ -123,7 +123,7 @@ class Residency:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _note_unattested(self, engine: str, revision: Revision, error: EngineError) -> None:
+    def _note_unattested(self, engine: str, revision: Revision, error: BaseException) -> None:
         self._metrics.engine_unattested.labels(engine).inc()
         self._log.error("revision_not_attested", engine=engine, revision=revision.revision, error=str(error))
 
