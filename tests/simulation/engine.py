@@ -178,6 +178,7 @@ class EngineModel:
             "boot_id": self.boot_id,
             "model": asdict(SPEC),
             "engines": [{"ranks": ranks, "resident": {}}],
+            "special_tokens": {"ids": {"<|end|>": 0}},
             "passthrough": True,
         }
 
