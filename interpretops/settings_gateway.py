@@ -19,6 +19,9 @@ class GatewaySettings(Section):
     """Address of the admin routes and metrics. Beyond this machine it is opened only with `paths.keys`."""
     admin_port: Port = 8001
     """Port of the admin routes and metrics; 0 takes any free one."""
+    allowed_hosts: tuple[Name, ...] = ()
+    """Further names under which the OpenAI endpoint is reached without keys, such as that of a reverse proxy
+    on this machine. Requests to other names, and from web pages of other names, are refused then."""
     tls_cert: Path | None = None
     """Certificate chain (PEM) of the OpenAI endpoint; with it the endpoint speaks TLS only. When the file
     changes, new connections get it."""

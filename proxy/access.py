@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from interpretops.settings_access import ANONYMOUS
 from proxy.metrics import Metrics
 from proxy.reader import Reader, StuckError
 from proxy.readiness import Reason
-from proxy.refusal import InvalidKey, KeysUnavailable, NotPermitted
+from proxy.refusal import ForeignPage, InvalidKey, KeysUnavailable, NotPermitted
 
 _MAX_KEY = 512
 _LOOKED_AT_S: Final = 5.0
@@ -226,15 +226,37 @@ def check_exposure(address: str, field: str, *, keys: bool) -> None:
         )
 
 
-def names_this_machine(host: str | None) -> bool:
-    """Whether a Host header could not have been written by a page of a foreign name."""
+def names_this_machine(host: str | None, also: Collection[str] = ()) -> bool:
+    """Whether a Host header could not have been written by a page of a foreign name.
+
+    ``also`` are further names of this machine. A page that had its own name point here (DNS rebinding) still
+    sends that name.
+    """
     name = (host or "").rsplit(":", 1)[0] if not (host or "").endswith("]") else (host or "")
     name = name.strip("[]").lower()
+    if name in LOOPBACK_NAMES or name in {one.lower() for one in also}:
+        return True
     try:
-        ipaddress.ip_address(name)
+        return ipaddress.ip_address(name).is_loopback
     except ValueError:
-        return name in LOOPBACK_NAMES
-    return True
+        return False
+
+
+def check_page(headers: CIMultiDictProxy[str], also: Collection[str]) -> None:
+    """Refuse what a web page of a foreign name may have sent, where nobody has to show a key."""
+    for host in headers.getall("Host", [""]):
+        if not names_this_machine(host, also):
+            raise ForeignPage(
+                f"Host = {host[:128]!r}, but without keys only names of this machine are answered to; name "
+                "it in gateway.allowed_hosts, or set paths.keys"
+            )
+    for origin in headers.getall("Origin", []):
+        scheme, _, host = origin.partition("://")
+        if scheme not in ("http", "https") or not names_this_machine(host, also):
+            raise ForeignPage(
+                f"Origin = {origin[:128]!r}, but without keys only pages of this machine are answered; name "
+                "its host in gateway.allowed_hosts, or set paths.keys"
+            )
 
 
 def _presented(headers: CIMultiDictProxy[str]) -> str:

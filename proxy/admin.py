@@ -63,8 +63,10 @@ async def refuse_browsers(request: web.Request, handler: Handler) -> web.StreamR
     """A web page open on the operator's machine must not reach these routes, by whatever name."""
     if "Origin" in request.headers:
         raise FieldNotAllowed("the admin routes answer no web pages; call them without an Origin header")
-    if not request.app[GATEWAY].access.wanted and not names_this_machine(request.headers.get("Host")):
-        raise FieldNotAllowed("without keys the admin routes answer only to an address or to localhost")
+    gateway = request.app[GATEWAY]
+    host = request.headers.get("Host")
+    if not gateway.access.wanted and not names_this_machine(host, (gateway.settings.gateway.admin_host,)):
+        raise FieldNotAllowed("without keys the admin routes answer only to names of this machine")
     return await handler(request)
 
 

@@ -12,6 +12,7 @@ import aiohttp
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from proxy.access import check_page
 from proxy.binding import Caller, choices, decide
 from proxy.limits import Meter, Places
 from proxy.openapi import openapi_document
@@ -42,7 +43,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 def make_public_app(gateway: Gateway) -> web.Application:
     """The app that applications talk to."""
-    app = web.Application(middlewares=[gateway.stalls.mark, answer_in_openai_shape, authenticate])
+    app = web.Application(
+        middlewares=[gateway.stalls.mark, answer_in_openai_shape, refuse_foreign_pages, authenticate]
+    )
     app[GATEWAY] = gateway
     for route in ROUTES:
         app.router.add_post(route, generate)
@@ -187,6 +190,16 @@ def _models(request: web.Request) -> list[dict[str, Any]]:
         for policy in choices(gateway.settings.bindings, caller, gateway.catalogue.entries):
             listed.append({"id": f"{name}+{policy}", **base, "parent": name})
     return listed
+
+
+@web.middleware
+async def refuse_foreign_pages(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Without keys, a web page open on this machine must not reach any route by a name of its own."""
+    gateway = request.app[GATEWAY]
+    if not gateway.access.wanted:
+        bound = gateway.settings.gateway
+        check_page(request.headers, (bound.host, *bound.allowed_hosts))
+    return await handler(request)
 
 
 @web.middleware

@@ -81,6 +81,13 @@ class NotPermitted(Refusal):
     status = 403
 
 
+class ForeignPage(Refusal):
+    """Without keys, a request that a web page of a foreign name may have sent."""
+
+    code = "foreign_page"
+    status = 403
+
+
 class UnknownModel(Refusal):
     """The engine does not serve this model."""
 

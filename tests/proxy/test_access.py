@@ -17,6 +17,7 @@ from interpretops.api_keys import KeyRing, make_key, read_keys, write_keys
 from interpretops.errors import ConfigError
 from proxy.access import check_exposure, names_this_machine
 from proxy.reader import Reader
+from proxy.routes import ROUTES, UNGUARDED
 from proxy.tls import Doorway
 
 TENANTS = [{"id": "acme", "models": ["tiny-model", "bot"]}, {"id": "other", "routes": ["/v1/completions"]}]
@@ -384,6 +385,48 @@ async def test_page_of_a_foreign_name_cannot_read_the_admin_routes(start):
             assert answer.status == status
     assert not names_this_machine("127.0.0.1.evil.example")
     assert not names_this_machine(None)
+
+
+READ = ["/healthz", "/readyz", "/openapi.json", "/v1/models", "/v1/models/tiny-model", "/none"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "served"),
+    [
+        ({"Host": "evil.example"}, False),
+        ({"Host": "evil.example:8000"}, False),
+        ({"Host": "127.0.0.1.evil.example"}, False),
+        ({"Host": "10.1.2.3:8000"}, False),
+        ({"Host": ""}, False),
+        ({"Origin": "http://evil.example"}, False),
+        ({"Origin": "http://evil.example", "Host": "localhost"}, False),
+        ({"Origin": "null"}, False),
+        ({"Origin": "chrome-extension://localhost"}, False),
+        ({"Origin": "http://localhost.evil.example"}, False),
+        ({}, True),
+        ({"Host": "localhost:8000"}, True),
+        ({"Host": "LOCALHOST"}, True),
+        ({"Host": "[::1]:8000", "Origin": "http://localhost:3000"}, True),
+        ({"Host": "chat.corp.example", "Origin": "https://chat.corp.example"}, True),
+    ],
+)
+async def test_page_of_a_foreign_name_reaches_no_route_without_keys(start, engine, headers, served):
+    """A page that has its name point at this machine reads nothing of the endpoint and runs nothing."""
+    front = await start(**{"gateway.allowed_hosts": ["chat.corp.example"]})
+    for path in (*READ, *ROUTES, *UNGUARDED):
+        method = "GET" if path in READ else "POST"
+        for asked in (method, "OPTIONS"):
+            async with front.public.request(asked, path, json={}, headers=headers) as answer:
+                refused = answer.status == 403 and (await answer.json())["error"]["code"] == "foreign_page"
+                assert refused != served, (asked, path)
+    assert (engine.seen, engine.plain) == ([], [])
+
+
+async def test_with_keys_any_name_is_answered(guarded, keys):
+    """Who shows a key is no foreign page; the endpoint may have any name then."""
+    front = await guarded("calm")
+    headers = {"Host": "api.example", "Origin": "https://app.example"}
+    assert (await front.chat(headers={**headers, **bearer(keys["acme"])}))[0] == 200
 
 
 async def test_listener_with_a_certificate_speaks_tls_only(tmp_path):

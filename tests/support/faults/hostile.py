@@ -60,7 +60,7 @@ async def disconnect(stand: Stand, traffic: Traffic, count: int) -> None:
     async def leave(phase: str) -> None:
         stream = phase != "non-stream"
         body = json.dumps(make_body("/v1/chat/completions", stand.model, stream=stream, tokens=400)).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         reader, writer = await _connect(stand)
         writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):

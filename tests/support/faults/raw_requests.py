@@ -9,7 +9,7 @@ from collections.abc import Iterator
 CANARY = "canary-5f2c9d"
 BODY = b'{"model": "tiny-model", "messages": []}'
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 AMBIGUOUS = {
     "length and chunks": POST + LENGTH + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED,
@@ -27,7 +27,7 @@ AMBIGUOUS = {
     "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "no version": POST.replace(b" HTTP/1.1", b"") + LENGTH + b"\r\n" + BODY,
-    "unknown version": b"GET /v1/models HTTP/9.9\r\nHost: a\r\n\r\n",
+    "unknown version": b"GET /v1/models HTTP/9.9\r\nHost: localhost\r\n\r\n",
     "a key in a broken header": POST + b"Authorization: Bearer " + CANARY.encode() + b"\x01\r\n\r\n",
     "a key in a broken line": b"POST /v1/" + CANARY.encode() + b" \x01 HTTP/1.1\r\n\r\n",
     "300 headers": POST + b"".join(b"X-%d: a\r\n" % n for n in range(300)) + b"\r\n",
@@ -81,8 +81,8 @@ def malformed(count: int, model: str, seed: int = 0) -> Iterator[bytes]:
             yield list(AMBIGUOUS.values())[index // 3 % len(AMBIGUOUS)] + whole
         elif kind == 1:
             body, head = pick.choice(_BODIES), pick.choice(_HEADS)
-            headers = b"Host: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-            yield head + headers + body
+            length = b"Content-Length: %d\r\n\r\n" % len(body)
+            yield head + b"Host: localhost\r\nContent-Type: application/json\r\n" + length + body
         else:
             yield _damage(whole, pick)
 
