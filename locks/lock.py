@@ -18,6 +18,8 @@ EXTRAS = {
     "gateway": ("redis", "transcripts"),
 }
 """What each lock file covers beyond the package's own dependencies."""
+BUILD = "build"
+"""A lock of its own: what builds the package, `build-system.requires`."""
 PYTHON_VERSION = "3.11"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 MARK = "# inputs: sha256:"
@@ -29,7 +31,10 @@ def lock_file(name: str) -> Path:
 
 def inputs_digest(name: str) -> str:
     """sha256 of all that a lock follows from: the requirements in pyproject.toml and the overrides."""
-    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    pyproject = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))
+    if name == BUILD:
+        return _digest(pyproject["build-system"])
+    project = pyproject["project"]
     inputs = {
         "requires-python": project["requires-python"],
         "dependencies": project["dependencies"],
@@ -64,10 +69,12 @@ def make_lock(name: str) -> None:
     draft = path.with_suffix(".draft")
     draft.write_bytes(path.read_bytes() if path.exists() else b"")
     uv = Path(sys.executable).with_name("uv")
-    command = [str(uv), "pip", "compile", str(PYPROJECT.name), "--quiet", "--output-file", str(draft)]
+    source = "-" if name == BUILD else str(PYPROJECT.name)
+    command = [str(uv), "pip", "compile", source, "--quiet", "--output-file", str(draft)]
     if name != "cpu":  # the same versions in every lock
         command += ["--constraint", str(lock_file("cpu").relative_to(FOLDER.parent))]
-    command += [word for extra in EXTRAS[name] for word in ("--extra", extra)]
+    command += [word for extra in EXTRAS.get(name, ()) for word in ("--extra", extra)]
+    wanted = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["build-system"]["requires"]
     command += ["--override", str(OVERRIDES.relative_to(FOLDER.parent)), "--python-version", PYTHON_VERSION]
     command += ["--python-platform", "x86_64-manylinux_2_28", "--generate-hashes"]
     command += ["--no-emit-index-url", "--no-emit-find-links", "--custom-compile-command", "make lock"]
@@ -75,10 +82,17 @@ def make_lock(name: str) -> None:
     # Where pip is told to look for torch's CPU build, uv looks too; else PyTorch's own index.
     if found := environment.get("UV_FIND_LINKS") or environment.get("PIP_FIND_LINKS"):
         environment["UV_FIND_LINKS"] = found
-    elif "cpu" in EXTRAS[name]:
+    elif "cpu" in EXTRAS.get(name, ()):
         command += ["--extra-index-url", TORCH_INDEX, "--index-strategy", "unsafe-best-match"]
     try:
-        subprocess.run(command, cwd=FOLDER.parent, env=environment, check=True)  # noqa: S603  # fixed words
+        subprocess.run(  # noqa: S603  # fixed words
+            command,
+            cwd=FOLDER.parent,
+            env=environment,
+            input="\n".join(wanted) if name == BUILD else "",
+            text=True,
+            check=True,
+        )
         text = draft.read_text(encoding="utf-8")
         draft.write_text(f"{MARK}{inputs_digest(name)}\n{text}", encoding="utf-8")
         draft.replace(path)
@@ -95,10 +109,10 @@ def main() -> int:
         sys.stdout.write(install_key() + "\n")
         return 0
     if action == "make":
-        for name in EXTRAS:
+        for name in (*EXTRAS, BUILD):
             sys.stderr.write(f"resolving locks/{name}.txt\n")
             make_lock(name)
-    stale = [name for name in EXTRAS if recorded_digest(name) != inputs_digest(name)]
+    stale = [name for name in (*EXTRAS, BUILD) if recorded_digest(name) != inputs_digest(name)]
     for name in stale:
         sys.stderr.write(f"locks/{name}.txt no longer follows from pyproject.toml; run: make lock\n")
     return 1 if stale else 0

@@ -74,7 +74,7 @@ def unmet(requirements: list[str], pinned: dict[str, str]) -> list[str]:
     return faults
 
 
-@pytest.mark.parametrize("name", ["cpu", "gateway"])
+@pytest.mark.parametrize("name", ["cpu", "gateway", "build"])
 def test_lock_was_made_from_todays_requirements(lock: ModuleType, name: str) -> None:
     """The digest of pyproject's requirements and the overrides is the one the lock was made from."""
     assert lock.recorded_digest(name) == lock.inputs_digest(name), "run: make lock"
@@ -88,7 +88,7 @@ def test_every_requirement_of_ours_is_met_by_a_pin(lock: ModuleType, name: str) 
     assert unmet(project["dependencies"] + extras, pins(name)) == []
 
 
-@pytest.mark.parametrize("name", ["cpu", "gateway"])
+@pytest.mark.parametrize("name", ["cpu", "gateway", "build"])
 def test_every_pin_is_hashed_and_names_no_place(name: str) -> None:
     """Each pin carries at least one sha256, and no index, folder or machine stands in the file."""
     text = (LOCKS / f"{name}.txt").read_text(encoding="utf-8")
@@ -130,6 +130,16 @@ def test_packages_that_break_beside_cpu_torch_are_not_pinned() -> None:
     assert left_out() & set(pinned) == set()
     assert {"torchvision", "torchaudio", "torchcodec"} <= left_out()
     assert pinned["torch"].endswith("+cpu")
+
+
+def test_build_backend_is_pinned_with_all_that_it_needs() -> None:
+    """What builds our wheel is in a lock of its own, of the same versions, whole."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    build = pins("build")
+    assert unmet(wanted, build) == []
+    for name in build:
+        assert unmet(importlib.metadata.requires(name) or [], build) == [], name
+    assert build.items() <= pins("cpu").items()
 
 
 def test_gateway_needs_no_torch() -> None:

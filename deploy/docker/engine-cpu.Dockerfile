@@ -1,6 +1,6 @@
 # The engine on a CPU, with the default model inside. From the repository's root:
 #   docker build -f deploy/docker/engine-cpu.Dockerfile -t interpretops-engine:cpu .
-FROM python:3.11-slim
+FROM python:3.11-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7
 # libnuma: vLLM's CPU kernels are linked against it. g++: torch compiles small functions with it.
 # hadolint ignore=DL3008
 RUN apt-get update && \

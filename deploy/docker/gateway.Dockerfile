@@ -1,18 +1,20 @@
 # The gateway: no torch, no vLLM. From the repository's root:
 #   docker build -f deploy/docker/gateway.Dockerfile -t interpretops-gateway .
-FROM python:3.11-slim AS build
+FROM python:3.11-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7 AS build
 WORKDIR /build
-COPY locks/gateway.txt locks/gateway.txt
-RUN python -m venv /opt/interpretops && \
+COPY locks/build.txt locks/gateway.txt locks/
+RUN pip install --no-cache-dir --no-deps --require-hashes -r locks/build.txt && \
+    python -m venv /opt/interpretops && \
     /opt/interpretops/bin/pip install --no-cache-dir --no-deps --require-hashes -r locks/gateway.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY discovery discovery
 COPY interpretops interpretops
 COPY proxy proxy
 COPY steering_kernels steering_kernels
-RUN /opt/interpretops/bin/pip install --no-cache-dir --no-deps .
+RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir wheels . && \
+    /opt/interpretops/bin/pip install --no-cache-dir --no-deps --no-index wheels/*.whl
 
-FROM python:3.11-slim
+FROM python:3.11-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7
 COPY --from=build /opt/interpretops /opt/interpretops
 WORKDIR /srv/interpretops
 COPY policies policies

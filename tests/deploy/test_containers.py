@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -57,10 +58,87 @@ def test_dockerfiles_are_linted(tools: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_base_images_are_pinned_by_digest(compose) -> None:
+    """No tag can be moved under us: each image that is not built here is named by its content."""
+    images = [
+        line.split()[1]
+        for dockerfile in DOCKERFILES
+        for line in dockerfile.read_text().splitlines()
+        if line.startswith("FROM ")
+    ]
+    images += [service["image"] for service in compose.values() if "build" not in service]
+    assert len(images) >= 7
+    pinned = r"\S+:\S+@sha256:([0-9a-f]{64}|\$\{VLLM_DIGEST\})"
+    assert [image for image in images if not re.fullmatch(pinned, image)] == []
+    # The one digest that the builder must give: without it the image has no name, and nothing is built.
+    gpu = (DEPLOY / "docker" / "engine-gpu.Dockerfile").read_text()
+    assert re.findall(r"^ARG (.*)$", gpu, re.MULTILINE) == ["VLLM_DIGEST"]
+
+
+def test_compose_asks_for_the_digest_it_is_not_given(tools: Path, tmp_path: Path) -> None:
+    """The GPU's engine is not built on whatever a tag leads to now."""
+    chosen = [
+        option
+        for file in ("compose.yaml", "compose.gpu.yaml")
+        for option in ("-f", DEPLOY / "compose" / file)
+    ]
+    done = subprocess.run(
+        [tools / "docker-compose", *chosen, "config", "--quiet"],
+        capture_output=True,
+        text=True,
+        env={"MODEL_DIR": "/models", "HOME": str(tmp_path)},
+    )
+    assert done.returncode != 0
+    assert "VLLM_DIGEST" in done.stderr
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_everything_that_pip_fetches_is_checked_by_its_hash(dockerfile: Path) -> None:
+    """From an index comes only what a lock names with its hash, what builds our wheel included."""
+    text = dockerfile.read_text().replace("\\\n", " ")
+    calls = re.findall(r"pip (?:install|wheel) [^&\n]*", text)
+    assert len(calls) >= 2
+    for call in calls:
+        assert "--no-deps" in call, call
+        built = "--no-build-isolation" in call and call.split()[-1] == "."
+        assert (
+            built
+            or "--no-index" in call
+            or "--require-hashes -r"
+            in " ".join(word for word in call.split() if "index-url" not in word and "://" not in word)
+        ), call
+
+
+def test_lock_is_added_to_an_image_that_holds_some_of_it(tmp_path: Path, repository) -> None:
+    """Only what is not there is asked for, hashes included; a version that we do not take stops the build."""
+    lock = tmp_path / "lock.txt"
+    entry = "{}==1.0 \\\n    --hash=sha256:" + "0" * 64 + "\n    # via x\n"
+    lock.write_text("# made\n" + entry.format("aiohttp") + entry.format("not-there"))
+    program = repository / "locks" / "missing.py"
+    asked = subprocess.run([sys.executable, program, lock], capture_output=True, text=True, check=True)
+    assert asked.stdout.strip() == entry.format("not-there").strip()
+    held = subprocess.run(
+        [sys.executable, program, "--check", "interpretops"], capture_output=True, text=True
+    )
+    assert (held.returncode, held.stderr) == (0, "")
+    info = tmp_path / "ours-1.dist-info"
+    info.mkdir()
+    needs = "Requires-Dist: aiohttp>=99\nRequires-Dist: redis>=99; extra == 'redis'\n"
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: ours\nVersion: 1\n{needs}")
+    wrong = subprocess.run(
+        [sys.executable, program, "--check", "ours"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert wrong.returncode == 1
+    assert re.fullmatch(r"ours needs aiohttp>=99, but \S+ is installed\n", wrong.stderr)
+
+
 def test_gateway_image_holds_no_torch(repository) -> None:
     """It installs the gateway's lock alone, and runs as nobody in particular."""
     text = (DEPLOY / "docker" / "gateway.Dockerfile").read_text()
-    assert re.findall(r"-r (\S+)", text) == ["locks/gateway.txt"]
+    assert re.findall(r"/opt/interpretops/bin/pip install .*-r (\S+)", text) == ["locks/gateway.txt"]
     assert not re.search(r"^(torch|vllm)", (repository / "locks/gateway.txt").read_text(), re.MULTILINE)
     assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["65532:65532"]
 
@@ -73,7 +151,7 @@ def test_docker_compose_takes_the_files(files: tuple[str, ...], tools: Path, tmp
         [tools / "docker-compose", *chosen, "config", "--quiet"],
         capture_output=True,
         text=True,
-        env={"MODEL_DIR": "/models", "HOME": str(tmp_path)},
+        env={"MODEL_DIR": "/models", "VLLM_DIGEST": "0" * 64, "HOME": str(tmp_path)},
     )
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -14,7 +14,11 @@ labels:
 {{- end -}}
 
 {{- define "interpretops.image" -}}
+{{- if .image.digest -}}
+{{ .image.repository }}@{{ .image.digest }}
+{{- else -}}
 {{ .image.repository }}:{{ .image.tag | default .root.Chart.AppVersion }}
+{{- end -}}
 {{- end -}}
 
 {{- define "interpretops.pod" -}}
