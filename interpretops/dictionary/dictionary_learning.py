@@ -1,4 +1,8 @@
-"""The dictionary_learning layout: config.json and a safetensors export of ae.pt, itself never opened."""
+"""The dictionary_learning layout: config.json and a safetensors export of ae.pt, itself never opened.
+
+Activations are in the units in which the library's release (0.1.0) gives them: what ``from_pretrained`` and
+then ``encode`` return with their defaults.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -47,13 +51,23 @@ def _matrices(tensors: TensorFile) -> dict[str, Any]:
 
 
 def _standard(tensors: TensorFile) -> Weights:
+    """The one class whose decoder is brought to unit norms as it is loaded, and its activations with it."""
+    matrices = _matrices(tensors)
+    norms = matrices["decoder"].norms()
+    if not norms.all():
+        raise DictionaryError(
+            f"{tensors.path}: decoder.weight of feature {int(norms.argmin())} is all zeros, and an "
+            "AutoEncoder is read with decoder rows of norm 1; remove the feature or train it"
+        )
     bias = as_floats(tensors["bias"])
     return Weights(
         "relu",
-        bias=as_floats(tensors["encoder.bias"]),
+        bias=as_floats(tensors["encoder.bias"]) * norms,
         centre=bias,
         decoder_bias=bias,
-        **_matrices(tensors),
+        encoder_scale=norms,
+        decoder_scale=1 / norms,
+        **matrices,
     )
 
 
@@ -69,37 +83,28 @@ def _standard_new(tensors: TensorFile) -> Weights:
 
 
 def _gated(tensors: TensorFile) -> Weights:
-    """Its activations are multiplied by the decoder's norms, and divided again before decoding."""
-    matrices = _matrices(tensors)
-    norms = matrices["decoder"].norms()
     ratio = np.exp(as_floats(tensors["r_mag"]))
     bias, centre = as_floats(tensors["mag_bias"]), as_floats(tensors["decoder_bias"])
     return Weights(
         "jumprelu",
-        bias=bias * norms,
-        threshold=gated_threshold(ratio, bias, as_floats(tensors["gate_bias"])) * norms,
+        bias=bias,
+        threshold=gated_threshold(ratio, bias, as_floats(tensors["gate_bias"])),
         centre=centre,
         decoder_bias=centre,
-        encoder_scale=ratio * norms,
-        decoder_scale=1 / norms,
-        **matrices,
+        encoder_scale=ratio,
+        **_matrices(tensors),
     )
 
 
 def _jumprelu(tensors: TensorFile) -> Weights:
-    """Its activations are multiplied by the decoder's norms, and divided again before decoding."""
-    matrices = _matrices(tensors)
-    norms = matrices["decoder"].norms()
     decoder_bias = as_floats(tensors["b_dec"])
     return Weights(
         "jumprelu",
-        bias=as_floats(tensors["b_enc"]) * norms,
-        threshold=np.maximum(as_floats(tensors["threshold"]), 0) * norms,
+        bias=as_floats(tensors["b_enc"]),
+        threshold=np.maximum(as_floats(tensors["threshold"]), 0),
         centre=np.zeros_like(decoder_bias),
         decoder_bias=decoder_bias,
-        encoder_scale=norms,
-        decoder_scale=1 / norms,
-        **matrices,
+        **_matrices(tensors),
     )
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from interpretops.dictionary import dictionary_learning, gemma_scope, saelens, sparsify
+from interpretops.dictionary.agreement import check_agreement
 from interpretops.dictionary.manifest import (
     MANIFEST_NAME,
     Activation,
@@ -107,6 +108,7 @@ def open_dictionary(folder: Path, manifest: DictionaryManifest | None = None) ->
     if manifest.layout == "dictionary_learning" and manifest.weights.file == dictionary_learning.PICKLE_NAME:
         raise DictionaryError(f"{folder / manifest.weights.file}: {dictionary_learning.CONVERSION}")
     path = check_weights(folder, manifest.weights, DictionaryError)
+    check_agreement(folder, manifest)
     return Dictionary(manifest, _fit(folder, manifest, _LOADERS[manifest.layout](folder, path)))
 
 

@@ -86,6 +86,12 @@ def _refuse_unfoldable(path: Path, config: dict[str, Any], tensors: TensorFile) 
         raise DictionaryError(f"{path}: activation_fn = {function!r}, but must be relu or topk")
     if config.get("finetuning_scaling_factor") or "finetuning_scaling_factor" in tensors:
         raise DictionaryError(f"{path}: finetuning_scaling_factor is not supported; fold it into W_dec")
+    metadata = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
+    for place in (config, metadata):
+        if place.get("hook_name_out") not in (None, place.get("hook_name")):
+            raise DictionaryError(
+                f"{path}: hook_name_out differs from hook_name: this is a transcoder, not a dictionary"
+            )
     if config.get("d_out") not in (None, config.get("d_in")):
         raise DictionaryError(f"{path}: d_out differs from d_in: this is a transcoder, not a dictionary")
 

@@ -187,7 +187,8 @@ def dictionary_learning_case(kind: str, w: Arrays) -> tuple[Arrays, np.ndarray, 
     centred = (x - w["b_dec"]) @ w["W_enc"]
     if kind == "AutoEncoder":
         a = np.maximum(centred + w["b_enc"], 0)
-        return linear | {"bias": w["b_dec"]}, a, a @ w["W_dec"] + w["b_dec"], "relu"
+        # from_pretrained normalises this decoder alone, and multiplies the activations by its norms.
+        return linear | {"bias": w["b_dec"]}, a * norms, a @ w["W_dec"] + w["b_dec"], "relu"
     if kind == "AutoEncoderNew":
         a = np.maximum(x @ w["W_enc"] + w["b_enc"], 0)
         return linear | {"decoder.bias": w["b_dec"]}, a, a @ w["W_dec"] + w["b_dec"], "relu"
@@ -196,11 +197,11 @@ def dictionary_learning_case(kind: str, w: Arrays) -> tuple[Arrays, np.ndarray, 
         a = (centred + gate > 0) * np.maximum(np.exp(ratio) * centred + magnitude, 0)
         tensors = {name: linear[name] for name in ("encoder.weight", "decoder.weight")}
         tensors |= {"r_mag": ratio, "gate_bias": gate, "mag_bias": magnitude, "decoder_bias": w["b_dec"]}
-        return tensors, a * norms, a @ w["W_dec"] + w["b_dec"], "jumprelu"
+        return tensors, a, a @ w["W_dec"] + w["b_dec"], "jumprelu"
     if kind == "JumpReluAutoEncoder":
         u = x @ w["W_enc"] + w["b_enc"]
         a = np.maximum(u * (u > w["threshold"]), 0)
-        return w, a * norms, a @ w["W_dec"] + w["b_dec"], "jumprelu"
+        return w, a, a @ w["W_dec"] + w["b_dec"], "jumprelu"
     if kind == "AutoEncoderTopK":
         a = top(np.maximum(centred + w["b_enc"], 0), 6)
         tensors = linear | {"b_dec": w["b_dec"], "k": np.array(6), "threshold": np.float32([-1])}
@@ -227,12 +228,118 @@ def dictionary_learning_case(kind: str, w: Arrays) -> tuple[Arrays, np.ndarray, 
 def test_dictionary_learning_folder_reads_as_its_formula(
     tmp_path: Path, manifest_for: Manifest, saelens_weights: Arrays, kind: str
 ) -> None:
-    """Each class of dictionary_learning gives its own features, in its own units, and reconstruction."""
+    """Each class gives its own features, in the units of dictionary_learning 0.1.0, and reconstruction."""
     tensors, acts, recons, activation = dictionary_learning_case(kind, saelens_weights)
     save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, tmp_path / "ae.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": kind}}))
     manifest_for(tmp_path, "ae.safetensors", id="d", layout="dictionary_learning", activation=activation)
     assert_reads_as(open_dictionary(tmp_path), acts, recons)
+
+
+def test_decoder_row_of_zeros_is_refused_where_rows_are_normalised(
+    tmp_path: Path, manifest_for: Manifest, saelens_weights: Arrays
+) -> None:
+    """An AutoEncoder divides by the decoder's norms as it is loaded."""
+    saelens_weights["W_dec"][3] = 0
+    tensors, *_ = dictionary_learning_case("AutoEncoder", saelens_weights)
+    save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, tmp_path / "ae.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))
+    manifest_for(tmp_path, "ae.safetensors", id="d", layout="dictionary_learning", activation="relu")
+    with pytest.raises(DictionaryError, match=r"decoder.weight of feature 3 is all zeros"):
+        open_dictionary(tmp_path)
+
+
+def hook(name: str) -> dict[str, Any]:
+    return {"metadata": {"hook_name": name}}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"d_in": 25}, r"d_in = 25, but manifest.yaml has hidden_size = 24"),
+        ({"d_in": "24"}, r"d_in = '24', but manifest.yaml has hidden_size = 24"),
+        ({"d_sae": 41}, r"d_sae = 41, but manifest.yaml has width = 40"),
+        (hook("blocks.4.hook_resid_post"), r"metadata.hook_name = '.*' \(4\), but .* has layer = 3"),
+        (hook("blocks.3.hook_resid_pre"), r"hook_name = '.*' \(2\), but .* has layer = 3"),
+        (hook("blocks.3.hook_mlp_out"), r"hook_name = '.*' \(mlp_out\), but .* has point = 'resid_post'"),
+        (hook("blocks.3.hook_resid_mid"), r"hook_name = '.*' \(hook_resid_mid\), but .* has point"),
+        (hook("model.layers.5"), r"hook_name = '.*' \(5\), but .* has layer = 3"),
+        ({"hook_name": "blocks.4.hook_resid_post"}, r": hook_name = .* has layer = 3"),
+        ({"hook_point": "blocks.4.hook_resid_post"}, r": hook_point = .* has layer = 3"),
+        ({"hook_point_layer": 2}, r"hook_point_layer = 2, but .* has layer = 3"),
+        ({"metadata": {"hook_head_index": 1}}, r"hook_head_index = 1 \(head 1 alone\), but .* has point"),
+        ({"reshape_activations": "hook_z"}, r"reshape_activations = 'hook_z' \(attn_z\), but .* has point"),
+        ({"metadata": {"hook_name": "a", "hook_name_out": "b"}}, "hook_name_out differs .* transcoder"),
+        ({"architecture": "standard"}, "activation = 'jumprelu', but the weights are of 'relu'"),
+    ],
+)
+def test_configuration_that_contradicts_the_manifest_is_refused(
+    make_dictionary: Callable[..., Path], config: dict[str, Any], words: str
+) -> None:
+    """Size, place, activation: two files that speak of different dictionaries are not read as one."""
+    with pytest.raises(DictionaryError, match=words):
+        open_dictionary(make_dictionary(config=config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hook("blocks.3.hook_resid_post"),
+        hook("blocks.4.hook_resid_pre"),
+        hook("model.layers.3"),
+        hook("transformer.h.9.somewhere"),
+        {"hook_layer": 3, "dtype": "bfloat16", "model_name": "another-name"},
+        {"metadata": None, "hook_head_index": None},
+    ],
+)
+def test_configuration_that_agrees_or_says_nothing_is_read(
+    make_dictionary: Callable[..., Path], config: dict[str, Any]
+) -> None:
+    """The stream before a layer is the one after the last; names that are not known contradict nothing."""
+    assert open_dictionary(make_dictionary(config=config)).site.layer == 3
+
+
+def test_scale_is_not_applied_twice(make_dictionary: Callable[..., Path]) -> None:
+    """A factor in activation_scaler.json and one in the manifest: one of them is in the other already."""
+    config = {"normalize_activations": "expected_average_only_in"}
+    folder = make_dictionary(config=config, normalisation="scale", scaling_factor=0.25)
+    (folder / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
+    with pytest.raises(DictionaryError, match=r"normalize_activations = .* has normalisation = 'scale'"):
+        open_dictionary(folder)
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "config", "words"),
+    [
+        ("sparsify", "cfg.json", {"d_in": 25}, "d_in = 25, but .* hidden_size = 24"),
+        ("sparsify", "cfg.json", {"num_latents": 41}, "num_latents = 41, but .* width = 40"),
+        ("sparsify", "cfg.json", {"d_in": 24, "expansion_factor": 2}, r"expansion_factor = 2 \(48\), but"),
+        (
+            "dictionary_learning",
+            "config.json",
+            {"dict_size": 41},
+            "trainer.dict_size = 41, but .* width = 40",
+        ),
+        ("dictionary_learning", "config.json", {"layer": 2}, "trainer.layer = 2, but .* layer = 3"),
+        (
+            "dictionary_learning",
+            "config.json",
+            {"submodule_name": "mlp_out_layer_3"},
+            r"trainer.submodule_name = '.*' \(mlp_out\), but .* point = 'resid_post'",
+        ),
+    ],
+)
+def test_other_libraries_configurations_are_held_against_the_manifest_too(
+    tmp_path: Path, manifest_for: Manifest, layout: str, file: str, config: dict[str, Any], words: str
+) -> None:
+    """sparsify's and dictionary_learning's own files say the same things under other names."""
+    (tmp_path / "weights.safetensors").write_bytes(b"not looked at before")
+    (tmp_path / file).write_text(
+        json.dumps({"trainer": config} if layout == "dictionary_learning" else config)
+    )
+    manifest_for(tmp_path, "weights.safetensors", id="d", layout=layout)
+    with pytest.raises(DictionaryError, match=words):
+        open_dictionary(tmp_path)
 
 
 def test_pickled_dictionary_is_refused_with_its_conversion(tmp_path: Path, manifest_for: Manifest) -> None:
@@ -267,7 +374,10 @@ def test_changed_weights_are_refused(make_dictionary: Callable[..., Path]) -> No
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"width": 41}, "width = 41, hidden_size = 24, but .* holds 40 features of an activation of 24"),
+        (
+            {"width": 41, "config": {"d_sae": None}},
+            "width = 41, hidden_size = 24, but .* holds 40 features of an activation of 24",
+        ),
         ({"activation": "topk"}, "activation = 'topk', but the weights are of 'jumprelu'"),
         ({"normalisation": "scale"}, "normalisation = 'scale' needs a scaling_factor"),
     ],
