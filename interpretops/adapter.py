@@ -201,7 +201,8 @@ def _checked_options(path: Path, text: str, options: Any) -> dict[str, Any]:
     if options.get("activation", "identity") not in ("identity", "relu"):
         raise AdapterError(f"{where}.activation = {options['activation']!r}, but must be identity or relu")
     bound = options.get("max_norm")
-    if bound is not None and not (isinstance(bound, int | float) and 0 < bound < float("inf")):
+    number = isinstance(bound, int | float) and not isinstance(bound, bool)
+    if bound is not None and not (number and 0 < bound < float("inf")):
         raise AdapterError(f"{where}.max_norm = {bound!r}, but must be a positive number or null")
     return {"activation": options.get("activation", "identity"), "max_norm": bound}
 

@@ -8,13 +8,15 @@ from interpretops.adapter import Adapter, open_adapter
 from interpretops.dictionary import Dictionary, DictionaryManifest, open_dictionary, read_manifest
 from interpretops.dictionary.manifest import MANIFEST_NAME, AdapterManifest, read_adapter_manifest
 from interpretops.errors import AdapterError, DictionaryError
+from interpretops.norm_bounds import BOUNDS_NAME, read_norm_bounds
 from interpretops.plan import ModelSpec, Site
 
 ADAPTERS_FOLDER = "adapters"
 
 
 class Artifacts:
-    """``<root>/<model>/<dictionary>/`` and ``<root>/<model>/adapters/<adapter>/``, each with a manifest.
+    """``<root>/<model>/<dictionary>/`` and ``<root>/<model>/adapters/<adapter>/``, each with a manifest, and
+    ``<root>/<model>/norm-bounds.yaml``.
 
     What belongs to a model is decided by the fingerprint in the manifest, not by the folder's name.
     """
@@ -64,13 +66,30 @@ class Artifacts:
         return {
             folder: manifest
             for folder, manifest in self.all_dictionaries.items()
-            if self._is_ours(manifest) and (manifest.layer, manifest.point) == (site.layer, site.point)
+            if self._is_ours(manifest) and manifest.site == site
         }
 
-    def norm_bound(self, site: Site) -> float:
-        """The norm above which a token is an attention sink at a site; infinite when nothing is known."""
-        bounds = (manifest.max_norm for manifest in self.dictionaries_at(site).values())
-        return min((bound for bound in bounds if bound is not None), default=float("inf"))
+    @cached_property
+    def norm_bounds(self) -> dict[str, float]:
+        """What the model's own record says of its sites; raises `DictionaryError` when it cannot be read."""
+        found: dict[Path, dict[str, float]] = {}
+        for path in sorted(self.root.glob(f"*/{BOUNDS_NAME}")):
+            try:
+                record = read_norm_bounds(path)
+            except DictionaryError:
+                if path.parent.name == self.model.name:
+                    raise
+                continue
+            if record.model.fingerprint == self.model.fingerprint:
+                found[path] = record.bounds
+        if len(found) > 1:
+            places = ", ".join(map(str, found))
+            raise DictionaryError(f"{self.model.name} has several records of norm bounds: {places}; keep one")
+        return next(iter(found.values()), {})
+
+    def manifests_named(self, name: str) -> list[DictionaryManifest]:
+        """Those of this model with an id."""
+        return [m for m in self.all_dictionaries.values() if m.id == name and self._is_ours(m)]
 
     def dictionary(self, site: Site) -> Dictionary:
         """The only dictionary of this model at a site; raises `DictionaryError` unless there is one."""

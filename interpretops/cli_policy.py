@@ -95,6 +95,7 @@ def reference() -> None:
 
 
 def _show_plan(plan: "Plan") -> None:
+    import numpy as np
     from rich.console import Console
     from rich.table import Table
 
@@ -119,6 +120,13 @@ def _show_plan(plan: "Plan") -> None:
             reads = f"attention probe at {', '.join(str(part.site) for part in gate.probe)}, {gate.scope}"
         latch = ", latched" if gate.latched else ""
         console.print(f"gate {index}: {reads}{latch}, acts on {phase}")
+    unbounded = [str(site) for site, edits in plan.edits.items() if np.isinf(edits.units.max_norm).any()]
+    if unbounded:
+        console.print(
+            f"no norm bound at {', '.join(unbounded)}: attention sinks are edited too; set max_norm, or "
+            "record the model's bounds in norm-bounds.yaml",
+            markup=False,
+        )
     for kind, items in plan.provenance.items():
         for name, record in items.items():
             console.print(f"{kind}: {name} sha256 {record['sha256']}", markup=False)

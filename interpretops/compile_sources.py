@@ -1,6 +1,7 @@
 """What a policy's names lead to: dictionaries, vectors and adapters, checked against the model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,11 +9,11 @@ import numpy as np
 
 from interpretops.adapter import Adapter
 from interpretops.artifacts import Artifacts
-from interpretops.dictionary import Dictionary
+from interpretops.dictionary import Dictionary, DictionaryManifest
 from interpretops.errors import AdapterError, DictionaryError, PolicyError
 from interpretops.fault_list import FaultList
 from interpretops.plan import Array, ModelSpec, Site
-from interpretops.policy import Policy
+from interpretops.policy import DirectionAblation, FeatureClamp, FeatureScale, Policy, SteeringVector
 from interpretops.policy_fields import Vector
 from interpretops.policy_file import KeyPath
 from interpretops.vectors import (
@@ -55,8 +56,27 @@ class Sources:
         return not wrong
 
     def norm_bound(self, site: Site) -> float:
-        """The bound of the dictionaries at the site."""
-        return self.artifacts.norm_bound(site)
+        """The bound of a direction at a site: by the dictionaries there that the policy uses, and the model's
+        own record, whatever else lies in the folder. Infinite when they say nothing.
+        """
+        try:
+            recorded = self.artifacts.norm_bounds.get(str(site))
+        except DictionaryError as error:
+            raise PolicyError(*str(error).splitlines()) from error
+        used = (manifest.max_norm for manifest in self._used_dictionaries if manifest.site == site)
+        return min((bound for bound in (recorded, *used) if bound is not None), default=float("inf"))
+
+    @cached_property
+    def _used_dictionaries(self) -> list[DictionaryManifest]:
+        """Manifests of the dictionaries that the policy names, or means where the model has a single one."""
+        found: list[DictionaryManifest] = []
+        for name, site in _dictionary_references(self.policy):
+            if name is None:
+                there = list(self.artifacts.dictionaries_at(site).values())
+                found += there if len(there) == 1 else []
+            else:
+                found += self.artifacts.manifests_named(name)
+        return found
 
     def features(
         self, path: KeyPath, site: Site, name: str | None, ids: Mapping[KeyPath, int]
@@ -164,9 +184,8 @@ class Sources:
 
     def _read(self, path: KeyPath, name: str, read: Callable[[Path], Read]) -> Read | None:
         """What ``read`` finds in a file of the policy or the artifacts, if it was made from this model."""
-        own: tuple[Path, ...] = () if self.policy.folder is None else (self.policy.folder,)
         try:
-            found = read(find_vector_file(name, (*own, *self.artifacts.model_folders)))
+            found = read(find_vector_file(name, self.policy.folder, self.artifacts.model_folders))
         except PolicyError as error:
             self.faults.add(path, f"= {name!r}, but {error}")
             return None
@@ -179,3 +198,21 @@ class Sources:
             return None
         self.provenance["vectors"][name] = {"sha256": found.sha256}
         return found
+
+
+def _dictionary_references(policy: Policy) -> Iterator[tuple[str | None, Site]]:
+    """Every dictionary that a policy refers to, None where it leaves the name out, and the site it is for."""
+    for gate in policy.gates.values():
+        for condition in gate.conditions:
+            assert gate.layer is not None
+            site = Site(gate.layer, gate.point)
+            if condition.feature is not None:
+                yield condition.dictionary, site
+            if condition.probe is not None and condition.probe.feature is not None:
+                yield condition.probe.dictionary, site
+    for edit in policy.interventions:
+        if isinstance(edit, FeatureScale | FeatureClamp):
+            yield edit.selector.dictionary, Site(edit.selector.layer, edit.selector.point)
+        elif isinstance(edit, SteeringVector | DirectionAblation) and edit.vector.feature is not None:
+            for layer in edit.selector.all_layers:
+                yield edit.vector.dictionary, Site(layer, edit.selector.point)

@@ -24,3 +24,9 @@ def read_json_object(path: Path, error: type[InterpretOpsError]) -> dict[str, An
     if not isinstance(value, dict):
         raise error(f"{path}: must hold a JSON object")
     return value
+
+
+def object_in(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key; an empty one where there is none."""
+    found = config.get(key)
+    return found if isinstance(found, dict) else {}

@@ -75,7 +75,8 @@ class SteeringVector(_Intervention):
     strength: Number
     """Factor on the vector; negative to subtract it."""
     max_norm: NormBound | None = None
-    """Tokens with a larger norm (attention sinks) are left alone; else the dictionary's bound, if any."""
+    """Tokens with a larger norm (attention sinks) are left alone; else the bound of the dictionaries that the
+    policy uses there, or of the model's own record (`norm-bounds.yaml`), if any."""
 
 
 class DirectionAblation(_Intervention):
@@ -90,7 +91,8 @@ class DirectionAblation(_Intervention):
     strength: Number = 1.0
     """Share of the direction to remove: 1 removes all of it, 0 nothing."""
     max_norm: NormBound | None = None
-    """Tokens with a larger norm (attention sinks) are left alone; else the dictionary's bound, if any."""
+    """Tokens with a larger norm (attention sinks) are left alone; else the bound of the dictionaries that the
+    policy uses there, or of the model's own record (`norm-bounds.yaml`), if any."""
 
 
 class HeadScale(_Intervention):
@@ -176,8 +178,9 @@ class Gate(Strictly):
     """Act on the prompt (`prefill`), on what the answer comes from (`decode`: the prompt's last token, out of
     which the first generated one comes, and the generated ones), or on both."""
     max_norm: NormBound | None = None
-    """Tokens with a larger norm (attention sinks) are not read; else the dictionary's bound, if any. A gate
-    of scope `prompt` or `prompt_end` that had to leave too much unread opens."""
+    """Tokens with a larger norm (attention sinks) are not read; else the bound of the dictionaries that the
+    policy uses there, or of the model's own record (`norm-bounds.yaml`), if any. A gate of scope `prompt` or
+    `prompt_end` that had to leave too much unread opens."""
 
     @model_validator(mode="after")
     def _complete(self) -> "Gate":

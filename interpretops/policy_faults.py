@@ -70,11 +70,14 @@ def _texts(item: ErrorDetails, path: KeyPath, model: type[BaseModel], document: 
     message = item["msg"][:1].lower() + item["msg"][1:]
     message = message.replace("input should be ", "must be ").replace("input should have ", "must have ")
     message = message.replace("input should ", "must ")
+    message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
     return [f"{name} = {_show_value(item['input'])}, but {message}{where}"]
 
 
 def _show_value(value: Any) -> str:
-    text = repr(value)
+    """As YAML writes it: text in quotes, so that '1' is told from 1, and true, false, null."""
+    words = {"True": "true", "False": "false", "None": "null"}
+    text = words[repr(value)] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

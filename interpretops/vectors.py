@@ -37,16 +37,27 @@ class FileProbe:
     model_fingerprint: str | None
 
 
-def find_vector_file(name: str, folders: tuple[Path, ...]) -> Path:
-    """The file of that relative name in the first folder that has it, never outside of it."""
+def find_vector_file(name: str, own: Path | None, shared: tuple[Path, ...]) -> Path:
+    """The file of that relative name in a policy's own folder, else the one in the shared folders.
+
+    Never outside of them. Raises `PolicyError` when shared folders hold different files of the name: which of
+    them is meant must not depend on what else lies there.
+    """
+    folders = shared if own is None else (own, *shared)
+    found: list[Path] = []
     for folder in folders:
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
             raise PolicyError(f"it leads out of {folder}")
         if path.is_file():
-            return path
-    places = " or ".join(str(folder) for folder in folders)
-    raise PolicyError(f"there is no such file in {places}")
+            found.append(path)
+            if folder == own:
+                return path
+    if not found:
+        raise PolicyError(f"there is no such file in {' or '.join(map(str, folders))}")
+    if len({sha256_of(path) for path in found}) > 1:
+        raise PolicyError(f"different files have this name: {', '.join(map(str, found))}; rename all but one")
+    return found[0]
 
 
 def read_vector(path: Path, tensor: str | None, width: int) -> FileVector:

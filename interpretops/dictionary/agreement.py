@@ -11,7 +11,7 @@ from typing import Any
 
 from interpretops.dictionary.manifest import MANIFEST_NAME, DictionaryManifest, Layout
 from interpretops.errors import DictionaryError
-from interpretops.json_file import read_json_object
+from interpretops.json_file import object_in, read_json_object
 
 Claims = list[tuple[str, Any, str, Any]]
 """A field of the configuration, its value, the manifest's field, and the value that this must have."""
@@ -47,7 +47,7 @@ def check_agreement(folder: Path, manifest: DictionaryManifest) -> None:
 
 
 def _saelens(config: dict[str, Any]) -> Claims:
-    metadata = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
+    metadata = object_in(config, "metadata")
 
     def named(*fields: str) -> tuple[str, Any]:
         """The first that is set, in the newer files' metadata or, in older ones, beside the rest."""
@@ -99,7 +99,7 @@ def _sparsify(config: dict[str, Any]) -> Claims:
 
 
 def _dictionary_learning(config: dict[str, Any]) -> Claims:
-    trainer = config.get("trainer") if isinstance(config.get("trainer"), dict) else {}
+    trainer = object_in(config, "trainer")
     claims = _sizes(trainer, "activation_dim", "dict_size")
     if trainer.get("layer") is not None:
         claims.append(("layer", trainer["layer"], "layer", trainer["layer"]))

@@ -51,7 +51,7 @@ class Dictionary:
     @property
     def site(self) -> Site:
         """The place whose activation it reads."""
-        return Site(self.manifest.layer, self.manifest.point)
+        return self.manifest.site
 
     @property
     def activation(self) -> Activation:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from interpretops.atomic_file import write_atomically
 from interpretops.errors import AdapterError, DictionaryError, InterpretOpsError
-from interpretops.plan import Point
+from interpretops.plan import Point, Site
 from interpretops.policy_faults import describe_faults
 from interpretops.policy_file import read_yaml
 
@@ -110,6 +110,11 @@ class DictionaryManifest(_Record):
     """How it was trained."""
     metrics: MetricsRecord = MetricsRecord()
     """What was measured."""
+
+    @property
+    def site(self) -> Site:
+        """The place whose activation it reads."""
+        return Site(self.layer, self.point)
 
 
 class AdapterManifest(_Record):

@@ -7,7 +7,7 @@ import numpy as np
 
 from interpretops.dictionary.weights import Matrix, Weights, as_floats
 from interpretops.errors import DictionaryError
-from interpretops.json_file import read_json_object
+from interpretops.json_file import object_in, read_json_object
 from interpretops.tensor_file import TensorFile
 
 WEIGHTS_NAME = "sae_weights.safetensors"
@@ -51,7 +51,7 @@ def load_saelens(folder: Path, weights_path: Path) -> Weights:
     if architecture == "topk":
         bias = as_floats(_tensor(tensors, "b_enc"))
         k = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k"))
-        if not isinstance(k, int) or not 1 <= k <= encoder.shape[0]:
+        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= encoder.shape[0]:
             raise DictionaryError(f"{path}: k = {k!r}, but must be 1..{encoder.shape[0]}")
         if config.get("rescale_acts_by_decoder_norm"):
             norms = decoder.norms()
@@ -86,8 +86,7 @@ def _refuse_unfoldable(path: Path, config: dict[str, Any], tensors: TensorFile) 
         raise DictionaryError(f"{path}: activation_fn = {function!r}, but must be relu or topk")
     if config.get("finetuning_scaling_factor") or "finetuning_scaling_factor" in tensors:
         raise DictionaryError(f"{path}: finetuning_scaling_factor is not supported; fold it into W_dec")
-    metadata = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
-    for place in (config, metadata):
+    for place in (config, object_in(config, "metadata")):
         if place.get("hook_name_out") not in (None, place.get("hook_name")):
             raise DictionaryError(
                 f"{path}: hook_name_out differs from hook_name: this is a transcoder, not a dictionary"
@@ -107,7 +106,7 @@ def _input_scale(folder: Path, config: dict[str, Any]) -> float:
             f"{SCALER_NAME} beside it with the factor; save the SAE with the factor folded into its weights"
         )
     factor = read_json_object(path, DictionaryError).get("scaling_factor")
-    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < float("inf"):
         raise DictionaryError(f"{path}: scaling_factor = {factor!r}, but must be a positive number")
     return float(factor)
 

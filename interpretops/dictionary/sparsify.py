@@ -23,7 +23,7 @@ def load_sparsify(folder: Path, weights_path: Path) -> Weights:
     encoder = Matrix(_tensor(tensors, "encoder.weight"))
     decoder_bias = as_floats(_tensor(tensors, "b_dec"))
     k = config.get("k")
-    if not isinstance(k, int) or not 1 <= k <= encoder.shape[0]:
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= encoder.shape[0]:
         raise DictionaryError(f"{path}: k = {k!r}, but must be 1..{encoder.shape[0]}")
     return Weights(
         "topk",

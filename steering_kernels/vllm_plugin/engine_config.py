@@ -34,6 +34,9 @@ class EngineOptions:
     def read(cls, additional_config: Any) -> EngineOptions:
         """Read the section; raises ValueError naming an unknown or ill-typed key."""
         section = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, dict) else {}
+        if not isinstance(section, dict):
+            text = f"--additional-config {CONFIG_KEY} = {section!r}, but must be an object of options"
+            raise ValueError(text)  # noqa: TRY004  a setting is wrong, not a call
         known = {item.name: item for item in fields(cls)}
         for key, value in section.items():
             if key not in known:
@@ -41,10 +44,13 @@ class EngineOptions:
                     f"--additional-config {CONFIG_KEY}.{key}: unknown key; known are {sorted(known)}"
                 )
             wanted = type(known[key].default)
-            if type(value) is not wanted or (isinstance(value, int) and wanted is int and value < 2):
+            if type(value) is not wanted:
                 raise ValueError(
-                    f"--additional-config {CONFIG_KEY}.{key} = {value!r}, but must be {wanted.__name__}"
+                    f"--additional-config {CONFIG_KEY}.{key} = {value!r} ({type(value).__name__}), but must "
+                    f"be of type {wanted.__name__}"
                 )
+            if isinstance(value, int) and wanted is int and value < 2:
+                raise ValueError(f"--additional-config {CONFIG_KEY}.{key} = {value}, but must be at least 2")
         found = cls(**section)
         if wrong := [point for point in found.compiled_points if point not in POINTS]:
             raise ValueError(

@@ -1,6 +1,8 @@
 """Compiling: numbers mean what the policy says, bytes are the same twice, every fault has its place."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,138 @@ def test_decoder_row_can_be_the_vector(
     )
     np.testing.assert_array_equal(plan.edits[R3].units.write, dictionary.decoder_rows([7]))
     assert plan.edits[R3].units.max_norm.tolist() == [500.0]
+
+
+DIRECTIONS = """gates:
+  on:
+    layer: 3
+    conditions: [{probe: {file: v.safetensors}, threshold: 0.5}]
+interventions:
+  - {type: steering_vector, selector: {layer: 3}, vector: {file: v.safetensors}, strength: 1, gate: on}
+  - {type: direction_ablation, selector: {layer: 3}, vector: {file: v.safetensors}}
+  - {type: lora_gate, selector: {block: resid}, alpha: 1}
+"""
+
+
+def bounds_in(plan: Plan) -> set[float]:
+    return {*plan.edits[R3].units.max_norm.tolist(), *(gate.max_norm for gate in plan.gates[1:])}
+
+
+@pytest.fixture
+def directions(tmp_path: Path, artifacts: Path, model: ModelSpec) -> str:
+    """A policy whose every edit and gate would take a norm bound from somewhere."""
+    save_file({"v": np.ones(WIDTH, np.float32)}, tmp_path / "v.safetensors")
+    adapter(artifacts, model, "calm", R3)
+    return DIRECTIONS
+
+
+def write_bounds(artifacts: Path, spec: ModelSpec, folder: str = "tiny", **values: Any) -> Path:
+    record = {"kind": "norm_bounds", "model": {"name": spec.name, "fingerprint": spec.fingerprint}}
+    path = artifacts / folder / "norm-bounds.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record | {"bounds": {"3.resid_post": 800.0}} | values))
+    return path
+
+
+def test_unrelated_dictionary_changes_nothing(
+    directions: str, make_dictionary: MakeDictionary, compile_text: Callable[[str], Plan]
+) -> None:
+    """What lies beside what a policy names, at the same site and with a tighter bound, leaves every byte."""
+    alone = compile_text(directions)
+    assert bounds_in(alone) == {float("inf")}
+    make_dictionary("other", max_norm=5.0)
+    make_dictionary("another", max_norm=7.0, layer=4)
+    assert compile_text(directions).to_bytes() == alone.to_bytes()
+
+
+def test_dictionary_that_a_policy_uses_bounds_its_directions_there(
+    directions: str, make_dictionary: MakeDictionary, compile_text: Callable[[str], Plan]
+) -> None:
+    """Wherever in the policy it is named; others at the site do not count, tighter or not."""
+    make_dictionary("used", max_norm=500.0)
+    make_dictionary("other", max_norm=5.0)
+    scale = (
+        "  - {type: feature_scale, selector: {layer: 3, sae_feature_ids: [1], dictionary: used}, scale: 0}\n"
+    )
+    assert bounds_in(compile_text(directions + scale)) == {500.0}
+
+
+def test_model_s_own_record_bounds_directions(
+    directions: str,
+    artifacts: Path,
+    model: ModelSpec,
+    make_dictionary: MakeDictionary,
+    compile_text: Callable[[str], Plan],
+) -> None:
+    """norm-bounds.yaml is found by its fingerprint; one of another model is not this one's."""
+    write_bounds(artifacts, model, "elsewhere")
+    write_bounds(artifacts, model, "foreign", model={"name": "x", "fingerprint": "cd" * 32}, bounds={})
+    recorded = compile_text(directions)
+    assert bounds_in(recorded) == {800.0}
+    make_dictionary("other", max_norm=5.0)
+    assert compile_text(directions).to_bytes() == recorded.to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"bounds": {"3.middle": 1.0}},
+            r"norm-bounds.yaml: bounds\.? ?site = '3.middle', but a site is written",
+        ),
+        (
+            {"bounds": {"3.resid_post": 0}},
+            r"norm-bounds.yaml: bounds\.3\.resid_post = 0, but must be greater",
+        ),
+        ({"boundz": {}}, "boundz is not a known key; did you mean 'bounds'"),
+    ],
+)
+def test_record_of_bounds_that_cannot_be_read_is_refused(
+    directions: str,
+    artifacts: Path,
+    model: ModelSpec,
+    compile_text: Callable[[str], Plan],
+    values: dict[str, Any],
+    words: str,
+) -> None:
+    """A bound that were passed over would let sinks be edited."""
+    write_bounds(artifacts, model, **values)
+    with pytest.raises(PolicyError, match=words):
+        compile_text(directions)
+
+
+def test_two_records_of_bounds_are_refused(
+    directions: str, artifacts: Path, model: ModelSpec, compile_text: Callable[[str], Plan]
+) -> None:
+    """Neither is more the model's own than the other."""
+    write_bounds(artifacts, model)
+    write_bounds(artifacts, model, "elsewhere")
+    with pytest.raises(PolicyError, match=r"tiny has several records of norm bounds: .*; keep one"):
+        compile_text(directions)
+
+
+def test_vector_file_of_a_name_that_lies_in_two_folders_is_refused(
+    tmp_path: Path,
+    artifacts: Path,
+    model: ModelSpec,
+    make_dictionary: MakeDictionary,
+    compile_text: Callable[[str], Plan],
+) -> None:
+    """Which of two different files is meant must not hang on the names of folders; equal ones are one."""
+    edit = "type: steering_vector, selector: {layer: 3}, vector: {file: w.safetensors}, strength: 1"
+    text = f"interventions:\n  - {{{edit}}}"
+    save_file({"w": np.ones(WIDTH, np.float32)}, artifacts / "w.safetensors")
+    make_dictionary("other").rename(artifacts / "tiny" / "moved")
+    copy = artifacts / "copy-of-tiny"
+    shutil.copytree(artifacts / "tiny", copy)
+    for folder in (artifacts / "tiny", copy):
+        shutil.copy(artifacts / "w.safetensors", folder)
+    first = compile_text(text)
+    save_file({"w": 2 * np.ones(WIDTH, np.float32)}, copy / "w.safetensors")
+    assert "different files have this name" in faults(compile_text, text)[0]
+    shutil.copy(copy / "w.safetensors", tmp_path)  # the policy's own folder comes first
+    own = compile_text(text).edits[R3].units.write
+    np.testing.assert_array_equal(own, 2 * first.edits[R3].units.write)
 
 
 def test_head_scale_touches_the_named_heads_only(compile_text: Callable[[str], Plan]) -> None:

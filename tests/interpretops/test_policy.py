@@ -141,7 +141,7 @@ interventions:
         ),
         (
             "{type: feature_scale, selector: {layer: 1, sae_feature_ids: [1]}, scale: true}",
-            "interventions[0].scale = True, but must be a valid number (line 3)",
+            "interventions[0].scale = true, but must be a valid number (line 3)",
         ),
         (
             "{type: steering_vector, selector: {layer: 1}, vector: {file: ../v.safetensors}, strength: 1}",
