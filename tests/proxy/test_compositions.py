@@ -2,6 +2,8 @@
 
 import pytest
 
+from interpretops.errors import EngineError
+
 BOTH = [
     {"policy": "calm", "mode": "mandatory"},
     {"policy": "strict", "mode": "mandatory", "match": {"route": "/v1/chat/completions"}},
@@ -136,3 +138,31 @@ async def test_restarted_engine_gets_the_composed_plan_again(start, engine, fold
 
     await until(served)
     assert seen <= {(200, "calm+strict"), (502, ""), (503, "")}
+
+
+async def test_composition_that_cannot_be_restored_keeps_no_other_away(start, engine, folder, monkeypatch):
+    """Of two composed plans that an engine lost, one is refused: the other serves again."""
+    write(folder, "mild", 3)
+    completions = {"policy": "mild", "mode": "mandatory", "match": {"route": "/v1/completions"}}
+    front = await start(bindings=[*BOTH, completions], **{"gateway.watch_policies": False})
+    catalogue = front.apps.gateway.catalogue
+    first, second = (catalogue.compositions.active(name) for name in ("calm+mild", "calm+strict"))
+    assert first is not None
+    assert second is not None
+    load = catalogue.residency.load
+
+    async def refuse_one(revision):
+        if revision is first:
+            raise EngineError("no room")
+        await load(revision)
+
+    monkeypatch.setattr(catalogue.residency, "load", refuse_one)
+    for revision in (first, second):
+        engine.plans.pop(revision.revision)
+        next(front.apps.gateway.fleet.open).resident.pop(revision.revision)
+    report = await reload(front)
+    assert [told for told in report["failed"].values() if "calm+mild: no room" in told]
+    assert second.revision in engine.plans
+    assert (await front.chat())[1]["X-Steering-Policy"].startswith("calm+strict@")
+    async with front.public.post("/v1/completions", json={"model": "tiny-model", "prompt": "x"}) as answer:
+        assert answer.status == 503

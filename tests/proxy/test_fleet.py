@@ -330,3 +330,18 @@ async def test_engine_that_lost_a_revision_leaves_its_requests_to_the_other(pair
         return bool(engine.plans)
 
     await until(loaded)
+
+
+async def test_engine_that_cannot_take_a_plan_joins_without_it(start, engine, other, until):
+    """A full table keeps an engine from one revision, not from all others: they do not wait for that."""
+    front = await start("calm", **{"engine.url": [engine.url, other.url]})
+    other.trick = "table_full"
+    await other.up()
+    await until(ready(front, 2))
+    shown = {entry["name"]: entry["revisions"] for entry in await engines(front)}
+    assert (len(shown[str(engine.socket)]), shown[str(other.socket)]) == (1, [])
+    assert metric(front, f'interpretops_engine_unattested_total{{engine="{other.socket}"}} 1.0')
+    for _ in range(4):
+        assert await served(front) != 503
+        assert (await front.chat())[0] == 200
+    assert {seen["vllm_xargs"]["interpretops_revision"] for seen in other.seen} == {"none"}
