@@ -14,6 +14,7 @@ from interpretops.plan import ModelSpec
 from interpretops.plan_reach import steers_prompt_alike
 from interpretops.policy import Constraints, SuccessCriteria, load_policy
 from interpretops.riskcard import standing
+from proxy.unforeseen import told
 
 MAX_POLICY_BYTES: Final = 2**20
 
@@ -94,6 +95,11 @@ def compile_file(path: Path, model: ModelSpec, artifacts: Path, folder: Path) ->
         raise BrokenPolicyError(policy_id, str(error)) from error
     except OSError as error:
         raise BrokenPolicyError(policy_id, f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:
+        # What nobody foresaw in one file must not keep the others from being looked at.
+        what = told(error)
+        why = f"{path}: unforeseen {what['kind']} in {what['place']}; report it"
+        raise BrokenPolicyError(policy_id, why) from error
     revision, criteria = hashlib.sha256(data).hexdigest(), policy.evaluation.success_criteria
     stated = criteria if criteria.model_dump(exclude_none=True) else None
     proven, card = judge(policy_id, revision, folder, stated)

@@ -51,9 +51,9 @@ def card_for(policy: Policy, revision: str, policies: Path) -> Standing:
 def standing(policy_id: str, revision: str, policies: Path, criteria: SuccessCriteria) -> Standing:
     """As `card_for`, for callers that hold id and criteria only."""
     path = card_path(policy_id, policies)
-    if not path.is_file():
-        return Standing(None, None, f"{path}: there is no Risk Card; measure it with `mechctl eval`")
     try:
+        if not path.is_file():
+            return Standing(None, None, f"{path}: there is no Risk Card; measure it with `mechctl eval`")
         card = load_card(path, revision=revision)
         if card.policy.id != policy_id:
             raise RiskCardError(f"{path}: policy.id = {card.policy.id!r}, but the policy is {policy_id!r}")

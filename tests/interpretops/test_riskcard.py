@@ -334,3 +334,15 @@ def test_reading_a_card_loads_no_torch(make_card: Callable[..., RiskCard], tmp_p
         "assert not {'torch', 'vllm', 'transformers', 'scipy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_folder_of_cards_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A revision is not proven then, and whoever asks gets the reason instead of an error."""
+
+    def refuse(*_: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    found = standing("calm", "ab" * 32, tmp_path, SuccessCriteria())
+    assert not found.passed
+    assert "Permission denied" in found.reason

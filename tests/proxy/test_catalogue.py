@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from proxy import intake
+from proxy import intake, policy_files
 from proxy.refusal import PolicyUnavailable
 
 CHANGED = 0.25
@@ -240,3 +240,22 @@ async def test_unloaded_policy_cannot_be_pinned(start, engine):
     front.apps.gateway.fleet.current.resident.clear()
     with pytest.raises(PolicyUnavailable), held.pin("calm"):
         pass
+
+
+async def test_file_that_breaks_the_compiler_keeps_no_other_away(start, engine, policy_writer, monkeypatch):
+    """An error that nobody foresaw is told of its file by kind and place; files after it are served."""
+    compile_policy = policy_files.compile_policy
+
+    def breaks(policy, **fields):
+        if policy.meta.id == "calm":
+            raise KeyError("secret")
+        return compile_policy(policy, **fields)
+
+    monkeypatch.setattr(policy_files, "compile_policy", breaks)
+    front = await start("calm", "strict", **{"gateway.watch_policies": False})
+    assert (await front.chat(model="tiny-model+strict"))[0] == 200
+    error = await front.policy_error("calm")
+    assert "calm.yaml: unforeseen KeyError in " in error
+    assert "secret" not in error
+    monkeypatch.setattr(policy_files, "compile_policy", compile_policy)
+    assert len((await reload(front))["loaded"]) == 1
