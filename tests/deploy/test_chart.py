@@ -224,3 +224,20 @@ def test_wrong_values_are_refused_by_name(values, named, helm) -> None:
     done = helm("template", values)
     assert done.returncode != 0
     assert named in done.stderr
+
+
+def test_image_with_a_digest_is_named_by_it_alone(render, helm) -> None:
+    """What was pushed is what runs: the tag is not looked at, and a digest that is none is refused."""
+    digest = "sha256:" + "0" * 64
+    images = {
+        container["image"]
+        for document in render(gateway={"image": {"digest": digest}}, engine={"image": {"digest": digest}})
+        if document["kind"] == "StatefulSet"
+        for container in document["spec"]["template"]["spec"]["containers"]
+    }
+    assert images == {f"interpretops-gateway@{digest}", f"interpretops-engine@{digest}"}
+    wrong = helm("template", {"gateway": {"image": {"digest": "latest"}}})
+    assert wrong.returncode != 0
+    assert "/gateway/image/digest" in wrong.stderr.replace(".", "/")
+    movable = {"policies": {"objectStorage": {"image": "rclone/rclone:1.71.0"}}}
+    assert helm("template", movable).returncode != 0
