@@ -121,13 +121,14 @@ async def _answer(request: web.Request, route: Route, meter: Meter, places: Plac
         body["model"] = gateway.engine_model(caller.model)
         if gateway.access.wanted:
             body["cache_salt"] = cache_salt(identity.tenant.id, body.get("cache_salt"))
-        await meter.hear_tokens(size)
-        charge = meter.reserve(size)
-        trail.headers.update(meter.headers())
         unknown: int | None = None
         shadow = gateway.catalogue.shadow(decision.policy)
         trail.keep_answer = may_read(route, body, shadow) and gateway.shadows.wanted(shadow)
+        await meter.hear_tokens(size)
+        charge = meter.reserve(size)
+        # Nothing stands between: what is set aside and not settled would be gone from the budget.
         try:
+            trail.headers.update(meter.headers())
             with gateway.metrics.in_flight.track_inprogress():
                 response = await relay(request, Demand(gateway, turn, route, body, revision, trail, size))
         except Refusal:

@@ -48,14 +48,15 @@ class Settlements:
         self, charge: Charge, engine: ProvenEngine, nonce: str, tenant: str, unknown: int | None
     ) -> None:
         used = unknown
-        await asyncio.sleep(_STOPPING_S)
         try:
+            await asyncio.sleep(_STOPPING_S)
             receipt = await engine.client.receipt(nonce)
+            used = used if receipt is None else receipt.tokens
         except EngineError:
-            receipt = None
-        if receipt is not None:
-            used = receipt.tokens
-        self._charge(charge, tenant, used)
+            pass
+        finally:
+            # Whatever happens: what stays set aside would be gone from the tenant's budget.
+            self._charge(charge, tenant, used)
 
     def _charge(self, charge: Charge, tenant: str, used: int | None) -> None:
         charge.settle(used)

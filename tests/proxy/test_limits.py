@@ -296,6 +296,28 @@ async def test_client_that_leaves_pays_what_the_engine_did(start, engine, until)
     assert engine.receipts == {}
 
 
+async def test_charge_is_settled_whatever_asking_for_the_receipt_raises(start, engine, until, monkeypatch):
+    """An unforeseen error there leaves nothing set aside of a budget for ever."""
+    front = await start("calm", **anonymous(token_budget=10_000))
+    engine.trick = "hold_stream"
+    body = {"model": "tiny-model", "messages": [], "stream": True, "max_tokens": 5}
+    answer = await front.public.post("/v1/chat/completions", json=body)
+    await answer.content.readany()
+    meter = front.apps.gateway.limiter.meter(front.apps.gateway.settings.tenants[0])
+    assert meter._set_aside > 0
+
+    async def fails(nonce):
+        raise RuntimeError
+
+    monkeypatch.setattr(front.apps.gateway.fleet.current.client, "receipt", fails)
+    answer.close()
+
+    async def settled():
+        return meter._set_aside == 0
+
+    await until(settled)
+
+
 async def test_malformed_requests_count_too(start, engine):
     """Nonsense does not come for free, and costs no tokens."""
     front = await start("calm", **anonymous(requests_per_minute=1, tokens_per_minute=1000))
