@@ -18,6 +18,15 @@ def steers_prompt_alike(plan: Plan) -> bool:
     return all(_acts_alike(plan.gates[index]) for index in _gates_in_use(plan))
 
 
+def depends_on_prompt_end(plan: Plan) -> bool:
+    """Whether a gate of the plan, used or not, opens at the end of a prompt or acts in one phase.
+
+    Then the keys and values of an answer, and what gates have read of it, are not those of the same text in
+    the next turn's prompt, so that the prefix cache must not hold them for it.
+    """
+    return not all(_acts_alike(gate) for gate in plan.gates)
+
+
 def _acts_alike(gate: Gate) -> bool:
     return gate.scope == "token" and gate.phase == "both" and not gate.probe
 

@@ -23,6 +23,7 @@ from interpretops.generation import CacheWatch, FollowedGeneration
 from interpretops.hook_points import SiteHooks
 from interpretops.hooked import HookedModel
 from interpretops.plan import Plan
+from interpretops.plan_reach import depends_on_prompt_end
 from interpretops.policy import Policy, load_policy
 from interpretops.settings import load_settings
 
@@ -216,7 +217,7 @@ class SteeringSession:
 
     def _note_uncached(self, inputs: Tensor) -> None:
         """Refuse a request that grows by hand without a cache: which part of it was the prompt is unknown."""
-        if self._generation.passes is not None or self.model.scoring or not _reads_prompt_length(self.plan):
+        if self._generation.passes is not None or self.model.scoring or not depends_on_prompt_end(self.plan):
             self._uncached = None
             return
         last, self._uncached = self._uncached, inputs.detach().clone()
@@ -275,10 +276,6 @@ class SteeringSession:
             (None, sequence, past + tokens - last, 0),
         ]
         return [part for part in parts if part[2]]
-
-
-def _reads_prompt_length(plan: Plan) -> bool:
-    return any(gate.scope != "token" or gate.phase != "both" for gate in plan.gates)
 
 
 def _plan(model: HookedModel, policy: Policy | Plan | str | Path, artifacts: str | Path | None) -> Plan:

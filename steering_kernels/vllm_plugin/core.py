@@ -9,7 +9,7 @@ from typing import Any
 from interpretops.engine_api import EngineCode
 from interpretops.errors import PlanError
 from interpretops.plan import Plan
-from interpretops.prompt_boundary import depends_on_prompt_end
+from interpretops.plan_reach import depends_on_prompt_end
 from interpretops.shard import Shard
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.registry import CacheUse, NotAdmittedError, Registry
