@@ -3,11 +3,11 @@
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a plain file, by a link too, for reading bytes. Raises `OSError`, at once, for anything else.
 
     Opening a pipe waits for its writer, and a terminal or device may never end: neither is configuration.

@@ -12,7 +12,9 @@ from types import ModuleType
 from typing import Any, Final
 
 from interpretops.errors import ConfigError
+from interpretops.regular_file import read_regular
 
+_MOST_KEY_BYTES: Final = 64 * 1024
 _DAY: Final = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -115,6 +117,6 @@ def _resolve(tenant: str, reference: str) -> str:
             raise ConfigError(f"{where}, but there is no such variable; set it")
         return os.environ[name]
     try:
-        return Path(name).expanduser().read_text(encoding="ascii")
+        return read_regular(Path(name).expanduser(), _MOST_KEY_BYTES).decode("ascii")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}, but that cannot be read ({type(error).__name__})") from None

@@ -14,10 +14,12 @@ from structlog.typing import FilteringBoundLogger
 
 from interpretops.atomic_file import PRIVATE, write_atomically
 from interpretops.errors import ConfigError
+from interpretops.regular_file import read_regular
 from proxy.file_lock import hold
 from proxy.metrics import Metrics
 
 Period = Literal["day", "month"]
+_MOST_BYTES: Final = 16 * 2**20
 _SAVE_EVERY_S: Final = 1.0
 _FORMATS: Final = {"day": "%Y-%m-%d", "month": "%Y-%m"}
 
@@ -103,11 +105,11 @@ class Budgets:
 
 
 def _read(path: Path) -> dict[str, tuple[str, int]]:
-    if not path.exists():
-        return {}
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path, _MOST_BYTES))
         return {str(tenant): (str(period), int(used)) for tenant, (period, used) in content.items()}
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: is no record of budgets ({error}); mend it, or delete it to begin all budgets anew"

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from structlog.typing import FilteringBoundLogger
 
@@ -17,10 +18,14 @@ from proxy.entry import Entry, ReloadReport
 from proxy.fleet import Fleet
 from proxy.metrics import Metrics
 from proxy.policy_files import Revision, judge
+from proxy.reader import Reader, StuckError
 from proxy.readiness import Reason
 from proxy.refusal import PolicyUnavailable, UnknownPolicy
 from proxy.residency import Residency
 from proxy.supervisor import Supervisor
+
+_CARD_S: Final = 10.0
+"""Longest wait for a card: the lock is held meanwhile."""
 
 
 class Catalogue:
@@ -46,6 +51,7 @@ class Catalogue:
         self._require_cards = require_cards
         self._record = record
         self._folder = folder
+        self._cards = Reader(f"Risk Cards in {folder}", _CARD_S)
         self._fleet = fleet
         self.demanded = frozenset(demanded)
         """Policies that bindings demand."""
@@ -210,9 +216,12 @@ class Catalogue:
             self.residency.retire(shadow)
 
     async def judge(self, revision: Revision) -> tuple[bool, str]:
-        return await asyncio.to_thread(
-            judge, revision.policy, revision.revision, self._folder, revision.criteria
-        )
+        try:
+            return await self._cards.run(
+                judge, revision.policy, revision.revision, self._folder, revision.criteria
+            )
+        except StuckError as error:
+            return False, str(error)
 
     def _note_unproven(self, entry: Entry, why: str) -> None:
         assert entry.active is not None

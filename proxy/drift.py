@@ -14,11 +14,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from interpretops.atomic_file import PRIVATE, write_atomically
 from interpretops.errors import ConfigError, PolicyError
+from interpretops.regular_file import read_regular
 from interpretops.settings_section import Section
 from proxy.entry import Entry
 from proxy.metrics import Metrics
 from proxy.trail import Trail
 
+_MOST_BYTES: Final = 16 * 2**20
 WINDOW: Final = 2000
 """Requests that are looked back on."""
 LEAST: Final = 200
@@ -154,7 +156,9 @@ class Drift:
 
 def _read(path: Path) -> dict[str, Baseline]:
     try:
-        return _BASELINES.validate_json(path.read_bytes()) if path.exists() else {}
+        return _BASELINES.validate_json(read_regular(path, _MOST_BYTES))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValidationError) as error:
         raise ConfigError(
             f"{path}: is no record of baselines ({type(error).__name__}); delete it, and pin them anew"

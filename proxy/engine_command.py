@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from interpretops.errors import ConfigError, ModelError
+from interpretops.regular_file import read_regular
 from interpretops.settings import Settings
 from proxy.child_environment import child_environment
 
@@ -150,7 +151,7 @@ def available_memory_bytes() -> int:
 def _context_length(model: Path) -> int:
     path = model / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_regular(path, 16 * 2**20))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: no readable model there ({error})") from error
     length = config.get("max_position_embeddings")

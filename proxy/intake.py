@@ -15,8 +15,9 @@ from proxy.engine_link import ProvenEngine
 from proxy.entry import Entry, ReloadReport
 from proxy.fleet import Fleet
 from proxy.metrics import Metrics
-from proxy.policy_files import BrokenPolicyError, DuplicatePolicyError, compile_file, file_digest
-from proxy.policy_folders import SOURCES, Listing, PolicyFolders, Source
+from proxy.policy_files import BrokenPolicyError, DuplicatePolicyError
+from proxy.policy_folders import SOURCES, Listing, Source
+from proxy.policy_reading import PolicyReading, Read
 
 _COMPOSED: Final = Path("composed policies")
 """Stands for the file that they have not."""
@@ -37,8 +38,10 @@ class Intake:
         log: FilteringBoundLogger,
     ) -> None:
         self._folder = folder
-        self._artifacts = artifacts
-        self._folders = PolicyFolders(folder, artifacts)
+        self._reading = PolicyReading(folder, artifacts)
+        self._turn = asyncio.Lock()
+        """Held while files are read; the catalogue's lock is taken within, never the other way round."""
+        self._read_once = False
         self._catalogue = catalogue
         self._fleet = fleet
         self._metrics = metrics
@@ -57,16 +60,19 @@ class Intake:
             others = [other for other in self._fleet.joined if other is not engine]
             if others:
                 _check_alike(engine, others[0])
+            if others and self._read_once:
                 for revision in self._catalogue.wanted:
                     await self._catalogue.residency.load_into(engine, revision)
                 return
-            if self._catalogue.forget_others(engine.spec.fingerprint):
-                self._seen.clear()
+        async with self._turn:
+            async with self._catalogue.lock:
+                if self._catalogue.forget_others(engine.spec.fingerprint):
+                    self._seen.clear()
             await self._reload(engine.spec, force=False)
 
     async def reload(self, *, force: bool = False) -> ReloadReport:
         """Bring in what changed; with ``force``, compile every file again (new dictionaries)."""
-        async with self._catalogue.lock:
+        async with self._turn:
             engine = next(iter(self._fleet.joined), None)
             if engine is None:
                 raise EngineError("the engine is not ready; policies are loaded when it is")
@@ -79,9 +85,27 @@ class Intake:
 
     async def _reload(self, spec: ModelSpec, *, force: bool) -> ReloadReport:
         report = ReloadReport()
-        listing = await asyncio.to_thread(self._folders.look)
+        listing = await self._reading.look()
+        async with self._catalogue.lock:
+            self._check_model(spec)
+            await self._take_listing(listing, report)
+        for path, digest in (listing.files or {}).items():
+            if force or self._seen.get(path) != digest:
+                read = await self._reading.compile(spec, path, digest)
+                async with self._catalogue.lock:
+                    self._check_model(spec)
+                    await self._bring_in(read, report, force=force)
+        self._read_once = True
+        self._show_sources()
+        return report
+
+    def _check_model(self, spec: ModelSpec) -> None:
+        """Files are read without a lock: meanwhile an engine with another model may have come."""
+        if spec.fingerprint not in {engine.spec.fingerprint for engine in self._fleet.joined}:
+            raise EngineError("the engine was replaced while policies were read; they are read again")
+
+    async def _take_listing(self, listing: Listing, report: ReloadReport) -> None:
         self._note_hidden(listing, report)
-        files = listing.files or {}
         if listing.files is not None:
             self._forget_deleted(listing, report)
         await self._restore(report)
@@ -91,11 +115,6 @@ class Intake:
                 entry.candidate_state = "candidate"
             if entry.candidate is not None and not entry.rolled_back:
                 await self._look_at_card(entry, report)
-        for path, digest in files.items():
-            if force or self._seen.get(path) != digest:
-                await self._bring_in(spec, path, digest, report, force=force)
-        self._show_sources()
-        return report
 
     async def _restore(self, report: ReloadReport) -> None:
         for entry in self._catalogue.entries.values():
@@ -116,19 +135,15 @@ class Intake:
         else:
             self._clear(_COMPOSED)
 
-    async def _bring_in(
-        self, spec: ModelSpec, path: Path, digest: str, report: ReloadReport, *, force: bool
-    ) -> None:
-        """Compile one file and make it active."""
+    async def _bring_in(self, read: Read, report: ReloadReport, *, force: bool) -> None:
+        """Make what a file compiled to active."""
+        path, digest, fresh = read.path, read.digest, read.result
         former, catalogue = self._owner.get(path), self._catalogue
         try:
-            fresh = await asyncio.to_thread(compile_file, path, spec, self._artifacts, self._folder)
+            if isinstance(fresh, BrokenPolicyError):
+                raise fresh
             self._check_owner(path, fresh.policy)
         except BrokenPolicyError as error:
-            if (now := await asyncio.to_thread(file_digest, path)) != digest:
-                # Half written when we read it.
-                await self._bring_in(spec, path, now, report, force=force)
-                return
             self._seen[path] = digest
             if former is None and error.policy is not None and not self._files_of(error.policy):
                 self._owner[path] = error.policy

@@ -13,6 +13,7 @@ from interpretops.errors import InterpretOpsError, PolicyError
 from interpretops.plan import ModelSpec
 from interpretops.plan_reach import steers_prompt_alike
 from interpretops.policy import Constraints, SuccessCriteria, load_policy
+from interpretops.regular_file import read_regular
 from interpretops.riskcard import standing
 from proxy.unforeseen import told
 
@@ -63,8 +64,7 @@ def judge(policy: str, revision: str, folder: Path, criteria: SuccessCriteria | 
 def file_digest(path: Path) -> str:
     """What tells one state of a policy file from another."""
     try:
-        with path.open("rb") as file:
-            return hashlib.sha256(file.read(MAX_POLICY_BYTES + 1)).hexdigest()
+        return hashlib.sha256(read_regular(path, MAX_POLICY_BYTES)).hexdigest()
     except OSError as error:
         # Known, but unreadable: loading it will say why.
         return f"unreadable: {error.strerror}"

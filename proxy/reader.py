@@ -76,7 +76,8 @@ class _DaemonThreads(Executor):
             except BaseException as error:
                 future.set_exception(error)
 
-        threading.Thread(target=run, name="reader", daemon=True).start()
+        # Told of at the end, where it hangs, as threads of the pool are.
+        threading.Thread(target=run, name="pool-reader", daemon=True).start()
         return future
 
 

@@ -12,6 +12,7 @@ from interpretops.errors import AdapterError, DictionaryError, InterpretOpsError
 from interpretops.plan import Point, Site
 from interpretops.policy_faults import describe_faults
 from interpretops.policy_file import read_yaml
+from interpretops.regular_file import open_regular
 
 MANIFEST_NAME = "manifest.yaml"
 
@@ -158,7 +159,7 @@ def write_manifest(folder: Path, manifest: DictionaryManifest | AdapterManifest)
 
 def sha256_of(path: Path) -> str:
     """sha256 of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from proxy import intake, policy_files
+from proxy import policy_files, policy_reading
 from proxy.refusal import PolicyUnavailable
 
 CHANGED = 0.25
@@ -205,7 +205,7 @@ async def test_half_written_file_is_read_again(start, engine, monkeypatch):
     path = front.policies / "calm.yaml"
     whole = path.read_text().replace("0.5", "0.125")
     path.write_text("meta: {id: ")
-    compile_file = intake.compile_file
+    compile_file = policy_reading.compile_file
 
     def finish_writing(*args):
         try:
@@ -213,7 +213,7 @@ async def test_half_written_file_is_read_again(start, engine, monkeypatch):
         finally:
             path.write_text(whole)
 
-    monkeypatch.setattr(intake, "compile_file", finish_writing)
+    monkeypatch.setattr(policy_reading, "compile_file", finish_writing)
     report = await reload(front)
     assert (report["ok"], len(report["loaded"])) == (True, 1)
 

@@ -191,16 +191,16 @@ async def test_connections_that_never_begin_tls_obey_the_timeout_of_bodies(engin
 
 SHORT = CONFIG + "  shutdown_grace_s: 0.5\n"
 HANGING = """
-import asyncio, os, threading, proxy.gateway, proxy.intake, proxy.stopping
+import asyncio, os, threading, proxy.gateway, proxy.policy_folders, proxy.stopping
 def hang():
     open("hangs", "w").close()
     os.open("pipe", os.O_RDONLY)
-def thread(find=proxy.intake.find_policies):
-    def look(folder):
+def thread(look=proxy.policy_folders.PolicyFolders.look):
+    def hanging(folders):
         if os.path.exists("now"):
             hang()
-        return find(folder)
-    proxy.intake.find_policies = look
+        return look(folders)
+    proxy.policy_folders.PolicyFolders.look = hanging
 def loop():
     proxy.stopping._ENGINE_END_S = 0.5
     async def watch(*_arguments):

@@ -1,0 +1,231 @@
+"""What is no plain file, or hangs, in the place of a file that a running gateway reads, holds nothing up."""
+
+import ast
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from interpretops.api_keys import read_keys
+from interpretops.dictionary.manifest import read_manifest, sha256_of
+from interpretops.errors import ConfigError
+from interpretops.json_file import read_json_object
+from interpretops.policy_file import read_yaml
+from interpretops.settings import AuditSettings, load_settings
+from interpretops.tensor_file import TensorFile
+from interpretops.transcript_file import Vault
+from proxy import policy_reading
+from proxy.audit import AuditLog
+from proxy.budget import _read as read_budgets
+from proxy.canary import read_suite
+from proxy.drift import _read as read_baselines
+from proxy.metrics import Metrics
+from proxy.policy_files import file_digest
+from proxy.policy_folders import PolicyFolders
+from proxy.reader import Reader
+
+
+def a_pipe(path):
+    os.mkfifo(path)
+
+
+def a_folder(path):
+    path.mkdir()
+
+
+def a_socket(path):
+    here = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def an_endless_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def a_link_to_itself(path):
+    path.symlink_to(path)
+
+
+def a_huge_file(path):
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
+ODD = (a_pipe, a_folder, a_socket, an_endless_device, a_link_to_itself, a_huge_file)
+
+
+async def reload(front):
+    async with asyncio.timeout(20), front.admin.post("/admin/reload") as answer:
+        return await answer.json()
+
+
+@pytest.mark.parametrize("odd", ODD)
+async def test_odd_file_among_policies_keeps_only_itself_from_serving(start, engine, policy_writer, odd):
+    """It is named in the report; every other policy is reloaded, and nothing waits for it."""
+    front = await start("calm", **{"gateway.watch_policies": False})
+    (front.policies / "sub").mkdir()
+    (front.policies / "cards").mkdir()
+    places = [front.policies / "odd.yaml", front.policies / "sub" / "policy.yaml"]
+    for path in places:
+        odd(path)
+    odd(front.policies / "cards" / "calm.json")
+    text = policy_writer(front.policies, "calm", 0.25).read_text()
+    (front.policies / "calm.yaml").write_text(
+        text + "evaluation: {success_criteria: {collateral_damage_max: 0.05}}\n"
+    )
+    report = await reload(front)
+    # A folder has no content: one of these names is passed over or named, and never anything else.
+    assert set(report["failed"]) <= {*map(str, places)}
+    assert odd is a_folder or set(report["failed"]) == {*map(str, places)}
+    assert len(report["waiting"]) == 1
+    async with front.admin.post("/admin/policies/calm/promote", json={}) as answer:
+        assert answer.status == 409
+    assert (await front.chat(model="tiny-model+calm"))[0] == 200
+
+
+READERS = {
+    "policies": file_digest,
+    "settings": load_settings,
+    "yaml": lambda path: read_yaml(path, ConfigError),
+    "keys": read_keys,
+    "json": lambda path: read_json_object(path, ConfigError),
+    "tensors": lambda path: TensorFile(path, ConfigError),
+    "checksum": sha256_of,
+    "manifest": lambda path: read_manifest(path.parent),
+    "canary": read_suite,
+    "transcripts": lambda path: Vault("acme", f"file:{path}"),
+    "budgets": read_budgets,
+    "baselines": read_baselines,
+    "audit": lambda path: AuditLog(path, AuditSettings(path=path), Metrics(), None),
+    "head": lambda path: AuditLog(path.with_suffix(""), AuditSettings(path=path), Metrics(), None),
+}
+
+
+def test_every_file_that_a_gateway_reads_is_refused_at_once(tmp_path):
+    """Nothing that is read opens a pipe or device and waits: each says that it cannot be read."""
+    program = "\n".join(
+        [
+            "import faulthandler, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])",
+            "from test_odd_files import READERS; from interpretops.errors import InterpretOpsError",
+            "faulthandler.dump_traceback_later(240, exit=True)",
+            "for folder in sys.argv[2:]:",
+            "    for name, read in READERS.items():",
+            "        try:",
+            "            told = read(Path(folder) / ('manifest.yaml' if name == 'manifest' else 'x.head'))",
+            "            assert 'unreadable' in str(told), name",
+            "        except (InterpretOpsError, OSError): pass",
+        ]
+    )
+    for odd in ODD[:-1]:
+        (tmp_path / odd.__name__).mkdir()
+        odd(tmp_path / odd.__name__ / "x.head")
+        odd(tmp_path / odd.__name__ / "manifest.yaml")
+    folders = [*map(str, sorted(tmp_path.iterdir()))]
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), *folders]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+OWN = {
+    "interpretops.regular_file": "opens what others wrote, and checks it",
+    "interpretops.atomic_file": "writes",
+    "interpretops.default_model": "runs in a process of its own, on files that it made",
+    "interpretops.transcript_file": "appends to its own files; reads them in `mechctl transcripts` alone",
+    "proxy.audit_file": "appends to its own files, which it checks to be plain",
+    "proxy.file_lock": "makes its own files",
+    "proxy.local_engine": "the log that it made itself",
+    "proxy.engine_command": "what the kernel tells in /proc and /sys",
+    "proxy.canary": "the suite that is part of the package",
+    "proxy.stopping": "the terminal",
+}
+"""Modules of a gateway that open files by themselves, and why they may."""
+
+
+def test_nothing_else_in_a_gateway_opens_files():
+    """A new place that opens a file which others wrote does so as all do."""
+    program = (
+        "import sys, proxy.serve, interpretops.adapter, interpretops.compile, interpretops.dictionary\n"
+        "for name, module in sorted(sys.modules.items()):\n"
+        "    if name.split('.')[0] in ('proxy', 'interpretops'): print(name, module.__file__)"
+    )
+    listed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    modules = dict(line.split(" ", 1) for line in listed.stdout.splitlines())
+    assert len(modules) > 90
+    opening = {
+        name
+        for name, file in modules.items()
+        for node in ast.walk(ast.parse(Path(file).read_text()))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "attr", getattr(node.func, "id", None))
+        in ("open", "read_text", "read_bytes", "fdopen", "memmap", "load_file", "safe_open", "fromfile")
+    }
+    assert opening == OWN.keys()
+
+
+async def test_rollback_does_not_wait_for_a_file_that_hangs(start, engine, policy_writer, monkeypatch):
+    """While a reload hangs in the file system the catalogue's lock is free: requests are answered, a rollback
+    is done at once; the reload ends with an error that names the folder, and the watch goes on."""
+    front = await start("calm", **{"gateway.watch_policies": False})
+    policy_writer(front.policies, "calm", 0.25)
+    await reload(front)
+    held, hanging = threading.Event(), threading.Event()
+    look = PolicyFolders.look
+
+    def hang(folders):
+        hanging.set()
+        held.wait(30)
+        return look(folders)
+
+    monkeypatch.setattr(PolicyFolders, "look", hang)
+    monkeypatch.setattr(front.apps.gateway.intake._reading, "_listing", Reader("the folder", 1.0))
+    reloading = asyncio.create_task(reload(front))
+    await asyncio.to_thread(hanging.wait, 10)
+    async with asyncio.timeout(5), front.admin.post("/admin/policies/calm/rollback") as answer:
+        assert answer.status == 200
+    assert not reloading.done()
+    assert (await front.chat(model="tiny-model+calm"))[0] == 200
+    report = await reloading
+    assert "the folder: could not be read within 1 s" in report["failed"][str(front.policies)]
+    held.set()
+    assert (await reload(front))["ok"]
+
+
+async def test_file_that_hangs_or_fails_unforeseen_keeps_only_itself_from_serving(
+    start, engine, policy_writer, monkeypatch
+):
+    """One file whose compiling hangs, and one that raises what nobody foresaw, stand in the report; the
+    others are loaded, and the error's text is not told."""
+    front = await start("calm", **{"gateway.watch_policies": False})
+    held, compile_file = threading.Event(), policy_reading.compile_file
+
+    def odd(path, *arguments):
+        if path.name == "a-hangs.yaml":
+            held.wait(30)
+        if path.name == "b-fails.yaml":
+            raise ZeroDivisionError("secret")
+        return compile_file(path, *arguments)
+
+    monkeypatch.setattr(policy_reading, "compile_file", odd)
+    monkeypatch.setattr(policy_reading, "_COMPILE_S", 0.2)
+    for name in ("a-hangs", "b-fails", "calm", "new"):
+        policy_writer(front.policies, name, 0.25)
+    for _ in range(2):
+        report = await reload(front)
+        assert [Path(path).name for path in report["failed"]] == ["a-hangs.yaml", "b-fails.yaml"]
+        told = json.dumps(report["failed"])
+        assert "could not be read within 0.2 s" in told
+        assert "unforeseen ZeroDivisionError" in told
+        assert "secret" not in told
+    assert (await front.chat(model="tiny-model+new"))[0] == 200
+    held.set()
