@@ -37,8 +37,9 @@ import aiohttp
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.record import RESULTS, commit, machine
+from benchmarks.record import commit, machine, write
 from interpretops.api_keys import make_key, write_keys
+from proxy.open_files import raise_limit
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 WAYS = ("direct", "relay", "gateway")
@@ -47,6 +48,14 @@ POLICY = """meta: {id: calm}
 interventions:
   - {type: head_scale, selector: {layer: 1, heads: [0]}, scale: 0.5}
 """
+
+
+_MOST_SECONDS_BEHIND = 5
+"""Requests in flight over the rate, from which on nothing is measured but the queue."""
+
+
+class NotCarriedError(RuntimeError):
+    """The rate asked for is more than this machine carries."""
 
 
 @dataclass
@@ -146,14 +155,27 @@ async def load(
                 raise RuntimeError("an answer without its policy")
         return time.perf_counter() - due
 
-    tasks = []
-    for index in range(int(rate * seconds)):
-        due = begin + index / rate
-        delay = due - time.perf_counter()
-        if delay > 0:
-            await asyncio.sleep(delay)
-        tasks.append(asyncio.create_task(one(due)))
-    return list(await asyncio.gather(*tasks))
+    tasks: list[asyncio.Task[float]] = []
+    unanswered: set[asyncio.Task[float]] = set()
+    try:
+        for index in range(int(rate * seconds)):
+            due = begin + index / rate
+            delay = due - time.perf_counter()
+            if delay > 0:
+                await asyncio.sleep(delay)
+            if len(unanswered) > _MOST_SECONDS_BEHIND * rate:
+                raise NotCarriedError(
+                    f"{len(unanswered)} requests are in flight at {server.url}: this machine does not carry "
+                    f"{rate:g} a second with load generator, engine and gateway together; give a lower rate"
+                )
+            task = asyncio.create_task(one(due))
+            unanswered.add(task)
+            task.add_done_callback(unanswered.discard)
+            tasks.append(task)
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in unanswered:
+            task.cancel()
 
 
 async def measure(options: argparse.Namespace, progress: Progress, folder: Path) -> dict[str, Any]:
@@ -163,7 +185,8 @@ async def measure(options: argparse.Namespace, progress: Progress, folder: Path)
     rounds: list[dict[str, dict[str, float]]] = []
     streams: list[dict[str, float]] = []
     try:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+        # Shorter than any of the servers keeps an idle connection, or a request meets one that just ends.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
         async with aiohttp.ClientSession(connector=connector) as session:
             await ready(session, servers)
             for server in servers.values():
@@ -227,8 +250,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line at the end")
     options = parser.parse_args()
+    raise_limit()
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
-        measured = asyncio.run(measure(options, progress, Path(folder)))
+        try:
+            measured = asyncio.run(measure(options, progress, Path(folder)))
+        except (RuntimeError, aiohttp.ClientError, OSError) as error:
+            told = (Path(folder) / "gateway.log").read_text(errors="replace")[-2000:]
+            sys.exit(f"{told}\nbenchmark: {error!r}")
     result = {
         **measured,
         "rate": options.rate,
@@ -241,8 +269,7 @@ def main() -> None:
     }
     for name, value in result.items():
         print(f"{name:24} {value}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gateway.json").write_text(json.dumps(result, indent=2) + "\n")
+    write("gateway", result)
     if options.json:
         print(json.dumps(result))
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import RESULTS, commit, machine
+from benchmarks.record import commit, machine, write
 from steering_kernels.ops import RowEdits, SiteTable, StepMap, apply_edits, apply_edits_captured
 
 WIDTH, ROWS, UNITS = 4096, 256, 8
@@ -175,8 +175,7 @@ def main() -> None:
     result = {"machine": machine(), "commit": commit(), **measure(options.repeats)}
     for name, row in result.items():
         print(f"{name:20} {row}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "kernel.json").write_text(json.dumps(result, indent=2) + "\n")
+    write("kernel", result)
     if options.json:
         print(json.dumps(result))
 

@@ -37,7 +37,7 @@ from rich.console import Console
 
 from benchmarks.gateway import free_port
 from benchmarks.processes import argument, children, holds
-from benchmarks.record import RESULTS, commit, machine
+from benchmarks.record import commit, machine, write
 from benchmarks.soak_load import SHIPPED, Load, out_of_turn
 from interpretops.api_keys import make_key, write_keys
 
@@ -272,8 +272,7 @@ def main() -> None:
     }
     for name, value in result.items():
         print(f"{name:20} {value}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "soak.json").write_text(json.dumps(result, indent=2) + "\n")
+    write("soak", result)
     if options.json:
         print(json.dumps(result))
     sys.exit(0 if not result["faults"] and result["flat"] and result["stable"] else 1)

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.engine_worker import encode_plan
-from benchmarks.record import RESULTS, commit, machine
+from benchmarks.record import commit, machine, write
 from interpretops.default_model import ensure_default_model
 from interpretops.model_spec import read_model_spec
 from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan, Site, SiteEdits, Units
@@ -302,8 +302,7 @@ def main() -> None:
                 f"{name:9} {setting:8} {row['tokens_per_s']:8} tok/s  x{row['over_vanilla']:.4f} "
                 f"of vanilla (quartiles {row['quartiles'][0]:.4f} to {row['quartiles'][1]:.4f})"
             )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write(options.name, result)
     if options.json:
         print(json.dumps(result))
 

@@ -44,8 +44,12 @@ class GatewaySettings(Section):
     """Largest answer that is not streamed: it is held whole until its receipt proves it. What is larger ends
     in `answer_too_large`, and the engine stops; a stream has no such bound."""
     body_timeout_s: Seconds = 30.0
-    """Longest wait for a client to send its body, for a connection without a request to send one, and for
+    """Longest wait for a client to send its body, for a new connection to send its first request, and for
     TLS to begin and to end."""
+    keepalive_s: Seconds = 75.0
+    """How long a connection that has carried a request may wait for its next. Let it be longer than load
+    balancers in front keep idle connections (nginx, AWS: 60 s): they would send requests on one that is just
+    being closed, and see a reset."""
     keys_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
     """How long the keys that were read last stay in force while the file `paths.keys` cannot be taken. After
     that nobody is let in until it can. A file that is deleted revokes all keys at once."""

@@ -29,6 +29,7 @@ from proxy.gateway import Apps, make_app
 from proxy.http_server import Runner, Site
 from proxy.logs import make_logger
 from proxy.model_folder import find_model
+from proxy.open_files import raise_limit
 from proxy.reload import reload_when_told
 from proxy.stopping import Signals, end_threads, end_within
 from proxy.supervisor import end, first_of
@@ -45,6 +46,7 @@ _LISTENERS: Final[tuple[Listener, Listener]] = ("public", "admin")
 
 def serve(settings: Settings) -> None:
     """Run until SIGINT or SIGTERM. Raises `InterpretOpsError`, of one line, when it cannot start."""
+    raise_limit()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with asyncio.Runner(loop_factory=new_loop) as runner:
         try:

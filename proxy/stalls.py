@@ -24,6 +24,8 @@ class _Watched:
     """When it last moved."""
     request: web.Request | None = None
     """The request that is being answered."""
+    used: bool = False
+    """Whether it has carried a request."""
     taken: int = 0
     """Bytes of the answer that the client had taken then."""
 
@@ -39,6 +41,7 @@ class StallWatch:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._idle_s = settings.body_timeout_s
+        self._keepalive_s = settings.keepalive_s
         self._unread_s = settings.client_idle_timeout_s
         self._metrics = metrics
         self._log = log
@@ -49,7 +52,7 @@ class StallWatch:
     async def mark(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Know which connections have a request under way."""
         watched = self._of(request.protocol)
-        watched.request, watched.since, watched.taken = request, self._clock(), 0
+        watched.request, watched.since, watched.taken, watched.used = request, self._clock(), 0, True
         try:
             return await handler(request)
         finally:
@@ -78,7 +81,7 @@ class StallWatch:
         watched, now = self._of(connection), self._clock()
         unread = transport.get_write_buffer_size()
         if watched.request is None:
-            if now - watched.since > self._idle_s:
+            if now - watched.since > (self._keepalive_s if watched.used else self._idle_s):
                 self._cut(transport, "no_request")
             return
         taken = watched.request.writer.output_size - unread

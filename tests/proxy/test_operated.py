@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import os
 import re
+import resource
 import signal
 import ssl
 import sys
@@ -19,6 +20,7 @@ from certificates import write_certificate
 
 from interpretops.api_keys import make_key, write_keys
 from interpretops.audit_chain import verify
+from proxy import open_files
 
 CONFIG = """
 tenants: [{id: acme, limits: {token_budget: 1000}}]
@@ -56,6 +58,7 @@ async def serving(engine, tmp_path, policy_writer, config=CONFIG, before="", **h
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "COLUMNS": "200"},
+        preexec_fn=_allow_few_files,
         **how,
     )
     assert process.stdout is not None
@@ -76,11 +79,26 @@ async def serving(engine, tmp_path, policy_writer, config=CONFIG, before="", **h
             await process.wait()
 
 
+FEW_FILES = 128
+
+
+def _allow_few_files():
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FEW_FILES, hard))
+
+
 @pytest.fixture
 async def served(engine, tmp_path, policy_writer):
     """One as configured above."""
     async with serving(engine, tmp_path, policy_writer) as running:
         yield running
+
+
+async def test_serve_raises_its_limit_of_open_files(served):
+    """With a shell's soft limit a few hundred requests in flight reset connections."""
+    process, *_ = served
+    soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    assert soft == min(open_files.MOST, hard) > FEW_FILES
 
 
 async def test_stop_under_load_finishes_what_runs_and_leaves_whole_records(served, engine, tmp_path):

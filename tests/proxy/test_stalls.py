@@ -110,3 +110,28 @@ async def test_answer_that_nobody_reads_is_cut(site, until):
             await asyncio.sleep(0.02)
     assert b'interpretops_connections_cut_total{reason="unread_answer"} 1.0' in metrics.render()
     writer.close()
+
+
+async def test_connection_that_was_used_waits_longer_for_its_next_request(start, until):
+    """Longer than load balancers keep theirs: they would send on one that is just being closed."""
+    front = await start("calm")
+    watch = front.apps.gateway.stalls
+    clock = Clock()
+    watch._clock = clock
+    host, port = front.runners[0].addresses[0][:2]
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+
+    def look():
+        for connection in front.runners[0].server.connections:
+            watch.look(connection)
+
+    clock.now += 70
+    look()
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+    clock.now += 76
+    look()
+    assert await closed(reader)
+    writer.close()
