@@ -41,14 +41,22 @@ def doors(folder):
 
 @asynccontextmanager
 async def listening(made, timeout_s=5.0):
-    """A listener behind the doorway; its port."""
+    """A listener behind the doorway: its port, and what connects to it and is cut off at the end."""
     runner = web.AppRunner(web.Application(), shutdown_timeout=0)
     await runner.setup()
     sock = socket.create_server(("127.0.0.1", 0))
     await Site(runner, sock, made.context("public"), timeout_s).start()
+    port, clients = sock.getsockname()[1], []
+
+    async def connect(name=None):
+        clients.append(await Client.connect(port, name))
+        return clients[-1]
+
     try:
-        yield sock.getsockname()[1]
+        yield port, connect
     finally:
+        for client in clients:
+            client.writer.transport.abort()
         await runner.cleanup()
 
 
@@ -91,17 +99,15 @@ async def test_renewed_certificate_is_shown_to_new_connections_and_old_ones_stay
     made, metrics, log = doors(folder), Metrics(), structlog.get_logger()
     made.refresh(metrics, log)
     first = on_disk(folder)
-    async with listening(made) as port:
-        old = await Client.connect(port, name)
+    async with listening(made) as (_, connect):
+        old = await connect(name)
         assert (old.certificate, await old.ask()) == (first, b"HTTP/1.1 404")
         write_certificate(folder, ends=20 * DAY)
         assert made.refresh(metrics, log) == {}
-        new = await Client.connect(port, name)
+        new = await connect(name)
         assert new.certificate == on_disk(folder) != first
         assert await old.ask() == await new.ask() == b"HTTP/1.1 404"
         assert sample(metrics, "expiry_timestamp_seconds") == pytest.approx(time.time() + 20 * 86400, abs=60)
-        old.writer.close()
-        new.writer.close()
 
 
 BROKEN = {
@@ -131,10 +137,9 @@ async def test_pair_that_cannot_be_used_leaves_the_old_one(folder, how):
         assert told.startswith(f"gateway.tls_{'cert' if '.tls_cert' in told else 'key'} = {folder}")
     assert [entry["event"] for entry in capture.entries] == ["certificate_refused"]
     assert sample(metrics, "broken") == 1
-    async with listening(made) as port:
-        client = await Client.connect(port)
+    async with listening(made) as (_, connect):
+        client = await connect()
         assert (client.certificate, await client.ask()) == (old, b"HTTP/1.1 404")
-        client.writer.close()
     key = folder / "key.pem"
     key.rmdir() if key.is_dir() else key.unlink(missing_ok=True)
     write_certificate(folder, ends=30 * DAY)
@@ -155,17 +160,16 @@ async def test_pair_that_cannot_be_used_stops_the_start(folder):
 @pytest.mark.parametrize("first", [b"", b"\x16\x03\x01\x02\x00\x01"])
 async def test_connection_that_never_begins_tls_is_cut(folder, first):
     """One that sends nothing, or half a greeting, is closed in time; others are served meanwhile."""
-    async with listening(doors(folder), timeout_s=0.5) as port:
+    async with listening(doors(folder), timeout_s=0.5) as (port, connect):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(first)
-        client = await Client.connect(port)
+        client = await connect()
         began = time.monotonic()
         with contextlib.suppress(ConnectionResetError):
             assert await asyncio.wait_for(reader.read(), 10) == b""
         assert time.monotonic() - began < 5
         assert await client.ask() == b"HTTP/1.1 404"
         writer.close()
-        client.writer.close()
 
 
 @pytest.mark.parametrize(("begins", "ends"), [(-DAY, DAY), (-3 * DAY, -DAY), (DAY, 20_000 * DAY)])
