@@ -59,6 +59,10 @@ faults: install ## Break one part after another under traffic; the last line tel
 simulate: install ## Let everything go wrong in a simulation, seed by seed (ARGS="--seeds 10000"; "--seed 17" replays one)
 	@PYTHONPATH=tests $(bin)/python -m simulation $(ARGS)
 
+.PHONY: fuzz
+fuzz: install ## Feed hostile bytes to every parser that meets any (FUZZ_EXAMPLES=20000 of them each)
+	@FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-20000} $(bin)/python -m pytest -q tests/fuzz $(ARGS)
+
 .PHONY: lock
 lock: install ## Resolve pyproject.toml into locks/*.txt anew, keeping pins that still fit
 	@$(bin)/python locks/lock.py

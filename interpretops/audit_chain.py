@@ -45,7 +45,7 @@ def read_line(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(record, dict) and isinstance(record.get("seq"), int) and "prev" in record
     return record if whole else None
@@ -66,7 +66,7 @@ def read_head(log: Path) -> Head | None:
     try:
         content = json.loads(read_regular(head_path(log), _HEAD_BYTES))
         return parse_head(f"{int(content['seq'])}:{content['hash']}")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

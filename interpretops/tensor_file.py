@@ -73,7 +73,9 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
             entries = {}
             for name, item in header.items():
                 first, last = item["data_offsets"]
-                shape = tuple(int(n) for n in item["shape"])
+                shape = tuple(item["shape"])
+                if not all(type(number) is int for number in (first, last, *shape)):
+                    raise self._error(f"{self.path}: tensor {name!r} has sizes that are no whole numbers")
                 entry = TensorEntry(name, str(item["dtype"]), shape, 8 + size + first, 8 + size + last)
                 dtype = _DTYPES.get(entry.dtype)
                 wrong_size = dtype is not None and prod(shape) * dtype.itemsize != last - first

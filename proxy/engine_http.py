@@ -207,6 +207,10 @@ class _Connection(asyncio.Protocol):
             self.abort()
         answer.wake()
 
+    def on_message_begin(self) -> None:
+        if self._answer is None:  # it may have come with the end of the one before, half of it yet to come
+            raise ValueError("a second answer to one request")
+
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._answer is None:
             raise ValueError("a second answer to one request")

@@ -53,6 +53,9 @@ class SseSplitter:
                 raise SseOverflowError
             self._rest = data
             return b""
+        if data[cut - 3 : cut - 2] == b"\n":
+            # Of a run of line ends every two end an event, wherever it was cut; one more begins one.
+            cut -= (cut - len(data[:cut].rstrip(b"\n"))) % 2
         self._rest = data[cut:]
         events = data[:cut]
         if (
@@ -72,14 +75,15 @@ class SseSplitter:
 
     def _inspect(self, events: bytes) -> bytes:
         kept: list[bytes] = []
-        for event in events.split(b"\n\n")[:-1]:
+        for raw in events.split(b"\n\n")[:-1]:
+            event = raw.lstrip(b"\n")
             if event.startswith(self._end):
                 self.end_event = event + b"\n\n"
             elif event.startswith(_RECEIPT):
                 self.receipt = event.removeprefix(_RECEIPT)
             else:
                 self.failed = self.failed or event.startswith(_ERROR_PREFIXES)
-                kept.append(event + b"\n\n")
+                kept.append(raw + b"\n\n")
         return b"".join(kept)
 
 

@@ -1,0 +1,129 @@
+"""Files that anybody may have written: a parser takes them, or refuses them in its own words."""
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hostile_bytes import corpus, fuzzed, hostile
+from hypothesis import given
+
+from interpretops.audit_chain import head_path, read_head, read_line, verify
+from interpretops.errors import PlanError, PolicyError
+from interpretops.plan import Plan
+from interpretops.policy import policy_from_document
+from interpretops.policy_file import parse_yaml
+from interpretops.tensor_file import TensorFile
+
+
+def check_policy(data: bytes) -> None:
+    """A policy, or lines that each name the source."""
+    refusal = ""
+    try:
+        policy = policy_from_document(parse_yaml(data, PolicyError, "p.yaml"), None)
+    except PolicyError as error:
+        refusal = str(error)
+    assert refusal.startswith("p.yaml: ") or (not refusal and policy.interventions)
+
+
+def check_tensors(data: bytes, folder: Path) -> None:
+    """Each tensor of a file that opens is as its shape says; as a plan the file is one, or is refused."""
+    path = folder / "t.safetensors"
+    path.write_bytes(data)
+    refusal = "t.safetensors: "
+    try:
+        file = TensorFile(path, PolicyError)
+        for name, entry in file.entries.items():
+            assert file[name].shape == entry.shape
+            assert np.asarray(file[name]).nbytes == entry.end - entry.start
+            assert len(file.head(name, 16)) <= 16
+    except PolicyError as error:
+        refusal = str(error)
+    assert "t.safetensors: " in refusal
+    with suppress(PlanError):
+        Plan.from_bytes(data)
+
+
+def sealed(body: bytes) -> bytes:
+    """A line whose hash is that of its bytes: who can write the log can write such lines too."""
+    return body + b',"hash":"' + hashlib.sha256(body).hexdigest().encode() + b'"}'
+
+
+def check_audit(data: bytes, folder: Path) -> None:
+    """A record or nothing; a log of such lines is intact only when its head and numbers are."""
+    for line in (data, sealed(data)):
+        record = read_line(line)
+        assert record is None or isinstance(record["seq"], int)
+    log = folder / "audit.jsonl"
+    log.write_bytes(data)
+    head_path(log).write_bytes(data)
+    assert read_head(log) is None or data.strip().startswith(b"{")
+    assert isinstance(verify(log).faults, list)
+    log.write_bytes(b"".join(sealed(line) + b"\n" for line in data.splitlines()))
+    assert isinstance(verify(log).faults, list)
+
+
+@pytest.mark.parametrize("data", corpus("policy_yaml"))
+def test_kept_policies_are_read_or_refused(data: bytes) -> None:
+    """Each input that once was trouble stays none."""
+    check_policy(data)
+
+
+@fuzzed
+@given(data=hostile("policy_yaml"))
+def test_policy_is_read_or_refused_in_one_error(data: bytes) -> None:
+    """No bytes make the policy reader raise anything but a refusal that names the file."""
+    check_policy(data)
+
+
+@pytest.mark.parametrize("data", corpus("tensor_header"))
+def test_kept_tensor_files_are_read_or_refused(data: bytes, tmp_path: Path) -> None:
+    """Each input that once was trouble stays none."""
+    check_tensors(data, tmp_path)
+
+
+@fuzzed
+@given(data=hostile("tensor_header"))
+def test_tensor_file_is_read_or_refused_in_one_error(data: bytes, tmp_path: Path) -> None:
+    """No header leads to another error, or to a tensor that is not what the header says."""
+    check_tensors(data, tmp_path)
+
+
+@pytest.mark.parametrize("data", corpus("audit_line"))
+def test_kept_audit_lines_are_records_or_faults(data: bytes, tmp_path: Path) -> None:
+    """Each input that once was trouble stays none."""
+    check_audit(data, tmp_path)
+
+
+@fuzzed
+@given(data=hostile("audit_line"))
+def test_audit_line_is_a_record_or_a_fault(data: bytes, tmp_path: Path) -> None:
+    """No line makes verification raise, also when its hash is right."""
+    check_audit(data, tmp_path)
+
+
+def test_deep_line_with_a_right_hash_is_a_fault(tmp_path: Path) -> None:
+    """Nesting beyond the parser's depth is no way to stop verification, in the log or in its head."""
+    deep = b'{"seq":1,"prev":' + b"[" * 100_000
+    log = tmp_path / "audit.jsonl"
+    log.write_bytes(sealed(deep) + b"\n")
+    head_path(log).write_bytes(b"[" * 4096)
+    assert read_line(sealed(deep)) is None
+    assert any("hash" in fault for fault in verify(log).faults)
+
+
+@pytest.mark.parametrize("value", ["Infinity", "1e400", "2.5", "true", '"1"', "null", "-1"])
+@pytest.mark.parametrize("field", ["shape", "data_offsets"])
+def test_numbers_of_a_tensor_header_are_whole(tmp_path: Path, field: str, value: str) -> None:
+    """What JSON can say beside whole numbers is refused; it was a traceback, or passed until it was read."""
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"t": entry | {field: ["?", 4] if field == "data_offsets" else ["?"]}})
+    data = header.replace('"?"', value).encode()
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(len(data).to_bytes(8, "little") + data + bytes(4))
+    with pytest.raises(
+        PolicyError, match=r"t.safetensors: (header unreadable|tensor 't' (has|does not fit))"
+    ):
+        TensorFile(path, PolicyError)
