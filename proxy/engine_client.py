@@ -74,6 +74,10 @@ class Attestation(_Answer):
             )
         return SpecialTokens(self.special_tokens.ids, self.special_tokens.first)
 
+    def revisions(self) -> set[str]:
+        """What any rank holds."""
+        return {name for group in self.engines for rank in group.ranks for name in rank.resident}
+
     def spec(self) -> ModelSpec:
         """The model that plans must be compiled for."""
         try:

@@ -118,6 +118,8 @@ class EngineLink:
         self._log = log
         self.joined: ProvenEngine | None = None
         """The engine from its self-test on, also while policies are loaded into it."""
+        self._former: ProvenEngine | None = None
+        """The engine that was lost last, with what it may still hold for us."""
         self.current: ProvenEngine | None = None
         """The engine that takes requests, or None."""
         self.reason = "the engine is starting"
@@ -150,6 +152,10 @@ class EngineLink:
             *(self.name, client, attested.boot_id, attested.spec(), attested.special()),
             *(tuple(await client.models()), attested, own),
         )
+        if self._former is not None:
+            # It may be the same process as before, with all in its tables that was retired meanwhile.
+            held = {*self._former.resident, *self._former.unfreed}
+            engine.unfreed |= held & attested.revisions()
         progress("Loading policies")
         self.joined = engine
         await prepare(engine)
@@ -172,6 +178,7 @@ class EngineLink:
         """Close the engine to requests; ``gone``: it answers no more, ``meant``: we end it ourselves."""
         if self.current is not None and not meant:
             self._log.error("engine_lost", engine=self.name, reason=reason)
+        self._former = self.joined or self._former
         self.current = self.joined = None
         self.reason = reason
         self.answers = self.answers and not gone

@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument(
         "--only", help="let only this go wrong: names of `Operator.actions`, by commas, or none"
     )
+    parser.add_argument("--put-back", help="with a fault that the gateway once had: a name of `PUT_BACK`")
     arguments = parser.parse_args()
     only = None if arguments.only is None else frozenset(arguments.only.split(",")) - {"none"}
 
@@ -43,7 +44,7 @@ def main() -> int:
         if arguments.seconds is not None and time.monotonic() - began > arguments.seconds:
             break
         gc.freeze()
-        outcome = run_seed(seed, only=only, keep_all=alone)
+        outcome = run_seed(seed, only=only, fault=arguments.put_back, keep_all=alone)
         gc.collect()
         ran, steps, trace = ran + 1, steps + outcome.steps, outcome.trace
         violations += len(outcome.violations)

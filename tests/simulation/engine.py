@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from interpretops.engine_api import STATUS, EngineCode
 from interpretops.plan import ModelSpec, Plan
 from simulation.clock import Clock
 from steering_kernels.vllm_plugin.holders import Holders
@@ -15,8 +16,7 @@ from steering_kernels.vllm_plugin.holders import Holders
 MODEL = "tiny-model"
 SPEC = ModelSpec(MODEL, "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
 PROMPT_TOKENS = 3
-_ROOM = 12
-"""Plans that the tables have rows for."""
+ROOM = 30
 _DIGESTS: dict[str, str] = {}
 """Of plans that were seen before: they are named by their content."""
 
@@ -105,8 +105,8 @@ class EngineModel:
     """Whether its self-test passes."""
     damaged: bool = False
     """Attests other numbers than those it was given."""
-    full: bool = False
-    """Has no rows for another plan."""
+    room: int = ROOM
+    """Plans that its tables have rows for."""
     boots: int = 0
     plans: dict[str, _Resident] = field(default_factory=dict)
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -124,7 +124,8 @@ class EngineModel:
         self.old_receipts += [generation.receipt() for generation in self.generations[-3:]]
         self.plans, self.receipts = {}, {}
         self.holders = Holders(self.clock.monotonic)
-        self.hangs = self.sick = self.full = self.damaged = False
+        self.hangs = self.sick = self.damaged = False
+        self.room = ROOM
         self.steers = True
 
     @property
@@ -135,9 +136,9 @@ class EngineModel:
     def load(self, holder: str, revision: str, data: bytes) -> tuple[int, dict[str, Any]]:
         """Make a plan resident."""
         if hashlib.sha256(data).hexdigest() != revision:
-            return 400, error("invalid_plan", "the plan file is damaged")
-        if revision not in self.plans and (self.full or len(self.plans) >= _ROOM):
-            return 507, error("table_full", "table full")
+            return refuse(EngineCode.INVALID_PLAN)
+        if revision not in self.plans and len(self.plans) >= self.room:
+            return refuse(EngineCode.TABLE_FULL)
         if revision not in _DIGESTS:
             _DIGESTS[revision] = Plan.from_bytes(data).digest()
         digest = "0" * 64 if self.damaged else _DIGESTS[revision]
@@ -178,8 +179,8 @@ class EngineModel:
             "boot_id": self.boot_id,
             "model": asdict(SPEC),
             "engines": [{"ranks": ranks, "resident": {}}],
-            "special_tokens": {"ids": {"<|end|>": 0}},
             "passthrough": True,
+            "special_tokens": {"ids": {"<|end|>": 0, "<|begin|>": 1}, "first": 1, "fault": None},
         }
 
     def lose_a_plan(self) -> None:
@@ -225,6 +226,6 @@ class EngineModel:
             self._free(generation.sealed)
 
 
-def error(code: str, message: str) -> dict[str, Any]:
-    """As the plugin refuses."""
-    return {"error": {"code": code, "message": message}}
+def refuse(code: EngineCode) -> tuple[int, dict[str, Any]]:
+    """Status and body with which the plugin refuses."""
+    return STATUS[code], {"error": {"code": code.value, "message": f"refused: {code.value}"}}

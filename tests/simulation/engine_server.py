@@ -10,16 +10,24 @@ from typing import Any
 
 import httptools
 
-from simulation.engine import MODEL, PROMPT_TOKENS, EngineModel, Generation, error
+from interpretops.engine_api import (
+    HOLDER_HEADER,
+    NONCE_HEADER,
+    NONCE_KEY,
+    PREFIX,
+    RECEIPT_HEADER,
+    REFUSAL_HEADER,
+    REVISION_KEY,
+    EngineCode,
+)
+from simulation.engine import MODEL, PROMPT_TOKENS, EngineModel, Generation, refuse
 from simulation.events import Events
 from simulation.network import Endpoint
 
-_API = "/interpretops/v1"
 _MARK = re.compile(rb"ask(\d+)\.")
-NONCE = "x-interpretops-nonce"
 WRONGS = (
     *("dies", "hangs", "late", "twice", "other_revision", "old_receipt", "no_receipt", "nothing_evaluated"),
-    *("part", "no_end", "error_event", "busy", "broken", "garbage", "unsteered", "few_tokens"),
+    *("part", "no_end", "error_event", "busy", "broken", "garbage", "unsteered", "few_tokens", "unfinished"),
 )
 """What can go wrong with one answer."""
 _END = {
@@ -87,25 +95,25 @@ class EngineServer(asyncio.Protocol):
     async def _handle(self, request: _Request) -> None:
         if self._engine.hangs:
             await asyncio.Event().wait()
-        path, holder = request.path, request.headers.get("x-interpretops-holder", "")
+        path, holder = request.path, request.headers.get(HOLDER_HEADER, "")
         last = path.rpartition("/")[2]
         if path == "/health":
             self._send(503 if self._engine.sick else 200, {})
         elif path == "/v1/models":
             self._send(200, {"data": [{"id": MODEL, "max_model_len": 64}]})
-        elif path == f"{_API}/attest":
+        elif path == f"{PREFIX}/attest":
             self._send(200, self._engine.attest(holder))
-        elif path == f"{_API}/selftest":
+        elif path == f"{PREFIX}/selftest":
             self._send(
                 200 if self._engine.steers else 503, {"ok": self._engine.steers, "reason": "no change"}
             )
-        elif path.startswith(f"{_API}/plans/") and request.method == "PUT":
+        elif path.startswith(f"{PREFIX}/plans/") and request.method == "PUT":
             self._send(*self._engine.load(holder, last, request.body))
-        elif path.startswith(f"{_API}/plans/"):
+        elif path.startswith(f"{PREFIX}/plans/"):
             self._send(*self._engine.retire(holder, last))
-        elif path.startswith(f"{_API}/receipts/"):
+        elif path.startswith(f"{PREFIX}/receipts/"):
             receipt = self._engine.receipts.pop(last, None)
-            self._send(*((404, error("unknown_nonce", "no receipt")) if receipt is None else (200, receipt)))
+            self._send(*(refuse(EngineCode.UNKNOWN_NONCE) if receipt is None else (200, receipt)))
         elif path in ("/tokenize", "/detokenize", "/v1/messages/count_tokens"):
             self._send(200, {"count": PROMPT_TOKENS})
         else:
@@ -114,12 +122,12 @@ class EngineServer(asyncio.Protocol):
     async def _generate(self, request: _Request) -> None:
         engine, chance = self._engine, self._engine.chance
         body = json.loads(request.body)
-        sealed = body["vllm_xargs"]["interpretops_revision"]
+        sealed = body["vllm_xargs"][REVISION_KEY]
         wrong = next((name for name in WRONGS if chance.random() < self._wrongs.get(name, 0.0)), "")
         if not engine.admits(sealed):
             mark = _MARK.search(request.body)
             self._events.not_resident("" if mark is None else mark[1].decode())
-            self._send(500, {"error": {"message": f"revision {sealed[:12]} is not resident", "code": 500}})
+            self._send(*refuse(EngineCode.NOT_RESIDENT))
             return
         if wrong in ("busy", "broken"):
             self._send(503 if wrong == "busy" else 500, {"error": {"message": wrong, "code": wrong}})
@@ -131,7 +139,7 @@ class EngineServer(asyncio.Protocol):
         generation = engine.begin(
             None if mark is None else mark[1].decode(),
             sealed,
-            body["vllm_xargs"]["interpretops_nonce"],
+            body["vllm_xargs"][NONCE_KEY],
             len(prompt) if isinstance(prompt, list) else 1,
             body.get("n") or 1,
             chance.randint(1, most),
@@ -166,7 +174,9 @@ class EngineServer(asyncio.Protocol):
                 receipt["requests"] -= 1
             case "few_tokens":
                 receipt["tokens_evaluated"] = 1
-        generation.proven = receipt is not None and _proves(receipt, generation)
+            case "unfinished":
+                receipt["finished"] = False
+        generation.proven = receipt is not None and _proves(receipt, generation, streamed=streamed)
         generation.told_true = receipt == generation.receipt()
         if receipt is not None:
             self._engine.receipts[generation.nonce] = receipt
@@ -228,12 +238,15 @@ class EngineServer(asyncio.Protocol):
         """The receipt, as it travels with an answer; an older plugin keeps it until it is asked."""
         if self._engine.chance.random() < 0.1:
             return ""
-        receipt = self._engine.receipts.pop(request.headers.get(NONCE, ""), None)
+        receipt = self._engine.receipts.pop(request.headers.get(NONCE_HEADER, ""), None)
         return "" if receipt is None else json.dumps(receipt)
 
     def _send(self, status: int, body: dict[str, Any], receipt: str = "") -> None:
         data = json.dumps(body).encode()
-        carried = f"x-interpretops-receipt: {receipt}\r\n" if receipt else ""
+        carried = f"{RECEIPT_HEADER}: {receipt}\r\n" if receipt else ""
+        code = body.get("error", {}).get("code")
+        if code in set(EngineCode):
+            carried += f"{REFUSAL_HEADER}: {code}\r\n"
         kind = f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n"
         self._write(f"HTTP/1.1 {status} X\r\n{kind}{carried}\r\n".encode() + data)
 
@@ -264,8 +277,15 @@ def _event(path: str, data: dict[str, Any]) -> bytes:
     return name + b"data: " + json.dumps(data).encode() + b"\n\n"
 
 
-def _proves(receipt: dict[str, Any], generation: Generation) -> bool:
-    """Whether a receipt says that the demanded revision was applied to the whole request."""
-    if receipt["revision"] != generation.sealed or receipt["requests"] != generation.answers:
-        return False
-    return generation.sealed == "none" or receipt["tokens_evaluated"] > 0
+def _proves(receipt: dict[str, Any], generation: Generation, *, streamed: bool) -> bool:
+    """Whether a receipt says that the demanded revision was applied to the whole request.
+
+    Whole answers tell their tokens, these streams do not.
+    """
+    least = generation.answers if streamed else generation.tokens
+    return bool(
+        receipt["revision"] == generation.sealed
+        and receipt["requests"] == generation.answers
+        and receipt["finished"]
+        and (receipt["tokens_evaluated"] >= least or (streamed and generation.sealed == "none"))
+    )

@@ -22,6 +22,8 @@ class Files:
         self._away = folder / "away"
         self._chance = chance
         self._disk = disk
+        self._moved = 0
+        """How often the audit log was moved away."""
         self.keys: dict[str, str] = {}
         """Tenant, or `operator`, to its key."""
         self._kept: dict[str, ApiKey] = {}
@@ -92,6 +94,20 @@ class Files:
         """No file of keys any more."""
         if self._key_file is not None:
             self._key_file.unlink(missing_ok=True)
+
+    def move_audit_log(self) -> None:
+        """As programs do that rotate logs."""
+        log = self.folder / "audit.jsonl"
+        if log.exists():
+            self._moved += 1
+            log.rename(self.folder / f"audit.jsonl.{self._moved}")
+
+    def delete_audit_log(self) -> bool:
+        """As people do who need the space; whether there was one."""
+        log = self.folder / "audit.jsonl"
+        there = log.exists()
+        log.unlink(missing_ok=True)
+        return there
 
     def _put(self, name: str, text: str) -> None:
         if self.policies.exists():

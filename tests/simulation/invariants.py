@@ -37,6 +37,8 @@ class Invariants:
     proven_boots: set[str] = field(default_factory=set)
     refused_residency: set[str] = field(default_factory=set)
     """Asks that an engine refused since it did not hold their revision."""
+    log_deleted_at: float | None = None
+    """When the audit log was last deleted."""
     clock_was_set: bool = False
     gateway: Any = None
     """The running `Gateway`, if one runs."""

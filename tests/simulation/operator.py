@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from simulation.admin import ADMIN, call
-from simulation.engine import EngineModel
+from simulation.engine import ROOM, EngineModel
 from simulation.engine_server import WRONGS
 from simulation.scenario import POLICIES
 
@@ -49,6 +49,8 @@ class Operator:
             "promote": (4, self._promote),
             "rollback": (3, self._rollback),
             "keys_change": (3, self._keys_change),
+            "audit_log_moves": (2, self._audit_log_moves),
+            "audit_log_is_deleted": (1, self._audit_log_is_deleted),
             "disk_fills": (3, self._disk_fills),
             "clock_jumps": (2, self._clock_jumps),
             "machine_sleeps": (1, self._machine_sleeps),
@@ -85,7 +87,8 @@ class Operator:
         for engine in world.engines:
             world.wrongs[engine.name].clear()
             engine.listening, engine.steers = True, True
-            engine.sick = engine.full = engine.damaged = False
+            engine.sick = engine.damaged = False
+            engine.room = ROOM
             if engine.hangs:
                 self._kill(engine)
         world.files.mend()
@@ -146,7 +149,13 @@ class Operator:
         self._set_for_a_while(self._engine(), "sick", value=True)
 
     async def _engine_is_full(self) -> None:
-        self._set_for_a_while(self._engine(), "full", value=True)
+        engine = self._engine()
+        engine.room = len(engine.plans) + self._chance.randint(0, 4)
+
+        def space() -> None:
+            engine.room = ROOM
+
+        self._later(self._some_time(), space)
 
     async def _engine_damages_plans(self) -> None:
         self._set_for_a_while(self._engine(), "damaged", value=True)
@@ -221,10 +230,28 @@ class Operator:
         self._in_background(self._admin("/admin/reload"))
 
     async def _promote(self) -> None:
-        body: dict[str, Any] = {"override": {"by": "somebody", "why": "a test"}}
-        if self._chance.random() < 0.3:
-            body = {"to": "shadow"}
-        self._in_background(self._admin(f"/admin/policies/{self._policy()}/promote", body))
+        self._in_background(self._look_and_promote(self._policy()))
+
+    async def _look_and_promote(self, policy: str) -> None:
+        """Look at a candidate, think about it, and promote what was looked at."""
+        world, chance = self._world, self._chance
+        key = world.files.keys.get("operator")
+        _, found = await call(world.network, ADMIN, "GET", "/admin/policies", None, key)
+        listed = found.get("policies", ()) if isinstance(found, dict) else ()
+        named = next((entry["candidate"] for entry in listed if entry["id"] == policy), None)
+        if named is None:
+            return
+        if chance.random() < 0.5:
+            # Somebody else edits it meanwhile.
+            world.files.write(policy, criteria=True)
+            world.notices.tell()
+        await asyncio.sleep(chance.choice((0.0, 0.3, 3.0)))
+        body: dict[str, Any] = {"revision": named[:12], "override": {"by": "somebody", "why": "a test"}}
+        if chance.random() < 0.3:
+            body = {"revision": named[:12], "to": "shadow"}
+        status, entry = await self._admin(f"/admin/policies/{policy}/promote", body)
+        if status == 200 and "override" in body and entry["revision"] != named:
+            world.invariants.fail(f"{policy}@{named[:12]} was promoted, and {entry['revision'][:12]} serves")
 
     async def _rollback(self) -> None:
         self._in_background(self._admin(f"/admin/policies/{self._policy()}/rollback"))
@@ -234,6 +261,13 @@ class Operator:
             await doing
 
         self._tasks.append(asyncio.create_task(wait()))
+
+    async def _audit_log_moves(self) -> None:
+        self._world.files.move_audit_log()
+
+    async def _audit_log_is_deleted(self) -> None:
+        if self._world.files.delete_audit_log():
+            self._world.invariants.log_deleted_at = self._world.clock.now
 
     async def _disk_fills(self) -> None:
         disk = self._world.disk

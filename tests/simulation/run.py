@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from simulation.clock import Clock
 from simulation.loop import SimulatedLoop
 from simulation.patches import Disk, Notices, patched
+from simulation.put_back import PUT_BACK
 from simulation.trace import Trace
 from simulation.world import World
 
@@ -29,8 +31,14 @@ class Outcome:
     lines: list[str] = field(repr=False)
 
 
-def run_seed(seed: int, *, only: frozenset[str] | None = None, keep_all: bool = False) -> Outcome:
-    """One run, which depends on the seed and the code alone."""
+def run_seed(
+    seed: int, *, only: frozenset[str] | None = None, fault: str | None = None, keep_all: bool = False
+) -> Outcome:
+    """One run, which depends on the seed and the code alone.
+
+    only   names of what may go wrong; None: everything
+    fault  one of `PUT_BACK`
+    """
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="simulation-", dir=memory if memory.is_dir() else None))
     clock, disk, trace = Clock(), Disk(), Trace(keep_all=keep_all)
@@ -40,7 +48,12 @@ def run_seed(seed: int, *, only: frozenset[str] | None = None, keep_all: bool = 
     world: World | None = None
     try:
         notices = Notices()
-        with patched(clock, random.Random(f"{seed}/secrets"), disk, notices):
+        with (
+            contextlib.ExitStack() as stack,
+            patched(clock, random.Random(f"{seed}/secrets"), disk, notices),
+        ):
+            if fault is not None:
+                PUT_BACK[fault](stack)
             world = World(seed, folder, clock, disk, notices, loop, trace, only)
             try:
                 loop.run_until_complete(world.run())

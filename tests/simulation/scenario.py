@@ -33,6 +33,11 @@ _BY_ALIAS: _Bindings = [
     {"policy": "alpha", "mode": "mandatory"},
     {"policy": "gamma", "mode": "mandatory", "match": {"model_alias": "safe"}},
 ]
+_SEVERAL: _Bindings = [
+    {"policy": "alpha", "mode": "mandatory"},
+    {"policy": "beta", "mode": "mandatory", "match": {"route": CHAT}},
+    {"policy": "gamma", "mode": "mandatory", "match": {"model_alias": "safe"}},
+]
 TENANTS: list[dict[str, Any]] = [
     {"id": "free"},
     {"id": "slow", "limits": {"concurrency": 2}},
@@ -58,7 +63,7 @@ class Scenario:
     def draw(cls, chance: random.Random) -> Scenario:
         """Choose."""
         keys = chance.random() < 0.7
-        sets = [_ALL, _BOTH, _BY_ALIAS] + ([_BY_TENANT, _BY_TENANT] if keys else [])
+        sets = [_ALL, _BOTH, _BY_ALIAS, _SEVERAL] + ([_BY_TENANT, _BY_TENANT] if keys else [])
         bindings = chance.choice(sets)
         everybody = {**chance.choice(TENANTS[:3]), "id": "anonymous"}
         return cls(
@@ -67,9 +72,9 @@ class Scenario:
             keys=keys,
             audit=chance.random() < 0.8,
             clients=chance.randint(2, 5),
-            active_s=chance.choice((10.0, 20.0, 40.0)),
+            active_s=chance.choice((8.0, 15.0, 30.0)),
             tenants=TENANTS if keys else [everybody],
-            aliases=[{"name": "safe"}] if bindings is _BY_ALIAS else [],
+            aliases=[{"name": "safe"}] if bindings in (_BY_ALIAS, _SEVERAL) else [],
         )
 
     def settings(self, folder: Path) -> Settings:

@@ -112,7 +112,8 @@ class World:
         """Start it again if it ended by itself, as an orchestrator does."""
         task = self.gateway.apps.engine_loop.task
         if task is not None and task.done():
-            self.note("the gateway ended by itself")
+            self.note(f"the gateway ended by itself: {task.exception()!r}")
+            await asyncio.sleep(1.0)
             await self.restart_gateway()
 
     async def _start_gateway(self) -> None:
