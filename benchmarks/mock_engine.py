@@ -115,7 +115,7 @@ class MockEngine:
 
 
 def _receipt(revision: str) -> dict[str, Any]:
-    counts = {"requests": 1, "finished": True, "tokens_evaluated": 75, "edits_applied": 75}
+    counts = {"requests": 1, "tokens_evaluated": 75, "edits_applied": 75}
     return {"revision": revision, **counts, "finished": True}
 
 

@@ -1,11 +1,12 @@
 """Every name in the settings stands for something: a binding that can match nobody guards nobody."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from interpretops.api_keys import make_key, rotate_key, write_keys
-from interpretops.errors import ConfigError
+from interpretops.errors import ConfigError, EngineError
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 
@@ -128,7 +129,7 @@ async def test_model_that_nobody_serves_stops_the_start_of_an_own_engine(start, 
         await start(**own, **sections)
 
 
-async def test_engine_under_names_that_bindings_do_not_know_never_joins(start, engine, until):
+async def test_engine_under_names_that_bindings_do_not_know_never_joins(start, engine):
     """An engine elsewhere tells its names when it is proven: the binding is named, and nobody is served."""
     front = await start(
         *("calm",),
@@ -136,10 +137,8 @@ async def test_engine_under_names_that_bindings_do_not_know_never_joins(start, e
         wait=False,
     )
 
-    async def told():
-        return any("did you mean 'tiny-model'?" in str(line) for line in front.log)
-
-    await until(told)
+    with pytest.raises(EngineError, match="did you mean 'tiny-model'"):
+        await asyncio.wait_for(front.apps.engine_loop.task, 10)
     assert await reasons(front) == ["engine_not_ready"]
     assert (await front.chat())[0] == 503
     assert engine.seen == []

@@ -163,9 +163,14 @@ def test_several_choices_are_all_steered(served):
 
 
 COMPLETIONS = {
-    "several prompts": {"prompt": ["The sky is", "Once upon a time", "Two"], "n": 2, "max_tokens": 5},
-    "tokens": {"prompt": [504, 6], "max_tokens": 3},
-    "lists of tokens": {"prompt": [[504], [6, 7, 8]], "n": 2, "max_tokens": 3},
+    "several prompts": {
+        "prompt": ["The sky is", "Once upon a time", "Two"],
+        "n": 2,
+        "temperature": 1,
+        "max_tokens": 5,
+    },
+    "tokens": {"prompt": [504, 600], "max_tokens": 3},
+    "lists of tokens": {"prompt": [[504], [600, 700, 800]], "n": 2, "temperature": 1, "max_tokens": 3},
     "one token": {"prompt": "The sky is", "max_tokens": 1},
     "echo": {"prompt": "The sky is", "max_tokens": 2, "echo": True},
     "echo alone": {"prompt": ["The sky is", "Two"], "max_tokens": 0, "echo": True},
