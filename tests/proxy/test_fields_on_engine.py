@@ -133,10 +133,15 @@ async def post(front, path, **body):
         return answer.status, [json.loads(event) for event in events or [text]], json.loads(told)
 
 
+CANDIDATE = {"token", "logprob"}
+
+
 def distributions(told):
-    """Every map from token to log-probability that stands anywhere in an answer."""
+    """Every map from token to log-probability that stands anywhere in an answer, one for each position."""
     if isinstance(told, list):
-        if told and all(isinstance(item, dict) and {"token", "logprob"} <= item.keys() for item in told):
+        # Entries that hold others are positions, not candidates for one.
+        entries = all(isinstance(item, dict) and item.keys() >= CANDIDATE for item in told)
+        if told and entries and not any("top_logprobs" in item for item in told):
             yield {item["token"]: item["logprob"] for item in told}
         for item in told:
             yield from distributions(item)
@@ -191,7 +196,7 @@ async def unsteered(front):
         assert status == 200
         (choice,) = answer["choices"]
         texts[path] = choice["text"] if "text" in choice else choice["message"]["content"]
-        maps += [found for found in distributions(choice["logprobs"]) if len(found) >= TOP]
+        maps += [found for found in distributions(choice["logprobs"]) if len(found) > TOP // 2]
     assert len(maps) == 2 * TOKENS
     return texts, maps
 
