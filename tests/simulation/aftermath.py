@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from interpretops.audit_chain import log_files, verify
 from simulation.asks import Ask
 from simulation.engine import EngineModel
-from simulation.scenario import CHAT, ROUTES
+from simulation.scenario import CHAT, POLICIES, ROUTES
 from steering_kernels.vllm_plugin.holders import LEASE_S
 
 if TYPE_CHECKING:
@@ -59,16 +59,18 @@ class Aftermath:
 
     async def _changes_are_taken(self) -> None:
         world = self._world
-        catalogue = world.gateway.apps.gateway.catalogue
-        before = {policy: _active(catalogue, policy) for policy in ("alpha", "beta", "gamma")}
+        before = {policy: self._active(policy) for policy in POLICIES}
         world.files.mend()
         taken = await world.wait_until(
-            lambda: all(_active(catalogue, policy) not in (None, old) for policy, old in before.items()),
-            _TAKEN_S,
+            lambda: all(self._active(policy) not in (None, old) for policy, old in before.items()), _TAKEN_S
         )
         if not taken:
-            stuck = [policy for policy, old in before.items() if _active(catalogue, policy) in (None, old)]
+            stuck = [policy for policy, old in before.items() if self._active(policy) in (None, old)]
             self._fail(f"a change of {', '.join(stuck)} is not taken within {_TAKEN_S:g} s")
+
+    def _active(self, policy: str) -> str | None:
+        entry = self._world.gateway.apps.gateway.catalogue.entries.get(policy)
+        return None if entry is None or entry.active is None else entry.active.revision
 
     async def _everybody_is_served(self) -> None:
         world = self._world
@@ -175,8 +177,3 @@ class Aftermath:
                 self._fail(
                     f"{name} ran under {generation.sealed[:12]}, recorded is {record['revision'][:12]}"
                 )
-
-
-def _active(catalogue: Any, policy: str) -> str | None:
-    entry = catalogue.entries.get(policy)
-    return None if entry is None or entry.active is None else str(entry.active.revision)

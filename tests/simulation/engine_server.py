@@ -93,6 +93,9 @@ class EngineServer(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(self._handle(request))
 
     async def _handle(self, request: _Request) -> None:
+        mark = _MARK.search(request.body)
+        if mark is not None:
+            self._events.reached(mark[1].decode())
         if self._engine.hangs:
             await asyncio.Event().wait()
         path, holder = request.path, request.headers.get(HOLDER_HEADER, "")
@@ -126,7 +129,9 @@ class EngineServer(asyncio.Protocol):
         wrong = next((name for name in WRONGS if chance.random() < self._wrongs.get(name, 0.0)), "")
         if not engine.admits(sealed):
             mark = _MARK.search(request.body)
-            self._events.not_resident("" if mark is None else mark[1].decode())
+            self._events.not_resident(
+                "" if mark is None else mark[1].decode(), lambda: self._transport.peer.gone
+            )
             self._send(*refuse(EngineCode.NOT_RESIDENT))
             return
         if wrong in ("busy", "broken"):

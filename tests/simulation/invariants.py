@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +35,12 @@ class Invariants:
     served: dict[str, list[tuple[float, str]]] = field(default_factory=lambda: defaultdict(list))
     """Policy to the revisions that were active, and since when."""
     proven_boots: set[str] = field(default_factory=set)
-    refused_residency: set[str] = field(default_factory=set)
-    """Asks that an engine refused since it did not hold their revision."""
+    refused_residency: dict[str, Callable[[], bool]] = field(default_factory=dict)
+    """Asks that the last engine they came to refused since it did not hold their revision, and whether the
+    gateway cut that connection before it could read so."""
     log_deleted_at: float | None = None
     """When the audit log was last deleted."""
+    _watched_since: float = 0.0
     clock_was_set: bool = False
     gateway: Any = None
     """The running `Gateway`, if one runs."""
@@ -51,6 +53,7 @@ class Invariants:
     def watch(self, gateway: Any) -> None:
         """A gateway has started."""
         self.gateway = gateway
+        self._watched_since = self.clock.now
         compositions = gateway.catalogue.compositions
         swap = compositions.swap
 
@@ -114,7 +117,8 @@ class Invariants:
         demanded = self.scenario.demanded(ask.tenant, ask.route, ask.model, ask.choice)
         name = f"{ask.request_id} ({ask.tenant}, {ask.route}, stream={ask.stream})"
         marks = ask.marks
-        if str(ask.number) in self.refused_residency and ask.whole and ask.status not in (503, 200):
+        unread = self.refused_residency.get(str(ask.number))
+        if unread is not None and not unread() and ask.whole and ask.status not in (503, 200):
             self.fail(f"{name}: a revision that an engine does not hold gave {ask.status}")
         if not marks:
             if ask.whole and ask.status == 200 and not ask.stream:
@@ -208,7 +212,8 @@ class Invariants:
         most = self.scenario.limits(tenant).get("requests_per_minute")
         if most is None:
             return
-        mine = self._of_tenant(tenant)
+        # Its buckets are full when a gateway starts.
+        mine = [g for g in self._of_tenant(tenant) if g.began_at >= self._watched_since]
         for index, first in enumerate(mine):
             span = generation.began_at - first.began_at + _SLACK_S
             number = sum(g.answers for g in mine[index:])

@@ -291,6 +291,7 @@ class Operator:
 
     async def _gateway_restarts(self) -> None:
         # Whoever starts it sees to it that it can start.
+        self.thread_errors = 0
         self._world.disk.full = False
         self._world.files.write_keys()
         self._world.clients.revoked_at = {}

@@ -53,9 +53,9 @@ class World:
         self.invariants = Invariants(self.scenario, clock)
         self.network = Network(loop, chance("network"), trace)
         loop.network = self.network
-        self.events = Events(
-            self.invariants.step, self.invariants.began, self.invariants.refused_residency.add
-        )
+        found = self.invariants
+        refused = found.refused_residency
+        self.events = Events(found.step, found.began, refused.__setitem__, lambda ask: refused.pop(ask, None))
         count = [0]
         self.engines = [
             EngineModel(f"e{index}", clock, chance(f"engine {index}"), count)
@@ -72,6 +72,7 @@ class World:
         self.operator = Operator(self, chance("operator"), only)
         loop.before_thread = self.operator.before_thread
         loop.set_exception_handler(self._unhandled)
+        self._restarting = asyncio.Lock()
         self.gateway: GatewayProcess
         self.troubled_until = 0.0
         """Until when things may take longer than they should."""
@@ -82,7 +83,7 @@ class World:
         await self._start_gateway()
         end = loop.time() + self.scenario.active_s
         parts = [asyncio.create_task(self.clients.run(end)) for _ in range(self.scenario.clients)]
-        parts.append(asyncio.create_task(self.operator.run(end)))
+        parts += [asyncio.create_task(self.operator.run(end)), asyncio.create_task(self._orchestrate(end))]
         await asyncio.gather(*parts)
         await self.operator.calm()
         self.note("calm")
@@ -104,16 +105,27 @@ class World:
 
     async def restart_gateway(self) -> None:
         """Stop it, and start it again."""
-        self.invariants.gateway = None
-        await self.gateway.stop()
-        await self._start_gateway()
+        async with self._restarting:
+            self.invariants.gateway = None
+            await self.gateway.stop()
+            await self._start_gateway()
+
+    async def _orchestrate(self, until: float) -> None:
+        while self.clock.now < until:
+            await asyncio.sleep(0.5)
+            if not self._restarting.locked():
+                await self.revive_gateway()
 
     async def revive_gateway(self) -> None:
         """Start it again if it ended by itself, as an orchestrator does."""
         task = self.gateway.apps.engine_loop.task
         if task is not None and task.done():
             self.note(f"the gateway ended by itself: {task.exception()!r}")
-            await asyncio.sleep(1.0)
+            # Whoever starts it sees to it that it can start.
+            self.disk.full = False
+            self.operator.thread_errors = 0
+            self.files.write_keys()
+            self.clients.revoked_at = {}
             await self.restart_gateway()
 
     async def _start_gateway(self) -> None:
