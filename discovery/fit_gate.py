@@ -5,7 +5,6 @@ the refusal. The threshold is chosen on the selection prompts; the test prompts 
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +26,8 @@ from discovery.progress import meter
 from discovery.prompt_activations import PromptActivations
 from discovery.prompt_variants import conversation, conversation_ids
 from discovery.refusal import targets
+from discovery.sealed import earlier_json, seal_json
 from discovery.trace import batches
-from interpretops.atomic_file import write_atomically
 from interpretops.refusal import is_coherent, is_refusal
 
 LONGEST_TRAINED = 320
@@ -100,8 +99,8 @@ class GateFit:
         if not self.data.openings:
             return []
         path = self.work / "written.json"
-        if path.exists() and (kept := json.loads(path.read_bytes()))["of"] == self.identity["train"]:
-            return [tuple(ids) for ids in kept["texts"]]
+        if (kept := earlier_json(path, self.identity["train"])) is not None:
+            return [tuple(ids) for ids in kept]
         opened = [self.model.text_ids(text) for text in self.data.openings]
         texts: list[list[int]] = []
         with meter("fit-gate: texts of the model's own", len(opened), "texts") as progress:
@@ -110,7 +109,7 @@ class GateFit:
                 written = self.model.answers(prompts, WRITTEN_TOKENS, sample_seed=len(texts))
                 texts += [[*ids, *more] for ids, more in zip(prompts, written, strict=True)]
                 progress.advance(len(prompts))
-        write_atomically(path, json.dumps({"of": self.identity["train"], "texts": texts}).encode())
+        seal_json(path, self.identity["train"], texts)
         return [tuple(ids) for ids in texts]
 
     @torch.no_grad()
@@ -191,16 +190,13 @@ class GateFit:
         order = self.gate.readings(self.model, ids).argsort(descending=True)[:HARD_BENIGN].tolist()
         prompts = [ids[index] for index in order]
         path = self.work / "benign_answers.json"
-        key = hashlib.sha256(repr(prompts).encode()).hexdigest()
-        kept = json.loads(path.read_bytes()) if path.exists() else {}
-        if kept.get("prompts") != key:
+        identity = [self.model.spec.fingerprint, prompts]
+        kept = earlier_json(path, identity)
+        if kept is None:
             with meter("fit-gate: benign answers", len(prompts), "prompts") as progress:
-                kept = {
-                    "prompts": key,
-                    "answers": edited_answers(self.model, None, prompts, ANSWER_TOKENS, progress),
-                }
-            write_atomically(path, json.dumps(kept).encode())
-        pairs = zip(prompts, kept["answers"], strict=True)
+                kept = edited_answers(self.model, None, prompts, ANSWER_TOKENS, progress)
+            seal_json(path, identity, kept)
+        pairs = zip(prompts, kept, strict=True)
         return [Example(p, tuple(answer)) for p, answer in pairs if len(answer) >= 4]
 
     def outcomes(self, edit: LowRankRows, groups: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

@@ -4,10 +4,11 @@ float16 halves the file; what is larger than it can hold are attention sinks, wh
 """
 
 import hashlib
-import json
 import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,8 @@ from torch import Tensor
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.progress import meter
+from discovery.sealed import REMEDY, earlier_json, seal_json
 from discovery.sequences import batches
-from interpretops.atomic_file import write_atomically
 
 LARGEST = float(np.finfo(np.float16).max)
 
@@ -39,10 +40,12 @@ class PromptActivations:
         data, record = folder / "activations.npy", folder / "activations.json"
         folder.mkdir(parents=True, exist_ok=True)
         done = 0
+        self._sums: list[int] = []
+        """Of each batch that is done."""
         try:
-            if record.exists() and (kept := json.loads(record.read_bytes()))["of"] == identity:
-                done = int(kept["done"])
-                self._values = np.load(data, mmap_mode="r+", allow_pickle=False)
+            if (kept := earlier_json(record, identity)) is not None:
+                done, self._sums = len(kept), kept
+                self._values = _reopen(data, shape)
             else:
                 self._values = np.lib.format.open_memmap(data, "w+", np.float16, shape)  # type: ignore[no-untyped-call]
             self._collect(model, layers, done, record, identity)
@@ -56,6 +59,8 @@ class PromptActivations:
         self, model: FrozenModel, layers: Sequence[int], done: int, record: Path, identity: str
     ) -> None:
         groups = list(batches([list(ids) for ids in self.prompts]))
+        if self._sums != [self._sum(group) for group in groups[:done]]:
+            raise DiscoveryError(f"{record}: the activations beside it were changed or damaged; {REMEDY}")
         tokens = [sum(len(ids) for _, ids in group) for group in groups]
         with meter("fit-gate: activations", sum(tokens), "tokens", sum(tokens[:done])) as progress:
             for number, group in enumerate(groups[done:], start=done + 1):
@@ -66,9 +71,17 @@ class PromptActivations:
                         x[row, : len(ids)].cpu().numpy()
                     )
                 progress.advance(tokens[number - 1])
+                self._sums.append(self._sum(group))
                 if number % 10 == 0 or number == len(groups):
                     self._flush()
-                    write_atomically(record, json.dumps({"of": identity, "done": number}).encode())
+                    seal_json(record, identity, self._sums)
+
+    def _sum(self, group: Sequence[tuple[int, Sequence[int]]]) -> int:
+        """crc32 of what is kept of a batch."""
+        total = 0
+        for place, _ in group:
+            total = zlib.crc32(np.ascontiguousarray(self.of(place)).tobytes(), total)
+        return total
 
     def _flush(self) -> None:
         assert isinstance(self._values, np.memmap)
@@ -88,6 +101,16 @@ class PromptActivations:
             x[row, :length] = self.of(place)
             real[row, :length] = True
         return torch.from_numpy(x), torch.from_numpy(real)
+
+
+def _reopen(data: Path, shape: tuple[int, ...]) -> Any:
+    try:
+        values = np.load(data, mmap_mode="r+", allow_pickle=False)
+    except (ValueError, FileNotFoundError) as error:
+        raise DiscoveryError(f"{data}: is damaged ({error}); delete it and its .json") from error
+    if values.shape != shape or values.dtype != np.float16:
+        raise DiscoveryError(f"{data}: has another shape than its record says; delete it and its .json")
+    return values
 
 
 def stacked(model: FrozenModel, tokens: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:

@@ -25,8 +25,10 @@ from discovery.run_record import write_json
 from discovery.stopping import stoppable
 from discovery.train_together import check_alike, share_gradients, share_statistics
 from discovery.workers import ALONE, Team
+from interpretops.dictionary.manifest import sha256_of
 
 CHECKPOINT = "checkpoint"
+SUMS = "sha256.json"
 WEIGHTS = "sae_weights.safetensors"
 IDENTITY = "settings.json"
 
@@ -159,6 +161,7 @@ def _save(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
     try:
         trainer.save_trainer_state(fresh)
         save_file({k: v.contiguous() for k, v in trainer.sae.state_dict().items()}, fresh / WEIGHTS)
+        write_json(fresh / SUMS, {path.name: sha256_of(path) for path in sorted(fresh.iterdir())})
         write_json(fresh / IDENTITY, identity)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
         shutil.rmtree(fresh, ignore_errors=True)
@@ -178,6 +181,7 @@ def _restore(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
     try:
         earlier = json.loads((checkpoint / IDENTITY).read_bytes())
         if earlier == json.loads(json.dumps(identity)):
+            _check_sums(checkpoint)
             trainer.sae.load_state_dict(load_file(checkpoint / WEIGHTS))
             trainer.load_trainer_state(checkpoint)  # torch.load, which since 2.6 unpickles plain tensors only
             return
@@ -189,6 +193,12 @@ def _restore(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
     raise DiscoveryError(
         f"{checkpoint}: is of another training ({', '.join(differing)}); remove it or --work elsewhere"
     )
+
+
+def _check_sums(checkpoint: Path) -> None:
+    for name, total in json.loads((checkpoint / SUMS).read_bytes()).items():
+        if sha256_of(checkpoint / name) != total:
+            raise ValueError(f"{name} has another checksum")
 
 
 def _first_line(error: Exception) -> str:

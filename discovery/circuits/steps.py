@@ -1,21 +1,16 @@
 """Finished steps of a search on disk: each is written whole, and read instead of done again."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from discovery.errors import DiscoveryError
-from interpretops.atomic_file import write_atomically
+from discovery.sealed import REMEDY, open_json, open_tensors, seal_json, seal_tensors
 
 
 class Steps:
-    """A folder of results by name. Whoever shares it must be the same run: its name says so."""
+    """A folder of results by name. Whoever shares it must be the same run: its name and each file say so."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,36 +19,31 @@ class Steps:
         """A step's numbers from its file, else computed and written."""
         path = self.folder / f"{name}.json"
         if path.exists():
+            found = open_json(path, self._identity(name))
             try:
-                found: Any = json.loads(path.read_text(encoding="utf-8"))
                 return [float(value) for value in found]
-            except (OSError, ValueError, TypeError) as error:
+            except (ValueError, TypeError) as error:
                 raise _unreadable(path, error) from error
         result = compute()
-        self._write(path, json.dumps(result).encode())
+        seal_json(path, self._identity(name), result)
         return result
 
     def tensor(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """A step's tensor from its file, else computed and written."""
         path = self.folder / f"{name}.safetensors"
         if path.exists():
+            found, _ = open_tensors(path, self._identity(name))
             try:
-                return load_safetensors(path.read_bytes())["scores"]
-            except (OSError, SafetensorError, KeyError) as error:
+                return found["scores"]
+            except KeyError as error:
                 raise _unreadable(path, error) from error
         result = compute().contiguous()
-        self._write(path, save_safetensors({"scores": result}))
+        seal_tensors(path, self._identity(name), {"scores": result})
         return result
 
-    def _write(self, path: Path, data: bytes) -> None:
-        try:
-            write_atomically(path, data)
-        except OSError as error:
-            raise DiscoveryError(
-                f"{path}: cannot be written ({error.strerror or error}); "
-                "free space or give another --work, and run the same again"
-            ) from error
+    def _identity(self, name: str) -> list[str]:
+        return [self.folder.name, name]
 
 
 def _unreadable(path: Path, error: Exception) -> DiscoveryError:
-    return DiscoveryError(f"{path}: is no finished step ({error}); delete it, and run the same again")
+    return DiscoveryError(f"{path}: is no finished step ({error}); {REMEDY}")

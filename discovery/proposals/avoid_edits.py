@@ -235,9 +235,8 @@ class AvoidEdits:
         with_trait = [s for s in groups[0] if s.begins is not None]
         without = [s for s in groups[0] if s.begins is None]
         checkpoint = self.kept.folder / f"edit_{digest(asdict(settings))[:16]}.safetensors"
-        train_struck(
-            self.model, edit, [with_trait, without, groups[1], groups[2]], words, settings, checkpoint
-        )
+        parts = [with_trait, without, groups[1], groups[2]]
+        train_struck(self.model, edit, parts, words, settings, checkpoint, self.kept.identity)
         self.found |= {"struck_tokens": len(words), "training": asdict(settings)}
         sites = {}
         for layer in layers:

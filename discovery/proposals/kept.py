@@ -1,26 +1,21 @@
 """The folder in which a run keeps its finished steps: whole files, refused when they are another run's."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from discovery.errors import DiscoveryError
-from interpretops.atomic_file import write_atomically
+from discovery.sealed import digest, open_json, open_tensors, seal_json, seal_tensors
+from discovery.sealed import write_step as write_whole
+
+__all__ = ["Kept", "digest", "write_whole"]
 
 Found = TypeVar("Found")
 IDENTITY = "run.json"
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+_ANEW = "remove the folder or give another --work"
 
 
 class Kept:
@@ -28,6 +23,7 @@ class Kept:
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder
+        self.identity = identity
         path = folder / IDENTITY
         if not path.exists():
             if folder.is_dir() and any(folder.iterdir()):
@@ -49,42 +45,27 @@ class Kept:
         """A step's JSON result from its file, else computed and written."""
         path = self.folder / f"{name}.json"
         if path.exists():
-            found: Found = _read_json(path)
+            found: Found = open_json(path, [self.identity, name])
             return found
         result = compute()
-        write_whole(path, json.dumps(result).encode())
+        seal_json(path, [self.identity, name], result)
         return result
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """A step's tensors from their file, else computed and written."""
         path = self.folder / f"{name}.safetensors"
         if path.exists():
-            try:
-                return load_safetensors(path.read_bytes())
-            except (OSError, SafetensorError) as error:
-                raise _damaged(path, error) from error
+            return open_tensors(path, [self.identity, name])[0]
         result = {key: value.contiguous() for key, value in compute().items()}
-        write_whole(path, save_safetensors(result))
+        seal_tensors(path, [self.identity, name], result)
         return result
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; a full disk ends in one line."""
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise DiscoveryError(
-            f"{path}: cannot be written ({error.strerror or error}); finished steps are kept: "
-            "free space or name another place, and run the same again"
-        ) from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> DiscoveryError:
-    return DiscoveryError(f"{path}: is no finished step ({error}); delete it, and run the same again")
+        raise DiscoveryError(f"{path}: does not tell which run this is ({error}); {_ANEW}") from error
+    if not isinstance(found, dict):
+        raise DiscoveryError(f"{path}: does not tell which run this is; {_ANEW}")
+    return found

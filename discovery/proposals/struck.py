@@ -5,26 +5,23 @@ position the goal is the model's own distribution with the probability of unwant
 `STRIKE` and the rest scaled up; where none are likely, that is the model itself. Loss: KL divergence to it.
 """
 
-import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
+from discovery.checkpoint import restore_checkpoint, save_checkpoint
 from discovery.frozen_model import FrozenModel
 from discovery.gate_probe import Probe
 from discovery.low_rank import LowRankRows
 from discovery.progress import meter
-from discovery.proposals.kept import write_whole
 from discovery.proposals.trait import Sampled
+from discovery.sealed import digest
 
 STRIKE = 50.0
 TRAIT_WEIGHT = 8.0
@@ -99,14 +96,18 @@ def train_struck(
     words: Sequence[int],
     settings: StruckSettings,
     checkpoint: Path,
+    identity: Any,
     tick: Callable[[int], object] = int,
 ) -> LowRankRows:
     """Train, or go on from ``checkpoint``; ``groups`` are sampled from in equal numbers.
 
+    ``identity`` is that of the run. The checkpoint is bound to it, and to all that is trained on besides.
     ``tick`` hears of every finished step, before it is kept.
     """
     optimizer = torch.optim.Adam(edit.parameters(), lr=settings.learning_rate)
-    step = _restore(edit, optimizer, checkpoint)
+    of = [identity, asdict(settings), [asdict(sample) for group in groups for sample in group], list(words)]
+    of += [model.spec.fingerprint, digest([value.detach().flatten().tolist() for value in edit.parameters()])]
+    step = restore_checkpoint(edit, optimizer, checkpoint, of)
     struck = torch.tensor(list(words), dtype=torch.long)
     with meter("propose: edit", settings.steps, "steps", step) as progress:
         while step < settings.steps:
@@ -127,30 +128,5 @@ def train_struck(
             tick(step)
             progress.advance(1, f"loss {loss.item():.4f}")
             if step % 10 == 0 or step == settings.steps:
-                _save(edit, optimizer, checkpoint, step)
+                save_checkpoint(edit, optimizer, checkpoint, of, step)
     return edit
-
-
-def _save(edit: LowRankRows, optimizer: torch.optim.Optimizer, checkpoint: Path, step: int) -> None:
-    tensors = {f"edit.{name}": value.detach().clone() for name, value in edit.named_parameters()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{name}": value.detach().clone() for name, value in state.items()}
-    write_whole(checkpoint, save_safetensors(tensors, {"step": json.dumps(step)}))
-
-
-def _restore(edit: LowRankRows, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
-    if not checkpoint.exists():
-        return 0
-    with safe_open(checkpoint, "pt") as file:
-        step = int(json.loads(file.metadata()["step"]))
-    tensors = load_file(checkpoint)
-    with torch.no_grad():
-        for name, parameter in edit.named_parameters():
-            parameter.copy_(tensors[f"edit.{name}"])
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        if name.startswith("adam."):
-            _, index, part = name.split(".")
-            state.setdefault(int(index), {})[part] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step

@@ -125,9 +125,11 @@ def test_damaged_checkpoint_is_named(traced: TraceReader, tmp_path: Path) -> Non
     """A checkpoint that cannot be read ends in one line that names it."""
     train(traced, SETTINGS, tmp_path)
     path = tmp_path / "checkpoint" / "sae_weights.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DiscoveryError, match=r"checkpoint: is damaged \("):
-        train(traced, SETTINGS, tmp_path)
+    whole = path.read_bytes()
+    for damaged in (whole[:1000], whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(damaged)
+        with pytest.raises(DiscoveryError, match=r"checkpoint: is damaged \(.*remove it and train again"):
+            train(traced, SETTINGS, tmp_path)
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(traced: TraceReader, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from discovery import sealed
 from discovery.circuits import command
 from discovery.circuits import search as search_module
-from discovery.circuits import steps as steps_module
 from discovery.frozen_model import FrozenModel
 from interpretops.atomic_file import write_atomically
 from interpretops.circuit import load_circuit
@@ -157,7 +157,7 @@ def test_full_disk_leaves_what_was_done(  # type: ignore[no-untyped-def]
             raise OSError(28, "No space left on device")
         write_atomically(path, data)
 
-    monkeypatch.setattr(steps_module, "write_atomically", full)
+    monkeypatch.setattr(sealed, "write_atomically", full)
     status, _, lines = mechctl(
         "--pairs", pairs_file, "--edges", 3, "--out", tmp_path / "c.json", "--work", tmp_path / "work"
     )
@@ -188,7 +188,7 @@ def test_terminated_run_is_one_line_and_keeps_its_steps(  # type: ignore[no-unty
             os.kill(os.getpid(), signal.SIGTERM)
         write_atomically(path, data)
 
-    monkeypatch.setattr(steps_module, "write_atomically", terminate)
+    monkeypatch.setattr(sealed, "write_atomically", terminate)
     status, _, lines = mechctl(
         "--pairs", pairs_file, "--edges", 3, "--out", tmp_path / "c.json", "--work", tmp_path / "work"
     )

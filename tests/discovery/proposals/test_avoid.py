@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from discovery.errors import DiscoveryError
 from discovery.evaluation.toxicity import is_toxic
 from discovery.frozen_model import FrozenModel
 from discovery.gate_probe import Probe
@@ -105,7 +106,7 @@ def test_killed_training_ends_with_the_same_rows(tiny: FrozenModel, tmp_path: Pa
     words = sorted({token for sample in samples for token in sample.answer})[:3]
     struck = torch.tensor(words)
     before = loss_of(tiny, _edit(tiny, settings), samples, struck).item()
-    whole = train_struck(tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "whole")
+    whole = train_struck(tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "whole", "run")
     assert loss_of(tiny, whole, samples, struck).item() < before
 
     def dies(step: int) -> None:
@@ -113,8 +114,19 @@ def test_killed_training_ends_with_the_same_rows(tiny: FrozenModel, tmp_path: Pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_struck(tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "broken", dies)
-    resumed = train_struck(tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "broken")
+        train_struck(
+            tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "broken", "run", dies
+        )
+    for run, parts, struck_words in (
+        ("other", [samples], words),
+        ("run", [samples[1:]], words),
+        ("run", [samples], words[1:]),
+    ):
+        with pytest.raises(DiscoveryError, match=r"broken: is of another run: .*; delete it"):
+            train_struck(tiny, _edit(tiny, settings), parts, struck_words, settings, tmp_path / "broken", run)
+    resumed = train_struck(
+        tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "broken", "run"
+    )
     for (name, value), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         torch.testing.assert_close(other, value, rtol=0, atol=0, msg=name)
 

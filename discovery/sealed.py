@@ -1,0 +1,119 @@
+"""Finished steps on disk, each sealed: whose it is, and the sha256 of what it holds.
+
+A step of another run, or a damaged one, ends in one line that names the file and what to do with it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from discovery.errors import DiscoveryError
+from interpretops.atomic_file import write_atomically
+
+OF, SUM = "of", "sha256"
+REMEDY = "delete it, and run the same again"
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, whatever the order of its keys."""
+    # As it comes back from a file: keys are texts there.
+    plain = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def write_step(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; a full disk ends in one line."""
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise DiscoveryError(
+            f"{path}: cannot be written ({error.strerror or error}); finished steps are kept: "
+            "free space or name another place, and run the same again"
+        ) from error
+
+
+def seal_json(path: Path, identity: Any, value: Any) -> None:
+    """Keep a JSON value."""
+    write_step(path, json.dumps({OF: digest(identity), SUM: digest(value), "value": value}).encode())
+
+
+def open_json(path: Path, identity: Any) -> Any:
+    """What `seal_json` kept under the same identity."""
+    content = _content(path)
+    _check(path, content[OF], identity)
+    if digest(content["value"]) != content[SUM]:
+        raise _damaged(path, "its content has another checksum")
+    return content["value"]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, _first_line(error)) from error
+    if not isinstance(content, dict) or content.keys() != {OF, SUM, "value"}:
+        raise _damaged(path, "it has another form")
+    return content
+
+
+def earlier_json(path: Path, identity: Any) -> Any:
+    """As `open_json`; None where nothing was kept, or by another run, whose place is then taken."""
+    if not path.exists():
+        return None
+    content = _content(path)
+    return open_json(path, identity) if content[OF] == digest(identity) else None
+
+
+def seal_tensors(
+    path: Path, identity: Any, tensors: Mapping[str, Tensor], more: dict[str, str] | None = None
+) -> None:
+    """Keep tensors, and texts beside them."""
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata = {**(more or {}), OF: digest(identity)}
+    write_step(path, save_safetensors(whole, {**metadata, SUM: _digest_of(whole, metadata)}))
+
+
+def open_tensors(path: Path, identity: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `seal_tensors` kept under the same identity: tensors, and texts."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        total = metadata.pop(SUM)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise _damaged(path, _first_line(error)) from error
+    _check(path, metadata.get(OF), identity)
+    if _digest_of(tensors, metadata) != total:
+        raise _damaged(path, "its content has another checksum")
+    return tensors, metadata
+
+
+def _check(path: Path, of: str | None, identity: Any) -> None:
+    if of != digest(identity):
+        raise DiscoveryError(
+            f"{path}: is of another run: model, data or settings differ; {REMEDY}, or give another --work"
+        )
+
+
+def _digest_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        total.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _damaged(path: Path, why: str) -> DiscoveryError:
+    return DiscoveryError(f"{path}: is no finished step ({why}); {REMEDY}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

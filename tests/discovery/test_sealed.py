@@ -1,0 +1,160 @@
+"""Finished steps and checkpoints: a damaged or foreign one is one line with file and remedy, never used."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from discovery.checkpoint import restore_checkpoint, save_checkpoint
+from discovery.circuits.steps import Steps
+from discovery.errors import DiscoveryError
+from discovery.proposals.kept import Kept
+from discovery.sealed import open_json, open_tensors, seal_json, seal_tensors
+
+
+def training(seed=0, width=3):
+    torch.manual_seed(seed)
+    module = nn.Linear(width, 2)
+    return module, torch.optim.Adam(module.parameters())
+
+
+def step(module, optimizer):
+    optimizer.zero_grad()
+    module(torch.ones(1, module.in_features)).sum().backward()
+    optimizer.step()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of the run `mine`, after two steps."""
+    module, optimizer = training()
+    step(module, optimizer)
+    step(module, optimizer)
+    path = tmp_path / "edit.safetensors"
+    save_checkpoint(module, optimizer, path, {"run": "mine"}, 2)
+    return path
+
+
+def restore(path, identity=None, **shape):
+    return restore_checkpoint(*training(1, **shape), path, identity or {"run": "mine"})
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_weight(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def without_metadata(path):
+    save_file(load_file(path), path)
+
+
+def another_step(path):
+    content = path.read_bytes()
+    assert b'"step":"2"' in content
+    path.write_bytes(content.replace(b'"step":"2"', b'"step":"9"'))
+
+
+DAMAGE = (
+    cut,
+    flip_a_weight,
+    without_metadata,
+    another_step,
+    lambda path: path.write_bytes(b"junk"),
+    lambda path: path.write_bytes(b""),
+    lambda path: (path.unlink(), path.mkdir()),
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_is_one_line_with_its_remedy(checkpoint, damage):
+    """Cut, flipped by one bit, stripped or replaced: nothing of it is taken up."""
+    assert restore(checkpoint) == 2
+    damage(checkpoint)
+    with pytest.raises(DiscoveryError) as told:
+        restore(checkpoint)
+    assert str(told.value).startswith(f"{checkpoint}: is no finished step (")
+    assert "; delete it, and run the same again" in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_checkpoint_of_another_run_is_not_taken_up(checkpoint):
+    """Other settings, data or model, or another shape under the same name: one line, and the remedy."""
+    with pytest.raises(DiscoveryError, match=r"is of another run: .*; delete it, .* or give another --work"):
+        restore(checkpoint, {"run": "yours"})
+    with pytest.raises(DiscoveryError, match=r"does not fit this training \(.*; delete it"):
+        restore(checkpoint, width=4)
+
+
+@pytest.mark.parametrize("kind", ["json", "tensors"])
+def test_step_is_read_back_only_as_it_was_written(tmp_path, kind):
+    """Values return whole, keys of numbers and empty ones too; every byte that is changed is noticed."""
+    path = tmp_path / "step"
+    if kind == "json":
+        seal_json(path, ["run", "step"], {1: [0.5, None], 10: {}, 9: "x"})
+        assert open_json(path, ["run", "step"]) == {"1": [0.5, None], "10": {}, "9": "x"}
+    else:
+        made = {
+            "a": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+            "n": torch.tensor(3),
+            "e": torch.ones(0),
+        }
+        seal_tensors(path, ["run", "step"], made, {"more": "text"})
+        found, more = open_tensors(path, ["run", "step"])
+        assert more["more"] == "text"
+        assert all(torch.equal(found[name], value) for name, value in made.items())
+    whole = path.read_bytes()
+    read = open_json if kind == "json" else open_tensors
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(bytes(changed))
+        told = ""
+        try:
+            read(path, ["run", "step"])
+        except DiscoveryError as error:
+            told = str(error)
+        if not told:
+            # Between the values of JSON a blank may be another blank.
+            assert kind == "json"
+            assert json.loads(path.read_bytes()) == json.loads(whole)
+        else:
+            assert re.match(rf"{re.escape(str(path))}: is (no finished step|of another run)", told)
+
+
+def test_steps_of_another_run_are_not_read(tmp_path):
+    """A file that was copied from another run's folder, or bears another step's name, is named."""
+    for run in ("one", "two"):
+        kept = Kept(tmp_path / run, {"run": run})
+        assert kept.json("drawn", lambda run=run: [run]) == [run]
+        kept.tensors("words", lambda: {"x": torch.ones(2)})
+        Steps(tmp_path / f"steps-{run}").tensor("scores", lambda: torch.ones(2))
+        Steps(tmp_path / f"steps-{run}").numbers("found", lambda: [1.0])
+    for name in ("drawn.json", "words.safetensors"):
+        (tmp_path / "one" / name).write_bytes((tmp_path / "two" / name).read_bytes())
+    for name in ("scores.safetensors", "found.json"):
+        (tmp_path / "steps-one" / name).write_bytes((tmp_path / "steps-two" / name).read_bytes())
+    kept, steps = Kept(tmp_path / "one", {"run": "one"}), Steps(tmp_path / "steps-one")
+    for read in (
+        lambda: kept.json("drawn", list),
+        lambda: kept.tensors("words", dict),
+        lambda: steps.tensor("scores", lambda: torch.ones(2)),
+        lambda: steps.numbers("found", list),
+    ):
+        with pytest.raises(DiscoveryError, match="is of another run"):
+            read()
+    (tmp_path / "two" / "other.json").write_bytes((tmp_path / "two" / "drawn.json").read_bytes())
+    with pytest.raises(DiscoveryError, match=r"other\.json: is of another run"):
+        Kept(tmp_path / "two", {"run": "two"}).json("other", list)
+    (tmp_path / "two" / "run.json").write_text("[]")
+    with pytest.raises(
+        DiscoveryError, match=r"run\.json: does not tell which run this is; remove the folder"
+    ):
+        Kept(tmp_path / "two", {"run": "two"})
