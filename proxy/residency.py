@@ -94,6 +94,8 @@ class Residency:
             error = await self._try(engine, revision)
             if error is not None and _is_the_engines_own(error):
                 raise error
+        # What it still holds from before it was lost.
+        self._free_unheld_soon()
         if error is not None:
             self._note_unattested(engine.name, revision, error)
 
