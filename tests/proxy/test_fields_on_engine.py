@@ -20,7 +20,7 @@ meta: {id: gated}
 gates:
   end:
     layer: 2
-    conditions: [{probe: {file: zero.safetensors}, bias: 1.0}]
+    conditions: [{probe: {file: ones.safetensors}, bias: 1.0e+6}]
     scope: prompt_end
     latched: true
 interventions:
@@ -109,7 +109,7 @@ async def serve(start, engine_server, tmp_path, repository):
     folder = tmp_path / "policies"
     folder.mkdir()
     (folder / "gated.yaml").write_text(GATED)
-    save_file({"zero": np.zeros(576, np.float32)}, folder / "zero.safetensors")
+    save_file({"ones": np.ones(576, np.float32)}, folder / "ones.safetensors")
     shutil.copy(repository / "policies/jailbreak.yaml", folder)
 
     async def run(policy):
