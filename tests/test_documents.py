@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from interpretops.dictionary import read_manifest
+from interpretops.norm_bounds import read_norm_bounds
 from interpretops.policy import load_policy
 from interpretops.settings import load_settings
 
@@ -46,6 +47,8 @@ def test_yaml_examples_load(document: Path, tmp_path: Path) -> None:
             load_policy(path)
         elif keys.get("kind") == "dictionary":
             read_manifest(folder.rename(tmp_path / keys["id"]))
+        elif keys.get("kind") == "norm_bounds":
+            read_norm_bounds(path)
         else:
             load_settings(path, environ={})
 
