@@ -107,7 +107,7 @@ def edited_by_hand(model: HookedModel, plan: Plan) -> Iterator[None]:
 
     def open_gates(position: int) -> list[bool]:
         latch = bool(first_firing) and position >= first_firing[0]
-        return [True, latch, position < PROMPT_LENGTH, position >= PROMPT_LENGTH]
+        return [True, latch, position < PROMPT_LENGTH, position >= PROMPT_LENGTH - 1]
 
     def read_gate(_module: Any, args: tuple[Any, ...]) -> None:
         gate = plan.gates[1]

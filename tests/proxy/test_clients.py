@@ -48,7 +48,7 @@ async def line_of(process):
 def script(body):
     """What vLLM answers to a chat, whole or streamed, with a tool's call where there are tools."""
     head = {"id": "chatcmpl-1", "created": 1, "model": body["model"]}
-    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    usage = {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
     if body.get("stream"):
         deltas = [{"role": "assistant", "content": ""}, {"content": "Ice "}, {"content": "cream."}, {}]
         ends = [None, None, None, "stop"]
