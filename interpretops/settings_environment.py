@@ -78,6 +78,7 @@ def _why_unknown(variable: str) -> str:
     near = [name for name in known if written and name.endswith(f"_{written}")]
     near = near or [short[name] for name in difflib.get_close_matches(written, short, n=1, cutoff=0.7)]
     meant = f"did you mean {' or '.join(near)}?" if near else "docs/configuration.md lists what can be set"
+    meant += "; a variable of another program is to be unset here"
     return f"{what}; {meant}{_KUBERNETES if _SERVICE.search(upper) else ''}"
 
 

@@ -43,21 +43,30 @@ class SpecialTokens:
     def __hash__(self) -> int:
         return hash((frozenset(self.ids.items()), self.first))
 
-    def inert(self, text: str, *, alone: bool = False) -> str:
+    def inert(self, text: str, *, alone: bool = False, quoted: bool = False) -> str:
         """``text`` with a `JOINER` wherever a special token would begin, and where one could be completed.
 
-        alone  nothing will stand before or after the text, so that only what it holds itself counts
+        alone   nothing will stand before or after the text, so that only what it holds itself counts
+        quoted  it will stand in JSON or between brackets, and not directly beside another text
 
-        Text that holds no such thing is returned as it is.
+        Text that holds no such thing is returned as it is. A template may trim it: what counts is what would
+        be left, and the `JOINER` stands at the outer end, where trimming stops.
         """
         if self._begins is None:
             return text
         found = self._begins.sub(rf"\g<0>{JOINER}", text)
         if alone:
             return found
-        if text in self._inner or text.startswith(self._rests):
-            found = text[0] + JOINER + found[1:].removeprefix(JOINER)
-        if any(found[-size:] in starts for size, starts in self._starts.items()):
+        core = text.strip()
+        if core in self._inner or (not quoted and text.lstrip().startswith(self._rests)):
+            if text[:1] == core[:1]:
+                found = text[0] + JOINER + found[1:].removeprefix(JOINER)
+            else:
+                found = JOINER + found
+        if quoted:
+            return found
+        end = found.rstrip()
+        if any(end[-size:] in starts for size, starts in self._starts.items()):
             found += JOINER
         return found
 

@@ -233,18 +233,19 @@ def names_this_machine(host: str | None, also: Collection[str] = ()) -> bool:
     sends that name.
     """
     name = (host or "").rsplit(":", 1)[0] if not (host or "").endswith("]") else (host or "")
-    name = name.strip("[]").lower()
-    if name in LOOPBACK_NAMES or name in {one.lower() for one in also}:
+    name = name.strip("[]").lower().removesuffix(".")
+    if name in LOOPBACK_NAMES or name.endswith(".localhost") or name in {one.lower() for one in also}:
         return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        address = ipaddress.ip_address(name)
     except ValueError:
         return False
+    return address.is_loopback or address.is_unspecified
 
 
 def check_page(headers: CIMultiDictProxy[str], also: Collection[str]) -> None:
     """Refuse what a web page of a foreign name may have sent, where nobody has to show a key."""
-    for host in headers.getall("Host", [""]):
+    for host in headers.getall("Host", []):  # a page always sends one
         if not names_this_machine(host, also):
             raise ForeignPage(
                 f"Host = {host[:128]!r}, but without keys only names of this machine are answered to; name "
@@ -252,7 +253,12 @@ def check_page(headers: CIMultiDictProxy[str], also: Collection[str]) -> None:
             )
     for origin in headers.getall("Origin", []):
         scheme, _, host = origin.partition("://")
-        if scheme not in ("http", "https") or not names_this_machine(host, also):
+        if scheme not in ("http", "https"):
+            raise ForeignPage(
+                f"Origin = {origin[:128]!r}, but without keys only pages of this machine are answered; set "
+                "paths.keys and give the program a key"
+            )
+        if not names_this_machine(host, also):
             raise ForeignPage(
                 f"Origin = {origin[:128]!r}, but without keys only pages of this machine are answered; name "
                 "its host in gateway.allowed_hosts, or set paths.keys"

@@ -30,6 +30,8 @@ class Unmatched(NamedTuple):
     """Place, name, and what would be right."""
     enforces: bool = False
     """Whether it is a binding that gives requests a policy unasked."""
+    starts: bool = False
+    """Whether the gateway starts all the same: what was right when it was written has run out since."""
 
 
 def unmatched_keys(bindings: Sequence[Binding], keys: Sequence[ApiKey], now: datetime) -> list[Unmatched]:
@@ -41,6 +43,7 @@ def unmatched_keys(bindings: Sequence[Binding], keys: Sequence[ApiKey], now: dat
         key = by_id.get(name or "")
         if name is None:
             continue
+        expired = False
         if key is None:
             why = f"but paths.keys holds no such key; {remedy(name, by_id)}"
         elif key.tenant is None:
@@ -49,10 +52,12 @@ def unmatched_keys(bindings: Sequence[Binding], keys: Sequence[ApiKey], now: dat
             why = f"but that is a key of tenant {key.tenant!r}, and match.tenant is {binding.match.tenant!r}"
         elif key.expires is not None and key.expires <= now:
             why = f"but that key expired on {key.expires.isoformat()}; `mechctl keys rotate` renews it"
+            expired = True
         else:
             continue
         enforces = binding.mode != "optional" and binding.policy != NONE
-        found.append(Unmatched("bindings", f"bindings[{index}].match.key = {name!r}, {why}", enforces))
+        place = f"bindings[{index}].match.key = {name!r}"
+        found.append(Unmatched("bindings", f"{place}, {why}", enforces, expired))
     return found
 
 
@@ -118,8 +123,10 @@ class NameCheck:
         found = self._lost_keys()
         if not settings.engine.url:
             found += unmatched_models(settings, {settings.model.served_name})
-        if found:
-            raise ConfigError("\n".join(unmatched.why for unmatched in found))
+        if wrong := [unmatched.why for unmatched in found if not unmatched.starts]:
+            raise ConfigError("\n".join(wrong))
+        for unmatched in found:
+            log.error("name_unmatched", place=unmatched.kind, why=unmatched.why)
         for kind in KINDS:
             metrics.names_unmatched.labels(kind).set_function(partial(self._count, kind))
 

@@ -104,6 +104,8 @@ _OTHER_CONTENT: Final = frozenset(
     ]
 )
 """Keys under which clients send what is not text. Taken out, callers would think it was read."""
+_MAY_BE_A_NOTE: Final = frozenset(("document", "file", "files", "source"))
+"""Of those, keys that an app may well keep a name or number of its own under."""
 _EMPTY: Final[tuple[Any, ...]] = (None, "", [], {})
 
 
@@ -175,7 +177,7 @@ def _check_part(part: Any, where: str) -> None:
         raise _refused(where, kind)
     said, keys = _PARTS[kind]
     for name in [name for name in part if name not in keys]:
-        if part[name] is not None:
+        if name in _OTHER_CONTENT and part[name] not in _EMPTY:
             raise FieldNotAllowed(
                 f"{where}: part of type {kind!r} holds {name[:64]!r}, but only text is served; remove it",
                 param=where,
@@ -199,7 +201,8 @@ def _check_call(call: Any, where: str) -> None:
 def _keep(found: dict[str, Any], keys: frozenset[str], where: str) -> None:
     """Take out of a message what is not in ``keys``; refuse it where it is content of another kind."""
     for name in [name for name in found if name not in keys]:
-        if name in _OTHER_CONTENT and found[name] not in _EMPTY:
+        noted = name in _MAY_BE_A_NOTE and not isinstance(found[name], dict | list)
+        if name in _OTHER_CONTENT and found[name] not in _EMPTY and not noted:
             raise FieldNotAllowed(
                 f"{where} holds {name!r}, but only text is served; remove it", param=f"{where}.{name}"
             )

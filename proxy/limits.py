@@ -169,6 +169,13 @@ class Meter:
         if size.owed > limit:
             raise _never(f"may use {size.owed} tokens", f"{limit} are served a {period}")
         used = self._budgets.used(self._tenant, period)
+        if size.owed <= limit - used:
+            raise RateLimited(
+                f"of the budget of {limit} tokens a {period} {used} are used and {self._set_aside} set aside "
+                f"for requests in progress, and this request may use {size.owed}; try again when they ended",
+                retry_after_s=1,
+                headers=self.headers(),
+            )
         raise BudgetSpent(
             f"of the budget of {limit} tokens a {period} {used} are used"
             + (f" and {self._set_aside} set aside for requests in progress" if self._set_aside else "")

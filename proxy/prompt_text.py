@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from interpretops.special_tokens import SpecialTokens
+from interpretops.special_tokens import JOINER, SpecialTokens
 from proxy.refusal import FieldNotAllowed, InvalidRequest
 from proxy.routes import Route
 
@@ -13,6 +14,10 @@ ROLES: Final = frozenset(("assistant", "developer", "function", "ipython", "syst
 """Templates write `<|` and `|>` around some of them, so that any other could spell a special token."""
 _ALONE: Final = frozenset(("prompt", "response_format"))
 """Nothing stands beside a whole prompt, and quotation marks around what is in a schema."""
+_QUOTED: Final = frozenset(("output_config", "text"))
+_QUOTED_WITHIN: Final = frozenset(("input", "input_schema", "json_schema", "parameters", "schema"))
+"""Schemas and what functions are called with: templates write them as JSON. An operator such as `<` in an
+`enum` must reach the grammar as it is."""
 _SPOKEN: Final = frozenset(("messages", "input"))
 
 
@@ -30,21 +35,55 @@ def make_inert(route: Route, body: Mapping[str, Any], special: SpecialTokens) ->
             _check_roles(name, body[name])
         if name == "prompt":
             _check_tokens(body[name], special)
-        found[name] = _inert(body[name], special, alone=name in _ALONE)
+        quoted = name in _QUOTED
+        found[name] = _inert(body[name], special, alone=name in _ALONE, quoted=quoted)
+    if body.get("continue_final_message") is True:
+        _leave_open(found.get("messages"), body.get("messages"), special)
     return found
 
 
-def _inert(value: Any, special: SpecialTokens, *, alone: bool) -> Any:
+def _leave_open(made: Any, given: Any, special: SpecialTokens) -> None:
+    """Nothing will stand behind the last text, which the answer goes on with: its end stays as it is."""
+    if isinstance(given, list) and given and isinstance(given[-1], dict):
+        content = given[-1].get("content")
+        inert = made[-1].get("content")
+        if isinstance(content, str) and inert.endswith(JOINER) and not content.endswith(JOINER):
+            made[-1]["content"] = inert.removesuffix(JOINER)
+
+
+def _inert(value: Any, special: SpecialTokens, *, alone: bool, quoted: bool) -> Any:
     if isinstance(value, str):
-        return special.inert(value, alone=alone)
+        return special.inert(value, alone=alone, quoted=quoted)
     if isinstance(value, list):
-        return [_inert(item, special, alone=alone) for item in value]
+        return [_inert(item, special, alone=alone, quoted=quoted) for item in value]
     if isinstance(value, dict):
-        return {
-            special.inert(name, alone=alone): _inert(item, special, alone=alone)
-            for name, item in value.items()
-        }
+        found = {}
+        for name, item in value.items():
+            within = quoted or (name in _QUOTED_WITHIN and isinstance(item, dict))
+            if name == "arguments" and isinstance(item, str):
+                made: Any = _inert_json(item, special)
+            else:
+                made = _inert(item, special, alone=alone, quoted=within)
+            found[special.inert(name, alone=alone, quoted=quoted)] = made
+        return found
     return value
+
+
+def _inert_json(text: str, special: SpecialTokens) -> str:
+    """What a function was called with, a JSON text. The engine reads it, and templates write what it means.
+
+    So an escape (`\\u003c`) could spell what the text itself does not. Texts that mean no special token stay
+    as they are.
+    """
+    if "\\" in text:
+        try:
+            meant = json.loads(text)
+            made = _inert(meant, special, alone=False, quoted=True)
+            if made != meant:
+                text = json.dumps(made, ensure_ascii=False)
+        except (ValueError, RecursionError):
+            raise InvalidRequest("arguments of a function call must be JSON", param="arguments") from None
+    return special.inert(text)
 
 
 def _check_roles(field: str, given: Any) -> None:

@@ -37,7 +37,10 @@ _ENDS: Final = "decides where the answer ends; the answer itself is steered"
 _TOLD: Final = "tells of generated positions alone, each after the policy's edits"
 _SHOWS: Final = "how the answer's tokens are written; computes nothing"
 _PROMPT: Final = "how the prompt is put together from what the caller wrote; the gates read what comes of it"
-_FORM: Final = "allows only answers of a form; each token comes from the steered distribution"
+_FORM: Final = (
+    "allows only answers of a form; each token comes from the steered distribution (what the form itself makes "
+    "the answer say, a gate over the prompt does not read: docs/threat-model.md)"
+)
 _RENDERED: Final = f"{_FORM}; some templates write it into the prompt"
 _READ: Final = (
     "tells log-probabilities or ranks at positions of the prompt, where a gate that opens at its end has "

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from proxy import route_fields
 from proxy.content import check_input, check_messages, check_tools
+from proxy.template_kwargs import check_template_kwargs
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class Route:
     """Looks at values that could make the engine reach out, or hold what is not text."""
 
 
+_CHECKS = (check_messages, check_tools, check_template_kwargs)
+
 _SERVED = (
-    Route("/v1/chat/completions", route_fields.CHAT, checks=(check_messages, check_tools)),
+    Route("/v1/chat/completions", route_fields.CHAT, checks=_CHECKS),
     Route("/v1/completions", route_fields.COMPLETIONS),
     Route(
         "/v1/responses",
@@ -40,22 +43,27 @@ _SERVED = (
         named_events=True,
         # The engine would keep answers, and hand them to whoever knows their id.
         fixed=MappingProxyType({"store": False}),
-        checks=(check_input, check_tools),
+        checks=(check_input, check_tools, check_template_kwargs),
     ),
     Route(
         "/v1/messages",
         route_fields.MESSAGES,
         end=b"event: message_stop\n",
         named_events=True,
-        checks=(check_messages, check_tools),
+        checks=_CHECKS,
     ),
     Route(
         "/v1/messages/count_tokens",
         route_fields.COUNT,
         generates=False,
-        checks=(check_messages, check_tools),
+        checks=_CHECKS,
     ),
-    Route("/tokenize", route_fields.TOKENIZE, generates=False, checks=(check_messages, check_tools)),
+    Route(
+        "/tokenize",
+        route_fields.TOKENIZE,
+        generates=False,
+        checks=_CHECKS,
+    ),
     Route("/detokenize", route_fields.DETOKENIZE, generates=False),
 )
 ROUTES: Final[Mapping[str, Route]] = MappingProxyType({route.path: route for route in _SERVED})

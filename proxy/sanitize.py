@@ -115,8 +115,8 @@ def _values(structure: bytes) -> int:
 
 def clean(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of ``body`` that the engine may see, values as the client sent them."""
-    for name in body:
-        if name not in route.fields and name not in DROPPED:
+    for name, value in body.items():
+        if value is not None and name not in route.fields and name not in DROPPED:
             raise FieldNotAllowed(
                 f"field {name[:64]!r} may not be set on {route.path}; remove it from the request",
                 param=name[:64],

@@ -61,15 +61,22 @@ async def test_binding_by_an_unknown_key_stops_the_start(guarded, keys, mode):
 @pytest.mark.parametrize(
     ("holder", "match", "told"),
     [
-        ("old", {}, "expired on"),
         ("viewer", {}, "of role viewer, which opens the admin listener only"),
         ("other", {"tenant": "acme"}, "a key of tenant 'other', and match.tenant is 'acme'"),
     ],
 )
 async def test_binding_by_a_key_that_cannot_ask_stops_the_start(guarded, keys, holder, match, told):
-    """An expired key, an admin's, another tenant's: none of them ever makes a request that matches."""
+    """An admin's key, another tenant's: none of them ever makes a request that matches."""
     with pytest.raises(ConfigError, match=told):
         await guarded(bindings=bound(key=keys[holder][1].id, **match))
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("mandatory", ["binding_unmatched"]), ("optional", [])])
+async def test_key_that_has_expired_does_not_keep_the_gateway_down(guarded, keys, mode, expected):
+    """What was right once must not stop a restart: it is counted, and not ready where it enforces."""
+    front = await guarded(bindings=bound(mode=mode, key=keys["old"][1].id))
+    assert await reasons(front) == expected
+    assert 'interpretops_names_unmatched{place="bindings"} 1.0' in metrics_of(front)
 
 
 async def test_gateway_is_not_ready_while_a_mandatory_binding_has_lost_its_key(guarded, keys, tmp_path):

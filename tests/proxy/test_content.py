@@ -134,8 +134,12 @@ async def test_odd_types_are_no_internal_error(start, engine):
         (CHAT, content_of({"type": "text", "text": "hi", "image_url": {"url": "http://x"}})),
         (CHAT, content_of({"type": "text", "text": "hi", "uuid": "1", "image_url": "http://x"})),
         (CHAT, content_of({"type": "refusal", "refusal": "no", "input_audio": {"data": ""}})),
-        (CHAT, content_of({"type": "text", "text": "hi", "unheard_of": 1})),
-        (CHAT, content_of({"type": "tool_result", "content": [{"type": "text", "text": "", "source": {}}]})),
+        (
+            CHAT,
+            content_of(
+                {"type": "tool_result", "content": [{"type": "text", "text": "", "source": {"a": 1}}]}
+            ),
+        ),
         (CHAT, {"messages": [{"role": "assistant", "content": "hi", "audio": {"id": "audio_1"}}]}),
         (CHAT, {"messages": [{"role": "user", "content": "hi", "images": ["iVBORw0"]}]}),
         (ANTHROPIC, content_of({"type": "text", "text": "hi", "source": {"type": "url", "url": "http://x"}})),
@@ -148,9 +152,32 @@ async def test_odd_types_are_no_internal_error(start, engine):
     ],
 )
 def test_what_is_not_text_cannot_ride_on_a_text(route, fields):
-    """A part's keys are a closed list of its type; a message holds nothing but text under any name."""
+    """A part holds nothing but text under any name that an engine reads, and so does a message."""
     with pytest.raises(FieldNotAllowed, match="only text is served"):
         clean(route, {"model": "m", **fields})
+
+
+@pytest.mark.parametrize("note", [{"phase": "final_answer"}, {"state": "done"}, {"parsed": {"a": 1}}])
+def test_what_clients_note_on_a_part_is_taken_out(note):
+    """A part's keys are a closed list; what is not in it never reaches the engine, and refuses nobody."""
+    kept = clean(CHAT, {"model": "m", **content_of({"type": "text", "text": "hi", **note})})
+    assert kept["messages"] == content_of({"type": "text", "text": "hi"})["messages"]
+
+
+def test_names_that_apps_keep_on_a_message_are_taken_out():
+    """A row of a database may come with its `source`: as a plain value that is no content."""
+    messages = [{"role": "user", "content": "hi", "source": "slack", "document": 7}]
+    assert clean(CHAT, {"model": "m", "messages": messages})["messages"] == [
+        {"role": "user", "content": "hi"}
+    ]
+    with pytest.raises(FieldNotAllowed, match="only text is served"):
+        clean(CHAT, {"model": "m", "messages": [{"role": "user", "content": "hi", "source": {"url": "x"}}]})
+
+
+def test_field_that_is_null_is_as_if_it_were_not_there():
+    """Clients write out what they leave open; only a value is refused."""
+    body = {"model": "m", "messages": [], "functions": None, "best_of": None}
+    assert clean(CHAT, body) == {"model": "m", "messages": []}
 
 
 @pytest.mark.parametrize("content", [7, True, {"type": "text"}])

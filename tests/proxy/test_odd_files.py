@@ -89,7 +89,9 @@ async def test_odd_file_among_policies_keeps_only_itself_from_serving(start, eng
     assert set(report["failed"]) <= {*map(str, places)}
     assert odd is a_folder or set(report["failed"]) == {*map(str, places)}
     assert len(report["waiting"]) == 1
-    async with front.admin.post("/admin/policies/calm/promote", json={}) as answer:
+    (listed,) = (await front.policy_list())["policies"]
+    body = {"revision": listed["candidate"]}
+    async with front.admin.post("/admin/policies/calm/promote", json=body) as answer:
         assert answer.status == 409
     assert (await front.chat(model="tiny-model+calm"))[0] == 200
 

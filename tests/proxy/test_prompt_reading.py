@@ -116,7 +116,9 @@ async def test_shadow_that_waits_reads_no_prompt_either(start, engine, until):
     path.write_text(path.read_text() + "evaluation: {success_criteria: {collateral_damage_max: 0.05}}\n")
     async with front.admin.post("/admin/reload"):
         pass
-    async with front.admin.post("/admin/policies/calm/promote", json={"to": "shadow"}) as answer:
+    (listed,) = (await front.policy_list())["policies"]
+    body = {"to": "shadow", "revision": listed["candidate"]}
+    async with front.admin.post("/admin/policies/calm/promote", json=body) as answer:
         assert answer.status == 200
     model = {"model": "tiny-model+calm"}
     assert (await ask(front, CHAT.path, {**model, "prompt_logprobs": 1}))[0] == 200

@@ -99,6 +99,72 @@ def test_other_content_passes_as_it_is(path):
     assert make_inert(ROUTES[path], plain, SPECIAL) == plain
 
 
+def test_operators_in_schemas_reach_the_grammar_as_they_are():
+    """`<` begins every special token; in a schema and in the arguments of a call it stands in quotes."""
+    schema = {"properties": {"op": {"enum": ["=", "<", ">", "<=", "|"]}}, "required": ["op"]}
+    chat = {
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+        "messages": [
+            {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {"op": "<"}}]}
+        ],
+    }
+    assert make_inert(ROUTES["/v1/chat/completions"], chat, SPECIAL) == chat
+    for path, body in (
+        ("/v1/responses", {"text": {"format": {"type": "json_schema", "schema": schema}}}),
+        ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": schema}}}),
+        ("/v1/messages", {"tools": [{"name": "f", "input_schema": schema}]}),
+    ):
+        assert make_inert(ROUTES[path], body, SPECIAL) == body
+    spelt = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": [END]}}}]}
+    assert END not in json.dumps(make_inert(ROUTES["/v1/chat/completions"], spelt, SPECIAL))
+
+
+@pytest.mark.parametrize(
+    "escaped", [r"\u003c|end|>", r"<\u007cend|>", r"\u003c\u007c\u0065nd|>", r"<|end|\u003e"]
+)
+def test_escapes_in_arguments_spell_no_special_token(escaped):
+    """The engine reads a call's arguments as JSON, and a template writes what they mean."""
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "f", "arguments": f'{{"a": "{escaped}"}}'}}],
+    }
+    item = {"type": "function_call", "name": "f", "arguments": f'{{"a": "{escaped}"}}'}
+    chat = make_inert(ROUTES["/v1/chat/completions"], {"messages": [call]}, SPECIAL)
+    made = [
+        chat["messages"][0]["tool_calls"][0]["function"]["arguments"],
+        make_inert(ROUTES["/v1/responses"], {"input": [item]}, SPECIAL)["input"][0]["arguments"],
+    ]
+    for arguments in made:
+        assert END not in json.dumps(json.loads(arguments), ensure_ascii=False)
+    ordinary = {"messages": [{"tool_calls": [{"function": {"arguments": '{"a": "line\\n\\u00e9"}'}}]}]}
+    assert make_inert(ROUTES["/v1/chat/completions"], ordinary, SPECIAL) == ordinary
+    with pytest.raises(InvalidRequest, match="must be JSON"):
+        make_inert(
+            ROUTES["/v1/chat/completions"],
+            {"messages": [{"tool_calls": [{"function": {"arguments": "\\u003c|end|>"}}]}]},
+            SPECIAL,
+        )
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t ", "\u00a0"])
+@pytest.mark.parametrize("cut", range(1, len(END)))
+def test_parts_that_a_template_trims_join_into_no_special_token(blank, cut):
+    """Some templates trim every part and write it behind the one before."""
+    parts = [f"hello {END[:cut]}{blank}", f"{blank}{END[cut:]} there"]
+    messages = [{"role": "user", "content": [{"type": "text", "text": part} for part in parts]}]
+    found = make_inert(ROUTES["/v1/chat/completions"], {"messages": messages}, SPECIAL)
+    rendered = "".join(part["text"].strip() for part in found["messages"][0]["content"])
+    assert END not in rendered
+
+
+def test_text_that_the_answer_goes_on_with_keeps_its_end():
+    """With `continue_final_message` nothing stands behind the last text."""
+    body = {"messages": [{"role": "assistant", "content": "Here it is: <"}], "continue_final_message": True}
+    assert make_inert(ROUTES["/v1/chat/completions"], body, SPECIAL) == body
+    body["messages"] = [{"role": "assistant", "content": f"a {END}"}]
+    assert END not in json.dumps(make_inert(ROUTES["/v1/chat/completions"], body, SPECIAL))
+
+
 @pytest.mark.parametrize(
     ("prompt", "param"),
     [

@@ -1,0 +1,47 @@
+"""A caller's variables reach the chat template, and never the function that renders and tokenizes it."""
+
+import inspect
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from proxy.refusal import FieldNotAllowed, InvalidRequest
+from proxy.routes import ROUTES
+from proxy.sanitize import clean
+from proxy.template_kwargs import FIELD, TAKEN
+
+TAKING = [path for path, route in ROUTES.items() if FIELD in route.fields]
+
+
+def body(variables: object) -> dict[str, object]:
+    return {"model": "m", "messages": [{"role": "user", "content": "hi"}], "input": "hi", FIELD: variables}
+
+
+def asked(path: str, variables: object) -> dict[str, object]:
+    route = ROUTES[path]
+    given = {name: value for name, value in body(variables).items() if name in route.fields}
+    return clean(route, given)
+
+
+def test_every_argument_of_the_renderer_is_refused() -> None:
+    """A new argument of transformers' `apply_chat_template` cannot be reached by name unnoticed."""
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.values()
+    named = {one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    assert named <= TAKEN
+
+
+@pytest.mark.parametrize("path", TAKING)
+@pytest.mark.parametrize("name", [*sorted(TAKEN), "eos_token", "additional_special_tokens"])
+def test_variable_that_decides_how_the_prompt_is_made_is_refused(path: str, name: str) -> None:
+    """`padding` would put special tokens behind the prompt; each such name is refused on every route."""
+    with pytest.raises(FieldNotAllowed, match=name):
+        asked(path, {"enable_thinking": False, name: True})
+
+
+@pytest.mark.parametrize("path", TAKING)
+def test_variables_of_templates_pass(path: str) -> None:
+    """What templates themselves ask for stays as it is."""
+    variables = {"enable_thinking": False, "thinking_budget": 100, "date_string": "today", "max_tokens": 3}
+    assert asked(path, variables)[FIELD] == variables
+    with pytest.raises(InvalidRequest, match="must be an object"):
+        asked(path, ["tokenize"])
