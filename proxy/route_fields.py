@@ -38,8 +38,8 @@ _TOLD: Final = "tells of generated positions alone, each after the policy's edit
 _SHOWS: Final = "how the answer's tokens are written; computes nothing"
 _PROMPT: Final = "how the prompt is put together from what the caller wrote; the gates read what comes of it"
 _FORM: Final = (
-    "allows only answers of a form; each token comes from the steered distribution (what the form itself makes "
-    "the answer say, a gate over the prompt does not read: docs/threat-model.md)"
+    "allows only answers of a form; each token comes from the steered distribution (what the form itself "
+    "makes the answer say, a gate over the prompt does not read: docs/threat-model.md)"
 )
 _RENDERED: Final = f"{_FORM}; some templates write it into the prompt"
 _READ: Final = (

@@ -58,8 +58,7 @@ async def serving(engine, tmp_path, policy_writer, config=CONFIG, before="", **h
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "COLUMNS": "200"},
-        preexec_fn=_allow_few_files,
-        **how,
+        **{"preexec_fn": _allow_few_files, **how},
     )
     assert process.stdout is not None
     assert process.stderr is not None
