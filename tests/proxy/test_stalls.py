@@ -120,7 +120,7 @@ async def test_connection_that_was_used_waits_longer_for_its_next_request(start,
     watch._clock = clock
     host, port = front.runners[0].addresses[0][:2]
     reader, writer = await asyncio.open_connection(host, port)
-    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
 
     def look():
@@ -129,7 +129,7 @@ async def test_connection_that_was_used_waits_longer_for_its_next_request(start,
 
     clock.now += 70
     look()
-    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
     clock.now += 76
     look()
