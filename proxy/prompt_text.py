@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from interpretops.special_tokens import JOINER, SpecialTokens
 from proxy.refusal import FieldNotAllowed, InvalidRequest
@@ -15,7 +15,10 @@ ROLES: Final = frozenset(("assistant", "developer", "function", "ipython", "syst
 _ALONE: Final = frozenset(("prompt", "response_format"))
 """Nothing stands beside a whole prompt, and quotation marks around what is in a schema."""
 _QUOTED: Final = frozenset(("output_config", "text"))
-_QUOTED_WITHIN: Final = frozenset(("input", "input_schema", "json_schema", "parameters", "schema"))
+_QUOTED_WITHIN: Final[Mapping[str, frozenset[str]]] = {
+    "messages": frozenset(("input", "input_schema", "parameters")),
+    "tools": frozenset(("input_schema", "parameters")),
+}
 """Schemas and what functions are called with: templates write them as JSON. An operator such as `<` in an
 `enum` must reach the grammar as it is."""
 _SPOKEN: Final = frozenset(("messages", "input"))
@@ -35,8 +38,8 @@ def make_inert(route: Route, body: Mapping[str, Any], special: SpecialTokens) ->
             _check_roles(name, body[name])
         if name == "prompt":
             _check_tokens(body[name], special)
-        quoted = name in _QUOTED
-        found[name] = _inert(body[name], special, alone=name in _ALONE, quoted=quoted)
+        how = _How(name in _ALONE, name in _QUOTED, _QUOTED_WITHIN.get(name, frozenset()))
+        found[name] = _inert(body[name], special, how)
     if body.get("continue_final_message") is True:
         _leave_open(found.get("messages"), body.get("messages"), special)
     return found
@@ -51,20 +54,30 @@ def _leave_open(made: Any, given: Any, special: SpecialTokens) -> None:
             made[-1]["content"] = inert.removesuffix(JOINER)
 
 
-def _inert(value: Any, special: SpecialTokens, *, alone: bool, quoted: bool) -> Any:
+class _How(NamedTuple):
+    """Where a text will stand in the prompt: see `SpecialTokens.inert`."""
+
+    alone: bool = False
+    quoted: bool = False
+    quoted_within: frozenset[str] = frozenset()
+    """Names of objects that are written as JSON."""
+
+
+def _inert(value: Any, special: SpecialTokens, how: _How) -> Any:
     if isinstance(value, str):
-        return special.inert(value, alone=alone, quoted=quoted)
+        return special.inert(value, alone=how.alone, quoted=how.quoted)
     if isinstance(value, list):
-        return [_inert(item, special, alone=alone, quoted=quoted) for item in value]
+        return [_inert(item, special, how) for item in value]
     if isinstance(value, dict):
         found = {}
         for name, item in value.items():
-            within = quoted or (name in _QUOTED_WITHIN and isinstance(item, dict))
             if name == "arguments" and isinstance(item, str):
                 made: Any = _inert_json(item, special)
+            elif name in how.quoted_within and isinstance(item, dict):
+                made = _inert(item, special, how._replace(quoted=True))
             else:
-                made = _inert(item, special, alone=alone, quoted=within)
-            found[special.inert(name, alone=alone, quoted=quoted)] = made
+                made = _inert(item, special, how)
+            found[special.inert(name, alone=how.alone, quoted=how.quoted)] = made
         return found
     return value
 
@@ -78,7 +91,7 @@ def _inert_json(text: str, special: SpecialTokens) -> str:
     if "\\" in text:
         try:
             meant = json.loads(text)
-            made = _inert(meant, special, alone=False, quoted=True)
+            made = _inert(meant, special, _How(quoted=True))
             if made != meant:
                 text = json.dumps(made, ensure_ascii=False)
         except (ValueError, RecursionError):

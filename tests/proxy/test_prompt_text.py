@@ -115,6 +115,11 @@ def test_operators_in_schemas_reach_the_grammar_as_they_are():
         ("/v1/messages", {"tools": [{"name": "f", "input_schema": schema}]}),
     ):
         assert make_inert(ROUTES[path], body, SPECIAL) == body
+    # Nobody knows how a template writes its own variables, or documents.
+    bare = {"documents": [{"parameters": {"a": "<"}}], "chat_template_kwargs": {"input": {"a": "<"}}}
+    assert f"<{JOINER}" in json.dumps(
+        make_inert(ROUTES["/v1/chat/completions"], bare, SPECIAL), ensure_ascii=False
+    )
     spelt = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": [END]}}}]}
     assert END not in json.dumps(make_inert(ROUTES["/v1/chat/completions"], spelt, SPECIAL))
 
