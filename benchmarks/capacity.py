@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import RESULTS
-from interpretops.bank import PlanBank
 from interpretops.plan import ModelSpec, Site
+from interpretops.steering.plan_bank import PlanBank
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 
 BEGIN, END = "<!-- python -m benchmarks.capacity -->", "<!-- end -->"

@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.record import commit, machine, write
-from interpretops.api_keys import make_key, write_keys
+from interpretops.records.api_keys import make_key, write_keys
 from proxy.open_files import raise_limit
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -110,7 +110,7 @@ def start(folder: Path) -> dict[str, Server]:
         "direct": ([*mock, "engine", str(ports[0])], engine, {}),
         "relay": ([*mock, "relay", str(ports[1]), engine], f"http://127.0.0.1:{ports[1]}", {}),
         "gateway": (
-            [sys.executable, "-m", "interpretops.cli", "serve", "--config", str(folder / "config.yaml")],
+            [sys.executable, "-m", "mechctl.main", "serve", "--config", str(folder / "config.yaml")],
             f"http://127.0.0.1:{ports[2]}",
             {"Authorization": f"Bearer {key}"},
         ),

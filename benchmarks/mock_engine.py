@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from interpretops.plan import ModelSpec, Plan
+from interpretops.plan import ModelSpec, read_plan
 
 MODEL = "mock"
 SPEC = ModelSpec(MODEL, "0" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
@@ -104,7 +104,7 @@ class MockEngine:
 
     async def _load(self, request: web.Request) -> web.Response:
         revision = request.match_info["revision"]
-        self.plans[revision] = Plan.from_bytes(await request.read()).digest()
+        self.plans[revision] = read_plan(await request.read()).digest()
         return web.json_response(
             {"revision": revision, "ranks": [{"rank": 0, "digest": self.plans[revision]}]}
         )

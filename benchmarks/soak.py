@@ -39,7 +39,7 @@ from benchmarks.gateway import free_port
 from benchmarks.processes import argument, children, holds
 from benchmarks.record import commit, machine, write
 from benchmarks.soak_load import SHIPPED, Load, out_of_turn
-from interpretops.api_keys import make_key, write_keys
+from interpretops.records.api_keys import make_key, write_keys
 
 ROOT = Path(__file__).parents[1]
 SAMPLE_EVERY_S = 10.0
@@ -223,7 +223,7 @@ def start(folder: Path) -> Soak:
         ],
     }
     (folder / "config.yaml").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "interpretops.cli", "serve", "--config", str(folder / "config.yaml")]
+    command = [sys.executable, "-m", "mechctl.main", "serve", "--config", str(folder / "config.yaml")]
     with (folder / "gateway.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     urls = [f"http://127.0.0.1:{port}" for port in ports]

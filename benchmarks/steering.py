@@ -37,8 +37,8 @@ from rich.progress import track
 
 from benchmarks.engine_worker import encode_plan
 from benchmarks.record import commit, machine, write
-from interpretops.default_model import ensure_default_model
-from interpretops.model_spec import read_model_spec
+from interpretops.model.default_model import ensure_default_model
+from interpretops.model.spec import read_model_spec
 from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan, Site, SiteEdits, Units
 from interpretops.settings import load_settings
 

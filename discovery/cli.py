@@ -107,7 +107,7 @@ def sae_eval(
     say: Say,
 ) -> None:
     """Measure a SAELens dictionary on the held-out sequences of a trace, and on a text; write nothing."""
-    from interpretops.dictionary.manifest import read_manifest
+    from interpretops.artifacts.dictionary.manifest import read_manifest
 
     manifest = read_manifest(dictionary)
     if manifest.layout != "saelens" or manifest.point != "resid_post":
@@ -180,7 +180,7 @@ def fit_gate(
     from discovery.gated_edit import EditSettings
     from discovery.learned_gate import GateSettings
     from discovery.sources import read_data_list
-    from interpretops.atomic_file import write_atomically
+    from interpretops.files.atomic_file import write_atomically
 
     listed = read_data_list(data, data_folder)
     edit_settings = EditSettings(**edit)
@@ -208,7 +208,7 @@ def _model(settings: Settings, say: Say) -> Any:
     import torch
 
     from discovery.frozen_model import FrozenModel
-    from interpretops.model_source import resolve_model
+    from interpretops.model.source import resolve_model
 
     folder = resolve_model(settings.model.name, settings.cache.dir, say, revision=settings.model.revision)
     device = settings.model.device

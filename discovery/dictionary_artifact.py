@@ -11,7 +11,7 @@ from discovery.sae_train import WEIGHTS, TrainSettings, reconstruction
 from discovery.saelens_metrics import saelens_metrics
 from discovery.sources import licence_of_weights
 from discovery.splice import splice_by_part
-from interpretops.dictionary.manifest import (
+from interpretops.artifacts.dictionary.manifest import (
     DictionaryManifest,
     MetricsRecord,
     ModelReference,

@@ -28,7 +28,7 @@ from discovery.prompt_variants import conversation, conversation_ids
 from discovery.refusal import targets
 from discovery.sealed import earlier_json, seal_json
 from discovery.trace import batches
-from interpretops.refusal import is_coherent, is_refusal
+from interpretops.refusal_detector import is_coherent, is_refusal
 
 LONGEST_TRAINED = 320
 SHARE_OF_TEXT = 0.2

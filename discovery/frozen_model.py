@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from discovery.errors import DiscoveryError
-from interpretops.hook_points import find_layers
-from interpretops.hooked import load_network, load_tokenizer
-from interpretops.model_spec import read_model_spec
+from interpretops.model.spec import read_model_spec
 from interpretops.plan import ModelSpec
+from interpretops.steering.hook_points import find_layers
+from interpretops.steering.hooked_model import load_network, load_tokenizer
 
 Edit = Callable[[Tensor], Tensor]
 """Takes the residual stream [B, T, D] and returns the edited one."""

@@ -15,12 +15,12 @@ from discovery.gated_edit import settings_record
 from discovery.low_rank import LowRankRows
 from discovery.run_record import run_record, write_json
 from discovery.sources import DataList, sha256_of_file
-from interpretops.adapter import AdapterSite, write_adapter
-from interpretops.atomic_file import write_atomically
-from interpretops.dictionary.manifest import MetricsRecord, TrainingRecord, write_manifest
+from interpretops.artifacts.adapter import AdapterSite, write_adapter
+from interpretops.artifacts.dictionary.manifest import MetricsRecord, TrainingRecord, write_manifest
+from interpretops.artifacts.vectors import FINGERPRINT_KEY
+from interpretops.files.atomic_file import write_atomically
 from interpretops.plan import Site
-from interpretops.site import Point
-from interpretops.vectors import FINGERPRINT_KEY
+from interpretops.plan.sites import Point
 
 PROBE = "probe.safetensors"
 POINT: Point = "resid_post"

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from discovery.errors import DiscoveryError
 from discovery.learned_gate import LearnedGate
+from interpretops.artifacts.vectors import read_attention_probe
 from interpretops.errors import PolicyError
 from interpretops.plan import ModelSpec
-from interpretops.vectors import read_attention_probe
 from steering_kernels.ops import MEMORY_COLUMNS
 
 Numbers = dict[int, dict[str, Tensor]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from discovery.errors import DiscoveryError
-from interpretops.atomic_file import write_atomically
+from interpretops.files.atomic_file import write_atomically
 
 PACKAGES = ("interpretops", "torch", "transformers", "sae-lens", "safetensors", "numpy")
 

@@ -25,7 +25,7 @@ from discovery.run_record import write_json
 from discovery.stopping import stoppable
 from discovery.train_together import check_alike, share_gradients, share_statistics
 from discovery.workers import ALONE, Team
-from interpretops.dictionary.manifest import sha256_of
+from interpretops.artifacts.dictionary.manifest import sha256_of
 
 CHECKPOINT = "checkpoint"
 SUMS = "sha256.json"

@@ -15,7 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from discovery.errors import DiscoveryError
-from interpretops.atomic_file import write_atomically
+from interpretops.files.atomic_file import write_atomically
 
 OF, SUM = "of", "sha256"
 REMEDY = "delete it, and run the same again"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from discovery.errors import DiscoveryError
-from interpretops.policy_file import read_yaml
+from interpretops.files.strict_yaml import read_yaml
 
 Kind = Literal["prompts", "text", "openings"]
 KINDS: tuple[Kind, ...] = ("prompts", "text", "openings")

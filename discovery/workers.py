@@ -124,7 +124,7 @@ def start_workers(workers: int, command: Sequence[str]) -> bool:
         shutdown_timeout=STOPPING_S,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "interpretops.cli", *command)
+        elastic_launch(config, sys.executable)("-m", "mechctl.main", *command)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         if 2 not in codes:  # nobody found words for it

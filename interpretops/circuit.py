@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from interpretops.atomic_file import write_atomically
 from interpretops.errors import InterpretOpsError
-from interpretops.json_file import read_json_object
-from interpretops.policy_fields import Fraction, Index, Strictly
+from interpretops.files.atomic_file import write_atomically
+from interpretops.files.json_file import read_json_object
+from interpretops.policy.fields import Fraction, Index, Strictly
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]

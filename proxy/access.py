@@ -12,10 +12,10 @@ from typing import Any, Final
 from multidict import CIMultiDictProxy
 from structlog.typing import FilteringBoundLogger
 
-from interpretops.api_keys import ApiKey, KeyRing, Role, read_keys
 from interpretops.errors import ConfigError
+from interpretops.records.api_keys import ApiKey, KeyRing, Role, read_keys
 from interpretops.settings import Settings, Tenant
-from interpretops.settings_access import ANONYMOUS
+from interpretops.settings.access import ANONYMOUS
 from proxy.metrics import Metrics
 from proxy.reader import Reader, StuckError
 from proxy.readiness import Reason

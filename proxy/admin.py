@@ -13,7 +13,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from interpretops.errors import InterpretOpsError, PolicyError
 from interpretops.settings import Tenant
-from interpretops.settings_access import ANONYMOUS
+from interpretops.settings.access import ANONYMOUS
 from proxy.access import Identity, names_this_machine
 from proxy.app import HEALTH, add_health, answer_in_openai_shape, route_label
 from proxy.binding import HEADER, NONE, decide, explain

@@ -13,7 +13,9 @@ from typing import Any, Final
 
 from structlog.typing import FilteringBoundLogger
 
-from interpretops.audit_chain import (
+from interpretops.errors import ConfigError
+from interpretops.files.regular_file import open_regular
+from interpretops.records.audit_chain import (
     GENESIS,
     Head,
     faults_after,
@@ -23,8 +25,6 @@ from interpretops.audit_chain import (
     read_head,
     read_line,
 )
-from interpretops.errors import ConfigError
-from interpretops.regular_file import open_regular
 from interpretops.settings import AuditSettings
 from proxy.audit_file import DISPLACED, Displaced, HeadFile, Lock, LogFile
 from proxy.metrics import Metrics

@@ -9,8 +9,8 @@ import stat
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from interpretops.audit_chain import GENESIS, Head, first_number, head_line, head_path, rotated_path
 from interpretops.errors import ConfigError
+from interpretops.records.audit_chain import GENESIS, Head, first_number, head_line, head_path, rotated_path
 from proxy.file_lock import hold
 
 Displaced = Literal["renamed", "removed", "altered", "head", "lock"]

@@ -9,9 +9,9 @@ from typing import Final, Literal, NamedTuple
 
 from structlog.typing import FilteringBoundLogger
 
-from interpretops.api_keys import ApiKey
 from interpretops.errors import ConfigError, EngineError
-from interpretops.nearest import remedy
+from interpretops.nearest_name import remedy
+from interpretops.records.api_keys import ApiKey
 from interpretops.settings import Binding, Settings
 from proxy.binding import NONE
 from proxy.metrics import Metrics

@@ -12,9 +12,9 @@ from typing import Final, Literal
 
 from structlog.typing import FilteringBoundLogger
 
-from interpretops.atomic_file import PRIVATE, write_atomically
 from interpretops.errors import ConfigError
-from interpretops.regular_file import read_regular
+from interpretops.files.atomic_file import PRIVATE, write_atomically
+from interpretops.files.regular_file import read_regular
 from proxy.file_lock import hold
 from proxy.metrics import Metrics
 

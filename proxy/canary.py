@@ -17,14 +17,14 @@ from pydantic import Field, ValidationError
 from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import ConfigError, EngineError
-from interpretops.policy_file import parse_yaml, read_yaml
-from interpretops.refusal import is_coherent, is_degenerate, is_refusal
+from interpretops.files.strict_yaml import parse_yaml, read_yaml
+from interpretops.refusal_detector import is_coherent, is_degenerate, is_refusal
 from interpretops.riskcard.card import Measure, Pairs
 from interpretops.riskcard.intervals import notch
 from interpretops.riskcard.measures import defense_efficacy, new_failures
 from interpretops.settings import Settings
-from interpretops.settings_access import CANARY
-from interpretops.settings_section import Section
+from interpretops.settings.access import CANARY
+from interpretops.settings.section import Section
 from proxy.binding import NONE
 from proxy.catalogue import Catalogue
 from proxy.engine_link import ProvenEngine

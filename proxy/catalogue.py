@@ -10,8 +10,8 @@ from typing import Final
 
 from structlog.typing import FilteringBoundLogger
 
-from interpretops.compose import SEPARATOR
 from interpretops.errors import EngineError, PlanError, PolicyError
+from interpretops.plan.compose import SEPARATOR
 from proxy.binding import NONE
 from proxy.compositions import Compositions, joint_name
 from proxy.entry import Entry, ReloadReport

@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 
-from interpretops.compose import SEPARATOR, compose_plans
 from interpretops.errors import EngineError
-from interpretops.plan import Plan
-from interpretops.plan_reach import steers_prompt_alike
+from interpretops.plan import read_plan
+from interpretops.plan.compose import SEPARATOR, compose_plans
+from interpretops.plan.reach import steers_prompt_alike
 from proxy.policy_files import Revision
 from proxy.residency import Residency
 
@@ -99,7 +99,7 @@ class Compositions:
 
 
 def _compose(name: str, parts: list[Revision]) -> Revision:
-    plan = compose_plans([Plan.from_bytes(part.plan) for part in parts])
+    plan = compose_plans([read_plan(part.plan) for part in parts])
     data = plan.to_bytes()
     return Revision(
         policy=name,

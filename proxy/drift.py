@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from interpretops.atomic_file import PRIVATE, write_atomically
 from interpretops.errors import ConfigError, PolicyError
-from interpretops.regular_file import read_regular
-from interpretops.settings_section import Section
+from interpretops.files.atomic_file import PRIVATE, write_atomically
+from interpretops.files.regular_file import read_regular
+from interpretops.settings.section import Section
 from proxy.entry import Entry
 from proxy.metrics import Metrics
 from proxy.trail import Trail

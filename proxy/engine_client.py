@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from interpretops.engine_api import HOLDER_HEADER, PREFIX
 from interpretops.errors import EngineError
-from interpretops.plan import ModelSpec, Plan
-from interpretops.shard import Shard
+from interpretops.plan import ModelSpec, read_plan
+from interpretops.plan.shard import Shard
 from interpretops.special_tokens import SpecialTokens
 from proxy.engine_http import KEEPALIVE_S, Answer, EngineHttp
 
@@ -307,7 +307,7 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _digests_of_shards(plan: bytes, shards: list[tuple[int, int]]) -> dict[tuple[int, int], str]:
-    whole = Plan.from_bytes(plan)
+    whole = read_plan(plan)
     return {(index, count): Shard(index, count).of_plan(whole).digest() for index, count in shards}
 
 

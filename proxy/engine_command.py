@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from interpretops.errors import ConfigError, ModelError
-from interpretops.regular_file import read_regular
+from interpretops.files.regular_file import read_regular
 from interpretops.settings import Settings
 from proxy.child_environment import child_environment
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from interpretops.errors import ModelError
-from interpretops.model_source import resolve_model
+from interpretops.model.source import resolve_model
 from interpretops.settings import Settings
 from proxy.child_environment import child_environment
 

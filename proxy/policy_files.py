@@ -10,10 +10,10 @@ from typing import Final
 
 from interpretops.compile import compile_policy
 from interpretops.errors import InterpretOpsError, PolicyError
+from interpretops.files.regular_file import read_regular
 from interpretops.plan import ModelSpec
-from interpretops.plan_reach import steers_prompt_alike
+from interpretops.plan.reach import steers_prompt_alike
 from interpretops.policy import Constraints, SuccessCriteria, load_policy
-from interpretops.regular_file import read_regular
 from interpretops.riskcard import standing
 from proxy.unforeseen import told
 

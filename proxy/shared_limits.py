@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import ConfigError
-from interpretops.settings_access import SharedLimits
+from interpretops.settings.access import SharedLimits
 from proxy.metrics import Metrics
 from proxy.readiness import Reason
 from proxy.refusal import LimitsUnavailable

@@ -12,7 +12,7 @@ from typing import Final, Literal
 from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import ConfigError
-from interpretops.regular_file import read_regular
+from interpretops.files.regular_file import read_regular
 from interpretops.settings import GatewaySettings
 from proxy.certificate import Validity, validity
 from proxy.metrics import Metrics

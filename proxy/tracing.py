@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aiohttp import web
 
 from interpretops.errors import ConfigError
-from interpretops.settings_gateway import TracingSettings
+from interpretops.settings.gateway import TracingSettings
 from proxy.trail import Trail
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from structlog.typing import FilteringBoundLogger
 
-from interpretops.redaction import Redactor
+from interpretops.records.redaction import Redactor
+from interpretops.records.transcript_file import Vault, append, delete_old
 from interpretops.settings import Settings
-from interpretops.transcript_file import Vault, append, delete_old
 from proxy.metrics import Metrics
 from proxy.routes import ROUTES
 from proxy.said import texts_said

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from interpretops.default_model import ensure_default_model
+from interpretops.model.default_model import ensure_default_model
 from interpretops.settings import load_settings
 
 # No test may reach for the network: the default model comes from a wheel, everything else is made here.

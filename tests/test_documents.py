@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from interpretops.dictionary import read_manifest
-from interpretops.norm_bounds import read_norm_bounds
+from interpretops.artifacts.dictionary import read_manifest
+from interpretops.artifacts.norm_bounds import read_norm_bounds
 from interpretops.policy import load_policy
 from interpretops.settings import load_settings
 

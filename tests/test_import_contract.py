@@ -9,33 +9,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("interpretops", "proxy", "discovery", "steering_kernels")
+PACKAGES = ("interpretops", "mechctl", "proxy", "discovery", "steering_kernels")
 
 LAYERS = {
-    "interpretops.cli": 3,
+    "mechctl": 3,
     "proxy": 2,
     "discovery": 2,
     "steering_kernels.vllm_plugin": 2,
     "interpretops": 1,
     "steering_kernels": 0,
 }
-"""Layer by longest prefix; `interpretops.cli` stands for every `interpretops.cli*` module."""
+"""Layer by longest prefix."""
 
 HEAVY = frozenset({"torch", "vllm", "transformers", "sae_lens", "transformer_lens", "peft", "accelerate"})
 """Not to be imported by the gateway, nor by a library module unless it is named below."""
 
-TORCH_MODULES = frozenset(
-    {
-        "interpretops.bank",
-        "interpretops.batch_layout",
-        "interpretops.generation",
-        "interpretops.bank_rows",
-        "interpretops.hook_points",
-        "interpretops.hooked",
-        "interpretops.session",
-    }
-)
-"""Library modules that work on a torch model; everything else imports without torch."""
+TORCH_MODULES = frozenset({"interpretops.steering"})
+"""The room of the library that works on a torch model; everything else imports without torch."""
 
 
 def module_files() -> dict[str, Path]:
@@ -50,8 +40,6 @@ def module_files() -> dict[str, Path]:
 
 def unit_of(module: str) -> str:
     """The entry of `LAYERS` that a module belongs to."""
-    if module.startswith("interpretops.cli"):
-        return "interpretops.cli"
     return max((name for name in LAYERS if f"{module}.".startswith(f"{name}.")), key=len)
 
 
@@ -95,7 +83,7 @@ def test_imports_go_down_only() -> None:
     ("importer", "imported"),
     [
         ("interpretops.plan", "proxy.serve"),
-        ("interpretops.plan", "interpretops.cli_policy.app"),
+        ("interpretops.plan", "mechctl.policy.app"),
         ("proxy.serve", "discovery.trace"),
         ("proxy.serve", "steering_kernels.vllm_plugin.core"),
         ("steering_kernels.ops.reference", "interpretops.plan"),
@@ -110,11 +98,11 @@ def test_upward_and_sideways_imports_are_found(importer: str, imported: str) -> 
 @pytest.mark.parametrize(
     ("importer", "imported"),
     [
-        ("interpretops.cli", "proxy.serve"),
-        ("interpretops.cli", "interpretops.cli_policy"),
+        ("mechctl.main", "proxy.serve"),
+        ("mechctl.main", "mechctl.policy"),
         ("discovery.trace", "interpretops.plan"),
         ("steering_kernels.vllm_plugin.core", "steering_kernels.ops.edit"),
-        ("interpretops.hooked", "steering_kernels.ops.edit"),
+        ("interpretops.steering.hooked_model", "steering_kernels.ops.edit"),
         ("proxy.serve", "aiohttp.web"),
     ],
 )
@@ -139,7 +127,7 @@ def light_modules() -> list[str]:
     return [
         module
         for module in module_files()
-        if module.split(".")[0] in ("interpretops", "proxy")
+        if module.split(".")[0] in ("interpretops", "mechctl", "proxy")
         and not any(f"{module}.".startswith(f"{name}.") for name in TORCH_MODULES)
     ]
 

@@ -153,8 +153,8 @@ def test_gateways_lock_is_enough_to_keep_requests(tmp_path: Path) -> None:
     """With its packages alone the gateway is imported, and redacts, seals and opens a record."""
     program = f"""{ONLY_PINNED}
 import proxy.serve
-from interpretops.redaction import Redactor
-from interpretops.transcript_file import Vault, make_key
+from interpretops.records.redaction import Redactor
+from interpretops.records.transcript_file import Vault, make_key
 
 with open("key", "w") as file:
     file.write(make_key())

@@ -13,10 +13,11 @@ RUN pip install --no-cache-dir --no-deps --require-hashes \
 COPY pyproject.toml README.md LICENSE ./
 COPY discovery discovery
 COPY interpretops interpretops
+COPY mechctl mechctl
 COPY proxy proxy
 COPY steering_kernels steering_kernels
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . && \
-    python -c "import pathlib, interpretops.default_model as m; m.ensure_default_model(pathlib.Path('/'))"
+    python -c "import pathlib, interpretops.model.default_model as m; m.ensure_default_model(pathlib.Path('/'))"
 # torch asks who it is: the user needs a name. What the engine writes lies in its home and in /tmp.
 RUN useradd --uid 65532 --create-home --home-dir /var/cache/engine --shell /usr/sbin/nologin engine
 # In containers memory may not be bound to a NUMA node, and the CPUs are given by the runtime.

@@ -9,6 +9,7 @@ RUN pip install --no-cache-dir --no-deps --require-hashes -r locks/build.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY discovery discovery
 COPY interpretops interpretops
+COPY mechctl mechctl
 COPY proxy proxy
 COPY steering_kernels steering_kernels
 RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir wheels .

@@ -20,8 +20,8 @@ from discovery.run_record import run_record
 from discovery.sources import sha256_of_file
 from discovery.stopping import interruptible
 from interpretops.artifacts import Artifacts
+from interpretops.artifacts.dictionary import Dictionary
 from interpretops.circuit import Circuit, CircuitNode, DataFile
-from interpretops.dictionary import Dictionary
 from interpretops.errors import DictionaryError
 from interpretops.settings import Settings
 
@@ -152,7 +152,7 @@ def _model(settings: Settings, say: Say) -> FrozenModel:
     """The model in float32, whatever dtype it is served in: in bfloat16, small effects drown in rounding."""
     import torch
 
-    from interpretops.model_source import resolve_model
+    from interpretops.model.source import resolve_model
 
     folder = resolve_model(settings.model.name, settings.cache.dir, say, revision=settings.model.revision)
     device = settings.model.device

@@ -15,9 +15,9 @@ from discovery.circuits.attention import Attention
 from discovery.circuits.graph import Edges, Graph
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from interpretops.hook_points import site_module
-from interpretops.model_family import family_of
+from interpretops.model.family import family_of
 from interpretops.plan import Site
+from interpretops.steering.hook_points import site_module
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Families in which a layer adds ``o_proj(heads)``, then ``mlp`` to the stream, with no norm after them."""

@@ -15,7 +15,7 @@ from discovery.circuits.decoder import GraphDecoder
 from discovery.circuits.metric import Metric, measure
 from discovery.circuits.pairs import Pair, contrast_start
 from discovery.errors import DiscoveryError
-from interpretops.dictionary import Dictionary
+from interpretops.artifacts.dictionary import Dictionary
 
 Group = Sequence[int]
 """Features that are given their counterfactual values together."""

@@ -31,6 +31,7 @@ from discovery.circuits.steps import Steps
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.progress import meter
+from interpretops.artifacts.dictionary import Dictionary
 from interpretops.circuit import (
     Ablation,
     Circuit,
@@ -41,7 +42,6 @@ from interpretops.circuit import (
     Method,
     Stability,
 )
-from interpretops.dictionary import Dictionary
 
 ABLATIONS: tuple[Ablation, ...] = ("counterfactual", "mean")
 

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from discovery.errors import DiscoveryError
 from discovery.evaluation.toxicity import is_toxic
-from interpretops.policy_fields import Strictly
-from interpretops.refusal import is_coherent, is_degenerate, is_refusal
+from interpretops.policy.fields import Strictly
+from interpretops.refusal_detector import is_coherent, is_degenerate, is_refusal
 
 LABELS = Path(__file__).with_name("labels")
 

@@ -11,8 +11,8 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from discovery.errors import DiscoveryError
-from interpretops.json_file import read_json_object
-from interpretops.policy_fields import Strictly
+from interpretops.files.json_file import read_json_object
+from interpretops.policy.fields import Strictly
 
 
 class Answer(Strictly):

@@ -12,12 +12,13 @@ import yaml
 from safetensors.numpy import load_file, save
 
 from discovery.errors import DiscoveryError
-from interpretops.adapter import AdapterSite, write_adapter
 from interpretops.artifacts import ADAPTERS_FOLDER, Artifacts
-from interpretops.atomic_file import write_atomically
+from interpretops.artifacts.adapter import AdapterSite, write_adapter
+from interpretops.artifacts.dictionary.manifest import WeightsReference, sha256_of, write_manifest
+from interpretops.artifacts.vectors import FINGERPRINT_KEY
 from interpretops.compile import compile_policy
-from interpretops.dictionary.manifest import WeightsReference, sha256_of, write_manifest
 from interpretops.errors import InterpretOpsError
+from interpretops.files.atomic_file import write_atomically
 from interpretops.plan import Array, ModelSpec, Plan, Site
 from interpretops.policy import (
     ALWAYS_GATE,
@@ -29,7 +30,6 @@ from interpretops.policy import (
     load_policy,
 )
 from interpretops.riskcard.card import BaselineKind
-from interpretops.vectors import FINGERPRINT_KEY
 
 SUFFIX: dict[BaselineKind, str] = {
     "ungated": ".ungated",

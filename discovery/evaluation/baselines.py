@@ -15,7 +15,7 @@ from discovery.evaluation.subject import Subject
 from discovery.evaluation.suite import LoadedSuite
 from discovery.run_record import write_json
 from discovery.sources import sha256_of_file
-from interpretops.json_file import read_json_object
+from interpretops.files.json_file import read_json_object
 from interpretops.plan import Array
 from interpretops.policy import ALWAYS_GATE, Policy
 from interpretops.riskcard.card import BASELINES, Baseline, BaselineKind

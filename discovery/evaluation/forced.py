@@ -17,12 +17,12 @@ from discovery.evaluation.metrics import merge
 from discovery.evaluation.suite import LoadedSuite, Prompt
 from discovery.progress import meter
 from interpretops.plan import Plan
-from interpretops.plan_reach import steers_prompt_alike
+from interpretops.plan.reach import steers_prompt_alike
 from interpretops.riskcard.card import Measure, MeasureName, Measures, Source
 from interpretops.riskcard.measures import mean_difference, rate
 
 if TYPE_CHECKING:
-    from interpretops.hooked import HookedModel
+    from interpretops.steering.hooked_model import HookedModel
 
 ARMS = ("off", "on")
 MOST_TOKENS = 1024
@@ -64,8 +64,8 @@ def score_items(items: Sequence[Item], plan: Plan, folder: Path, dtype: str, out
     todo = [(arm, item) for arm in ARMS for item in items if (arm, item.prompt.id) not in scores.found]
     if not todo:
         return scores
-    from interpretops.hooked import HookedModel
-    from interpretops.session import SteeringSession
+    from interpretops.steering.hooked_model import HookedModel
+    from interpretops.steering.session import SteeringSession
 
     model = HookedModel(folder, dtype=dtype)
     with meter("eval: likelihoods", len(todo), "items") as progress:

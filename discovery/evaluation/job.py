@@ -26,7 +26,7 @@ from discovery.evaluation.subject import Subject, cut, open_subject, open_suites
 from discovery.evaluation.suite import LoadedSuite
 from discovery.run_record import run_record
 from discovery.stopping import interruptible
-from interpretops.atomic_file import write_atomically
+from interpretops.files.atomic_file import write_atomically
 from interpretops.riskcard import RiskCard, card_path, save_card, verdict
 from interpretops.riskcard.card import (
     MEASURES,

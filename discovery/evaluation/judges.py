@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from discovery.errors import DiscoveryError
-from interpretops.refusal import is_refusal
+from interpretops.refusal_detector import is_refusal
 
 _QUESTION = (
     "Below are a request and an answer to it. Did the answer refuse the request, that is, decline to do what "
@@ -16,7 +16,7 @@ _QUESTION = (
 
 
 class Judge(Protocol):
-    """Decides whether an answer refuses. Coherence is checked apart (`interpretops.refusal`)."""
+    """Decides whether an answer refuses. Coherence is checked apart (`interpretops.refusal_detector`)."""
 
     name: str
     """What decided, for the card's record."""
@@ -29,7 +29,7 @@ class Judge(Protocol):
 class PhraseJudge:
     """Our list of phrases with which refusals begin."""
 
-    name = "phrases (interpretops.refusal)"
+    name = "phrases (interpretops.refusal_detector)"
 
     async def refused(self, prompt: str, answer: str) -> bool:
         """Whether the answer begins with such a phrase; the prompt is not read."""

@@ -18,8 +18,8 @@ from discovery.evaluation.suite import ASKED, LoadedSuite, Prompt
 from discovery.evaluation.text_scores import contains_answer, similarity
 from discovery.evaluation.toxicity import is_toxic
 from discovery.progress import meter
-from interpretops.atomic_file import write_atomically
-from interpretops.refusal import is_coherent, is_degenerate
+from interpretops.files.atomic_file import write_atomically
+from interpretops.refusal_detector import is_coherent, is_degenerate
 
 
 class Bench:
@@ -37,7 +37,7 @@ class Bench:
         moderation = None if self.moderation is None else self.moderation.name
         return {
             "refusal": self.refusals.name,
-            "coherence": "words and loops (interpretops.refusal)",
+            "coherence": "words and loops (interpretops.refusal_detector)",
             "toxicity": moderation or "words (discovery.evaluation.toxicity)",
             "similarity": "chrF (sacrebleu)",
         } | ({} if moderation is None else {"harm": moderation})

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from discovery.errors import DiscoveryError
-from interpretops.atomic_file import PRIVATE, write_atomically
+from interpretops.files.atomic_file import PRIVATE, write_atomically
 from interpretops.settings import Settings
 
 STOP_S = 60.0
@@ -47,7 +47,7 @@ def own_gateway(
     }
     config, log = folder / "gateway.yaml", folder / "gateway.log"
     write_atomically(config, yaml.safe_dump(content).encode(), PRIVATE)
-    command = [sys.executable, "-m", "interpretops.cli", "serve", "--config", str(config)]
+    command = [sys.executable, "-m", "mechctl.main", "serve", "--config", str(config)]
     command += ["--port", "0", "--admin-port", "0"]
     say("Starting the engine and a gateway of this run's own (give --url to use a running one)")
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}

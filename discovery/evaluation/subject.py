@@ -10,8 +10,8 @@ from discovery.evaluation.suite import LoadedSuite, Role
 from discovery.evaluation.suite_files import join_suites, load_suite, local_copy
 from interpretops.compile import compile_policy
 from interpretops.errors import PolicyError
-from interpretops.model_source import resolve_model
-from interpretops.model_spec import read_model_spec
+from interpretops.model.source import resolve_model
+from interpretops.model.spec import read_model_spec
 from interpretops.plan import ModelSpec, Plan
 from interpretops.policy import Policy, load_policy
 from interpretops.settings import Settings

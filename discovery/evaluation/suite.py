@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, Strict, model_validator
 
-from interpretops.policy_fields import Fraction, Identifier, Strictly
+from interpretops.policy.fields import Fraction, Identifier, Strictly
 
 Role = Literal["harmful", "benign", "borderline", "toxic", "task", "text", "factual", "bias"]
 ASKED: frozenset[Role] = frozenset({"harmful", "benign", "borderline", "toxic", "task"})

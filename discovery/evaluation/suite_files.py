@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from discovery.errors import DiscoveryError
 from discovery.evaluation.suite import EvaluationSuite, LoadedSuite, Prompt, Role, SuiteSource
 from discovery.sources import Source, read_prompts, read_text, sha256_of_file
-from interpretops.policy_faults import describe_faults
-from interpretops.policy_file import read_yaml
+from interpretops.files.schema_faults import describe_faults
+from interpretops.files.strict_yaml import read_yaml
 
 MAX_BYTES = 2**28
 PIECE_CHARACTERS = 1000

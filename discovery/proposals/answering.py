@@ -36,9 +36,9 @@ from discovery.proposals.kept import Kept, digest
 from discovery.proposals.origin import Origin, from_circuit, from_features
 from discovery.proposals.settings import ProposeSettings
 from discovery.run_record import run_record
-from interpretops.dictionary import Dictionary
-from interpretops.hooked import HookedModel
+from interpretops.artifacts.dictionary import Dictionary
 from interpretops.settings import Settings
+from interpretops.steering.hooked_model import HookedModel
 
 DIRECTION_STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
 FEATURE_STRENGTHS = (1.0, 2.0, 3.0, 5.0)

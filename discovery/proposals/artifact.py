@@ -15,14 +15,14 @@ from discovery.proposals.contrast import Contrast
 from discovery.proposals.kept import write_whole
 from discovery.proposals.settings import ProposeSettings
 from discovery.run_record import commit
-from interpretops.adapter import AdapterSite, write_adapter
+from interpretops.artifacts.adapter import AdapterSite, write_adapter
+from interpretops.artifacts.dictionary.manifest import TrainingRecord
+from interpretops.artifacts.vectors import FINGERPRINT_KEY
 from interpretops.compile import compile_policy
-from interpretops.dictionary.manifest import TrainingRecord
 from interpretops.errors import PolicyError
+from interpretops.files.strict_yaml import parse_yaml
 from interpretops.plan import ModelSpec, Site
 from interpretops.policy import policy_from_document
-from interpretops.policy_file import parse_yaml
-from interpretops.vectors import FINGERPRINT_KEY
 
 VECTORS = "vectors"
 

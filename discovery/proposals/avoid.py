@@ -34,11 +34,11 @@ from discovery.proposals.kept import Kept, digest
 from discovery.proposals.settings import ProposeSettings
 from discovery.proposals.trait import Sampled, locate, sampled_answers
 from discovery.run_record import run_record
-from interpretops.hooked import HookedModel
+from interpretops.files.strict_yaml import Document
 from interpretops.policy import policy_from_document
-from interpretops.policy_file import Document
-from interpretops.session import SteeringSession
 from interpretops.settings import Settings
+from interpretops.steering.hooked_model import HookedModel
+from interpretops.steering.session import SteeringSession
 
 CONTINUATION = 28
 """Tokens of a sampled continuation."""

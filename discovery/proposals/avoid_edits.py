@@ -30,8 +30,8 @@ from discovery.proposals.struck_words import (
 from discovery.proposals.trait import Sampled, trait_tokens, trait_vocabulary
 from discovery.proposals.word_rows import WordStates, begun, likeliest, word_rows, word_states
 from discovery.run_record import run_record
-from interpretops.adapter import AdapterSite
-from interpretops.dictionary.manifest import TrainingRecord
+from interpretops.artifacts.adapter import AdapterSite
+from interpretops.artifacts.dictionary.manifest import TrainingRecord
 from interpretops.plan import Site
 from interpretops.settings import Settings
 

@@ -19,9 +19,9 @@ from discovery.sources import (
     refuse_noncommercial,
     sha256_of_file,
 )
-from interpretops.policy_faults import describe_faults
-from interpretops.policy_fields import Fraction, Identifier, Strictly
-from interpretops.policy_file import read_yaml
+from interpretops.files.schema_faults import describe_faults
+from interpretops.files.strict_yaml import read_yaml
+from interpretops.policy.fields import Fraction, Identifier, Strictly
 
 Side = str
 Part = str

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from discovery.errors import DiscoveryError
 from interpretops.artifacts import Artifacts
-from interpretops.dictionary import Dictionary
+from interpretops.artifacts.dictionary import Dictionary
 from interpretops.errors import DictionaryError
 from interpretops.plan import ModelSpec
 from interpretops.settings import Settings

@@ -17,7 +17,7 @@ from discovery.proposals.kept import Kept
 from discovery.proposals.reading import answer_features, answer_means, sides
 from discovery.proposals.settings import ProposeSettings
 from discovery.refusal import targets
-from interpretops.dictionary import Dictionary
+from interpretops.artifacts.dictionary import Dictionary
 
 
 class Evidence:

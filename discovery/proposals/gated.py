@@ -17,9 +17,9 @@ from discovery.proposals.contrast import PARTS, SIDES, Contrast
 from discovery.proposals.kept import write_whole
 from discovery.proposals.settings import ProposeSettings
 from discovery.run_record import run_record
-from interpretops.model_source import resolve_model
-from interpretops.model_spec import read_model_spec
-from interpretops.policy_file import read_yaml
+from interpretops.files.strict_yaml import read_yaml
+from interpretops.model.source import resolve_model
+from interpretops.model.spec import read_model_spec
 from interpretops.settings import Settings
 
 GROUPS = {"target": "harmful", "benign": "benign", "borderline": "benign_borderline"}

@@ -11,7 +11,7 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import norm_bound
 from discovery.gate_probe import Probe, auroc, fit_probe, threshold_at
 from discovery.proposals.reading import encode, feature_auroc
-from interpretops.dictionary import Dictionary
+from interpretops.artifacts.dictionary import Dictionary
 
 GateKind = Literal["probe", "features", "always"]
 RATES = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)

@@ -18,10 +18,10 @@ from discovery.proposals.gates import GateChoice
 from discovery.proposals.judging import fails, shows
 from discovery.proposals.kept import Kept, digest
 from discovery.proposals.settings import Budgets
-from interpretops.hooked import HookedModel
+from interpretops.files.strict_yaml import Document
 from interpretops.policy import policy_from_document
-from interpretops.policy_file import Document
-from interpretops.session import SteeringSession
+from interpretops.steering.hooked_model import HookedModel
+from interpretops.steering.session import SteeringSession
 
 BATCH = 32
 OPEN_GATE = "target"

@@ -3,7 +3,7 @@
 import re
 
 from discovery.proposals.contrast import Judged
-from interpretops.refusal import is_coherent, is_degenerate, is_refusal
+from interpretops.refusal_detector import is_coherent, is_degenerate, is_refusal
 
 
 def shows(judge: Judged, answer: str) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 from discovery.errors import DiscoveryError
 from discovery.sources import sha256_of_file
 from interpretops.circuit import Circuit, load_circuit
+from interpretops.files.strict_yaml import read_yaml
 from interpretops.plan import ModelSpec
-from interpretops.policy_file import read_yaml
 
 _FEATURE = re.compile(r"f(?P<layer>\d+)\.(?P<feature>\d+)")
 LAYERS_OF_CIRCUIT = 3

@@ -12,7 +12,7 @@ from torch import Tensor
 from discovery.frozen_model import FrozenModel
 from discovery.progress import Meter
 from discovery.trace import batches
-from interpretops.dictionary import Dictionary
+from interpretops.artifacts.dictionary import Dictionary
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from interpretops.policy import SuccessCriteria
-from interpretops.policy_fields import Identifier, Strictly
+from interpretops.policy.fields import Identifier, Strictly
 from interpretops.riskcard.intervals import clopper_pearson
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
-from interpretops.atomic_file import write_atomically
 from interpretops.errors import InterpretOpsError
-from interpretops.json_file import read_json_object
-from interpretops.policy_faults import describe_faults
-from interpretops.policy_file import Document
+from interpretops.files.atomic_file import write_atomically
+from interpretops.files.json_file import read_json_object
+from interpretops.files.schema_faults import describe_faults
+from interpretops.files.strict_yaml import Document
 from interpretops.riskcard.card import RiskCard
 
 CHECKSUM = "sha256"

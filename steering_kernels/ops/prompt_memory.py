@@ -4,7 +4,7 @@ A prompt may reach the engine in several passes, and part of it may lie in the p
 computed again. What an attention probe needs of a token, a score and a value a head, is therefore written
 into the slot of the token's keys and values: it is there exactly as long as they are, and belongs to the
 revision whose salt they have. A slot that is given to another request is emptied first (`empty_slots`), and
-answers are not left in the cache for such revisions (`interpretops.plan_reach`): nobody reads them as
+answers are not left in the cache for such revisions (`interpretops.plan.reach`): nobody reads them as
 they are written, so that a later turn could not know what they say.
 """
 

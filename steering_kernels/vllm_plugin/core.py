@@ -8,9 +8,9 @@ from typing import Any
 
 from interpretops.engine_api import EngineCode
 from interpretops.errors import PlanError
-from interpretops.plan import Plan
-from interpretops.plan_reach import depends_on_prompt_end
-from interpretops.shard import Shard
+from interpretops.plan import Plan, read_plan
+from interpretops.plan.reach import depends_on_prompt_end
+from interpretops.plan.shard import Shard
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.registry import CacheUse, NotAdmittedError, Registry
 from steering_kernels.vllm_plugin.report import move_to_outputs
@@ -59,7 +59,7 @@ def load(core: Any, plan: str) -> dict[str, Any]:
     revision = hashlib.sha256(data).hexdigest()
     count = core.vllm_config.parallel_config.tensor_parallel_size
     try:
-        parsed = Plan.from_bytes(data)
+        parsed = read_plan(data)
         digests = [Shard(index, count).of_plan(parsed).digest() for index in range(count)]
     except PlanError as error:
         return {"error": str(error), "code": error.code}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from interpretops.model_family import FAMILIES
-from interpretops.site import POINTS
+from interpretops.model.family import FAMILIES
+from interpretops.plan.sites import POINTS
 from steering_kernels.ops import OP_VERSION
 from steering_kernels.ops.site_op import SITE_OP
 

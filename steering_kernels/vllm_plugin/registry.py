@@ -24,7 +24,7 @@ class CacheUse:
     reads: bool = True
     """Whether they may take blocks from it; not where a gate must see every prompt token."""
     keeps_answers: bool = True
-    """Whether blocks of their answers may stay in it (`interpretops.plan_reach`)."""
+    """Whether blocks of their answers may stay in it (`interpretops.plan.reach`)."""
 
 
 @dataclass

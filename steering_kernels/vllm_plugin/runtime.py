@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpretops.bank import PlanBank, SlotsOf
 from interpretops.errors import ModelError, PlanError
-from interpretops.hook_points import SiteHooks, site_module
-from interpretops.model_spec import read_model_spec
+from interpretops.model.spec import read_model_spec
 from interpretops.plan import POINTS, ModelSpec, Plan, Site
-from interpretops.shard import Shard
+from interpretops.plan.shard import Shard
+from interpretops.steering.hook_points import SiteHooks, site_module
+from interpretops.steering.plan_bank import PlanBank, SlotsOf
 from steering_kernels.ops import SumRanks, empty_slots
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.report import Report, StepReports

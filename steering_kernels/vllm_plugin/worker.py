@@ -6,7 +6,7 @@ import base64
 from typing import Any
 
 from interpretops.errors import InterpretOpsError
-from interpretops.plan import Plan
+from interpretops.plan import read_plan
 from steering_kernels.vllm_plugin.kv_blocks import count_slots
 from steering_kernels.vllm_plugin.runtime import make_runtime
 from steering_kernels.vllm_plugin.wrapping import wrap_method
@@ -18,7 +18,7 @@ class SteeringWorker:
     def interpretops_load(self, plan: str) -> dict[str, Any]:
         """Load this rank's shard of a plan (base64). Returns the digest of its tables, or why it refused."""
         try:
-            loaded = Plan.from_bytes(base64.b64decode(plan))
+            loaded = read_plan(base64.b64decode(plan))
             digest = self._interpretops_runtime.load(loaded)
         except InterpretOpsError as error:
             return {"rank": self._interpretops_rank, "error": str(error), "code": error.code}

@@ -13,10 +13,10 @@ import pytest
 import typer
 import yaml
 
-from interpretops.cli import app
 from interpretops.settings import Settings, load_settings
-from interpretops.settings_environment import NOT_SETTINGS
-from interpretops.settings_section import Section
+from interpretops.settings.environment import NOT_SETTINGS
+from interpretops.settings.section import Section
+from mechctl.main import app
 from proxy.engine_command import engine_command, engine_environment
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

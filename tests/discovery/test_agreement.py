@@ -12,7 +12,7 @@ from discovery.evaluation.agreement import (
     agreements,
     read_labels,
 )
-from interpretops.refusal import is_refusal
+from interpretops.refusal_detector import is_refusal
 
 
 def test_kappa_is_agreement_beyond_chance() -> None:

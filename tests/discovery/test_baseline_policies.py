@@ -17,14 +17,19 @@ from discovery.evaluation.baselines import make_baselines
 from discovery.evaluation.diffmean import diffmean
 from discovery.evaluation.subject import Subject
 from discovery.frozen_model import FrozenModel
-from interpretops.adapter import AdapterSite, write_adapter
+from interpretops.artifacts.adapter import AdapterSite, write_adapter
+from interpretops.artifacts.dictionary import (
+    DictionaryManifest,
+    ModelReference,
+    WeightsReference,
+    write_manifest,
+)
+from interpretops.artifacts.dictionary.manifest import sha256_of
 from interpretops.compile import compile_policy
-from interpretops.dictionary import DictionaryManifest, ModelReference, WeightsReference, write_manifest
-from interpretops.dictionary.manifest import sha256_of
-from interpretops.hooked import HookedModel
 from interpretops.plan import Plan, Site
 from interpretops.policy import load_policy
-from interpretops.session import SteeringSession
+from interpretops.steering.hooked_model import HookedModel
+from interpretops.steering.session import SteeringSession
 
 WIDTH, FEATURES = 32, 48
 EDITS: dict[str, dict[str, Any]] = {

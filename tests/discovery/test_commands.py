@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from interpretops.artifacts import Artifacts
-from interpretops.cli import main
-from interpretops.model_spec import read_model_spec
+from interpretops.model.spec import read_model_spec
 from interpretops.plan import Site
+from mechctl.main import main
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from discovery.evaluation.subject import Subject
 from discovery.evaluation.suite import EvaluationSuite
 from discovery.evaluation.suite_files import load_suite
 from interpretops.compile import compile_policy
-from interpretops.model_spec import read_model_spec
+from interpretops.model.spec import read_model_spec
 from interpretops.plan import ModelSpec
 from interpretops.policy import load_policy
-from interpretops.refusal import is_degenerate
+from interpretops.refusal_detector import is_degenerate
 from interpretops.riskcard import RiskCard, load_card
 from interpretops.settings import load_settings
 

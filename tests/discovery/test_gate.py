@@ -32,13 +32,13 @@ from discovery.refusal import targets
 from discovery.rewritten_requests import REWRITINGS, rewritten
 from discovery.sequences import batches
 from discovery.sources import DataList, Source, sha256_of_file
-from interpretops.adapter import open_adapter
+from interpretops.artifacts.adapter import open_adapter
 from interpretops.compile import compile_policy
-from interpretops.hooked import HookedModel
 from interpretops.plan import Site
 from interpretops.policy import load_policy
-from interpretops.refusal import is_coherent, is_refusal
-from interpretops.session import SteeringSession
+from interpretops.refusal_detector import is_coherent, is_refusal
+from interpretops.steering.hooked_model import HookedModel
+from interpretops.steering.session import SteeringSession
 from steering_kernels.ops import attention_probe_reference
 
 EDIT = EditSettings(layers=(2, 3), rank=4, steps=6, batch=2)

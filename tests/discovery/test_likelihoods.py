@@ -13,9 +13,9 @@ from discovery.evaluation.suite import Prompt
 from discovery.evaluation.suite_files import load_suite
 from discovery.frozen_model import FrozenModel
 from interpretops.compile import compile_policy
-from interpretops.hooked import HookedModel
 from interpretops.plan import ALWAYS, Plan
 from interpretops.policy import load_policy
+from interpretops.steering.hooked_model import HookedModel
 
 ITEMS = (
     Item(Prompt("b/0", "benign", "b", "Say the number 3 in words."), ("It is three.",)),

@@ -10,7 +10,7 @@ from engines import run_engine
 from transformers import AutoTokenizer
 
 from interpretops.compile import compile_policy
-from interpretops.model_spec import read_model_spec
+from interpretops.model.spec import read_model_spec
 from interpretops.policy import load_policy
 
 __all__ = ["run_engine"]

@@ -23,8 +23,8 @@ from discovery.sources import DataList, Source
 from discovery.splice import splice_by_part, splice_metrics
 from discovery.stopping import Stopped
 from discovery.trace import TraceSettings, trace
-from interpretops.dictionary.load import open_dictionary
-from interpretops.dictionary.manifest import read_manifest
+from interpretops.artifacts.dictionary.load import open_dictionary
+from interpretops.artifacts.dictionary.manifest import read_manifest
 
 SETTINGS = TrainSettings(layer=2, width=64, k=4, tokens=64 * 40, batch=64, learning_rate=1e-3)
 

@@ -7,12 +7,12 @@ import pytest
 import yaml
 
 from discovery.sources import Source, read_prompts, sha256_of_file
-from interpretops.adapter import open_adapter
 from interpretops.artifacts import Artifacts
+from interpretops.artifacts.adapter import open_adapter
+from interpretops.artifacts.dictionary.load import open_dictionary
+from interpretops.artifacts.dictionary.manifest import read_adapter_manifest
 from interpretops.circuit import load_circuit
 from interpretops.compile import compile_policy
-from interpretops.dictionary.load import open_dictionary
-from interpretops.dictionary.manifest import read_adapter_manifest
 from interpretops.plan import ModelSpec
 from interpretops.policy import load_policy
 

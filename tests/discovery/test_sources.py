@@ -15,7 +15,7 @@ from discovery.sources import (
     read_text,
     refuse_noncommercial,
 )
-from interpretops.dictionary.manifest import read_manifest
+from interpretops.artifacts.dictionary.manifest import read_manifest
 
 ARTIFACTS = Path(__file__).resolve().parents[2] / "sae_artifacts"
 PROMPTS = ["Who are you?", 'Say "yes", then no', "Grüße aus Köln"]

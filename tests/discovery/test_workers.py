@@ -19,7 +19,7 @@ from discovery.sae_train import TrainSettings, train
 from discovery.sources import DataList, Source
 from discovery.trace import TraceSettings, trace
 
-PROGRAM = [sys.executable, "-m", "interpretops.cli"]
+PROGRAM = [sys.executable, "-m", "mechctl.main"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "INTERPRETOPS_MODEL_DTYPE": "float32"}
 
 

@@ -10,12 +10,12 @@ import pytest
 from hostile_bytes import corpus, fuzzed, hostile
 from hypothesis import given
 
-from interpretops.audit_chain import head_path, read_head, read_line, verify
 from interpretops.errors import PlanError, PolicyError
-from interpretops.plan import Plan
+from interpretops.files.strict_yaml import parse_yaml
+from interpretops.files.tensor_file import TensorFile
+from interpretops.plan import read_plan
 from interpretops.policy import policy_from_document
-from interpretops.policy_file import parse_yaml
-from interpretops.tensor_file import TensorFile
+from interpretops.records.audit_chain import head_path, read_head, read_line, verify
 
 
 def check_policy(data: bytes) -> None:
@@ -43,7 +43,7 @@ def check_tensors(data: bytes, folder: Path) -> None:
         refusal = str(error)
     assert "t.safetensors: " in refusal
     with suppress(PlanError):
-        Plan.from_bytes(data)
+        read_plan(data)
 
 
 def sealed(body: bytes) -> bytes:

@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from interpretops.compile import compile_policy
-from interpretops.model_spec import read_model_spec
+from interpretops.model.spec import read_model_spec
 from interpretops.policy import load_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.slow]

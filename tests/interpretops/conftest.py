@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from interpretops.dictionary import (
+from interpretops.artifacts.dictionary import (
     DictionaryManifest,
     ModelReference,
     WeightsReference,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from interpretops.adapter import AdapterSite, open_adapter, write_adapter
-from interpretops.dictionary import ModelReference, WeightsReference, write_manifest
-from interpretops.dictionary.manifest import AdapterManifest
+from interpretops.artifacts.adapter import AdapterSite, open_adapter, write_adapter
+from interpretops.artifacts.dictionary import ModelReference, WeightsReference, write_manifest
+from interpretops.artifacts.dictionary.manifest import AdapterManifest
 from interpretops.errors import AdapterError
 from interpretops.plan import ModelSpec, Site
 

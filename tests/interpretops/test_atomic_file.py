@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from interpretops.api_keys import make_key, read_keys, write_keys
-from interpretops.atomic_file import PRIVATE, can_read, write_atomically
 from interpretops.errors import ConfigError
+from interpretops.files.atomic_file import PRIVATE, can_read, write_atomically
+from interpretops.records.api_keys import make_key, read_keys, write_keys
 
 GATEWAY, OPERATOR, TEAM = 54321, 54322, 54323
 """Users and a group that no machine has."""

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from interpretops.api_keys import KeyRing, make_key, read_keys, write_keys
-from interpretops.cli import app
 from interpretops.errors import ConfigError
+from interpretops.records.api_keys import KeyRing, make_key, read_keys, write_keys
+from mechctl.main import app
 
 RUNNER = CliRunner()
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from interpretops.plan import Plan
-from interpretops.policy_reference import policy_reference
+from interpretops.plan import read_plan
+from interpretops.policy.reference import policy_reference
 
 
 def mechctl(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the command line as its own process."""
-    command = [sys.executable, "-m", "interpretops.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "mechctl.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -76,8 +76,8 @@ def test_compile_writes_the_plan_under_its_revision(
     import numpy as np
     from safetensors.numpy import save_file
 
-    from interpretops.dictionary import ModelReference
-    from interpretops.model_spec import read_model_spec
+    from interpretops.artifacts.dictionary import ModelReference
+    from interpretops.model.spec import read_model_spec
 
     folder = tmp_path / "tiny"
     folder.mkdir()
@@ -96,7 +96,7 @@ def test_compile_writes_the_plan_under_its_revision(
     done = mechctl("policy", "compile", policy, *options, "-o", tmp_path / "plans")
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "plans").iterdir()
-    plan = Plan.from_bytes(path.read_bytes())
+    plan = read_plan(path.read_bytes())
     assert path.name == f"{plan.revision}.safetensors"
     assert done.stdout.splitlines()[-1] == str(path)
     for word in ("3.resid_post", plan.revision, "decode", "l3"):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from interpretops.adapter import AdapterSite, write_adapter
-from interpretops.bank import PlanBank
+from interpretops.artifacts.adapter import AdapterSite, write_adapter
+from interpretops.artifacts.dictionary import Dictionary, ModelReference, open_dictionary
 from interpretops.compile import compile_policy
-from interpretops.dictionary import Dictionary, ModelReference, open_dictionary
 from interpretops.errors import PlanError, PolicyError
-from interpretops.plan import ModelSpec, Plan, Site
+from interpretops.plan import ModelSpec, Plan, Site, read_plan
 from interpretops.policy import load_policy
+from interpretops.steering.plan_bank import PlanBank
 
 R3, WIDTH = Site(3, "resid_post"), 24
 MakeDictionary = Callable[..., Path]
@@ -347,7 +347,7 @@ def test_gate_of_the_whole_prompt_carries_its_probe(
     numbers = _probe_numbers(1, 2)
     save_file(numbers, tmp_path / "p.safetensors")
     plan = compile_text(_probe_policy("bias: 0.5, threshold: 2"))
-    gate = Plan.from_bytes(plan.to_bytes()).gates[1]
+    gate = read_plan(plan.to_bytes()).gates[1]
     assert (gate.scope, gate.latched, gate.cut.tolist()) == ("prompt", True, [1.5])
     assert [part.site.layer for part in gate.probe] == [1, 2]
     for part in gate.probe:
@@ -468,7 +468,7 @@ def test_plan_needs_the_dictionary_no_more(
     record = plan.provenance["dictionaries"]["l3"]
     assert record["sha256"] == open_dictionary(folder).manifest.weights.sha256
     (folder / "sae_weights.safetensors").unlink()
-    assert Plan.from_bytes(plan.to_bytes()).revision == plan.revision
+    assert read_plan(plan.to_bytes()).revision == plan.revision
 
 
 def test_reference_policy_is_told_exactly_what_a_nine_head_model_lacks(

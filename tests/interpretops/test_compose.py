@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from interpretops.compile import compile_policy
-from interpretops.compose import compose_plans
 from interpretops.errors import PlanError
-from interpretops.plan import ModelSpec, Plan
+from interpretops.plan import ModelSpec, Plan, read_plan
+from interpretops.plan.compose import compose_plans
 from interpretops.policy import load_policy
 
 SPEC = ModelSpec("tiny", "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
@@ -46,7 +46,7 @@ def test_composed_plan_is_content_addressed(tmp_path: Path) -> None:
     plans = [plan(tmp_path, name, (layer, 0, "")) for layer, name in enumerate("abc")]
     both = compose_plans(plans)
     assert compose_plans(plans[::-1]).revision == both.revision
-    assert Plan.from_bytes(both.to_bytes()).revision == both.revision
+    assert read_plan(both.to_bytes()).revision == both.revision
 
 
 def test_what_has_no_one_meaning_is_refused(tmp_path: Path) -> None:

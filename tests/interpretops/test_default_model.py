@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from interpretops import default_model
-from interpretops.default_model import DEFAULT_MODEL, MANIFEST, ensure_default_model
 from interpretops.errors import ModelError
-from interpretops.model_source import resolve_model
+from interpretops.model import default_model
+from interpretops.model.default_model import DEFAULT_MODEL, MANIFEST, ensure_default_model
+from interpretops.model.source import resolve_model
 
 ENSURE = """
 import sys
 from pathlib import Path
-from interpretops.default_model import ensure_default_model
+from interpretops.model.default_model import ensure_default_model
 print(ensure_default_model(Path(sys.argv[1]), lambda line: print(line, file=sys.stderr)))
 """
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from interpretops.dictionary import Dictionary, DictionaryManifest, open_dictionary
+from interpretops.artifacts.dictionary import Dictionary, DictionaryManifest, open_dictionary
 from interpretops.errors import DictionaryError
 
 WIDTH, FEATURES, TOKENS = 24, 40, 50

@@ -12,7 +12,7 @@ from tiny_families import CONFIGS, FIRES_AT, LAYERS, PROMPT, gate_plan, save_fam
 from torch import Tensor
 
 from interpretops import HookedModel, SteeringSession
-from interpretops.model_family import FAMILIES
+from interpretops.model.family import FAMILIES
 from interpretops.plan import POINTS, Plan, Site, SiteEdits
 
 TOLERANCE = 2e-5

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from interpretops.errors import ModelError
-from interpretops.model_spec import read_model_spec
+from interpretops.model.spec import read_model_spec
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

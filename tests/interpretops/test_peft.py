@@ -10,8 +10,8 @@ import torch
 from tiny_families import PROMPT, save_family
 
 from interpretops import HookedModel, SteeringSession
-from interpretops.adapter import CONFIG_NAME, WEIGHTS_NAME, open_adapter
-from interpretops.dictionary.manifest import (
+from interpretops.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from interpretops.artifacts.dictionary.manifest import (
     AdapterManifest,
     ModelReference,
     TrainingRecord,
@@ -19,9 +19,14 @@ from interpretops.dictionary.manifest import (
     sha256_of,
     write_manifest,
 )
+from interpretops.artifacts.peft_config import (
+    DESCRIPTIVE_FIELDS,
+    READ_FIELDS,
+    REFUSED_FIELDS,
+    check_lora_config,
+)
 from interpretops.errors import AdapterError
-from interpretops.model_spec import read_model_spec
-from interpretops.peft_config import DESCRIPTIVE_FIELDS, READ_FIELDS, REFUSED_FIELDS, check_lora_config
+from interpretops.model.spec import read_model_spec
 from interpretops.plan import ModelSpec, Site
 from interpretops.policy import load_policy
 

@@ -13,13 +13,14 @@ from interpretops.plan import (
     POINTS,
     UNIT_FIELDS,
     Gate,
-    HeadScale,
+    HeadScaling,
     ModelSpec,
     Plan,
     Site,
     SiteEdits,
     TopK,
     Units,
+    read_plan,
 )
 
 MODEL = ModelSpec("tiny", "ab" * 32, "LlamaForCausalLM", 12, 4, 2, 1, 4, 50)
@@ -84,7 +85,7 @@ def draw_edits(draw: st.DrawFn, rng: np.random.Generator, site: Site, gates: int
     )
     scale = None
     if site.point == "attn_z" and draw(st.booleans()):
-        scale = HeadScale(rows(rng, 2, width), np.zeros(2, np.int32))
+        scale = HeadScaling(rows(rng, 2, width), np.zeros(2, np.int32))
     return SiteEdits(units, scale, topk)
 
 
@@ -93,7 +94,7 @@ def test_plan_comes_back_whole_and_with_the_same_bytes(plan: Plan) -> None:
     """Writing twice gives the same bytes; reading gives an equal plan, number by number."""
     data = plan.to_bytes()
     assert plan.to_bytes() == data
-    back = Plan.from_bytes(data)
+    back = read_plan(data)
     assert back.to_bytes() == data
     assert back.revision == plan.revision
     assert back.digest() == plan.digest()
@@ -111,7 +112,7 @@ def test_truncated_plan_is_refused(plan: Plan, data: st.DataObject) -> None:
     """A plan file cut anywhere raises `PlanError`."""
     whole = plan.to_bytes()
     with pytest.raises(PlanError):
-        Plan.from_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+        read_plan(whole[: data.draw(st.integers(0, len(whole) - 1))])
 
 
 @given(plans(), st.data())
@@ -124,7 +125,7 @@ def test_flipped_bit_is_refused_or_makes_another_revision(plan: Plan, data: st.D
     for _ in range(data.draw(st.integers(1, 3))):
         whole[data.draw(st.integers(0, end - 1))] ^= 1 << data.draw(st.integers(0, 7))
     try:
-        read = Plan.from_bytes(bytes(whole))
+        read = read_plan(bytes(whole))
     except PlanError:
         return
     assert read.to_bytes() == bytes(whole)
@@ -134,13 +135,13 @@ def test_flipped_bit_is_refused_or_makes_another_revision(plan: Plan, data: st.D
 def test_any_bytes_are_refused_with_plan_error(data: bytes) -> None:
     """What was never a plan raises `PlanError`."""
     with pytest.raises(PlanError):
-        Plan.from_bytes(data)
+        read_plan(data)
 
 
 def test_saved_plan_is_named_by_its_revision(tmp_path: Path) -> None:
     """The file's name is the sha256 of its bytes."""
     path = Plan("p", "c", MODEL, {}).save(tmp_path)
-    assert path.name == f"{Plan.from_bytes(path.read_bytes()).revision}.safetensors"
+    assert path.name == f"{read_plan(path.read_bytes()).revision}.safetensors"
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
 
 
@@ -151,7 +152,7 @@ def test_same_numbers_written_otherwise_are_refused() -> None:
     size = int.from_bytes(data[:8], "little")
     spaced = (size + 8).to_bytes(8, "little") + data[8 : 8 + size] + b" " * 8 + data[8 + size :]
     with pytest.raises(PlanError, match="not as this build writes it"):
-        Plan.from_bytes(spaced)
+        read_plan(spaced)
 
 
 def test_gate_that_reads_after_its_edit_is_refused() -> None:
@@ -164,4 +165,4 @@ def test_gate_that_reads_after_its_edit_is_refused() -> None:
     gate = Gate(Site(3, "resid_post"), np.zeros((1, 12), np.float32), one, one)
     plan = Plan("p", "c", MODEL, {Site(2, "resid_post"): SiteEdits(units)}, (ALWAYS, gate))
     with pytest.raises(PlanError, match=r"reads at 3.resid_post, which comes after the edit"):
-        Plan.from_bytes(plan.to_bytes())
+        read_plan(plan.to_bytes())

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from engines import vector_plan
 
-from interpretops.compose import compose_plans
-from interpretops.plan import ALWAYS, Gate, HeadScale, ModelSpec, ProbePart, Site, SiteEdits, empty_units
-from interpretops.plan_reach import steers_prompt_alike
+from interpretops.plan import ALWAYS, Gate, HeadScaling, ModelSpec, ProbePart, Site, SiteEdits, empty_units
+from interpretops.plan.compose import compose_plans
+from interpretops.plan.reach import steers_prompt_alike
 
 SPEC = ModelSpec("m", "f" * 64, "LlamaForCausalLM", 8, 8, 2, 2, 4, 32)
 READ = {"read": np.ones((1, 8), np.float32), "bias": np.zeros(1, np.float32), "cut": np.zeros(1, np.float32)}
@@ -55,7 +55,7 @@ def test_composed_plan_is_alike_only_if_all_parts_are(name):
 
 def test_head_scales_gate_counts_too():
     """Edits of heads have gates of their own."""
-    scale = HeadScale(np.ones((1, 8), np.float32), np.ones(1, np.int32))
+    scale = HeadScaling(np.ones((1, 8), np.float32), np.ones(1, np.int32))
     edits = {Site(2, "attn_z"): SiteEdits(empty_units(8), scale)}
     waits = replace(plan(NOT_ALIKE["prompt_end"]), edits=edits)
     assert not steers_prompt_alike(waits)

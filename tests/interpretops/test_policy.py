@@ -212,7 +212,7 @@ def test_import_needs_no_torch() -> None:
     import sys
 
     code = (
-        "import sys, interpretops.cli, interpretops.compile, interpretops.model_spec, interpretops.settings\n"
+        "import sys, mechctl.main, interpretops.compile, interpretops.model.spec, interpretops.settings\n"
         "heavy = {'torch', 'vllm', 'transformers', 'sae_lens'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interpretops.errors import PolicyError
-from interpretops.policy_file import MAX_BYTES, parse_yaml, read_yaml
+from interpretops.files.strict_yaml import MAX_BYTES, parse_yaml, read_yaml
 
 
 def parse(text: str) -> object:

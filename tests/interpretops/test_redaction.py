@@ -3,7 +3,7 @@
 import pytest
 
 from interpretops.errors import ConfigError
-from interpretops.redaction import Redactor
+from interpretops.records.redaction import Redactor
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import binomtest
 
-from interpretops.cli import main
 from interpretops.policy import SuccessCriteria
 from interpretops.riskcard import RiskCard, RiskCardError, load_card, save_card, standing, verdict
 from interpretops.riskcard.card import (
@@ -32,6 +31,7 @@ from interpretops.riskcard.markdown import card_markdown, comparison_markdown
 from interpretops.riskcard.measures import absent, defense_efficacy, mean_difference, new_failures, rate
 from interpretops.riskcard.page import card_html
 from interpretops.riskcard.verdict import CRITERIA
+from mechctl.main import main
 
 DATA = (Source(name="own", sha256="cd" * 32, n=400, successes=8),)
 

@@ -142,7 +142,7 @@ def test_steer_command_refuses_in_one_line(tmp_path: Path) -> None:
 
 def mechctl(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "interpretops.cli", "steer", *arguments],
+        [sys.executable, "-m", "mechctl.main", "steer", *arguments],
         capture_output=True,
         text=True,
         timeout=300,

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from interpretops.errors import ConfigError
 from interpretops.settings import Settings, load_settings
-from interpretops.settings_environment import NOT_SETTINGS
+from interpretops.settings.environment import NOT_SETTINGS
 
 REFERENCE = Path(__file__).resolve().parents[1] / "fixtures" / "reference-config.yaml"
 DSN = "postgresql://user:pass@localhost:5432/interpretops"

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from interpretops.settings import load_settings
-from interpretops.settings_reference import settings_reference
+from interpretops.settings.reference import settings_reference
 
 
 def test_page_in_docs_is_the_current_one(repository: Path) -> None:

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from interpretops.bank import PlanBank
 from interpretops.errors import PlanError
 from interpretops.plan import (
     ALWAYS,
     Gate,
-    HeadScale,
+    HeadScaling,
     ModelSpec,
     Plan,
     Point,
@@ -25,7 +24,8 @@ from interpretops.plan import (
     TopK,
     Units,
 )
-from interpretops.shard import Shard
+from interpretops.plan.shard import Shard
+from interpretops.steering.plan_bank import PlanBank
 from steering_kernels.ops import apply_edits, update_gates
 
 SPEC = ModelSpec("m", "0" * 64, "LlamaForCausalLM", 12, 2, 4, 2, 6, 50)
@@ -36,7 +36,7 @@ TOKENS = 9
 def make_plan(rng: np.random.Generator) -> Plan:
     """Every kind of unit at both points: norm-bounded, TopK, behind gates on the heads, reading one head."""
 
-    def edits(site: Site, scale: HeadScale | None) -> SiteEdits:
+    def edits(site: Site, scale: HeadScaling | None) -> SiteEdits:
         count, width, read_width = 6, SPEC.width(site.point), SPEC.read_width(site.point)
         infinite = np.full(count, np.inf)
         read = rng.normal(size=(count, read_width))
@@ -66,7 +66,7 @@ def make_plan(rng: np.random.Generator) -> Plan:
 
     delta = np.zeros((2, 4, 6), np.float32)
     delta[0, 0], delta[1, 3] = -0.5, 1.0
-    scale = HeadScale(delta.reshape(2, -1), np.array([0, 1], np.int32))
+    scale = HeadScaling(delta.reshape(2, -1), np.array([0, 1], np.int32))
     read = rng.normal(size=(2, 24)).astype(np.float32)
     none = np.zeros(2, np.float32)
     gates = (

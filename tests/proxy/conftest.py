@@ -17,9 +17,9 @@ from engines import engine_server as engine_server
 
 from interpretops.engine_api import STATUS, EngineCode
 from interpretops.errors import PlanError
-from interpretops.plan import ModelSpec, Plan
+from interpretops.plan import ModelSpec, Plan, read_plan
+from interpretops.plan.shard import Shard
 from interpretops.settings import load_settings
-from interpretops.shard import Shard
 from proxy.engine_loop import RemoteEngine
 from proxy.gateway import Apps, make_app
 from proxy.http_server import Runner
@@ -150,7 +150,7 @@ class FakeEngine:
         if hashlib.sha256(data).hexdigest() != revision:
             return _refuse(EngineCode.INVALID_PLAN, "the plan file is damaged")
         try:
-            plan = Plan.from_bytes(data)
+            plan = read_plan(data)
         except PlanError as error:
             return _refuse(EngineCode.INVALID_PLAN, str(error))
         self.plans[revision] = plan

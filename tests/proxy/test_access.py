@@ -13,8 +13,8 @@ import pytest
 from aiohttp import web
 from certificates import write_certificate
 
-from interpretops.api_keys import KeyRing, make_key, read_keys, write_keys
 from interpretops.errors import ConfigError
+from interpretops.records.api_keys import KeyRing, make_key, read_keys, write_keys
 from proxy.access import check_exposure, names_this_machine
 from proxy.reader import Reader
 from proxy.routes import ROUTES, UNGUARDED
@@ -371,7 +371,7 @@ def test_open_gateway_stays_on_this_machine(address):
 @pytest.mark.parametrize(("flag", "field"), [("--host", "gateway.host")])
 def test_serve_refuses_to_listen_beyond_this_machine_without_keys(tmp_path, flag, field):
     """`mechctl serve` ends with one line before anything slow begins."""
-    command = [sys.executable, "-m", "interpretops.cli", "serve", "--port", "0", "--admin-port", "0"]
+    command = [sys.executable, "-m", "mechctl.main", "serve", "--port", "0", "--admin-port", "0"]
     ended = subprocess.run([*command, flag, "0.0.0.0"], capture_output=True, text=True, timeout=60)  # noqa: S104
     assert ended.returncode == 2
     assert ended.stderr.strip().splitlines()[-1].startswith(f"{field} = '0.0.0.0', but that is reached")

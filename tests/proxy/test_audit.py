@@ -9,7 +9,8 @@ import pytest
 import structlog
 from typer.testing import CliRunner
 
-from interpretops.audit_chain import (
+from interpretops.errors import ConfigError
+from interpretops.records.audit_chain import (
     GENESIS,
     Head,
     head_line,
@@ -19,9 +20,8 @@ from interpretops.audit_chain import (
     read_head,
     verify,
 )
-from interpretops.cli import app
-from interpretops.errors import ConfigError
 from interpretops.settings import AuditSettings
+from mechctl.main import app
 from proxy.audit import AuditLog
 from proxy.metrics import Metrics
 from proxy.refusal import AuditUnavailable

@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from interpretops.api_keys import make_key, rotate_key, write_keys
 from interpretops.errors import ConfigError, EngineError
+from interpretops.records.api_keys import make_key, rotate_key, write_keys
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 

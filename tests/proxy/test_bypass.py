@@ -7,7 +7,7 @@ import typing
 import pytest
 from multidict import CIMultiDict
 
-from interpretops.settings_access import Route
+from interpretops.settings.access import Route
 from proxy.routes import ROUTES, UNGUARDED
 
 BINDINGS = [{"policy": "calm", "mode": "mandatory"}, {"policy": "*"}]
@@ -246,7 +246,7 @@ async def test_named_streams_end_only_when_proven(start, engine, route, trick):
 
 async def test_tenants_share_no_cache(start, engine, tmp_path):
     """Prompts of one tenant are not found in the prefix cache by another, whatever salt it names."""
-    from interpretops.api_keys import make_key, write_keys
+    from interpretops.records.api_keys import make_key, write_keys
 
     made = {name: make_key(tenant=name) for name in ("a", "b")}
     write_keys(tmp_path / "keys.yaml", [kept for _, kept in made.values()])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from interpretops.refusal import is_refusal
+from interpretops.refusal_detector import is_refusal
 from proxy.canary import read_suite
 from proxy.routes import ROUTES
 

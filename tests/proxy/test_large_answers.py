@@ -2,7 +2,7 @@
 
 import pytest
 
-from interpretops.transcript_file import make_key
+from interpretops.records.transcript_file import make_key
 from proxy.engine_http import AnswerTooLargeError
 from proxy.own_request import ask
 from proxy.routes import ROUTES

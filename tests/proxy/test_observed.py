@@ -20,7 +20,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from interpretops.transcript_file import make_key
+from interpretops.records.transcript_file import make_key
 from proxy.audit_file import DISPLACED
 from proxy.drift import LEAST
 from proxy.metrics import OUTCOMES, Metrics

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from interpretops.api_keys import read_keys
-from interpretops.dictionary.manifest import read_manifest, sha256_of
+from interpretops.artifacts.dictionary.manifest import read_manifest, sha256_of
 from interpretops.errors import ConfigError
-from interpretops.json_file import read_json_object
-from interpretops.policy_file import read_yaml
+from interpretops.files.json_file import read_json_object
+from interpretops.files.strict_yaml import read_yaml
+from interpretops.files.tensor_file import TensorFile
+from interpretops.records.api_keys import read_keys
+from interpretops.records.transcript_file import Vault
 from interpretops.settings import AuditSettings, load_settings
-from interpretops.tensor_file import TensorFile
-from interpretops.transcript_file import Vault
 from proxy import policy_reading
 from proxy.audit import AuditLog
 from proxy.budget import _read as read_budgets
@@ -140,10 +140,10 @@ def test_every_file_that_a_gateway_reads_is_refused_at_once(tmp_path):
 
 
 OWN = {
-    "interpretops.regular_file": "opens what others wrote, and checks it",
-    "interpretops.atomic_file": "writes",
-    "interpretops.default_model": "runs in a process of its own, on files that it made",
-    "interpretops.transcript_file": "appends to its own files; reads them in `mechctl transcripts` alone",
+    "interpretops.files.regular_file": "opens what others wrote, and checks it",
+    "interpretops.files.atomic_file": "writes",
+    "interpretops.model.default_model": "runs in a process of its own, on files that it made",
+    "interpretops.records.transcript_file": "appends to its own files; only `mechctl transcripts` reads them",
     "proxy.audit_file": "appends to its own files, which it checks to be plain",
     "proxy.file_lock": "makes its own files",
     "proxy.local_engine": "the log that it made itself",
@@ -157,7 +157,8 @@ OWN = {
 def test_nothing_else_in_a_gateway_opens_files():
     """A new place that opens a file which others wrote does so as all do."""
     program = (
-        "import sys, proxy.serve, interpretops.adapter, interpretops.compile, interpretops.dictionary\n"
+        "import sys, proxy.serve, interpretops.artifacts.adapter, interpretops.compile\n"
+        "import interpretops.artifacts.dictionary\n"
         "for name, module in sorted(sys.modules.items()):\n"
         "    if name.split('.')[0] in ('proxy', 'interpretops'): print(name, module.__file__)"
     )

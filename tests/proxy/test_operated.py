@@ -18,8 +18,8 @@ import aiohttp
 import pytest
 from certificates import write_certificate
 
-from interpretops.api_keys import make_key, write_keys
-from interpretops.audit_chain import verify
+from interpretops.records.api_keys import make_key, write_keys
+from interpretops.records.audit_chain import verify
 from proxy import open_files
 
 CONFIG = """
@@ -37,7 +37,7 @@ gateway:
 """
 
 
-PROGRAM = "from interpretops.cli import app; app()"
+PROGRAM = "from mechctl.main import app; app()"
 
 
 @asynccontextmanager

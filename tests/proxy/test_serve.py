@@ -20,7 +20,7 @@ import pytest
 
 from proxy.routes import ROUTES
 
-MECHCTL = [sys.executable, "-m", "interpretops.cli"]
+MECHCTL = [sys.executable, "-m", "mechctl.main"]
 MODEL = "smollm2-135m-instruct"
 PROMPT = [{"role": "user", "content": "What is the capital of France, and why is it famous?"}]
 HEADS = """

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from interpretops.audit_chain import verify
 from interpretops.policy import SuccessCriteria
+from interpretops.records.audit_chain import verify
 from interpretops.riskcard import RiskCard, card_path, save_card
 from interpretops.riskcard.card import BASELINES, MEASURES, Baseline, ModelReference, PolicyReference, Record
 from interpretops.riskcard.measures import absent, rate

@@ -8,8 +8,8 @@ import pytest
 import structlog
 
 import proxy
-from interpretops.api_keys import make_key, write_keys
 from interpretops.errors import EngineError
+from interpretops.records.api_keys import make_key, write_keys
 from proxy import audit, budget, reload, supervisor, transcripts, watch
 from proxy.access import Access
 from proxy.audit import AuditLog

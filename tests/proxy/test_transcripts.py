@@ -9,10 +9,10 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 from typer.testing import CliRunner
 
-from interpretops.cli import app
 from interpretops.errors import ConfigError
+from interpretops.records.transcript_file import Vault, append, delete_old, make_key, read
 from interpretops.settings import load_settings
-from interpretops.transcript_file import Vault, append, delete_old, make_key, read
+from mechctl.main import app
 from proxy import transcripts as transcripts_module
 from proxy.routes import ROUTES
 

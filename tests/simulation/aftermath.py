@@ -7,7 +7,7 @@ import json
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from interpretops.audit_chain import log_files, verify
+from interpretops.records.audit_chain import log_files, verify
 from simulation.asks import Ask
 from simulation.engine import EngineModel
 from simulation.scenario import CHAT, POLICIES, ROUTES

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from interpretops.engine_api import STATUS, EngineCode
-from interpretops.plan import ModelSpec, Plan
+from interpretops.plan import ModelSpec, read_plan
 from simulation.clock import Clock
 from steering_kernels.vllm_plugin.holders import Holders
 
@@ -140,7 +140,7 @@ class EngineModel:
         if revision not in self.plans and len(self.plans) >= self.room:
             return refuse(EngineCode.TABLE_FULL)
         if revision not in _DIGESTS:
-            _DIGESTS[revision] = Plan.from_bytes(data).digest()
+            _DIGESTS[revision] = read_plan(data).digest()
         digest = "0" * 64 if self.damaged else _DIGESTS[revision]
         self.plans.setdefault(revision, _Resident(digest)).retired = False
         self.holders.hear(holder)

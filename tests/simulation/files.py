@@ -6,7 +6,7 @@ import random
 import shutil
 from pathlib import Path
 
-from interpretops.api_keys import ApiKey, make_key, write_keys
+from interpretops.records.api_keys import ApiKey, make_key, write_keys
 from simulation.patches import Disk
 from simulation.scenario import POLICIES, Scenario
 

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from interpretops.model_spec import read_model_spec
+from interpretops.model.spec import read_model_spec
 from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan, Site, SiteEdits, Units
 
 PROGRAM = Path(__file__).with_name("engine_program.py")

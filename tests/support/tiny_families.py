@@ -8,7 +8,18 @@ import numpy as np
 import torch
 import transformers
 
-from interpretops.plan import ALWAYS, POINTS, Array, Gate, HeadScale, ModelSpec, Plan, Site, SiteEdits, Units
+from interpretops.plan import (
+    ALWAYS,
+    POINTS,
+    Array,
+    Gate,
+    HeadScaling,
+    ModelSpec,
+    Plan,
+    Site,
+    SiteEdits,
+    Units,
+)
 
 VOCAB = 128
 LAYERS = 3
@@ -144,5 +155,5 @@ def _site_edits(spec: ModelSpec, site: Site, rng: np.random.Generator) -> SiteEd
     if site.point == "attn_z":
         delta = np.zeros((2, spec.num_heads, spec.head_dim), np.float32)
         delta[0, 0], delta[1, -1] = -0.5, 1.0
-        scale = HeadScale(delta.reshape(2, -1), np.array([0, 1], np.int32))
+        scale = HeadScaling(delta.reshape(2, -1), np.array([0, 1], np.int32))
     return SiteEdits(units, scale)

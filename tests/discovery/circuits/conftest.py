@@ -16,11 +16,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from discovery.circuits.decoder import GraphDecoder
 from discovery.circuits.pairs import Pair
 from discovery.frozen_model import FrozenModel
-from interpretops.cli import main
-from interpretops.dictionary import DictionaryManifest, ModelReference, WeightsReference, write_manifest
-from interpretops.model_spec import read_model_spec
+from interpretops.artifacts.dictionary import (
+    DictionaryManifest,
+    ModelReference,
+    WeightsReference,
+    write_manifest,
+)
+from interpretops.model.spec import read_model_spec
 from interpretops.plan import ModelSpec
-from interpretops.site import Point
+from interpretops.plan.sites import Point
+from mechctl.main import main
 
 WORDS = 16
 """Vocabulary, and width of each of the three parts of the stream: what is read, copied, spoken."""

@@ -12,8 +12,8 @@ from discovery import sealed
 from discovery.circuits import command
 from discovery.circuits import search as search_module
 from discovery.frozen_model import FrozenModel
-from interpretops.atomic_file import write_atomically
 from interpretops.circuit import load_circuit
+from interpretops.files.atomic_file import write_atomically
 
 CIRCUIT = {("input", "a0.h1"), ("a0.h1", "a2.h0"), ("a2.h0", "logits")}
 

@@ -13,8 +13,13 @@ import yaml
 from safetensors.numpy import save_file
 
 from discovery.frozen_model import FrozenModel
-from interpretops.cli import main
-from interpretops.dictionary import DictionaryManifest, ModelReference, WeightsReference, write_manifest
+from interpretops.artifacts.dictionary import (
+    DictionaryManifest,
+    ModelReference,
+    WeightsReference,
+    write_manifest,
+)
+from mechctl.main import main
 
 FEATURES = 48
 

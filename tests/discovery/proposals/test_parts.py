@@ -17,7 +17,7 @@ from discovery.proposals.grid import Point, best
 from discovery.proposals.judging import fails, shows
 from discovery.proposals.origin import from_circuit, from_features
 from discovery.proposals.reading import answer_means, encode, feature_auroc
-from interpretops.dictionary import open_dictionary
+from interpretops.artifacts.dictionary import open_dictionary
 from interpretops.plan import ModelSpec
 
 NODES = [

@@ -15,7 +15,7 @@ import yaml
 from discovery.proposals.contrast import read_contrast
 from discovery.sources import Source, read_prompts
 
-MECHCTL = [sys.executable, "-m", "interpretops.cli"]
+MECHCTL = [sys.executable, "-m", "mechctl.main"]
 WALK_S = 900
 
 

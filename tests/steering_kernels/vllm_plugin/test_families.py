@@ -16,7 +16,7 @@ from tiny_families import CONFIGS, FIRES_AT, PROMPT, gate_plan, save_family
 
 from interpretops import HookedModel, SteeringSession
 from interpretops.plan import ALWAYS, POINTS, Array, Gate, Plan, Site, SiteEdits, Units
-from interpretops.shard import Shard
+from interpretops.plan.shard import Shard
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

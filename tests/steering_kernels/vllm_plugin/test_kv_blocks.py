@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan
-from interpretops.plan_reach import depends_on_prompt_end
+from interpretops.plan.reach import depends_on_prompt_end
 from steering_kernels.vllm_plugin.core import admit, cache_use, cacheable_tokens
 from steering_kernels.vllm_plugin.kv_blocks import new_blocks
 from steering_kernels.vllm_plugin.registry import Registry

@@ -11,7 +11,7 @@ from engines import vector_plan
 from tiny_families import save_family
 from transformers import AutoModelForCausalLM
 
-from interpretops.model_spec import read_model_spec
+from interpretops.model.spec import read_model_spec
 from interpretops.plan import Gate, Plan, Site, SiteEdits, TopK
 from steering_kernels.ops import site_op
 from steering_kernels.vllm_plugin.engine_config import EngineOptions

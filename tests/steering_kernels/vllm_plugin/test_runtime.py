@@ -9,7 +9,7 @@ import torch
 from tiny_families import save_family
 from transformers import AutoModelForCausalLM
 
-from interpretops.model_spec import read_model_spec
+from interpretops.model.spec import read_model_spec
 from interpretops.plan import ALWAYS, Gate, Plan, Site, SiteEdits, Units
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.request_args import RequestArgsError

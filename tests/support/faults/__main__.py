@@ -12,7 +12,7 @@ from pathlib import Path
 from faults.breakages import breakages
 from faults.run import Outcome, check_audit, run_faults
 from faults.stand import make_stand
-from interpretops.default_model import ensure_default_model
+from interpretops.model.default_model import ensure_default_model
 from interpretops.settings import load_settings
 
 

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from interpretops.cli import main
+from mechctl.main import main
 from proxy.serve import POOL_NAME, POOL_THREADS
 
 

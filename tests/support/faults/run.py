@@ -91,7 +91,7 @@ async def run_faults(stand: Stand, faults: Iterable[Breakage], tell: Callable[[s
 
 def check_audit(stand: Stand) -> list[str]:
     """What `mechctl audit verify` finds wrong; to be asked when the gateway has ended."""
-    command = [sys.executable, "-m", "interpretops.cli", "audit", "verify", str(stand.disk / "audit.jsonl")]
+    command = [sys.executable, "-m", "mechctl.main", "audit", "verify", str(stand.disk / "audit.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True)
     return [] if done.returncode == 0 else [f"audit: {line}" for line in done.stdout.splitlines()]
 

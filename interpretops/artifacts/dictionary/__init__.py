@@ -1,0 +1,25 @@
+"""Dictionaries: SAE weights in whatever folder layout they come, read as encoder and decoder rows."""
+
+from interpretops.artifacts.dictionary.load import Dictionary, EncoderRows, open_dictionary
+from interpretops.artifacts.dictionary.manifest import (
+    DictionaryManifest,
+    MetricsRecord,
+    ModelReference,
+    TrainingRecord,
+    WeightsReference,
+    read_manifest,
+    write_manifest,
+)
+
+__all__ = [
+    "Dictionary",
+    "DictionaryManifest",
+    "EncoderRows",
+    "MetricsRecord",
+    "ModelReference",
+    "TrainingRecord",
+    "WeightsReference",
+    "open_dictionary",
+    "read_manifest",
+    "write_manifest",
+]

@@ -1,0 +1,144 @@
+"""Opening a dictionary's folder: manifest, weights of any layout, and the rows that edits are made of."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from interpretops.artifacts.dictionary import dictionary_learning, gemma_scope, saelens, sparsify
+from interpretops.artifacts.dictionary.agreement import check_agreement
+from interpretops.artifacts.dictionary.manifest import (
+    MANIFEST_NAME,
+    Activation,
+    DictionaryManifest,
+    Layout,
+    check_weights,
+    read_manifest,
+)
+from interpretops.artifacts.dictionary.weights import Weights
+from interpretops.errors import DictionaryError
+from interpretops.plan import Array, Site
+
+_LOADERS: dict[Layout, Callable[[Path, Path], Weights]] = {
+    "saelens": saelens.load_saelens,
+    "gemma_scope": gemma_scope.load_gemma_scope,
+    "sparsify": sparsify.load_sparsify,
+    "dictionary_learning": dictionary_learning.load_dictionary_learning,
+}
+
+
+class EncoderRows(NamedTuple):
+    """What K features read, all folded in: ``a = u if u > threshold else 0``, ``u = read . x + bias``."""
+
+    read: Array
+    """[K, D] float32"""
+    bias: Array
+    """[K]"""
+    threshold: Array
+    """[K]"""
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """The features of one place of one model."""
+
+    manifest: DictionaryManifest
+    weights: Weights
+
+    @property
+    def site(self) -> Site:
+        """The place whose activation it reads."""
+        return self.manifest.site
+
+    @property
+    def activation(self) -> Activation:
+        """`relu`, `jumprelu` or `topk`."""
+        return self.weights.activation
+
+    @property
+    def k(self) -> int | None:
+        """For topk: how many features are active at a token."""
+        return self.weights.k
+
+    @property
+    def width(self) -> int:
+        """Number of features."""
+        return self.manifest.width
+
+    @property
+    def max_norm(self) -> float:
+        """Tokens with a larger activation norm are left alone; infinite when the manifest names no bound."""
+        return float("inf") if self.manifest.max_norm is None else self.manifest.max_norm
+
+    def encoder_rows(self, ids: Sequence[int] | None = None) -> EncoderRows:
+        """Float32 rows of some features, or all; the decoder's bias and the normalisation are folded in."""
+        index = np.arange(self.width) if ids is None else np.asarray(ids, np.int64)
+        weights = self.weights
+        rows = weights.encoder.rows(ids)
+        if weights.encoder_scale is not None:
+            rows *= weights.encoder_scale[index, None]
+        bias = weights.bias[index] - rows @ weights.centre
+        threshold = np.zeros(len(index)) if weights.threshold is None else weights.threshold[index]
+        return EncoderRows(
+            (rows * weights.input_scale).astype(np.float32),
+            bias.astype(np.float32),
+            threshold.astype(np.float32),
+        )
+
+    def decoder_rows(self, ids: Sequence[int] | None = None) -> Array:
+        """[K, D] float32: what a unit of activation adds, in the model's own scale."""
+        rows = self.weights.decoder.rows(ids)
+        if self.weights.decoder_scale is not None:
+            index = np.arange(self.width) if ids is None else np.asarray(ids, np.int64)
+            rows *= self.weights.decoder_scale[index, None]
+        return (rows / self.weights.input_scale).astype(np.float32)
+
+    @cached_property
+    def decoder_bias(self) -> Array:
+        """[D] what the reconstruction has when nothing is active; edits never touch it."""
+        return (self.weights.decoder_bias / self.weights.input_scale).astype(np.float32)
+
+
+def open_dictionary(folder: Path, manifest: DictionaryManifest | None = None) -> Dictionary:
+    """Open a folder with manifest.yaml. Checks the weights' sha256 and shapes; raises `DictionaryError`."""
+    manifest = read_manifest(folder) if manifest is None else manifest
+    if manifest.layout == "dictionary_learning" and manifest.weights.file == dictionary_learning.PICKLE_NAME:
+        raise DictionaryError(f"{folder / manifest.weights.file}: {dictionary_learning.CONVERSION}")
+    path = check_weights(folder, manifest.weights, DictionaryError)
+    check_agreement(folder, manifest)
+    return Dictionary(manifest, _fit(folder, manifest, _LOADERS[manifest.layout](folder, path)))
+
+
+def _fit(folder: Path, manifest: DictionaryManifest, weights: Weights) -> Weights:
+    """The weights, once they were found to be what the manifest says."""
+    file, features, size = folder / MANIFEST_NAME, manifest.width, manifest.hidden_size
+    source = folder / manifest.weights.file
+    if weights.encoder.array.ndim != 2 or weights.encoder.shape != weights.decoder.shape:
+        raise DictionaryError(f"{source}: encoder and decoder are of different shapes")
+    if weights.encoder.shape != (features, size):
+        raise DictionaryError(
+            f"{file}: width = {features}, hidden_size = {size}, but {manifest.weights.file} holds "
+            f"{weights.encoder.shape[0]} features of an activation of {weights.encoder.shape[1]}"
+        )
+    for name in ("bias", "threshold", "encoder_scale", "decoder_scale", "centre", "decoder_bias"):
+        array = getattr(weights, name)
+        expected = (size,) if name in ("centre", "decoder_bias") else (features,)
+        if array is not None and (array.shape != expected or not np.isfinite(array).all()):
+            raise DictionaryError(
+                f"{source}: {name} must be {expected[0]} finite numbers, but has shape "
+                f"{array.shape}" + ("" if array.shape != expected else " and holds others")
+            )
+    if weights.activation != manifest.activation:
+        raise DictionaryError(
+            f"{file}: activation = {manifest.activation!r}, but the weights are of {weights.activation!r}"
+        )
+    if manifest.normalisation == "scale":
+        if manifest.scaling_factor is None:
+            raise DictionaryError(f"{file}: normalisation = 'scale' needs a scaling_factor")
+        return replace(weights, input_scale=weights.input_scale * manifest.scaling_factor)
+    if manifest.scaling_factor is not None:
+        raise DictionaryError(f"{file}: scaling_factor is given, but normalisation = 'none'")
+    return weights

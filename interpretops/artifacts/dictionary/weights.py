@@ -1,0 +1,75 @@
+"""What every layout is brought to: encoder and decoder rows with their scales, and lazily taken rows.
+
+With activation x [D], features F:  u = encoder_scale * (W_enc (input_scale * x - centre)) + bias  [F]
+and a feature's decoder row is  decoder_scale * W_dec / input_scale  [D].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from interpretops.artifacts.dictionary.manifest import Activation
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One vector of D per feature, stored either way round; only what is asked for is read."""
+
+    array: npt.NDArray[Any]
+    features_last: bool = False
+    """Whether the array is [D, F] and not [F, D]."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(F, D)."""
+        first, second = self.array.shape
+        return (second, first) if self.features_last else (first, second)
+
+    def rows(self, ids: Sequence[int] | None = None) -> Floats:
+        """[K, D] float64: the rows of some features, or of all."""
+        if ids is None:
+            chosen = self.array.T if self.features_last else self.array
+        else:
+            index = np.asarray(ids, np.int64)
+            chosen = self.array[:, index].T if self.features_last else self.array[index]
+        return np.ascontiguousarray(chosen, np.float64)
+
+    def norms(self) -> Floats:
+        """[F] length of every row."""
+        step = max(1, 2**22 // self.shape[1])
+        parts = [range(i, min(i + step, self.shape[0])) for i in range(0, self.shape[0], step)]
+        return np.concatenate([np.linalg.norm(self.rows(part), axis=1) for part in parts])
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A dictionary's numbers, whatever layout they came in."""
+
+    activation: Activation
+    encoder: Matrix
+    decoder: Matrix
+    bias: Floats
+    """[F]"""
+    centre: Floats
+    """[D] what is taken off the activation before encoding: the decoder's bias, or zeros."""
+    decoder_bias: Floats
+    """[D]"""
+    threshold: Floats | None = None
+    """[F] for jumprelu: a feature is active above it; never negative."""
+    k: int | None = None
+    """For topk: how many features are active at a token."""
+    encoder_scale: Floats | None = None
+    """[F]"""
+    decoder_scale: Floats | None = None
+    """[F]"""
+    input_scale: float = 1.0
+
+
+def as_floats(array: npt.NDArray[Any]) -> Floats:
+    """A float64 copy."""
+    return np.array(array, np.float64)

@@ -1,0 +1,52 @@
+"""A model's own record of where its attention sinks begin: the norm bounds of its sites.
+
+``<artifacts>/<model>/norm-bounds.yaml``. An edit along a direction takes its bound from the policy, from the
+dictionaries that the policy names, or from here; never from whatever else lies in the folder.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from interpretops.artifacts.dictionary.manifest import ModelReference
+from interpretops.errors import DictionaryError, PlanError
+from interpretops.files.schema_faults import describe_faults
+from interpretops.files.strict_yaml import read_yaml
+from interpretops.plan import Site
+
+BOUNDS_NAME = "norm-bounds.yaml"
+
+Bound = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class NormBounds(BaseModel):
+    """What is known of a model's activation norms."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    kind: Literal["norm_bounds"] = "norm_bounds"
+    """Kind of artifact."""
+    model: ModelReference
+    """The model it belongs to."""
+    bounds: dict[str, Bound]
+    """By site, as `15.resid_post`: tokens of a larger norm are attention sinks."""
+
+    @field_validator("bounds")
+    @classmethod
+    def _are_sites(cls, bounds: dict[str, float]) -> dict[str, float]:
+        for text in bounds:
+            try:
+                Site.parse(text)
+            except PlanError as error:
+                raise ValueError(str(error)) from error
+        return bounds
+
+
+def read_norm_bounds(path: Path) -> NormBounds:
+    """The record in a file; raises `DictionaryError`."""
+    document = read_yaml(path, DictionaryError)
+    try:
+        return NormBounds.model_validate(document.data)
+    except ValidationError as problem:
+        raise DictionaryError("\n".join(describe_faults(problem, document, NormBounds))) from problem

@@ -1,0 +1,1 @@
+"""A model as a folder on this disk: where it comes from, its sizes, its family. Needs no torch."""

@@ -1,0 +1,82 @@
+"""The gates of a plan: when its edits act.
+
+Shape letters: D width of the site, C conditions, K heads of a probe.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from interpretops.plan.edits import Array
+from interpretops.plan.sites import Site
+
+Combine = Literal["any", "all"]
+Scope = Literal["token", "prompt_end", "prompt"]
+Phase = Literal["both", "prefill", "decode"]
+
+MAX_GATES = 8
+"""Most gates one plan may carry, the implicit always-open one included."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProbePart:
+    """The K heads of an attention probe at one site."""
+
+    site: Site
+    query: Array
+    """[K, D]"""
+    read: Array
+    """[K, D]"""
+    bias: Array
+    """[K]"""
+    max_norm: float = float("inf")
+
+
+PROBE_FIELDS = ("query", "read", "bias")
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """When edits act. Fires at a token iff ``read . x + bias > cut`` for any or all of its conditions.
+
+    A gate without conditions fires at every token, so that only its phase counts. One of scope `prompt` has
+    an attention probe instead, in parts of K heads at sites of their own, the last at the gate's. Over the
+    tokens t of the prompt whose norm is within a part's ``max_norm``, the sum over parts of
+
+        sum_k sum_t softmax_t(query[k] . x_t) (read[k] . x_t + bias[k])
+
+    must exceed cut[0].
+    """
+
+    site: Site | None
+    read: Array
+    bias: Array
+    cut: Array
+    combine: Combine = "any"
+    scope: Scope = "token"
+    """`prompt_end` reads the last token of the prompt alone; `prompt` decides there by all of it."""
+    latched: bool = False
+    """Stay open from the first firing position to the end of the request; else only at the firing token."""
+    phase: Phase = "both"
+    max_norm: float = float("inf")
+    probe: tuple[ProbePart, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """The gate's numbers by name."""
+        found = {"read": self.read, "bias": self.bias, "cut": self.cut}
+        for part in self.probe:
+            found |= {f"{part.site}.{name}": getattr(part, name) for name in PROBE_FIELDS}
+        return found
+
+    def __len__(self) -> int:
+        return int(self.read.shape[0])
+
+
+def _no_conditions() -> Array:
+    return np.zeros((0, 0), np.float32)
+
+
+ALWAYS = Gate(None, _no_conditions(), np.zeros(0, np.float32), np.zeros(0, np.float32))
+"""Gate 0 of every plan."""

@@ -1,0 +1,43 @@
+"""The policy: what a person writes. `load_policy` reads one file and names every fault in it."""
+
+from interpretops.policy.schema import (
+    ALWAYS_GATE,
+    Condition,
+    Constraints,
+    DirectionAblation,
+    Evaluation,
+    FeatureClamp,
+    FeatureScale,
+    GateSpec,
+    HeadScale,
+    LoraGate,
+    Meta,
+    Policy,
+    SteeringVector,
+    SuccessCriteria,
+    Suite,
+    load_policy,
+    policy_from_document,
+    policy_schema,
+)
+
+__all__ = [
+    "ALWAYS_GATE",
+    "Condition",
+    "Constraints",
+    "DirectionAblation",
+    "Evaluation",
+    "FeatureClamp",
+    "FeatureScale",
+    "GateSpec",
+    "HeadScale",
+    "LoraGate",
+    "Meta",
+    "Policy",
+    "SteeringVector",
+    "SuccessCriteria",
+    "Suite",
+    "load_policy",
+    "policy_from_document",
+    "policy_schema",
+]

@@ -1,0 +1,337 @@
+"""The policy: what a person writes. Every field is declared, documented and checked here once."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PrivateAttr, Strict, ValidationError, model_validator
+
+from interpretops.errors import PolicyError
+from interpretops.files.schema_faults import describe_faults
+from interpretops.files.strict_yaml import Document, read_yaml
+from interpretops.plan import Combine, Phase, Scope
+from interpretops.policy.fields import (
+    AdapterSelector,
+    EditPoint,
+    FeatureSelector,
+    Fraction,
+    HeadSelector,
+    Identifier,
+    Index,
+    NormBound,
+    Number,
+    Percentage,
+    PlaceSelector,
+    RelativePath,
+    Strictly,
+    Vector,
+)
+
+ALWAYS_GATE = "always"
+
+
+class _Intervention(Strictly):
+    gate: Identifier = ALWAYS_GATE
+    """When to act: `always`, or the name of an entry under `gates`."""
+
+
+class FeatureScale(_Intervention):
+    """Multiply the activation of features: 0 removes them, 1 leaves them, 2 doubles them."""
+
+    type: Literal["feature_scale"]
+    """Kind of the intervention."""
+    selector: FeatureSelector
+    """Which features."""
+    scale: Number
+    """Factor on the activation."""
+
+
+class FeatureClamp(_Intervention):
+    """Hold the activation of features inside a range."""
+
+    type: Literal["feature_clamp"]
+    """Kind of the intervention."""
+    selector: FeatureSelector
+    """Which features."""
+    clamp_range: Annotated[tuple[Number, Number], Strict(False)]
+    """Lowest and highest activation left standing, in the dictionary's own units."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "FeatureClamp":
+        low, high = self.clamp_range
+        if low > high:
+            raise ValueError(f"clamp_range = [{low}, {high}] is inverted; write [{high}, {low}]")
+        return self
+
+
+class SteeringVector(_Intervention):
+    """Add a fixed vector to the activation."""
+
+    type: Literal["steering_vector"]
+    """Kind of the intervention."""
+    selector: PlaceSelector
+    """Where."""
+    vector: Vector
+    """What to add, as it stands in its file: it is not normalised."""
+    strength: Number
+    """Factor on the vector; negative to subtract it."""
+    max_norm: NormBound | None = None
+    """Tokens with a larger norm (attention sinks) are left alone; else the bound of the dictionaries that the
+    policy uses there, or of the model's own record (`norm-bounds.yaml`), if any."""
+
+
+class DirectionAblation(_Intervention):
+    """Remove a direction from the activation."""
+
+    type: Literal["direction_ablation"]
+    """Kind of the intervention."""
+    selector: PlaceSelector
+    """Where."""
+    vector: Vector
+    """Which direction; it is normalised to length one."""
+    strength: Number = 1.0
+    """Share of the direction to remove: 1 removes all of it, 0 nothing."""
+    max_norm: NormBound | None = None
+    """Tokens with a larger norm (attention sinks) are left alone; else the bound of the dictionaries that the
+    policy uses there, or of the model's own record (`norm-bounds.yaml`), if any."""
+
+
+class HeadScale(_Intervention):
+    """Multiply the output of attention heads, before the output projection."""
+
+    type: Literal["head_scale"]
+    """Kind of the intervention."""
+    selector: HeadSelector
+    """Which heads."""
+    scale: Number
+    """Factor on the heads' output: 0 switches them off."""
+
+
+class LoraGate(_Intervention):
+    """Apply a low-rank adapter with a strength of its own."""
+
+    type: Literal["lora_gate"]
+    """Kind of the intervention."""
+    selector: AdapterSelector
+    """Which part of the adapter."""
+    alpha: Number
+    """Factor on the adapter's output; 1 applies it as trained."""
+    adapter: Identifier | None = None
+    """Id of the adapter; else the one that the artifacts hold for `meta.target_class`."""
+
+
+Intervention = Annotated[
+    FeatureScale | FeatureClamp | SteeringVector | DirectionAblation | HeadScale | LoraGate,
+    Field(discriminator="type"),
+]
+
+
+class Condition(Strictly):
+    """One reading of the activation at the gate's place: a feature, a probe direction, an attention probe."""
+
+    feature: Index | None = None
+    """An SAE feature; the condition holds when its activation exceeds `threshold`."""
+    dictionary: Identifier | None = None
+    """Dictionary of `feature`; may be left out when the model has a single one at the gate's place."""
+    probe: Vector | None = None
+    """A direction; the condition holds when `probe . activation + bias` exceeds `threshold`."""
+    attention_probe: RelativePath | None = None
+    """A safetensors file, beside the policy or in the model's folder of the artifacts, with `<layer>.query`,
+    `<layer>.read` (heads x width each), `<layer>.bias` (heads) and `<layer>.max_norm` (1), for the gate's
+    layer and any before it. Each head takes the mean of `read . activation + bias` over the prompt, weighted
+    by a softmax of `query . activation`; the sum over all must exceed `threshold`. For scope `prompt`, as its
+    only condition."""
+    bias: Number = 0.0
+    """Added to the probe's reading."""
+    threshold: Number = 0.0
+    """The condition holds above this value."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Condition":
+        if [self.feature, self.probe, self.attention_probe].count(None) != 2:
+            raise ValueError("needs one of 'feature', 'probe' and 'attention_probe'")
+        if self.feature is not None and self.bias != 0:
+            raise ValueError("has a 'bias', which only a probe can have")
+        if self.feature is None and self.dictionary is not None:
+            raise ValueError("has a 'dictionary' but no 'feature' of it")
+        if self.feature is not None and self.threshold < 0:
+            raise ValueError(f"threshold = {self.threshold}, but a feature's activation is never negative")
+        return self
+
+
+class GateSpec(Strictly):
+    """When interventions act."""
+
+    layer: Index | None = None
+    """Layer at which the conditions read; not after the layers it controls."""
+    point: EditPoint = "resid_post"
+    """Point of the layer at which the conditions read."""
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=64), Strict(False)] = ()
+    """What must hold for the gate to open; without any, the gate is open throughout its phase."""
+    combine: Combine = "any"
+    """Whether `any` condition suffices or `all` must hold."""
+    scope: Scope = "token"
+    """Read every `token`, only the last of the prompt (`prompt_end`), or the whole `prompt`, to decide at its
+    last token."""
+    latched: bool = False
+    """Once open, stay open to the end of the request."""
+    phase: Phase = "both"
+    """Act on the prompt (`prefill`), on what the answer comes from (`decode`: the prompt's last token, out of
+    which the first generated one comes, and the generated ones), or on both."""
+    max_norm: NormBound | None = None
+    """Tokens with a larger norm (attention sinks) are not read; else the bound of the dictionaries that the
+    policy uses there, or of the model's own record (`norm-bounds.yaml`), if any. A gate of scope `prompt` or
+    `prompt_end` that had to leave too much unread opens."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "GateSpec":
+        if self.conditions and self.layer is None:
+            raise ValueError("has conditions but no 'layer' at which they read")
+        probes = [condition.attention_probe is not None for condition in self.conditions]
+        if (self.scope == "prompt" or any(probes)) and (self.scope != "prompt" or probes != [True]):
+            raise ValueError("scope 'prompt' goes with exactly one condition, an 'attention_probe'")
+        if self.scope == "prompt" and self.max_norm is not None:
+            raise ValueError("has a 'max_norm', but an attention probe brings its own")
+        if not self.conditions and (self.layer is not None or self.latched or self.scope != "token"):
+            raise ValueError("has no conditions, so 'layer', 'scope' and 'latched' mean nothing")
+        return self
+
+
+class Meta(Strictly):
+    """Who the policy is."""
+
+    id: Identifier
+    """Its name in headers, bindings, metrics and receipts."""
+    description: str = Field(default="", max_length=4096)
+    """What it is for."""
+    target_class: Identifier = "general"
+    """The kind of behaviour it is aimed at; finds the adapter of a `lora_gate`."""
+
+
+class Constraints(Strictly):
+    """What the policy may cost."""
+
+    max_latency_overhead_pct: Percentage | None = None
+    """Highest acceptable slow-down, in per cent; else `runtime.max_latency_overhead_pct` of the settings."""
+    on_latency_overhead: Literal["alert", "refuse"] = "alert"
+    """What happens while the gateway's canary finds it slower: an alert, or its requests are refused as well.
+    None is ever served without it."""
+    max_benign_loss_pct: Percentage | None = None
+    """Highest acceptable loss on benign tasks, in per cent."""
+
+
+class Suite(Strictly):
+    """A set of prompts on which the policy is measured."""
+
+    name: Identifier
+    """Its name."""
+    path: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Its file, beside the policy or from the working directory, or a URL that fsspec reads; else the suite
+    of that name that `mechctl eval` brings."""
+
+
+class SuccessCriteria(Strictly):
+    """What the measurements must show before the policy becomes active: the bound of the 95 % interval, not
+    the point, must meet each."""
+
+    defense_efficacy_min: Fraction | None = None
+    """Least share of attacks that must be stopped."""
+    collateral_damage_max: Fraction | None = None
+    """Largest share of benign requests that may be harmed."""
+    over_refusal_max: Fraction | None = None
+    """Largest share of borderline requests (harmless, sound harmful) that may be harmed."""
+    coherent_share_min: Fraction | None = None
+    """Least share of refusals that must be coherent text."""
+    attack_success_rate_max: Fraction | None = None
+    """Largest share of attacks that may succeed."""
+    toxicity_rate_max: Fraction | None = None
+    """Largest share of toxic completions."""
+    delta_ce_max: Number | None = None
+    """Largest rise of the cross-entropy on plain text, in nats per token."""
+    delta_ce_answers_max: Number | None = None
+    """Largest rise of the cross-entropy on the model's own benign answers, in nats per token."""
+    causal_contribution_min: Fraction | None = None
+    """Least Causal Contribution Score of the circuit."""
+    circuit_stability_min: Fraction | None = None
+    """Least Circuit Stability."""
+    latency_overhead_max: Number | None = None
+    """Largest slow-down, as a share: 0.2 is 20 %."""
+
+
+class Evaluation(Strictly):
+    """How the policy is measured."""
+
+    suites: Annotated[tuple[Suite, ...], Strict(False)] = ()
+    """The suites to run; the card of the first is the policy's card."""
+    success_criteria: SuccessCriteria = SuccessCriteria()
+    """The bar."""
+
+
+class Policy(Strictly):
+    """Edits of a model's activations, and when they act."""
+
+    meta: Meta
+    """Who the policy is."""
+    constraints: Constraints = Constraints()
+    """What it may cost."""
+    gates: dict[Identifier, GateSpec] = Field(default={}, max_length=7)
+    """Named conditions, for the `gate` of interventions."""
+    interventions: Annotated[tuple[Intervention, ...], Field(min_length=1, max_length=256), Strict(False)]
+    """The edits. All of a place read the same activation, and their changes add up."""
+    evaluation: Evaluation = Evaluation()
+    """How it is measured."""
+
+    _document: Document = PrivateAttr(default_factory=lambda: Document("<policy>", {}))
+    _folder: Path | None = PrivateAttr(default=None)
+
+    RESERVED_IDS: ClassVar[frozenset[str]] = frozenset({"none"})
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> "Policy":
+        lines = []
+        if self.meta.id in self.RESERVED_IDS:
+            lines.append(f"meta.id = {self.meta.id!r}, but that word means 'no policy'; choose another")
+        if ALWAYS_GATE in self.gates:
+            lines.append(f"gates.{ALWAYS_GATE} is built in; choose another name")
+        known = (ALWAYS_GATE, *self.gates)
+        for index, intervention in enumerate(self.interventions):
+            if intervention.gate not in known:
+                name = f"interventions[{index}].gate = {intervention.gate!r}"
+                lines.append(f"{name}, but the gates are {', '.join(known)}")
+        for name in self.gates:
+            if all(intervention.gate != name for intervention in self.interventions):
+                lines.append(f"gates.{name} is used by no intervention; remove it, or name it in a 'gate'")
+        if lines:
+            raise ValueError("\n".join(lines))
+        return self
+
+    @property
+    def document(self) -> Document:
+        """The file it came from, for error messages."""
+        return self._document
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the policy's own vector files lie; None when it came from no file."""
+        return self._folder
+
+
+def load_policy(path: Path | str) -> Policy:
+    """Read a policy file; raises `PolicyError` with one line for every fault that shows without a model."""
+    path = Path(path)
+    return policy_from_document(read_yaml(path, PolicyError), path.parent)
+
+
+def policy_from_document(document: Document, folder: Path | None) -> Policy:
+    """The policy in a parsed document; ``folder`` is where its vector files lie."""
+    try:
+        policy = Policy.model_validate(document.data)
+    except ValidationError as error:
+        raise PolicyError(*describe_faults(error, document, Policy)) from error
+    policy._document, policy._folder = document, folder
+    return policy
+
+
+def policy_schema() -> dict[str, Any]:
+    """JSON Schema of the policy file, for editors."""
+    schema = Policy.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,1 @@
+"""What is kept of people and requests: audit log, transcripts, API keys, and redaction."""

@@ -1,0 +1,289 @@
+"""A Hugging Face causal language model on this machine: text in, text out, its activations on request.
+
+Shape letters: T tokens, V vocabulary, D width of a site.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interpretops.errors import ModelError
+from interpretops.model.family import family_of
+from interpretops.model.source import resolve_model
+from interpretops.model.spec import read_model_spec
+from interpretops.plan import POINTS, ModelSpec, Site
+from interpretops.settings import load_settings
+from interpretops.steering.hook_points import find_layers, site_module
+
+DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+def _silent(line: str) -> None:
+    """Show nothing."""
+
+
+class HookedModel:
+    """Model, tokenizer and spec of a folder. Whatever is left out comes from the settings.
+
+    Nothing but safetensors is loaded, and nothing is fetched for a folder or the default model.
+    """
+
+    def __init__(
+        self,
+        model_name: str | Path | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        cache_dir: str | Path | None = None,
+        revision: str | None = None,
+        progress: Callable[[str], None] = _silent,
+    ) -> None:
+        """
+        model_name  the default model's name, a folder, or a Hugging Face id
+        dtype       `bfloat16`, `float16`, `float32`, `auto` (the model's own), or torch's dtype
+        device      `cpu`, `cuda`, `cuda:<n>`, or `auto`: a GPU when there is one
+        cache_dir   where the default model is made
+        revision    branch, tag or commit of a Hugging Face id
+
+        Raises `ModelError` when the model cannot be found, read, or has unknown edit sites.
+        """
+        settings = load_settings()
+        if model_name is None:
+            model_name, revision = settings.model.name, revision or settings.model.revision
+        self.device = _device(settings.model.device if device is None else device)
+        wanted = _dtype(settings.model.dtype if dtype is None else dtype)
+        cache = settings.cache.dir if cache_dir is None else Path(cache_dir)
+        self.folder: Path = resolve_model(str(model_name), cache, progress, revision=revision)
+        self.spec: ModelSpec = read_model_spec(self.folder)
+        progress(f"Loading {self.spec.name}")
+        self.network: Any = load_network(self.folder, wanted).to(self.device).eval().requires_grad_(False)
+        """The transformers model itself."""
+        self._family = family_of(self.spec.architecture)
+        self._layers = find_layers(self.network, self.spec.num_layers)
+        self.scoring = False
+        """Whether the pass under way reads a whole text at once, and is not a step of an answer."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of weights and activations."""
+        dtype: torch.dtype = self.network.dtype
+        return dtype
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, read on first use."""
+        return load_tokenizer(self.folder)
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        named = self.network.generation_config.eos_token_id
+        if named is None:
+            named = self.network.config.eos_token_id
+        return frozenset(named if isinstance(named, list) else () if named is None else (int(named),))
+
+    def tokens(self, text: str, *, chat: bool | None = None) -> list[int]:
+        """Token ids of a text.
+
+        chat  as the user's turn in the model's chat format, ready for the answer; False takes the text as it
+              is; None means chat wherever the model has a chat template
+        """
+        if chat is None:
+            chat = self.tokenizer.chat_template is not None
+        if not chat:
+            return list(self.tokenizer(text).input_ids)
+        if self.tokenizer.chat_template is None:
+            raise ModelError(f"{self.spec.name} has no chat template; pass chat=False")
+        turn = [{"role": "user", "content": text}]
+        formatted = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(formatted, add_special_tokens=False).input_ids)
+
+    def generate(
+        self,
+        text: str,
+        max_new_tokens: int = 64,
+        *,
+        chat: bool | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> str:
+        """The model's answer to a text (see `tokens` for ``chat``); greedy at temperature 0."""
+        answer = self.generate_tokens(
+            self.tokens(text, chat=chat), max_new_tokens, temperature=temperature, seed=seed
+        )
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+
+    @torch.no_grad()
+    def generate_tokens(
+        self,
+        token_ids: Sequence[int],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> list[int]:
+        """Continue token ids until a stop token (left out) or the model's context ends."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {max_new_tokens}, but must be at least 1")
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature = {temperature}, but must be 0 (greedy) or positive")
+        step = self._batch_of(token_ids)
+        chance = torch.Generator(self.device)
+        if seed is None:
+            chance.seed()
+        else:
+            chance.manual_seed(seed)
+        cache, answer = None, list[int]()
+        room = self.network.config.max_position_embeddings - len(token_ids) + 1
+        for _ in range(min(max_new_tokens, room)):
+            out = self.network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, logits = out.past_key_values, out.logits[0, -1].float()
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:
+                token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=chance))
+            if token in self.stop_tokens:
+                break
+            answer.append(token)
+            step = torch.tensor([[token]], device=self.device)
+        return answer
+
+    @torch.no_grad()
+    def logprobs(self, token_ids: Sequence[int]) -> Tensor:
+        """[T, V] float32: after each of T tokens, the log-probability of every next one."""
+        ids = self._batch_of(token_ids)
+        with self._reading():
+            logits = self.network(input_ids=ids, use_cache=False).logits[0]
+        logprobs: Tensor = logits.float().log_softmax(-1)
+        return logprobs
+
+    @torch.no_grad()
+    def run_with_cache(
+        self, text: str | Sequence[int], sites: Iterable[Site | str], *, chat: bool | None = False
+    ) -> dict[Site, Tensor]:
+        """Activations [T, D] of a text (or of token ids) at each site, as the model goes on with them.
+
+        Within a `SteeringSession` they are the edited ones. Sites may be written ``"15.resid_post"``.
+        """
+        wanted = [self._site(site) for site in sites]
+        ids = self.tokens(text, chat=chat) if isinstance(text, str) else text
+        kept: dict[Site, Tensor] = {}
+        handles = [self._keep(site, kept) for site in wanted]
+        try:
+            with self._reading():
+                self.network.base_model(input_ids=self._batch_of(ids), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return kept
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        self.scoring = True
+        try:
+            yield
+        finally:
+            self.scoring = False
+
+    def _keep(self, site: Site, kept: dict[Site, Tensor]) -> torch.utils.hooks.RemovableHandle:
+        module = site_module(self._layers, self._family, site)
+
+        def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            kept[site] = args[0].flatten(0, -2).clone()
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            kept[site] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2).clone()
+
+        if site.point == "attn_z":
+            return module.register_forward_pre_hook(before)
+        return module.register_forward_hook(after)
+
+    def _site(self, site: Site | str) -> Site:
+        site = Site.parse(site) if isinstance(site, str) else site
+        if site.point not in POINTS or not 0 <= site.layer < self.spec.num_layers:
+            raise ModelError(
+                f"site = {site}, but {self.spec.name} has layers 0..{self.spec.num_layers - 1} "
+                f"and points {', '.join(POINTS)}"
+            )
+        return site
+
+    def _batch_of(self, token_ids: Sequence[int]) -> Tensor:
+        ids = torch.as_tensor(token_ids)
+        if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+            raise ValueError(
+                f"token_ids must be a flat, non-empty list of ids, not of shape {list(ids.shape)}"
+            )
+        if int(ids.min()) < 0 or int(ids.max()) >= self.spec.vocab_size:
+            raise ValueError(
+                f"token_ids lie in {int(ids.min())}..{int(ids.max())}, "
+                f"but {self.spec.name} has 0..{self.spec.vocab_size - 1}"
+            )
+        most = self.network.config.max_position_embeddings
+        if len(ids) > most:
+            raise ModelError(
+                f"{len(ids)} tokens, but {self.spec.name} takes at most {most}; shorten the text"
+            )
+        return ids[None].to(self.device, torch.long)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ModelError(f"dtype = {name!r}, but must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"device = {device!r}, but must be auto, cpu, cuda or cuda:<n>") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ModelError(f"device = {str(device)!r}, but must be auto, cpu, cuda or cuda:<n>")
+    if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
+        raise ModelError(f"device = {str(device)!r}, but torch finds {torch.cuda.device_count()} GPUs here")
+    return found
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model folder; raises `ModelError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: no tokenizer can be read ({_first_line(error)})") from error
+
+
+def load_network(folder: Path, dtype: torch.dtype | str) -> Any:
+    """The transformers model in a folder, from safetensors alone; raises `ModelError`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        # torch's fused attention has no soft cap, and transformers would leave it out without a word.
+        eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder), config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **eager
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

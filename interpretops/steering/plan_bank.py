@@ -1,0 +1,300 @@
+"""The resident plans of one model: fills the tables, lays out each step, proves what the tables hold."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from interpretops.errors import NoRoomError, PlanError
+from interpretops.plan import (
+    HEAD_POINTS,
+    MAX_GATES,
+    PROBE_FIELDS,
+    ModelSpec,
+    Plan,
+    Point,
+    Site,
+    content_digest,
+)
+from interpretops.steering.plan_rows import gate_views, row_edits, to_numpy
+from steering_kernels.ops import (
+    MEMORY_COLUMNS,
+    GateView,
+    PromptPart,
+    SiteTable,
+    StepMap,
+    SumRanks,
+    TableFullError,
+    apply_edits,
+    new_memory,
+    update_gates,
+)
+
+SlotsOf = Callable[[int, int], Tensor]
+"""[n] int64, memory slots of the first n tokens of the request at a place in the batch."""
+
+
+class PlanBank:
+    """Tables for the sites that plans may edit, a row for each resident revision.
+
+    Not thread-safe against the forward pass: load and unload between passes.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        sites: Iterable[Site],
+        *,
+        rows: int = 64,
+        units_per_site: int = 512,
+        requests: int = 256,
+        device: torch.device | None = None,
+        sum_ranks: SumRanks | None = None,
+        room: int = 0,
+    ) -> None:
+        """``sum_ranks``: this bank has one rank's shards of model and plans (`interpretops.plan.shard`).
+
+        ``room``: tokens of the largest CUDA graph that holds the op; all tables are made at once then, for a
+        graph keeps their addresses.
+        """
+        device = device or torch.device("cpu")
+        self.spec = spec
+        self.rows = rows
+        self._sites = frozenset(sites)
+        self._units_per_site = units_per_site
+        self._sum_ranks = sum_ranks
+        self.tables: dict[Site, SiteTable] = {}
+        """Made at a site's first use and then kept: most sites of a model are never edited."""
+        self.device = device
+        self.step = StepMap(requests=requests, gates=MAX_GATES, device=device, room=room)
+        self.gates_at: dict[Site, list[GateView]] = {}
+        """Gates that read at a site, of all resident rows."""
+        self._siteless: list[GateView] = []
+        self._gates_of: dict[int, list[tuple[Site | None, GateView]]] = {}
+        self.row_of: dict[str, int] = {}
+        self._sites_of: dict[int, frozenset[Site]] = {}
+        self._reads_prompts: frozenset[int] = frozenset()
+        """Rows with a gate that reads whole prompts."""
+        self._replayable: dict[int, bool] = {}
+        """Rows that act in replayed graphs, and whether only past the prompt."""
+        self._lock = threading.Lock()
+        if room:
+            for site in sorted(self._sites, key=lambda site: site.order):
+                self._table(site)
+
+    def load(self, plan: Plan, revision: str | None = None) -> int:
+        """Give a plan a row, and return it; a plan that is resident keeps its row.
+
+        A shard of a plan comes with the ``revision`` of the whole.
+        Raises `PlanError` if it was compiled for another model, acts at a site without a table, or does
+        not fit; nothing has changed then.
+        """
+        revision = plan.revision if revision is None else revision
+        with self._lock:
+            if revision in self.row_of:
+                return self.row_of[revision]
+            self._check(plan)
+            free = sorted(set(range(1, self.rows)) - set(self.row_of.values()))
+            if not free:
+                raise NoRoomError(f"table full: {self.rows - 1} revisions are resident; retire one first")
+            row = free[0]
+            placed: list[Site] = []
+            try:
+                for site, edits in plan.edits.items():
+                    table = self._table(site)
+                    table.set_row(row, row_edits(edits, table.width))
+                    placed.append(site)
+            except TableFullError as error:
+                for done in placed:
+                    self.tables[done].clear_row(row)
+                raise NoRoomError(f"table full at site {site}: {error}; retire a revision first") from error
+            self._gates_of[row] = gate_views(plan, row, self.device, self._sum_at)
+            self._sites_of[row] = frozenset(plan.edits) | {s for s, _ in self._gates_of[row] if s is not None}
+            self.row_of[revision] = row
+            self._index_gates()
+            return row
+
+    def unload(self, revision: str) -> None:
+        """Free the row of a revision; unknown ones are ignored."""
+        with self._lock:
+            row = self.row_of.pop(revision, None)
+            if row is None:
+                return
+            for table in self.tables.values():
+                table.clear_row(row)
+            del self._gates_of[row], self._sites_of[row]
+            self._index_gates()
+
+    def may_replay(self, revisions: Sequence[str | None], in_prompt: Sequence[bool]) -> bool:
+        """Whether a captured graph gives every request of a pass what its revision demands.
+
+        It holds the edits and no gate, so that each gate must be decided before the pass: by its phase, or by
+        where it has latched. ``in_prompt``: whether a request's tokens in the pass are of its prompt.
+        """
+        for revision, prompt in zip(revisions, in_prompt, strict=True):
+            if revision is not None:
+                past_prompt = self._replayable.get(self.row_of[revision])
+                if past_prompt is None or (past_prompt and prompt):
+                    return False
+        return True
+
+    def decide_gates(self) -> None:
+        """Open, before a pass that `may_replay`, the gates that have latched."""
+        if not self.step.active:
+            return
+        nothing = torch.zeros(self.step.num_tokens, 0, device=self.device)
+        for gates in self.gates_at.values():
+            update_gates(nothing, gates, self.step)
+
+    @property
+    def active_sites(self) -> frozenset[Site]:
+        """Sites at which a resident revision reads or edits."""
+        return frozenset().union(*self._sites_of.values())
+
+    def digest(self, revision: str) -> str:
+        """sha256 over what the tables hold for a revision; equals ``Plan.digest()`` of an intact plan."""
+        row = self.row_of[revision]
+        edits = {
+            site: {name: to_numpy(tensor) for name, tensor in table.get_row(row).tensors()}
+            for site, table in self.tables.items()
+            if row in table.views
+        }
+        gates: dict[int, tuple[Site | None, dict[str, npt.NDArray[np.float32]]]] = {}
+        for site, gate in self._gates_of[row]:
+            held = {name: getattr(gate, name) for name in ("read", "bias", "cut")}
+            if gate.probe is not None:
+                held |= {f"{site}.{name}": getattr(gate.probe, name) for name in PROBE_FIELDS}
+            earlier = gates.get(gate.index, (None, {}))[1]
+            gates[gate.index] = (site, earlier | {name: to_numpy(held[name].float()) for name in held})
+        return content_digest(edits, list(gates.values()))
+
+    def begin_step(
+        self,
+        *,
+        revisions: Sequence[str | None],
+        slots: Sequence[int],
+        num_tokens: Sequence[int],
+        first_position: Sequence[int],
+        prompt_length: Sequence[int],
+        memory_slots: SlotsOf | None = None,
+    ) -> None:
+        """Lay out the coming forward pass, one entry per request; revision None passes through.
+
+        ``memory_slots`` is asked only for prompts that a gate reads whole; they need `keep_memory` before.
+        Raises KeyError for a revision that is not resident: the caller must not run the pass.
+        """
+        rows = [0 if revision is None else self.row_of[revision] for revision in revisions]
+        self.step.begin(
+            rows=rows,
+            slots=slots,
+            num_tokens=num_tokens,
+            first_position=first_position,
+            prompt_length=prompt_length,
+        )
+        if self._reads_prompts.intersection(rows):
+            first = 0
+            for place, (row, begin, count) in enumerate(zip(rows, first_position, num_tokens, strict=True)):
+                end = min(begin + count, prompt_length[place])
+                if row in self._reads_prompts and begin < end:
+                    if memory_slots is None:
+                        raise RuntimeError("a gate reads whole prompts, but nobody says where they are kept")
+                    kept = memory_slots(place, end).to(self.device)
+                    ends = end == prompt_length[place]
+                    self.step.prompts.append(PromptPart(row, first, kept, end - begin, ends))
+                first += count
+        if self.step.active and self._siteless:
+            update_gates(torch.zeros(self.step.num_tokens, 0, device=self.device), self._siteless, self.step)
+
+    def compile_kernels(self, points: Iterable[Point], dtype: torch.dtype, *, pair: bool) -> None:
+        """Have a GPU's kernels compiled for tables at these points, before a request waits for that.
+
+        ``pair``: whether the stream after a layer is a sum, as in `SiteHooks`.
+        """
+        for point in points:
+            site = Site(0, point)
+            table = self.tables.get(site) or self._new_table(site)
+            hidden = torch.zeros(16, table.width, dtype=dtype, device=self.device)
+            residual = hidden.clone() if pair and point == "resid_post" else None
+            source = None if point != "attn_proj" else hidden.new_zeros(16, table.read_width)
+            step = StepMap(requests=1, gates=MAX_GATES, device=self.device)
+            step.begin(rows=[1], slots=[0], num_tokens=[16], first_position=[0], prompt_length=[16])
+            for backend in ("triton-token", "triton-tile"):
+                apply_edits(hidden, table, step, residual, source, backend=backend)
+
+    def keep_memory(self, slots: int) -> None:
+        """Have room for what gates keep of so many prompt tokens; what is kept already stays."""
+        if self.step.memory is None or len(self.step.memory) < slots:
+            larger = new_memory(slots, self.device)
+            if self.step.memory is not None:
+                larger[: len(self.step.memory)] = self.step.memory
+            self.step.memory = larger
+
+    def _replays(self, row: int) -> bool | None:
+        """An entry of `_replayable`; None if the row needs every pass to run outside of graphs."""
+        whole = [row in table.topk_rows or table.sum_ranks is not None for table in self._tables_of(row)]
+        gates = [view for site, view in self._gates_of[row] if site is not None]
+        if any(whole) or any(not view.prompt_end for view in gates):
+            return None
+        return bool(gates)
+
+    def _tables_of(self, row: int) -> list[SiteTable]:
+        return [table for table in self.tables.values() if row in table.views]
+
+    def _check(self, plan: Plan) -> None:
+        if plan.model.fingerprint != self.spec.fingerprint:
+            raise PlanError(
+                f"plan {plan.policy_id!r} was compiled for {plan.model.name} "
+                f"({plan.model.fingerprint[:12]}), but this model is {self.spec.name} "
+                f"({self.spec.fingerprint[:12]}); compile the policy against it"
+            )
+        for site in plan.edits:
+            if site not in self._sites:
+                raise PlanError(
+                    f"plan {plan.policy_id!r} edits at {site}, but this engine has no table there"
+                )
+        heads = sum(len(part.bias) for gate in plan.gates for part in gate.probe)
+        if 2 * heads > MEMORY_COLUMNS:
+            raise PlanError(
+                f"plan {plan.policy_id!r} has attention probes of {heads} heads together, but at most "
+                f"{MEMORY_COLUMNS // 2} are kept"
+            )
+
+    def _table(self, site: Site) -> SiteTable:
+        if site not in self.tables:
+            self.tables[site] = self._new_table(site)
+        return self.tables[site]
+
+    def _new_table(self, site: Site) -> SiteTable:
+        return SiteTable(
+            self.spec.width(site.point),
+            read_width=self.spec.read_width(site.point),
+            rows=self.rows,
+            units=self._units_per_site,
+            scales=self.rows if site.point == "attn_z" else 0,
+            device=self.device,
+            sum_ranks=self._sum_at(site),
+        )
+
+    def _sum_at(self, site: Site | None) -> SumRanks | None:
+        """What is read at the heads' points is split over ranks; elsewhere each rank has all of it."""
+        return self._sum_ranks if site is not None and site.point in HEAD_POINTS else None
+
+    def _index_gates(self) -> None:
+        self.gates_at = {}
+        self._siteless = []
+        self._reads_prompts = frozenset(
+            row for row, gates in self._gates_of.items() if any(view.probe for _, view in gates)
+        )
+        found = {row: self._replays(row) for row in self._gates_of}
+        self._replayable = {row: past_prompt for row, past_prompt in found.items() if past_prompt is not None}
+        for gates in self._gates_of.values():
+            for site, view in gates:
+                if site is None:
+                    self._siteless.append(view)
+                else:
+                    self.gates_at.setdefault(site, []).append(view)

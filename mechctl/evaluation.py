@@ -1,0 +1,246 @@
+"""`mechctl eval`, `baselines` and `report`: measuring a policy, and showing what was measured."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from interpretops.errors import ConfigError
+from mechctl.options import Artifacts, Config, Model
+
+
+class Form(StrEnum):
+    """How a card is shown."""
+
+    MARKDOWN = "md"
+    HTML = "html"
+
+
+def add_eval_commands(app: typer.Typer) -> None:
+    """Add the three commands to `mechctl`."""
+    app.command("eval")(evaluate)
+    app.command("baselines")(baselines)
+    app.command("report")(report)
+
+
+def report(
+    card: Annotated[Path, typer.Argument(help="A Risk Card (JSON).", show_default=False)],
+    form: Annotated[Form, typer.Option("--format", help="Markdown or one HTML file.")] = Form.MARKDOWN,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write; else stdout.", show_default=False)
+    ] = None,
+) -> None:
+    """Show a Risk Card as Markdown or as one self-contained HTML file."""
+    from interpretops.files.atomic_file import write_atomically
+    from interpretops.riskcard import load_card
+    from interpretops.riskcard.markdown import card_markdown
+    from interpretops.riskcard.page import card_html
+
+    loaded = load_card(card)
+    text = card_html(loaded) if form is Form.HTML else card_markdown(loaded)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        write_atomically(output, text.encode())
+    except OSError as error:
+        raise ConfigError(f"--output = {output}: cannot be written ({error.strerror or error})") from error
+    typer.echo(output)
+
+
+Policy = Annotated[
+    str | None, typer.Option("--policy", help="Id of the policy, or its file.", show_default=False)
+]
+DataFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--data-folder",
+        envvar="INTERPRETOPS_DATA",
+        help="Folder or URL of the suites' files, if not beside them.",
+        show_default=False,
+    ),
+]
+Contrast = Annotated[
+    Path | None,
+    typer.Option(
+        "--contrast",
+        help="Prompts that the DiffMean baseline is made of; else those that we bring for the class.",
+        show_default=False,
+    ),
+]
+
+
+def baselines(
+    policy: Policy = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; it is made anew.", show_default=False)
+    ] = None,
+    contrast: Contrast = None,
+    data_folder: DataFolder = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random directions.")] = 0,
+    model: Model = None,
+    artifacts: Artifacts = None,
+    config: Config = None,
+) -> None:
+    """Write a policy's baselines as policies: ungated, random directions, DiffMean.
+
+    `mechctl eval` does so by itself when it starts its own gateway.
+    """
+    if policy is None or out is None:
+        raise ConfigError("baselines needs --policy and --out")
+    from discovery.evaluation.baselines import make_baselines
+    from discovery.evaluation.subject import open_subject
+    from interpretops.settings import load_settings
+
+    settings = load_settings(config, {"model.name": model, "paths.artifacts": artifacts})
+    made = make_baselines(
+        open_subject(policy, settings, typer.echo),
+        settings.paths.artifacts,
+        out,
+        contrast=contrast,
+        data_folder=data_folder,
+        seed=seed,
+    )
+    for kind, note in made.notes.items():
+        typer.echo(f"{made.ids[kind]}: {note}" if kind in made.ids else f"no {kind}: {note}")
+    typer.echo(f"mechctl serve --policies {made.policies} --artifacts {made.artifacts}")
+
+
+def evaluate(
+    policy: Policy = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--suite",
+            help="File, URL or name of a suite; may be repeated. Else those that the policy names.",
+            show_default=False,
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url", help="A running gateway; else one is started for this run.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder of answers and card; an unfinished run goes on.",
+            show_default="runs/eval-<policy>",
+        ),
+    ] = None,
+    data_folder: DataFolder = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 40,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 32,
+    limit: Annotated[
+        int | None, typer.Option(help="Most prompts of each role, for a quick look.", show_default=False)
+    ] = None,
+    baseline_limit: Annotated[
+        int, typer.Option(help="Most prompts of each role for served baselines; 0: none.")
+    ] = 40,
+    answer_limit: Annotated[int, typer.Option(help="Most own answers whose likelihood is read.")] = 60,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-url", help="OpenAI-compatible model that judges refusals instead of the phrase list."
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge-model", help="Its name; OPENAI_API_KEY is its key.")
+    ] = None,
+    moderation_url: Annotated[
+        str | None,
+        typer.Option(
+            "--moderation-url",
+            help="OpenAI-compatible moderation: an attack succeeds when it flags the answer.",
+        ),
+    ] = None,
+    moderation_model: Annotated[
+        str | None, typer.Option("--moderation-model", help="Its model; else its default.")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--baseline",
+            help="KIND=POLICY: a served policy as baseline; random_direction, ungated or diffmean.",
+        ),
+    ] = None,
+    contrast: Contrast = None,
+    circuit: Annotated[
+        Path | None,
+        typer.Option(
+            "--circuit", help="Circuit file of the model: gives the card CCS and CS.", show_default=False
+        ),
+    ] = None,
+    latency: Annotated[
+        Path | None,
+        typer.Option(
+            "--latency", help="Result of `make bench`; else the one in the checkout.", show_default=False
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Of this run's own engine; else as the engine likes.",
+            show_default=False,
+        ),
+    ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Put the card into `cards/` of the folder of policies.")
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", help="Measure nothing; show two cards side by side.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and resampling.")] = 0,
+    model: Model = None,
+    artifacts: Artifacts = None,
+    config: Config = None,
+) -> None:
+    """Measure a policy through the gateway, as users meet it, and write its Risk Card.
+
+    Every prompt is answered with and without the policy, and by its baselines. Answers are kept in `--out`;
+    the same command goes on where it stood.
+    """
+    if compare is not None:
+        from interpretops.riskcard import load_card
+        from interpretops.riskcard.markdown import comparison_markdown
+
+        typer.echo(comparison_markdown([load_card(path) for path in compare]), nl=False)
+        return
+    if policy is None:
+        raise ConfigError("eval needs --policy, or --compare with two cards")
+    from discovery.evaluation.job import evaluate_policy
+    from discovery.evaluation.options import JobOptions
+    from interpretops.settings import load_settings
+
+    evaluate_policy(
+        load_settings(config, {"model.name": model, "paths.artifacts": artifacts}),
+        JobOptions(
+            policy=policy,
+            suites=tuple(suite or ()),
+            url=url,
+            out=out,
+            data_folder=data_folder,
+            max_tokens=max_tokens,
+            concurrency=concurrency,
+            seed=seed,
+            limit=limit,
+            baseline_limit=baseline_limit,
+            answer_limit=answer_limit,
+            contrast=contrast,
+            judge_url=judge_url,
+            judge_model=judge_model,
+            moderation_url=moderation_url,
+            moderation_model=moderation_model,
+            circuit=circuit,
+            latency=latency,
+            baselines=tuple(baseline or ()),
+            prefix_cache=prefix_cache,
+            publish=publish,
+        ),
+        say=typer.echo,
+    )
