@@ -71,7 +71,7 @@ lock: install ## Resolve pyproject.toml into locks/*.txt anew, keeping pins that
 docs: install ## Write the generated reference pages, the capacity tables and the dashboard anew
 	@$(bin)/python -m interpretops.settings.reference > docs/configuration.md
 	@$(bin)/mechctl policy reference > docs/policy-reference.md
-	@$(bin)/python -m proxy.fields_reference > docs/fields.md
+	@$(bin)/python -m proxy.openai_api.fields_reference > docs/fields.md
 	@$(bin)/python -m benchmarks.capacity --write docs/scaling.md
 	@$(bin)/python deploy/grafana/generate.py > deploy/grafana/interpretops.json
 

@@ -39,7 +39,7 @@ from rich.progress import Progress
 
 from benchmarks.record import commit, machine, write
 from interpretops.records.api_keys import make_key, write_keys
-from proxy.open_files import raise_limit
+from proxy.process.open_file_limit import raise_limit
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 WAYS = ("direct", "relay", "gateway")

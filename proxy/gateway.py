@@ -13,34 +13,34 @@ from structlog.typing import FilteringBoundLogger
 from interpretops import __version__
 from interpretops.errors import EngineError
 from interpretops.settings import Settings
-from proxy.access import Access
-from proxy.admin import make_admin_app
-from proxy.app import make_public_app
-from proxy.audit import AuditLog
-from proxy.binding import demanded, joint_mandatory
-from proxy.binding_names import NameCheck
-from proxy.budget import Budgets
-from proxy.canary import Canary
-from proxy.catalogue import Catalogue
-from proxy.drift import Drift
-from proxy.engine_link import ProvenEngine
-from proxy.engine_loop import Engine, Surroundings
-from proxy.fleet import Fleet
-from proxy.fleet_loop import FleetLoop
-from proxy.intake import Intake
-from proxy.limits import Limiter, counted_together
-from proxy.metrics import Metrics
-from proxy.readiness import Readiness
-from proxy.settlements import Settlements
-from proxy.shadow import Shadows
-from proxy.shared_limits import SharedCounts
-from proxy.stalls import StallWatch
+from proxy.admin.app import make_admin_app
+from proxy.admin.watch import hear_changes, watch_certificates, watch_keys, watch_policies
+from proxy.engines.fleet import Fleet
+from proxy.engines.fleet_loop import FleetLoop
+from proxy.engines.link import ProvenEngine
+from proxy.engines.loop import Engine, Surroundings
+from proxy.http.stall_guard import StallWatch
+from proxy.http.tls import Doorways
+from proxy.observe.audit_log import AuditLog
+from proxy.observe.metrics import Metrics
+from proxy.observe.readiness import Readiness
+from proxy.observe.supervisor import Supervisor, end
+from proxy.observe.tracing import Tracing
+from proxy.observe.transcripts import Transcripts
+from proxy.policies.binding import demanded, joint_mandatory
+from proxy.policies.binding_names import NameCheck
+from proxy.policies.catalogue import Catalogue
+from proxy.policies.drift import Drift
+from proxy.policies.intake import Intake
+from proxy.relay.public_app import make_public_app
 from proxy.state import Gateway
-from proxy.supervisor import Supervisor, end
-from proxy.tls import Doorways
-from proxy.tracing import Tracing
-from proxy.transcripts import Transcripts
-from proxy.watch import hear_changes, watch_certificates, watch_keys, watch_policies
+from proxy.tenants.access import Access
+from proxy.tenants.budget import Budgets
+from proxy.tenants.limits import Limiter, counted_together
+from proxy.tenants.shared_limits import SharedCounts
+from proxy.tenants.usage_billing import Settlements
+from proxy.verification.canary import Canary
+from proxy.verification.shadow import Shadows
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,18 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from interpretops.errors import ConfigError
 from interpretops.settings import Settings
-from proxy.access import check_exposure
-from proxy.engine_command import check_memory, engine_command, slow_format
-from proxy.engine_loop import make_engine
+from proxy.admin.reload import reload_when_told
+from proxy.engines.command import check_memory, engine_command, slow_format
+from proxy.engines.loop import make_engine
+from proxy.engines.model_folder import find_model
 from proxy.gateway import Apps, make_app
-from proxy.http_server import Runner, Site
-from proxy.logs import make_logger
-from proxy.model_folder import find_model
-from proxy.open_files import raise_limit
-from proxy.reload import reload_when_told
-from proxy.stopping import Signals, end_threads, end_within
-from proxy.supervisor import end, first_of
-from proxy.tls import Doorways, Listener, make_doorways
+from proxy.http.server import Runner, Site
+from proxy.http.tls import Doorways, Listener, make_doorways
+from proxy.observe.logs import make_logger
+from proxy.observe.supervisor import end, first_of
+from proxy.process.open_file_limit import raise_limit
+from proxy.process.signals import Signals, end_threads, end_within
+from proxy.tenants.access import check_exposure
 
 _CAME: Final = 2
 _ERROR_TOLD_S: Final = 5.0

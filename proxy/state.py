@@ -9,25 +9,25 @@ from multidict import CIMultiDictProxy
 from structlog.typing import FilteringBoundLogger
 
 from interpretops.settings import Settings
-from proxy.access import Access, Identity
-from proxy.audit import AuditLog
-from proxy.binding import Caller, read_caller
-from proxy.canary import Canary
-from proxy.catalogue import Catalogue
-from proxy.drift import Drift
-from proxy.fleet import Fleet
-from proxy.intake import Intake
-from proxy.limits import Limiter
-from proxy.metrics import Metrics
-from proxy.readiness import Readiness
-from proxy.refusal import UnknownModel
-from proxy.settlements import Settlements
-from proxy.shadow import Shadows
-from proxy.stalls import StallWatch
-from proxy.supervisor import Supervisor
-from proxy.tls import Doorways
-from proxy.tracing import Tracing
-from proxy.transcripts import Transcripts
+from proxy.engines.fleet import Fleet
+from proxy.errors import UnknownModel
+from proxy.http.stall_guard import StallWatch
+from proxy.http.tls import Doorways
+from proxy.observe.audit_log import AuditLog
+from proxy.observe.metrics import Metrics
+from proxy.observe.readiness import Readiness
+from proxy.observe.supervisor import Supervisor
+from proxy.observe.tracing import Tracing
+from proxy.observe.transcripts import Transcripts
+from proxy.policies.binding import Caller, read_caller
+from proxy.policies.catalogue import Catalogue
+from proxy.policies.drift import Drift
+from proxy.policies.intake import Intake
+from proxy.tenants.access import Access, Identity
+from proxy.tenants.limits import Limiter
+from proxy.tenants.usage_billing import Settlements
+from proxy.verification.canary import Canary
+from proxy.verification.shadow import Shadows
 
 
 @dataclass(frozen=True)

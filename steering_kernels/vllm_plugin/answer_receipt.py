@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from interpretops.engine_api import NONCE_HEADER, RECEIPT_HEADER, EngineCode
+from interpretops.engine_api import NONCE_HEADER, RECEIPT_COMMENT, RECEIPT_HEADER, EngineCode
 from steering_kernels.vllm_plugin.receipts import RECEIPTS
 from steering_kernels.vllm_plugin.refusals import REFUSALS, refusal_answer
 
@@ -88,7 +88,7 @@ class _Answer:
         if not message.get("more_body") and (told := self._receipt()):
             message = {
                 **message,
-                "body": message.get("body", b"") + b": interpretops-receipt " + told + b"\n\n",
+                "body": message.get("body", b"") + RECEIPT_COMMENT + told + b"\n\n",
             }
         await self._send(message)
 

@@ -17,7 +17,7 @@ from interpretops.settings import Settings, load_settings
 from interpretops.settings.environment import NOT_SETTINGS
 from interpretops.settings.section import Section
 from mechctl.main import app
-from proxy.engine_command import engine_command, engine_environment
+from proxy.engines.command import engine_command, engine_environment
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DOCKERFILES = sorted(DEPLOY.glob("docker/*.Dockerfile"))

@@ -11,12 +11,12 @@ from aiohttp import web
 from hostile_bytes import corpus, cut, fuzzed, hostile, places
 from hypothesis import example, given
 
-from proxy.engine_http import EngineBrokeOffError, _Connection
-from proxy.http_server import Runner
-from proxy.metrics import Metrics
-from proxy.refusal import InvalidRequest, TooLarge
-from proxy.sanitize import MAX_DEPTH, parse_strict, serialize
-from proxy.sse import SseSplitter
+from proxy.engines.http_connection import EngineBrokeOffError, _Connection
+from proxy.errors import InvalidRequest, TooLarge
+from proxy.http.server import Runner
+from proxy.observe.metrics import Metrics
+from proxy.openai_api.request_body import MAX_DEPTH, parse_strict, serialize
+from proxy.openai_api.sse import SseSplitter
 
 
 def check_json(data: bytes) -> None:

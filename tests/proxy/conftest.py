@@ -20,10 +20,10 @@ from interpretops.errors import PlanError
 from interpretops.plan import ModelSpec, Plan, read_plan
 from interpretops.plan.shard import Shard
 from interpretops.settings import load_settings
-from proxy.engine_loop import RemoteEngine
+from proxy.engines.loop import RemoteEngine
 from proxy.gateway import Apps, make_app
-from proxy.http_server import Runner
-from proxy.routes import ROUTES
+from proxy.http.server import Runner
+from proxy.openai_api.routes import ROUTES
 
 MODEL = "tiny-model"
 SPEC = ModelSpec(MODEL, "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)

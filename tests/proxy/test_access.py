@@ -15,10 +15,10 @@ from certificates import write_certificate
 
 from interpretops.errors import ConfigError
 from interpretops.records.api_keys import KeyRing, make_key, read_keys, write_keys
-from proxy.access import check_exposure, names_this_machine
-from proxy.reader import Reader
-from proxy.routes import ROUTES, UNGUARDED
-from proxy.tls import Doorway
+from proxy.http.tls import Doorway
+from proxy.openai_api.routes import ROUTES, UNGUARDED
+from proxy.process.file_reader import Reader
+from proxy.tenants.access import check_exposure, names_this_machine
 
 TENANTS = [{"id": "acme", "models": ["tiny-model", "bot"]}, {"id": "other", "routes": ["/v1/completions"]}]
 

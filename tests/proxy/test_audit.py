@@ -22,9 +22,9 @@ from interpretops.records.audit_chain import (
 )
 from interpretops.settings import AuditSettings
 from mechctl.main import app
-from proxy.audit import AuditLog
-from proxy.metrics import Metrics
-from proxy.refusal import AuditUnavailable
+from proxy.errors import AuditUnavailable
+from proxy.observe.audit_log import AuditLog
+from proxy.observe.metrics import Metrics
 
 LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
 
@@ -448,9 +448,9 @@ import asyncio, resource, sys
 from pathlib import Path
 import structlog
 from interpretops.settings import AuditSettings
-from proxy.audit import AuditLog
-from proxy.metrics import Metrics
-from proxy.refusal import AuditUnavailable
+from proxy.observe.audit_log import AuditLog
+from proxy.observe.metrics import Metrics
+from proxy.errors import AuditUnavailable
 
 async def main(path, on_failure):
     metrics = Metrics()

@@ -7,8 +7,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from interpretops.errors import ConfigError
 from interpretops.settings import Binding, Match
-from proxy.binding import HEADER, Caller, decide, joint_mandatory, read_caller
-from proxy.refusal import PolicyConflict, PolicyForbidden, UnknownModel, UnknownPolicy
+from proxy.errors import PolicyConflict, PolicyForbidden, UnknownModel, UnknownPolicy
+from proxy.policies.binding import HEADER, Caller, decide, joint_mandatory, read_caller
 
 CHAT = "/v1/chat/completions"
 KNOWN = {"calm", "strict", "other"}

@@ -8,7 +8,7 @@ import pytest
 from multidict import CIMultiDict
 
 from interpretops.settings.access import Route
-from proxy.routes import ROUTES, UNGUARDED
+from proxy.openai_api.routes import ROUTES, UNGUARDED
 
 BINDINGS = [{"policy": "calm", "mode": "mandatory"}, {"policy": "*"}]
 SEAL = {"interpretops_revision", "interpretops_nonce"}

@@ -8,9 +8,9 @@ from aiohttp import web
 
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
-from proxy import engine_loop
-from proxy.binding import NONE
-from proxy.canary import read_suite
+from proxy.engines import loop as engine_loop
+from proxy.policies.binding import NONE
+from proxy.verification.canary import read_suite
 
 REFUSES = "I'm sorry, but I can't help with that. It could cause serious harm to other people."
 ANSWERS = "Take two cups of flour and one of milk, stir them well, and bake it all for an hour."

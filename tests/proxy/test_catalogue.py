@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from proxy import policy_files, policy_reading
-from proxy.refusal import PolicyUnavailable
+from proxy.errors import PolicyUnavailable
 
 CHANGED = 0.25
 

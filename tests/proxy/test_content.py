@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
 
-from proxy.refusal import FieldNotAllowed, InvalidRequest, Refusal
-from proxy.routes import ROUTES
-from proxy.sanitize import clean, serialize
+from proxy.errors import FieldNotAllowed, InvalidRequest, Refusal
+from proxy.openai_api.request_body import clean, serialize
+from proxy.openai_api.routes import ROUTES
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),

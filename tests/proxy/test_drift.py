@@ -6,8 +6,8 @@ import math
 import pytest
 
 from interpretops.errors import ConfigError
-from proxy.drift import LEAST, WINDOW, psi
-from proxy.trail import Trail
+from proxy.observe.request_context import Trail
+from proxy.policies.drift import LEAST, WINDOW, psi
 
 
 @pytest.fixture

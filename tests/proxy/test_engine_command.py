@@ -11,9 +11,9 @@ import pytest
 
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
-from proxy import model_folder
-from proxy.engine_command import check_memory, engine_command, engine_environment, slow_format
-from proxy.local_engine import LocalEngine
+from proxy.engines import model_folder
+from proxy.engines.command import check_memory, engine_command, engine_environment, slow_format
+from proxy.engines.local_engine import LocalEngine
 
 GIB = 2**30
 
@@ -159,12 +159,12 @@ time.sleep(600)
 
 
 async def test_processes_of_the_engine_hold_no_secret_and_are_private(tmp_path, model, monkeypatch, until):
-    """Neither the keeper nor what it starts has our secrets; folder and sockets are for our user alone."""
+    """Neither the reaper nor what it starts has our secrets; folder and sockets are for our user alone."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     settings = load_settings(overrides={"model.device": "cpu"}, environ={})
     monkeypatch.setattr(
-        "proxy.local_engine.engine_command",
+        "proxy.engines.local_engine.engine_command",
         lambda _settings, _model, _socket: [sys.executable, "-c", CHILD, str(tmp_path)],
     )
     engine = LocalEngine(settings, model, tmp_path / "log" / "engine.log")

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from proxy.engine_http import EngineBrokeOffError, EngineHttp, EngineUnreachableError
+from proxy.engines.http_connection import EngineBrokeOffError, EngineHttp, EngineUnreachableError
 
 LONG = 30.0
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 5\r\nX-Note: a\r\n\r\nhello"

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from interpretops.errors import EngineError
-from proxy import engine_loop
+from proxy.engines import loop as engine_loop
 
 
 @pytest.mark.parametrize(

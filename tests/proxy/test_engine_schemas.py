@@ -5,8 +5,8 @@ import hashlib
 import httpx
 import pytest
 
-from proxy.routes import ROUTES
-from proxy.sanitize import clean
+from proxy.openai_api.request_body import clean
+from proxy.openai_api.routes import ROUTES
 
 SEAL = {"interpretops_revision": "a" * 64, "interpretops_nonce": "b" * 32}
 BODIES = {

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from interpretops.refusal_detector import is_refusal
-from proxy.canary import read_suite
-from proxy.routes import ROUTES
+from proxy.openai_api.routes import ROUTES
+from proxy.verification.canary import read_suite
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

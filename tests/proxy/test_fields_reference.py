@@ -2,8 +2,8 @@
 
 import pytest
 
-from proxy.fields_reference import fields_reference
-from proxy.routes import ROUTES
+from proxy.openai_api.fields_reference import fields_reference
+from proxy.openai_api.routes import ROUTES
 
 
 def test_page_in_docs_is_the_current_one(repository):

@@ -6,8 +6,8 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from proxy import fleet_loop
-from proxy.breaker import Breaker
+from proxy.engines import fleet_loop
+from proxy.engines.circuit_breaker import Breaker
 
 STEERED = "tiny-model+calm"
 

@@ -1,4 +1,4 @@
-"""No process of an engine outlives its keeper, whoever dies first."""
+"""No process of an engine outlives its reaper, whoever dies first."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from proxy import keeper
+from proxy.process import process_reaper as reaper
 
 # A main process, a child, and a grandchild that leaves the process group, each deaf to SIGTERM.
 FAMILY = """
@@ -27,11 +27,11 @@ time.sleep(600)
 
 @pytest.fixture
 def family(tmp_path):
-    """A keeper over three stubborn generations; yields the keeper and everybody's process ids."""
+    """A reaper over three stubborn generations; yields the reaper and everybody's process ids."""
     command = [sys.executable, "-c", FAMILY, "2", FAMILY]
     (tmp_path / "own").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-I", keeper.__file__, "0.3", str(tmp_path / "own"), *command],
+        [sys.executable, "-I", reaper.__file__, "0.3", str(tmp_path / "own"), *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
@@ -71,7 +71,7 @@ def test_all_end_when_the_keeper_is_told_to_stop(family):
 
 
 def test_children_end_with_the_main_process(family):
-    """When the main process is killed, its orphans go too, and the keeper says how it ended."""
+    """When the main process is killed, its orphans go too, and the reaper says how it ended."""
     process, (main, *others) = family
     mother = psutil.Process(process.pid).children()[0].pid
     os.kill(mother, signal.SIGKILL)
@@ -80,15 +80,15 @@ def test_children_end_with_the_main_process(family):
 
 
 def test_status_of_the_command_is_passed_on():
-    """The keeper ends as its command ended."""
+    """The reaper ends as its command ended."""
     command = [sys.executable, "-c", "raise SystemExit(7)"]
-    command = [sys.executable, "-I", keeper.__file__, "1", "/nowhere", *command]
+    command = [sys.executable, "-I", reaper.__file__, "1", "/nowhere", *command]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.wait(10) == 7
 
 
 def test_main_process_ends_when_the_keeper_is_killed(family):
-    """A killed keeper takes the engine's main process along."""
+    """A killed reaper takes the engine's main process along."""
     process, _ = family
     mother = psutil.Process(process.pid).children()[0].pid
     process.kill()
@@ -97,6 +97,6 @@ def test_main_process_ends_when_the_keeper_is_killed(family):
 
 def test_keeper_imports_only_the_standard_library():
     """It runs isolated, by its file."""
-    text = Path(keeper.__file__).read_text()
+    text = Path(reaper.__file__).read_text()
     assert "from proxy" not in text
     assert "import interpretops" not in text

@@ -10,11 +10,11 @@ import structlog
 
 from interpretops.errors import ConfigError
 from interpretops.settings import Limits, Tenant
-from proxy.budget import Budgets
-from proxy.limits import Limiter
-from proxy.metrics import Metrics
-from proxy.refusal import BudgetSpent, InvalidRequest, RateLimited
-from proxy.request_size import size_of
+from proxy.errors import BudgetSpent, InvalidRequest, RateLimited
+from proxy.observe.metrics import Metrics
+from proxy.openai_api.request_size import size_of
+from proxy.tenants.budget import Budgets
+from proxy.tenants.limits import Limiter
 
 LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
 

@@ -21,11 +21,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from interpretops.records.transcript_file import make_key
-from proxy.audit_file import DISPLACED
-from proxy.drift import LEAST
-from proxy.metrics import OUTCOMES, Metrics
-from proxy.supervisor import BRIEF, KEPT, STRAY
-from proxy.trail import Trail
+from proxy.observe.audit_file import DISPLACED
+from proxy.observe.metrics import OUTCOMES, Metrics
+from proxy.observe.request_context import Trail
+from proxy.observe.supervisor import BRIEF, KEPT, STRAY
+from proxy.policies.drift import LEAST
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"

@@ -20,15 +20,15 @@ from interpretops.files.tensor_file import TensorFile
 from interpretops.records.api_keys import read_keys
 from interpretops.records.transcript_file import Vault
 from interpretops.settings import AuditSettings, load_settings
-from proxy import policy_reading
-from proxy.audit import AuditLog
-from proxy.budget import _read as read_budgets
-from proxy.canary import read_suite
-from proxy.drift import _read as read_baselines
-from proxy.metrics import Metrics
-from proxy.policy_files import file_digest
-from proxy.policy_folders import PolicyFolders
-from proxy.reader import Reader
+from proxy.observe.audit_log import AuditLog
+from proxy.observe.metrics import Metrics
+from proxy.policies import policy_reading
+from proxy.policies.drift import _read as read_baselines
+from proxy.policies.policy_files import file_digest
+from proxy.policies.policy_folders import PolicyFolders
+from proxy.process.file_reader import Reader
+from proxy.tenants.budget import _read as read_budgets
+from proxy.verification.canary import read_suite
 
 
 def a_pipe(path):
@@ -144,12 +144,12 @@ OWN = {
     "interpretops.files.atomic_file": "writes",
     "interpretops.model.default_model": "runs in a process of its own, on files that it made",
     "interpretops.records.transcript_file": "appends to its own files; only `mechctl transcripts` reads them",
-    "proxy.audit_file": "appends to its own files, which it checks to be plain",
-    "proxy.file_lock": "makes its own files",
-    "proxy.local_engine": "the log that it made itself",
-    "proxy.engine_command": "what the kernel tells in /proc and /sys",
-    "proxy.canary": "the suite that is part of the package",
-    "proxy.stopping": "the terminal",
+    "proxy.observe.audit_file": "appends to its own files, which it checks to be plain",
+    "proxy.process.file_lock": "makes its own files",
+    "proxy.engines.local_engine": "the log that it made itself",
+    "proxy.engines.command": "what the kernel tells in /proc and /sys",
+    "proxy.verification.canary": "the suite that is part of the package",
+    "proxy.process.signals": "the terminal",
 }
 """Modules of a gateway that open files by themselves, and why they may."""
 

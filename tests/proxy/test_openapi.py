@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from faults.stand import make_stand
 
-from proxy.app import make_public_app
-from proxy.openapi import openapi_document
-from proxy.routes import ROUTES, UNGUARDED
-from proxy.sanitize import clean
+from proxy.openai_api.openapi import openapi_document
+from proxy.openai_api.request_body import clean
+from proxy.openai_api.routes import ROUTES, UNGUARDED
+from proxy.relay.public_app import make_public_app
 
 CLIENTS = Path(__file__).parents[1] / "clients"
 PYTHON = CLIENTS / ".venv/bin/python"

@@ -20,7 +20,7 @@ from certificates import write_certificate
 
 from interpretops.records.api_keys import make_key, write_keys
 from interpretops.records.audit_chain import verify
-from proxy import open_files
+from proxy.process import open_file_limit as open_files
 
 CONFIG = """
 tenants: [{id: acme, limits: {token_budget: 1000}}]
@@ -210,16 +210,16 @@ async def test_connections_that_never_begin_tls_obey_the_timeout_of_bodies(engin
 
 SHORT = CONFIG + "  shutdown_grace_s: 0.5\n"
 HANGING = """
-import asyncio, os, threading, proxy.gateway, proxy.policy_folders, proxy.stopping
+import asyncio, os, threading, proxy.gateway, proxy.policies.policy_folders, proxy.process.signals
 def hang():
     open("hangs", "w").close()
     os.open("pipe", os.O_RDONLY)
-def thread(look=proxy.policy_folders.PolicyFolders.look):
+def thread(look=proxy.policies.policy_folders.PolicyFolders.look):
     def hanging(folders):
         if os.path.exists("now"):
             hang()
         return look(folders)
-    proxy.policy_folders.PolicyFolders.look = hanging
+    proxy.policies.policy_folders.PolicyFolders.look = hanging
 async def until_now():
     while not os.path.exists("now"):
         await asyncio.sleep(0.05)
@@ -229,7 +229,7 @@ def pool():
         await asyncio.to_thread(hang)
     proxy.gateway.watch_policies = watch
 def loop():
-    proxy.stopping._ENGINE_END_S = 0.5
+    proxy.process.signals._ENGINE_END_S = 0.5
     async def watch(*_arguments):
         await until_now()
         hang()

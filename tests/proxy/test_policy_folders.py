@@ -11,7 +11,7 @@ import pytest
 
 from interpretops.artifacts import Artifacts
 from interpretops.plan import ModelSpec
-from proxy.policy_folders import SOURCES, PolicyFolders
+from proxy.policies.policy_folders import SOURCES, PolicyFolders
 
 NOBODY = 65534
 MODEL = ModelSpec("tiny-model", "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from proxy.prompt_reading import field_that_reads
-from proxy.routes import ROUTES
+from proxy.openai_api.routes import ROUTES
+from proxy.relay.prompt_disclosure import field_that_reads
 
 CHAT, COMPLETIONS = ROUTES["/v1/chat/completions"], ROUTES["/v1/completions"]
 ASKED = {

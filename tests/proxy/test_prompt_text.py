@@ -8,10 +8,10 @@ import pytest
 
 from interpretops.errors import EngineError
 from interpretops.special_tokens import JOINER, SpecialTokens
-from proxy.prompt_text import make_inert
-from proxy.refusal import FieldNotAllowed, InvalidRequest, Refusal
-from proxy.route_fields import Field
-from proxy.routes import ROUTES
+from proxy.errors import FieldNotAllowed, InvalidRequest, Refusal
+from proxy.openai_api.prompt_text import make_inert
+from proxy.openai_api.route_fields import Field
+from proxy.openai_api.routes import ROUTES
 
 END = "<|end|>"
 INERT = f"<{JOINER}|end|>"

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.engine_client import Receipt
-from proxy.proof import Told, fault, told_by, told_by_stream
-from proxy.request_size import Size
-from proxy.sse import SseSplitter
+from interpretops.engine_api import Receipt
+from proxy.openai_api.request_size import Size
+from proxy.openai_api.sse import SseSplitter
+from proxy.verification.receipt_proof import Told, fault, told_by, told_by_stream
 
 MANDATORY = [{"policy": "calm", "mode": "mandatory"}]
 REVISION = "ab" * 32

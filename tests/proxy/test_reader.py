@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from proxy.reader import Reader, StuckError
+from proxy.process.file_reader import Reader, StuckError
 
 
 async def test_result_or_error_of_the_work_is_given():
@@ -59,7 +59,7 @@ async def test_work_whose_waiter_was_cancelled_is_waited_for_by_the_next():
 
 HANGING = """
 import asyncio, threading
-from proxy.reader import Reader, StuckError
+from proxy.process.file_reader import Reader, StuckError
 
 async def main():
     try:

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from proxy.readiness import CODES
-from proxy.refusal import Refusal
+from proxy.errors import Refusal
+from proxy.observe.readiness import CODES
 
 MANDATORY = [{"policy": "calm", "mode": "mandatory"}]
 CAUSES = {

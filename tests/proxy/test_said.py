@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from proxy.said import texts_said
+from proxy.openai_api.answer_text import texts_said
 
 REQUEST = {"model": "m", "instructions": "be kind", "text": {"format": {"type": "text"}}}
 """What a response repeats of its request."""

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import sanitize
-from proxy.refusal import FieldNotAllowed, InvalidRequest, Refusal, TooLarge
-from proxy.routes import ROUTES
-from proxy.sanitize import MAX_DEPTH, clean, parse_strict, serialize
+from proxy.errors import FieldNotAllowed, InvalidRequest, Refusal, TooLarge
+from proxy.openai_api import request_body as sanitize
+from proxy.openai_api.request_body import MAX_DEPTH, clean, parse_strict, serialize
+from proxy.openai_api.routes import ROUTES
 
 CHAT = ROUTES["/v1/chat/completions"]
 JSON = {"Content-Type": "application/json"}

@@ -18,7 +18,7 @@ import openai
 import psutil
 import pytest
 
-from proxy.routes import ROUTES
+from proxy.openai_api.routes import ROUTES
 
 MECHCTL = [sys.executable, "-m", "mechctl.main"]
 MODEL = "smollm2-135m-instruct"

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import sse
-from proxy.routes import ROUTES
-from proxy.sse import SseOverflowError, SseSplitter
+from proxy.openai_api import sse
+from proxy.openai_api.routes import ROUTES
+from proxy.openai_api.sse import SseOverflowError, SseSplitter
 
 DONE = b"data: [DONE]\n\n"
 EVENTS = [b'data: {"text":"[DONE]"}\n\n', b'data: {"text":"\\n\\n error"}\n\n', b": note\n\n", b"data: x\n\n"]

@@ -8,8 +8,8 @@ import structlog
 from aiohttp import web
 
 from interpretops.settings import load_settings
-from proxy.metrics import Metrics
-from proxy.stalls import StallWatch
+from proxy.http.stall_guard import StallWatch
+from proxy.observe.metrics import Metrics
 
 LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
 SMALL = 8192

@@ -11,20 +11,20 @@ import proxy
 from interpretops.errors import EngineError
 from interpretops.records.api_keys import make_key, write_keys
 from proxy import audit, budget, reload, supervisor, transcripts, watch
-from proxy.access import Access
-from proxy.audit import AuditLog
-from proxy.budget import Budgets
-from proxy.canary import Canary
-from proxy.engine_client import EngineClient
-from proxy.fleet_loop import FleetLoop
-from proxy.intake import Intake
-from proxy.metrics import Metrics
-from proxy.readiness import Readiness
-from proxy.shared_limits import SharedCounts
-from proxy.stalls import StallWatch
-from proxy.supervisor import BRIEF, KEPT, Supervisor, end, first_of
-from proxy.tls import Doorways
-from proxy.transcripts import Transcripts
+from proxy.engines.client import EngineClient
+from proxy.engines.fleet_loop import FleetLoop
+from proxy.http.stall_guard import StallWatch
+from proxy.http.tls import Doorways
+from proxy.observe.audit_log import AuditLog
+from proxy.observe.metrics import Metrics
+from proxy.observe.readiness import Readiness
+from proxy.observe.supervisor import BRIEF, KEPT, Supervisor, end, first_of
+from proxy.observe.transcripts import Transcripts
+from proxy.policies.intake import Intake
+from proxy.tenants.access import Access
+from proxy.tenants.budget import Budgets
+from proxy.tenants.shared_limits import SharedCounts
+from proxy.verification.canary import Canary
 
 SECRET = "a-prompt-7c1d"
 PLACES = {
@@ -87,10 +87,10 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, name, 0.02)
     monkeypatch.setattr(supervisor, "_DELAYS_S", (0.02,))
     monkeypatch.setattr(transcripts, "_SWEEP_EVERY_S", 0.02)
-    monkeypatch.setattr("proxy.stalls._EVERY_S", 0.02)
-    monkeypatch.setattr("proxy.readiness._LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr("proxy.engine_loop._WATCH_EVERY_S", 0.02)
-    monkeypatch.setattr("proxy.fleet_loop._RESOLVE_EVERY_S", 0.02)
+    monkeypatch.setattr("proxy.http.stall_guard._EVERY_S", 0.02)
+    monkeypatch.setattr("proxy.observe.readiness._LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("proxy.engines.loop._WATCH_EVERY_S", 0.02)
+    monkeypatch.setattr("proxy.engines.fleet_loop._RESOLVE_EVERY_S", 0.02)
 
 
 def break_on_demand(monkeypatch, owner, name):

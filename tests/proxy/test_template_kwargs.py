@@ -5,10 +5,10 @@ import inspect
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from proxy.refusal import FieldNotAllowed, InvalidRequest
-from proxy.routes import ROUTES
-from proxy.sanitize import clean
-from proxy.template_kwargs import FIELD, TAKEN
+from proxy.errors import FieldNotAllowed, InvalidRequest
+from proxy.openai_api.request_body import clean
+from proxy.openai_api.routes import ROUTES
+from proxy.openai_api.template_kwargs import FIELD, TAKEN
 
 TAKING = [path for path, route in ROUTES.items() if FIELD in route.fields]
 

@@ -18,10 +18,10 @@ from cryptography import x509
 
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
-from proxy.certificate import validity
-from proxy.http_server import Site
-from proxy.metrics import Metrics
-from proxy.tls import make_doorways
+from proxy.http.certificate import validity
+from proxy.http.server import Site
+from proxy.http.tls import make_doorways
+from proxy.observe.metrics import Metrics
 
 DAY = timedelta(days=1)
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"

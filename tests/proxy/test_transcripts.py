@@ -13,8 +13,8 @@ from interpretops.errors import ConfigError
 from interpretops.records.transcript_file import Vault, append, delete_old, make_key, read
 from interpretops.settings import load_settings
 from mechctl.main import app
-from proxy import transcripts as transcripts_module
-from proxy.routes import ROUTES
+from proxy.observe import transcripts as transcripts_module
+from proxy.openai_api.routes import ROUTES
 
 WORDS = ("write to a", "@b.exam", "ple or not")
 """What the scripted engine says, in three pieces; personal data spans two of them."""

@@ -10,9 +10,9 @@ from typing import Any
 import structlog
 
 from interpretops.settings import Settings
-from proxy.engine_loop import RemoteEngine
+from proxy.engines.loop import RemoteEngine
 from proxy.gateway import Apps, make_app
-from proxy.http_server import Runner
+from proxy.http.server import Runner
 from simulation.admin import ADMIN
 from simulation.clients import PUBLIC
 from simulation.network import Network

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.refusal import Refusal
+from proxy.errors import Refusal
 from simulation.asks import Ask
 from simulation.clock import Clock
 from simulation.engine import Generation

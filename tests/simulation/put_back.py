@@ -6,22 +6,22 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import proxy.access
-import proxy.admin
-import proxy.app
-import proxy.audit
-import proxy.catalogue
-import proxy.engine_link
-import proxy.relay
-import proxy.request_size
-import proxy.supervisor
+import proxy.admin.app
+import proxy.engines.link
+import proxy.observe.audit_log
+import proxy.observe.supervisor
+import proxy.openai_api.request_size
+import proxy.policies.catalogue
+import proxy.relay.public_app
+import proxy.relay.relay
+import proxy.tenants.access
 from simulation.patches import put
 
 
 def _task_ends_with_its_first_error(stack: contextlib.ExitStack) -> None:
     """One unexpected exception ended the watcher of policies or keys without a word."""
 
-    kept = proxy.supervisor.Supervisor._keep
+    kept = proxy.observe.supervisor.Supervisor._keep
 
     async def keep(self: Any, name: str, run: Any, ends_with: tuple[type[Exception], ...]) -> None:
         if name not in ("policies", "keys"):
@@ -32,39 +32,39 @@ def _task_ends_with_its_first_error(stack: contextlib.ExitStack) -> None:
         except Exception:
             return
 
-    put(stack, proxy.supervisor.Supervisor, "_keep", keep)
+    put(stack, proxy.observe.supervisor.Supervisor, "_keep", keep)
 
 
 def _deleted_keys_work(stack: contextlib.ExitStack) -> None:
     """Deleting the file of keys left them in force for ever."""
-    refresh = proxy.access.Access.refresh
+    refresh = proxy.tenants.access.Access.refresh
 
-    def refresh_unless_gone(self: proxy.access.Access) -> None:
+    def refresh_unless_gone(self: proxy.tenants.access.Access) -> None:
         if self._path is not None and self._path.exists():
             refresh(self)
 
-    put(stack, proxy.access.Access, "refresh", refresh_unless_gone)
+    put(stack, proxy.tenants.access.Access, "refresh", refresh_unless_gone)
 
 
 def _prompts_are_not_counted(stack: contextlib.ExitStack) -> None:
     """A request of many prompts counted as one."""
-    size_of = proxy.request_size.size_of
+    size_of = proxy.openai_api.request_size.size_of
 
-    def size_of_one(body: Any, size_bytes: int) -> proxy.request_size.Size:
+    def size_of_one(body: Any, size_bytes: int) -> proxy.openai_api.request_size.Size:
         size = size_of(body, size_bytes)
-        return proxy.request_size.Size(1, 1, size.read, size.stated)
+        return proxy.openai_api.request_size.Size(1, 1, size.read, size.stated)
 
-    put(stack, proxy.app, "size_of", size_of_one)
+    put(stack, proxy.relay.public_app, "size_of", size_of_one)
 
 
 def _ready_without_audit_log(stack: contextlib.ExitStack) -> None:
     """Readiness said yes while every request was refused because the audit log's disk was full."""
-    put(stack, proxy.audit.AuditLog, "not_ready", lambda _self: iter(()))
+    put(stack, proxy.observe.audit_log.AuditLog, "not_ready", lambda _self: iter(()))
 
 
 def _removed_audit_log_is_written_on(stack: contextlib.ExitStack) -> None:
     """After `rm` of the audit log, records went into a file that had no name any more."""
-    put(stack, proxy.audit.AuditLog, "_go_on_if_displaced", lambda _self: None)
+    put(stack, proxy.observe.audit_log.AuditLog, "_go_on_if_displaced", lambda _self: None)
 
 
 def _part_is_proof(stack: contextlib.ExitStack) -> None:
@@ -75,29 +75,29 @@ def _part_is_proof(stack: contextlib.ExitStack) -> None:
             return "no receipt for it"
         return None if demanded == "none" or receipt.tokens_evaluated else "nothing was evaluated"
 
-    put(stack, proxy.relay, "fault", fault)
+    put(stack, proxy.relay.relay, "fault", fault)
 
 
 def _lost_revision_is_502(stack: contextlib.ExitStack) -> None:
     """An engine that had lost a revision gave 502 for it, as if it had failed."""
-    put(stack, proxy.relay, "refusal_code", lambda _answer: None)
+    put(stack, proxy.relay.relay, "refusal_code", lambda _answer: None)
 
 
 def _promotion_moves(stack: contextlib.ExitStack) -> None:
     """A promotion made whatever candidate was there serve, not the one that was looked at."""
-    put(stack, proxy.admin, "_check_named", lambda *_: None)
-    put(stack, proxy.catalogue, "_check_still", lambda *_: None)
+    put(stack, proxy.admin.app, "_check_named", lambda *_: None)
+    put(stack, proxy.policies.catalogue, "_check_still", lambda *_: None)
 
 
 def _rejoined_engine_keeps_rows(stack: contextlib.ExitStack) -> None:
     """An engine that was lost for a while, and not restarted, kept what was retired meanwhile for ever."""
-    prove = proxy.engine_link.EngineLink.prove
+    prove = proxy.engines.link.EngineLink.prove
 
-    async def prove_anew(self: proxy.engine_link.EngineLink, *rest: Any) -> None:
+    async def prove_anew(self: proxy.engines.link.EngineLink, *rest: Any) -> None:
         self._former = None
         await prove(self, *rest)
 
-    put(stack, proxy.engine_link.EngineLink, "prove", prove_anew)
+    put(stack, proxy.engines.link.EngineLink, "prove", prove_anew)
 
 
 PUT_BACK: dict[str, Callable[[contextlib.ExitStack], None]] = {

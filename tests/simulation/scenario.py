@@ -110,7 +110,7 @@ class Scenario:
     def demanded(self, tenant: str, route: str, model: str, choice: str | None) -> str | None:
         """The policy that must steer such a request, `none`, or None: it must be refused.
 
-        Written anew here from the documentation, so that a fault in `proxy.binding` shows.
+        Written anew here from the documentation, so that a fault in `proxy.policies.binding` shows.
         """
         matching = [b for b in self.bindings if _matches(b.get("match", {}), tenant, route, model)]
         mandatory = sorted({b["policy"] for b in matching if b.get("mode") == "mandatory"})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from faults.marker import POLICY, steered_only
-from proxy.refusal import EngineFailed, EngineTimeout
+from proxy.errors import EngineFailed, EngineTimeout
 
 Kind = Literal["steered", "refused", "broken_off", "unsteered", "misshapen", "listed", "unfinished"]
 """`listed`: the list of models, which is no answer of the model's. `unfinished`: no answer, as the request's

@@ -1,0 +1,1 @@
+"""The admin listener, and reloading what may change while the gateway runs."""

@@ -1,0 +1,303 @@
+"""The admin app, on a listener of its own: policies, reload, promotion, dry runs, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from interpretops.errors import InterpretOpsError, PolicyError
+from interpretops.settings import Tenant
+from interpretops.settings.access import ANONYMOUS
+from proxy.admin.reload import reload_everything
+from proxy.errors import EngineNotReady, FieldNotAllowed, InvalidRequest, Refusal
+from proxy.observe.metrics import CONTENT_TYPE_LATEST
+from proxy.openai_api.headers import POLICY_HEADER
+from proxy.openai_api.request_body import parse_strict, read_body
+from proxy.openai_api.routes import ROUTES
+from proxy.policies.binding import NONE, decide, explain
+from proxy.policies.entry import Entry
+from proxy.policies.policy_files import Revision
+from proxy.relay.accounting import route_label
+from proxy.relay.health import HEALTH, add_health
+from proxy.relay.middleware import answer_in_openai_shape
+from proxy.state import GATEWAY, Gateway
+from proxy.tenants.access import Identity, names_this_machine
+
+ADMIN: web.RequestKey[str] = web.RequestKey("admin", str)
+"""Who is changing something, for the record."""
+_MAX_BODY_BYTES = 64 * 1024
+_MAX_REASON = 1000
+_REVISION = re.compile(r"[0-9a-f]{12,64}")
+
+
+class AdminRefused(Refusal):
+    """The admin asked for what cannot be done now; the message says why."""
+
+    code = "admin_refused"
+    status = 409
+
+
+def make_admin_app(gateway: Gateway) -> web.Application:
+    """The app that operators and Prometheus talk to."""
+    app = web.Application(
+        middlewares=[gateway.stalls.mark, answer_in_openai_shape, refuse_browsers, authorize]
+    )
+    app[GATEWAY] = gateway
+    app.router.add_get("/admin/policies", list_policies, allow_head=False)
+    app.router.add_get("/admin/engines", list_engines, allow_head=False)
+    app.router.add_post("/admin/reload", reload)
+    app.router.add_post("/admin/policies/{id}/{change:promote|rollback}", change_policy)
+    app.router.add_post("/admin/policies/{id}/baseline", pin_baseline)
+    app.router.add_post("/admin/resolve", resolve)
+    app.router.add_get("/admin/audit", audit_head, allow_head=False)
+    app.router.add_get("/metrics", show_metrics, allow_head=False)
+    add_health(app)
+    return app
+
+
+@web.middleware
+async def refuse_browsers(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A web page open on the operator's machine must not reach these routes, by whatever name."""
+    if "Origin" in request.headers:
+        raise FieldNotAllowed("the admin routes answer no web pages; call them without an Origin header")
+    gateway = request.app[GATEWAY]
+    host = request.headers.get("Host")
+    if not gateway.access.wanted and not names_this_machine(host, (gateway.settings.gateway.admin_host,)):
+        raise FieldNotAllowed("without keys the admin routes answer only to names of this machine")
+    return await handler(request)
+
+
+@web.middleware
+async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Ask for the key of a viewer to look and of an operator to change, where keys are asked for."""
+    route = route_label(request)
+    if route not in HEALTH:
+        looks = request.method == "GET" or route == "/admin/resolve"
+        request[ADMIN] = request.app[GATEWAY].access.authorize(
+            request.headers, "viewer" if looks else "operator"
+        )
+    return await handler(request)
+
+
+async def list_policies(request: web.Request) -> web.Response:
+    """Every policy, what serves of it, and what is wrong with its newest file."""
+    gateway = request.app[GATEWAY]
+    entries = gateway.catalogue.entries
+    listed = [_entry(gateway, entries[policy]) for policy in sorted(entries)]
+    named = {str(entry["error"]) for entry in listed}
+    strays = {str(path): error for path, error in gateway.intake.file_errors.items() if error not in named}
+    return web.json_response(
+        {
+            "policies": listed,
+            "file_errors": strays,
+            "bindings": [binding.model_dump(mode="json") for binding in gateway.settings.bindings],
+            "not_ready": "; ".join(reason.detail for reason in gateway.readiness.reasons()) or None,
+        }
+    )
+
+
+async def list_engines(request: web.Request) -> web.Response:
+    """Every engine: whether it takes requests, why not, and the revisions that it has attested."""
+    links = request.app[GATEWAY].fleet.links
+    return web.json_response({"engines": [links[name].shown() for name in sorted(links)]})
+
+
+async def reload(request: web.Request) -> web.Response:
+    """As SIGHUP does. Answers when every request accepted from now on gets what was loaded."""
+    gateway = request.app[GATEWAY]
+    try:
+        report = await reload_everything(gateway)
+    except InterpretOpsError as error:
+        raise EngineNotReady(str(error)) from error
+    return web.json_response(report.shown())
+
+
+async def change_policy(request: web.Request) -> web.Response:
+    """Promote a candidate, or go back to the revision before. Recorded before it is done.
+
+    Body of a promotion: ``revision``, the one that was looked at, as 12 or more of its hex digits; optional
+    ``"to": "shadow"`` to run it unseen beside the active one, and ``"override": {"by": …, "why": …}`` to
+    promote without a card that meets the policy's criteria. A rollback may name the ``revision`` to go back
+    to. Files change while a person reads: what is not named, or no more what it was, is not done.
+    """
+    gateway = request.app[GATEWAY]
+    policy, catalogue, change = request.match_info["id"], gateway.catalogue, request.match_info["change"]
+    override, to, named = await _wish(request, change)
+    fields: dict[str, Any] = {"policy": policy, "by": request[ADMIN], "to": to, "asked": named}
+    if override is not None:
+        if gateway.audit is None:
+            raise AdminRefused("an override must be recorded, and there is no audit log; set audit.path")
+        fields["override"] = override
+    try:
+        found = catalogue.entries.get(policy)
+        before = None if found is None else found.previous
+        target = catalogue.candidate(policy) if change == "promote" else before
+        fields["from"] = _name(None if found is None else found.active)
+        fields["revision"] = revision = _name(target)
+        _check_named(named, target, change)
+        if gateway.audit is not None:
+            await gateway.audit.append_durably(change, **fields)
+        if to == "shadow":
+            await catalogue.cast_shadow(policy, revision)
+        elif change == "promote":
+            await catalogue.promote(policy, revision, override=override is not None)
+        else:
+            await catalogue.rollback(policy, revision)
+    except Refusal:
+        raise
+    except InterpretOpsError as error:
+        if gateway.audit is not None:
+            gateway.audit.append(f"{change}_failed", **fields, why=str(error))
+        raise AdminRefused(str(error)) from error
+    return web.json_response(_entry(gateway, catalogue.entries[policy]))
+
+
+async def pin_baseline(request: web.Request) -> web.Response:
+    """Take how the policy fired on its newest requests as what is to be expected of it. Recorded."""
+    gateway, policy = request.app[GATEWAY], request.match_info["id"]
+    try:
+        pinned = gateway.drift.pin(policy, request[ADMIN]).model_dump()
+    except InterpretOpsError as error:
+        raise AdminRefused(str(error)) from error
+    if gateway.audit is not None:
+        gateway.audit.append("baseline", policy=policy, **pinned)
+    return web.json_response(pinned)
+
+
+def _name(revision: Revision | None) -> str:
+    return NONE if revision is None else revision.revision
+
+
+def _check_named(named: str | None, target: Revision | None, change: str) -> None:
+    """Raise `PolicyError` for what would make another revision serve than the one that was looked at."""
+    if named is not None and target is not None and not target.revision.startswith(named):
+        state = "that waits now" if change == "promote" else "that served before"
+        raise PolicyError(
+            f"revision = {named!r}, but {target.label} is the one {state}; look at it, and name it"
+        )
+
+
+async def _wish(request: web.Request, change: str) -> tuple[dict[str, str] | None, str, str | None]:
+    """Who overrides what a card does not show, and why, if anybody; the state and revision wished for."""
+    raw = await read_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=10)
+    body = parse_strict(raw) if raw.strip() else {}
+    override, to, named = body.get("override"), body.get("to", "active"), body.get("revision")
+    known = ("revision", "override", "to") if change == "promote" else ("revision",)
+    if body.keys() - set(known):
+        raise InvalidRequest(f"a {change}'s body holds at most {', '.join(known)}")
+    if named is None and change == "promote":
+        raise InvalidRequest(
+            "revision is missing: name the candidate that you looked at, by 12 or more hex digits of "
+            '`candidate` in GET /admin/policies, as {"revision": "0123456789ab"}',
+            param="revision",
+        )
+    if named is not None and not (isinstance(named, str) and _REVISION.fullmatch(named)):
+        raise InvalidRequest("revision must be 12 to 64 hex digits", param="revision")
+    if to not in ("active", "shadow"):
+        raise InvalidRequest("to must be active or shadow", param="to")
+    if override is None:
+        return None, to, named
+    if not isinstance(override, dict) or override.keys() != {"by", "why"}:
+        raise InvalidRequest("override needs `by` and `why`, and nothing else", param="override")
+    for name, value in override.items():
+        if not isinstance(value, str) or not value.strip() or len(value) > _MAX_REASON:
+            raise InvalidRequest(
+                f"override.{name} must be a text of at most {_MAX_REASON} characters",
+                param=f"override.{name}",
+            )
+    return override, to, named
+
+
+async def resolve(request: web.Request) -> web.Response:
+    """Say which policy a request would get, and why, without running it.
+
+    Body, all optional: ``model``, ``route``, ``policy`` (as in X-Steering-Policy), ``tenant``, ``key`` (ids).
+    """
+    gateway = request.app[GATEWAY]
+    raw = await read_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=10)
+    body = parse_strict(raw)
+    if unknown := body.keys() - {"model", "route", "policy", "tenant", "key"}:
+        known = "model, route, policy, tenant, key"
+        raise InvalidRequest(f"unknown fields {sorted(unknown)}; known: {known}")
+    if not all(isinstance(value, str) for value in body.values()):
+        raise InvalidRequest("all fields are strings")
+    route = body.get("route", "/v1/chat/completions")
+    if route not in ROUTES:
+        raise InvalidRequest(f"route = {route!r}, but must be one of {', '.join(ROUTES)}", param="route")
+    identity = _identity(gateway, body)
+    identity.check_route(route)
+    headers: CIMultiDict[str] = CIMultiDict()
+    if "policy" in body:
+        headers[POLICY_HEADER] = body["policy"]
+    model = body.get("model") or min(gateway.fleet.require().served)
+    caller = gateway.caller(route, CIMultiDictProxy(headers), model, identity)
+    decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
+    with gateway.catalogue.pin(decision.policy) as revision:
+        return web.json_response(
+            {
+                "policy": decision.policy,
+                "revision": NONE if revision is None else revision.revision,
+                "mode": decision.mode,
+                "asked_for": caller.choice,
+                "model": caller.model,
+                "engine_model": gateway.engine_model(caller.model),
+                "route": route,
+                "tenant": identity.tenant.id,
+                "key": identity.key,
+                "bindings": explain(gateway.settings.bindings, caller),
+            }
+        )
+
+
+def _identity(gateway: Gateway, body: Mapping[str, str]) -> Identity:
+    """The caller that a dry run is about."""
+    tenant, key = body.get("tenant"), body.get("key")
+    try:
+        if key is not None:
+            found = Identity(gateway.access.tenant_of_key(key), key)
+            if tenant not in (None, found.tenant.id):
+                raise InvalidRequest(f"key = {key!r}, but that is a key of tenant {found.tenant.id!r}")
+            return found
+        return Identity(gateway.access.tenant(tenant) if tenant else Tenant(id=ANONYMOUS))
+    except KeyError as error:
+        raise InvalidRequest(f"{error.args[0]!r} is no tenant or key of a tenant here") from None
+
+
+async def audit_head(request: web.Request) -> web.Response:
+    """The newest record's number and hash: kept elsewhere, they prove that nothing was cut off."""
+    audit = request.app[GATEWAY].audit
+    if audit is None:
+        raise AdminRefused("there is no audit log; set audit.path")
+    head = audit.head
+    return web.json_response(
+        {
+            "records": 0 if head is None else head.seq,
+            "hash": None if head is None else head.hash,
+            "failing": audit.failing,
+        }
+    )
+
+
+async def show_metrics(request: web.Request) -> web.Response:
+    """Prometheus exposition."""
+    metrics = request.app[GATEWAY].metrics
+    metrics.tasks.set(len(asyncio.all_tasks()))
+    return web.Response(body=metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _entry(gateway: Gateway, entry: Entry) -> dict[str, Any]:
+    active = entry.active
+    tally = gateway.shadows.tallies.get(entry.policy)
+    return {
+        **entry.shown(0 if active is None else gateway.catalogue.residency.pins(active)),
+        "shadow": None if tally is None else tally.shown(),
+        "drift": gateway.drift.shown(entry.policy),
+        "canary": gateway.canary.shown(entry.policy),
+        "suspended": gateway.catalogue.is_suspended(entry.policy),
+    }

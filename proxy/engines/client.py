@@ -1,0 +1,227 @@
+"""Talks to one engine: vLLM's own routes and the plugin's, over a unix socket or TCP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote
+
+import aiohttp
+from pydantic import ValidationError
+
+from interpretops.engine_api import (
+    HOLDER_HEADER,
+    PREFIX,
+    Attestation,
+    EngineMessage,
+    LoadedPlan,
+    Receipt,
+    malformed,
+)
+from interpretops.errors import EngineError
+from interpretops.plan import read_plan
+from interpretops.plan.shard import Shard
+from proxy.engines.http_connection import KEEPALIVE_S, Answer, EngineHttp
+
+_MOST_BYTES: Final = 16 * 1024 * 1024
+"""Longest answer of the plugin's routes; an attestation of many ranks and revisions is far below."""
+_HEALTH = aiohttp.ClientTimeout(total=5.0)
+
+
+T = TypeVar("T", bound=EngineMessage)
+
+
+class EngineRefusedError(EngineError):
+    """The plugin answered with an error of its own."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.reason = code
+
+
+class EngineClient:
+    """A connection pool to one engine. Closed by `close`; after that every call raises `EngineError`."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        connect_timeout_s: float,
+        control_timeout_s: float = 60.0,
+        holder: str | None = None,
+    ) -> None:
+        self.address = address
+        self._holder = {} if holder is None else {HOLDER_HEADER: holder}
+        connector: aiohttp.BaseConnector
+        if address.startswith("unix://"):
+            connector = aiohttp.UnixConnector(
+                address.removeprefix("unix://"), limit=0, keepalive_timeout=KEEPALIVE_S
+            )
+            self._base = "http://engine"
+        else:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+            self._base = address.rstrip("/")
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_create_end.append(self._note_connection)
+        self.connections_made = 0
+        """Connections opened so far, by any call."""
+        self._control = aiohttp.ClientTimeout(total=control_timeout_s, sock_connect=connect_timeout_s)
+        self._http = EngineHttp(address, connect_timeout_s=connect_timeout_s, made=self._count_connection)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            trace_configs=[trace],
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("User-Agent", "Accept-Encoding"),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections; requests in progress fail."""
+        self._http.close()
+        await self._session.close()
+
+    async def generate(
+        self,
+        route: str,
+        body: bytes,
+        *,
+        total_timeout_s: float,
+        idle_timeout_s: float | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Send a request; returns the open answer, which the caller closes. Raises as `EngineHttp.post`."""
+        return await self._http.post(
+            route, body, headers or {}, total_timeout_s=total_timeout_s, idle_timeout_s=idle_timeout_s
+        )
+
+    async def healthy(self) -> bool:
+        """Whether the engine's own health route says so."""
+        try:
+            async with self._session.get(self._base + "/health", timeout=_HEALTH) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    async def check_health(self) -> None:
+        """Raise `EngineError` unless the engine's own health route is content."""
+        if not await self.healthy():
+            raise EngineError("its health route does not say so")
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The engine's own model list."""
+        listed = (await self._call("GET", "/v1/models")).get("data")
+        if not isinstance(listed, list) or not listed:
+            raise EngineError("engine lists no models")
+        return [item for item in listed if isinstance(item, dict) and isinstance(item.get("id"), str)]
+
+    async def attest(self) -> Attestation:
+        """Ask the plugin what it is and holds."""
+        try:
+            return _parse(Attestation, await self._call("GET", f"{PREFIX}/attest"))
+        except EngineRefusedError as error:
+            raise EngineError(
+                f"the engine does not attest the interpretops plugin ({error}); start it with "
+                "VLLM_PLUGINS=interpretops and interpretops installed beside it"
+            ) from error
+
+    async def selftest(self) -> None:
+        """Let the engine prove through the running model that edits act; raises `EngineError` when not."""
+        answer = await self._call("POST", f"{PREFIX}/selftest", accept=(200, 503))
+        if answer.get("ok") is not True:
+            raise EngineError(f"engine's self-test failed: {answer.get('reason', 'no reason given')}")
+
+    async def load(self, revision: str, plan: bytes, digest: str) -> None:
+        """Make a plan resident on every rank; raises unless every rank attests its very numbers."""
+        loaded = _parse(LoadedPlan, await self._call("PUT", f"{PREFIX}/plans/{quote(revision)}", data=plan))
+        shards = sorted({(rank.shard, rank.shards) for rank in loaded.ranks} - {(0, 1)})
+        expected = {(0, 1): digest}
+        if shards:
+            expected |= await asyncio.to_thread(_digests_of_shards, plan, shards)
+        wrong = [rank.rank for rank in loaded.ranks if rank.digest != expected[rank.shard, rank.shards]]
+        held = {(rank.shard, rank.shards) for rank in loaded.ranks}
+        missing = {(shard, count) for _, count in held for shard in range(count)} - held
+        if loaded.revision != revision or not loaded.ranks or wrong or missing:
+            await self.retire(revision)
+            raise EngineError(
+                f"plan {revision[:12]}: ranks {wrong} of the engine hold other numbers than the plan"
+                + (f", and no rank has the parts {sorted(missing)}" if missing else "")
+            )
+
+    async def retire(self, revision: str) -> None:
+        """Admit no more requests under a plan; the engine frees its rows after the last one."""
+        await self._call("DELETE", f"{PREFIX}/plans/{quote(revision)}", accept=(200, 404))
+
+    async def receipt(self, nonce: str) -> Receipt | None:
+        """What was done for the request that carried ``nonce``; None when the engine knows of none."""
+        answer = await self._call("GET", f"{PREFIX}/receipts/{quote(nonce)}", accept=(200, 404))
+        return _parse(Receipt, answer) if "revision" in answer else None
+
+    async def _note_connection(self, *_trace: object) -> None:
+        self._count_connection()
+
+    def _count_connection(self) -> None:
+        self.connections_made += 1
+
+    async def _call(
+        self, method: str, path: str, *, data: bytes | None = None, accept: tuple[int, ...] = (200,)
+    ) -> Mapping[str, Any]:
+        try:
+            async with self._session.request(
+                *(method, self._base + path),
+                data=data,
+                headers=self._holder,
+                timeout=self._control,
+                allow_redirects=False,
+            ) as response:
+                status = response.status
+                answer = json.loads(await _read(response))
+        except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:
+            raise EngineError(f"engine does not answer {method} {path}: {_why(error)}") from error
+        except ValueError:
+            raise EngineError(f"engine answers {method} {path} with something that is not JSON") from None
+        if not isinstance(answer, dict):
+            raise EngineError(f"engine answers {method} {path} with something that is no JSON object")
+        if status not in accept:
+            told = answer.get("error")
+            detail = told if isinstance(told, dict) else {}
+            message, code = detail.get("message", f"status {status}"), detail.get("code", status)
+            raise EngineRefusedError(
+                f"engine refuses {method} {path.rsplit('/', 1)[0]}: {message}", str(code)
+            )
+        return answer
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > _MOST_BYTES:
+            response.close()
+            raise EngineError(f"the engine answers with more than {_MOST_BYTES} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _digests_of_shards(plan: bytes, shards: list[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    whole = read_plan(plan)
+    return {(index, count): Shard(index, count).of_plan(whole).digest() for index, count in shards}
+
+
+def _parse(kind: type[T], answer: Mapping[str, Any]) -> T:
+    try:
+        return kind.model_validate(answer)
+    except ValidationError as error:
+        raise malformed(kind, error) from None
+
+
+def _why(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,230 @@
+"""Keeps an engine behind the gateway: starts it, waits for it, proves it, notices its end, begins again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from structlog.typing import FilteringBoundLogger
+
+from interpretops.errors import EngineError
+from interpretops.settings import Settings
+from proxy.engines.client import EngineClient
+from proxy.engines.link import EngineLink, EngineReplacedError, ProvenEngine
+from proxy.engines.local_engine import LocalEngine
+from proxy.observe.metrics import Metrics
+from proxy.observe.supervisor import Alive, first_of
+
+_POLL_S = 0.25
+_WATCH_EVERY_S = 1.0
+_ATTEST_EVERY = 5
+"""Health is asked every time, the plugin every fifth, and each time after a miss."""
+_ATTEST_S = 20.0
+"""Longest wait for the plugin before health is asked again. An engine whose workers hang is still healthy
+by its own word; only its plugin is silent. So it is in a long step too: `engine.silence_timeout_s` tells."""
+_CONTROL_S = 60.0
+"""Loading a plan waits for the step under way as well, and takes time of its own."""
+_MISSES = 3
+_BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+_STABLE_S = 60.0
+
+
+class Engine(Protocol):
+    """An engine, wherever it runs."""
+
+    own: bool
+    """Whether no other process can ever answer at its address."""
+
+    @property
+    def address(self) -> str: ...
+    async def start(self) -> None: ...
+    async def wait_gone(self) -> str: ...
+    async def stop(self) -> None: ...
+
+
+class RemoteEngine:
+    """An engine started elsewhere: its life is not ours, and another may take its place unseen."""
+
+    own: bool = False
+
+    def __init__(self, url: str) -> None:
+        self.address = url
+
+    async def start(self) -> None:
+        """Nothing to start."""
+
+    async def wait_gone(self) -> str:
+        """Never returns: only its silence tells."""
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def stop(self) -> None:
+        """Nothing to stop."""
+
+
+def make_engine(settings: Settings, url: str | None, model: Path | None) -> Engine:
+    """The engine at an address of `engine.url`; None: a new one here."""
+    if url is not None:
+        return RemoteEngine(url)
+    assert model is not None
+    # By port, so that several gateways can share a cache.
+    name = f"engine-{settings.gateway.port}.log"
+    return LocalEngine(settings, model, settings.cache.dir.expanduser() / "logs" / name)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the loops of all engines share."""
+
+    settings: Settings
+    make: Callable[[str | None], Engine]
+    """An engine at an address, or None: started here."""
+    prepare: Callable[[ProvenEngine], Awaitable[None]]
+    """Loads the plans into an engine that is proven."""
+    restore: Callable[[], Awaitable[None]]
+    """Loads what an engine has lost."""
+    metrics: Metrics
+    log: FilteringBoundLogger
+    progress: Callable[[str], None]
+    holder: str
+    """Names this gateway to the engines, which keep a plan as long as a gateway holds it."""
+
+
+class EngineLoop:
+    """Runs one engine, or the engines at one address, one after the other until cancelled."""
+
+    def __init__(
+        self,
+        url: str | None,
+        link: EngineLink,
+        around: Surroundings,
+        ready: asyncio.Event,
+        hopeless: Callable[[str], bool],
+    ) -> None:
+        self._url = url
+        self._link = link
+        self._settings = around.settings
+        self._around = around
+        self._metrics = around.metrics
+        self._log = around.log
+        self._ready = ready
+        self._hopeless = hopeless
+
+    async def run(self, alive: Alive) -> None:
+        """Never returns. Raises `EngineError` when an engine does not come up and that is ``hopeless``."""
+        failures = 0
+        while True:
+            began = time.monotonic()
+            try:
+                reason = await self._live(alive)
+            except EngineError as error:
+                if self._hopeless(self._link.name):
+                    raise
+                reason = str(error)
+                self._link.reason = reason
+            failures = 0 if time.monotonic() - began > _STABLE_S else failures + 1
+            delay_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
+            self._log.error("engine_restart", engine=self._link.name, reason=reason, delay_s=delay_s)
+            await asyncio.sleep(delay_s)
+
+    async def _live(self, alive: Alive) -> str:
+        """One engine's life, to its end; returns why it ended."""
+        engine = self._around.make(self._url)
+        client: EngineClient | None = None
+        try:
+            await engine.start()
+            self._metrics.engine_starts.inc()
+            client = EngineClient(
+                engine.address,
+                connect_timeout_s=self._settings.gateway.connect_timeout_s,
+                control_timeout_s=max(_CONTROL_S, self._settings.engine.silence_timeout_s),
+                holder=self._around.holder,
+            )
+            which, reason = await first_of(engine.wait_gone(), self._serve(engine, client, alive))
+            self._link.lose(reason, gone=True)
+            if which == 0:
+                raise EngineError(reason)
+        except asyncio.CancelledError:
+            self._link.lose("the gateway stops", gone=True, meant=True)
+            raise
+        finally:
+            self._link.lose("the engine was lost and is being started again", gone=True)
+            if client is not None:
+                await client.close()
+            await engine.stop()
+        return reason
+
+    async def _serve(self, engine: Engine, client: EngineClient, alive: Alive) -> str:
+        await self._wait_healthy(client)
+        await self._link.prove(client, engine.own, self._around.prepare, self._around.progress)
+        self._ready.set()
+        alive()
+        return await self._watch()
+
+    async def _wait_healthy(self, client: EngineClient) -> None:
+        timeout_s = self._settings.engine.startup_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await client.healthy():  # noqa: ASYNC110 - another process's state
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise EngineError(
+                f"the engine did not answer within engine.startup_timeout_s = {timeout_s:g}; "
+                "raise it, or see the engine's log"
+            ) from None
+
+    async def _watch(self) -> str:
+        """Ask again and again whether it is still the same engine; returns why it is not."""
+        missed = turn = 0
+        silent = False
+        silence_s, heard = self._settings.engine.silence_timeout_s, time.monotonic()
+        while True:
+            engine = self._link.joined
+            if engine is None:
+                return self._link.reason
+            missed_plans = await _within(engine.missed, _WATCH_EVERY_S)
+            if self._link.joined is not engine:
+                continue
+            turn += 1
+            try:
+                if missed_plans:
+                    engine.missed.clear()
+                    self._log.error("revisions_missed", engine=self._link.name)
+                    await self._around.restore()
+                await engine.client.check_health()
+                if missed or silent or turn % _ATTEST_EVERY == 0:
+                    async with asyncio.timeout(min(_ATTEST_S, silence_s)):
+                        lost = await engine.check_resident()
+                    silent, heard = False, time.monotonic()
+                    if lost:
+                        self._log.error("revisions_lost", engine=self._link.name, revisions=lost)
+                        await self._around.restore()
+                missed = 0
+            except EngineReplacedError as error:
+                return str(error)
+            except TimeoutError:
+                # Its health was good: misses before that are no row of them.
+                silent, missed = True, 0
+                if time.monotonic() - heard >= silence_s:
+                    return (
+                        f"the engine's workers were silent for engine.silence_timeout_s = {silence_s:g}; "
+                        "raise it if one step can take that long, or lower --max-num-batched-tokens "
+                        "in engine.extra_args"
+                    )
+            except EngineError as error:
+                missed += 1
+                if missed >= _MISSES:
+                    return f"the engine stopped answering: {error}"
+
+
+async def _within(event: asyncio.Event, seconds: float) -> bool:
+    """Whether something happens within a time."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False

@@ -1,0 +1,1 @@
+"""Listening: the HTTP server below the apps, TLS, and connections that stall."""

@@ -1,0 +1,139 @@
+"""TLS for the listeners: certificates checked at the start, and taken anew when their files change."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+from structlog.typing import FilteringBoundLogger
+
+from interpretops.errors import ConfigError
+from interpretops.files.regular_file import read_regular
+from interpretops.settings import GatewaySettings
+from proxy.http.certificate import Validity, validity
+from proxy.observe.metrics import Metrics
+
+Listener = Literal["public", "admin"]
+_MOST_BYTES: Final = 2**20
+
+
+class Doorway:
+    """The TLS of one listener. Its connections keep the certificate that they began with."""
+
+    def __init__(
+        self,
+        listener: Listener,
+        cert: Path,
+        key: Path,
+        field: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Raises `ConfigError` when the pair cannot be used."""
+        self.listener = listener
+        self.cert = cert
+        self._key = key
+        self._field = field
+        self._clock = clock
+        self._seen = self._read()
+        self._newest, self.valid = self._load(self._seen)
+        self.context = self._newest
+        """What the server is given, once; every new connection gets the newest pair."""
+        self.context.sni_callback = self._choose
+        self.failure: str | None = None
+        """Why the pair on disk is not the one that is shown to clients."""
+
+    def refresh(self) -> bool:
+        """Take the pair if its files changed; whether it was. One that cannot be used leaves the old one."""
+        try:
+            found = self._read()
+            fresh, valid = (self._newest, self.valid) if found == self._seen else self._load(found)
+        except ConfigError as error:
+            self.failure = str(error)
+            return False
+        if valid.end <= self._clock() < self.valid.end:
+            self.failure = f"{self._field} = {self.cert}, but it has expired, and the old one has not"
+            return False
+        changed = found != self._seen
+        self._newest, self.valid, self._seen, self.failure = fresh, valid, found, None
+        return changed
+
+    def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        """Called for every connection, also of clients that name no server."""
+        connection.context = self._newest
+
+    def _read(self) -> tuple[bytes, bytes]:
+        return _content(self.cert, self._field), _content(self._key, self._field.replace("cert", "key"))
+
+    def _load(self, read: tuple[bytes, bytes]) -> tuple[ssl.SSLContext, Validity]:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # HTTP/1.1 is all that is spoken here.
+        context.set_alpn_protocols(["http/1.1"])
+        try:
+            # An encrypted key would ask on the terminal; it is refused instead.
+            context.load_cert_chain(self.cert, self._key, password="")
+            valid = validity(read[0])
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self._field} = {self.cert}, but it cannot be used with {self._key} ({error}); "
+                "both are PEM files, unencrypted"
+            ) from error
+        if self._read() != read:
+            raise ConfigError(f"{self._field} = {self.cert}, but it is being written; it is read again")
+        return context, valid
+
+
+class Doorways:
+    """The listeners that speak TLS."""
+
+    def __init__(self, doorways: Sequence[Doorway] = ()) -> None:
+        self._doorways = tuple(doorways)
+        self._lock = threading.Lock()
+
+    def context(self, listener: Listener) -> ssl.SSLContext | None:
+        """What a listener needs; None where it speaks plainly."""
+        return next((door.context for door in self._doorways if door.listener == listener), None)
+
+    def refresh(self, metrics: Metrics, log: FilteringBoundLogger) -> dict[str, str]:
+        """Take what changed on disk, show it in metrics and log: what could not be taken, by file."""
+        with self._lock:
+            return self._refresh(metrics, log)
+
+    def _refresh(self, metrics: Metrics, log: FilteringBoundLogger) -> dict[str, str]:
+        for door in self._doorways:
+            before = door.failure
+            if door.refresh():
+                log.info("certificate_changed", listener=door.listener, expires=door.valid.end_iso)
+            elif door.failure is not None and door.failure != before:
+                log.error("certificate_refused", listener=door.listener, error=door.failure)
+            metrics.tls_start.labels(door.listener).set(door.valid.start)
+            metrics.tls_expiry.labels(door.listener).set(door.valid.end)
+            metrics.tls_broken.labels(door.listener).set(door.failure is not None)
+        return {str(door.cert): door.failure for door in self._doorways if door.failure is not None}
+
+
+def make_doorways(settings: GatewaySettings) -> Doorways:
+    """As the settings say. Raises `ConfigError`."""
+    found: list[Doorway] = []
+    pairs: tuple[tuple[Listener, Path | None, Path | None, str], ...] = (
+        ("public", settings.tls_cert, settings.tls_key, "gateway.tls_cert"),
+        ("admin", settings.admin_tls_cert, settings.admin_tls_key, "gateway.admin_tls_cert"),
+    )
+    for listener, cert, key, field in pairs:
+        if cert is not None and key is not None:
+            found.append(Doorway(listener, cert, key, field))
+    return Doorways(found)
+
+
+def _content(path: Path, field: str) -> bytes:
+    try:
+        content = read_regular(path, _MOST_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{field} = {path}, but it cannot be read ({error.strerror})") from error
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{field} = {path}, but it is larger than {_MOST_BYTES} bytes")
+    return content

@@ -1,0 +1,1 @@
+"""What operators and auditors see: metrics, readiness, logs, spans, the audit log, kept requests."""

@@ -1,0 +1,96 @@
+"""OpenTelemetry: one span for each request, with `gen_ai.*` names and what the receipt says, no content."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from aiohttp import web
+
+from interpretops.errors import ConfigError
+from interpretops.settings.gateway import TracingSettings
+from proxy.observe.request_context import Trail
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span, Tracer
+
+_OPERATIONS: Final = {
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+    "/v1/messages": "chat",
+    "/v1/completions": "text_completion",
+}
+"""`gen_ai.operation.name` of OpenTelemetry's conventions for generative AI; other routes get no span."""
+
+
+class Tracing:
+    """Makes spans and sends them in the background; without an endpoint it does nothing."""
+
+    def __init__(self, settings: TracingSettings, version: str) -> None:
+        self._tracer: Tracer | None = None
+        self._provider: Any = None
+        self._api: Any = None
+        if settings.endpoint is None:
+            return
+        try:
+            from opentelemetry import trace
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        except ImportError as error:
+            raise ConfigError(
+                f"tracing.endpoint = {settings.endpoint!r}, but {error.name} is not installed; "
+                "pip install 'interpretops[tracing]'"
+            ) from error
+        self._api, self._context = trace, TraceContextTextMapPropagator()
+        self._provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(settings.share)),
+            resource=Resource.create({"service.name": settings.service, "service.version": version}),
+            shutdown_on_exit=False,
+        )
+        exporter = OTLPSpanExporter(endpoint=f"{settings.endpoint.rstrip('/')}/v1/traces")
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("interpretops.gateway", version)
+
+    def begin(self, request: web.Request, route: str, trail: Trail) -> Span | None:
+        """The span of a request, a child of the caller's own (`traceparent`) and parent of the engine's."""
+        if self._tracer is None or route not in _OPERATIONS:
+            return None
+        context = self._context.extract({key.lower(): value for key, value in request.headers.items()})
+        operation = _OPERATIONS[route]
+        attributes = {"gen_ai.operation.name": operation, "gen_ai.provider.name": "vllm", "http.route": route}
+        span = self._tracer.start_span(operation, context, self._api.SpanKind.SERVER, attributes)
+        self._context.inject(trail.engine_headers, self._api.set_span_in_context(span))
+        return span
+
+    def end(self, span: Span | None, route: str, trail: Trail, status: int) -> None:
+        """Say what came of it."""
+        if span is None:
+            return
+        span.set_attribute("http.response.status_code", status)
+        span.set_attribute("interpretops.request_id", trail.request_id)
+        span.set_attribute("interpretops.tenant", trail.tenant)
+        span.set_attribute("interpretops.policy", trail.policy)
+        span.set_attribute("interpretops.revision", trail.revision)
+        if trail.model is not None:
+            span.set_attribute("gen_ai.request.model", trail.model)
+            span.update_name(f"{_OPERATIONS[route]} {trail.model}")
+        if trail.tokens is not None:
+            span.set_attribute("interpretops.tokens_evaluated", trail.evaluated)
+            span.set_attribute("interpretops.edits_applied", trail.edits)
+            span.set_attribute("interpretops.gates_fired", trail.gates)
+        if trail.ttft_s is not None:
+            span.set_attribute("gen_ai.response.time_to_first_chunk", trail.ttft_s)
+        if trail.reason is not None:
+            span.set_attribute("error.type", trail.reason)
+            if status >= 500 or status == 200:
+                span.set_status(self._api.Status(self._api.StatusCode.ERROR, trail.reason))
+        span.end()
+
+    async def close(self) -> None:
+        """Send what is left, off the event loop."""
+        if self._provider is not None:
+            await asyncio.to_thread(self._provider.shutdown)

@@ -1,0 +1,54 @@
+"""The variables a caller may hand to a chat template: any but those that decide how the prompt is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from proxy.errors import FieldNotAllowed, InvalidRequest
+
+FIELD: Final = "chat_template_kwargs"
+TAKEN: Final = frozenset(
+    [
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "model_config",
+        "padding",
+        "processor_kwargs",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "self",
+        "tokenize",
+        "tokenizer",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    ]
+)
+"""Arguments of the function that renders the template and may tokenize what comes out, and what it hands on.
+
+vLLM passes a request's variables to that function by name: `padding` would put special tokens behind the
+prompt, and `tools` would replace those that were looked at.
+"""
+
+
+def check_template_kwargs(body: Mapping[str, Any]) -> None:
+    """Refuse a variable that is an argument of the renderer, or one of the tokenizer's own tokens."""
+    given = body.get(FIELD)
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"{FIELD} must be an object", param=FIELD)
+    for name in given:
+        if name in TAKEN or name.endswith(("_token", "_special_tokens")):
+            raise FieldNotAllowed(
+                f"{FIELD}.{name[:64]} is not a variable of the template but decides how the prompt is made; "
+                "remove it (some are fields of the request itself)",
+                param=f"{FIELD}.{name[:64]}",
+            )

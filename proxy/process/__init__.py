@@ -1,0 +1,1 @@
+"""Keeping one process healthy: signals, locks, slow file systems, child processes, open files."""
