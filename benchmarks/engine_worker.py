@@ -54,7 +54,7 @@ def main(descriptor: int) -> None:
             seconds = time.perf_counter() - started
             edits = 0
             if plugin:
-                from steering_kernels.vllm_plugin.receipts import RECEIPTS
+                from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
 
                 for param in params:
                     receipt = RECEIPTS.take(param.extra_args["interpretops_nonce"])

@@ -66,7 +66,7 @@ def trace(
     config: Config = None,
 ) -> None:
     """Run prompts and text through the model and write its residual stream to disk."""
-    from discovery import cli as jobs
+    from discovery import commands as jobs
     from interpretops.settings import load_settings
 
     jobs.trace(
@@ -112,7 +112,7 @@ def sae_train(
     config: Config = None,
 ) -> None:
     """Train a sparse dictionary on a trace with SAELens, and measure it on held-out text."""
-    from discovery import cli as jobs
+    from discovery import commands as jobs
     from interpretops.settings import load_settings
 
     jobs.sae_train(
@@ -145,7 +145,7 @@ def sae_eval(
     config: Config = None,
 ) -> None:
     """Measure a dictionary on held-out sequences, beside SAELens' own numbers for the same tokens."""
-    from discovery import cli as jobs
+    from discovery import commands as jobs
     from interpretops.settings import load_settings
 
     settings = load_settings(config, {"model.name": model})
@@ -214,7 +214,7 @@ def fit_gate(
     config: Config = None,
 ) -> None:
     """Learn a conditional refusal: an attention probe that opens a gate, and a low-rank edit behind it."""
-    from discovery import cli as jobs
+    from discovery import commands as jobs
     from interpretops.settings import load_settings
 
     jobs.fit_gate(

@@ -89,7 +89,7 @@ def baselines(
     """
     if policy is None or out is None:
         raise ConfigError("baselines needs --policy and --out")
-    from discovery.evaluation.baselines import make_baselines
+    from discovery.evaluation.baselines.baselines import make_baselines
     from discovery.evaluation.subject import open_subject
     from interpretops.settings import load_settings
 

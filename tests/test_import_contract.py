@@ -84,8 +84,8 @@ def test_imports_go_down_only() -> None:
     [
         ("interpretops.plan", "proxy.serve"),
         ("interpretops.plan", "mechctl.policy.app"),
-        ("proxy.serve", "discovery.trace"),
-        ("proxy.serve", "steering_kernels.vllm_plugin.core"),
+        ("proxy.serve", "discovery.data.trace"),
+        ("proxy.serve", "steering_kernels.vllm_plugin.core.engine_core"),
         ("steering_kernels.ops.reference", "interpretops.plan"),
         ("steering_kernels.ops", "steering_kernels.vllm_plugin"),
     ],
@@ -100,8 +100,8 @@ def test_upward_and_sideways_imports_are_found(importer: str, imported: str) -> 
     [
         ("mechctl.main", "proxy.serve"),
         ("mechctl.main", "mechctl.policy"),
-        ("discovery.trace", "interpretops.plan"),
-        ("steering_kernels.vllm_plugin.core", "steering_kernels.ops.edit"),
+        ("discovery.data.trace", "interpretops.plan"),
+        ("steering_kernels.vllm_plugin.core.engine_core", "steering_kernels.ops.edit"),
         ("interpretops.steering.hooked_model", "steering_kernels.ops.edit"),
         ("proxy.serve", "aiohttp.web"),
     ],

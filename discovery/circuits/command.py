@@ -14,11 +14,11 @@ from discovery.circuits.pairs import (
     split_pairs,
 )
 from discovery.circuits.search import CircuitSearch, SearchSettings
+from discovery.data.sources import sha256_of_file
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from discovery.run_record import run_record
-from discovery.sources import sha256_of_file
-from discovery.stopping import interruptible
+from discovery.jobs.run_record import run_record
+from discovery.jobs.stopping import interruptible
 from interpretops.artifacts import Artifacts
 from interpretops.artifacts.dictionary import Dictionary
 from interpretops.circuit import Circuit, CircuitNode, DataFile

@@ -15,7 +15,7 @@ from discovery.circuits.pairs import Pair, batches
 from discovery.circuits.stability import Members, mean_chance, mean_jaccard, resample
 from discovery.circuits.steps import Steps
 from discovery.errors import DiscoveryError
-from discovery.progress import meter
+from discovery.jobs.progress import meter
 from interpretops.circuit import CircuitDictionary, CircuitNode
 
 

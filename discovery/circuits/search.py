@@ -30,7 +30,7 @@ from discovery.circuits.stability import (
 from discovery.circuits.steps import Steps
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from discovery.progress import meter
+from discovery.jobs.progress import meter
 from interpretops.artifacts.dictionary import Dictionary
 from interpretops.circuit import (
     Ablation,

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from discovery.errors import DiscoveryError
-from discovery.sealed import REMEDY, open_json, open_tensors, seal_json, seal_tensors
+from discovery.jobs.sealed_steps import REMEDY, open_json, open_tensors, seal_json, seal_tensors
 
 
 class Steps:

@@ -104,7 +104,7 @@ class AnswerFile:
 
     def _claim(self, path: Path, run: dict[str, Any]) -> None:
         if not path.exists():
-            from discovery.run_record import write_json
+            from discovery.jobs.run_record import write_json
 
             write_json(path, run)
             return

@@ -4,8 +4,8 @@ import math
 import re
 from pathlib import Path
 
+from discovery.data.sources import sha256_of_file
 from discovery.errors import DiscoveryError
-from discovery.sources import sha256_of_file
 from interpretops.circuit import Stability, load_circuit
 from interpretops.riskcard.card import Interval, Measure, Measures, Source
 from interpretops.riskcard.intervals import CONFIDENCE, bootstrap_mean

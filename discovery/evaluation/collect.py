@@ -9,7 +9,7 @@ from discovery.errors import DiscoveryError
 from discovery.evaluation.answers import Answer, AnswerFile
 from discovery.evaluation.endpoint import NONE, Endpoint, PromptNotToldError, PromptTooLongError
 from discovery.evaluation.suite import ASKED, Prompt
-from discovery.progress import Meter, meter
+from discovery.jobs.progress import Meter, meter
 
 
 @dataclass(frozen=True)

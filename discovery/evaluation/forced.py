@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from discovery.errors import DiscoveryError
 from discovery.evaluation.metrics import merge
 from discovery.evaluation.suite import LoadedSuite, Prompt
-from discovery.progress import meter
+from discovery.jobs.progress import meter
 from interpretops.plan import Plan
 from interpretops.plan.reach import steers_prompt_alike
 from interpretops.riskcard.card import Measure, MeasureName, Measures, Source

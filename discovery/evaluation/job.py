@@ -10,8 +10,8 @@ import aiohttp
 
 from discovery.errors import DiscoveryError
 from discovery.evaluation.answers import AnswerFile, prompts_digest
-from discovery.evaluation.baseline_policies import Derived
-from discovery.evaluation.baselines import card_baselines, make_baselines, served_baselines
+from discovery.evaluation.baselines.baseline_policies import Derived
+from discovery.evaluation.baselines.baselines import card_baselines, make_baselines, served_baselines
 from discovery.evaluation.circuit_measures import circuit_measures
 from discovery.evaluation.collect import Arm, Sampling, collect
 from discovery.evaluation.endpoint import NONE, Endpoint
@@ -20,12 +20,12 @@ from discovery.evaluation.judging import Bench, judge_answers, write_outcomes
 from discovery.evaluation.latency import find_result, latency_measure
 from discovery.evaluation.metrics import answer_measures, merge, task_measure, text_measure
 from discovery.evaluation.options import JobOptions
-from discovery.evaluation.outcome import Outcomes
 from discovery.evaluation.own_gateway import own_gateway
 from discovery.evaluation.subject import Subject, cut, open_subject, open_suites, without
 from discovery.evaluation.suite import LoadedSuite
-from discovery.run_record import run_record
-from discovery.stopping import interruptible
+from discovery.jobs.run_record import run_record
+from discovery.jobs.stopping import interruptible
+from discovery.judges.outcome import Outcomes
 from interpretops.files.atomic_file import write_atomically
 from interpretops.riskcard import RiskCard, card_path, save_card, verdict
 from interpretops.riskcard.card import (

@@ -11,13 +11,13 @@ import aiohttp
 from discovery.errors import DiscoveryError
 from discovery.evaluation.answers import AnswerFile
 from discovery.evaluation.collect import Arm
-from discovery.evaluation.judges import Judge, ModelJudge, Moderation, PhraseJudge
 from discovery.evaluation.options import JobOptions
-from discovery.evaluation.outcome import Outcome
 from discovery.evaluation.suite import ASKED, LoadedSuite, Prompt
-from discovery.evaluation.text_scores import contains_answer, similarity
-from discovery.evaluation.toxicity import is_toxic
-from discovery.progress import meter
+from discovery.jobs.progress import meter
+from discovery.judges.answer_judges import Judge, ModelJudge, Moderation, PhraseJudge
+from discovery.judges.outcome import Outcome
+from discovery.judges.text_scores import contains_answer, similarity
+from discovery.judges.toxicity import is_toxic
 from interpretops.files.atomic_file import write_atomically
 from interpretops.refusal_detector import is_coherent, is_degenerate
 
@@ -38,7 +38,7 @@ class Bench:
         return {
             "refusal": self.refusals.name,
             "coherence": "words and loops (interpretops.refusal_detector)",
-            "toxicity": moderation or "words (discovery.evaluation.toxicity)",
+            "toxicity": moderation or "words (discovery.judges.toxicity)",
             "similarity": "chrF (sacrebleu)",
         } | ({} if moderation is None else {"harm": moderation})
 

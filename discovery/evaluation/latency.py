@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from discovery.sources import sha256_of_file
+from discovery.data.sources import sha256_of_file
 from interpretops.riskcard.card import Interval, Measure, Source
 from interpretops.riskcard.intervals import NOTCH
 from interpretops.riskcard.measures import absent

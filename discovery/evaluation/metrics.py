@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from discovery.evaluation.answers import Answer
-from discovery.evaluation.outcome import Outcome, Outcomes
 from discovery.evaluation.suite import LoadedSuite, Prompt, Role
-from discovery.evaluation.text_scores import bleu
+from discovery.judges.outcome import Outcome, Outcomes
+from discovery.judges.text_scores import bleu
 from interpretops.riskcard.card import Measure, MeasureName, Measures, Pairs, Source
 from interpretops.riskcard.measures import (
     absent,

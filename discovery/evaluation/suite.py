@@ -34,8 +34,8 @@ class SuiteSource(Strictly):
     list: str | None = None
     """In a JSON object of lists: the one that is taken; else the one called `name`."""
     field: str | None = None
-    """Field or column of the prompt; else the first of `discovery.sources.PROMPT_COLUMNS` that is there. For
-    `bias`: of the stereotyped sentence."""
+    """Field or column of the prompt; else the first of `PROMPT_COLUMNS` (discovery/data/sources.py) that is
+    there. For `bias`: of the stereotyped sentence."""
     template: Annotated[str, Field(pattern=r"\{\}")] | None = None
     """Text with {} in it, where the field is put to make the prompt."""
     ask: Literal["chat", "completion"] = "chat"

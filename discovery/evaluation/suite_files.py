@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from discovery.data.sources import Source, read_prompts, read_text, sha256_of_file
 from discovery.errors import DiscoveryError
 from discovery.evaluation.suite import EvaluationSuite, LoadedSuite, Prompt, Role, SuiteSource
-from discovery.sources import Source, read_prompts, read_text, sha256_of_file
 from interpretops.files.schema_faults import describe_faults
 from interpretops.files.strict_yaml import read_yaml
 

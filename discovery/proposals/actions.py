@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax
 
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from discovery.proposals.reading import feature_auroc
+from discovery.proposals.activation_readings import feature_auroc
 from interpretops.artifacts.dictionary import Dictionary
 
 CAUSAL_CANDIDATES = 24

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discovery.cli import _model as frozen_model
+from discovery.commands import frozen_model
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from discovery.progress import meter
+from discovery.gates.contrast import PARTS, SIDES, Contrast, subset
+from discovery.jobs.progress import meter
+from discovery.jobs.run_record import run_record
 from discovery.proposals.actions import (
     Action,
     direction_actions,
@@ -20,22 +22,20 @@ from discovery.proposals.actions import (
 )
 from discovery.proposals.artifact import (
     Places,
+    no_point,
     policy_yaml,
     vector_file,
     write_policy,
     write_record,
     write_vectors,
 )
-from discovery.proposals.command import no_point
-from discovery.proposals.contrast import PARTS, SIDES, Contrast, subset
 from discovery.proposals.dictionaries import chosen_dictionary
 from discovery.proposals.evidence import Evidence
 from discovery.proposals.gates import GateChoice, feature_gates, probe_gates
 from discovery.proposals.grid import Grid, Point, best
-from discovery.proposals.kept import Kept, digest
 from discovery.proposals.origin import Origin, from_circuit, from_features
 from discovery.proposals.settings import ProposeSettings
-from discovery.run_record import run_record
+from discovery.proposals.step_cache import Kept, digest
 from interpretops.artifacts.dictionary import Dictionary
 from interpretops.settings import Settings
 from interpretops.steering.hooked_model import HookedModel

@@ -11,10 +11,10 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from discovery.errors import DiscoveryError
-from discovery.proposals.contrast import Contrast
-from discovery.proposals.kept import write_whole
+from discovery.gates.contrast import Contrast
+from discovery.jobs.run_record import commit
 from discovery.proposals.settings import ProposeSettings
-from discovery.run_record import commit
+from discovery.proposals.step_cache import write_whole
 from interpretops.artifacts.adapter import AdapterSite, write_adapter
 from interpretops.artifacts.dictionary.manifest import TrainingRecord
 from interpretops.artifacts.vectors import FINGERPRINT_KEY
@@ -111,3 +111,12 @@ def write_policy(text: str, record: dict[str, Any], places: Places, spec: ModelS
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a run record whole or not at all."""
     write_whole(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+
+
+def no_point(policy_id: str, record: Path, best: str) -> DiscoveryError:
+    """Nothing kept the budgets: said in one line, after the curve was written."""
+    return DiscoveryError(
+        f"{policy_id}: no point of the grid does anything within the budgets; {best}; "
+        f"the curve is in {record}: "
+        "widen budgets, strengths or contrast"
+    )

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from discovery.errors import DiscoveryError
+from discovery.gates.contrast import read_contrast
+from discovery.jobs.stopping import interruptible
 from discovery.proposals.artifact import Places
-from discovery.proposals.contrast import read_contrast
 from discovery.proposals.settings import ProposeSettings
-from discovery.stopping import interruptible
 from interpretops.settings import Settings
 
 Say = Callable[[str], None]
@@ -36,7 +36,7 @@ def propose(
     places = Places(policy_id, policy, record, settings.paths.artifacts)
     with interruptible(f"finished steps are in {work}"):
         if contrast.aim == "avoid":
-            from discovery.proposals.avoid import propose_avoiding
+            from discovery.proposals.avoid.avoid import propose_avoiding
 
             propose_avoiding(settings, chosen, contrast, places, work, say)
         elif chosen.method == "gated-edit":
@@ -47,12 +47,3 @@ def propose(
             from discovery.proposals.answering import Answering
 
             Answering(settings, chosen, contrast, places, work, say).run()
-
-
-def no_point(policy_id: str, record: Path, best: str) -> DiscoveryError:
-    """Nothing kept the budgets: said in one line, after the curve was written."""
-    return DiscoveryError(
-        f"{policy_id}: no point of the grid does anything within the budgets; {best}; "
-        f"the curve is in {record}: "
-        "widen budgets, strengths or contrast"
-    )

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from discovery.gate_data import CONTEXT
-from discovery.gate_probe import prompt_end_features
-from discovery.progress import meter
+from discovery.gates.contrast import SIDES, subset
+from discovery.gates.gate_data import CONTEXT
+from discovery.gates.gate_probe import prompt_end_features
+from discovery.gates.refusal_sentences import targets
+from discovery.jobs.progress import meter
 from discovery.proposals.actions import RankedFeature, causal_effects, rank_features
-from discovery.proposals.contrast import SIDES, subset
-from discovery.proposals.kept import Kept
-from discovery.proposals.reading import answer_features, answer_means, sides
+from discovery.proposals.activation_readings import answer_features, answer_means, sides
 from discovery.proposals.settings import ProposeSettings
-from discovery.refusal import targets
+from discovery.proposals.step_cache import Kept
 from interpretops.artifacts.dictionary import Dictionary
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from discovery import cli as jobs
+from discovery import commands as jobs
 from discovery.errors import DiscoveryError
+from discovery.gates.contrast import PARTS, SIDES, Contrast
+from discovery.jobs.run_record import run_record
 from discovery.proposals.artifact import Places, policy_yaml, write_policy
-from discovery.proposals.contrast import PARTS, SIDES, Contrast
-from discovery.proposals.kept import write_whole
 from discovery.proposals.settings import ProposeSettings
-from discovery.run_record import run_record
+from discovery.proposals.step_cache import write_whole
 from interpretops.files.strict_yaml import read_yaml
 from interpretops.model.source import resolve_model
 from interpretops.model.spec import read_model_spec

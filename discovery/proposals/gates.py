@@ -9,8 +9,8 @@ from torch import Tensor
 
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import norm_bound
-from discovery.gate_probe import Probe, auroc, fit_probe, threshold_at
-from discovery.proposals.reading import encode, feature_auroc
+from discovery.gates.gate_probe import Probe, auroc, fit_probe, threshold_at
+from discovery.proposals.activation_readings import encode, feature_auroc
 from interpretops.artifacts.dictionary import Dictionary
 
 GateKind = Literal["probe", "features", "always"]

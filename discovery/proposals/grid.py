@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from discovery.progress import Meter, meter
+from discovery.gates.contrast import SIDES, Judged
+from discovery.jobs.progress import Meter, meter
 from discovery.proposals.actions import Action
-from discovery.proposals.contrast import SIDES, Judged
 from discovery.proposals.gates import GateChoice
 from discovery.proposals.judging import fails, shows
-from discovery.proposals.kept import Kept, digest
 from discovery.proposals.settings import Budgets
+from discovery.proposals.step_cache import Kept, digest
 from interpretops.files.strict_yaml import Document
 from interpretops.policy import policy_from_document
 from interpretops.steering.hooked_model import HookedModel

@@ -2,7 +2,7 @@
 
 import re
 
-from discovery.proposals.contrast import Judged
+from discovery.gates.contrast import Judged
 from interpretops.refusal_detector import is_coherent, is_degenerate, is_refusal
 
 
@@ -12,7 +12,7 @@ def shows(judge: Judged, answer: str) -> bool:
         return is_refusal(answer) and is_coherent(answer)
     if judge.kind == "words":
         return any(_pattern(word).search(answer) for word in judge.words)
-    from discovery.evaluation.toxicity import is_toxic
+    from discovery.judges.toxicity import is_toxic
 
     return is_toxic(answer)
 

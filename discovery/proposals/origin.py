@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from discovery.data.sources import sha256_of_file
 from discovery.errors import DiscoveryError
-from discovery.sources import sha256_of_file
 from interpretops.circuit import Circuit, load_circuit
 from interpretops.files.strict_yaml import read_yaml
 from interpretops.plan import ModelSpec

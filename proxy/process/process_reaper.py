@@ -1,9 +1,9 @@
 """Runs one command, and ends all its processes when it ends or when the reaper's parent is gone.
 
 `python -I process_reaper.py GRACE_S FOLDER COMMAND…`, started as the leader of a session of its own.
-Standard input is a pipe held by the parent: its end, however it came about, stops the command. The reaper adopts
-orphaned grandchildren, so that none outlives it even if it left the process group. At the end it removes the
-folder, which is the command's own.
+Standard input is a pipe held by the parent: its end, however it came about, stops the command. The reaper
+adopts orphaned grandchildren, so that none outlives it even if it left the process group. At the end it
+removes the folder, which is the command's own.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from steering_kernels.ops.site_op import SITE_OP
 
 CONFIG_KEY = "interpretops"
 SUPPORTED_VERSION = "0.32."
-WORKER_EXTENSION = "steering_kernels.vllm_plugin.worker.SteeringWorker"
+WORKER_EXTENSION = "steering_kernels.vllm_plugin.worker.extension.SteeringWorker"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from typing import Any
 
 from interpretops.engine_api import NONCE_KEY, REFUSAL_HEADER, STATUS, EngineCode
-from steering_kernels.vllm_plugin.registry import NotAdmittedError
+from steering_kernels.vllm_plugin.core.registry import NotAdmittedError
 from steering_kernels.vllm_plugin.request_args import RequestArgsError
 from steering_kernels.vllm_plugin.wrapping import wrap_method
 

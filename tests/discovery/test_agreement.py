@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.agreement import (
+from discovery.judges.agreement import (
     agreement,
     agreement_markdown,
     agreements,

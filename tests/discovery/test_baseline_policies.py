@@ -11,10 +11,10 @@ import torch
 import yaml
 from safetensors.numpy import save_file
 
-from discovery.evaluation import baseline_policies, baselines
-from discovery.evaluation.baseline_policies import Derived, derive_baselines
-from discovery.evaluation.baselines import make_baselines
-from discovery.evaluation.diffmean import diffmean
+from discovery.evaluation.baselines import baseline_policies, baselines
+from discovery.evaluation.baselines.baseline_policies import Derived, derive_baselines
+from discovery.evaluation.baselines.baselines import make_baselines
+from discovery.evaluation.baselines.diffmean import diffmean
 from discovery.evaluation.subject import Subject
 from discovery.frozen_model import FrozenModel
 from interpretops.artifacts.adapter import AdapterSite, write_adapter

@@ -16,11 +16,11 @@ from discovery.errors import DiscoveryError
 from discovery.evaluation import endpoint as endpoint_module
 from discovery.evaluation.endpoint import Endpoint, UnprovenAnswerError
 from discovery.evaluation.job import Run, evaluate_policy, make_card, measure
-from discovery.evaluation.judges import ModelJudge, PhraseJudge
 from discovery.evaluation.options import JobOptions
 from discovery.evaluation.subject import Subject
 from discovery.evaluation.suite import EvaluationSuite
 from discovery.evaluation.suite_files import load_suite
+from discovery.judges.answer_judges import ModelJudge, PhraseJudge
 from interpretops.compile import compile_policy
 from interpretops.model.spec import read_model_spec
 from interpretops.plan import ModelSpec

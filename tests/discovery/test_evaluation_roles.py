@@ -16,7 +16,7 @@ from discovery.evaluation.options import JobOptions
 from discovery.evaluation.subject import Subject, cut, open_suites
 from discovery.evaluation.suite import LoadedSuite
 from discovery.evaluation.suite_files import join_suites, load_suite
-from discovery.evaluation.text_scores import bleu, contains_answer, similarity
+from discovery.judges.text_scores import bleu, contains_answer, similarity
 from interpretops.plan import ModelSpec
 from interpretops.policy import load_policy
 from interpretops.riskcard import RiskCard

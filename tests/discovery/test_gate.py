@@ -11,27 +11,34 @@ import numpy as np
 import pytest
 import torch
 
-from discovery import learned_gate, prompt_activations
-from discovery.checkpoint import save_checkpoint
-from discovery.coded_requests import CODES, decoded, encode, followed
+from discovery.data.coded_requests import CODES, decoded, encode, followed
+from discovery.data.prompt_variants import Surroundings, conversation, conversation_ids
+from discovery.data.rewritten_requests import REWRITINGS, rewritten
+from discovery.data.sequences import batches
+from discovery.data.sources import DataList, Source, sha256_of_file
 from discovery.errors import DiscoveryError
-from discovery.fit_gate import GateFit
 from discovery.frozen_model import FrozenModel
-from discovery.gate_artifact import policy_text, write_gate
-from discovery.gate_data import load_gate_data
-from discovery.gate_probe import auroc, fit_probe, prompt_end_features, threshold_at
-from discovery.gate_trade import trade
-from discovery.gated_answers import edited_answers
-from discovery.gated_edit import EditSettings, Example, losses, train_edit
-from discovery.joined_probes import mean_of, read_numbers
-from discovery.learned_gate import GateSettings, LearnedGate, new_gate, shuffled, train_gate, train_probes
-from discovery.low_rank import LowRankRows
-from discovery.prompt_activations import PromptActivations
-from discovery.prompt_variants import Surroundings, conversation, conversation_ids
-from discovery.refusal import targets
-from discovery.rewritten_requests import REWRITINGS, rewritten
-from discovery.sequences import batches
-from discovery.sources import DataList, Source, sha256_of_file
+from discovery.gates import learned_gate, prompt_activations
+from discovery.gates.fit_gate import GateFit
+from discovery.gates.gate_artifact import policy_text, write_gate
+from discovery.gates.gate_data import load_gate_data
+from discovery.gates.gate_probe import auroc, fit_probe, prompt_end_features, threshold_at
+from discovery.gates.gate_trade import trade
+from discovery.gates.gated_answers import edited_answers
+from discovery.gates.gated_edit import EditSettings, Example, losses, train_edit
+from discovery.gates.joined_probes import mean_of, read_numbers
+from discovery.gates.learned_gate import (
+    GateSettings,
+    LearnedGate,
+    new_gate,
+    shuffled,
+    train_gate,
+    train_probes,
+)
+from discovery.gates.low_rank import LowRankRows
+from discovery.gates.prompt_activations import PromptActivations
+from discovery.gates.refusal_sentences import targets
+from discovery.sae.checkpoint import save_checkpoint
 from interpretops.artifacts.adapter import open_adapter
 from interpretops.compile import compile_policy
 from interpretops.plan import Site
@@ -419,7 +426,7 @@ def test_rewriting_changes_the_writing_and_keeps_the_words() -> None:
 
 def test_variants_keep_the_request_last(tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes before it, the request is the last message, in its own letters."""
-    monkeypatch.setattr("discovery.prompt_variants.REWRITTEN", 0.0)
+    monkeypatch.setattr("discovery.data.prompt_variants.REWRITTEN", 0.0)
     around = Surroundings(("Be brief.",), ("Hi!\nAssistant: Hello!",), ("Sure,",))
     around.check()
     found = set()

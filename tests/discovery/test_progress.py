@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from discovery import progress
-from discovery.progress import Meter, meter
+from discovery.jobs import progress
+from discovery.jobs.progress import Meter, meter
 
 
 def test_rate_and_time_left_are_shown(
@@ -22,7 +22,7 @@ def test_rate_and_time_left_are_shown(
 def test_rate_of_a_resumed_run_counts_its_own_work_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an earlier run had done makes neither the rate higher nor the time left shorter."""
     now = 100.0
-    monkeypatch.setattr("discovery.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("discovery.jobs.progress.time.monotonic", lambda: now)
     resumed = Meter("trace", 10_000, "tokens", done=9_000)
     now = 110.0
     resumed.advance(500)

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from discovery import sae_train
-from discovery.activations import TraceReader, read_held_out, shuffled_batches, text_to_measure
-from discovery.dictionary_artifact import measure, write_dictionary
+from discovery.data.activations import TraceReader, read_held_out, shuffled_batches, text_to_measure
+from discovery.data.sources import DataList, Source
+from discovery.data.trace import TraceSettings, trace
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from discovery.sae_train import TrainSettings, reconstruction, save_dictionary, train
-from discovery.saelens_metrics import saelens_metrics
-from discovery.sources import DataList, Source
-from discovery.splice import splice_by_part, splice_metrics
-from discovery.stopping import Stopped
-from discovery.trace import TraceSettings, trace
+from discovery.jobs.stopping import Stopped
+from discovery.sae import sae_train
+from discovery.sae.dictionary_artifact import measure, write_dictionary
+from discovery.sae.sae_train import TrainSettings, reconstruction, save_dictionary, train
+from discovery.sae.saelens_metrics import saelens_metrics
+from discovery.sae.splice import splice_by_part, splice_metrics
 from interpretops.artifacts.dictionary.load import open_dictionary
 from interpretops.artifacts.dictionary.manifest import read_manifest
 

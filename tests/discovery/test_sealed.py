@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from discovery.checkpoint import restore_checkpoint, save_checkpoint
 from discovery.circuits.steps import Steps
 from discovery.errors import DiscoveryError
-from discovery.proposals.kept import Kept
-from discovery.sealed import open_json, open_tensors, seal_json, seal_tensors
+from discovery.jobs.sealed_steps import open_json, open_tensors, seal_json, seal_tensors
+from discovery.proposals.step_cache import Kept
+from discovery.sae.checkpoint import restore_checkpoint, save_checkpoint
 
 
 def training(seed=0, width=3):

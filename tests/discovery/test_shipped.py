@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from discovery.sources import Source, read_prompts, sha256_of_file
+from discovery.data.sources import Source, read_prompts, sha256_of_file
 from interpretops.artifacts import Artifacts
 from interpretops.artifacts.adapter import open_adapter
 from interpretops.artifacts.dictionary.load import open_dictionary

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from discovery.errors import DiscoveryError
-from discovery.sources import (
+from discovery.data.sources import (
     Source,
     licence_of_weights,
     read_data_list,
@@ -15,6 +14,7 @@ from discovery.sources import (
     read_text,
     refuse_noncommercial,
 )
+from discovery.errors import DiscoveryError
 from interpretops.artifacts.dictionary.manifest import read_manifest
 
 ARTIFACTS = Path(__file__).resolve().parents[2] / "sae_artifacts"

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from discovery.stopping import Stopped, interruptible
+from discovery.jobs.stopping import Stopped, interruptible
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

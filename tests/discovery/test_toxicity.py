@@ -2,7 +2,7 @@
 
 import pytest
 
-from discovery.evaluation.toxicity import is_toxic, toxic_span
+from discovery.judges.toxicity import is_toxic, toxic_span
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from discovery import trace as tracing
-from discovery.activations import TraceReader, shuffled_batches
+from discovery.data import trace as tracing
+from discovery.data.activations import TraceReader, shuffled_batches
+from discovery.data.sequences import build_sequences, continued
+from discovery.data.sources import DataList, Source
+from discovery.data.trace import TraceSettings, trace
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, norm_bound
-from discovery.sequences import build_sequences, continued
-from discovery.sources import DataList, Source
-from discovery.stopping import Stopped
-from discovery.trace import TraceSettings, trace
+from discovery.jobs.stopping import Stopped
 
 SETTINGS = TraceSettings(
     layers=(1, 2),

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from discovery.activations import TraceReader
+from discovery.data.activations import TraceReader
+from discovery.data.sources import DataList, Source
+from discovery.data.trace import TraceSettings, trace
 from discovery.frozen_model import FrozenModel
-from discovery.sae_train import TrainSettings, train
-from discovery.sources import DataList, Source
-from discovery.trace import TraceSettings, trace
+from discovery.sae.sae_train import TrainSettings, train
 
 PROGRAM = [sys.executable, "-m", "mechctl.main"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "INTERPRETOPS_MODEL_DTYPE": "float32"}

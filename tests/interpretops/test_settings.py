@@ -181,7 +181,7 @@ def test_variables_of_ours_that_are_no_settings_are_known() -> None:
     sources = Path(__file__).resolve().parents[2]
     named = {
         name
-        for package in ("interpretops", "proxy", "discovery", "steering_kernels", "benchmarks")
+        for package in ("interpretops", "mechctl", "proxy", "discovery", "steering_kernels", "benchmarks")
         for path in (sources / package).rglob("*.py")
         for name in re.findall(
             r"(?:environ(?:\.get\(|\[)|getenv\(|envvar=)\"(INTERPRETOPS_\w+)", path.read_text()

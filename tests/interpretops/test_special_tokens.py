@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from interpretops.special_tokens import JOINER, SpecialTokens
-from steering_kernels.vllm_plugin.special_tokens import describe_special_tokens
+from steering_kernels.vllm_plugin.frontend.special_tokens import describe_special_tokens
 
 TOKENS = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<filename>", "<file_sep>"),

@@ -11,7 +11,7 @@ from interpretops.records.audit_chain import log_files, verify
 from simulation.asks import Ask
 from simulation.engine import EngineModel
 from simulation.scenario import CHAT, POLICIES, ROUTES
-from steering_kernels.vllm_plugin.holders import LEASE_S
+from steering_kernels.vllm_plugin.core.holders import LEASE_S
 
 if TYPE_CHECKING:
     from simulation.world import World

@@ -11,7 +11,7 @@ from typing import Any
 from interpretops.engine_api import STATUS, EngineCode
 from interpretops.plan import ModelSpec, read_plan
 from simulation.clock import Clock
-from steering_kernels.vllm_plugin.holders import Holders
+from steering_kernels.vllm_plugin.core.holders import Holders
 
 MODEL = "tiny-model"
 SPEC = ModelSpec(MODEL, "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)

@@ -84,7 +84,7 @@ def count_preemptions() -> list[str]:
 
 def take_receipt(nonce: str) -> dict[str, Any] | None:
     """What the front end has collected for a request."""
-    from steering_kernels.vllm_plugin.receipts import RECEIPTS
+    from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
 
     return RECEIPTS.take(nonce)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from discovery.refusal import CLOSINGS, OPENING
+from discovery.gates.refusal_sentences import CLOSINGS, OPENING
 
 REVISION = "ab" * 32
 REFUSAL = f"{OPENING} {CLOSINGS[0]}"

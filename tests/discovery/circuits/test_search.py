@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from discovery import sealed
 from discovery.circuits import command
 from discovery.circuits import search as search_module
 from discovery.frozen_model import FrozenModel
+from discovery.jobs import sealed_steps as sealed
 from interpretops.circuit import load_circuit
 from interpretops.files.atomic_file import write_atomically
 

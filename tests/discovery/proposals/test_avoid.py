@@ -8,15 +8,28 @@ import pytest
 import torch
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.toxicity import is_toxic
 from discovery.frozen_model import FrozenModel
-from discovery.gate_probe import Probe
-from discovery.low_rank import LowRankRows
-from discovery.progress import Meter
-from discovery.proposals.contrast import Judged
+from discovery.gates.contrast import Judged
+from discovery.gates.gate_probe import Probe
+from discovery.gates.low_rank import LowRankRows
+from discovery.jobs.progress import Meter
+from discovery.judges.toxicity import is_toxic
+from discovery.proposals.avoid.answer_trait import (
+    Sampled,
+    locate,
+    sampled_answers,
+    trait_tokens,
+    trait_vocabulary,
+)
+from discovery.proposals.avoid.unlikelihood_edit import (
+    STRIKE,
+    StruckSettings,
+    loss_of,
+    start,
+    struck_goal,
+    train_struck,
+)
 from discovery.proposals.judging import shows
-from discovery.proposals.struck import STRIKE, StruckSettings, loss_of, start, struck_goal, train_struck
-from discovery.proposals.trait import Sampled, locate, sampled_answers, trait_tokens, trait_vocabulary
 from interpretops.compile import compile_policy
 from interpretops.policy import load_policy
 

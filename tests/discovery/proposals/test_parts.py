@@ -9,14 +9,14 @@ import torch
 
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from discovery.gate_probe import auroc
+from discovery.gates.contrast import PARTS, SIDES, Judged, read_contrast, subset
+from discovery.gates.gate_probe import auroc
 from discovery.proposals.actions import Action, rank_features
-from discovery.proposals.contrast import PARTS, SIDES, Judged, read_contrast, subset
+from discovery.proposals.activation_readings import answer_means, encode, feature_auroc
 from discovery.proposals.gates import feature_gates, probe_gates
 from discovery.proposals.grid import Point, best
 from discovery.proposals.judging import fails, shows
 from discovery.proposals.origin import from_circuit, from_features
-from discovery.proposals.reading import answer_means, encode, feature_auroc
 from interpretops.artifacts.dictionary import open_dictionary
 from interpretops.plan import ModelSpec
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from discovery import sealed
 from discovery.frozen_model import FrozenModel
-from discovery.proposals.contrast import read_contrast
+from discovery.gates.contrast import read_contrast
+from discovery.jobs import sealed_steps as sealed
 from interpretops.compile import compile_policy
 from interpretops.policy import load_policy
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from discovery.proposals.contrast import read_contrast
-from discovery.sources import Source, read_prompts
+from discovery.data.sources import Source, read_prompts
+from discovery.gates.contrast import read_contrast
 
 MECHCTL = [sys.executable, "-m", "mechctl.main"]
 WALK_S = 900

@@ -9,16 +9,16 @@ import torch
 
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from discovery.progress import Meter
-from discovery.proposals.contrast import Contrast, Judged
-from discovery.proposals.struck_words import (
+from discovery.gates.contrast import Contrast, Judged
+from discovery.jobs.progress import Meter
+from discovery.proposals.avoid.answer_trait import Sampled
+from discovery.proposals.avoid.struck_words import (
     StruckPiece,
     spellings,
     struck_pieces,
     unwanted_words,
 )
-from discovery.proposals.trait import Sampled
-from discovery.proposals.word_rows import (
+from discovery.proposals.avoid.word_rows import (
     WORD_RATE,
     WordStates,
     begun,

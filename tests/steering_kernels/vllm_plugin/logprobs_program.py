@@ -40,7 +40,7 @@ def answer(folder: Path) -> None:
     import numpy as np
     from vllm import LLM, SamplingParams
 
-    from steering_kernels.vllm_plugin.receipts import RECEIPTS
+    from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
 
     job = json.loads((folder / "job.json").read_text())
     ranks = job["engine"].get("tensor_parallel_size", 1)

@@ -1,6 +1,6 @@
 """Gateways that share an engine do not take plans from each other, and leave none behind."""
 
-from steering_kernels.vllm_plugin.holders import LEASE_S, Holders
+from steering_kernels.vllm_plugin.core.holders import LEASE_S, Holders
 
 
 def test_plan_stays_as_long_as_one_gateway_holds_it() -> None:

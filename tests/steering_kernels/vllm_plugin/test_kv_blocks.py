@@ -8,9 +8,9 @@ import pytest
 
 from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan
 from interpretops.plan.reach import depends_on_prompt_end
-from steering_kernels.vllm_plugin.core import admit, cache_use, cacheable_tokens
-from steering_kernels.vllm_plugin.kv_blocks import new_blocks
-from steering_kernels.vllm_plugin.registry import Registry
+from steering_kernels.vllm_plugin.core.engine_core import admit, cache_use, cacheable_tokens
+from steering_kernels.vllm_plugin.core.registry import Registry
+from steering_kernels.vllm_plugin.worker.kv_blocks import new_blocks
 
 SPEC = ModelSpec("m", "f" * 64, "LlamaForCausalLM", 8, 2, 2, 2, 4, 32)
 

@@ -16,7 +16,7 @@ from interpretops.plan import Gate, Plan, Site, SiteEdits, TopK
 from steering_kernels.ops import site_op
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.request_args import RequestArgsError
-from steering_kernels.vllm_plugin.runtime import SteeringRuntime
+from steering_kernels.vllm_plugin.worker.runtime import SteeringRuntime
 
 ROOM = 8
 PROMPT = 5

@@ -13,7 +13,7 @@ from interpretops.model.spec import read_model_spec
 from interpretops.plan import ALWAYS, Gate, Plan, Site, SiteEdits, Units
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.request_args import RequestArgsError
-from steering_kernels.vllm_plugin.runtime import SteeringRuntime
+from steering_kernels.vllm_plugin.worker.runtime import SteeringRuntime
 
 NONCE = "0" * 32
 

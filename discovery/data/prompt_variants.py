@@ -1,0 +1,93 @@
+"""The same request as different people send it: in another case, with a slip, after an earlier turn.
+
+Some send it without a conversation around it (`/v1/completions`), some put the beginning of the answer into
+the assistant's mouth (a last message of the assistant that the model goes on with).
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from discovery.data.rewritten_requests import rewritten
+from discovery.errors import DiscoveryError
+from discovery.frozen_model import FrozenModel
+
+ANSWER_MARK = "\nAssistant: "
+"""Between the user's and the assistant's words of an earlier turn."""
+TEXT = "text"
+"""The role of a request that comes as plain text, without the chat format."""
+REWRITTEN = 0.12
+"""Share of requests that are rewritten, see `rewritten`."""
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What may come before a request in a conversation."""
+
+    system_prompts: tuple[str, ...] = ()
+    earlier_turns: tuple[str, ...] = ()
+    answer_openings: tuple[str, ...] = ()
+    """How an answer may begin that is put into the assistant's mouth."""
+
+    def check(self) -> None:
+        """Raise `DiscoveryError` for an earlier turn without an answer."""
+        for turn in self.earlier_turns:
+            if ANSWER_MARK not in turn:
+                raise DiscoveryError(f"earlier_turns: {turn!r} has no line that begins with 'Assistant: '")
+
+
+def conversation(request: str, surroundings: Surroundings, chance: random.Random) -> list[Message]:
+    """The messages of one variant; most are the request as it is, and nothing before it."""
+    text, at = request, chance.random()
+    if at < 0.06:
+        text = request.lower()
+    elif at < 0.10:
+        text = request.rstrip(".?!") or request
+    elif at < 0.14:
+        text = _with_slips(request, chance)
+    elif at < 0.16:
+        text = request.upper()
+    elif at < 0.16 + REWRITTEN:
+        text = rewritten(request, chance)
+    messages = [{"role": "user", "content": text}]
+    at = chance.random()
+    if at < 0.03:
+        return [{"role": TEXT, "content": text}]
+    if at < 0.06 and surroundings.answer_openings:
+        return [*messages, {"role": "assistant", "content": chance.choice(surroundings.answer_openings)}]
+    at = chance.random()
+    if at < 0.08 and surroundings.system_prompts:
+        return [{"role": "system", "content": chance.choice(surroundings.system_prompts)}, *messages]
+    if at > 0.94 and surroundings.earlier_turns:
+        question, _, answer = chance.choice(surroundings.earlier_turns).partition(ANSWER_MARK)
+        return [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+            *messages,
+        ]
+    return messages
+
+
+def conversation_ids(model: FrozenModel, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Token ids of a conversation in the model's chat format; without one, of its last message.
+
+    An assistant's message at the end is one that the model is to go on with.
+    """
+    if messages[0]["role"] == TEXT or model.tokenizer.chat_template is None:
+        return tuple(model.text_ids(messages[-1]["content"]))
+    begun = messages[-1]["role"] == "assistant"
+    text = model.tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+    )
+    return tuple(model.text_ids(text))
+
+
+def _with_slips(text: str, chance: random.Random) -> str:
+    """Two neighbouring letters exchanged, once in about 25."""
+    letters = list(text)
+    for _ in range(max(1, len(letters) // 25)):
+        if len(letters) > 1:
+            place = chance.randrange(len(letters) - 1)
+            letters[place : place + 2] = reversed(letters[place : place + 2])
+    return "".join(letters)

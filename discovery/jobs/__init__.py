@@ -1,0 +1,1 @@
+"""What every long job shares: progress, stopping, workers, sealed steps, the run record."""

@@ -1,0 +1,1 @@
+"""Judging answers: refusal, coherence, toxicity, likeness, and how far judges agree with people."""

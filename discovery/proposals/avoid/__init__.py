@@ -1,0 +1,1 @@
+"""Proposals for classes of answers to avoid: edits that read every token."""

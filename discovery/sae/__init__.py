@@ -1,0 +1,1 @@
+"""Training sparse-autoencoder dictionaries, and measuring what they cost the model."""

@@ -1,0 +1,52 @@
+"""Checkpoints of a training: parameters, optimizer state and step in one safetensors file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discovery.errors import DiscoveryError
+from discovery.jobs.sealed_steps import REMEDY, open_tensors, seal_tensors
+
+
+def save_checkpoint(
+    module: nn.Module, optimizer: torch.optim.Optimizer, path: Path, identity: Any, step: int
+) -> None:
+    """Write the state after ``step`` steps, whole or not at all."""
+    tensors: dict[str, Tensor] = {f"edit.{name}": value for name, value in module.named_parameters()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
+    seal_tensors(path, identity, tensors, {"step": str(step)})
+
+
+def restore_checkpoint(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path, identity: Any) -> int:
+    """Take up the state in ``path``; gives its step, 0 when there is none.
+
+    Raises `DiscoveryError` for a checkpoint of another training or a damaged one.
+    """
+    if not path.exists():
+        return 0
+    tensors, metadata = open_tensors(path, identity)
+    state: dict[int, dict[str, Tensor]] = {}
+    try:
+        step = int(metadata["step"])
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(tensors[f"edit.{name}"])
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, index, part = name.split(".")
+                state.setdefault(int(index), {})[part] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (KeyError, ValueError, RuntimeError) as error:
+        # Sealed by the same identity, and yet of another shape: written by another version of this program.
+        raise DiscoveryError(f"{path}: does not fit this training ({error}); {REMEDY}") from error
+    return step
+
+
+def learning_rate(highest: float, step: int, steps: int) -> float:
+    """Warm-up over the first twentieth, then a half cosine down to a thirtieth of ``highest``."""
+    warm = min(1.0, (step + 1) / max(steps * 0.05, 1))
+    cosine = 0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * step / max(steps, 1))))
+    return highest * warm * (cosine * 29 / 30 + 1 / 30)

@@ -1,0 +1,83 @@
+"""A trained dictionary's manifest: whose model, which place, what data, what it costs on held-out text."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from discovery.data.activations import HeldOut, TraceReader
+from discovery.data.sources import licence_of_weights
+from discovery.frozen_model import FrozenModel
+from discovery.jobs.run_record import run_record, write_json
+from discovery.sae.sae_train import WEIGHTS, TrainSettings, reconstruction
+from discovery.sae.saelens_metrics import saelens_metrics
+from discovery.sae.splice import splice_by_part
+from interpretops.artifacts.dictionary.manifest import (
+    DictionaryManifest,
+    MetricsRecord,
+    ModelReference,
+    TrainingRecord,
+    WeightsReference,
+    sha256_of,
+    write_manifest,
+)
+
+
+def measure(
+    model: FrozenModel,
+    layer: int,
+    max_norm: float,
+    folder: Path,
+    held_out: HeldOut,
+    text: HeldOut | None = None,
+) -> dict[str, Any]:
+    """Splice the dictionary in ``folder``, as it lies on disk, into the model on the held-out sequences.
+
+    The whole, each part, and ``saelens``: what SAELens' own evaluation finds on the same tokens. ``text`` is
+    measured besides and counts for no more than its own part.
+    """
+    rebuild = reconstruction(folder)
+    told = (model, layer, max_norm, rebuild)
+    whole, parts = splice_by_part(*told, held_out.tokens, held_out.mask, held_out.parts)
+    if text is not None:
+        parts |= splice_by_part(*told, text.tokens, text.mask, text.parts)[1]
+    saelens = saelens_metrics(model, layer, max_norm, folder, held_out.tokens, held_out.mask)
+    shown = {name: part.record() for name, part in parts.items()}
+    return whole.record() | {"parts": shown, "saelens": saelens}
+
+
+def write_dictionary(
+    reader: TraceReader, settings: TrainSettings, metrics: dict[str, Any], folder: Path
+) -> None:
+    """Write manifest and run record beside the weights in ``folder``."""
+    model = reader.record["model"]
+    entries = [entry for group in reader.record["data"].values() for entry in group]
+    record = run_record("sae-train", settings.seed, asdict(settings), reader.record["data"])
+    traced = {key: reader.record[key] for key in ("settings", "seed", "commit", "max_norm", "held_out")}
+    write_json(folder / "run.json", record | {"trace": traced, "metrics": metrics})
+    manifest = DictionaryManifest(
+        id=folder.name,
+        layout="saelens",
+        model=ModelReference(name=model["name"], fingerprint=model["fingerprint"]),
+        layer=settings.layer,
+        point="resid_post",
+        width=settings.width,
+        hidden_size=int(model["hidden_size"]),
+        activation="jumprelu",
+        max_norm=round(reader.max_norm, 2),
+        weights=WeightsReference(file=WEIGHTS, sha256=sha256_of(folder / WEIGHTS)),
+        license=licence_of_weights(entry.get("licence", "") for entry in entries),
+        training=TrainingRecord(
+            data=tuple(
+                f"{entry.get('name', entry['path'])} ({entry.get('licence', 'not stated')})"
+                for entry in entries
+            ),
+            tokens=settings.tokens,
+            seed=settings.seed,
+            method="SAELens BatchTopK, saved as JumpReLU",
+            k=settings.k,
+            traced_tokens=len(reader.activations),
+            commit=record["commit"],
+        ),
+        metrics=MetricsRecord(**metrics),
+    )
+    write_manifest(folder, manifest)

@@ -1,0 +1,227 @@
+"""Training a dictionary on traced activations with SAELens' own trainer: BatchTopK, saved as JumpReLU.
+
+The work folder holds ``checkpoint/`` (SAELens' training weights and trainer state), so that a killed run
+goes on where it stood: batch n is a function of the seed and n alone.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from discovery.data.activations import TraceReader, shuffled_batches
+from discovery.errors import DiscoveryError
+from discovery.frozen_model import hook_name
+from discovery.jobs.progress import meter
+from discovery.jobs.run_record import write_json
+from discovery.jobs.stopping import stoppable
+from discovery.jobs.workers import ALONE, Team
+from discovery.sae.train_together import check_alike, share_gradients, share_statistics
+from interpretops.artifacts.dictionary.manifest import sha256_of
+
+CHECKPOINT = "checkpoint"
+SUMS = "sha256.json"
+WEIGHTS = "sae_weights.safetensors"
+IDENTITY = "settings.json"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What decides a dictionary, apart from its trace."""
+
+    layer: int
+    width: int = 4096
+    k: float = 32.0
+    """Features active per token on average while training."""
+    tokens: int = 750_000
+    """Tokens trained on; more than the trace holds means several passes."""
+    batch: int = 1024
+    learning_rate: float = 4e-4
+    seed: int = 0
+    workers: int = 1
+    """Processes that share each step: features are picked within the part of a batch that each has."""
+
+    def check(self) -> None:
+        """Raise `DiscoveryError` for a value that makes no sense."""
+        for name, good in (
+            ("width", self.width >= 2),
+            ("k", 0 < self.k < self.width),
+            ("workers", self.workers >= 1),
+            ("batch", self.batch >= 2 * self.workers and self.batch % max(self.workers, 1) == 0),
+            ("tokens", self.tokens >= self.batch),
+            ("learning_rate", 0 < self.learning_rate < 1),
+        ):
+            if not good:
+                raise DiscoveryError(
+                    f"{name} = {getattr(self, name)!r} is out of range; see mechctl sae-train --help"
+                )
+
+
+def train(
+    reader: TraceReader,
+    settings: TrainSettings,
+    work: Path,
+    checkpoint_steps: int = 200,
+    team: Team = ALONE,
+) -> Any:
+    """Train, or go on training, and return SAELens' trainer with the finished dictionary in ``.sae``.
+
+    Of a team each worker takes its part of every batch, and all make the same step by the mean gradient.
+    """
+    settings.check()
+    torch.manual_seed(settings.seed)
+    trainer = _trainer(reader, settings)
+    checkpoint = work / CHECKPOINT
+    identity = asdict(settings) | {"shards": [entry["sha256"] for entry in reader.record["shards"]]}
+    with team.agreeing():
+        if team.first and not checkpoint.exists() and (_fresh(checkpoint) / IDENTITY).exists():
+            _fresh(checkpoint).rename(checkpoint)  # killed between the two steps of taking its place
+    with team.agreeing():
+        if checkpoint.exists():
+            _restore(trainer, checkpoint, identity)
+    share_gradients(list(trainer.sae.parameters()), team)
+    source = shuffled_batches(reader.activations, settings.batch, settings.seed, trainer.n_training_steps)
+    steps = trainer.cfg.total_training_steps
+    told = "sae-train", steps * settings.batch, "tokens", trainer.n_training_steps * settings.batch
+    with stoppable() as stop, meter(*told, shown=team.first) as progress:
+        for batch in source:
+            if trainer.n_training_steps >= steps:
+                break
+            output = trainer.step(batch.chunk(team.count)[team.rank])
+            share_statistics(trainer, team)
+            trainer.n_training_steps += 1
+            note = f"mse {output.losses['mse_loss'].item():.4f}, dead {int(trainer.dead_neurons.sum())}"
+            progress.advance(len(batch), note if trainer.n_training_steps % 10 == 0 else "")
+            due = trainer.n_training_steps % checkpoint_steps == 0 or trainer.n_training_steps == steps
+            if due or any(team.gather(stop.asked is not None)):
+                with team.agreeing():
+                    check_alike(trainer, team)
+                    if team.first:
+                        _save(trainer, checkpoint, identity)
+                    stop.check(f"step {trainer.n_training_steps:,} of {steps:,} is saved in {checkpoint}")
+    trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
+    trainer.set_final_sae_metadata()
+    return trainer
+
+
+def _trainer(reader: TraceReader, settings: TrainSettings) -> Any:
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    width = reader.activations.shape[1]
+    steps = settings.tokens // settings.batch
+    metadata = SAEMetadata(
+        model_name=reader.record["model"]["name"],
+        hook_name=hook_name(settings.layer),
+        context_size=reader.record["settings"]["context"],
+        prepend_bos=False,
+    )
+    sae = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(
+            d_in=width,
+            d_sae=settings.width,
+            k=settings.k,
+            normalize_activations="expected_average_only_in",
+            metadata=metadata,
+        )
+    )
+    sample = reader.activations[torch.randperm(len(reader.activations))[:20_000]].float()
+    scaling = width**0.5 / float(sample.norm(dim=-1).mean())
+    with torch.no_grad():
+        sae.b_dec.data = (sample.mean(0) * scaling).to(sae.b_dec.dtype)
+    config = SAETrainerConfig(
+        total_training_samples=steps * (settings.batch // settings.workers),
+        train_batch_size_samples=settings.batch // settings.workers,
+        lr=settings.learning_rate,
+        lr_warm_up_steps=min(100, steps // 10),
+        lr_decay_steps=steps // 5,
+        lr_end=settings.learning_rate / 10,
+        dead_feature_window=min(200, max(steps // 4, 1)),
+        feature_sampling_window=10 * steps,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    trainer = SAETrainer(config, sae, data_provider=iter(()))
+    trainer.activation_scaler.scaling_factor = scaling
+    return trainer
+
+
+def _save(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Write a new checkpoint beside the old one, then take its place: one of the two is always whole."""
+    fresh = _fresh(checkpoint)
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        trainer.save_trainer_state(fresh)
+        save_file({k: v.contiguous() for k, v in trainer.sae.state_dict().items()}, fresh / WEIGHTS)
+        write_json(fresh / SUMS, {path.name: sha256_of(path) for path in sorted(fresh.iterdir())})
+        write_json(fresh / IDENTITY, identity)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise DiscoveryError(
+            f"{fresh}: cannot be written ({_first_line(error)}); the checkpoint before it stands: "
+            "free space, and run the same command again"
+        ) from error
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    fresh.rename(checkpoint)
+
+
+def _fresh(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{CHECKPOINT}.new")
+
+
+def _restore(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
+    try:
+        earlier = json.loads((checkpoint / IDENTITY).read_bytes())
+        if earlier == json.loads(json.dumps(identity)):
+            _check_sums(checkpoint)
+            trainer.sae.load_state_dict(load_file(checkpoint / WEIGHTS))
+            trainer.load_trainer_state(checkpoint)  # torch.load, which since 2.6 unpickles plain tensors only
+            return
+    except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError, SafetensorError) as error:
+        raise DiscoveryError(
+            f"{checkpoint}: is damaged ({_first_line(error)}); remove it and train again"
+        ) from error
+    differing = sorted(key for key in identity if earlier.get(key) != identity[key])
+    raise DiscoveryError(
+        f"{checkpoint}: is of another training ({', '.join(differing)}); remove it or --work elsewhere"
+    )
+
+
+def _check_sums(checkpoint: Path) -> None:
+    for name, total in json.loads((checkpoint / SUMS).read_bytes()).items():
+        if sha256_of(checkpoint / name) != total:
+            raise ValueError(f"{name} has another checksum")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def save_dictionary(trainer: Any, folder: Path) -> None:
+    """Write SAELens' inference layout (cfg.json, sae_weights.safetensors), weights in float16."""
+    trainer.sae.save_inference_model(folder)
+    weights = {k: v.half().contiguous() for k, v in load_file(folder / WEIGHTS).items()}
+    save_file(weights, folder / WEIGHTS)
+    config = json.loads((folder / "cfg.json").read_bytes())
+    write_json(folder / "cfg.json", config | {"dtype": "float16"})
+
+
+def reconstruction(folder: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The dictionary in ``folder``, as it lies on disk, as a function for `splice_metrics`."""
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(folder, dtype="float32")
+
+    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        features = sae.encode(x)
+        return features, sae.decode(features)
+
+    return reconstruct

@@ -1,0 +1,84 @@
+"""Receipts in the front end: what the engine says it did, by nonce, until the gateway asks for it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Container
+from typing import Any
+
+from steering_kernels.vllm_plugin.refusals import take_refusal
+from steering_kernels.vllm_plugin.worker.report import Report, take_report
+
+CAPACITY = 16_384
+
+
+class Receipts:
+    """Latest report of every engine request of a nonce (several when a client asks for ``n`` choices)."""
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._by_nonce: OrderedDict[str, dict[str, Report]] = OrderedDict()
+        self._ended: dict[str, set[str]] = {}
+        """The engine requests of a nonce that have ended, by themselves or since a stop string was found."""
+
+    def record(self, request_id: str, report: Report) -> None:
+        """Keep a request's newest report; the oldest nonces are forgotten when there are too many."""
+        self._by_nonce.setdefault(report.nonce, {})[request_id] = report
+        self._by_nonce.move_to_end(report.nonce)
+        while len(self._by_nonce) > self._capacity:
+            forgotten, _ = self._by_nonce.popitem(last=False)
+            self._ended.pop(forgotten, None)
+
+    def end(self, request_id: str, nonce: str) -> None:
+        """A request of which a report was recorded gets no further token."""
+        if nonce in self._by_nonce:
+            self._ended.setdefault(nonce, set()).add(request_id)
+
+    def knows(self, nonce: str) -> bool:
+        """Whether the engine has answered for a nonce at all."""
+        return nonce in self._by_nonce
+
+    def take(self, nonce: str) -> dict[str, Any] | None:
+        """The receipt of a nonce, summed over its requests; it can be had once. None if nothing is known."""
+        by_request, ended = self._by_nonce.pop(nonce, {}), self._ended.pop(nonce, set())
+        reports = list(by_request.values())
+        if not reports:
+            return None
+        revisions = {report.revision for report in reports}
+        if len(revisions) != 1:
+            return {"revision": "mixed", "requests": len(reports), "tokens_evaluated": 0, "finished": False}
+        return {
+            "revision": reports[0].revision or "none",
+            "requests": len(reports),
+            "tokens_evaluated": sum(report.tokens_evaluated for report in reports),
+            "edits_applied": sum(report.edits_applied for report in reports),
+            "gates_fired": sum(report.gates_fired for report in reports),
+            "cached_tokens": sum(report.cached_tokens for report in reports),
+            "finished": ended >= by_request.keys(),
+        }
+
+
+RECEIPTS = Receipts()
+"""The front end process's own; filled where vLLM turns engine outputs into answers."""
+
+
+def collect(outputs: list[Any]) -> list[tuple[str, str]]:
+    """Take the reports off the engine core's outputs; request and nonce of each, in order."""
+    found: list[tuple[str, str]] = []
+    for output in outputs:
+        take_refusal(output)
+        report = take_report(output)
+        if report is not None:
+            RECEIPTS.record(output.request_id, report)
+            found.append((output.request_id, report.nonce))
+    return found
+
+
+def note_ended(reported: list[tuple[str, str]], running: Container[str]) -> None:
+    """After outputs became answers: those of whose requests the front end expects no more have ended.
+
+    A stop string is found here, in the text, and not by the core, whose output does not say that it ends.
+    """
+    for request_id, nonce in reported:
+        if request_id not in running:
+            RECEIPTS.end(request_id, nonce)

@@ -1,0 +1,79 @@
+"""What the engine core can ask of every worker, and the moment at which a worker's model gets its hooks."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from interpretops.errors import InterpretOpsError
+from interpretops.plan import read_plan
+from steering_kernels.vllm_plugin.worker.kv_blocks import count_slots
+from steering_kernels.vllm_plugin.worker.runtime import make_runtime
+from steering_kernels.vllm_plugin.wrapping import wrap_method
+
+
+class SteeringWorker:
+    """Worker extension: vLLM mixes it into its worker class; methods are called by `collective_rpc`."""
+
+    def interpretops_load(self, plan: str) -> dict[str, Any]:
+        """Load this rank's shard of a plan (base64). Returns the digest of its tables, or why it refused."""
+        try:
+            loaded = read_plan(base64.b64decode(plan))
+            digest = self._interpretops_runtime.load(loaded)
+        except InterpretOpsError as error:
+            return {"rank": self._interpretops_rank, "error": str(error), "code": error.code}
+        return {"rank": self._interpretops_rank, "digest": digest, **self._interpretops_shard}
+
+    def interpretops_unload(self, revision: str) -> None:
+        """Free a revision's rows."""
+        self._interpretops_runtime.unload(revision)
+
+    def interpretops_attest(self) -> dict[str, Any]:
+        """What stands in this rank's tables, and what its model is."""
+        runtime = self._interpretops_runtime
+        return {
+            "rank": self._interpretops_rank,
+            "model": vars(runtime.spec),
+            "points": list(runtime.points),
+            **self._interpretops_shard,
+            **runtime.attest(),
+        }
+
+    @property
+    def _interpretops_runtime(self) -> Any:
+        return self.model_runner.interpretops  # type: ignore[attr-defined]
+
+    @property
+    def _interpretops_shard(self) -> dict[str, int]:
+        shard = self._interpretops_runtime.shard
+        return {"shard": shard.index, "shards": shard.count}
+
+    @property
+    def _interpretops_rank(self) -> int:
+        return int(self.rank)  # type: ignore[attr-defined]
+
+
+def patch_worker() -> None:
+    """Give every worker's runner its runtime as soon as the model is loaded."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        runner = self.model_runner
+        runner.interpretops = make_runtime(
+            runner.get_model(), self.vllm_config, self.device, lambda: count_slots(runner)
+        )
+        return result
+
+    def compile_or_warm_up_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime = self.model_runner.interpretops
+        runtime.warming_up = True
+        try:
+            result = original(self, *args, **kwargs)
+        finally:  # whoever lives on after a failure must name policies
+            runtime.warming_up = False
+        runtime.end_warm_up(self.model_config.dtype)
+        return result
+
+    wrap_method(Worker, "load_model", load_model)
+    wrap_method(Worker, "compile_or_warm_up_model", compile_or_warm_up_model)
