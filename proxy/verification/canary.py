@@ -71,7 +71,7 @@ class Suite(Section):
 def read_suite(path: Path | None) -> Suite:
     """The operator's suite, or the shipped one. Raises `ConfigError` with field and fault."""
     if path is None:
-        shipped = resources.files("proxy").joinpath(_SHIPPED).read_bytes()
+        shipped = resources.files("proxy.verification").joinpath(_SHIPPED).read_bytes()
         data = parse_yaml(shipped, ConfigError, _SHIPPED).data
     else:
         data = read_yaml(path, ConfigError).data

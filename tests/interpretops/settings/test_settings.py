@@ -10,7 +10,7 @@ from interpretops.errors import ConfigError
 from interpretops.settings import Settings, load_settings
 from interpretops.settings.environment import NOT_SETTINGS
 
-REFERENCE = Path(__file__).resolve().parents[1] / "fixtures" / "reference-config.yaml"
+REFERENCE = Path(__file__).resolve().parents[2] / "fixtures" / "reference-config.yaml"
 DSN = "postgresql://user:pass@localhost:5432/interpretops"
 
 
@@ -178,7 +178,7 @@ def test_every_variable_that_sets_nothing_is_named_at_once() -> None:
 
 def test_variables_of_ours_that_are_no_settings_are_known() -> None:
     """What commands read beside the settings is declared with them, and refuses no start."""
-    sources = Path(__file__).resolve().parents[2]
+    sources = Path(__file__).resolve().parents[3]
     named = {
         name
         for package in ("interpretops", "mechctl", "proxy", "discovery", "steering_kernels", "benchmarks")

@@ -8,7 +8,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from interpretops.errors import ConfigError
 from interpretops.settings import Binding, Match
 from proxy.errors import PolicyConflict, PolicyForbidden, UnknownModel, UnknownPolicy
-from proxy.policies.binding import HEADER, Caller, decide, joint_mandatory, read_caller
+from proxy.openai_api.headers import POLICY_HEADER
+from proxy.policies.binding import Caller, decide, joint_mandatory, read_caller
 
 CHAT = "/v1/chat/completions"
 KNOWN = {"calm", "strict", "other"}
@@ -80,12 +81,12 @@ def headers(*pairs):
 
 def test_header_and_alias_must_agree():
     """The same policy twice is fine, two policies are a conflict."""
-    assert read_caller(CHAT, headers((HEADER, "calm")), "m+calm", {"m"}).choice == "calm"
+    assert read_caller(CHAT, headers((POLICY_HEADER, "calm")), "m+calm", {"m"}).choice == "calm"
     for given, model in (("none", "m+calm"), ("calm", "m+none"), ("calm", "m+other")):
         with pytest.raises(PolicyConflict):
-            read_caller(CHAT, headers((HEADER, given)), model, {"m"})
+            read_caller(CHAT, headers((POLICY_HEADER, given)), model, {"m"})
     with pytest.raises(PolicyConflict):
-        read_caller(CHAT, headers((HEADER, "calm"), ("x-steering-policy", "calm")), "m", {"m"})
+        read_caller(CHAT, headers((POLICY_HEADER, "calm"), ("x-steering-policy", "calm")), "m", {"m"})
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_header_and_alias_must_agree():
 def test_header_that_is_no_policy_id_is_refused(value):
     """Only a plain id is read."""
     with pytest.raises(UnknownPolicy):
-        read_caller(CHAT, headers((HEADER, value)), "m", {"m"})
+        read_caller(CHAT, headers((POLICY_HEADER, value)), "m", {"m"})
 
 
 @pytest.mark.parametrize("model", ["x", "m+", "m+a+b", "+calm", "M", "m ", "m+../x", "m+calm+"])

@@ -10,17 +10,20 @@ import structlog
 import proxy
 from interpretops.errors import EngineError
 from interpretops.records.api_keys import make_key, write_keys
-from proxy import audit, budget, reload, supervisor, transcripts, watch
+from proxy.admin import reload, watch
 from proxy.engines.client import EngineClient
 from proxy.engines.fleet_loop import FleetLoop
 from proxy.http.stall_guard import StallWatch
 from proxy.http.tls import Doorways
+from proxy.observe import audit_log as audit
+from proxy.observe import supervisor, transcripts
 from proxy.observe.audit_log import AuditLog
 from proxy.observe.metrics import Metrics
 from proxy.observe.readiness import Readiness
 from proxy.observe.supervisor import BRIEF, KEPT, Supervisor, end, first_of
 from proxy.observe.transcripts import Transcripts
 from proxy.policies.intake import Intake
+from proxy.tenants import budget
 from proxy.tenants.access import Access
 from proxy.tenants.budget import Budgets
 from proxy.tenants.shared_limits import SharedCounts

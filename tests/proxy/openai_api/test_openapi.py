@@ -13,7 +13,7 @@ from proxy.openai_api.request_body import clean
 from proxy.openai_api.routes import ROUTES, UNGUARDED
 from proxy.relay.public_app import make_public_app
 
-CLIENTS = Path(__file__).parents[1] / "clients"
+CLIENTS = Path(__file__).parents[2] / "clients"
 PYTHON = CLIENTS / ".venv/bin/python"
 CHECKS = "not_a_server_error"
 STRICT = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"

@@ -29,7 +29,7 @@ from interpretops.refusal_detector import is_degenerate
 from interpretops.riskcard import RiskCard, load_card
 from interpretops.settings import load_settings
 
-DATA = Path(os.environ.get("INTERPRETOPS_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("INTERPRETOPS_DATA", Path(__file__).parents[4] / "shared" / "data"))
 """Public data, by default where `make cards` looks for it: beside the checkout."""
 
 POLICY = """

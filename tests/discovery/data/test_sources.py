@@ -17,7 +17,7 @@ from discovery.data.sources import (
 from discovery.errors import DiscoveryError
 from interpretops.artifacts.dictionary.manifest import read_manifest
 
-ARTIFACTS = Path(__file__).resolve().parents[2] / "sae_artifacts"
+ARTIFACTS = Path(__file__).resolve().parents[3] / "sae_artifacts"
 PROMPTS = ["Who are you?", 'Say "yes", then no', "Grüße aus Köln"]
 
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from proxy import policy_files, policy_reading
 from proxy.errors import PolicyUnavailable
+from proxy.policies import policy_files, policy_reading
 
 CHANGED = 0.25
 

@@ -27,7 +27,7 @@ from proxy.observe.request_context import Trail
 from proxy.observe.supervisor import BRIEF, KEPT, STRAY
 from proxy.policies.drift import LEAST
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "interpretops.json"
 NAME = re.compile(r"\binterpretops_[a-z_]+")
