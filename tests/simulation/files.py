@@ -22,6 +22,8 @@ class Files:
         self._away = folder / "away"
         self._chance = chance
         self._disk = disk
+        self._scales: set[tuple[str, float]] = set()
+        """Policy and scale of all that was written."""
         self._moved = 0
         """How often the audit log was moved away."""
         self.keys: dict[str, str] = {}
@@ -38,8 +40,12 @@ class Files:
             self.write_keys()
 
     def write(self, policy: str, *, layer: int | None = None, criteria: bool = False, name: str = "") -> None:
-        """A new revision of a policy, in its own file or another."""
-        scale = round(self._chance.uniform(0.1, 0.9), 4)
+        """A new revision of a policy, in its own file or another: one that it never had before."""
+        scale = self._scale()
+        # Nobody could tell a change to what serves already from a change that is not taken.
+        while (policy, scale) in self._scales:
+            scale = self._scale()
+        self._scales.add((policy, scale))
         layer = POLICIES[policy] if layer is None else layer
         text = (
             f"meta: {{id: {policy}}}\ninterventions:\n"
@@ -108,6 +114,9 @@ class Files:
         there = log.exists()
         log.unlink(missing_ok=True)
         return there
+
+    def _scale(self) -> float:
+        return round(self._chance.uniform(0.1, 0.9), 4)
 
     def _put(self, name: str, text: str) -> None:
         if self.policies.exists():
