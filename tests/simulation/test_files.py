@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
 
 class Drawn(random.Random):
     """Draws what it is told to."""
@@ -17,12 +15,6 @@ class Drawn(random.Random):
 
     def uniform(self, a: float, b: float) -> float:
         return self.numbers.pop(0)
-
-
-@pytest.fixture
-def simulation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The simulation can be imported."""
-    monkeypatch.syspath_prepend(str(ROOT / "tests"))
 
 
 @pytest.mark.usefixtures("simulation")
