@@ -24,6 +24,8 @@ class Files:
         self._disk = disk
         self._scales: set[tuple[str, float]] = set()
         """Policy and scale of all that was written."""
+        self._texts: dict[str, list[str]] = {policy: [] for policy in POLICIES}
+        """What each policy was, in order."""
         self._moved = 0
         """How often the audit log was moved away."""
         self.keys: dict[str, str] = {}
@@ -51,7 +53,12 @@ class Files:
             f"meta: {{id: {policy}}}\ninterventions:\n"
             f"  - {{type: head_scale, selector: {{layer: {layer}, heads: [0]}}, scale: {scale}}}\n"
         )
-        self._put(name or policy, text + (_CRITERIA if criteria else ""))
+        self._texts[policy].append(text + (_CRITERIA if criteria else ""))
+        self._put(name or policy, self._texts[policy][-1])
+
+    def change_back(self, policy: str) -> None:
+        """One of the last revisions that a policy had, perhaps the one that it has."""
+        self._put(policy, self._chance.choice(self._texts[policy][-4:]))
 
     def spoil(self, policy: str) -> None:
         """A file that becomes no plan."""
