@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from discovery.errors import DiscoveryError
 from interpretops.settings import Settings
 
 Say = Callable[[str], None]
+WORK = Path("runs/sae-train")
+MOST_TOKENS = 750_000
+"""Tokens that a dictionary is trained on when the command does not say."""
+MOST_PASSES = 12
+"""Passes over a small trace after which more would only make a dictionary know it by heart."""
 
 
 def trace(
@@ -20,13 +26,16 @@ def trace(
     text: Sequence[Path],
     data: Path | None,
     data_folder: Path | None,
-    layers: Sequence[int],
+    layers: Sequence[int] | None,
     out: Path,
     options: dict[str, Any],
     workers: int,
     say: Say,
 ) -> None:
-    """Trace prompts and text to ``out``; a run that was stopped goes on."""
+    """Trace prompts and text to ``out``; a run that was stopped goes on.
+
+    layers  None: the one in the middle of the model, where features are most abstract and still act
+    """
     from discovery.data.sources import DataList, Source, read_data_list
     from discovery.data.trace import TraceSettings
     from discovery.data.trace import trace as run
@@ -38,19 +47,23 @@ def trace(
         groups["given"] = tuple(given)
     if not groups:
         raise DiscoveryError("no data: name --prompts, --text or a list of files with --data")
-    chosen = TraceSettings(layers=tuple(layers), **options)
+    chosen = TraceSettings(layers=(0,) if layers is None else tuple(layers), **options)
     chosen.check()
     if start_workers(workers, sys.argv[1:]):
         return
     with joined(workers) as team:
         with team.agreeing():
             model = frozen_model(settings, say)
+        if layers is None:
+            chosen = replace(chosen, layers=(model.spec.num_layers // 2,))
         record = run(model, DataList(groups), chosen, out, team)
     if not team.first:
         return
     stored, sinks = (sum(entry[key] for entry in record["shards"]) for key in ("stored", "sinks"))
     say(
-        f"{out}: {len(record['shards'])} shards, {stored:,} tokens stored, {sinks:,} attention sinks left out"
+        f"{out}: {len(record['shards'])} shards, {stored:,} tokens stored of "
+        f"layer{'s' * (len(chosen.layers) > 1)} {', '.join(map(str, chosen.layers))}, "
+        f"{sinks:,} attention sinks left out"
     )
 
 
@@ -59,27 +72,33 @@ def sae_train(
     *,
     trace: Path,
     out: Path,
-    work: Path,
+    work: Path | None,
     text: Path | None,
     measured_tokens: int,
     options: dict[str, Any],
     say: Say,
 ) -> None:
-    """Train a dictionary on a trace, measure it on the trace's held-out sequences, write ``out``."""
+    """Train a dictionary on a trace, measure it on the trace's held-out sequences, write ``out``.
+
+    work     folder of the checkpoint; None: one of this training's own under `WORK`
+    options  of `TrainSettings`; layer None: the traced one that is nearest the middle of the model; tokens
+             None: `MOST_TOKENS`, but no more than `MOST_PASSES` passes over the trace
+    """
     from discovery.data.activations import TraceReader
     from discovery.jobs.workers import joined, start_workers
     from discovery.sae.dictionary_artifact import write_dictionary
-    from discovery.sae.sae_train import TrainSettings, save_dictionary, train
+    from discovery.sae.sae_train import TrainSettings, save_dictionary, train, train_digest
 
-    chosen = TrainSettings(**options)
-    chosen.check()
-    if work.resolve().is_relative_to(out.resolve()):
+    if work is not None and work.resolve().is_relative_to(out.resolve()):
         raise DiscoveryError(f"--work {work}: lies in --out {out}, whose old files go; name another folder")
+    chosen = TrainSettings(**_train_defaults(trace, options))
+    chosen.check()
     if start_workers(chosen.workers, sys.argv[1:]):
         return
     with joined(chosen.workers) as team:
         with team.agreeing():
             reader = TraceReader(trace, chosen.layer)
+            work = work or WORK / train_digest(reader, chosen)
             _refuse_noncommercial(reader.record["data"])
             if team.first:
                 model = frozen_model(settings, say)
@@ -95,6 +114,22 @@ def sae_train(
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(draft, out)
     say(f"{out}: {json.dumps(metrics)}")
+
+
+def _train_defaults(trace: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a training, with what was left out taken from the trace."""
+    from discovery.data.trace import read_trace_record
+
+    filled = dict(options)
+    if filled["layer"] is None or filled["tokens"] is None:
+        record = read_trace_record(trace)
+        if filled["layer"] is None:
+            middle = int(record["model"]["num_layers"]) // 2
+            filled["layer"] = min(record["settings"]["layers"], key=lambda layer: abs(layer - middle))
+        if filled["tokens"] is None:
+            stored = sum(int(entry["stored"]) for entry in record["shards"])
+            filled["tokens"] = max(min(MOST_TOKENS, MOST_PASSES * stored), int(filled["batch"]))
+    return filled
 
 
 def sae_eval(
@@ -208,12 +243,11 @@ def frozen_model(settings: Settings, say: Say) -> Any:
     import torch
 
     from discovery.frozen_model import FrozenModel
+    from interpretops.model.device import pick_device
     from interpretops.model.source import resolve_model
 
+    device = pick_device(settings.model.device)
     folder = resolve_model(settings.model.name, settings.cache.dir, say, revision=settings.model.revision)
-    device = settings.model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if settings.model.dtype == "auto" else getattr(torch, settings.model.dtype)
     return FrozenModel(folder, dtype, device)
 

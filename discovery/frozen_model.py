@@ -30,7 +30,9 @@ def hook_name(layer: int) -> str:
 class FrozenModel:
     """Model, tokenizer and spec of a local folder. Raises `ModelError` when the folder cannot be used."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+    ) -> None:
         self.folder = Path(folder)
         self.spec: ModelSpec = read_model_spec(self.folder)
         self.device = torch.device(device)

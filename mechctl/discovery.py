@@ -40,7 +40,12 @@ def add_discovery_commands(app: typer.Typer) -> None:
 
 def trace(
     out: Annotated[Path, typer.Option("--out", help="Folder of the trace; an unfinished one goes on.")],
-    layers: Annotated[str, typer.Option("--layers", help="Layers to trace in one pass, as 8,15,20.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers", help="Layers to trace in one pass, as 8,15,20.", show_default="the middle one"
+        ),
+    ] = None,
     prompts: Annotated[
         list[Path] | None, typer.Option("--prompts", help="File of prompts: json, jsonl, csv, txt, yaml.")
     ] = None,
@@ -75,7 +80,7 @@ def trace(
         text=text or [],
         data=data,
         data_folder=data_folder,
-        layers=_numbers("layers", layers),
+        layers=None if layers is None else _numbers("layers", layers),
         out=out,
         options={
             "context": context,
@@ -93,15 +98,31 @@ def trace(
 
 
 def sae_train(
-    trace: Annotated[Path, typer.Option("--trace", help="Folder of a finished trace.")],
-    layer: Annotated[int, typer.Option("--layer", help="Layer of the dictionary.")],
+    trace: Annotated[Path, typer.Option("--traces", "--trace", help="Folder of a finished trace.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the dictionary; its name is the id.")],
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            "--layer", help="Layer of the dictionary.", show_default="the traced one nearest the middle"
+        ),
+    ] = None,
     work: Annotated[
-        Path, typer.Option("--work", help="Folder of the checkpoint; an unfinished training goes on.")
-    ] = Path("runs/sae-train"),
+        Path | None,
+        typer.Option(
+            "--work",
+            help="Folder of the checkpoint; an unfinished training goes on.",
+            show_default="one of this training's own under runs/sae-train",
+        ),
+    ] = None,
     width: Annotated[int, typer.Option(help="Number of features.")] = 4096,
     k: Annotated[float, typer.Option(help="Features active per token while training.")] = 32.0,
-    tokens: Annotated[int, typer.Option(help="Tokens to train on, passes counted.")] = 750_000,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens to train on, passes counted.",
+            show_default="750000, at most 12 passes over the trace",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Tokens of a step.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 4e-4,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,

@@ -25,13 +25,30 @@ def add_eval_commands(app: typer.Typer) -> None:
 
 
 def report(
-    card: Annotated[Path, typer.Argument(help="A Risk Card (JSON).", show_default=False)],
+    card: Annotated[Path | None, typer.Argument(help="A Risk Card (JSON).", show_default=False)] = None,
     form: Annotated[Form, typer.Option("--format", help="Markdown or one HTML file.")] = Form.MARKDOWN,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write; else stdout.", show_default=False)
+        Path | None,
+        typer.Option("-o", "--output", "--out", help="File to write; else stdout.", show_default=False),
     ] = None,
+    circuit_id: Annotated[
+        str | None,
+        typer.Option("--circuit-id", help="A circuit of `mechctl circuits`, as PDF.", show_default=False),
+    ] = None,
+    config: Config = None,
 ) -> None:
     """Show a Risk Card as Markdown or as one self-contained HTML file."""
+    if circuit_id is not None:
+        from interpretops.circuit.store import CircuitStore
+        from interpretops.settings import load_settings
+
+        CircuitStore(load_settings(config).circuits_dir).load(circuit_id)
+        raise ConfigError(
+            f"report --circuit-id {circuit_id}: reports of circuits come with the control plane, which this "
+            "version does not have; `mechctl report CARD` shows a Risk Card"
+        )
+    if card is None:
+        raise ConfigError("report needs a Risk Card (JSON), as policies/cards/jailbreak.json")
     from interpretops.files.atomic_file import write_atomically
     from interpretops.riskcard import load_card
     from interpretops.riskcard.markdown import card_markdown

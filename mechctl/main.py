@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from interpretops import __version__
-from interpretops.errors import InterpretOpsError
+from interpretops.errors import ConfigError, InterpretOpsError
 from mechctl.audit import audit_app
+from mechctl.circuits import circuits
 from mechctl.discovery import add_discovery_commands
 from mechctl.evaluation import add_eval_commands
 from mechctl.keys import keys_app
@@ -37,6 +38,7 @@ app.add_typer(audit_app, name="audit")
 app.add_typer(transcripts_app, name="transcripts")
 app.command("steer")(steer)
 app.command("search")(search)
+app.command("circuits")(circuits)
 app.command("propose")(propose)
 add_discovery_commands(app)
 add_eval_commands(app)
@@ -99,6 +101,18 @@ def serve(
         "engine.url": engine_url or None,
     }
     run(load_settings(config, overrides))
+
+
+@app.command("serve-ui")
+def serve_ui(config: Config = None) -> None:
+    """Serve the dashboard (not in this version)."""
+    from interpretops.settings import load_settings
+
+    load_settings(config)
+    raise ConfigError(
+        "serve-ui: the dashboard comes with the control plane, which this version does not have; "
+        "`mechctl serve` has metrics and /admin/policies on 127.0.0.1:8001"
+    )
 
 
 def main() -> None:

@@ -1,6 +1,9 @@
 """What all tests share: the default model's folder, and a visible skip where a GPU is needed."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not Path("/dev/nvidiactl").exists():  # Triton reads this when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What commands remember from run to run (found circuits, used budgets) is not the user's own.
+_state = tempfile.mkdtemp(prefix="interpretops-state-")
+os.environ["XDG_STATE_HOME"] = _state
+atexit.register(shutil.rmtree, _state, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,10 @@
-"""What the command `search` does: from settings and a file of pairs to a circuit file and a few lines."""
+"""What the command `search` does: from settings and pairs, or prompts, to a circuit file and a few lines."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from discovery.circuits.matching import match_prompts
 from discovery.circuits.pairs import (
     CLASS_ANSWERS,
     LAYOUTS,
@@ -14,14 +15,16 @@ from discovery.circuits.pairs import (
     split_pairs,
 )
 from discovery.circuits.search import CircuitSearch, SearchSettings
-from discovery.data.sources import sha256_of_file
+from discovery.data.sources import Source, read_prompts, sha256_of_file
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.jobs.run_record import run_record
 from discovery.jobs.stopping import interruptible
 from interpretops.artifacts import Artifacts
-from interpretops.artifacts.dictionary import Dictionary
+from interpretops.artifacts.dictionary import Dictionary, open_dictionary
+from interpretops.artifacts.dictionary.manifest import MANIFEST_NAME
 from interpretops.circuit import Circuit, CircuitNode, DataFile
+from interpretops.circuit.store import CircuitStore
 from interpretops.errors import DictionaryError
 from interpretops.settings import Settings
 
@@ -31,7 +34,8 @@ Say = Callable[[str], None]
 def search(
     settings: Settings,
     *,
-    pairs: Path,
+    pairs: Path | None,
+    prompts: Path | None = None,
     target_class: str,
     out: Path,
     work: Path,
@@ -42,7 +46,13 @@ def search(
     dictionaries: Sequence[str],
     say: Say,
 ) -> None:
-    """Search the circuit of a contrast and write it to ``out``; a run that was stopped goes on."""
+    """Search the circuit of a contrast and write it to ``out``; a run that was stopped goes on.
+
+    pairs    file of contrast pairs, or
+    prompts  file of prompts that show the behaviour, each of which is set beside a harmless one of ours
+    out      a ``.json`` file, or a folder in which the file is named by the circuit's id
+    dictionaries  ids, or folders of dictionaries
+    """
     chosen.check()
     if not target_class.strip():
         raise DiscoveryError("--class is empty; name the behaviour that the pairs contrast")
@@ -52,16 +62,30 @@ def search(
         raise DiscoveryError(f"limit = {limit}, but must be at least 2: one pair to search, one to measure")
     if reading.layout not in LAYOUTS:
         raise DiscoveryError(f"layout = {reading.layout!r}, but must be one of {', '.join(LAYOUTS)}")
-    reading = _with_class_answers(reading, target_class, pairs)
-    read_pairs(pairs, reading)  # a fault of the file shows before a model is loaded
+    if (pairs is None) == (prompts is None):
+        raise DiscoveryError("search needs --pairs or --prompts, and not both")
+    source = pairs or prompts
+    assert source is not None
+    if pairs is not None:
+        reading = _with_class_answers(reading, target_class, pairs)
+        read_pairs(pairs, reading)  # a fault of the file shows before a model is loaded
+    else:
+        read_prompts(Source(source, "prompts"))
     model = _model(settings, say)
     opened = _dictionaries(settings, model, dictionaries)
-    texts = read_pairs(pairs, reading, whole_years=len(model.text_ids("52")) == 1)
+    unmatched = 0
+    if pairs is not None:
+        texts = read_pairs(pairs, reading, whole_years=len(model.text_ids("52")) == 1)
+    else:
+        texts, unmatched = match_prompts(
+            model, source, target_class, chat=reading.chat, answers=reading.answers, wrong=reading.wrong
+        )
     encoded, skipped = encode_pairs(model, texts, reading)
+    skipped += unmatched
     discovery, evaluation = split_pairs(encoded, held_out, limit)
     data = DataFile(
-        name=pairs.name,
-        sha256=sha256_of_file(pairs),
+        name=source.name,
+        sha256=sha256_of_file(source),
         discovery_pairs=len(discovery),
         evaluation_pairs=len(evaluation),
         skipped_pairs=skipped,
@@ -70,19 +94,22 @@ def search(
     options |= {"dictionaries": list(dictionaries)}
     record = run_record("search", chosen.seed, options, data.model_dump())
     run = CircuitSearch(model, discovery, evaluation, chosen, work, opened)
-    say(f"{pairs}: {len(discovery)} pairs to search, {len(evaluation)} to measure, {skipped} skipped")
+    say(f"{source}: {len(discovery)} pairs to search, {len(evaluation)} to measure, {skipped} skipped")
     with interruptible(f"finished steps are in {run.steps.folder}"):
         circuit = run.run(target_class, data, record)
+    file = out if out.suffix == ".json" and not out.is_dir() else out / f"{circuit.id}.json"
     try:
-        circuit.save(out)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        circuit.save(file)
     except OSError as error:
         raise DiscoveryError(
-            f"{out}: cannot be written ({error.strerror or error}); "
+            f"{file}: cannot be written ({error.strerror or error}); "
             f"the finished steps are in {run.steps.folder}"
         ) from error
+    CircuitStore(settings.circuits_dir).add(circuit)
     for line in summary(circuit):
         say(line)
-    say(f"{out}: circuit")
+    say(f"{file}: circuit {circuit.id}")
 
 
 def summary(circuit: Circuit) -> list[str]:
@@ -128,15 +155,29 @@ def _named(nodes: Sequence[CircuitNode]) -> str:
 
 
 def _dictionaries(settings: Settings, model: FrozenModel, names: Sequence[str]) -> list[Dictionary]:
-    """The dictionaries of the model that the command names."""
+    """The dictionaries of the model that the command names, each by its id or its folder."""
     artifacts = Artifacts(settings.paths.artifacts, model.spec)
     found = []
     for name in dict.fromkeys(names):
         try:
+            if (Path(name) / MANIFEST_NAME).is_file():
+                found.append(_in_folder(Path(name), model))
+                continue
             found.append(artifacts.named_dictionary(name))
         except DictionaryError as error:
             raise DiscoveryError(f"--dictionary {name}: {error}") from error
     return found
+
+
+def _in_folder(folder: Path, model: FrozenModel) -> Dictionary:
+    dictionary = open_dictionary(folder)
+    of = dictionary.manifest.model
+    if of.fingerprint != model.spec.fingerprint:
+        raise DictionaryError(
+            f"{folder}: is a dictionary of {of.name} (fingerprint {of.fingerprint[:12]}), and the model is "
+            f"{model.spec.name} (fingerprint {model.spec.fingerprint[:12]}); train one with mechctl sae-train"
+        )
+    return dictionary
 
 
 def _with_class_answers(reading: Reading, target_class: str, pairs: Path) -> Reading:
@@ -152,10 +193,9 @@ def _model(settings: Settings, say: Say) -> FrozenModel:
     """The model in float32, whatever dtype it is served in: in bfloat16, small effects drown in rounding."""
     import torch
 
+    from interpretops.model.device import pick_device
     from interpretops.model.source import resolve_model
 
+    device = pick_device(settings.model.device)
     folder = resolve_model(settings.model.name, settings.cache.dir, say, revision=settings.model.revision)
-    device = settings.model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return FrozenModel(folder, torch.float32, device)

@@ -42,6 +42,7 @@ from interpretops.circuit import (
     Method,
     Stability,
 )
+from interpretops.ids import new_id
 
 ABLATIONS: tuple[Ablation, ...] = ("counterfactual", "mean")
 
@@ -126,6 +127,7 @@ class CircuitSearch:
             self._features(site).run(found[0].full_metric - found[0].empty_metric) for site in self.sites
         ]
         return Circuit(
+            id=self._id(target_class, data),
             target_class=target_class,
             model=self.model.spec.name,
             fingerprint=self.model.spec.fingerprint,
@@ -148,6 +150,13 @@ class CircuitSearch:
             stability=self._stability(scores, edges),
             run=record,
         )
+
+    def _id(self, target_class: str, data: DataFile) -> str:
+        """The id of this very circuit: the same command run again ends in the same file."""
+        weights = [site.manifest.weights.sha256 for site in self.sites]
+        of = json.dumps([target_class, data.model_dump(), weights, self.settings.features])
+        name = f"id-{hashlib.sha256(of.encode()).hexdigest()[:16]}"
+        return self.steps.text(name, partial(new_id, "cx"))
 
     def _seeds(self) -> tuple[int, ...]:
         return tuple(range(self.settings.seed, self.settings.seed + self.settings.seeds))
@@ -197,14 +206,15 @@ class CircuitSearch:
         actual = [int(circuit.sum()) for circuit in circuits]
         size = int(edges.sum())
         count = self.settings.random_circuits
-        with meter(f"search: {ablation} ablation", count + 1, "circuits") as progress:
+        pairs = len(self.evaluation)
+        with meter(f"search: {ablation} ablation", (count + 1) * pairs, "pairs") as progress:
             own = self.steps.numbers(f"{ablation}-found", lambda: evaluator.metrics([*circuits, edges]))
-            progress.advance(1)
+            progress.advance(pairs)
             others = []
             for number in range(count):
                 measured = partial(self._random_metrics, evaluator, number, actual, size)
                 others.append(self.steps.numbers(f"{ablation}-random-{number:03d}", measured))
-                progress.advance(1)
+                progress.advance(pairs)
         curve = [evaluator.faithfulness(value) for value in own[:-1]] + [1.0]
         area = areas(SIZES, curve)
         return Faithfulness(

@@ -28,6 +28,18 @@ class Steps:
         seal_json(path, self._identity(name), result)
         return result
 
+    def text(self, name: str, compute: Callable[[], str]) -> str:
+        """A step's text from its file, else computed and written."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            found = open_json(path, self._identity(name))
+            if not isinstance(found, str):
+                raise _unreadable(path, TypeError("it is no text"))
+            return found
+        result = compute()
+        seal_json(path, self._identity(name), result)
+        return result
+
     def tensor(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """A step's tensor from its file, else computed and written."""
         path = self.folder / f"{name}.safetensors"

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 LINE_EVERY_S = 10.0
+SLOW_RATE = 10.0
+"""Units per second below which the seconds of one are told instead."""
 
 
 class Meter:
@@ -27,10 +29,17 @@ class Meter:
         """Units per second of this run."""
         return (self.done - self._before) / max(time.monotonic() - self._began_at, 1e-9)
 
+    @property
+    def pace(self) -> str:
+        """Units per second; of slow work seconds per unit."""
+        if self.rate >= SLOW_RATE or self.rate == 0:
+            return f"{self.rate:,.0f} {self.unit}/s"
+        return f"{1 / self.rate:,.1f} s per {self.unit.removesuffix('s')}"
+
     def advance(self, amount: int, note: str = "") -> None:
         """Count work and show it."""
         self.done += amount
-        text = f"{self.rate:,.0f} {self.unit}/s {note}".rstrip()
+        text = f"{self.pace} {note}".rstrip()
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done, total=self.total, text=text)
         elif self._shown and (time.monotonic() - self._line_at >= LINE_EVERY_S or self.done >= self.total):

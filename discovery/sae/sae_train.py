@@ -4,6 +4,7 @@ The work folder holds ``checkpoint/`` (SAELens' training weights and trainer sta
 goes on where it stood: batch n is a function of the seed and n alone.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -80,7 +81,7 @@ def train(
     torch.manual_seed(settings.seed)
     trainer = _trainer(reader, settings)
     checkpoint = work / CHECKPOINT
-    identity = asdict(settings) | {"shards": [entry["sha256"] for entry in reader.record["shards"]]}
+    identity = _identity(reader, settings)
     with team.agreeing():
         if team.first and not checkpoint.exists() and (_fresh(checkpoint) / IDENTITY).exists():
             _fresh(checkpoint).rename(checkpoint)  # killed between the two steps of taking its place
@@ -110,6 +111,15 @@ def train(
     trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
     trainer.set_final_sae_metadata()
     return trainer
+
+
+def _identity(reader: TraceReader, settings: TrainSettings) -> dict[str, Any]:
+    return asdict(settings) | {"shards": [entry["sha256"] for entry in reader.record["shards"]]}
+
+
+def train_digest(reader: TraceReader, settings: TrainSettings) -> str:
+    """16 hex that name a training: another trace or other settings have another one."""
+    return hashlib.sha256(json.dumps(_identity(reader, settings)).encode()).hexdigest()[:16]
 
 
 def _trainer(reader: TraceReader, settings: TrainSettings) -> Any:

@@ -211,8 +211,8 @@ class PathSettings(Section):
     transcripts: Path | None = None
     """Folder of the requests that tenants have kept. Default: `transcripts` under `paths.state`."""
     state: Path = Field(default_factory=user_state_dir)
-    """What must outlast a restart: how much of its budget each tenant has used. Default: `interpretops` in
-    the user's own state folder."""
+    """What must outlast a restart: how much of its budget each tenant has used, and the circuits that were
+    found. Default: `interpretops` in the user's own state folder."""
 
 
 class Settings(Section):
@@ -273,6 +273,11 @@ class Settings(Section):
     def transcripts_dir(self) -> Path:
         """Where kept requests are."""
         return self.paths.transcripts or self.paths.state / "transcripts"
+
+    @property
+    def circuits_dir(self) -> Path:
+        """Where found circuits are, by id."""
+        return self.paths.state / "circuits"
 
     @property
     def plans_dir(self) -> Path:

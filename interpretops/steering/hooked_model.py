@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from interpretops.errors import ModelError
+from interpretops.model.device import pick_device
 from interpretops.model.family import family_of
 from interpretops.model.source import resolve_model
 from interpretops.model.spec import read_model_spec
@@ -63,7 +64,7 @@ class HookedModel:
         settings = load_settings()
         if model_name is None:
             model_name, revision = settings.model.name, revision or settings.model.revision
-        self.device = _device(settings.model.device if device is None else device)
+        self.device = pick_device(settings.model.device if device is None else device)
         wanted = _dtype(settings.model.dtype if dtype is None else dtype)
         cache = settings.cache.dir if cache_dir is None else Path(cache_dir)
         self.folder: Path = resolve_model(str(model_name), cache, progress, revision=revision)
@@ -244,20 +245,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if name not in DTYPES:
         raise ModelError(f"dtype = {name!r}, but must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"device = {device!r}, but must be auto, cpu, cuda or cuda:<n>") from error
-    if found.type not in ("cpu", "cuda"):
-        raise ModelError(f"device = {str(device)!r}, but must be auto, cpu, cuda or cuda:<n>")
-    if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
-        raise ModelError(f"device = {str(device)!r}, but torch finds {torch.cuda.device_count()} GPUs here")
-    return found
 
 
 def load_tokenizer(folder: Path) -> Any:

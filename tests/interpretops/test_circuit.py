@@ -97,8 +97,8 @@ def test_file_of_the_first_format_still_loads(tmp_path: Path) -> None:
 
 def test_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
     """What this version cannot know is not guessed: one line names the format and the remedy."""
-    with pytest.raises(CircuitError, match="format = 3, but this version reads 1 and 2; update") as error:
-        load(document() | {"format": 3}, tmp_path)
+    with pytest.raises(CircuitError, match="format = 4, but this version reads 1 to 3; update") as error:
+        load(document() | {"format": 4}, tmp_path)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -176,3 +176,13 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     """A file that is not there is one line."""
     with pytest.raises(CircuitError, match=r"gone\.json: cannot be read"):
         load_circuit(tmp_path / "gone.json")
+
+
+def test_only_the_third_format_has_an_id(tmp_path: Path) -> None:
+    """The id is read back as it stands; an older format, or an id of another kind, is refused by name."""
+    named = document() | {"format": 3, "id": "cx_01JD8M0T5WABCDEFGHJKMNPQRS"}
+    assert load(named, tmp_path).id == named["id"]
+    with pytest.raises(CircuitError, match="has an id, which format 2 does not have"):
+        load(named | {"format": 2}, tmp_path)
+    with pytest.raises(CircuitError, match="id: "):
+        load(named | {"id": "run_01JD8M0T5WABCDEFGHJKMNPQRS"}, tmp_path)

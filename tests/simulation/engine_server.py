@@ -63,6 +63,7 @@ class EngineServer(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
+        transport.peer.sends = self._sent
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._task is not None:
@@ -76,6 +77,12 @@ class EngineServer(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
+
+    def _sent(self, data: bytes) -> None:
+        """The gateway sent something here, which may never arrive whole."""
+        mark = _MARK.search(data)
+        if mark is not None:
+            self._events.sent(mark[1].decode())
 
     def on_url(self, url: bytes) -> None:
         # In pieces, when it came in pieces.
@@ -93,9 +100,6 @@ class EngineServer(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(self._handle(request))
 
     async def _handle(self, request: _Request) -> None:
-        mark = _MARK.search(request.body)
-        if mark is not None:
-            self._events.reached(mark[1].decode())
         if self._engine.hangs:
             await asyncio.Event().wait()
         path, holder = request.path, request.headers.get(HOLDER_HEADER, "")

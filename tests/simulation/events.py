@@ -19,8 +19,8 @@ class Events:
     """An engine began to generate."""
     not_resident: Callable[[str, Callable[[], bool]], None]
     """An engine refused an ask since it does not hold its revision; and whether that connection was cut."""
-    reached: Callable[[str], object]
-    """An ask came to an engine, perhaps after another had refused it."""
+    sent: Callable[[str], object]
+    """An ask was sent to an engine, perhaps after another had refused it."""
     engine_connections: list[Any] = field(default_factory=list)
     """Open ones, of all engines."""
 

@@ -22,6 +22,10 @@ class Files:
         self._away = folder / "away"
         self._chance = chance
         self._disk = disk
+        self._scales: set[tuple[str, float]] = set()
+        """Policy and scale of all that was written."""
+        self._texts: dict[str, list[str]] = {policy: [] for policy in POLICIES}
+        """What each policy was, in order."""
         self._moved = 0
         """How often the audit log was moved away."""
         self.keys: dict[str, str] = {}
@@ -38,14 +42,23 @@ class Files:
             self.write_keys()
 
     def write(self, policy: str, *, layer: int | None = None, criteria: bool = False, name: str = "") -> None:
-        """A new revision of a policy, in its own file or another."""
-        scale = round(self._chance.uniform(0.1, 0.9), 4)
+        """A new revision of a policy, in its own file or another: one that it never had before."""
+        scale = self._scale()
+        # Nobody could tell a change to what serves already from a change that is not taken.
+        while (policy, scale) in self._scales:
+            scale = self._scale()
+        self._scales.add((policy, scale))
         layer = POLICIES[policy] if layer is None else layer
         text = (
             f"meta: {{id: {policy}}}\ninterventions:\n"
             f"  - {{type: head_scale, selector: {{layer: {layer}, heads: [0]}}, scale: {scale}}}\n"
         )
-        self._put(name or policy, text + (_CRITERIA if criteria else ""))
+        self._texts[policy].append(text + (_CRITERIA if criteria else ""))
+        self._put(name or policy, self._texts[policy][-1])
+
+    def change_back(self, policy: str) -> None:
+        """One of the last revisions that a policy had, perhaps the one that it has."""
+        self._put(policy, self._chance.choice(self._texts[policy][-4:]))
 
     def spoil(self, policy: str) -> None:
         """A file that becomes no plan."""
@@ -108,6 +121,9 @@ class Files:
         there = log.exists()
         log.unlink(missing_ok=True)
         return there
+
+    def _scale(self) -> float:
+        return round(self._chance.uniform(0.1, 0.9), 4)
 
     def _put(self, name: str, text: str) -> None:
         if self.policies.exists():

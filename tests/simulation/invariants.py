@@ -36,8 +36,8 @@ class Invariants:
     """Policy to the revisions that were active, and since when."""
     proven_boots: set[str] = field(default_factory=set)
     refused_residency: dict[str, Callable[[], bool]] = field(default_factory=dict)
-    """Asks that the last engine they came to refused since it did not hold their revision, and whether the
-    gateway cut that connection before it could read so."""
+    """Asks that the last engine they were sent to refused since it did not hold their revision, and whether
+    the gateway cut that connection before it could read so."""
     log_deleted_at: float | None = None
     """When the audit log was last deleted."""
     _watched_since: float = 0.0

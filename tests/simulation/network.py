@@ -62,6 +62,8 @@ class Endpoint(asyncio.Transport):
         super().__init__()
         self.name = name
         self.peer: Endpoint
+        self.sends: Callable[[bytes], None] = lambda _data: None
+        """Hears what this end sends, before it is on its way."""
         self._network = network
         self._loop = network.loop
         self._protocol = protocol
@@ -112,6 +114,7 @@ class Endpoint(asyncio.Transport):
         if self._closing or not data:
             return
         self._network.note(self.name, "write", bytes(data))
+        self.sends(bytes(data))
         self._unsent += data
         self._push()
 

@@ -39,6 +39,7 @@ class Operator:
             "engine_is_full": (2, self._engine_is_full),
             "engine_damages_plans": (1, self._engine_damages_plans),
             "policy_changes": (10, self._policy_changes),
+            "policy_changes_back": (4, self._policy_changes_back),
             "policy_waits": (4, self._policy_waits),
             "policy_breaks": (4, self._policy_breaks),
             "policies_clash": (3, self._policies_clash),
@@ -172,6 +173,10 @@ class Operator:
 
     async def _policy_changes(self) -> None:
         self._world.files.write(self._policy())
+        self._tell()
+
+    async def _policy_changes_back(self) -> None:
+        self._world.files.change_back(self._policy())
         self._tell()
 
     async def _policy_waits(self) -> None:

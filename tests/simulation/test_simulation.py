@@ -49,6 +49,17 @@ def test_seed_replays_exactly() -> None:
     assert text == again
 
 
+def test_several_processes_find_what_one_finds() -> None:
+    """Seeds that are shared by three processes are told as if one had run them, to the last byte."""
+    arguments = ("--seeds", "30", "--keep-going", "--put-back", "deleted_keys_work", "--only", "keys_change")
+    one, text = simulate(*arguments)
+    three, again = simulate(*arguments, "--jobs", "3")
+    assert one["violations"] > 0
+    assert (one.pop("processes"), three.pop("processes")) == (1, 3)
+    assert one == three
+    assert text.splitlines()[:-1] == again.splitlines()[:-1]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_that_is_put_back_is_found(fault: str) -> None:
     """The simulation fails once a fault of the past is in the gateway again."""

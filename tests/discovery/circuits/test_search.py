@@ -55,7 +55,8 @@ def test_known_circuit_is_written_with_its_measures(mechctl, pairs_file: Path, t
 def test_stopped_run_goes_on_and_ends_the_same(  # type: ignore[no-untyped-def]
     mechctl, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped amid attribution, the rest alone is computed, and the file is that of an unbroken run."""
+    """Stopped amid attribution, the rest alone is computed, and the file is that of an unbroken run but for
+    the id; once finished, the same command ends in the same file, id included."""
     calls = []
     real = search_module.edge_scores
 
@@ -74,7 +75,12 @@ def test_stopped_run_goes_on_and_ends_the_same(  # type: ignore[no-untyped-def]
     resumed = len(calls) - before
     assert mechctl(*common, "--out", tmp_path / "b.json", "--work", tmp_path / "other")[0] == 0
     assert len(calls) - before - resumed == resumed + 1
-    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert first.pop("id") != second.pop("id")
+    assert first == second
+    whole = (tmp_path / "a.json").read_text()
+    assert mechctl(*common, "--out", tmp_path / "a.json", "--work", tmp_path / "work")[0] == 0
+    assert (tmp_path / "a.json").read_text() == whole
 
 
 def test_search_is_in_float32_whatever_is_served(  # type: ignore[no-untyped-def]

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from interpretops.errors import InterpretOpsError
 from interpretops.files.atomic_file import write_atomically
 from interpretops.files.json_file import read_json_object
+from interpretops.ids import id_pattern
 from interpretops.policy.fields import Fraction, Index, Strictly
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -19,8 +20,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ComponentKind = Literal["input", "head", "mlp", "logits"]
 """Nodes that edges join."""
 NodeKind = ComponentKind | Literal["feature", "error"]
-FORMATS = (1, 2)
-"""Formats that can be read; 2 adds dictionaries and their features. Files are written in the last one."""
+FORMATS = (1, 2, 3)
+"""Formats that can be read; 2 adds dictionaries and their features, 3 the id. The last is written."""
 Ablation = Literal["counterfactual", "mean"]
 
 
@@ -198,7 +199,9 @@ class CircuitDictionary(Strictly):
 class Circuit(Strictly):
     """A circuit with all that is needed to judge it and to find it again."""
 
-    format: Literal[1, 2] = 2
+    format: Literal[1, 2, 3] = 3
+    id: Annotated[str, Field(pattern=id_pattern("cx"))] | None = None
+    """``cx_`` and a ULID; None in files from before circuits had ids."""
     target_class: str
     model: str
     fingerprint: Sha256
@@ -234,6 +237,8 @@ class Circuit(Strictly):
                 raise ValueError(f"has a node {node.id}, but no dictionary {node.dictionary!r} at that layer")
         if self.format == 1 and self.dictionaries:
             raise ValueError("names dictionaries, which format 1 does not have")
+        if self.format < 3 and self.id is not None:
+            raise ValueError(f"has an id, which format {self.format} does not have")
         return self
 
     def components(self) -> tuple[CircuitNode, ...]:
@@ -264,7 +269,7 @@ def load_circuit(path: Path) -> Circuit:
     document = read_json_object(path, CircuitError)
     if (found := document.get("format", FORMATS[-1])) not in FORMATS:
         raise CircuitError(
-            f"{path}: format = {found!r}, but this version reads {' and '.join(map(str, FORMATS))}; "
+            f"{path}: format = {found!r}, but this version reads {FORMATS[0]} to {FORMATS[-1]}; "
             "update interpretops, or search the circuit again"
         )
     try:

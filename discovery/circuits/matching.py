@@ -1,0 +1,98 @@
+"""Contrast pairs made from prompts that show a behaviour, each beside a harmless one that we ship."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from discovery.circuits.pairs import CLASS_ANSWERS, TextPair
+from discovery.data.sources import Source, read_prompts
+from discovery.errors import DiscoveryError
+from discovery.frozen_model import FrozenModel
+
+PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
+CONTRAST = PROMPTS / "contrast.yaml"
+SELF_ASKED = PROMPTS / "self-asked.json"
+
+
+def match_prompts(
+    model: FrozenModel,
+    path: Path,
+    target_class: str,
+    *,
+    chat: bool,
+    answers: tuple[str, ...] = (),
+    wrong: tuple[str, ...] = (),
+) -> tuple[list[TextPair], int]:
+    """Pairs of a file's prompts and shipped harmless ones, and how many prompts found no partner.
+
+    answers, wrong: what all pairs are measured by; empty: what we know of the class
+
+    Positions are exchanged one for one, so that a partner has as many tokens as its prompt; of those the one
+    with the most tokens alike, place by place, is taken. No harmless prompt is used twice.
+    """
+    prompts = list(dict.fromkeys(read_prompts(Source(path, "prompts"))))
+    encode = model.chat_ids if chat else model.text_ids
+    harmless = _harmless(target_class)
+    by_length: dict[int, dict[str, list[int]]] = {}
+    for text in harmless:
+        ids = encode(text)
+        by_length.setdefault(len(ids), {})[text] = ids
+    answers, wrong = _class_answers(target_class, answers, wrong)
+    tokens = {text: encode(text) for text in prompts}
+    likeness = {
+        (prompt, text): sum(a == b for a, b in zip(ids, other, strict=True))
+        for prompt, ids in tokens.items()
+        for text, other in by_length.get(len(ids), {}).items()
+        if text != prompt
+    }
+    partner: dict[str, str] = {}
+    taken: set[str] = set()
+    for prompt, text in sorted(likeness, key=lambda pair: -likeness[pair]):  # ties: in the files' order
+        if prompt not in partner and text not in taken:
+            partner[prompt] = text
+            taken.add(text)
+    if not partner:
+        raise DiscoveryError(
+            f"{path}: no prompt has as many tokens as one of our {len(harmless)} harmless ones; "
+            "write shorter prompts, or pairs of your own (--pairs)"
+        )
+    pairs = [
+        TextPair(f"{path}: prompt {index + 1}", prompt, partner[prompt], answers, wrong)
+        for index, prompt in enumerate(prompts)
+        if prompt in partner
+    ]
+    return pairs, len(prompts) - len(pairs)
+
+
+def _harmless(target_class: str) -> list[str]:
+    """What we ship for the class, then harmless prompts that share words with harmful ones, then any."""
+    found = [str(row["corrupted"]) for row in _class_rows(target_class)]
+    found += read_prompts(Source(CONTRAST, "prompts", name="benign"))
+    found += read_prompts(Source(SELF_ASKED, "prompts"))
+    return list(dict.fromkeys(found))
+
+
+def _class_rows(target_class: str) -> list[dict[str, object]]:
+    """The shipped contrast pairs of a class, if there are any."""
+    shipped = {path.stem: path for path in sorted((PROMPTS / "pairs").glob("*.jsonl"))}
+    path = shipped.get(target_class)
+    if path is None:
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _class_answers(
+    target_class: str, answers: Sequence[str], wrong: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is given, else the answers of the shipped pairs of the class, else the known ones."""
+    rows = _class_rows(target_class)
+    known = (rows[0]["answer"], rows[0]["wrong"]) if rows else CLASS_ANSWERS.get(target_class, ((), ()))
+    found = []
+    for option, given, fallback in (("answer", answers, known[0]), ("wrong", wrong, known[1])):
+        texts = tuple(given) or tuple(map(str, fallback if isinstance(fallback, list | tuple) else ()))
+        if not texts:
+            raise DiscoveryError(
+                f"--class {target_class}: we know no answers of this class; give --{option} (may be repeated)"
+            )
+        found.append(texts)
+    return found[0], found[1]

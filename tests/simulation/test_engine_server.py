@@ -1,0 +1,60 @@
+"""The model engine tells the invariants truly what became of a request."""
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+
+
+class Sender(asyncio.Protocol):
+    """Sends, and learns when the connection is gone."""
+
+    def __init__(self) -> None:
+        self.answered, self.gone = asyncio.Event(), asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        self.answered.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.gone.set()
+
+
+@pytest.mark.usefixtures("simulation")
+def test_request_lost_on_its_way_to_another_engine_is_not_the_first_ones_refusal() -> None:
+    """What one engine refused no longer counts once the request was sent to another, even to one that dies
+    before it has read it.
+    """
+    from simulation.clock import Clock
+    from simulation.engine import EngineModel
+    from simulation.engine_server import EngineServer
+    from simulation.events import Events
+    from simulation.loop import SimulatedLoop
+    from simulation.network import Network
+    from simulation.trace import Trace
+
+    clock, refused = Clock(), dict[str, Any]()
+    loop = SimulatedLoop(clock, random.Random(1))
+    network = loop.network = Network(loop, random.Random(1), Trace())
+    events = Events(
+        lambda _what: None, lambda _generation: None, refused.__setitem__, lambda ask: refused.pop(ask, None)
+    )
+    engines = [EngineModel(name, clock, random.Random(1), [0]) for name in ("e0", "e1")]
+    for engine in engines:
+        network.listeners[engine.name] = lambda engine=engine: EngineServer(engine, events, {})
+    body = b'{"prompt": "ask7. hello", "vllm_xargs": {"interpretops_revision": "%b"}}' % (b"a" * 64)
+    request = b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+    async def refused_then_lost() -> None:
+        first, lacks = await network.connect("e0", Sender)
+        first.write(request)
+        await lacks.answered.wait()
+        assert refused.keys() == {"7"}
+        second, dies = await network.connect("e1", Sender)
+        second.write(request)
+        events.engine_connections[-1].cut()
+        await dies.gone.wait()
+
+    loop.run_until_complete(refused_then_lost())
+    assert not refused
+    loop.close()
