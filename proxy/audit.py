@@ -28,6 +28,7 @@ from interpretops.regular_file import open_regular
 from interpretops.settings import AuditSettings
 from proxy.audit_file import DISPLACED, Displaced, HeadFile, Lock, LogFile
 from proxy.metrics import Metrics
+from proxy.off_loop import off_loop
 from proxy.readiness import Reason
 from proxy.refusal import AuditUnavailable
 from proxy.supervisor import Supervisor
@@ -155,7 +156,7 @@ class AuditLog:
                     # A file that was set aside meanwhile was forced out then.
                     descriptor = os.dup(self._file.descriptor)
                     try:
-                        await asyncio.to_thread(os.fsync, descriptor)
+                        await off_loop(os.fsync, descriptor)
                     finally:
                         os.close(descriptor)
                 self._note_head(head)

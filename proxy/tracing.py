@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
 from interpretops.errors import ConfigError
 from interpretops.settings_gateway import TracingSettings
+from proxy.off_loop import off_loop
 from proxy.trail import Trail
 
 if TYPE_CHECKING:
@@ -91,6 +91,6 @@ class Tracing:
         span.end()
 
     async def close(self) -> None:
-        """Send what is left, off the event loop."""
+        """Send what is left."""
         if self._provider is not None:
-            await asyncio.to_thread(self._provider.shutdown)
+            await off_loop(self._provider.shutdown)
