@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parent
 PYPROJECT = FOLDER.parent / "pyproject.toml"
 OVERRIDES = FOLDER / "overrides.txt"
 EXTRAS = {
-    "cpu": ("cpu", "model", "discovery", "tracing", "redis", "transcripts", "test", "dev"),
+    "cpu": ("cpu", "model", "discovery", "tracing", "redis", "transcripts", "s3", "test", "dev"),
     "gateway": ("redis", "transcripts"),
 }
 """What each lock file covers beyond the package's own dependencies."""

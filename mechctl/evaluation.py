@@ -208,6 +208,14 @@ def evaluate(
     publish: Annotated[
         bool, typer.Option("--publish", help="Put the card into `cards/` of the folder of policies.")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            help="JSON file to write: each suite's metrics and the cards of all policies that were measured.",
+            show_default=False,
+        ),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", help="Measure nothing; show two cards side by side.", show_default=False),
@@ -217,7 +225,7 @@ def evaluate(
     artifacts: Artifacts = None,
     config: Config = None,
 ) -> None:
-    """Measure a policy through the gateway, as users meet it, and write its Risk Card.
+    """Measure a policy, or all active ones, through the gateway, as users meet it, and write its Risk Card.
 
     Every prompt is answered with and without the policy, and by its baselines. Answers are kept in `--out`;
     the same command goes on where it stood.
@@ -228,16 +236,16 @@ def evaluate(
 
         typer.echo(comparison_markdown([load_card(path) for path in compare]), nl=False)
         return
-    if policy is None:
-        raise ConfigError("eval needs --policy, or --compare with two cards")
-    from discovery.evaluation.job import evaluate_policy
+    if policy is None and publish:
+        raise ConfigError("--publish needs --policy: the cards of all active policies have no baselines")
+    from discovery.evaluation.command import run_eval
     from discovery.evaluation.options import JobOptions
     from interpretops.settings import load_settings
 
-    evaluate_policy(
+    run_eval(
         load_settings(config, {"model.name": model, "paths.artifacts": artifacts}),
         JobOptions(
-            policy=policy,
+            policy=policy or "",
             suites=tuple(suite or ()),
             url=url,
             out=out,
@@ -259,5 +267,6 @@ def evaluate(
             prefix_cache=prefix_cache,
             publish=publish,
         ),
-        say=typer.echo,
+        report,
+        typer.echo,
     )

@@ -19,6 +19,8 @@ KINDS: tuple[Kind, ...] = ("prompts", "text", "openings")
 MAX_BYTES = 2**30
 PROMPT_COLUMNS = ("prompt", "Prompt", "question", "Question", "instruction", "goal", "text")
 """Fields that hold the prompt in objects and tables, the first that is there."""
+ANSWER_COLUMNS = ("answer", "Answer", "reference", "target", "expected", "output", "completion", "response")
+"""Fields that hold the right answer of a task, the first that is there."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,11 @@ def read_text(source: Source) -> str:
     return text
 
 
-def read_prompts(source: Source) -> list[str]:
-    """The prompts of a json, jsonl, csv, tsv, txt or yaml file, in its order."""
+def read_prompts(source: Source, columns: tuple[str, ...] = PROMPT_COLUMNS) -> list[str]:
+    """The prompts of a json, jsonl, csv, tsv, txt or yaml file, in its order.
+
+    columns  fields of which the first that is there is read, unless the source names one
+    """
     path, suffix = source.path, source.path.suffix.lower()
     if suffix in (".yaml", ".yml"):
         _read(path)
@@ -175,7 +180,11 @@ def read_prompts(source: Source) -> list[str]:
         items = chosen if isinstance(chosen, list) else lists[0] if len(lists) == 1 else None
     if not isinstance(items, list):
         raise DiscoveryError(f"{path}: must hold a list of prompts (of strings, or of objects with a prompt)")
-    columns = PROMPT_COLUMNS if source.field is None else (source.field,)
+    objects = columns != PROMPT_COLUMNS
+    columns = columns if source.field is None else (source.field,)
+    for index, item in enumerate(items):
+        if objects and not isinstance(item, dict):
+            raise DiscoveryError(f"{path}: [{index}] is no object, but one with any of {columns} is needed")
     prompts = [_prompt(item, f"{path}: [{index}]", columns) for index, item in enumerate(items)]
     if source.part != (0.0, 1.0) or source.limit is not None:
         random.Random(path.name).shuffle(prompts)  # noqa: S311 (an order, no secret)

@@ -21,6 +21,7 @@ from discovery.evaluation.latency import find_result, latency_measure
 from discovery.evaluation.metrics import answer_measures, merge, task_measure, text_measure
 from discovery.evaluation.options import JobOptions
 from discovery.evaluation.own_gateway import own_gateway
+from discovery.evaluation.report_file import SuiteResult, suite_results
 from discovery.evaluation.subject import Subject, cut, open_subject, open_suites, without
 from discovery.evaluation.suite import LoadedSuite
 from discovery.jobs.run_record import run_record
@@ -80,11 +81,25 @@ class Run:
     dtype: str = "bfloat16"
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation."""
+
+    card: RiskCard
+    suites: list[SuiteResult]
+    """Each suite by itself; the card is of all together."""
+
+
 def evaluate_policy(settings: Settings, options: JobOptions, *, say: Callable[[str], None]) -> RiskCard:
+    """As `evaluate`; gives the card alone."""
+    return evaluate(settings, options, say=say).card
+
+
+def evaluate(settings: Settings, options: JobOptions, *, say: Callable[[str], None]) -> Evaluation:
     """Measure a policy through the gateway and write its card to the folder ``options.out``."""
     options.check()
     subject = open_subject(options.policy, settings, say)
-    loaded = open_suites(options.suites, subject.policy, options.data_folder)
+    loaded = open_suites(options.suites, subject.policy, options.data_folder, settings.store.s3_endpoint)
     loaded = loaded if options.limit is None else cut(loaded, options.limit)
     if options.circuit is not None:  # a circuit that does not fit is told before hours of answers
         circuit_measures(options.circuit, subject.model.fingerprint, options.seed)
@@ -113,11 +128,16 @@ def evaluate_policy(settings: Settings, options: JobOptions, *, say: Callable[[s
             f"--out = {out}: cannot be written ({error.strerror or error}); what was answered is "
             "kept, the same command goes on"
         ) from error
+    counted = without(run.loaded, measured.answers.too_long)
+    results = suite_results(counted, measured.judged, measured.answers.answers, options.seed)
+    for result in results:
+        for line in result.lines():
+            say(line)
     found = verdict(card)
     for finding in found.findings:
         say(finding.line())
     say(f"{out / 'card.json'}: {card.policy.id}@{card.policy.revision[:12]}, verdict: {found.status}")
-    return card
+    return Evaluation(card, results)
 
 
 def _derive(run: Run, settings: Settings) -> Derived:

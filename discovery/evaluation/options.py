@@ -11,7 +11,7 @@ class JobOptions:
     """One evaluation."""
 
     policy: str
-    """Id or file."""
+    """Id or file; empty: every active one."""
     suites: tuple[str, ...] = ()
     """Files, URLs or names of shipped suites; empty: those that the policy names."""
     url: str | None = None

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,16 +29,20 @@ def own_gateway(
     folder: Path,
     prefix_cache: bool | None,
     say: Callable[[str], None],
+    *,
+    sections: Collection[str] = (),
 ) -> Iterator[str]:
     """Serve ``policies`` while the block runs; gives the gateway's URL. Its log is ``folder/gateway.log``.
 
-    Model and engine are as in the settings; keys, tenants and bindings are left out, as both the policy and
-    its absence must be had by asking.
+    Model and engine, and the named further sections, are as in the settings; keys, tenants and bindings are
+    left out, as both the policy and its absence must be had by asking.
     """
     extra = list(settings.engine.extra_args)
     if prefix_cache is not None:
         extra.append(PREFIX_CACHE[prefix_cache])
-    content = settings.model_dump(mode="json", include={"model", "engine", "cache"}, exclude_none=True)
+    content = settings.model_dump(
+        mode="json", include={"model", "engine", "cache", *sections}, exclude_none=True
+    )
     content["engine"]["extra_args"] = extra
     content["paths"] = {
         "policies": str(policies.resolve()),

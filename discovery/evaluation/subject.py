@@ -7,7 +7,7 @@ from pathlib import Path
 
 from discovery.errors import DiscoveryError
 from discovery.evaluation.suite import LoadedSuite, Role
-from discovery.evaluation.suite_files import join_suites, load_suite, local_copy
+from discovery.evaluation.suite_files import join_suites, load_suites, local_copy
 from interpretops.compile import compile_policy
 from interpretops.errors import PolicyError
 from interpretops.model.source import resolve_model
@@ -42,17 +42,18 @@ def open_subject(name: str, settings: Settings, say: Callable[[str], None]) -> S
     return Subject(policy, plan.revision, model, plan, folder)
 
 
-def open_suites(names: Sequence[str], policy: Policy, data_folder: str | None) -> LoadedSuite:
+def open_suites(
+    names: Sequence[str], policy: Policy | None, data_folder: str | None, s3_endpoint: str | None = None
+) -> LoadedSuite:
     """The suites that are named, or else those of the policy, as one."""
-    if not names and not policy.evaluation.suites:
-        raise DiscoveryError(
-            f"{policy.document.source}: evaluation.suites is empty; name a suite there, or give --suite"
-        )
-    named = names or [suite.path or suite.name for suite in policy.evaluation.suites]
+    if not names and (policy is None or not policy.evaluation.suites):
+        where = "" if policy is None else f"{policy.document.source}: evaluation.suites is empty; "
+        raise DiscoveryError(f"{where}name a suite there, or give --suite" if where else "eval needs --suite")
+    named = names or [suite.path or suite.name for suite in policy.evaluation.suites] if policy else names
     loaded = []
     for name in named:
-        with local_copy(_suite_place(name, policy), Path(), None) as file:
-            loaded.append(load_suite(file, data_folder))
+        with local_copy(_suite_place(name, policy), Path(), None, s3_endpoint) as file:
+            loaded += load_suites(file, data_folder, s3_endpoint)
     return join_suites(loaded)
 
 
@@ -74,10 +75,10 @@ def without(loaded: LoadedSuite, ids: Collection[str]) -> LoadedSuite:
     return replace(loaded, prompts=tuple(prompt for prompt in loaded.prompts if prompt.id not in ids))
 
 
-def _suite_place(name: str, policy: Policy) -> str:
+def _suite_place(name: str, policy: Policy | None) -> str:
     """A URL as it is; a file beside the policy or from here; else a suite that comes with the command."""
     places = [Path(name), SUITES / f"{name}.yaml"]
-    if policy.folder is not None:
+    if policy is not None and policy.folder is not None:
         places.insert(0, policy.folder / name)
     for place in places:
         if place.is_file():

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, Strict, model_validator
 
 from interpretops.policy.fields import Fraction, Identifier, Strictly
+from interpretops.riskcard.card import MeasureName
 
 Role = Literal["harmful", "benign", "borderline", "toxic", "task", "text", "factual", "bias"]
 ASKED: frozenset[Role] = frozenset({"harmful", "benign", "borderline", "toxic", "task"})
@@ -41,7 +42,8 @@ class SuiteSource(Strictly):
     ask: Literal["chat", "completion"] = "chat"
     """Ask in the model's chat format, or let it go on with the plain text."""
     answer: str | None = None
-    """Field of the right answer: of a `task`, or the true option of a `factual` question."""
+    """Field of the right answer: of a `task` (else the first of `ANSWER_COLUMNS`, discovery/data/sources.py, that
+    is there), or the true option of a `factual` question."""
     against: str | None = None
     """Field of the wrong options of a `factual` question, `;` between them, else three right answers of other
     questions are taken; for `bias`: of the other sentence."""
@@ -55,8 +57,8 @@ class SuiteSource(Strictly):
         low, high = self.part
         if low >= high:
             raise ValueError(f"part = [{low}, {high}] is empty; write [low, high] with low < high")
-        if self.role in ("task", "factual") and self.answer is None:
-            raise ValueError(f"role = '{self.role}' needs 'answer', the field of the right answer")
+        if self.role == "factual" and self.answer is None:
+            raise ValueError("role = 'factual' needs 'answer', the field of the right answer")
         if self.role == "bias" and (self.field is None or self.against is None):
             raise ValueError("role = 'bias' needs 'field' and 'against', the fields of the two sentences")
         return self
@@ -82,6 +84,8 @@ class EvaluationSuite(Strictly):
     context: Annotated[str, Field(min_length=1)] | None = None
     """System prompt of every chat, under the policy and without: what an app would say to the model. All
     prompts then begin alike, so that the engine's prefix cache is really used."""
+    metrics: Annotated[tuple[MeasureName, ...], Strict(False)] = ()
+    """What a report shows of this suite (`--report`); a card accounts for every measure all the same."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -101,6 +105,8 @@ class Prompt:
     text: str
     chat: bool = True
     """Asked in the chat format, not as text to go on with."""
+    suite: str = ""
+    """Name of the suite."""
     options: tuple[str, ...] = ()
     """Right answer of a task; true option, then the false ones; the sentence that `text` is compared with."""
 
@@ -114,6 +120,8 @@ class LoadedSuite:
     prompts: tuple[Prompt, ...]
     hashes: dict[str, str]
     """sha256 of each file by its label."""
+    parts: tuple[EvaluationSuite, ...] = ()
+    """The suites that were joined; of one that was not, itself alone."""
 
     def of(self, *roles: Role) -> list[Prompt]:
         """The prompts of some roles, in their order."""

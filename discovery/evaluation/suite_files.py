@@ -8,13 +8,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from pydantic import ValidationError
 
-from discovery.data.sources import Source, read_prompts, read_text, sha256_of_file
+from discovery.data.sources import (
+    ANSWER_COLUMNS,
+    PROMPT_COLUMNS,
+    Source,
+    read_prompts,
+    read_text,
+    sha256_of_file,
+)
 from discovery.errors import DiscoveryError
+from discovery.evaluation.remote_file import fetch
 from discovery.evaluation.suite import EvaluationSuite, LoadedSuite, Prompt, Role, SuiteSource
+from discovery.evaluation.suite_list import SuiteList
 from interpretops.files.schema_faults import describe_faults
 from interpretops.files.strict_yaml import read_yaml
 
@@ -25,20 +33,36 @@ WRONG_OPTIONS = 3
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
-def load_suite(path: Path, data_folder: str | None = None) -> LoadedSuite:
-    """Read a suite and all its files. Raises `DiscoveryError` with one line per fault."""
+def load_suites(
+    path: Path, data_folder: str | None = None, s3_endpoint: str | None = None
+) -> list[LoadedSuite]:
+    """Read a suite, or a file of several, and their files. Raises `DiscoveryError`, one line per fault."""
     document = read_yaml(path, DiscoveryError)
+    many = isinstance(document.data, dict) and "suites" in document.data
+    form: type[SuiteList] | type[EvaluationSuite] = SuiteList if many else EvaluationSuite
     try:
-        suite = EvaluationSuite.model_validate(document.data)
+        read = form.model_validate(document.data)
+        suites = [listed.suite() for listed in read.suites] if isinstance(read, SuiteList) else [read]
     except ValidationError as error:
-        raise DiscoveryError("\n".join(describe_faults(error, document, EvaluationSuite))) from error
+        raise DiscoveryError("\n".join(describe_faults(error, document, form))) from error
+    return [_load(suite, path, data_folder, s3_endpoint) for suite in suites]
+
+
+def load_suite(path: Path, data_folder: str | None = None) -> LoadedSuite:
+    """As `load_suites`, several as one."""
+    return join_suites(load_suites(path, data_folder))
+
+
+def _load(
+    suite: EvaluationSuite, path: Path, data_folder: str | None, s3_endpoint: str | None
+) -> LoadedSuite:
     prompts: list[Prompt] = []
     hashes = {}
     for source in suite.sources:
-        with local_copy(source.path, path.parent, data_folder) as file:
+        with local_copy(source.path, path.parent, data_folder, s3_endpoint) as file:
             hashes[source.label] = sha256_of_file(file)
-            prompts += _prompts(source, file)
-    return LoadedSuite(suite, sha256_of_file(path), tuple(prompts), hashes)
+            prompts += _prompts(source, file, suite.name)
+    return LoadedSuite(suite, sha256_of_file(path), tuple(prompts), hashes, (suite,))
 
 
 def join_suites(suites: Sequence[LoadedSuite]) -> LoadedSuite:
@@ -63,10 +87,11 @@ def join_suites(suites: Sequence[LoadedSuite]) -> LoadedSuite:
     name = ".".join(loaded.suite.name for loaded in suites)[:64]
     joined = hashlib.sha256("".join(loaded.sha256 for loaded in suites).encode()).hexdigest()
     first = suites[0].suite
-    return LoadedSuite(first.model_copy(update={"name": name}), joined, tuple(prompts), hashes)
+    parts = tuple(part for loaded in suites for part in loaded.parts)
+    return LoadedSuite(first.model_copy(update={"name": name}), joined, tuple(prompts), hashes, parts)
 
 
-def _prompts(source: SuiteSource, file: Path) -> list[Prompt]:
+def _prompts(source: SuiteSource, file: Path, suite: str) -> list[Prompt]:
     """The rows of one file as prompts."""
     label, role = source.label, source.role
     texts = _text_pieces(source, file) if role == "text" else _column(source, file, source.field)
@@ -74,16 +99,18 @@ def _prompts(source: SuiteSource, file: Path) -> list[Prompt]:
         texts = [source.template.replace("{}", text) for text in texts]
     options = _options(source, file, len(texts))
     return [
-        Prompt(f"{label}/{index}", role, label, text, source.ask == "chat", options[index])
+        Prompt(f"{label}/{index}", role, label, text, source.ask == "chat", suite, options[index])
         for index, text in enumerate(texts)
     ]
 
 
-def _column(source: SuiteSource, file: Path, field: str | None) -> list[str]:
+def _column(
+    source: SuiteSource, file: Path, field: str | None, columns: tuple[str, ...] = PROMPT_COLUMNS
+) -> list[str]:
     """One field of each row taken; fields of one file come in the same order."""
     wanted = source.list or source.name or ""
     return read_prompts(
-        Source(file, "prompts", source.licence, wanted, source.part, limit=source.limit, field=field)
+        Source(file, "prompts", source.licence, wanted, source.part, limit=source.limit, field=field), columns
     )
 
 
@@ -99,7 +126,7 @@ def _options(source: SuiteSource, file: Path, count: int) -> list[tuple[str, ...
         return [(text,) for text in _column(source, file, source.against)]
     if source.role not in ("task", "factual"):
         return [()] * count
-    right = _column(source, file, source.answer)
+    right = _column(source, file, source.answer, ANSWER_COLUMNS)
     if source.role == "task":
         return [(text,) for text in right]
     if source.against is None:
@@ -119,7 +146,9 @@ def _others(right: Sequence[str], index: int) -> list[str]:
 
 
 @contextmanager
-def local_copy(path: str, beside: Path, data_folder: str | None) -> Iterator[Path]:
+def local_copy(
+    path: str, beside: Path, data_folder: str | None, s3_endpoint: str | None = None
+) -> Iterator[Path]:
     """The file on this disk, for as long as the block runs; its name stays, as it seeds the order."""
     if not _URL.match(path):
         if (beside / path).exists() or data_folder is None:
@@ -132,19 +161,5 @@ def local_copy(path: str, beside: Path, data_folder: str | None) -> Iterator[Pat
     name = PurePosixPath(url.split("?", 1)[0]).name
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / name
-        copy.write_bytes(_fetch(url))
+        copy.write_bytes(fetch(url, MAX_BYTES, s3_endpoint))
         yield copy
-
-
-def _fetch(url: str) -> bytes:
-    import fsspec  # type: ignore[import-untyped]  # ships no types
-
-    shown = url.split("?", 1)[0]
-    try:
-        with fsspec.open(url, "rb") as stream:
-            data: Any = stream.read(MAX_BYTES + 1)
-    except (OSError, ValueError, ImportError) as error:
-        raise DiscoveryError(f"{shown}: cannot be read ({type(error).__name__}: {error})") from error
-    if len(data) > MAX_BYTES:
-        raise DiscoveryError(f"{shown}: is larger than {MAX_BYTES} bytes; split it")
-    return bytes(data)

@@ -31,6 +31,7 @@ from proxy.observe.audit_file import DISPLACED, Displaced, HeadFile, Lock, LogFi
 from proxy.observe.metrics import Metrics
 from proxy.observe.readiness import Reason
 from proxy.observe.supervisor import Supervisor
+from proxy.process.off_loop import off_loop
 
 _SYNC_EVERY_S: Final = 1.0
 _MOST_WAITING: Final = 10_000
@@ -155,7 +156,7 @@ class AuditLog:
                     # A file that was set aside meanwhile was forced out then.
                     descriptor = os.dup(self._file.descriptor)
                     try:
-                        await asyncio.to_thread(os.fsync, descriptor)
+                        await off_loop(os.fsync, descriptor)
                     finally:
                         os.close(descriptor)
                 self._note_head(head)

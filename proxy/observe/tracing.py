@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
@@ -10,6 +9,7 @@ from aiohttp import web
 from interpretops.errors import ConfigError
 from interpretops.settings.gateway import TracingSettings
 from proxy.observe.request_context import Trail
+from proxy.process.off_loop import off_loop
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
@@ -91,6 +91,6 @@ class Tracing:
         span.end()
 
     async def close(self) -> None:
-        """Send what is left, off the event loop."""
+        """Send what is left."""
         if self._provider is not None:
-            await asyncio.to_thread(self._provider.shutdown)
+            await off_loop(self._provider.shutdown)

@@ -146,7 +146,12 @@ class Transcripts:
             kept = self._waiting.popleft()
             self._waiting_bytes -= kept.size
             loop = asyncio.get_running_loop()
-            self._writing = kept, loop.run_in_executor(None, self._write, kept)
+            try:
+                self._writing = kept, loop.run_in_executor(None, self._write, kept)
+            except RuntimeError as error:
+                # No thread can be had.
+                self._lose(kept, type(error).__name__)
+                return
         kept, written = self._writing
         try:
             await asyncio.shield(written)

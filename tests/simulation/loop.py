@@ -25,7 +25,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.network: Any = None
         """Opens connections: a `Network`."""
         self.before_thread: Callable[[], None] = lambda: None
-        """Called before a function runs that the gateway gave to a thread; may raise in its place."""
+        """Called when the gateway gives a function to a thread; may raise, as a pool that finds no thread."""
         self.set_task_factory(self._make_task)
 
     def time(self) -> float:
@@ -33,6 +33,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:  # type: ignore[override]
         """Run a function a little later in this very thread."""
+        self.before_thread()
         future = self.create_future()
         # Mostly at once; sometimes the thread has to wait for its turn.
         delay_s = self._chance.choice((0.0, 0.001, 0.001, 0.02, 0.2))
@@ -41,7 +42,6 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
     def _run_now(self, future: asyncio.Future[Any], func: Callable[..., Any], args: tuple[Any, ...]) -> None:
         try:
-            self.before_thread()
             result = func(*args)
         except Exception as error:
             if not future.cancelled():

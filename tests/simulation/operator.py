@@ -28,7 +28,7 @@ class Operator:
         """Names of what may go wrong; None: everything."""
         self._tasks: list[asyncio.Task[None]] = []
         self.thread_errors = 0
-        """How many functions that are given to threads will still raise."""
+        """How many functions will still find no thread."""
         self.actions: dict[str, tuple[int, Action]] = {
             "wrong_answers": (10, self._wrong_answers),
             "engine_dies": (5, self._engine_dies),
@@ -60,7 +60,7 @@ class Operator:
         }
 
     def before_thread(self) -> None:
-        """Raise in place of a function that was given to a thread, when that is due."""
+        """Raise when a function finds no thread."""
         if self.thread_errors:
             self.thread_errors -= 1
             raise RuntimeError("can't start new thread")
@@ -296,7 +296,6 @@ class Operator:
 
     async def _gateway_restarts(self) -> None:
         # Whoever starts it sees to it that it can start.
-        self.thread_errors = 0
         self._world.disk.full = False
         self._world.files.write_keys()
         self._world.clients.revoked_at = {}

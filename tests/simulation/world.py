@@ -123,7 +123,6 @@ class World:
             self.note(f"the gateway ended by itself: {task.exception()!r}")
             # Whoever starts it sees to it that it can start.
             self.disk.full = False
-            self.operator.thread_errors = 0
             self.files.write_keys()
             self.clients.revoked_at = {}
             await self.restart_gateway()

@@ -385,3 +385,22 @@ async def test_stop_in_the_middle_of_writing_loses_nothing(front, until, monkeyp
     release.set()
     await asyncio.gather(*stopping)
     assert len(await kept(front, until, 2)) == 2
+
+
+async def test_request_that_finds_no_thread_takes_no_other_along(front, until, monkeypatch):
+    """Where no thread can be had one kept request is lost, told and counted, and not those behind it."""
+    loop, transcripts = asyncio.get_running_loop(), front.apps.gateway.transcripts
+    real, refused = loop.run_in_executor, []
+
+    def refuse(executor, work, *arguments):
+        if work == transcripts._write and not refused:
+            refused.append(work)
+            raise RuntimeError("can't start new thread")
+        return real(executor, work, *arguments)
+
+    monkeypatch.setattr(loop, "run_in_executor", refuse)
+    await front.chat()
+    await front.chat()
+    assert len(await kept(front, until, 1)) == 1
+    (line,) = await lost(front, until, 1)
+    assert line["kind"] == "RuntimeError"
