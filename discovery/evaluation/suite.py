@@ -42,8 +42,8 @@ class SuiteSource(Strictly):
     ask: Literal["chat", "completion"] = "chat"
     """Ask in the model's chat format, or let it go on with the plain text."""
     answer: str | None = None
-    """Field of the right answer: of a `task` (else the first of `ANSWER_COLUMNS`, discovery/data/sources.py, that
-    is there), or the true option of a `factual` question."""
+    """Field of the right answer: of a `task` (else the first of `ANSWER_COLUMNS`, discovery/data/sources.py,
+    that is there), or the true option of a `factual` question."""
     against: str | None = None
     """Field of the wrong options of a `factual` question, `;` between them, else three right answers of other
     questions are taken; for `bias`: of the other sentence."""
