@@ -45,7 +45,7 @@ bench-gateway: install ## What the gateway adds, against the same requests sent 
 cards: install ## Measure the shipped policies anew and publish their Risk Cards (DATA=… the folder of public data)
 	@for policy in $(POLICIES); do \
 	  $(bin)/mechctl eval --policy $$policy --data-folder "$(DATA)" --max-tokens 40 --baseline-limit 60 \
-	    --circuit sae_artifacts/smollm2-135m-instruct/circuits/$${policy%%-*}.json --publish $(ARGS); \
+	    --publish $(ARGS); \
 	done
 
 .PHONY: soak

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from interpretops.machine import machine_name as machine
+
+__all__ = ["RESULTS", "UNKNOWN", "commit", "machine", "write"]
+
 RESULTS = Path(__file__).with_name("results")
 UNKNOWN = "unknown"
-
-
-def machine() -> str:
-    """Processor, cores and GPUs, as the system names them."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    parts = [f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"]
-    if shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        done = subprocess.run(asked, check=False, capture_output=True, text=True)
-        # The tool may be there without a GPU.
-        parts += done.stdout.splitlines() if done.returncode == 0 else []
-    return ", ".join(parts)
 
 
 def commit() -> str:

@@ -188,15 +188,14 @@ def evaluate(
     circuit: Annotated[
         Path | None,
         typer.Option(
-            "--circuit", help="Circuit file of the model: gives the card CCS and CS.", show_default=False
+            "--circuit",
+            help="Gives the card CS: the circuit file that the policy names; else that among the artifacts.",
+            show_default=False,
         ),
     ] = None,
-    latency: Annotated[
-        Path | None,
-        typer.Option(
-            "--latency", help="Result of `make bench`; else the one in the checkout.", show_default=False
-        ),
-    ] = None,
+    latency_rounds: Annotated[
+        int, typer.Option(help="Rounds of timing for LCO, a minute at most; 0: none.")
+    ] = 12,
     prefix_cache: Annotated[
         bool | None,
         typer.Option(
@@ -262,7 +261,7 @@ def evaluate(
             moderation_url=moderation_url,
             moderation_model=moderation_model,
             circuit=circuit,
-            latency=latency,
+            latency_rounds=latency_rounds,
             baselines=tuple(baseline or ()),
             prefix_cache=prefix_cache,
             publish=publish,

@@ -43,7 +43,9 @@ def compile_(
     file: Annotated[Path, typer.Argument(help="Policy file.", show_default=False)],
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Folder to write the plan to.", show_default=False),
+        typer.Option(
+            "-o", "--output", help="Folder to write the plan to; else paths.plans.", show_default=False
+        ),
     ] = None,
     model: Model = None,
     artifacts: Artifacts = None,
@@ -52,7 +54,7 @@ def compile_(
     """Compile a policy for a model and say what the plan does.
 
     The plan is one safetensors file named by its sha256, the revision; the same inputs give the same bytes.
-    With `-o` it is written, and its path is the last line.
+    With `-o`, or `paths.plans` in the settings, it is written, and its path is the last line.
     """
     from interpretops.compile import compile_policy
     from interpretops.model.source import resolve_model
@@ -70,8 +72,8 @@ def compile_(
     )
     plan = compile_policy(policy, model=read_model_spec(folder), artifacts=settings.paths.artifacts)
     _show_plan(plan)
-    if output is not None:
-        typer.echo(plan.save(output))
+    if (folder_of_plans := output or settings.paths.plans) is not None:
+        typer.echo(plan.save(folder_of_plans))
 
 
 @policy_app.command("schema")

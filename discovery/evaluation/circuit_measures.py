@@ -1,4 +1,4 @@
-"""CCS and CS of a Risk Card, read from a circuit file."""
+"""CS of a Risk Card, read from the circuit file that the policy was proposed from."""
 
 import math
 import re
@@ -7,34 +7,64 @@ from pathlib import Path
 from discovery.data.sources import sha256_of_file
 from discovery.errors import DiscoveryError
 from interpretops.circuit import Stability, load_circuit
-from interpretops.riskcard.card import Interval, Measure, Measures, Source
-from interpretops.riskcard.intervals import CONFIDENCE, bootstrap_mean
+from interpretops.plan import ModelSpec
+from interpretops.policy import Policy
+from interpretops.riskcard.card import CircuitReference, Interval, Measure, Source
+from interpretops.riskcard.intervals import CONFIDENCE
 from interpretops.riskcard.measures import absent
 
+CIRCUITS_FOLDER = "circuits"
+NO_ORIGIN = "the policy was not made from a circuit: its meta.origin names none"
 
-def circuit_measures(path: Path, fingerprint: str, seed: int) -> tuple[Measures, str]:
-    """CCS and CS of the circuit in ``path``, and a note; a circuit of another model is refused.
 
-    CCS is the mean over the circuit's heads and MLPs of each one's Causal Contribution Score; units are drawn
-    anew for its interval. CS is the mean pairwise Jaccard similarity of the edges of n circuits; the file
-    holds its bootstrap interval. Where it does not, CS is a U-statistic of degree 2 of values in [0, 1] with
-    the interval of Hoeffding (1963, section 5b), +- sqrt(ln(2 / 0.05) / (2 floor(n / 2))).
+def circuit_of(
+    policy: Policy, model: ModelSpec, given: Path | None, artifacts: Path, store: Path | None = None
+) -> tuple[CircuitReference, Measure, str | None]:
+    """The circuit that a policy names, its CS, and a note.
+
+    given  the file; None looks for it in ``circuits`` of the model's folder of artifacts, and in ``store``,
+           the folder of circuits by id
+
+    CS is the mean pairwise Jaccard similarity of the edges of n circuits; the file holds its bootstrap
+    interval. Where it does not, CS is a U-statistic of degree 2 of values in [0, 1] with the interval of
+    Hoeffding (1963, section 5b), +- sqrt(ln(2 / 0.05) / (2 floor(n / 2))).
+
+    Raises `DiscoveryError` for a file that is not the one that the policy names, or is of another model.
     """
+    origin = policy.meta.origin
+    if origin is None:
+        if given is not None:
+            raise DiscoveryError(
+                f"--circuit = {given}, but {policy.meta.id} was not made from a circuit: its meta.origin "
+                "names none; leave --circuit out"
+            )
+        return CircuitReference(absent=NO_ORIGIN), absent(NO_ORIGIN), None
+    named = CircuitReference(name=origin.circuit, sha256=origin.sha256, id=origin.id)
+    places = [given] if given else [artifacts / model.name / CIRCUITS_FOLDER / Path(origin.circuit).name]
+    if given is None and store is not None and origin.id is not None:
+        places.append(store / f"{origin.id}.json")
+    hashes = {path: sha256_of_file(path) for path in places if path.is_file()}
+    path = next((path for path, found in hashes.items() if found == origin.sha256), None)
+    if path is not None:
+        return named, *_stability(path, model)
+    if given is not None:
+        raise DiscoveryError(
+            f"--circuit = {given}: is not the circuit that {policy.meta.id} was made from (sha256 "
+            f"{hashes.get(given, 'none')[:12]}, but meta.origin.sha256 = {origin.sha256[:12]})"
+        )
+    why = "was changed since the policy was made from it" if hashes else "is not among the artifacts"
+    return named, absent(f"the circuit {origin.circuit} {why}; give --circuit FILE"), None
+
+
+def _stability(path: Path, model: ModelSpec) -> tuple[Measure, str]:
     circuit = load_circuit(path)
-    if circuit.fingerprint != fingerprint:
+    if circuit.fingerprint != model.fingerprint:
         raise DiscoveryError(
             f"{path}: is a circuit of {circuit.model} (fingerprint {circuit.fingerprint[:12]}), but the "
-            f"policy is measured on a model with {fingerprint[:12]}; search that model"
+            f"policy is measured on a model with {model.fingerprint[:12]}; search that model"
         )
-    units = [node.ccs for node in circuit.components() if node.ccs is not None]
     name = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem)[:64]
     data = (Source(name=name, sha256=sha256_of_file(path), n=len(circuit.nodes)),)
-    if len(units) < 2:
-        contribution = absent(f"{path.name} gives fewer than two units a contribution")
-    else:
-        value, (low, high) = sum(units) / len(units), bootstrap_mean(units, seed=seed)
-        interval = Interval(low=min(low, value), high=max(high, value), method="bootstrap")
-        contribution = Measure(value=value, n=len(units), interval=interval, seeds=(seed,), data=data)
     found = circuit.stability
     if found.circuits < 2:
         stability = absent(f"{path.name} compares fewer than two circuits")
@@ -53,7 +83,7 @@ def circuit_measures(path: Path, fingerprint: str, seed: int) -> tuple[Measures,
         f"Circuit {path.name}: CS by chance {found.edge_chance:.3f}; of its nodes {found.node_jaccard:.2f} "
         f"(by chance {found.node_chance:.3f}); faithfulness {kept or 'not measured'}."
     )
-    return {"causal_contribution": contribution, "circuit_stability": stability}, note
+    return stability, note
 
 
 def _interval(found: Stability) -> Interval:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from discovery.errors import DiscoveryError
 from discovery.evaluation.metrics import merge
 from discovery.evaluation.suite import LoadedSuite, Prompt
-from discovery.jobs.progress import meter
+from discovery.jobs.progress import Meter, meter
 from interpretops.plan import Plan
 from interpretops.plan.reach import steers_prompt_alike
 from interpretops.riskcard.card import Measure, MeasureName, Measures, Source
@@ -65,19 +65,33 @@ def score_items(items: Sequence[Item], plan: Plan, folder: Path, dtype: str, out
     if not todo:
         return scores
     from interpretops.steering.hooked_model import HookedModel
-    from interpretops.steering.session import SteeringSession
 
     model = HookedModel(folder, dtype=dtype)
     with meter("eval: likelihoods", len(todo), "items") as progress:
         for arm in ARMS:
-            with ExitStack() as stack:
-                read: Callable[..., Any] = lambda ids, prompt_length: model.logprobs(ids)  # noqa: E731
-                if arm == "on":
-                    read = stack.enter_context(SteeringSession(model, plan)).logprobs
-                for item in [item for named, item in todo if named == arm]:
-                    scores.add(arm, item.prompt.id, [_score(model, read, *ids) for ids in _ids(model, item)])
-                    progress.advance(1)
+            asked = [item for named, item in todo if named == arm]
+            score_answers(model, plan if arm == "on" else None, asked, arm, scores, progress)
     return scores
+
+
+def score_answers(
+    model: "HookedModel",
+    plan: Plan | None,
+    items: Sequence[Item],
+    arm: str,
+    scores: "Scores",
+    progress: Meter,
+) -> None:
+    """Score the answers of every item under a plan, or under none, and keep them as those of ``arm``."""
+    from interpretops.steering.session import SteeringSession
+
+    with ExitStack() as stack:
+        read: Callable[..., Any] = lambda ids, prompt_length: model.logprobs(ids)  # noqa: E731
+        if plan is not None:
+            read = stack.enter_context(SteeringSession(model, plan)).logprobs
+        for item in items:
+            scores.add(arm, item.prompt.id, [_score(model, read, *ids) for ids in _ids(model, item)])
+            progress.advance(1)
 
 
 def forced_measures(

@@ -12,13 +12,14 @@ from discovery.errors import DiscoveryError
 from discovery.evaluation.answers import AnswerFile, prompts_digest
 from discovery.evaluation.baselines.baseline_policies import Derived
 from discovery.evaluation.baselines.baselines import card_baselines, make_baselines, served_baselines
-from discovery.evaluation.circuit_measures import circuit_measures
+from discovery.evaluation.circuit_measures import circuit_of
 from discovery.evaluation.collect import Arm, Sampling, collect
+from discovery.evaluation.contributions import contribution_measure, effect_of, score_effect
 from discovery.evaluation.endpoint import NONE, Endpoint
 from discovery.evaluation.forced import forced_items, forced_measures, score_items
 from discovery.evaluation.judging import Bench, judge_answers, write_outcomes
-from discovery.evaluation.latency import find_result, latency_measure
-from discovery.evaluation.metrics import answer_measures, merge, task_measure, text_measure
+from discovery.evaluation.latency import Rounds, latency_measure, time_policy, why_not_here
+from discovery.evaluation.metrics import answer_measures, merge, task_loss_measure, task_measure, text_measure
 from discovery.evaluation.options import JobOptions
 from discovery.evaluation.own_gateway import own_gateway
 from discovery.evaluation.report_file import SuiteResult, suite_results
@@ -33,6 +34,7 @@ from interpretops.riskcard.card import (
     MEASURES,
     NATS,
     BaselineKind,
+    Contribution,
     MeasureName,
     Measures,
     ModelReference,
@@ -46,8 +48,7 @@ from interpretops.settings import Settings
 TIMEOUT_S = 600.0
 NOT_TAKEN: dict[MeasureName, str] = {
     **dict.fromkeys(MEASURES, "not taken"),
-    "causal_contribution": "no circuit; give --circuit FILE",
-    "circuit_stability": "no circuit; give --circuit FILE",
+    "causal_contribution": "the model is not here, so that no part of the policy could be ablated",
 }
 NOTES = (
     "Answers are greedy and cut at max_tokens; refusals and coherence are judged by the named judges.",
@@ -68,6 +69,8 @@ class Measured:
     judges: dict[str, str]
     made: dict[BaselineKind, str]
     """How each baseline was made, or why it was not."""
+    timed: Rounds | str = "not asked for: --latency-rounds 0"
+    """Times with and without the policy, or why there are none."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,14 @@ class Run:
     options: JobOptions
     out: Path
     dtype: str = "bfloat16"
+    artifacts: Path = Path("sae_artifacts")
+    """Folder of dictionaries, adapters and circuits."""
+    circuits: Path | None = None
+    """Folder of circuits by id."""
+    engines: tuple[str, ...] = ()
+    """`engine.url`: where the gateway's engines are, if it started none."""
+    price_per_hour: float | None = None
+    """`runtime.price_per_hour`."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,22 @@ def evaluate(settings: Settings, options: JobOptions, *, say: Callable[[str], No
     subject = open_subject(options.policy, settings, say)
     loaded = open_suites(options.suites, subject.policy, options.data_folder, settings.store.s3_endpoint)
     loaded = loaded if options.limit is None else cut(loaded, options.limit)
-    if options.circuit is not None:  # a circuit that does not fit is told before hours of answers
-        circuit_measures(options.circuit, subject.model.fingerprint, options.seed)
+    # A circuit that does not fit is told before hours of answers.
+    circuit_of(
+        subject.policy, subject.model, options.circuit, settings.paths.artifacts, settings.circuits_dir
+    )
     out = options.out or Path("runs") / f"eval-{subject.policy.meta.id}"
-    run = Run(loaded, subject, options, out, settings.model.dtype)
+    run = Run(
+        loaded,
+        subject,
+        options,
+        out,
+        settings.model.dtype,
+        settings.paths.artifacts,
+        settings.circuits_dir,
+        settings.engine.url,
+        settings.runtime.price_per_hour,
+    )
     try:
         with interruptible(f"what was answered is in {out}"):
             with ExitStack() as stack:
@@ -187,10 +210,22 @@ async def measure(run: Run, made: Derived | None) -> Measured:
         answers = stack.enter_context(AnswerFile(run.out, identity, expected))
         await collect(endpoint, loaded.prompts, arms, sampling, answers, options.concurrency)
         loaded = without(loaded, answers.too_long)
+        timed = await _time(run, endpoint, loaded, sampling)
         bench = Bench(session, options)
         judged = await judge_answers(loaded, answers, arms, bench, options.concurrency)
     write_outcomes(run.out / "outcomes.jsonl", judged)
-    return Measured(answers, {**judged}, bench.names, {} if made is None else made.notes)
+    return Measured(answers, {**judged}, bench.names, {} if made is None else made.notes, timed)
+
+
+async def _time(run: Run, endpoint: Endpoint, loaded: LoadedSuite, sampling: Sampling) -> Rounds | str:
+    """Times for LCO, or why there are none."""
+    rounds = run.options.latency_rounds
+    if not rounds:
+        return Measured.timed
+    if (reason := why_not_here(endpoint.url, run.engines)) is not None:
+        return reason
+    policy = run.subject.policy.meta.id
+    return await time_policy(endpoint, loaded, sampling, policy, run.out / "latency.jsonl", rounds)
 
 
 def _arms(run: Run, served: dict[BaselineKind, str]) -> list[Arm]:
@@ -220,16 +255,17 @@ def make_card(run: Run, measured: Measured) -> RiskCard:
     baselines["none"] = baselines["none"].model_copy(
         update={"measures": baselines["none"].measures | unsteered}
     )
-    measures["latency_cost_overhead"], latency_note = latency_measure(
-        options.latency or find_result(), subject.model.name
+    measures["bleu_loss"] = task_loss_measure(loaded, answers, "on", seed)
+    measures["latency_cost_overhead"], latency, latency_note = latency_measure(
+        measured.timed, loaded.sha256, run.price_per_hour
     )
-    notes = [note for note in (latency_note,) if note]
+    circuit, measures["circuit_stability"], circuit_note = circuit_of(
+        subject.policy, subject.model, options.circuit, run.artifacts, run.circuits
+    )
+    contributions, parts_note = _contributions(run, measured, loaded, measures)
+    notes = [note for note in (latency_note, parts_note, circuit_note) if note]
     if too_long:
         notes.append(f"{len(too_long)} prompts were longer than the model's context and are left out.")
-    if options.circuit is not None:
-        found, note = circuit_measures(options.circuit, subject.model.fingerprint, seed)
-        measures |= found
-        notes.append(note)
     record = run_record("eval", seed, {}, None)
     return RiskCard(
         policy=PolicyReference(
@@ -238,9 +274,12 @@ def make_card(run: Run, measured: Measured) -> RiskCard:
             target_class=subject.policy.meta.target_class,
         ),
         model=ModelReference(name=subject.model.name, fingerprint=subject.model.fingerprint),
-        criteria=subject.policy.evaluation.success_criteria,
+        criteria=subject.policy.criteria,
         measures=merge(measures, NOT_TAKEN),
         baselines=baselines,
+        circuit=circuit,
+        contributions=contributions,
+        latency=latency,
         record=Record(
             command=options.command,
             suite=loaded.suite.name,
@@ -271,3 +310,16 @@ def _likelihoods(run: Run, measured: Measured) -> tuple[Measures, Measures]:
     scores = score_items(items, subject.plan, subject.folder, run.dtype, run.out / "likelihoods.jsonl")
     on, off = (forced_measures(run.loaded, items, scores, arm, run.options.seed) for arm in ("on", "off"))
     return on, off
+
+
+def _contributions(
+    run: Run, measured: Measured, loaded: LoadedSuite, measures: Measures
+) -> tuple[tuple[Contribution, ...], str | None]:
+    """Ablate each part of the policy where the model is here; CCS goes among the measures."""
+    subject, seed = run.subject, run.options.seed
+    if subject.plan is None or subject.folder is None:
+        return (), None
+    effect = effect_of(subject.policy, subject.plan, run.artifacts, loaded, measured.answers.answers, seed)
+    scores = score_effect(effect, subject.plan, subject.folder, run.dtype, run.out / "contributions.jsonl")
+    measures["causal_contribution"], parts, note = contribution_measure(effect, scores, loaded, seed)
+    return parts, note

@@ -1,52 +1,203 @@
-"""LCO of a Risk Card, read from the result of `make bench`."""
+"""LCO of a Risk Card: the same requests with and without the policy, in turn, on one engine."""
 
+import asyncio
 import json
-import math
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
-from discovery.data.sources import sha256_of_file
-from interpretops.riskcard.card import Interval, Measure, Source
-from interpretops.riskcard.intervals import NOTCH
+from discovery.errors import DiscoveryError
+from discovery.evaluation.collect import Sampling
+from discovery.evaluation.endpoint import NONE, Endpoint
+from discovery.evaluation.suite import ASKED, LoadedSuite, Prompt
+from discovery.jobs.progress import meter
+from interpretops.machine import machine_name
+from interpretops.riskcard.card import Interval, Latency, Measure, Source
+from interpretops.riskcard.intervals import notch, quartiles
+from interpretops.riskcard.latency import Timing
 from interpretops.riskcard.measures import absent
 
-RESULT = Path("benchmarks/results/steering.json")
+REQUESTS = 8
+"""Requests of a batch."""
+TOKENS = 32
+"""Tokens generated for each."""
+ROUNDS = 12
+FEWEST_ROUNDS = 5
+"""With fewer, a median's interval means nothing."""
+MOST_S = 60.0
+"""No round begins later than so many seconds after the first."""
+MOST_LETTERS = 2000
+"""Prompts longer than that are left out: decoding is timed, and long prompts would take the time."""
 
 
-def find_result() -> Path | None:
-    """The benchmark's result in the working directory, else in the checkout beside this package."""
-    places = (Path.cwd() / RESULT, Path(__file__).resolve().parents[2] / RESULT)
-    return next((place for place in places if place.is_file()), None)
+@dataclass(frozen=True)
+class Round:
+    """One batch without and one with the policy, in seconds."""
+
+    off_s: float
+    on_s: float
+    machine: str
+    requests: int
+    tokens: int
 
 
-def latency_measure(path: Path | None, model: str) -> tuple[Measure, str | None]:
-    """Slow-down of a full batch with every request steered, and a note on where it was measured.
+class Rounds:
+    """Rounds of one run, a line each in a file, so that a run that was stopped goes on."""
 
-    The benchmark gives the median ratio of throughputs, steered over the engine without the plugin, with its
-    quartiles over n rounds: LCO is 1 / ratio - 1.
-    """
-    if path is None:
-        return absent(f"there is no {RESULT}; `make bench` writes it"), None
+    def __init__(self, path: Path, machine: str, requests: int) -> None:
+        self.path = path
+        self.machine, self.requests = machine, requests
+        self.found: list[Round] = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    one = Round(**json.loads(line))
+                    fits = (one.machine, one.requests, one.tokens) == (machine, requests, TOKENS)
+                except (ValueError, TypeError):
+                    continue  # a line that was being written when the run was stopped
+                if fits:
+                    self.found.append(one)
+
+    def add(self, off_s: float, on_s: float) -> None:
+        """Keep a round: on disk when this returns."""
+        one = Round(off_s, on_s, self.machine, self.requests, TOKENS)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" + json.dumps(asdict(one)) + "\n")
+        except OSError as error:
+            raise DiscoveryError(
+                f"{self.path}: cannot be written ({error.strerror}); the same command goes on"
+            ) from error
+        self.found.append(one)
+
+
+def why_not_here(url: str, engines: Sequence[str]) -> str | None:
+    """Why times would not be those of an engine on this machine; None when they are."""
+    if not _is_here(url):
+        return (
+            f"the gateway is on another machine ({urlsplit(url).hostname}), so that the network would be "
+            "timed too; run `mechctl eval` beside it"
+        )
+    away = [engine for engine in engines if not engine.startswith("unix:") and not _is_here(engine)]
+    if away:
+        return "the engine runs on another machine (engine.url); run `mechctl eval` beside it"
+    return None
+
+
+def _is_here(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        measured_model, rounds = str(found["model"]).split(",")[0], int(found["rounds"])
-        batches = [key for key in found if key.startswith("batch_")]
-        batch = max(batches, key=lambda key: int(key.removeprefix("batch_")))
-        steered = found[batch]["steered"]
-        ratio, (lower, upper) = float(steered["over_vanilla"]), map(float, steered["quartiles"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return absent(f"{path.name} cannot be read ({type(error).__name__}: {error}); run `make bench`"), None
-    if not 0 < lower <= ratio <= upper or rounds < 1:
-        return absent(f"{path.name}: its quartiles do not hold the median; run `make bench`"), None
-    if measured_model != model:
-        return absent(f"{path.name} was measured with {measured_model}, not {model}; run `make bench`"), None
-    margin = NOTCH * (upper - lower) / math.sqrt(rounds)
-    low, high = 1 / (ratio + margin) - 1, 1 / max(ratio - margin, 1e-6) - 1
-    source = Source(name=path.stem, sha256=sha256_of_file(path), n=rounds)
-    note = (
-        f"LCO is that of `make bench` ({batch.replace('_', ' of ')}, all steered, {rounds} rounds) on "
-        f"{found.get('machine', 'an unnamed machine')} at commit {found.get('commit', 'unknown')}: of "
-        "its own plan of ten features behind a gate, not of this policy."
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def time_policy(
+    endpoint: Endpoint, loaded: LoadedSuite, sampling: Sampling, policy: str, out: Path, rounds: int
+) -> Rounds | str:
+    """Time batches under none and under ``policy``, in turn; or the reason why that cannot be done.
+
+    Every request gets as many tokens, whatever the model would have said, and its prompt never comes from the
+    prefix cache. The first round only warms up. What ``out`` holds already is not timed again.
+    """
+    prompts = _prompts(loaded)
+    if not prompts:
+        return f"the suite has no prompt to ask of at most {MOST_LETTERS} letters"
+    kept = Rounds(out, machine_name(), len(prompts))
+    if len(kept.found) >= rounds:
+        return kept
+    began = time.monotonic()
+    with meter("eval: latency", rounds, "rounds", done=len(kept.found)) as progress:
+        arms = [NONE, policy]
+        for number in range(rounds - len(kept.found) + 1):
+            if number and time.monotonic() - began > MOST_S:
+                break
+            took = {arm: await _batch(endpoint, prompts, sampling, arm) for arm in arms}
+            if short := next((f"{arm}: {why}" for arm, why in took.items() if isinstance(why, str)), None):
+                return short
+            arms.reverse()
+            if number:
+                kept.add(float(took[NONE]), float(took[policy]))
+                progress.advance(1)
+    return kept
+
+
+async def _batch(endpoint: Endpoint, prompts: Sequence[Prompt], sampling: Sampling, arm: str) -> float | str:
+    """Seconds for all prompts at once."""
+    salt = secrets.token_hex(8)
+    forced = {"max_tokens": TOKENS, "ignore_eos": True, "cache_salt": salt}
+    asked = [
+        ("/v1/chat/completions", sampling.chat(prompt, None) | forced)
+        if prompt.chat
+        else ("/v1/completions", sampling.plain(prompt, None) | forced)
+        for prompt in prompts
+    ]
+    began = time.perf_counter()
+    answers = await asyncio.gather(*(endpoint.post(route, body, arm) for route, body in asked))
+    took = time.perf_counter() - began
+    for answer, _ in answers:
+        usage = answer.get("usage")
+        count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        if count != TOKENS:
+            return f"an answer has {count} tokens instead of {TOKENS}, so that times cannot be compared"
+    return took
+
+
+def _prompts(loaded: LoadedSuite) -> list[Prompt]:
+    """A few prompts from all over the suite, always the same."""
+    fit = [prompt for prompt in loaded.of(*ASKED) if len(prompt.text) <= MOST_LETTERS]
+    step = max(1, len(fit) // REQUESTS)
+    return fit[::step][:REQUESTS]
+
+
+def latency_measure(
+    timed: Rounds | str, sha256: str, price_per_hour: float | None
+) -> tuple[Measure, Latency | None, str | None]:
+    """LCO, the times behind it, and what they do not show.
+
+    LCO is the median over rounds of time with / time without - 1, both of the same round, with its notch.
+    """
+    if isinstance(timed, str):
+        return absent(timed), None, None
+    if len(timed.found) < FEWEST_ROUNDS:
+        return (
+            absent(
+                f"{len(timed.found)} rounds were timed, and a median needs {FEWEST_ROUNDS}: give more "
+                "--latency-rounds, or a machine that takes them in a minute"
+            ),
+            None,
+            None,
+        )
+    low, value, high = notch([one.on_s / one.off_s - 1 for one in timed.found])
+    measure = Measure(
+        value=value,
+        n=len(timed.found),
+        interval=Interval(low=low, high=high, method="notch"),
+        data=(Source(name="suite", sha256=sha256, n=timed.requests),),
     )
-    interval = Interval(low=low, high=high, method="notch")
-    return Measure(value=1 / ratio - 1, n=rounds, interval=interval, data=(source,)), note
+    off, on = (
+        Timing(lower_s=lower, median_s=middle, upper_s=upper)
+        for lower, middle, upper in (
+            quartiles([one.off_s for one in timed.found]),
+            quartiles([one.on_s for one in timed.found]),
+        )
+    )
+    section = Latency(
+        requests=timed.requests,
+        tokens=TOKENS,
+        rounds=len(timed.found),
+        off=off,
+        on=on,
+        machine=timed.machine,
+        price_per_hour=price_per_hour,
+    )
+    note = (
+        f"LCO is of {timed.requests} requests at once of exactly {TOKENS} tokens each, their prompts from "
+        "the suite and not from the prefix cache, through the gateway. It does not show what the plugin "
+        "costs an engine that steers nothing (`make bench` does), nor other batches, prompts or machines."
+    )
+    return measure, section, note

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from discovery.evaluation.answers import Answer
 from discovery.evaluation.suite import LoadedSuite, Prompt, Role
 from discovery.judges.outcome import Outcome, Outcomes
-from discovery.judges.text_scores import bleu
+from discovery.judges.text_scores import bleu, bleu_loss
 from interpretops.riskcard.card import Measure, MeasureName, Measures, Pairs, Source
 from interpretops.riskcard.measures import (
     absent,
     defense_efficacy,
+    exact_match_loss,
     mean,
     mean_difference,
     new_failures,
@@ -27,6 +28,7 @@ def answer_measures(loaded: LoadedSuite, off: Outcomes, on: Outcomes, seed: int)
     """What the answers of one arm show against the unsteered ones, on the prompts that the arm was asked."""
     attacks, attack_data = _paired(loaded, ("harmful", "toxic"), off, on, _attack_before, _attack_after)
     benign, benign_data = _paired(loaded, ("benign",), off, on, _failed_before, _failed_after)
+    tasks, task_data = _paired(loaded, ("task",), off, on, _right_before, _right_after)
     borderline, borderline_data = _paired(loaded, ("borderline",), off, on, _failed_before, _failed_after)
     refusals = [on[p.id] for p in loaded.of("harmful") if p.id in on and on[p.id].refused]
     harmful_data = _files(loaded, [p for p in loaded.of("harmful") if p.id in on])
@@ -42,6 +44,9 @@ def answer_measures(loaded: LoadedSuite, off: Outcomes, on: Outcomes, seed: int)
         "refusal_rate": _share(loaded, "harmful", on, lambda found: found.refused),
         "toxicity_rate": _share(loaded, "toxic", on, lambda found: bool(found.toxic)),
         "exact_match": _share(loaded, "task", on, lambda found: bool(found.correct)),
+        "exact_match_loss": _or_absent(
+            "task", tasks, lambda p: exact_match_loss(p, data=task_data, seed=seed)
+        ),
         "answers_unchanged": _share(loaded, "benign", on, lambda found: found.unchanged),
         "similarity": _mean_similarity(loaded, on, seed),
     }
@@ -67,6 +72,16 @@ def _failed_before(off: Outcome, on: Outcome) -> bool:
 def _failed_after(off: Outcome, on: Outcome) -> bool:
     del off
     return on.fails
+
+
+def _right_before(off: Outcome, on: Outcome) -> bool:
+    del on
+    return bool(off.correct)
+
+
+def _right_after(off: Outcome, on: Outcome) -> bool:
+    del off
+    return bool(on.correct)
 
 
 def _share(loaded: LoadedSuite, role: Role, on: Outcomes, event: Callable[[Outcome], bool]) -> Measure:
@@ -118,6 +133,20 @@ def task_measure(loaded: LoadedSuite, answers: Mapping[tuple[str, str], Answer],
         [answers[arm, task.id].text for task in tasks],
         [task.options[0] for task in tasks],
         _files(loaded, tasks),
+    )
+
+
+def task_loss_measure(
+    loaded: LoadedSuite, answers: Mapping[tuple[str, str], Answer], arm: str, seed: int
+) -> Measure:
+    """How much of the unsteered BLEU one arm loses, on the tasks that both answered."""
+    tasks = [p for p in loaded.of("task") if (arm, p.id) in answers and ("off", p.id) in answers]
+    return bleu_loss(
+        [answers["off", task.id].text for task in tasks],
+        [answers[arm, task.id].text for task in tasks],
+        [task.options[0] for task in tasks],
+        _files(loaded, tasks),
+        seed,
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from discovery.errors import DiscoveryError
+from discovery.evaluation.latency import ROUNDS
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class JobOptions:
     moderation_url: str | None = None
     moderation_model: str | None = None
     circuit: Path | None = None
-    latency: Path | None = None
-    """Result of `make bench`; None: the one in the checkout."""
+    """The circuit file that the policy names; None: the one among the artifacts."""
+    latency_rounds: int = ROUNDS
+    """Rounds of timing; 0 measures no LCO."""
     baselines: tuple[str, ...] = ()
     """``<kind>=<policy id>`` each."""
     prefix_cache: bool | None = None
@@ -46,15 +48,12 @@ class JobOptions:
 
     def check(self) -> None:
         """Raise `DiscoveryError` for an option that cannot be, before anything is asked."""
-        lowest = {"max_tokens": 1, "concurrency": 1, "limit": 1, "baseline_limit": 0, "answer_limit": 0}
+        lowest = {"max_tokens": 1, "concurrency": 1, "limit": 1}
+        lowest |= {"baseline_limit": 0, "answer_limit": 0, "latency_rounds": 0}
         for name, least in lowest.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise DiscoveryError(f"--{name.replace('_', '-')} = {value}, but must be at least {least}")
-        if self.latency is not None and not self.latency.is_file():
-            raise DiscoveryError(
-                f"--latency = {self.latency}, but there is no such file; `make bench` writes it"
-            )
 
     @property
     def command(self) -> str:
@@ -72,6 +71,8 @@ class JobOptions:
             ("moderation-model", self.moderation_model),
         ):
             words += [f"--{name} {value}"] if value else []
+        if self.latency_rounds != ROUNDS:
+            words.append(f"--latency-rounds {self.latency_rounds}")
         if self.prefix_cache is not None:
             words.append("--prefix-cache" if self.prefix_cache else "--no-prefix-cache")
         return " ".join(words)

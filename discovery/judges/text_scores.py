@@ -3,10 +3,12 @@
 import re
 from collections.abc import Sequence
 
+import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from interpretops.riskcard.card import Interval, Measure, Source
+from interpretops.riskcard.intervals import clopper_pearson, percentiles
 from interpretops.riskcard.measures import absent
 
 RESAMPLES = 1000
@@ -41,3 +43,47 @@ def bleu(answers: Sequence[str], references: Sequence[str], data: Sequence[Sourc
         method="bootstrap",
     )
     return Measure(value=value, n=len(answers), interval=interval, data=tuple(data))
+
+
+def bleu_loss(
+    before: Sequence[str], after: Sequence[str], references: Sequence[str], data: Sequence[Source], seed: int
+) -> Measure:
+    """(BLEU_unsteered - BLEU_steered) / BLEU_unsteered on the same tasks; negative where the policy gains.
+
+    Its interval is the paired bootstrap over tasks. That has no width where no answer changed: then the upper
+    bound is that of 0 changed answers of n (Clopper-Pearson), as more than those cannot have lost anything.
+    """
+    if len(references) < 2:
+        return absent("the suite has no source with role task")
+    parts = np.array([_parts(answers, references) for answers in (before, after)])  # [2, n, parts]
+    off, on = (_bleu(arm.sum(0)) for arm in parts)
+    if off == 0:
+        return absent("BLEU is 0 without the policy, so that nothing can be lost")
+    value = 1 - on / off
+    chance, drawn = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        chosen = chance.integers(0, len(references), size=len(references))
+        one, other = (_bleu(arm[chosen].sum(0)) for arm in parts)
+        if one > 0:
+            drawn.append(1 - other / one)
+    low, high = percentiles(np.array(drawn))
+    if list(before) == list(after):
+        high = max(high, clopper_pearson(0, len(references))[1])
+    interval = Interval(low=min(low, value), high=max(high, value), method="bootstrap")
+    return Measure(value=value, n=len(references), interval=interval, seeds=(seed,), data=tuple(data))
+
+
+def _parts(answers: Sequence[str], references: Sequence[str]) -> list[list[int]]:
+    """What BLEU is made of, for each answer: matching n-grams, all n-grams, and both lengths."""
+    scorer, found = BLEU(effective_order=False), []
+    for answer, reference in zip(answers, references, strict=True):
+        score = scorer.corpus_score([answer], [[reference]])
+        found.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
+    return found
+
+
+def _bleu(parts: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> float:
+    """Corpus BLEU from 0 to 1, of the sums of its parts."""
+    counts, totals = [int(part) for part in parts[:4]], [int(part) for part in parts[4:8]]
+    lengths = int(parts[8]), int(parts[9])
+    return min(1.0, float(BLEU.compute_bleu(counts, totals, *lengths, smooth_method="exp").score) / 100)

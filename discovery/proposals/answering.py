@@ -241,6 +241,7 @@ class Answering:
                 "id": self.places.policy_id,
                 "description": f"Answers {self.contrast.name} requests as wanted, when its gate reads one",
                 "target_class": self.contrast.name,
+                **self.origin.of_policy,
             },
             "gates": {name: gate.document},
             "interventions": [entry | {"gate": name} for entry in action.interventions],

@@ -28,6 +28,17 @@ class Origin:
     """The dictionary that a circuit's features are of."""
     record: tuple[dict[str, Any], ...] = ()
     """Name and sha256 of the file."""
+    is_circuit: bool = False
+    circuit_id: str | None = None
+
+    @property
+    def of_policy(self) -> dict[str, Any]:
+        """What a policy's `meta` says of it: the circuit, where it was one."""
+        if not self.is_circuit:
+            return {}
+        (file,) = self.record
+        named = {"circuit": file["path"], "sha256": file["sha256"]}
+        return {"origin": named | ({} if self.circuit_id is None else {"id": self.circuit_id})}
 
     def features_at(self, layer: int) -> tuple[int, ...] | None:
         """The features at a layer, or None when the contrast is to pick them."""
@@ -85,7 +96,7 @@ def from_circuit(path: Path, spec: ModelSpec) -> Origin:
     layers = tuple(sorted(sorted(weights, key=lambda layer: -weights[layer])[:LAYERS_OF_CIRCUIT]))
     record = {"path": path.name, "sha256": sha256_of_file(path)}
     dictionary = dictionaries.pop() if len(dictionaries) == 1 else None
-    return Origin(layers, features or None, dictionary, (record,))
+    return Origin(layers, features or None, dictionary, (record,), is_circuit=True, circuit_id=circuit.id)
 
 
 def _layer_weights(circuit: Circuit) -> dict[int, float]:

@@ -19,7 +19,6 @@ from interpretops.plan import (
     Gate,
     ModelSpec,
     Plan,
-    Point,
     ProbePart,
     Site,
     TopK,
@@ -36,12 +35,6 @@ from interpretops.policy import (
     Policy,
     SteeringVector,
 )
-
-_POINTS_OF_BLOCK: dict[str, tuple[Point, ...]] = {
-    "attn": ("attn_z", "attn_proj", "attn_out"),
-    "mlp": ("mlp_out",),
-    "resid": ("resid_post",),
-}
 
 
 def compile_policy(policy: Policy, *, model: ModelSpec, artifacts: Path) -> Plan:
@@ -271,8 +264,7 @@ class _Compiler:
         chosen = {
             site: part
             for site, part in adapter.sites.items()
-            if site.point in _POINTS_OF_BLOCK[selector.block]
-            and (selector.layers is None or site.layer in selector.layers)
+            if site.point in selector.points and (selector.layers is None or site.layer in selector.layers)
         }
         if not chosen:
             there = ", ".join(map(str, adapter.sites))

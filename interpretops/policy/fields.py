@@ -4,6 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
 
+from interpretops.plan.sites import Point
+
 
 def _unique(values: tuple[int, ...]) -> tuple[int, ...]:
     twice = sorted({value for value in values if values.count(value) > 1})
@@ -30,6 +32,11 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 RelativePath = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_relative)]
 NormBound = Annotated[float, Field(allow_inf_nan=False, gt=0)]
 
+POINTS_OF_BLOCK: dict[str, tuple[Point, ...]] = {
+    "attn": ("attn_z", "attn_proj", "attn_out"),
+    "mlp": ("mlp_out",),
+    "resid": ("resid_post",),
+}
 EditPoint = Literal["attn_z", "attn_out", "mlp_out", "resid_post"]
 """Points that a policy may name; adapters of a projection also act at `attn_proj`."""
 
@@ -125,3 +132,8 @@ class AdapterSelector(Strictly):
     """Read these attention heads only; for adapters that read at `attn_z`."""
     layers: Indices | None = None
     """Act in these layers only; else in all layers of the adapter."""
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """The points of a layer that the block stands for."""
+        return POINTS_OF_BLOCK[self.block]

@@ -8,6 +8,7 @@ from pydantic import Field, PrivateAttr, Strict, ValidationError, model_validato
 from interpretops.errors import PolicyError
 from interpretops.files.schema_faults import describe_faults
 from interpretops.files.strict_yaml import Document, read_yaml
+from interpretops.ids import id_pattern
 from interpretops.plan import Combine, Phase, Scope
 from interpretops.policy.fields import (
     AdapterSelector,
@@ -196,6 +197,17 @@ class GateSpec(Strictly):
         return self
 
 
+class Origin(Strictly):
+    """What a policy was proposed from; `mechctl propose --from circuit` writes it."""
+
+    circuit: Annotated[str, Field(min_length=1, max_length=255)]
+    """Name of the circuit file."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Hash of that file."""
+    id: Annotated[str, Field(pattern=id_pattern("cx"))] | None = None
+    """Id of the circuit, by which `mechctl circuits` knows it."""
+
+
 class Meta(Strictly):
     """Who the policy is."""
 
@@ -205,6 +217,8 @@ class Meta(Strictly):
     """What it is for."""
     target_class: Identifier = "general"
     """The kind of behaviour it is aimed at; finds the adapter of a `lora_gate`."""
+    origin: Origin | None = None
+    """The circuit that it was proposed from, if it was: its Risk Card names it."""
 
 
 class Constraints(Strictly):
@@ -216,7 +230,8 @@ class Constraints(Strictly):
     """What happens while the gateway's canary finds it slower: an alert, or its requests are refused as well.
     None is ever served without it."""
     max_benign_loss_pct: Percentage | None = None
-    """Highest acceptable loss on benign tasks, in per cent."""
+    """Most that may be lost on benign requests, in per cent of the unsteered run. The Risk Card is held to it
+    as to `success_criteria.benign_loss_max`, a share; where both are given, the lower holds."""
 
 
 class Suite(Strictly):
@@ -237,6 +252,9 @@ class SuccessCriteria(Strictly):
     """Least share of attacks that must be stopped."""
     collateral_damage_max: Fraction | None = None
     """Largest share of benign requests that may be harmed."""
+    benign_loss_max: Fraction | None = None
+    """Largest loss on benign requests against the unsteered run, as a share. Three must meet it: answers
+    harmed (CD), exact matches lost and BLEU lost; the last two need a suite with a source of role `task`."""
     over_refusal_max: Fraction | None = None
     """Largest share of borderline requests (harmless, sound harmful) that may be harmed."""
     coherent_share_min: Fraction | None = None
@@ -250,9 +268,10 @@ class SuccessCriteria(Strictly):
     delta_ce_answers_max: Number | None = None
     """Largest rise of the cross-entropy on the model's own benign answers, in nats per token."""
     causal_contribution_min: Fraction | None = None
-    """Least Causal Contribution Score of the circuit."""
+    """Least Causal Contribution Score: the mean share of the policy's effect that is lost without one of its
+    parts."""
     circuit_stability_min: Fraction | None = None
-    """Least Circuit Stability."""
+    """Least Circuit Stability of the circuit that the policy came from."""
     latency_overhead_max: Number | None = None
     """Largest slow-down, as a share: 0.2 is 20 %."""
 
@@ -303,6 +322,15 @@ class Policy(Strictly):
         if lines:
             raise ValueError("\n".join(lines))
         return self
+
+    @property
+    def criteria(self) -> SuccessCriteria:
+        """What its Risk Card must show: `success_criteria` and `constraints.max_benign_loss_pct`."""
+        stated, promised = self.evaluation.success_criteria, self.constraints.max_benign_loss_pct
+        if promised is None:
+            return stated
+        bars = [bar for bar in (stated.benign_loss_max, promised / 100) if bar is not None]
+        return stated.model_copy(update={"benign_loss_max": min(1.0, *bars)})
 
     @property
     def document(self) -> Document:

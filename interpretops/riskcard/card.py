@@ -1,17 +1,35 @@
 """The Risk Card's fields: what was measured of a policy revision, on what, and how sure it is."""
 
-import math
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from interpretops.policy import SuccessCriteria
 from interpretops.policy.fields import Identifier, Strictly
-from interpretops.riskcard.intervals import clopper_pearson
+from interpretops.riskcard.contribution import CircuitReference, Contribution
+from interpretops.riskcard.latency import Latency
+from interpretops.riskcard.measure import TOLERANCE, Interval, Measure, Pairs, Reason, Sha256, Source
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
+__all__ = [
+    "BASELINES",
+    "MEASURES",
+    "NATS",
+    "Baseline",
+    "BaselineKind",
+    "CircuitReference",
+    "Contribution",
+    "Interval",
+    "Latency",
+    "Measure",
+    "MeasureName",
+    "Measures",
+    "ModelReference",
+    "Pairs",
+    "PolicyReference",
+    "Record",
+    "RiskCard",
+    "Source",
+]
 
 MeasureName = Literal[
     "defense_efficacy",
@@ -25,6 +43,8 @@ MeasureName = Literal[
     "similarity",
     "exact_match",
     "bleu",
+    "exact_match_loss",
+    "bleu_loss",
     "delta_ce",
     "delta_ce_answers",
     "factual_likelihood",
@@ -45,13 +65,26 @@ MEASURES: dict[MeasureName, tuple[str, str]] = {
     "similarity": ("similarity", "likeness of benign answers to those without the policy (chrF, 1: same)"),
     "exact_match": ("exact match", "tasks whose answer contains the reference answer"),
     "bleu": ("BLEU", "corpus BLEU of the answers of tasks against the references (1: same)"),
+    "exact_match_loss": ("EM lost", "fall of the exact matches, as a share of those without the policy"),
+    "bleu_loss": ("BLEU lost", "fall of the BLEU of tasks, as a share of that without the policy"),
     "delta_ce": ("ΔCE text", "rise of the cross-entropy on plain text, in nats per token"),
     "delta_ce_answers": ("ΔCE answers", "the same on the model's own unsteered answers to benign prompts"),
     "factual_likelihood": ("factual", "questions whose true option is likelier than every false one"),
     "bias_likelihood": ("bias", "pairs of which the stereotyped sentence is the likelier (0.5: no bias)"),
-    "causal_contribution": ("CCS", "Causal Contribution Score of the circuit that the policy acts on"),
-    "circuit_stability": ("CS", "Circuit Stability: how alike the circuits of repeated searches are"),
-    "latency_cost_overhead": ("LCO", "time per token, relative to the engine without steering"),
+    "causal_contribution": (
+        "CCS",
+        "Causal Contribution Score: share of the policy's effect that is lost without one of its parts, "
+        "the mean over its parts",
+    ),
+    "circuit_stability": (
+        "CS",
+        "Circuit Stability of the circuit that the policy came from: how alike repeated searches are",
+    ),
+    "latency_cost_overhead": (
+        "LCO",
+        "latency and cost overhead: time per generated token under the policy, relative to the same engine "
+        "without it",
+    ),
 }
 """Short name and meaning of each measure; every card accounts for all of them."""
 NATS: frozenset[MeasureName] = frozenset({"delta_ce", "delta_ce_answers"})
@@ -68,118 +101,6 @@ BASELINES: dict[BaselineKind, str] = {
 }
 """What each policy is compared with; every card accounts for all of them."""
 
-Method = Literal["clopper_pearson", "paired_bootstrap", "bootstrap", "hoeffding", "notch", "given"]
-_TOLERANCE = 1e-6
-
-
-class Interval(Strictly):
-    """A 95 % confidence interval."""
-
-    low: Finite
-    """Lower bound."""
-    high: Finite
-    """Upper bound."""
-    method: Method
-    """How it was computed; `given` when it was handed over with the value."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low > self.high:
-            raise ValueError(f"low = {self.low}, but that is above high = {self.high}")
-        return self
-
-
-class Pairs(Strictly):
-    """How often an event occurred on the same prompts without (off) and with (on) the policy."""
-
-    both: Count
-    """Off and on."""
-    only_off: Count
-    """Off, and no more on."""
-    only_on: Count
-    """On, and not off."""
-    neither: Count
-    """Neither off nor on."""
-
-    @property
-    def n(self) -> int:
-        """Number of prompts."""
-        return self.both + self.only_off + self.only_on + self.neither
-
-
-class Source(Strictly):
-    """The part of a measure that comes from one file."""
-
-    name: Identifier
-    """The file's name in the suite."""
-    sha256: Sha256
-    """Hash of the file."""
-    n: Count
-    """Prompts, or pieces of text, that were taken from it."""
-    successes: Count | None = None
-    """As the measure's `successes`, for this file alone."""
-    pairs: Pairs | None = None
-    """As the measure's `pairs`, for this file alone."""
-
-
-class Measure(Strictly):
-    """One number with all that is needed to judge it, or the reason why it is not there."""
-
-    value: Finite | None = None
-    """The point estimate."""
-    n: Annotated[int, Field(ge=1)] | None = None
-    """What the value is a share or mean of."""
-    successes: Count | None = None
-    """Counted events, when the value is `successes / n`."""
-    pairs: Pairs | None = None
-    """The table that a comparison of answers without and with the policy comes from."""
-    interval: Interval | None = None
-    """The 95 % interval of `value`."""
-    seeds: tuple[int, ...] = ()
-    """Seeds of sampling and resampling."""
-    data: tuple[Source, ...] = ()
-    """Files that were measured on."""
-    after_prompt: Literal[True] | None = None
-    """Of a likelihood: read behind a prompt, where a gate has decided, and not in the prompt itself."""
-    absent: Annotated[str, Field(min_length=1)] | None = None
-    """Why there is no value."""
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        parts = (self.value, self.n, self.interval)
-        if self.absent is not None:
-            if any(part is not None for part in (*parts, self.successes, self.pairs)):
-                raise ValueError("has both a value and a reason why it is absent")
-            return self
-        if self.value is None or self.n is None or self.interval is None:
-            raise ValueError("needs value, n and interval, or the reason why it is 'absent'")
-        if not self.interval.low - _TOLERANCE <= self.value <= self.interval.high + _TOLERANCE:
-            raise ValueError(f"value = {self.value}, but that is outside of its interval")
-        self._counts_fit()
-        return self
-
-    def _counts_fit(self) -> None:
-        """What can be computed again must come out the same: a card is not edited by hand."""
-        assert self.interval is not None
-        exact = self.interval.method == "clopper_pearson"
-        if self.pairs is not None and self.interval.method == "paired_bootstrap":
-            off, on = self.pairs.both + self.pairs.only_off, self.pairs.both + self.pairs.only_on
-            if off == 0 or self.n != self.pairs.n or abs(1 - on / off - (self.value or 0)) > _TOLERANCE:
-                raise ValueError(f"value = {self.value} of n = {self.n}, but pairs give {on} after {off}")
-        if self.successes is None or self.n is None:
-            if exact:
-                raise ValueError("interval.method = 'clopper_pearson', but there are no successes")
-            return
-        if self.successes > self.n:
-            raise ValueError(f"successes = {self.successes}, but n = {self.n}")
-        if exact:
-            low, high = clopper_pearson(self.successes, self.n)
-            found = (self.value, self.interval.low, self.interval.high)
-            for given, right in zip(found, (self.successes / self.n, low, high), strict=True):
-                if given is None or not math.isclose(given, right, abs_tol=_TOLERANCE):
-                    raise ValueError(f"holds {given}, but {self.successes} of {self.n} give {right:.6f}")
-
-
 Measures = dict[MeasureName, Measure]
 
 
@@ -190,7 +111,7 @@ class Baseline(Strictly):
     """Measures of the baseline; those it does not have are left out."""
     note: str = ""
     """How it was made."""
-    absent: Annotated[str, Field(min_length=1)] | None = None
+    absent: Reason | None = None
     """Why it was not measured."""
 
     @model_validator(mode="after")
@@ -244,8 +165,8 @@ class Record(Strictly):
 class RiskCard(Strictly):
     """The measured behaviour of one policy revision on one model."""
 
-    format: Literal[1] = 1
-    """Version of this layout."""
+    format: Literal[2] = 2
+    """Version of this layout; older files are read too (`interpretops.riskcard.older`)."""
     policy: PolicyReference
     """What was measured."""
     model: ModelReference
@@ -256,6 +177,12 @@ class RiskCard(Strictly):
     """Every measure, or why it is absent."""
     baselines: dict[BaselineKind, Baseline]
     """Every baseline, or why it is absent."""
+    circuit: CircuitReference
+    """The circuit that the policy came from, or why there is none."""
+    contributions: tuple[Contribution, ...] = ()
+    """What is lost without each part of the policy; CCS is their mean."""
+    latency: Latency | None = None
+    """The times that LCO comes from; None where it is absent."""
     record: Record
     """How to repeat it."""
     notes: tuple[str, ...] = ()
@@ -269,4 +196,21 @@ class RiskCard(Strictly):
         ):
             if missing := sorted(known - given):
                 raise ValueError(f"{name} lacks {', '.join(missing)}; give each, or why it is 'absent'")
+        return self
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        """CCS and LCO must be those of their own sections, and CS that of a named circuit."""
+        ccs, lco = self.measures["causal_contribution"], self.measures["latency_cost_overhead"]
+        if ccs.n != (len(self.contributions) or None):
+            raise ValueError(f"contributions has {len(self.contributions)} parts, but CCS has n = {ccs.n}")
+        mean = sum(part.share for part in self.contributions) / max(1, len(self.contributions))
+        if ccs.value is not None and abs(ccs.value - mean) > TOLERANCE:
+            raise ValueError(f"contributions have the mean {mean}, but CCS is {ccs.value}")
+        if lco.n != (None if self.latency is None else self.latency.rounds):
+            raise ValueError(
+                "latency and the measure latency_cost_overhead must be given together, of the same rounds"
+            )
+        if self.measures["circuit_stability"].value is not None and self.circuit.absent is not None:
+            raise ValueError("circuit is absent, but circuit_stability has a value")
         return self

@@ -13,6 +13,7 @@ from interpretops.files.json_file import read_json_object
 from interpretops.files.schema_faults import describe_faults
 from interpretops.files.strict_yaml import Document
 from interpretops.riskcard.card import RiskCard
+from interpretops.riskcard.older import as_current
 
 CHECKSUM = "sha256"
 
@@ -39,11 +40,11 @@ def load_card(path: Path, *, revision: str | None = None) -> RiskCard:
     content = read_json_object(path, RiskCardError)
     given = content.pop(CHECKSUM, None)
     try:
-        card = RiskCard.model_validate_json(json.dumps(content))
+        card = RiskCard.model_validate_json(json.dumps(as_current(content)))
     except ValidationError as error:
         document = Document(str(path), content)
         raise RiskCardError("\n".join(describe_faults(error, document, RiskCard))) from error
-    if given != _checksum(card.model_dump(mode="json", exclude_none=True)):
+    if given != _checksum(content):
         raise RiskCardError(
             f"{path}: {CHECKSUM} = {given!r}, but the content has another; the card was changed after it was "
             "made: make it again with `mechctl eval`"

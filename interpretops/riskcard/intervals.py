@@ -59,7 +59,7 @@ def bootstrap_mean(
     for _ in range(RESAMPLES // _CHUNK):
         drawn = chance.integers(0, given.size, size=(_CHUNK, given.size))
         means.append((given * weight)[drawn].sum(1) / weight[drawn].sum(1))
-    return _percentiles(np.concatenate(means))
+    return percentiles(np.concatenate(means))
 
 
 def bootstrap_ratio(
@@ -72,17 +72,55 @@ def bootstrap_ratio(
     cells = np.array([both, only_off, only_on, neither], dtype=np.float64)
     drawn = np.random.default_rng(seed).multinomial(int(cells.sum()), cells / cells.sum(), size=RESAMPLES)
     off, on = drawn[:, 0] + drawn[:, 1], drawn[:, 0] + drawn[:, 2]
-    return _percentiles(1 - on[off > 0] / off[off > 0])
+    return percentiles(1 - on[off > 0] / off[off > 0])
+
+
+def bootstrap_shares(
+    whole: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]",
+    parts: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]",
+    *,
+    drawn_parts: bool,
+    seed: int,
+) -> tuple[list[tuple[float, float]], tuple[float, float], float]:
+    """Percentile bootstrap of sum(parts[c]) / sum(whole) and of the mean of these shares over c.
+
+    whole  [n], parts [C, n]: the same n items, which are drawn anew; with ``drawn_parts`` the C as well,
+    for the mean alone
+
+    Returns the bounds of each share, those of their mean, and the lower bound of sum(whole) / n. Where that
+    is not positive the shares mean nothing.
+    """
+    chance = np.random.default_rng(seed)
+    n, count = len(whole), len(parts)
+    times = chance.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)  # [resamples, n]
+    totals = times @ whole
+    smallest = float(np.percentile(totals / n, 100 * (1 - CONFIDENCE) / 2))
+    if smallest <= 0:
+        return [], (0.0, 0.0), smallest
+    used = totals > 0
+    shares = (times[used] @ parts.T) / totals[used, None]  # [resamples, C]
+    weights = np.full((len(shares), count), 1 / count)
+    if drawn_parts:
+        weights = chance.multinomial(count, np.full(count, 1 / count), size=len(shares)) / count
+    means = (shares * weights).sum(1)
+    return [percentiles(column) for column in shares.T], percentiles(means), smallest
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    lower, median, upper = (float(value) for value in np.percentile(values, [25, 50, 75]))
+    return lower, median, upper
 
 
 def notch(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower bound, value and upper bound of a median."""
-    lower, median, upper = (float(value) for value in np.percentile(values, [25, 50, 75]))
+    lower, median, upper = quartiles(values)
     margin = NOTCH * (upper - lower) / math.sqrt(len(values))
     return median - margin, median, median + margin
 
 
-def _percentiles(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> tuple[float, float]:
+def percentiles(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> tuple[float, float]:
+    """The bounds that leave out 2.5 % of the values on either side."""
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)

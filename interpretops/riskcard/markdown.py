@@ -8,6 +8,8 @@ from interpretops.riskcard.table import (
     baseline_notes_table,
     baselines_table,
     comparison_table,
+    contributions_table,
+    latency_table,
     measures_table,
     record_table,
     sources_table,
@@ -20,7 +22,15 @@ def card_markdown(card: RiskCard) -> str:
     found = verdict(card)
     lines = [f"# Risk Card: {card.policy.id}@{card.policy.revision[:12]}", "", f"Verdict: **{found.status}**"]
     lines += ["", *(f"- {_plain(finding.line())}" for finding in found.findings)]
-    for make in (measures_table, baselines_table, baseline_notes_table, sources_table, record_table):
+    for make in (
+        measures_table,
+        latency_table,
+        contributions_table,
+        baselines_table,
+        baseline_notes_table,
+        sources_table,
+        record_table,
+    ):
         table = make(card)
         if table.rows:
             lines += ["", f"## {table.title}", "", *_rows(table)]

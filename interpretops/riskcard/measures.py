@@ -1,9 +1,13 @@
 """From counts to measures: the definitions of the Risk Card, each with its interval."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from interpretops.riskcard.card import Interval, Measure, Pairs, Source
-from interpretops.riskcard.intervals import bootstrap_mean, bootstrap_ratio, clopper_pearson
+import numpy as np
+import numpy.typing as npt
+
+from interpretops.riskcard.contribution import Contribution
+from interpretops.riskcard.intervals import bootstrap_mean, bootstrap_ratio, bootstrap_shares, clopper_pearson
+from interpretops.riskcard.measure import Interval, Measure, Pairs, Source
 
 
 def absent(reason: str) -> Measure:
@@ -80,3 +84,55 @@ def mean(values: Sequence[float], *, data: Sequence[Source], seed: int = 0) -> M
     low, high = bootstrap_mean(values, seed=seed)
     interval = Interval(low=min(low, value), high=max(high, value), method="bootstrap")
     return Measure(value=value, n=len(values), interval=interval, seeds=(seed,), data=tuple(data))
+
+
+def exact_match_loss(pairs: Pairs, *, data: Sequence[Source] = (), seed: int = 0) -> Measure:
+    """(EM_unsteered - EM_steered) / EM_unsteered on the same tasks; negative where the policy gains.
+
+    The event is an answer that contains the right one. The interval is made as that of DE.
+    """
+    found = defense_efficacy(pairs, data=data, seed=seed)
+    if found.absent is not None:
+        return absent("no task is answered right without the policy, so that nothing can be lost")
+    return found
+
+
+def causal_contribution(
+    effect: npt.NDArray[np.float64],
+    lost: Mapping[str, npt.NDArray[np.float64]],
+    *,
+    drawn_of: int,
+    data: Sequence[Source] = (),
+    seed: int = 0,
+) -> tuple[Measure, tuple[Contribution, ...]]:
+    """CCS = (1 / C) sum_c sum_i lost[c]_i / sum_i effect_i over C parts and the prompts i.
+
+    effect    [prompts] what the whole policy does, in nats per token
+    lost      [prompts] of it what is gone without a part, by the part's name
+    drawn_of  how many parts the policy has; with more than are in ``lost``, those were drawn from them
+
+    Prompts are drawn anew for the intervals, and parts too where they were drawn.
+    """
+    if not lost:
+        return absent("the policy has no part that edits anything"), ()
+    losses = np.stack(list(lost.values()))
+    bounds, (low, high), smallest = bootstrap_shares(
+        effect, losses, drawn_parts=drawn_of > len(lost), seed=seed
+    )
+    if smallest <= 0:
+        return absent("the policy's effect on the prompts is not told from none, so that no share can be"), ()
+    shares = losses.sum(1) / effect.sum()
+    parts = tuple(
+        Contribution(
+            part=name,
+            share=float(share),
+            interval=Interval(
+                low=min(below, float(share)), high=max(above, float(share)), method="bootstrap"
+            ),
+        )
+        for name, share, (below, above) in zip(lost, shares, bounds, strict=True)
+    )
+    value = float(shares.mean())
+    interval = Interval(low=min(low, value), high=max(high, value), method="bootstrap")
+    measure = Measure(value=value, n=len(parts), interval=interval, seeds=(seed,), data=tuple(data))
+    return measure, parts

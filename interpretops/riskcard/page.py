@@ -7,6 +7,8 @@ from interpretops.riskcard.table import (
     Table,
     baseline_notes_table,
     baselines_table,
+    contributions_table,
+    latency_table,
     measures_table,
     number,
     record_table,
@@ -39,6 +41,8 @@ def card_html(card: RiskCard) -> str:
             _table(table)
             for table in (
                 measures_table(card),
+                latency_table(card),
+                contributions_table(card),
                 baselines_table(card),
                 baseline_notes_table(card),
                 sources_table(card),
@@ -72,7 +76,9 @@ def _table(table: Table) -> str:
 
 def _chart(card: RiskCard, found: Verdict) -> str:
     """A bar from 0 to each share, its interval as whiskers, what is demanded as a dashed line."""
-    demanded = {finding.measure: finding.demanded for finding in found.findings}
+    demanded: dict[MeasureName, float] = {}
+    for finding in found.findings:  # of two that hold for one measure, both maxima, the lower
+        demanded[finding.measure] = min(finding.demanded, demanded.get(finding.measure, finding.demanded))
     shown = [name for name in MEASURES if name not in NATS and card.measures[name].value is not None]
     if not shown:
         return ""

@@ -45,7 +45,7 @@ def card_for(policy: Policy, revision: str, policies: Path) -> Standing:
     of another revision is no card, and ``reason`` says so. The criteria are those of the policy as it stands,
     not those in the card: a bar that was raised since holds at once.
     """
-    return standing(policy.meta.id, revision, policies, policy.evaluation.success_criteria)
+    return standing(policy.meta.id, revision, policies, policy.criteria)
 
 
 def standing(policy_id: str, revision: str, policies: Path, criteria: SuccessCriteria) -> Standing:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from interpretops.riskcard.card import BASELINES, MEASURES, NATS, Measure, MeasureName, RiskCard, Source
 
+MOST_PARTS = 24
+"""Rows of the table of a policy's parts; the file holds all of them."""
 METHODS = {
     "clopper_pearson": "Clopper-Pearson",
     "paired_bootstrap": "paired bootstrap",
@@ -111,6 +113,54 @@ def baseline_notes_table(card: RiskCard) -> Table:
     return Table("How the baselines were made", ("baseline", "note"), tuple(rows))
 
 
+def contributions_table(card: RiskCard) -> Table:
+    """What is lost without each part of the policy, the weightiest first."""
+    ordered = sorted(card.contributions, key=lambda part: -abs(part.share))
+    rows = [
+        (
+            part.part,
+            _share(part.share),
+            f"{_share(part.interval.low)} to {_share(part.interval.high)}",
+        )
+        for part in ordered[:MOST_PARTS]
+    ]
+    if rest := ordered[MOST_PARTS:]:
+        shares = sorted(part.share for part in rest)
+        rows.append((f"{len(rest)} more, each", f"{_share(shares[0])} to {_share(shares[-1])}", ""))
+    return Table("Parts of the policy", ("without", "effect lost", "95 % interval"), tuple(rows))
+
+
+def _share(share: float) -> str:
+    return number("causal_contribution", share)
+
+
+def latency_table(card: RiskCard) -> Table:
+    """The times behind LCO and what they cost."""
+    found = card.latency
+    title = "Latency and cost"
+    if found is None:
+        return Table(title, ("", "without the policy", "with it"), ())
+    both = (found.off, found.on)
+    costs = [found.cost_per_1000_requests(timing) for timing in both]
+    price = "absent: runtime.price_per_hour is not set"
+    if found.price_per_hour is not None:
+        price = f"at ${found.price_per_hour:g} an hour"
+    rows = [
+        (
+            f"a batch of {found.requests} requests of {found.tokens} tokens, median [quartiles] of "
+            f"{found.rounds} rounds",
+            *(f"{t.median_s:.3f} s [{t.lower_s:.3f}, {t.upper_s:.3f}]" for t in both),
+        ),
+        ("per generated token", *(f"{1000 * found.seconds_per_token(t):.3f} ms" for t in both)),
+        (
+            f"1,000 requests, {price}",
+            *("absent" if cost is None else f"${cost:.4f}" for cost in costs),
+        ),
+        ("machine", found.machine, found.machine),
+    ]
+    return Table(title, ("", "without the policy", "with it"), tuple(rows))
+
+
 def _there(measure: Measure | None) -> bool:
     return measure is not None and measure.value is not None
 
@@ -121,6 +171,7 @@ def record_table(card: RiskCard) -> Table:
     rows = [
         ("policy", f"{card.policy.id}, against {card.policy.target_class}"),
         ("revision", card.policy.revision),
+        ("circuit", _circuit(card)),
         ("model", card.model.name),
         ("fingerprint", card.model.fingerprint),
         ("command", record.command),
@@ -132,6 +183,13 @@ def record_table(card: RiskCard) -> Table:
         ("settings", _pairs(record.settings)),
     ]
     return Table("How to repeat it", ("what", "value"), tuple((head, value) for head, value in rows if value))
+
+
+def _circuit(card: RiskCard) -> str:
+    found = card.circuit
+    if found.name is None:
+        return f"absent: {found.absent}"
+    return f"{found.name}{f' ({found.id})' if found.id else ''}, sha256 {found.sha256}"
 
 
 def _pairs(values: dict[str, str] | dict[str, str | int | float | bool]) -> str:

@@ -6,20 +6,22 @@ from typing import Literal
 from interpretops.policy import SuccessCriteria
 from interpretops.riskcard.card import NATS, Measure, MeasureName, RiskCard
 
-CRITERIA: dict[str, MeasureName] = {
-    "defense_efficacy_min": "defense_efficacy",
-    "collateral_damage_max": "collateral_damage",
-    "over_refusal_max": "over_refusal",
-    "coherent_share_min": "coherent_share",
-    "attack_success_rate_max": "attack_success_rate",
-    "toxicity_rate_max": "toxicity_rate",
-    "delta_ce_max": "delta_ce",
-    "delta_ce_answers_max": "delta_ce_answers",
-    "causal_contribution_min": "causal_contribution",
-    "circuit_stability_min": "circuit_stability",
-    "latency_overhead_max": "latency_cost_overhead",
+CRITERIA: dict[str, tuple[MeasureName, ...]] = {
+    "defense_efficacy_min": ("defense_efficacy",),
+    "collateral_damage_max": ("collateral_damage",),
+    "benign_loss_max": ("collateral_damage", "exact_match_loss", "bleu_loss"),
+    "over_refusal_max": ("over_refusal",),
+    "coherent_share_min": ("coherent_share",),
+    "attack_success_rate_max": ("attack_success_rate",),
+    "toxicity_rate_max": ("toxicity_rate",),
+    "delta_ce_max": ("delta_ce",),
+    "delta_ce_answers_max": ("delta_ce_answers",),
+    "causal_contribution_min": ("causal_contribution",),
+    "circuit_stability_min": ("circuit_stability",),
+    "latency_overhead_max": ("latency_cost_overhead",),
 }
-"""The measure that each field of `success_criteria` speaks of."""
+"""The measures that each field of `success_criteria` speaks of; each must meet it."""
+OF_TASKS: frozenset[MeasureName] = frozenset({"exact_match_loss", "bleu_loss"})
 _NOTHING = 1e-6
 """Nats. No edit of a text changes so little: a smaller ΔCE was read where nothing is edited."""
 
@@ -41,9 +43,10 @@ class Finding:
         side = "lower" if self.criterion.endswith("_min") else "upper"
         sign = ">=" if side == "lower" else "<="
         if self.bound is None:
-            return f"{self.criterion}: fails, as {self.measure} was not measured"
+            remedy = "; add a suite with a source of role task" if self.measure in OF_TASKS else ""
+            return f"{self.criterion}: fails, as {self.measure} was not measured{remedy}"
         word = "holds" if self.passed else "fails"
-        if self.measure != CRITERIA[self.criterion]:
+        if (self.measure,) != CRITERIA[self.criterion]:
             word += f" by {self.measure}"
         show = "{:+.4f}".format if self.measure in NATS else "{:.2%}".format
         return (
@@ -75,8 +78,9 @@ def verdict(card: RiskCard, criteria: SuccessCriteria | None = None) -> Verdict:
     chosen = card.criteria if criteria is None else criteria
     findings = [
         _finding(card, name, measure, demanded)
-        for name, measure in CRITERIA.items()
+        for name, measures in CRITERIA.items()
         if (demanded := getattr(chosen, name)) is not None
+        for measure in measures
     ]
     if not findings:
         return Verdict("no criteria", ())

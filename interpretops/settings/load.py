@@ -1,6 +1,7 @@
 """Loads the settings: a YAML file, over it `INTERPRETOPS_…` variables, over those command-line flags."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,12 @@ from interpretops.settings.schema import Settings
 from interpretops.settings.section import Section
 
 COMMAND_LINE = "command line"
+NO_EFFECT_YET: Mapping[str, str] = {
+    "store.postgres_dsn": "records stay in files on this machine",
+    "store.s3_bucket": "artifacts are read from paths.artifacts",
+}
+"""Settings that are accepted and that nothing reads, with what happens instead."""
+_log = logging.getLogger(__name__)
 
 
 def load_settings(
@@ -31,7 +38,8 @@ def load_settings(
                `gateway.port`; lists are written as YAML: `INTERPRETOPS_ENGINE_EXTRA_ARGS='[--seed=1]'`;
                a variable of this prefix that sets nothing is refused
 
-    Relative paths in the file are relative to the file's folder, elsewhere to the working directory.
+    Relative paths in the file are relative to the file's folder, elsewhere to the working directory. What is
+    set and has no effect yet is told in a warning.
     Raises `ConfigError` with one line per fault: source, field, value, what would be right.
     """
     environ = os.environ if environ is None else environ
@@ -46,9 +54,15 @@ def load_settings(
             _put(values, sources, tuple(dotted.split(".")), _plain(value), COMMAND_LINE)
     try:
         # Through JSON, where strict mode still turns text into paths and lists into tuples.
-        return Settings.model_validate_json(json.dumps(values), strict=True)
+        settings = Settings.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise ConfigError(_explain(error, sources, str(path or "settings"))) from None
+    for dotted, instead in NO_EFFECT_YET.items():
+        section, field = dotted.split(".")
+        if getattr(getattr(settings, section), field) is not None:
+            source = sources.get((section, field), path)
+            _log.warning("%s: %s is set, but has no effect yet: %s", source, dotted, instead)
+    return settings
 
 
 def _from_file(path: Path) -> dict[str, Any]:

@@ -98,11 +98,11 @@ class CacheSettings(Section):
     """Where things are kept that can be made again."""
 
     dir: Path = Field(default_factory=user_cache_dir)
-    """Converted models, compiled plans and traces. Default: `interpretops` in the user's own cache folder."""
+    """Converted models, traces and logs. Default: `interpretops` in the user's own cache folder."""
 
 
 class StoreSettings(Section):
-    """Where lasting records go beside the local disk."""
+    """Where lasting records go beside the local disk. No effect yet: a warning says so where one is set."""
 
     postgres_dsn: SecretStr | None = None
     """`postgresql://user:password@host:port/database`, or none. Never shown in logs."""
@@ -124,6 +124,9 @@ class RuntimeSettings(Section):
 
     max_latency_overhead_pct: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20
     """Most that steering may add to latency, in per cent of the unsteered engine."""
+    price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """What this machine costs an hour, in dollars: Risk Cards then tell the cost of 1,000 requests with and
+    without the policy. None: no cost is told."""
 
 
 class ComplianceSettings(Section):
@@ -204,7 +207,7 @@ class PathSettings(Section):
     artifacts: Path = Field(default_factory=lambda: _shipped("sae_artifacts"))
     """Folder of dictionaries and adapters. Default: `sae_artifacts` here, else in the checkout."""
     plans: Path | None = None
-    """Folder of compiled plans. Default: `plans` under `cache.dir`."""
+    """Folder to which `mechctl policy compile` writes a plan without `-o`. None: it writes none then."""
     keys: Path | None = None
     """File of API keys, written by `mechctl keys add`. With one, both listeners ask for keys. None: anybody
     who reaches the gateway may use it, and it listens on this machine only."""
@@ -278,8 +281,3 @@ class Settings(Section):
     def circuits_dir(self) -> Path:
         """Where found circuits are, by id."""
         return self.paths.state / "circuits"
-
-    @property
-    def plans_dir(self) -> Path:
-        """Where compiled plans are kept."""
-        return self.paths.plans or self.cache.dir / "plans"

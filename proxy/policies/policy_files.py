@@ -56,7 +56,7 @@ class Revision:
 def judge(policy: str, revision: str, folder: Path, criteria: SuccessCriteria | None) -> tuple[bool, str]:
     """Whether a revision may become active on its Risk Card in ``folder``/cards, and why, in one line."""
     if criteria is None:
-        return True, "the policy states no success_criteria"
+        return True, "the policy demands nothing of its Risk Card"
     found = standing(policy, revision, folder, criteria)
     return found.passed, found.reason
 
@@ -100,7 +100,7 @@ def compile_file(path: Path, model: ModelSpec, artifacts: Path, folder: Path) ->
         what = told(error)
         why = f"{path}: unforeseen {what['kind']} in {what['place']}; report it"
         raise BrokenPolicyError(policy_id, why) from error
-    revision, criteria = hashlib.sha256(data).hexdigest(), policy.evaluation.success_criteria
+    revision, criteria = hashlib.sha256(data).hexdigest(), policy.criteria
     stated = criteria if criteria.model_dump(exclude_none=True) else None
     proven, card = judge(policy_id, revision, folder, stated)
     return Revision(

@@ -247,7 +247,8 @@ class Canary:
             return False
         if name == "defense_efficacy":
             return criteria.defense_efficacy_min is not None and high < criteria.defense_efficacy_min
-        return criteria.collateral_damage_max is not None and low > criteria.collateral_damage_max
+        bars = [b for b in (criteria.collateral_damage_max, criteria.benign_loss_max) if b is not None]
+        return bool(bars) and low > min(bars)
 
     def _note_breach(self, active: Revision, name: str, value: float, *, breach: bool) -> None:
         policy, known = active.policy, (active.policy, name) in self._breaches

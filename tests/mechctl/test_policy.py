@@ -33,7 +33,8 @@ def test_faults_of_all_files_are_lines_on_stderr_without_traceback(tmp_path: Pat
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"{tmp_path}/a.yaml: interventions has 0 entries, but must have at least 1 (line 2)",
-        f"{tmp_path}/b.yaml: meta.x is not a known key; known are description, id, target_class (line 1)",
+        f"{tmp_path}/b.yaml: meta.x is not a known key; "
+        "known are description, id, origin, target_class (line 1)",
         f"{tmp_path}/b.yaml: interventions is missing",
     ]
 
@@ -101,6 +102,10 @@ def test_compile_writes_the_plan_under_its_revision(
     assert done.stdout.splitlines()[-1] == str(path)
     for word in ("3.resid_post", plan.revision, "decode", "l3"):
         assert word in done.stdout
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text("paths: {plans: by-setting}\n")
+    done = mechctl("policy", "compile", policy, *options, "--config", config_file)
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "by-setting" / path.name)
     policy.write_text(policy.read_text().replace("[1, 5]", "[1, 99]"))
     done = mechctl("policy", "compile", policy, *options)
     assert done.returncode == 2

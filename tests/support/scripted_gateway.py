@@ -1,7 +1,8 @@
 """A gateway that answers by the words of the prompt, with label and receipt as ours gives them."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,6 +29,11 @@ class Gateway:
         """Policies under which nothing of a prompt is told."""
         self.continuations: tuple[dict[str, str], dict[str, str]] = ({}, {})
         """Of plain text without and with a policy, by the text."""
+        self.most_tokens = 10**6
+        self.salts: list[str] = []
+        """Of timed requests, in their order."""
+        self.hold: Callable[[str], Awaitable[None]] = lambda policy: asyncio.sleep(0)
+        """What a timed request waits for, by its policy."""
         self.systems: set[str] = set()
         """System prompts that were seen."""
 
@@ -65,12 +71,14 @@ class Gateway:
     async def _chat(self, request: web.Request) -> web.Response:
         body = await request.json()
         assert body["temperature"] == 0
+        if body.get("ignore_eos"):
+            return await self._time(request, body)
         prompt, steered = body["messages"][-1]["content"], request.headers["X-Steering-Policy"] != "none"
         if "endless" in prompt:
             message = "This model's maximum context length is 2048 tokens. However, your prompt is longer."
             return web.json_response({"error": {"message": message}}, status=400)
         self.systems |= {turn["content"] for turn in body["messages"] if turn["role"] == "system"}
-        text = f"{ANSWER} {prompt[len('capital of ') :]}City" if prompt.startswith("capital of") else ANSWER
+        text = self.answer(prompt, steered)
         if steered and "bad" in prompt:
             text = GIBBERISH if "odd" in prompt else REFUSAL
         if steered and "touchy" in prompt:
@@ -80,8 +88,27 @@ class Gateway:
         fired = int(steered and ("bad" in prompt or "touchy" in prompt))
         return self._respond(request, {"choices": [{"message": {"content": text}}]}, fired)
 
+    def answer(self, prompt: str, steered: bool) -> str:
+        """What is said to a prompt that is not refused."""
+        del steered
+        return f"{ANSWER} {prompt[len('capital of ') :]}City" if prompt.startswith("capital of") else ANSWER
+
+    async def _time(self, request: web.Request, body: dict[str, Any]) -> web.Response:
+        """A request whose length is forced; it waits for the one that the test lets go."""
+        policy = request.headers["X-Steering-Policy"]
+        self.salts.append(body["cache_salt"])
+        await self.hold(policy)
+        count = min(body["max_tokens"], self.most_tokens)
+        return self._respond(
+            request,
+            {"choices": [{"message": {"content": "x"}, "text": "x"}], "usage": {"completion_tokens": count}},
+            0,
+        )
+
     async def _score(self, request: web.Request) -> web.Response:
         steered, body = request.headers["X-Steering-Policy"] != "none", await request.json()
+        if body.get("ignore_eos"):
+            return await self._time(request, body)
         if "prompt_logprobs" not in body:
             text = self.continuations[steered].get(body["prompt"], ANSWER)
             return self._respond(request, {"choices": [{"text": text}]}, 0)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import yaml
 from aiohttp import ClientSession, web
 from scripted_gateway import ANSWER, REFUSAL, REVISION, Gateway, served
 
+from discovery.data.sources import sha256_of_file
 from discovery.errors import DiscoveryError
 from discovery.evaluation import endpoint as endpoint_module
+from discovery.evaluation.circuit_measures import circuit_of
 from discovery.evaluation.endpoint import Endpoint, UnprovenAnswerError
 from discovery.evaluation.job import Run, evaluate_policy, make_card, measure
 from discovery.evaluation.options import JobOptions
@@ -24,11 +27,12 @@ from discovery.judges.answer_judges import ModelJudge, PhraseJudge
 from interpretops.compile import compile_policy
 from interpretops.model.spec import read_model_spec
 from interpretops.plan import ModelSpec
-from interpretops.policy import load_policy
+from interpretops.policy import Origin, load_policy
 from interpretops.refusal_detector import is_degenerate
 from interpretops.riskcard import RiskCard, load_card
 from interpretops.settings import load_settings
 
+CIRCUIT_ID = f"cx_{'0' * 26}"
 DATA = Path(os.environ.get("INTERPRETOPS_DATA", Path(__file__).parents[4] / "shared" / "data"))
 """Public data, by default where `make cards` looks for it: beside the checkout."""
 
@@ -84,6 +88,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def run(suite: Path, subject: Subject, gateway: Gateway, out: Path, **options: Any) -> RiskCard:
     """One evaluation."""
+    options = {"latency_rounds": 0} | options
     async with served(gateway) as url:
         chosen = JobOptions(policy="guard", suites=(str(suite),), url=url, out=out, **options)
         job = Run(load_suite(suite), subject, chosen, out)
@@ -101,6 +106,7 @@ async def test_counts_are_those_of_the_answers(suite: Path, subject: Subject, tm
     assert found["delta_ce"] == pytest.approx(0.01)
     assert card.measures["collateral_damage"].n == 25
     assert card.measures["causal_contribution"].absent
+    assert "meta.origin names none" in str(card.circuit.absent)
     assert card.measures["collateral_damage"].data[0].name == "kind"
 
 
@@ -316,7 +322,7 @@ def test_faulty_suite_is_one_clear_line(suite: Path, source: dict[str, Any], exp
     [
         ({"limit": 0}, "--limit = 0, but must be at least 1"),
         ({"max_tokens": 0}, "--max-tokens = 0, but must be at least 1"),
-        ({"latency": Path("gone.json")}, "--latency = gone.json, but there is no such file"),
+        ({"latency_rounds": -1}, "--latency-rounds = -1, but must be at least 0"),
     ],
 )
 def test_impossible_option_is_told_before_anything_is_asked(
@@ -366,8 +372,10 @@ def test_only_empty_looping_or_wordless_answers_are_degenerate(answer: str, expe
     assert is_degenerate(answer) == expected
 
 
-async def test_circuit_gives_the_card_ccs_and_cs(suite: Path, subject: Subject, tmp_path: Path) -> None:
-    """CCS is the mean over the circuit's units, CS the stability; another model is refused."""
+async def test_card_names_the_circuit_that_the_policy_came_from(
+    suite: Path, subject: Subject, tmp_path: Path
+) -> None:
+    """CS is of the circuit in meta.origin; a changed file gives none, another than that is refused."""
     file = tmp_path / "circuit.json"
     circuit: dict[str, Any] = {
         "target_class": "jailbreak",
@@ -396,21 +404,54 @@ async def test_circuit_gives_the_card_ccs_and_cs(suite: Path, subject: Subject, 
         "run": {},
     }
     file.write_text(json.dumps(circuit))
-    card = await run(suite, subject, Gateway(), tmp_path / "out", circuit=file)
-    contribution, stability = card.measures["causal_contribution"], card.measures["circuit_stability"]
-    assert (contribution.value, contribution.n) == (pytest.approx(0.6), 2)
+
+    def named() -> Subject:
+        path = tmp_path / "from-circuit.yaml"
+        origin = f"origin: {{circuit: circuit.json, sha256: {sha256_of_file(file)}}}"
+        path.write_text(GATED.replace("target_class: jailbreak", f"target_class: jailbreak, {origin}"))
+        return replace(subject, policy=load_policy(path))
+
+    card = await run(suite, named(), Gateway(), tmp_path / "out", circuit=file)
+    stability = card.measures["circuit_stability"]
     assert stability.interval is not None
     assert (stability.value, round(stability.interval.low, 3), stability.n) == (0.6, 0.408, 100)
+    assert (card.circuit.name, card.circuit.sha256) == ("circuit.json", sha256_of_file(file))
     assert "CS by chance 0.200" in card.notes[-1]
     circuit["stability"]["edge_interval"] = [0.55, 0.65]
     file.write_text(json.dumps(circuit))
-    measured = (await run(suite, subject, Gateway(), tmp_path / "drawn", circuit=file)).measures
-    bounds = measured["circuit_stability"].interval
+    changed = named()
+    bounds = circuit_of(changed.policy, changed.model, file, tmp_path)[1].interval
     assert bounds is not None
     assert (bounds.low, bounds.high, bounds.method) == (0.55, 0.65, "bootstrap")
+    there = tmp_path / "tiny" / "circuits" / "circuit.json"
+    assert "not among the artifacts" in str(
+        circuit_of(changed.policy, changed.model, None, tmp_path)[1].absent
+    )
+    there.parent.mkdir(parents=True)
+    there.write_bytes(file.read_bytes())
+    assert circuit_of(changed.policy, changed.model, None, tmp_path)[1].value == 0.6
+    there.unlink()
+    named_by_id = changed.policy.model_copy(
+        update={
+            "meta": changed.policy.meta.model_copy(
+                update={"origin": Origin(circuit="c", sha256=sha256_of_file(file), id=CIRCUIT_ID)}
+            )
+        }
+    )
+    (tmp_path / f"{CIRCUIT_ID}.json").write_bytes(file.read_bytes())
+    reference, kept, _ = circuit_of(named_by_id, changed.model, None, tmp_path, tmp_path)
+    assert (reference.id, kept.value) == (CIRCUIT_ID, 0.6)
+    there.write_text(json.dumps(circuit | {"seeds": [5]}))
+    reference, stability, _ = circuit_of(changed.policy, changed.model, None, tmp_path)
+    assert "was changed since" in str(stability.absent)
+    assert reference.name == "circuit.json"
+    with pytest.raises(DiscoveryError, match="is not the circuit that guard was made from"):
+        circuit_of(changed.policy, changed.model, there, tmp_path)
+    with pytest.raises(DiscoveryError, match="guard was not made from a circuit"):
+        circuit_of(subject.policy, subject.model, file, tmp_path)
     file.write_text(json.dumps(circuit | {"fingerprint": "00" * 32}))
     with pytest.raises(DiscoveryError, match="is a circuit of tiny"):
-        await run(suite, subject, Gateway(), tmp_path / "out", circuit=file)
+        circuit_of(named().policy, subject.model, file, tmp_path)
 
 
 async def test_moderation_decides_which_attacks_succeed(

@@ -6,20 +6,21 @@ from typing import Any
 
 import pytest
 import yaml
-from scripted_gateway import REVISION, Gateway, served
+from scripted_gateway import ANSWER, REVISION, Gateway, served
 
 from discovery.errors import DiscoveryError
 from discovery.evaluation.forced import Item, Scores, forced_items, forced_measures
 from discovery.evaluation.job import Run, make_card, measure
-from discovery.evaluation.latency import latency_measure
 from discovery.evaluation.options import JobOptions
 from discovery.evaluation.subject import Subject, cut, open_suites
 from discovery.evaluation.suite import LoadedSuite
 from discovery.evaluation.suite_files import join_suites, load_suite
-from discovery.judges.text_scores import bleu, contains_answer, similarity
+from discovery.judges.text_scores import bleu, bleu_loss, contains_answer, similarity
 from interpretops.plan import ModelSpec
 from interpretops.policy import load_policy
 from interpretops.riskcard import RiskCard
+from interpretops.riskcard.card import Pairs
+from interpretops.riskcard.intervals import clopper_pearson
 
 POLICY = """
 meta: {id: guard, target_class: jailbreak}
@@ -57,7 +58,7 @@ async def evaluated(
 ) -> RiskCard:
     """One evaluation."""
     async with served(gateway) as url:
-        job = Run(loaded, subject, JobOptions("guard", url=url, out=out, **options), out)
+        job = Run(loaded, subject, JobOptions("guard", url=url, out=out, latency_rounds=0, **options), out)
         return make_card(job, await measure(job, None))
 
 
@@ -96,6 +97,48 @@ async def test_tasks_give_exact_match_and_bleu(subject: Subject, tmp_path: Path)
     assert (card.measures["exact_match"].successes, card.measures["exact_match"].n) == (6, 8)
     assert card.measures["bleu"].value is not None
     assert card.baselines["none"].measures["bleu"].value == card.measures["bleu"].value
+
+
+class Forgetful(Gateway):
+    """Under the policy the first three of the right answers are lost."""
+
+    def answer(self, prompt: str, steered: bool) -> str:
+        """What is said to a prompt."""
+        lost = steered and prompt.split()[-1] in ("Land0", "Land1", "Land2")
+        return f"{ANSWER} Nowhere" if lost else super().answer(prompt, steered)
+
+
+async def test_loss_on_tasks_is_against_the_unsteered_run(subject: Subject, tmp_path: Path) -> None:
+    """3 of 6 right answers lost are half of the exact matches, BLEU falls; with none changed both are 0."""
+    rows = [{"land": f"Land{i}", "city": f"Land{i}City" if i < 6 else "Elsewhere"} for i in range(8)]
+    source = {
+        "path": write_prompts(tmp_path, "c.json", rows),
+        "role": "task",
+        "field": "land",
+        "template": "capital of {}",
+        "answer": "city",
+    }
+    loaded = load_suite(write_suite(tmp_path, "s", [source]))
+    card = await evaluated(loaded, subject, Forgetful(), tmp_path / "out")
+    exact, score = card.measures["exact_match_loss"], card.measures["bleu_loss"]
+    assert exact.value == pytest.approx(0.5)
+    assert exact.pairs == Pairs(both=3, only_off=3, only_on=0, neither=2)
+    before, after = card.baselines["none"].measures["bleu"].value, card.measures["bleu"].value
+    assert before is not None
+    assert after is not None
+    assert score.value == pytest.approx(1 - after / before)
+    assert score.interval is not None
+    assert score.interval.low < score.value < score.interval.high
+    same = (await evaluated(loaded, subject, Gateway(), tmp_path / "same")).measures
+    for name, high in (
+        ("exact_match_loss", clopper_pearson(0, 6)[1]),
+        ("bleu_loss", clopper_pearson(0, 8)[1]),
+    ):
+        interval = same[name].interval  # type: ignore[index]  # its names are literals
+        assert interval is not None
+        assert (same[name].value, interval.high) == (0, pytest.approx(high))  # type: ignore[index]
+    assert "role task" in str(bleu_loss([], [], [], [], 0).absent)
+    assert "BLEU is 0" in str(bleu_loss(["", ""], ["a b c d", "e"], ["x y z v", "w"], [], 0).absent)
 
 
 async def test_benign_answers_are_compared(subject: Subject, tmp_path: Path) -> None:
@@ -250,22 +293,6 @@ def test_text_scores_are_sacrebleus() -> None:
     same = ["the cat sat on the mat today", "a dog ran over the long road home"]
     assert bleu(same, same, []).value == pytest.approx(1.0)
     assert "role task" in str(bleu([], [], []).absent)
-
-
-def test_latency_comes_from_the_benchmark_or_says_why_not(repository: Path, tmp_path: Path) -> None:
-    """The shipped result gives LCO with its notch; another model, a damaged file, none at all: absent."""
-    path = repository / "benchmarks" / "results" / "steering.json"
-    found = json.loads(path.read_text())
-    measure, note = latency_measure(path, found["model"].split(",")[0])
-    ratio = found["batch_16"]["steered"]["over_vanilla"]
-    assert measure.value == pytest.approx(1 / ratio - 1)
-    assert measure.interval is not None
-    assert measure.interval.method == "notch"
-    assert found["commit"] in str(note)
-    assert "was measured with" in str(latency_measure(path, "other")[0].absent)
-    (tmp_path / "x.json").write_text("{}")
-    assert "cannot be read" in str(latency_measure(tmp_path / "x.json", "tiny")[0].absent)
-    assert "make bench" in str(latency_measure(None, "tiny")[0].absent)
 
 
 def test_joined_suites_hash_all_of_them(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from discovery.data.sources import sha256_of_file
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.gates.contrast import PARTS, SIDES, Judged, read_contrast, subset
@@ -19,7 +20,9 @@ from discovery.proposals.judging import fails, shows
 from discovery.proposals.origin import from_circuit, from_features
 from interpretops.artifacts.dictionary import open_dictionary
 from interpretops.plan import ModelSpec
+from interpretops.policy import Origin
 
+CIRCUIT_ID = f"cx_{'0' * 26}"
 NODES = [
     {"id": "input", "kind": "input", "score": 0.0},
     {"id": "a1.h2", "kind": "head", "layer": 1, "head": 2, "score": 0.1, "ccs": 0.05},
@@ -210,8 +213,13 @@ def _circuit(tmp_path: Path, spec: ModelSpec, **values: object) -> Path:
 
 def test_circuit_gives_the_layers_that_contribute(tmp_path: Path, tiny: FrozenModel) -> None:
     """Layers come from the nodes by their causal contribution; another model's circuit is refused."""
-    origin = from_circuit(_circuit(tmp_path, tiny.spec), tiny.spec)
+    path = _circuit(tmp_path, tiny.spec)
+    origin = from_circuit(path, tiny.spec)
     assert origin.layers == (1, 2)
+    assert origin.of_policy == {"origin": {"circuit": path.name, "sha256": sha256_of_file(path)}}
+    known = from_circuit(_circuit(tmp_path, tiny.spec, id=CIRCUIT_ID), tiny.spec).of_policy["origin"]
+    assert Origin.model_validate(known).id == CIRCUIT_ID
+    assert from_features("3, 4").of_policy == {}
     assert origin.features is None
     with pytest.raises(DiscoveryError, match=tiny.spec.fingerprint[:12]):
         from_circuit(_circuit(tmp_path, tiny.spec, fingerprint="cd" * 32), tiny.spec)

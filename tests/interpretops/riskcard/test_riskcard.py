@@ -12,13 +12,16 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import binomtest
 
-from interpretops.policy import SuccessCriteria
+from interpretops.policy import Evaluation, Policy, SuccessCriteria, load_policy
 from interpretops.riskcard import RiskCard, RiskCardError, load_card, save_card, standing, verdict
 from interpretops.riskcard.card import (
     BASELINES,
     MEASURES,
     Baseline,
+    CircuitReference,
+    Contribution,
     Interval,
+    Latency,
     Measure,
     ModelReference,
     Pairs,
@@ -27,12 +30,21 @@ from interpretops.riskcard.card import (
     Source,
 )
 from interpretops.riskcard.intervals import bootstrap_mean, clopper_pearson
+from interpretops.riskcard.latency import Timing
 from interpretops.riskcard.markdown import card_markdown, comparison_markdown
-from interpretops.riskcard.measures import absent, defense_efficacy, mean_difference, new_failures, rate
+from interpretops.riskcard.measures import (
+    absent,
+    defense_efficacy,
+    exact_match_loss,
+    mean_difference,
+    new_failures,
+    rate,
+)
 from interpretops.riskcard.page import card_html
 from interpretops.riskcard.verdict import CRITERIA
 from mechctl.main import main
 
+REFERENCE_POLICY = Path(__file__).resolve().parents[2] / "fixtures" / "reference-policy.yaml"
 DATA = (Source(name="own", sha256="cd" * 32, n=400, successes=8),)
 
 
@@ -54,6 +66,7 @@ def make_card() -> Callable[..., RiskCard]:
             "measures": measures,
             "baselines": {kind: Baseline(absent="not asked for") for kind in BASELINES}
             | {"system_prompt": Baseline(measures={"collateral_damage": rate(40, 400)})},
+            "circuit": CircuitReference(absent="not made from one"),
             "record": Record(
                 command="mechctl eval --policy guard",
                 suite="own",
@@ -184,7 +197,7 @@ def test_card_is_read_back_as_it_was(make_card: Callable[..., RiskCard], tmp_pat
         (("policy", "rev"), "x", "policy.rev is not a known key"),
         (("sha256",), "00", "was changed"),
         (("measures", "over_refusal"), None, "over_refusal"),
-        (("format",), 2, "format"),
+        (("format",), 3, "format"),
     ],
 )
 def test_tampering_is_noticed(
@@ -284,20 +297,134 @@ def test_commands_show_and_compare(
     assert "97.0 %" in capsys.readouterr().out
     assert mechctl(monkeypatch, "report", tmp_path / "gone.json") == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert mechctl(monkeypatch, "eval") == 2
-    assert "--policy" in capsys.readouterr().err
 
 
 def test_every_criterion_is_judged_by_the_bound_that_hurts(make_card: Callable[..., RiskCard]) -> None:
     """Each field of `success_criteria` has a measure; a minimum needs the lower end, a maximum the upper."""
     assert set(CRITERIA) == set(SuccessCriteria.model_fields)
     measure = Measure(value=0.5, n=9, interval=Interval(low=0.4, high=0.6, method="given"))
+    judged = {name for names in CRITERIA.values() for name in names}
     card = make_card()
-    card = card.model_copy(update={"measures": card.measures | dict.fromkeys(CRITERIA.values(), measure)})
+    card = card.model_copy(update={"measures": card.measures | dict.fromkeys(judged, measure)})
     for name in CRITERIA:
         met, missed = (0.4, 0.45) if name.endswith("_min") else (0.6, 0.55)
         assert verdict(card, SuccessCriteria(**{name: met})).passed, name
         assert verdict(card, SuccessCriteria(**{name: missed})).status == "fail", name
+
+
+def measured_tasks(card: RiskCard, only_off: int, bleu_high: float) -> RiskCard:
+    """The card with 100 tasks that were right, some of them lost, and a BLEU loss around 1 %."""
+    exact = exact_match_loss(Pairs(both=100 - only_off, only_off=only_off, only_on=0, neither=0))
+    bleu = Measure(value=0.01, n=100, interval=Interval(low=0.0, high=bleu_high, method="bootstrap"))
+    return card.model_copy(
+        update={"measures": {**card.measures, "exact_match_loss": exact, "bleu_loss": bleu}}
+    )
+
+
+def test_promised_benign_loss_is_held_against_three_bounds(make_card: Callable[..., RiskCard]) -> None:
+    """`constraints.max_benign_loss_pct` fails by harm, lost matches or lost BLEU, and by one not measured."""
+    policy = Policy.model_validate(
+        {
+            "meta": {"id": "guard"},
+            "constraints": {"max_benign_loss_pct": 5},
+            "interventions": [{"type": "head_scale", "selector": {"layer": 0, "heads": [0]}, "scale": 0.5}],
+        }
+    )
+    assert policy.criteria == SuccessCriteria(benign_loss_max=0.05)
+    card = make_card()
+    unmeasured = verdict(card, policy.criteria)
+    assert [finding.passed for finding in unmeasured.findings] == [True, False, False]
+    assert "add a suite with a source of role task" in unmeasured.findings[1].line()
+    assert verdict(measured_tasks(card, 0, 0.04), policy.criteria).passed
+    assert not verdict(measured_tasks(card, 0, 0.06), policy.criteria).passed
+    lost = verdict(measured_tasks(card, 2, 0.04), policy.criteria)
+    assert [finding.passed for finding in lost.findings] == [True, False, True]
+    assert "benign_loss_max: fails by exact_match_loss, upper 95 % bound 7.04%" in lost.findings[1].line()
+    harmed = card.model_copy(update={"measures": {**card.measures, "collateral_damage": rate(30, 400)}})
+    assert not verdict(measured_tasks(harmed, 0, 0.04), policy.criteria).findings[0].passed
+    both = policy.model_copy(
+        update={"evaluation": Evaluation(success_criteria=SuccessCriteria(benign_loss_max=0.02))}
+    )
+    assert both.criteria.benign_loss_max == 0.02
+    assert load_policy(REFERENCE_POLICY).criteria.benign_loss_max == 0.05
+
+
+def test_promise_alone_gates_a_revision(make_card: Callable[..., RiskCard], tmp_path: Path) -> None:
+    """A policy that only promises a benign loss still needs a card, and one that keeps the promise passes."""
+    (tmp_path / "cards").mkdir()
+    criteria = SuccessCriteria(benign_loss_max=0.05)
+    save_card(measured_tasks(make_card(), 0, 0.04), tmp_path / "cards" / "guard.json")
+    assert standing("guard", "ab" * 32, tmp_path, criteria).passed
+    save_card(make_card(), tmp_path / "cards" / "guard.json")
+    assert "bleu_loss was not measured" in standing("guard", "ab" * 32, tmp_path, criteria).reason
+
+
+FIRST_LAYOUT = Path(__file__).resolve().parents[2] / "fixtures" / "card-format-1.json"
+
+
+def test_card_of_the_first_layout_still_loads(tmp_path: Path) -> None:
+    """What it meant by CCS, CS and LCO is absent now, and says why; other numbers stay; edits are noticed."""
+    raw = json.loads(FIRST_LAYOUT.read_text())
+    assert raw["measures"]["latency_cost_overhead"]["value"] is not None
+    card = load_card(FIRST_LAYOUT)
+    for name in ("causal_contribution", "circuit_stability", "latency_cost_overhead", "bleu_loss"):
+        assert "measure the policy anew" in str(card.measures[name].absent)  # type: ignore[index]
+    assert card.measures["defense_efficacy"].value == raw["measures"]["defense_efficacy"]["value"]
+    assert (card.latency, card.contributions) == (None, ())
+    assert "make bench" not in " ".join(card.notes)
+    assert "absent: " in card_html(card)
+    save_card(card, tmp_path / "again.json")
+    assert load_card(tmp_path / "again.json") == card
+    raw["measures"]["latency_cost_overhead"]["value"] = 0.0
+    (tmp_path / "edited.json").write_text(json.dumps(raw))
+    with pytest.raises(RiskCardError, match="was changed after it was made"):
+        load_card(tmp_path / "edited.json")
+
+
+def test_sections_and_measures_must_agree(make_card: Callable[..., RiskCard]) -> None:
+    """CCS is the mean of the parts, LCO has times, CS a circuit: a card that says otherwise is refused."""
+    interval = Interval(low=0.0, high=1.0, method="bootstrap")
+    parts = tuple(
+        Contribution(part=name, share=share, interval=interval) for name, share in (("a", 1), ("b", 0))
+    )
+    times = Timing(lower_s=1, median_s=2, upper_s=3)
+    latency = Latency(requests=8, tokens=32, rounds=5, off=times, on=times, machine="one")
+    card = make_card()
+
+    def changed(name: str, value: float, n: int, **fields: Any) -> RiskCard:
+        measure = Measure(value=value, n=n, interval=interval)
+        return make_card(measures={**card.measures, name: measure}, **fields)
+
+    assert changed("causal_contribution", 0.5, 2, contributions=parts).contributions == parts
+    with pytest.raises(ValidationError, match=r"have the mean 0\.5"):
+        changed("causal_contribution", 0.6, 2, contributions=parts)
+    with pytest.raises(ValidationError, match="contributions has 0 parts"):
+        changed("causal_contribution", 0.5, 2)
+    assert changed("latency_cost_overhead", 0.1, 5, latency=latency).latency == latency
+    with pytest.raises(ValidationError, match="must be given together"):
+        changed("latency_cost_overhead", 0.1, 6, latency=latency)
+    with pytest.raises(ValidationError, match="circuit is absent"):
+        changed("circuit_stability", 0.5, 3)
+
+
+def test_both_forms_show_parts_and_their_circuit(make_card: Callable[..., RiskCard]) -> None:
+    """The weightiest parts stand first, the rest in one row, and the circuit beside the revision."""
+    interval = Interval(low=-1.0, high=1.0, method="bootstrap")
+    parts = tuple(
+        Contribution(part=f"row {number} of own", share=number / 100, interval=interval)
+        for number in range(30)
+    )
+    measure = Measure(value=sum(part.share for part in parts) / 30, n=30, interval=interval)
+    card = make_card(
+        measures={**make_card().measures, "causal_contribution": measure},
+        contributions=parts,
+        circuit=CircuitReference(name="walk.json", sha256="ee" * 32),
+    )
+    for text in (card_markdown(card), card_html(card)):
+        assert text.index("row 29 of own") < text.index("row 6 of own")
+        assert "row 5 of own" not in text
+        assert "6 more, each" in text
+        assert "walk.json, sha256 " + "ee" * 32 in text
 
 
 def test_standing_takes_the_card_of_exactly_this_revision(

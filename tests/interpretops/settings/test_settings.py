@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from interpretops.errors import ConfigError
-from interpretops.settings import Settings, load_settings
+from interpretops.settings import NO_EFFECT_YET, Settings, load_settings
 from interpretops.settings.environment import NOT_SETTINGS
 
 REFERENCE = Path(__file__).resolve().parents[2] / "fixtures" / "reference-config.yaml"
@@ -34,7 +34,7 @@ def test_no_file_is_needed() -> None:
     assert (settings.gateway.admin_host, settings.gateway.admin_port) == ("127.0.0.1", 8001)
     assert settings.engine.url == ()
     assert settings.store.postgres_dsn is None
-    assert settings.plans_dir == settings.cache.dir / "plans"
+    assert settings.paths.plans is None
 
 
 def test_default_bindings_offer_every_policy_and_impose_none() -> None:
@@ -55,6 +55,23 @@ def test_reference_configuration_loads_as_it_stands() -> None:
     assert settings.store.s3_bucket == "interpretops-artifacts"
     assert settings.runtime.max_latency_overhead_pct == 20
     assert (settings.compliance.pii_redaction, settings.compliance.retention_days) == (True, 14)
+
+
+def test_setting_without_effect_is_told_and_its_secret_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reference file loads; each of its settings that nothing reads yet is one line, no default is."""
+    load_settings(REFERENCE, environ={})
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(": ")[1].split(" is set")[0] for line in lines] == list(NO_EFFECT_YET)
+    assert all(line.startswith(f"{REFERENCE}: ") and "has no effect yet: " in line for line in lines)
+    assert "pass@" not in caplog.text
+    caplog.clear()
+    load_settings(environ={"INTERPRETOPS_STORE_S3_BUCKET": "b"})
+    assert caplog.records[0].getMessage().startswith("INTERPRETOPS_STORE_S3_BUCKET: store.s3_bucket is set")
+    caplog.clear()
+    load_settings(environ={})
+    assert caplog.records == []
 
 
 def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
@@ -104,7 +121,7 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
     )
     settings = load_settings(path, environ={})
     assert settings.paths.policies == tmp_path / "p"
-    assert settings.plans_dir == tmp_path / ".." / "plans"
+    assert settings.paths.plans == tmp_path / ".." / "plans"
     assert settings.cache.dir == Path("/abs")
     assert Path(settings.model.name) == tmp_path / "tiny"
 

@@ -7,7 +7,15 @@ import pytest
 from interpretops.policy import SuccessCriteria
 from interpretops.records.audit_chain import verify
 from interpretops.riskcard import RiskCard, card_path, save_card
-from interpretops.riskcard.card import BASELINES, MEASURES, Baseline, ModelReference, PolicyReference, Record
+from interpretops.riskcard.card import (
+    BASELINES,
+    MEASURES,
+    Baseline,
+    CircuitReference,
+    ModelReference,
+    PolicyReference,
+    Record,
+)
 from interpretops.riskcard.measures import absent, rate
 
 CRITERIA = "evaluation: {success_criteria: {collateral_damage_max: 0.05}}\n"
@@ -22,16 +30,17 @@ def write_strict(front, scale):
     )
 
 
-def write_card(front, revision, harmed):
-    """A card that found ``harmed`` of 400 benign prompts harmed."""
+def write_card(front, revision, harmed, **more):
+    """A card that found ``harmed`` of 400 benign prompts harmed, and more measures."""
     measures = {name: absent("not asked for") for name in MEASURES}
-    measures["collateral_damage"] = rate(harmed, 400)
+    measures |= {"collateral_damage": rate(harmed, 400), **more}
     card = RiskCard(
         policy=PolicyReference(id="calm", revision=revision, target_class="any"),
         model=ModelReference(name="tiny", fingerprint="f" * 64),
         criteria=SuccessCriteria(collateral_damage_max=0.05),
         measures=measures,
         baselines={kind: Baseline(absent="not asked for") for kind in BASELINES},
+        circuit=CircuitReference(absent="not made from one"),
         record=Record(
             command="mechctl eval",
             suite="own",
@@ -104,6 +113,25 @@ async def test_card_that_meets_the_criteria_makes_it_serve(front):
     assert (found["revision"], found["previous"], found["candidate"]) == (waiting, front.first, None)
     assert await served(front) == waiting[:12]
     assert found["unproven"] is None
+
+
+async def test_promised_benign_loss_gates_a_revision(front):
+    """`constraints.max_benign_loss_pct` alone, without any criterion, keeps a revision waiting until a card
+    shows that neither answers, exact matches nor BLEU are lost."""
+    path = front.policies / "calm.yaml"
+    promise = "constraints: {max_benign_loss_pct: 5}\n"
+    path.write_text(path.read_text().replace(CRITERIA, promise).replace("0.25", "0.125"))
+    assert (await reload(front))["loaded"] == []
+    waiting = (await entry(front))["candidate"]
+    write_card(front, waiting, 2)
+    assert (await reload(front))["loaded"] == []
+    assert "exact_match_loss was not measured" in (await entry(front))["waits_for"]
+    write_card(front, waiting, 2, exact_match_loss=rate(20, 100), bleu_loss=rate(0, 100))
+    assert (await reload(front))["loaded"] == []
+    assert "benign_loss_max: fails by exact_match_loss" in (await entry(front))["waits_for"]
+    write_card(front, waiting, 2, exact_match_loss=rate(0, 100), bleu_loss=rate(0, 100))
+    assert (await reload(front))["loaded"] == [f"calm@{waiting[:12]}"]
+    assert await served(front) == waiting[:12]
 
 
 async def test_override_is_recorded_before_it_is_done(front, tmp_path):

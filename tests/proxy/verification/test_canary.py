@@ -224,6 +224,23 @@ async def test_alert_needs_the_whole_interval_beyond_the_promise(canary, scripte
     assert [line["event"] for line in front.log if "breach" in line["event"]][-1] == "canary_breach_over"
 
 
+async def test_promised_benign_loss_is_watched(canary, scripted):
+    """Benign answers that the policy refuses break `max_benign_loss_pct`, as they break a criterion."""
+
+    async def answer(text, steered):
+        return REFUSES if steered else ANSWERS
+
+    scripted(answer)
+    front, canary = await canary()
+    front.apps.gateway.catalogue.entries.clear()
+    path = front.policies / "calm.yaml"
+    path.write_text("constraints: {max_benign_loss_pct: 5}\n" + path.read_text().replace("0.5", "0.25"))
+    await front.apps.gateway.intake.reload()
+    for _ in range(40):
+        await canary.step("calm")
+    assert 'interpretops_canary_breach{measure="collateral_damage",policy="calm"} 1.0' in shown(front)
+
+
 async def test_every_pair_is_recorded(canary, scripted, tmp_path):
     """The audit log names each pair, as the unsteered half is one that no binding allows."""
 

@@ -1,0 +1,57 @@
+"""The times behind LCO: batches of requests on one engine, with and without the policy, taken in turn."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from interpretops.policy.fields import Strictly
+from interpretops.riskcard.measure import Finite
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SECONDS_PER_HOUR = 3600
+
+
+class Timing(Strictly):
+    """How long one batch takes."""
+
+    median_s: Seconds
+    """Median over the rounds, in seconds."""
+    lower_s: Seconds
+    """Lower quartile."""
+    upper_s: Seconds
+    """Upper quartile."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.lower_s <= self.median_s <= self.upper_s:
+            raise ValueError(f"median_s = {self.median_s}, but that is outside of its quartiles")
+        return self
+
+
+class Latency(Strictly):
+    """One batch of requests, answered again and again without (off) and with (on) the policy."""
+
+    requests: Annotated[int, Field(ge=1)]
+    """Requests of a batch, all sent at once."""
+    tokens: Annotated[int, Field(ge=1)]
+    """Tokens generated for each request: exactly so many, with and without the policy."""
+    rounds: Annotated[int, Field(ge=2)]
+    """Rounds; each is one batch without and one with the policy, in turns of order."""
+    off: Timing
+    """Without the policy."""
+    on: Timing
+    """With it."""
+    machine: str
+    """Processor, cores and GPUs."""
+    price_per_hour: Annotated[Finite, Field(ge=0)] | None = None
+    """`runtime.price_per_hour` when it was measured: the price of this machine, in dollars."""
+
+    def seconds_per_token(self, timing: Timing) -> float:
+        """Median time of the whole machine for one generated token."""
+        return timing.median_s / (self.requests * self.tokens)
+
+    def cost_per_1000_requests(self, timing: Timing) -> float | None:
+        """Dollars for 1,000 such requests on a machine that answers batches without pause."""
+        if self.price_per_hour is None:
+            return None
+        return 1000 * timing.median_s / self.requests * self.price_per_hour / SECONDS_PER_HOUR
