@@ -7,7 +7,7 @@ import typer
 
 from mechctl.options import Artifacts, Config, Model
 
-PROMPT_PAIRS = 24
+PROMPT_PAIRS = 12
 """Pairs that are made of `--prompts` unless `--limit` says otherwise: a few minutes on two cores."""
 QUICK = {"limit": 8, "features": 8}
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from discovery.circuits.layer_names import LayerNames
 from discovery.frozen_model import FrozenModel
 
 Hook = Callable[[nn.Module, Any, Tensor], Tensor]
@@ -22,9 +23,9 @@ class Attention:
     Tokens that no run changes need no computing twice: within `behind`, runs are of the tokens after them.
     """
 
-    def __init__(self, model: FrozenModel, projections: Sequence[nn.Module]) -> None:
-        self.model, self.projections = model, projections
-        self.modules: list[Any] = [block.get_submodule("self_attn") for block in model.layers]
+    def __init__(self, model: FrozenModel, projections: Sequence[nn.Module], names: LayerNames) -> None:
+        self.model, self.projections, self.names = model, projections, names
+        self.modules: list[Any] = [block.get_submodule(names.attention) for block in model.layers]
         self.heads, self.head_dim = model.spec.num_heads, model.spec.head_dim
         self._contexts: dict[int, list[dict[str, Any]]] = {}
         self._past: list[_Past] | None = None
@@ -38,21 +39,25 @@ class Attention:
 
         Keys and values, which heads share, are computed for each head anew: attention then has K of each.
         """
-        groups: int = self.modules[layer].num_key_value_groups
+        groups: int = getattr(self.modules[layer], "num_key_value_groups", 1)
         shared = [head // groups for head in heads]
+        width = self.head_dim if self.names.fused is None else 3 * self.head_dim
 
         def projected(rows: Sequence[int]) -> Hook:
             def hook(module: nn.Module, _args: Any, _output: Tensor) -> Tensor:
-                weight = module.get_parameter("weight").view(-1, self.head_dim, normed.shape[-1])[list(rows)]
+                weight = module.get_parameter("weight").view(-1, width, normed.shape[-1])[list(rows)]
                 found = normed.flatten(1, 2) @ weight.transpose(1, 2)
                 if module.bias is not None:
-                    found = found + module.get_parameter("bias").view(-1, 1, self.head_dim)[list(rows)]
+                    found = found + module.get_parameter("bias").view(-1, 1, width)[list(rows)]
                 found = found.view(*normed.shape[:3], -1).permute(1, 2, 0, 3)
                 return found.flatten(2)
 
             return hook
 
-        hooks = {"q_proj": projected(heads), "k_proj": projected(shared), "v_proj": projected(shared)}
+        if self.names.fused is not None:
+            hooks = {self.names.fused: projected(heads)}
+        else:
+            hooks = {"q_proj": projected(heads), "k_proj": projected(shared), "v_proj": projected(shared)}
         z = self._stopped(layer, normed[0], hooks, shared)
         return z.view(*normed.shape[1:3], len(heads), self.head_dim)
 
@@ -89,7 +94,7 @@ class Attention:
         context = self._context(layer, normed.shape[1])
         if self._past is not None:
             self._past[layer].shared = shared
-            context = context | {"past_key_values": self._past[layer]}
+            context = context | {self.names.past: self._past[layer]}
         kept: list[Tensor] = []
 
         def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -98,13 +103,15 @@ class Attention:
 
         handles = [self.projections[layer].register_forward_pre_hook(keep)]
         handles += [module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-        groups = module.num_key_value_groups
-        module.num_key_value_groups = groups if shared is None else 1
+        groups = getattr(module, "num_key_value_groups", None)
+        if groups is not None and shared is not None:
+            module.num_key_value_groups = 1
         try:
             with suppress(_Enough):
                 module(hidden_states=normed, **context)
         finally:
-            module.num_key_value_groups = groups
+            if groups is not None:
+                module.num_key_value_groups = groups
             for handle in handles:
                 handle.remove()
         return kept[0]
@@ -129,7 +136,7 @@ class Attention:
             found: list[dict[str, Any]] = []
 
             def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-                skip = ("hidden_states", "past_key_values", "use_cache", "cache_position")
+                skip = ("hidden_states", self.names.past, "use_cache", "cache_position")
                 found.append({key: value for key, value in kwargs.items() if key not in skip})
 
             handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in self.modules]

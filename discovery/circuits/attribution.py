@@ -56,7 +56,8 @@ def _by_edge(decoder: GraphDecoder, change: Tensor, gradients: Sequence[Tensor])
         start, mlp = graph.first_head(layer), graph.mlp(layer)
         heads, own = gradients[2 * layer], gradients[2 * layer + 1]
         scores[:, start:mlp, :start] = torch.einsum("ubtd,vbtd->bvu", change[:start], heads).cpu()
-        scores[:, mlp, :mlp] = torch.einsum("ubtd,btd->bu", change[:mlp], own).cpu()
+        reads = graph.mlp_reads(layer)
+        scores[:, mlp, :reads] = torch.einsum("ubtd,btd->bu", change[:reads], own).cpu()
     scores[:, graph.logits, : graph.logits] = torch.einsum("ubtd,btd->bu", change, gradients[-1]).cpu()
     return scores
 

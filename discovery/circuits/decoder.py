@@ -9,44 +9,48 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from discovery.circuits.attention import Attention
 from discovery.circuits.graph import Edges, Graph
+from discovery.circuits.layer_names import LAYER_NAMES
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from interpretops.model.family import family_of
 from interpretops.plan import Site
 from interpretops.steering.hook_points import site_module
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Families in which a layer adds ``o_proj(heads)``, then ``mlp`` to the stream, with no norm after them."""
-
 
 class GraphDecoder:
     """The computation of a frozen model, cut at every node's input and output.
 
     A node's output is what it adds to the residual stream: the embedding, ``z_h W_O[h]`` of a head, an MLP's
-    output. A node's input is a sum of outputs. Raises `DiscoveryError` for a family in which that is not so.
+    output. A node's input is a sum of outputs. Raises `DiscoveryError` for a family that is not known.
+
+    A bias of the output projection belongs to no head: each is given an equal part of it. Where a norm
+    follows attention (Gemma), the heads' sum is scaled by one factor for each token, and each head is given
+    its own part of that: ``z_h W_O[h]`` times the factor of the whole sum.
     """
 
     def __init__(self, model: FrozenModel) -> None:
         spec = model.spec
-        if spec.architecture not in ARCHITECTURES:
+        if spec.architecture not in LAYER_NAMES:
             raise DiscoveryError(
                 f"{spec.name}: architecture = {spec.architecture}, but circuits are searched in "
-                f"{', '.join(ARCHITECTURES)}; without a circuit, mechctl propose --from contrast serves"
+                f"{', '.join(LAYER_NAMES)}; without a circuit, mechctl propose --from contrast serves"
             )
         self.model, self.network, self.layers = model, model.network, model.layers
-        self.graph = Graph(spec.num_layers, spec.num_heads)
+        self.names = LAYER_NAMES[spec.architecture]
+        config = self.network.config
+        self.graph = Graph(
+            spec.num_layers, spec.num_heads, bool(getattr(config, "use_parallel_residual", False))
+        )
         family = family_of(spec.architecture)
         sites = range(spec.num_layers)
         self.projections = [site_module(self.layers, family, Site(layer, "attn_z")) for layer in sites]
-        self.mlps = [site_module(self.layers, family, Site(layer, "mlp_out")) for layer in sites]
-        if any(projection.bias is not None for projection in self.projections):
-            raise DiscoveryError(f"{spec.name}: o_proj has a bias, which belongs to no head; not supported")
         self.head_dim = spec.head_dim
-        self.attention = Attention(model, self.projections)
+        self.attention = Attention(model, self.projections, self.names)
+        self.logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Embeddings [B, T, D] of sequences of one length."""
@@ -71,27 +75,43 @@ class GraphDecoder:
 
     def logits(self, stream: Tensor) -> Tensor:
         """Logits [B, V] at the last position of the final residual stream [B, T, D]."""
-        found: Tensor = self.network.get_output_embeddings()(self.network.base_model.norm(stream[:, -1]))
-        return found
+        norm = self.network.base_model.get_submodule(self.names.final_norm)
+        found: Tensor = self.network.get_output_embeddings()(norm(stream[:, -1]))
+        return found if self.logit_cap is None else self.logit_cap * torch.tanh(found / self.logit_cap)
 
     def head_outputs(self, layer: int, streams: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         """What heads add to the stream. ``streams`` [1, B, T, D]: all H heads read it, output [H, B, T, D].
 
         With ``heads`` (K of them) ``streams`` is [K, B, T, D], one input for each, and so is the output.
+        Where `heads_together`, all of them must be asked for.
         """
         normed = self.layers[layer].get_submodule("input_layernorm")(streams)
         weight = self._weight(layer)
         if heads is None:
             z = self.attention.every_head(layer, normed[0])
-            return torch.einsum("bthf,hfd->hbtd", z, weight)
-        z = self.attention.own_inputs(layer, normed, heads)
-        return torch.einsum("bthf,hfd->hbtd", z, weight[list(heads)])
+        else:
+            z = self.attention.own_inputs(layer, normed, heads)
+            weight = weight[list(heads)]
+        added = torch.einsum("bthf,hfd->hbtd", z, weight)
+        if self.projections[layer].bias is not None:
+            added = added + self.projections[layer].get_parameter("bias") / self.graph.heads
+        if self.names.after_attention is None:
+            return added
+        assert len(added) == self.graph.heads, "the norm after attention is of all heads together"
+        return added * _norm_factor(
+            self.layers[layer].get_submodule(self.names.after_attention), added.sum(0)
+        )
+
+    @property
+    def heads_together(self) -> bool:
+        """Whether what one head adds depends on what the others of its layer do."""
+        return self.names.after_attention is not None
 
     def mlp_output(self, layer: int, stream: Tensor) -> Tensor:
         """What an MLP adds to the stream [B, T, D]."""
-        norm = self.layers[layer].get_submodule("post_attention_layernorm")
-        found: Tensor = self.mlps[layer](norm(stream))
-        return found
+        block = self.layers[layer]
+        found: Tensor = block.get_submodule("mlp")(block.get_submodule(self.names.before_mlp)(stream))
+        return found if self.names.after_mlp is None else block.get_submodule(self.names.after_mlp)(found)
 
     def run(
         self,
@@ -117,9 +137,10 @@ class GraphDecoder:
                 heads = heads.clone()
                 for index in patched:
                     heads[index - start] = patches[index]
-            stream = stream + heads.sum(0)
-            added = patches[mlp] if mlp in patches else self.mlp_output(layer, stream)
-            stream = stream + added
+            between = stream + heads.sum(0)
+            read = stream if self.graph.parallel else between
+            added = patches[mlp] if mlp in patches else self.mlp_output(layer, read)
+            stream = between + added
             if keep:
                 outputs += [heads, added[None]]
         return stream, torch.cat(outputs) if keep else None
@@ -131,9 +152,9 @@ class GraphDecoder:
         every = range(self.graph.heads)
         for layer in range(self.graph.layers):
             read = stream.expand(self.graph.heads, *stream.shape).clone()
-            stream = stream + self.head_outputs(layer, read, every).sum(0)
-            read_mlp = stream.clone()
-            stream = stream + self.mlp_output(layer, read_mlp)
+            between = stream + self.head_outputs(layer, read, every).sum(0)
+            read_mlp = (stream if self.graph.parallel else between).clone()
+            stream = between + self.mlp_output(layer, read_mlp)
             inputs += [read, read_mlp]
         last = stream.clone()
         return last, [*inputs, last]
@@ -168,15 +189,18 @@ class GraphDecoder:
         for layer in range(graph.layers):
             start, mlp = graph.first_head(layer), graph.mlp(layer)
             heads = [head for head in range(graph.heads) if used[start + head]]
+            if heads and self.heads_together:
+                heads = list(range(graph.heads))
             nodes = [start + head for head in heads] + [mlp] * used[mlp]
             if nodes:  # in one go: each source is fetched from memory once a layer
                 mixed = read(nodes, 0, start)
             if heads:
                 own = self.head_outputs(layer, ground + mixed[: len(heads)], heads)
                 surplus[nodes[: len(heads)]] = own - reference[nodes[: len(heads)]]
+            below = ground.clone() if graph.parallel else ground
             ground += reference[start:mlp].sum(0)
             if used[mlp]:
-                stream = ground + mixed[-1] + read([mlp], start, mlp)[0]
+                stream = below + mixed[-1] + read([mlp], start, graph.mlp_reads(layer))[0]
                 surplus[mlp] = self.mlp_output(layer, stream) - reference[mlp]
             ground += reference[mlp]
         return self.logits(ground + read([graph.logits], 0, graph.logits)[0])
@@ -185,3 +209,12 @@ class GraphDecoder:
         """The output projection by head [H, head_dim, D]."""
         weight: Tensor = self.projections[layer].get_parameter("weight")
         return weight.view(weight.shape[0], self.graph.heads, self.head_dim).permute(1, 2, 0)
+
+
+def _norm_factor(norm: nn.Module, total: Tensor) -> Tensor:
+    """What Gemma's root-mean-square norm multiplies ``total`` [..., D] by, in each place."""
+    eps: float = norm.eps  # type: ignore[assignment]  # a float of transformers' module
+    factor: Tensor = torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps) * (
+        1 + norm.get_parameter("weight")
+    )
+    return factor

@@ -19,10 +19,12 @@ Scores = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Graph:
-    """All nodes and edges of a sequential decoder with L layers of H heads."""
+    """All nodes and edges of a decoder with L layers of H heads."""
 
     layers: int
     heads: int
+    parallel: bool = False
+    """A layer's MLP reads what its heads read (GPT-NeoX), and not what they wrote too."""
 
     @property
     def size(self) -> int:
@@ -52,14 +54,19 @@ class Graph:
         kind, layer, head = self.place(index)
         return f"a{layer}.h{head}" if kind == "head" else f"m{layer}" if kind == "mlp" else kind
 
+    def mlp_reads(self, layer: int) -> int:
+        """The number of nodes that a layer's MLP can read from."""
+        return self.first_head(layer) if self.parallel else self.mlp(layer)
+
     @cached_property
     def allowed(self) -> Edges:
-        """Every edge of the model: heads read what earlier layers wrote, an MLP its own layer's heads too."""
+        """Every edge of the model: heads read what earlier layers wrote, an MLP its own layer's heads too,
+        unless these are parallel."""
         found = np.zeros((self.size, self.size), bool)
         for layer in range(self.layers):
             start = self.first_head(layer)
             found[start : start + self.heads, :start] = True
-            found[self.mlp(layer), : self.mlp(layer)] = True
+            found[self.mlp(layer), : self.mlp_reads(layer)] = True
         found[self.logits, : self.logits] = True
         return found
 

@@ -7,19 +7,26 @@ import pytest
 import torch
 from tiny_families import PROMPT, save_family
 
-from discovery.circuits.decoder import ARCHITECTURES, GraphDecoder
+from discovery.circuits.attribution import edge_scores
+from discovery.circuits.decoder import GraphDecoder
+from discovery.circuits.layer_names import LAYER_NAMES
+from discovery.circuits.metric import measure
+from discovery.circuits.pairs import Pair
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
+from interpretops.model_family import FAMILIES
 
 OTHER = [*PROMPT[:4], 3, *PROMPT[5:]]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[*LAYER_NAMES, "GPTNeoXForCausalLM-sequential"])
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path
 ) -> GraphDecoder:
     """A tiny random model of each family; the tokenizer is any."""
-    folder = save_family(request.param, tmp_path_factory.mktemp("family"))
+    name, _, sequential = request.param.partition("-")
+    changes = {"use_parallel_residual": False} if sequential else {}
+    folder = save_family(name, tmp_path_factory.mktemp("family"), **changes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny_folder / name).read_bytes())
     return GraphDecoder(FrozenModel(folder, torch.float32))
@@ -68,17 +75,33 @@ def test_ablating_all_edges_of_a_node_is_patching_it(family: GraphDecoder) -> No
     assert float((whole - patched).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "GPTNeoXForCausalLM"])
-def test_family_of_another_graph_is_refused(architecture: str, tmp_path: Path, tiny_folder: Path) -> None:
-    """Gemma normalises what attention adds, which is then no sum over heads; GPT-NeoX' layers are parallel:
-    one line names the family, those that there are, and what to do instead."""
-    folder = save_family(architecture, tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tiny_folder / name).read_bytes())
+def test_scores_of_the_input_sum_to_the_contrast(family: GraphDecoder) -> None:
+    """Completeness of integrated gradients, in every family: what leaves ``input`` is M(x) - M(x'), and no
+    edge that the model does not have gets a score."""
+    pair = Pair(tuple(PROMPT), tuple(OTHER), (3, 5), (9,))
+    scores = edge_scores(family, [pair], "logit_diff", 64)[0]
+    with torch.no_grad():
+        clean, corrupted = (
+            float(measure("logit_diff", family.logits(family.run(family.embed([side]))[0]), [pair]))
+            for side in (PROMPT, OTHER)
+        )
+    assert abs(clean - corrupted) > 0.01
+    assert float(scores[:, 0].sum()) == pytest.approx(clean - corrupted, rel=0.01)
+    assert not scores[torch.from_numpy(~family.graph.allowed)].any()
+
+
+def test_every_family_that_the_engine_serves_can_be_searched() -> None:
+    """Whoever adds a family to the edit sites is told to say how its layers are laid out."""
+    assert set(LAYER_NAMES) == set(FAMILIES)
+
+
+def test_family_that_is_not_known_is_refused(tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line names the family, those that there are, and what to do instead."""
+    monkeypatch.delitem(LAYER_NAMES, "LlamaForCausalLM")
     with pytest.raises(
-        DiscoveryError, match=f"architecture = {architecture}, but .* --from contrast"
+        DiscoveryError, match=r"architecture = LlamaForCausalLM, but .* --from contrast"
     ) as error:
-        GraphDecoder(FrozenModel(folder, torch.float32))
+        GraphDecoder(tiny)
     assert len(str(error.value).splitlines()) == 1
 
 
