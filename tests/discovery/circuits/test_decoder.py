@@ -14,7 +14,7 @@ from discovery.circuits.metric import measure
 from discovery.circuits.pairs import Pair
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from interpretops.model_family import FAMILIES
+from interpretops.model.family import FAMILIES
 
 OTHER = [*PROMPT[:4], 3, *PROMPT[5:]]
 
