@@ -194,8 +194,19 @@ def evaluate(
         ),
     ] = None,
     latency_rounds: Annotated[
-        int, typer.Option(help="Rounds of timing for LCO, a minute at most; 0: none.")
-    ] = 12,
+        int | None,
+        typer.Option(
+            help="Rounds of timing for LCO, a minute at most; 0: none.",
+            show_default="12 with --policy, else 0",
+        ),
+    ] = None,
+    parts: Annotated[
+        int | None,
+        typer.Option(
+            help="Most parts of the policy that are ablated for CCS; 0: none.",
+            show_default="32 with --policy, else 0",
+        ),
+    ] = None,
     prefix_cache: Annotated[
         bool | None,
         typer.Option(
@@ -238,6 +249,8 @@ def evaluate(
     if policy is None and publish:
         raise ConfigError("--publish needs --policy: the cards of all active policies have no baselines")
     from discovery.evaluation.command import run_eval
+    from discovery.evaluation.contributions import MOST_PARTS
+    from discovery.evaluation.latency import ROUNDS
     from discovery.evaluation.options import JobOptions
     from interpretops.settings import load_settings
 
@@ -261,7 +274,8 @@ def evaluate(
             moderation_url=moderation_url,
             moderation_model=moderation_model,
             circuit=circuit,
-            latency_rounds=latency_rounds,
+            latency_rounds=(ROUNDS if policy else 0) if latency_rounds is None else latency_rounds,
+            parts=(MOST_PARTS if policy else 0) if parts is None else parts,
             baselines=tuple(baseline or ()),
             prefix_cache=prefix_cache,
             publish=publish,

@@ -78,7 +78,13 @@ def search(
         texts = read_pairs(pairs, reading, whole_years=len(model.text_ids("52")) == 1)
     else:
         texts, unmatched = match_prompts(
-            model, source, target_class, chat=reading.chat, answers=reading.answers, wrong=reading.wrong
+            model,
+            source,
+            target_class,
+            chat=reading.chat,
+            most=limit,
+            answers=reading.answers,
+            wrong=reading.wrong,
         )
     encoded, skipped = encode_pairs(model, texts, reading)
     skipped += unmatched

@@ -1,6 +1,7 @@
 """Contrast pairs made from prompts that show a behaviour, each beside a harmless one that we ship."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,11 +21,14 @@ def match_prompts(
     target_class: str,
     *,
     chat: bool,
+    most: int | None = None,
     answers: tuple[str, ...] = (),
     wrong: tuple[str, ...] = (),
 ) -> tuple[list[TextPair], int]:
     """Pairs of a file's prompts and shipped harmless ones, and how many prompts found no partner.
 
+    most: pairs at most; of more, those whose number of tokens most others have too, as pairs of one length
+    run together, and then those that are most alike
     answers, wrong: what all pairs are measured by; empty: what we know of the class
 
     Positions are exchanged one for one, so that a partner has as many tokens as its prompt; of those the one
@@ -56,12 +60,19 @@ def match_prompts(
             f"{path}: no prompt has as many tokens as one of our {len(harmless)} harmless ones; "
             "write shorter prompts, or pairs of your own (--pairs)"
         )
+    lengths = Counter(len(tokens[prompt]) for prompt in partner)
+
+    def rank(prompt: str) -> tuple[int, int, int]:
+        length = len(tokens[prompt])
+        return -lengths[length], length, -likeness[prompt, partner[prompt]]
+
+    chosen = set(sorted(partner, key=rank)[:most])
     pairs = [
         TextPair(f"{path}: prompt {index + 1}", prompt, partner[prompt], answers, wrong)
         for index, prompt in enumerate(prompts)
-        if prompt in partner
+        if prompt in chosen
     ]
-    return pairs, len(prompts) - len(pairs)
+    return pairs, len(prompts) - len(partner)
 
 
 def _harmless(target_class: str) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -110,6 +111,8 @@ class CircuitSearch:
             [asdict(pair) for pair in evaluation],
             {name: value for name, value in asdict(settings).items() if name != "features"},
         ]
+        self._drawn: dict[tuple[int, ...], list[npt.NDArray[np.uint8]]] = {}
+        """Random circuits by what they were drawn for, in bits."""
         self.steps = Steps(work / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16])
 
     def run(self, target_class: str, data: DataFile, record: dict[str, Any]) -> Circuit:
@@ -237,8 +240,15 @@ class CircuitSearch:
         return evaluator.metrics(self._random(number, counts, size))
 
     def _random(self, number: int, counts: Sequence[int], size: int) -> list[Edges]:
-        order = random_order(self.graph, 1_000_003 + self.settings.seed * 1009 + number)
-        return [prune(self.graph, order, count) for count in (*counts, size)]
+        """Random circuits of the given sizes; both ablations are of the same, which take long to draw."""
+        wanted = (number, *counts, size)
+        if wanted not in self._drawn:
+            order = random_order(self.graph, 1_000_003 + self.settings.seed * 1009 + number)
+            self._drawn[wanted] = [
+                np.packbits(prune(self.graph, order, count), axis=1) for count in (*counts, size)
+            ]
+        size_of = self.graph.size
+        return [np.unpackbits(kept, axis=1, count=size_of).astype(bool) for kept in self._drawn[wanted]]
 
     def _contributions(self, edges: Edges, counterfactual: Faithfulness) -> dict[int, float]:
         """Causal Contribution Score of every head and MLP of the circuit.

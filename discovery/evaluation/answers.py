@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,6 +41,15 @@ class Answer(Strictly):
     """A piece of text that could not be scored under this arm: see `PromptNotToldError`."""
     too_long: bool = False
     """The prompt does not fit into the model's context: there is no answer, and the prompt does not count."""
+
+
+@dataclass(frozen=True)
+class Unsteered:
+    """Answers without a policy, which another policy's evaluation by the same gateway need not ask for."""
+
+    of: str
+    """What they answer: suite, prompts and sampling."""
+    answers: tuple[Answer, ...]
 
 
 class AnswerFile:

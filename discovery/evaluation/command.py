@@ -34,7 +34,8 @@ def run_eval(settings: Settings, options: JobOptions, report: Path | None, say: 
 def _active(settings: Settings, options: JobOptions, say: Say) -> list[Evaluation]:
     """All policies that a gateway offers, asked behind one: each starts no engine of its own.
 
-    Baselines that would have to be made and served are left out; `--policy` has them.
+    What is answered without a policy is asked once. Baselines that would have to be made and served are left
+    out; `--policy` has them.
     """
     out = options.out or Path("runs") / f"eval-active-{_digest(settings, options)}"
     with ExitStack() as stack:
@@ -60,7 +61,11 @@ def _active(settings: Settings, options: JobOptions, say: Say) -> list[Evaluatio
             )
         say(f"active policies: {', '.join(names)}")
         chosen = [replace(options, policy=name, url=url, out=out / name) for name in names]
-        return [evaluate(settings, one, say=say) for one in chosen]
+        found: list[Evaluation] = []
+        for one in chosen:
+            earlier = found[-1].unsteered if found else None
+            found.append(evaluate(settings, one, say=say, unsteered=earlier))
+        return found
 
 
 def _digest(settings: Settings, options: JobOptions) -> str:

@@ -62,12 +62,13 @@ def effect_of(
     loaded: LoadedSuite,
     answers: Mapping[tuple[str, str], Answer],
     seed: int,
+    most: int = MOST_PARTS,
 ) -> Effect:
     """What will be ablated, and on which prompts."""
     parts = parts_of(policy, plan, artifacts)
     drawn = parts
-    if len(parts) > MOST_PARTS:
-        places = np.random.default_rng(seed).choice(len(parts), MOST_PARTS, replace=False)
+    if len(parts) > most:
+        places = np.random.default_rng(seed).choice(len(parts), most, replace=False)
         drawn = [parts[place] for place in sorted(places)]
     return Effect(tuple(changed_items(loaded, answers)), tuple(drawn), len(parts))
 

@@ -1,15 +1,18 @@
 """`mechctl eval`: a policy and suites in, answers and a Risk Card out."""
 
 import asyncio
+import hashlib
+import json
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.answers import AnswerFile, prompts_digest
+from discovery.evaluation.answers import AnswerFile, Unsteered, prompts_digest
 from discovery.evaluation.baselines.baseline_policies import Derived
 from discovery.evaluation.baselines.baselines import card_baselines, make_baselines, served_baselines
 from discovery.evaluation.circuit_measures import circuit_of
@@ -42,6 +45,7 @@ from interpretops.riskcard.card import (
     Record,
 )
 from interpretops.riskcard.markdown import card_markdown
+from interpretops.riskcard.measures import absent
 from interpretops.riskcard.page import card_html
 from interpretops.settings import Settings
 
@@ -71,6 +75,8 @@ class Measured:
     """How each baseline was made, or why it was not."""
     timed: Rounds | str = "not asked for: --latency-rounds 0"
     """Times with and without the policy, or why there are none."""
+    unsteered: Unsteered | None = None
+    """What was answered without a policy."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class Evaluation:
     card: RiskCard
     suites: list[SuiteResult]
     """Each suite by itself; the card is of all together."""
+    unsteered: Unsteered | None = None
 
 
 def evaluate_policy(settings: Settings, options: JobOptions, *, say: Callable[[str], None]) -> RiskCard:
@@ -106,8 +113,17 @@ def evaluate_policy(settings: Settings, options: JobOptions, *, say: Callable[[s
     return evaluate(settings, options, say=say).card
 
 
-def evaluate(settings: Settings, options: JobOptions, *, say: Callable[[str], None]) -> Evaluation:
-    """Measure a policy through the gateway and write its card to the folder ``options.out``."""
+def evaluate(
+    settings: Settings,
+    options: JobOptions,
+    *,
+    say: Callable[[str], None],
+    unsteered: Unsteered | None = None,
+) -> Evaluation:
+    """Measure a policy through the gateway and write its card to the folder ``options.out``.
+
+    unsteered: what the same gateway has answered already; taken where the prompts are the same
+    """
     options.check()
     subject = open_subject(options.policy, settings, say)
     loaded = open_suites(options.suites, subject.policy, options.data_folder, settings.store.s3_endpoint)
@@ -139,7 +155,7 @@ def evaluate(settings: Settings, options: JobOptions, *, say: Callable[[str], No
                         own_gateway(settings, made.policies, made.artifacts, out, options.prefix_cache, say)
                     )
                     run = replace(run, options=replace(options, url=url))
-                measured = asyncio.run(measure(run, made))
+                measured = asyncio.run(measure(run, made, unsteered))
             card = make_card(run, measured)
             _write(card, out / "card")
             if options.publish:
@@ -160,7 +176,7 @@ def evaluate(settings: Settings, options: JobOptions, *, say: Callable[[str], No
     for finding in found.findings:
         say(finding.line())
     say(f"{out / 'card.json'}: {card.policy.id}@{card.policy.revision[:12]}, verdict: {found.status}")
-    return Evaluation(card, results)
+    return Evaluation(card, results, measured.unsteered)
 
 
 def _derive(run: Run, settings: Settings) -> Derived:
@@ -183,7 +199,7 @@ def _write(card: RiskCard, stem: Path) -> None:
     write_atomically(stem.parent / f"{stem.name}.html", card_html(card).encode())
 
 
-async def measure(run: Run, made: Derived | None) -> Measured:
+async def measure(run: Run, made: Derived | None, unsteered: Unsteered | None = None) -> Measured:
     """Ask and judge."""
     loaded, subject, options = run.loaded, run.subject, run.options
     assert options.url is not None
@@ -208,13 +224,25 @@ async def measure(run: Run, made: Derived | None) -> Measured:
         }
         expected = {NONE: NONE, subject.policy.meta.id: subject.revision}
         answers = stack.enter_context(AnswerFile(run.out, identity, expected))
+        of = _asked(identity)
+        for answer in unsteered.answers if unsteered is not None and unsteered.of == of else ():
+            if (answer.arm, answer.id) not in answers.answers:
+                answers.add(answer)
         await collect(endpoint, loaded.prompts, arms, sampling, answers, options.concurrency)
         loaded = without(loaded, answers.too_long)
         timed = await _time(run, endpoint, loaded, sampling)
         bench = Bench(session, options)
         judged = await judge_answers(loaded, answers, arms, bench, options.concurrency)
     write_outcomes(run.out / "outcomes.jsonl", judged)
-    return Measured(answers, {**judged}, bench.names, {} if made is None else made.notes, timed)
+    plain = tuple(answer for answer in answers.answers.values() if answer.policy == NONE)
+    notes = {} if made is None else made.notes
+    return Measured(answers, {**judged}, bench.names, notes, timed, Unsteered(of, plain))
+
+
+def _asked(identity: dict[str, Any]) -> str:
+    """sha256 of what is asked, whatever the policy."""
+    plain = {key: value for key, value in identity.items() if key not in ("policy", "revision")}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 async def _time(run: Run, endpoint: Endpoint, loaded: LoadedSuite, sampling: Sampling) -> Rounds | str:
@@ -319,7 +347,12 @@ def _contributions(
     subject, seed = run.subject, run.options.seed
     if subject.plan is None or subject.folder is None:
         return (), None
-    effect = effect_of(subject.policy, subject.plan, run.artifacts, loaded, measured.answers.answers, seed)
+    if not run.options.parts:
+        measures["causal_contribution"] = absent("not asked for: --parts 0")
+        return (), None
+    effect = effect_of(
+        subject.policy, subject.plan, run.artifacts, loaded, measured.answers.answers, seed, run.options.parts
+    )
     scores = score_effect(effect, subject.plan, subject.folder, run.dtype, run.out / "contributions.jsonl")
     measures["causal_contribution"], parts, note = contribution_measure(effect, scores, loaded, seed)
     return parts, note

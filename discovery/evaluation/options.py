@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from discovery.errors import DiscoveryError
+from discovery.evaluation.contributions import MOST_PARTS
 from discovery.evaluation.latency import ROUNDS
 
 
@@ -39,6 +40,8 @@ class JobOptions:
     """The circuit file that the policy names; None: the one among the artifacts."""
     latency_rounds: int = ROUNDS
     """Rounds of timing; 0 measures no LCO."""
+    parts: int = MOST_PARTS
+    """Most parts of the policy that are ablated; 0 measures no CCS."""
     baselines: tuple[str, ...] = ()
     """``<kind>=<policy id>`` each."""
     prefix_cache: bool | None = None
@@ -49,7 +52,7 @@ class JobOptions:
     def check(self) -> None:
         """Raise `DiscoveryError` for an option that cannot be, before anything is asked."""
         lowest = {"max_tokens": 1, "concurrency": 1, "limit": 1}
-        lowest |= {"baseline_limit": 0, "answer_limit": 0, "latency_rounds": 0}
+        lowest |= {"baseline_limit": 0, "answer_limit": 0, "latency_rounds": 0, "parts": 0}
         for name, least in lowest.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -73,6 +76,8 @@ class JobOptions:
             words += [f"--{name} {value}"] if value else []
         if self.latency_rounds != ROUNDS:
             words.append(f"--latency-rounds {self.latency_rounds}")
+        if self.parts != MOST_PARTS:
+            words.append(f"--parts {self.parts}")
         if self.prefix_cache is not None:
             words.append("--prefix-cache" if self.prefix_cache else "--no-prefix-cache")
         return " ".join(words)
