@@ -30,6 +30,7 @@ check: install ## Style, types, layers, lock: all that needs no model
 	@$(bin)/ruff check .
 	@$(bin)/ruff format --check .
 	@$(bin)/mypy
+	@$(bin)/lint-imports --no-logo --no-cache
 	@$(bin)/python locks/lock.py check
 	@$(bin)/python -m pytest -q tests/test_import_contract.py tests/test_lock.py
 

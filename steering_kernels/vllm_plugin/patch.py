@@ -1,9 +1,9 @@
 """All patches, in every process: vLLM loads plugins before it knows what the process will be."""
 
 from steering_kernels.vllm_plugin.core.engine_core import patch_core
+from steering_kernels.vllm_plugin.core.refusals import patch_refusals
 from steering_kernels.vllm_plugin.engine_config import check_version
 from steering_kernels.vllm_plugin.frontend.admission import patch_frontend
-from steering_kernels.vllm_plugin.refusals import patch_refusals
 from steering_kernels.vllm_plugin.worker.extension import patch_worker
 from steering_kernels.vllm_plugin.worker.runner_v1 import patch_runner_v1
 from steering_kernels.vllm_plugin.worker.runner_v2 import patch_runner_v2

@@ -6,8 +6,8 @@ import json
 from typing import Any, Final
 
 from interpretops.engine_api import NONCE_HEADER, RECEIPT_COMMENT, RECEIPT_HEADER, EngineCode
+from steering_kernels.vllm_plugin.core.refusals import REFUSALS, refusal_answer
 from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
-from steering_kernels.vllm_plugin.refusals import REFUSALS, refusal_answer
 
 _NONCE: Final = NONCE_HEADER.encode()
 _RECEIPT: Final = RECEIPT_HEADER.encode()

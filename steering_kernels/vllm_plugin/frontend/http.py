@@ -14,10 +14,10 @@ from fastapi.responses import JSONResponse, Response
 
 from interpretops.engine_api import HOLDER_HEADER, PREFIX, REFUSAL_HEADER, STATUS, EngineCode
 from steering_kernels.vllm_plugin.core.holders import Holders
+from steering_kernels.vllm_plugin.core.refusals import refusal_body
 from steering_kernels.vllm_plugin.frontend.answer_receipt import AnswerReceipt
 from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
 from steering_kernels.vllm_plugin.frontend.special_tokens import describe_special_tokens
-from steering_kernels.vllm_plugin.refusals import refusal_body
 from steering_kernels.vllm_plugin.worker.self_test import run_self_test
 
 MAX_PLAN_BYTES = 64 * 1024 * 1024

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Container
 from typing import Any
 
-from steering_kernels.vllm_plugin.refusals import take_refusal
+from steering_kernels.vllm_plugin.core.refusals import take_refusal
 from steering_kernels.vllm_plugin.worker.report import Report, take_report
 
 CAPACITY = 16_384

@@ -163,7 +163,7 @@ async def test_client_that_leaves_while_redis_is_asked_changes_nothing(gateways,
     """Whoever goes away in the middle of a question takes nobody's turn along."""
     one, _ = await gateways(requests_per_minute=1000)
     async with Redis.from_url(redis.url) as client:
-        await client.execute_command("CLIENT", "PAUSE", 500, "ALL")
+        await client.execute_command("CLIENT", "PAUSE", 2000, "ALL")
         gone = [asyncio.create_task(code(one)) for _ in range(60)]
 
         async def asked():

@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from interpretops.engine_api import EngineCode
+from steering_kernels.vllm_plugin.core.refusals import REFUSALS
 from steering_kernels.vllm_plugin.frontend.answer_receipt import AnswerReceipt
 from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS, collect, note_ended
-from steering_kernels.vllm_plugin.refusals import REFUSALS
 from steering_kernels.vllm_plugin.worker.report import OUTPUT_KEY, Report
 
 NONCE = "ab" * 16
