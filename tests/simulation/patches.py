@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp.connector
+import aiohttp.web_app
 import watchfiles
 
 from simulation.clock import REAL_CLOCKS, Clock, datetime_by
@@ -67,6 +68,8 @@ def patched(clock: Clock, chance: random.Random, disk: Disk, notices: Notices) -
         _patch_chance(stack, chance)
         _patch_disk(stack, disk)
         put(stack, watchfiles, "awatch", notices.watch)
+        # It would keep the gateways of a thousand seeds, and all around them, in memory.
+        stack.callback(aiohttp.web_app._cached_build_middleware.cache_clear)
         # When cycles are collected depends on all that the process did before.
         gc.disable()
         stack.callback(gc.enable)

@@ -25,13 +25,35 @@ FAULTS = {
 SEEDS_FOR_A_FAULT = 60
 
 
+COUNT_WORLDS = """
+import gc
+from simulation.run import run_seed
+from simulation.world import World
+for seed in range(4):
+    run_seed(seed)
+gc.collect()
+print(sum(isinstance(held, World) for held in gc.get_objects()))
+"""
+
+
+def run(*arguments: str) -> str:
+    """What Python prints with the simulation on its path."""
+    path = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
+    command, environment = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout, done.stderr
+    return done.stdout
+
+
 def simulate(*arguments: str) -> tuple[dict[str, Any], str]:
     """The last line of a run as an object, and all that it printed."""
-    path = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
-    command = [sys.executable, "-m", "simulation", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    assert done.stdout, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+    text = run("-m", "simulation", *arguments)
+    return json.loads(text.splitlines()[-1]), text
+
+
+def test_no_seed_stays_in_memory() -> None:
+    """A run of many seeds needs no more memory than a few: what one seed made is gone after it."""
+    assert run("-c", COUNT_WORLDS) == "0\n"
 
 
 def test_nothing_is_found() -> None:
