@@ -249,8 +249,8 @@ def evaluate(
     if policy is None and publish:
         raise ConfigError("--publish needs --policy: the cards of all active policies have no baselines")
     from discovery.evaluation.command import run_eval
-    from discovery.evaluation.contributions import MOST_PARTS
-    from discovery.evaluation.latency import ROUNDS
+    from discovery.evaluation.measures.contributions import MOST_PARTS
+    from discovery.evaluation.measures.latency import ROUNDS
     from discovery.evaluation.options import JobOptions
     from interpretops.settings import load_settings
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.contributions import MOST_PARTS
-from discovery.evaluation.latency import ROUNDS
+from discovery.evaluation.measures.contributions import MOST_PARTS
+from discovery.evaluation.measures.latency import ROUNDS
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
 th, td { border: 1px solid #ccd5de; padding: .25rem .6rem; text-align: left; vertical-align: top; }
 th { background: #f1f4f7; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: anywhere; } td.short { white-space: nowrap; }
 .pass { color: #14693a; } .fail { color: #a3231f; } .none { color: #66707a; }
 """
+SHORT = 22
 _LEFT, _WIDTH, _ROW = 90, 520, 28
 
 
@@ -69,9 +70,15 @@ def _verdict(found: Verdict) -> str:
 def _table(table: Table) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in table.heads)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
+        "<tr>" + "".join(f"<td{_short(cell)}>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in table.rows
     )
     return f"<h2>{table.title}</h2><table><tr>{head}</tr>{rows}</table>"
+
+
+def _short(cell: str) -> str:
+    """Names and numbers stay in one line; sentences and hashes may break."""
+    return ' class="short"' if len(cell) <= SHORT else ""
 
 
 def _chart(card: RiskCard, found: Verdict) -> str:

@@ -16,10 +16,12 @@ from scripted_gateway import ANSWER, REFUSAL, REVISION, Gateway, served
 from discovery.data.sources import sha256_of_file
 from discovery.errors import DiscoveryError
 from discovery.evaluation import endpoint as endpoint_module
-from discovery.evaluation.circuit_measures import circuit_of
+from discovery.evaluation.card_of_run import make_card
 from discovery.evaluation.endpoint import Endpoint, UnprovenAnswerError
-from discovery.evaluation.job import Run, evaluate_policy, make_card, measure
+from discovery.evaluation.job import evaluate_policy, measure
+from discovery.evaluation.measures.circuit_stability import circuit_of
 from discovery.evaluation.options import JobOptions
+from discovery.evaluation.run import Run
 from discovery.evaluation.subject import Subject
 from discovery.evaluation.suite import EvaluationSuite
 from discovery.evaluation.suite_files import load_suite

@@ -9,9 +9,11 @@ import yaml
 from scripted_gateway import ANSWER, REVISION, Gateway, served
 
 from discovery.errors import DiscoveryError
+from discovery.evaluation.card_of_run import make_card
 from discovery.evaluation.forced import Item, Scores, forced_items, forced_measures
-from discovery.evaluation.job import Run, make_card, measure
+from discovery.evaluation.job import measure
 from discovery.evaluation.options import JobOptions
+from discovery.evaluation.run import Run
 from discovery.evaluation.subject import Subject, cut, open_suites
 from discovery.evaluation.suite import LoadedSuite
 from discovery.evaluation.suite_files import join_suites, load_suite

@@ -8,7 +8,7 @@ import numpy as np
 
 from discovery.evaluation.answers import Answer
 from discovery.evaluation.forced import Item, Scores, score_answers
-from discovery.evaluation.parts import Part, parts_of, without_part
+from discovery.evaluation.measures.policy_parts import Part, parts_of, without_part
 from discovery.evaluation.suite import ASKED, LoadedSuite
 from discovery.jobs.progress import meter
 from interpretops.plan import Plan

@@ -10,14 +10,14 @@ import yaml
 from safetensors.numpy import save_file
 
 from discovery.evaluation.answers import Answer
-from discovery.evaluation.contributions import (
+from discovery.evaluation.measures.contributions import (
     MOST_PARTS,
     changed_items,
     contribution_measure,
     effect_of,
     score_effect,
 )
-from discovery.evaluation.parts import parts_of, without_part
+from discovery.evaluation.measures.policy_parts import parts_of, without_part
 from discovery.evaluation.suite import LoadedSuite
 from discovery.evaluation.suite_files import load_suite
 from discovery.frozen_model import FrozenModel

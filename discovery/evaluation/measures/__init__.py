@@ -1,0 +1,1 @@
+"""Measures that are taken from the policy itself: its parts, its circuit, its cost."""
