@@ -14,6 +14,7 @@ from discovery.judges.outcome import Outcomes
 from interpretops.files.atomic_file import write_atomically
 from interpretops.riskcard import RiskCard, verdict
 from interpretops.riskcard.card import Measure, MeasureName
+from interpretops.riskcard.file import card_document
 
 FORMAT = 1
 ARMS = {"off": "without", "on": "with"}
@@ -74,7 +75,7 @@ def write_report(path: Path, evaluated: Sequence[tuple[RiskCard, Sequence[SuiteR
             "revision": card.policy.revision,
             "verdict": verdict(card).status,
             "suites": {result.name: _suite(result) for result in results},
-            "card": card.model_dump(mode="json", exclude_none=True),
+            "card": card_document(card),
         }
         for card, results in evaluated
     ]

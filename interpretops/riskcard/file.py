@@ -27,9 +27,14 @@ class RiskCardError(InterpretOpsError):
 
 def save_card(card: RiskCard, path: Path) -> None:
     """Write a card whole or not at all; the same card gives the same bytes."""
-    content = card.model_dump(mode="json", exclude_none=True)
-    text = json.dumps(content | {CHECKSUM: _checksum(content)}, indent=1, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(card_document(card), indent=1, sort_keys=True, ensure_ascii=False)
     write_atomically(path, (text + "\n").encode())
+
+
+def card_document(card: RiskCard) -> dict[str, Any]:
+    """What a card's file holds: the card and its checksum."""
+    content: dict[str, Any] = card.model_dump(mode="json", exclude_none=True)
+    return content | {CHECKSUM: _checksum(content)}
 
 
 def load_card(path: Path, *, revision: str | None = None) -> RiskCard:

@@ -1,12 +1,14 @@
 """The commands as a user types them: `mechctl trace` and `sae-train` end to end, faults in one line."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from interpretops.artifacts import Artifacts
+from interpretops.artifacts.dictionary import read_manifest
 from interpretops.model.spec import read_model_spec
 from interpretops.plan import Site
 from mechctl.main import main
@@ -49,6 +51,26 @@ def test_prompts_to_dictionary(mechctl, tiny_folder: Path, prompts: Path, tmp_pa
     again = json.loads(text[text.index("{") :])
     assert again["delta_ce"] == pytest.approx(dictionary.manifest.metrics.delta_ce, abs=1e-4)
     assert again["saelens"]["l0"] == pytest.approx(again["l0"], abs=0.2)
+
+
+def test_what_a_line_leaves_out_is_filled_in(  # type: ignore[no-untyped-def]
+    mechctl, tiny_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`trace` takes the middle layer, `sae-train --traces` that one, twelve passes and a work folder of its
+    own, so that another training does not meet its checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    model = ("--model", tiny_folder)
+    status, text, _ = mechctl("trace", "--prompts", prompts, "--out", "traced", "--held-out", 0.2, *model)
+    assert status == 0
+    assert "of layer 2," in text
+    stored = int(re.search(r"([\d,]+) tokens stored", text)[1].replace(",", ""))  # type: ignore[index]
+    small = ("--width", 64, "--k", 4, "--batch", 512, *model)
+    for seed in (0, 1):
+        status, _, errors = mechctl("sae-train", "--traces", "traced", "--out", "sae", "--seed", seed, *small)
+        assert status == 0, errors
+    assert read_manifest(Path("sae")).layer == 2
+    assert f"/{12 * stored // 512 * 512:,} tokens" in errors
+    assert len(list(Path("runs/sae-train").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
