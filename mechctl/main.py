@@ -10,7 +10,9 @@ from interpretops import __version__
 from interpretops.errors import ConfigError, InterpretOpsError
 from mechctl.audit import audit_app
 from mechctl.circuits import circuits
+from mechctl.config import config_app
 from mechctl.discovery import add_discovery_commands
+from mechctl.doctor import doctor
 from mechctl.evaluation import add_eval_commands
 from mechctl.keys import keys_app
 from mechctl.options import Artifacts, Config, Model
@@ -33,9 +35,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(policy_app, name="policy")
+app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 app.add_typer(transcripts_app, name="transcripts")
+app.command("doctor")(doctor)
 app.command("steer")(steer)
 app.command("search")(search)
 app.command("circuits")(circuits)

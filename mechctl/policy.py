@@ -8,11 +8,13 @@ import typer
 
 from interpretops.errors import PolicyError
 from mechctl.options import Artifacts, Config, Model
+from mechctl.policy_diff import diff
 
 if TYPE_CHECKING:
     from interpretops.plan import Plan
 
-policy_app = typer.Typer(help="Check, compile and document policies.", no_args_is_help=True)
+policy_app = typer.Typer(help="Check, compile, compare and document policies.", no_args_is_help=True)
+policy_app.command("diff")(diff)
 
 
 @policy_app.command("validate")

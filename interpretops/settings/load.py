@@ -42,10 +42,22 @@ def load_settings(
     set and has no effect yet is told in a warning.
     Raises `ConfigError` with one line per fault: source, field, value, what would be right.
     """
+    return load_with_sources(path, overrides, environ)[0]
+
+
+def load_with_sources(
+    path: Path | None = None,
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> tuple[Settings, dict[tuple[str, ...], str]]:
+    """As `load_settings`, with where each field that is set was set: `file:line`, variable, command line."""
     environ = os.environ if environ is None else environ
     if path is None and environ.get(CONFIG_VARIABLE):
         path = Path(environ[CONFIG_VARIABLE])
-    values: dict[str, Any] = {} if path is None else _from_file(path)
+    values: dict[str, Any] = {}
+    lines: dict[tuple[str, ...], str] = {}
+    if path is not None:
+        values, lines = _from_file(path)
     sources: dict[tuple[str, ...], str] = {}
     for where, (variable, value) in read_environment(environ).items():
         _put(values, sources, where, value, variable)
@@ -62,18 +74,21 @@ def load_settings(
         if getattr(getattr(settings, section), field) is not None:
             source = sources.get((section, field), path)
             _log.warning("%s: %s is set, but has no effect yet: %s", source, dotted, instead)
-    return settings
+    return settings, {**lines, **sources}
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+def _from_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """The sections of a file, and of each of their fields the place: `<file>:<line>`."""
     path = path.expanduser()
-    values = read_yaml(path, ConfigError).data
+    document = read_yaml(path, ConfigError)
+    values = document.data
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__}, but sections are expected: gateway: …")
     # A section whose every line is commented out is an absent one.
     values = {name: value for name, value in values.items() if value is not None}
     _anchor_paths(values, path.resolve().parent)
-    return values
+    lines = {tuple(map(str, where)): f"{path}:{line}" for where, line in document.lines.items()}
+    return values, lines
 
 
 def _anchor_paths(values: dict[str, Any], folder: Path) -> None:

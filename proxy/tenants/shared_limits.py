@@ -250,6 +250,18 @@ def _connect(url: str, timeout_s: float) -> Redis:
     return client
 
 
+async def ping(limits: SharedLimits) -> None:
+    """Ask Redis whether it is there. Raises `OSError` of one line, and `ConfigError` without its client."""
+    assert limits.redis_url is not None
+    client = _connect(limits.redis_url.get_secret_value(), limits.timeout_s)
+    try:
+        await client.ping()
+    except _faults() as error:
+        raise OSError(f"Redis does not answer ({error})") from None
+    finally:
+        await client.aclose()
+
+
 def _faults() -> tuple[type[BaseException], ...]:
     from redis.exceptions import RedisError
 
