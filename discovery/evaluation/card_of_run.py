@@ -5,7 +5,14 @@ from discovery.evaluation.forced import forced_items, forced_measures, score_ite
 from discovery.evaluation.measures.circuit_stability import circuit_of
 from discovery.evaluation.measures.contributions import contribution_measure, effect_of, score_effect
 from discovery.evaluation.measures.latency import latency_measure
-from discovery.evaluation.metrics import answer_measures, merge, task_loss_measure, task_measure, text_measure
+from discovery.evaluation.metrics import (
+    answer_measures,
+    merge,
+    stopped_attacks,
+    task_loss_measure,
+    task_measure,
+    text_measure,
+)
 from discovery.evaluation.run import Measured, Run
 from discovery.evaluation.subject import without
 from discovery.evaluation.suite import LoadedSuite
@@ -122,7 +129,14 @@ def _contributions(
         measures["causal_contribution"] = absent("not asked for: --parts 0")
         return (), None
     effect = effect_of(
-        subject.policy, subject.plan, run.artifacts, loaded, measured.answers.answers, seed, run.options.parts
+        subject.policy,
+        subject.plan,
+        run.artifacts,
+        loaded,
+        measured.answers.answers,
+        seed,
+        run.options.parts,
+        stopped_attacks(loaded, measured.judged["off"], measured.judged["on"]),
     )
     scores = score_effect(effect, subject.plan, subject.folder, run.dtype, run.out / "contributions.jsonl")
     measures["causal_contribution"], parts, note = contribution_measure(effect, scores, loaded, seed)

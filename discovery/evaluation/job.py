@@ -192,8 +192,8 @@ async def _time(run: Run, endpoint: Endpoint, loaded: LoadedSuite, sampling: Sam
         return Measured.timed
     if (reason := why_not_here(endpoint.url, run.engines)) is not None:
         return reason
-    policy = run.subject.policy.meta.id
-    return await time_policy(endpoint, loaded, sampling, policy, run.out / "latency.jsonl", rounds)
+    policy, revision = run.subject.policy.meta.id, run.subject.revision
+    return await time_policy(endpoint, loaded, sampling, policy, revision, run.out / "latency.jsonl", rounds)
 
 
 def _arms(run: Run, served: dict[BaselineKind, str]) -> list[Arm]:

@@ -1,9 +1,10 @@
 """An evaluation suite: which files hold which kind of prompts, and what of them is taken."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, Strict, model_validator
 
@@ -11,6 +12,7 @@ from interpretops.policy.fields import Fraction, Identifier, Strictly
 from interpretops.riskcard.card import MeasureName
 
 Role = Literal["harmful", "benign", "borderline", "toxic", "task", "text", "factual", "bias"]
+Kind = TypeVar("Kind")
 ASKED: frozenset[Role] = frozenset({"harmful", "benign", "borderline", "toxic", "task"})
 """Roles whose prompts are answered; the others are only scored."""
 SYSTEM_PROMPT = (
@@ -126,3 +128,9 @@ class LoadedSuite:
     def of(self, *roles: Role) -> list[Prompt]:
         """The prompts of some roles, in their order."""
         return [prompt for prompt in self.prompts if prompt.role in roles]
+
+
+def spread(items: Sequence[Kind], most: int) -> list[Kind]:
+    """At most so many items, from all over them, always the same."""
+    count = min(most, len(items))
+    return [items[place * len(items) // count] for place in range(count)]

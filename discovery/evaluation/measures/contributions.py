@@ -1,6 +1,6 @@
 """CCS of a Risk Card: how much of the policy's effect is lost without each of its parts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 from discovery.evaluation.answers import Answer
 from discovery.evaluation.forced import Item, Scores, score_answers
 from discovery.evaluation.measures.policy_parts import Part, parts_of, without_part
-from discovery.evaluation.suite import ASKED, LoadedSuite
+from discovery.evaluation.suite import ASKED, LoadedSuite, Prompt, spread
 from discovery.jobs.progress import meter
 from interpretops.plan import Plan
 from interpretops.policy import Policy
@@ -34,25 +34,29 @@ class Effect:
     all_parts: int
 
 
-def changed_items(loaded: LoadedSuite, answers: Mapping[tuple[str, str], Answer]) -> list[Item]:
-    """Prompts that the policy answers otherwise: those it is aimed at, else any; from all over the suite."""
+def changed_items(
+    loaded: LoadedSuite, answers: Mapping[tuple[str, str], Answer], stopped: Collection[str] = ()
+) -> list[Item]:
+    """Prompts that the policy answers otherwise, from all over the suite, at most `MOST_PROMPTS`.
+
+    Those of attacks that it stops, by id in ``stopped``; with too few of them, any harmful or toxic ones;
+    with too few of those, any.
+    """
     aimed = loaded.of("harmful", "toxic")
-    for prompts in (aimed, loaded.of(*ASKED)):
-        items = []
-        for prompt in prompts:
-            on, off = answers.get((ON, prompt.id)), answers.get((OFF, prompt.id))
-            if (
-                on is not None
-                and off is not None
-                and on.text != off.text
-                and on.text.strip()
-                and off.text.strip()
-            ):
-                items.append(Item(prompt, (on.text, off.text)))
-        if items:
-            step = max(1, len(items) // MOST_PROMPTS)
-            return items[::step][:MOST_PROMPTS]
-    return []
+    items: list[Item] = []
+    for prompts in ([prompt for prompt in aimed if prompt.id in stopped], aimed, loaded.of(*ASKED)):
+        items = [item for prompt in prompts if (item := _changed(prompt, answers)) is not None]
+        if len(items) >= FEWEST_PROMPTS:
+            break
+    return spread(items, MOST_PROMPTS)
+
+
+def _changed(prompt: Prompt, answers: Mapping[tuple[str, str], Answer]) -> Item | None:
+    """The prompt with both answers, if they differ."""
+    on, off = answers.get((ON, prompt.id)), answers.get((OFF, prompt.id))
+    if on is None or off is None or on.text == off.text or not on.text.strip() or not off.text.strip():
+        return None
+    return Item(prompt, (on.text, off.text))
 
 
 def effect_of(
@@ -63,14 +67,15 @@ def effect_of(
     answers: Mapping[tuple[str, str], Answer],
     seed: int,
     most: int = MOST_PARTS,
+    stopped: Collection[str] = (),
 ) -> Effect:
-    """What will be ablated, and on which prompts."""
+    """What will be ablated, and on which prompts; ``stopped`` are ids of attacks that the policy stops."""
     parts = parts_of(policy, plan, artifacts)
     drawn = parts
     if len(parts) > most:
         places = np.random.default_rng(seed).choice(len(parts), most, replace=False)
         drawn = [parts[place] for place in sorted(places)]
-    return Effect(tuple(changed_items(loaded, answers)), tuple(drawn), len(parts))
+    return Effect(tuple(changed_items(loaded, answers, stopped)), tuple(drawn), len(parts))
 
 
 def score_effect(effect: Effect, plan: Plan, folder: Path, dtype: str, out: Path) -> Scores:

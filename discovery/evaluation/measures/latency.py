@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from discovery.errors import DiscoveryError
 from discovery.evaluation.collect import Sampling
 from discovery.evaluation.endpoint import NONE, Endpoint
-from discovery.evaluation.suite import ASKED, LoadedSuite, Prompt
+from discovery.evaluation.suite import ASKED, LoadedSuite, Prompt, spread
 from discovery.jobs.progress import meter
 from interpretops.machine import machine_name
 from interpretops.riskcard.card import Interval, Latency, Measure, Source
@@ -97,12 +97,19 @@ def _is_here(url: str) -> bool:
 
 
 async def time_policy(
-    endpoint: Endpoint, loaded: LoadedSuite, sampling: Sampling, policy: str, out: Path, rounds: int
+    endpoint: Endpoint,
+    loaded: LoadedSuite,
+    sampling: Sampling,
+    policy: str,
+    revision: str,
+    out: Path,
+    rounds: int,
 ) -> Rounds | str:
     """Time batches under none and under ``policy``, in turn; or the reason why that cannot be done.
 
     Every request gets as many tokens, whatever the model would have said, and its prompt never comes from the
-    prefix cache. The first round only warms up. What ``out`` holds already is not timed again.
+    prefix cache. The first round only warms up. What ``out`` holds already is not timed again. Raises
+    `DiscoveryError` when another revision than ``revision`` answers.
     """
     prompts = _prompts(loaded)
     if not prompts:
@@ -112,11 +119,11 @@ async def time_policy(
         return kept
     began = time.monotonic()
     with meter("eval: latency", rounds, "rounds", done=len(kept.found)) as progress:
-        arms = [NONE, policy]
+        arms, proven = [NONE, policy], {NONE: NONE, policy: revision}
         for number in range(rounds - len(kept.found) + 1):
             if number and time.monotonic() - began > MOST_S:
                 break
-            took = {arm: await _batch(endpoint, prompts, sampling, arm) for arm in arms}
+            took = {arm: await _batch(endpoint, prompts, sampling, arm, proven[arm]) for arm in arms}
             if short := next((f"{arm}: {why}" for arm, why in took.items() if isinstance(why, str)), None):
                 return short
             arms.reverse()
@@ -126,8 +133,10 @@ async def time_policy(
     return kept
 
 
-async def _batch(endpoint: Endpoint, prompts: Sequence[Prompt], sampling: Sampling, arm: str) -> float | str:
-    """Seconds for all prompts at once."""
+async def _batch(
+    endpoint: Endpoint, prompts: Sequence[Prompt], sampling: Sampling, arm: str, revision: str
+) -> float | str:
+    """Seconds for all prompts at once, or why they mean nothing."""
     salt = secrets.token_hex(8)
     forced = {"max_tokens": TOKENS, "ignore_eos": True, "cache_salt": salt}
     asked = [
@@ -139,7 +148,12 @@ async def _batch(endpoint: Endpoint, prompts: Sequence[Prompt], sampling: Sampli
     began = time.perf_counter()
     answers = await asyncio.gather(*(endpoint.post(route, body, arm) for route, body in asked))
     took = time.perf_counter() - began
-    for answer, _ in answers:
+    for answer, proof in answers:
+        if proof.revision != revision:
+            raise DiscoveryError(
+                f"{arm}@{proof.revision[:12]} answered while {arm}@{revision[:12]} was timed; leave the "
+                "policy as it is, and name another --out"
+            )
         usage = answer.get("usage")
         count = usage.get("completion_tokens") if isinstance(usage, dict) else None
         if count != TOKENS:
@@ -150,8 +164,7 @@ async def _batch(endpoint: Endpoint, prompts: Sequence[Prompt], sampling: Sampli
 def _prompts(loaded: LoadedSuite) -> list[Prompt]:
     """A few prompts from all over the suite, always the same."""
     fit = [prompt for prompt in loaded.of(*ASKED) if len(prompt.text) <= MOST_LETTERS]
-    step = max(1, len(fit) // REQUESTS)
-    return fit[::step][:REQUESTS]
+    return spread(fit, REQUESTS)
 
 
 def latency_measure(

@@ -70,6 +70,8 @@ def test_one_command_measures_the_shipped_guard(
             max_tokens=16,
             baseline_limit=3,
             answer_limit=3,
+            latency_rounds=5,
+            parts=3,
             publish=True,
         ),
         say=said.append,
@@ -81,6 +83,8 @@ def test_one_command_measures_the_shipped_guard(
         "delta_ce",
         "delta_ce_answers",
         "factual_likelihood",
+        "latency_cost_overhead",
+        "causal_contribution",
     ):
         assert card.measures[name].value is not None, name  # type: ignore[index]  # its names are literals
     assert card.measures["defense_efficacy"].n == 6

@@ -18,7 +18,7 @@ from discovery.evaluation.measures.contributions import (
     score_effect,
 )
 from discovery.evaluation.measures.policy_parts import parts_of, without_part
-from discovery.evaluation.suite import LoadedSuite
+from discovery.evaluation.suite import LoadedSuite, spread
 from discovery.evaluation.suite_files import load_suite
 from discovery.frozen_model import FrozenModel
 from interpretops.artifacts.adapter import AdapterSite, write_adapter
@@ -163,6 +163,32 @@ def test_policy_that_changes_no_answer_has_no_share(
     measure, parts, note = contribution_measure(effect, scores, loaded, seed=0)
     assert "changes the answer to 0 of the prompts" in str(measure.absent)
     assert (parts, note) == ((), None)
+
+
+def test_a_few_of_many_are_from_all_over_them() -> None:
+    """The first is there, and what follows is evenly spread, none twice; of few enough all are taken."""
+    assert spread(range(31), 16) == [place * 31 // 16 for place in range(16)]
+    assert len(set(spread(range(17), 16))) == 16
+    assert spread(range(17), 16)[-1] == 15
+    assert spread("abc", 16) == ["a", "b", "c"]
+    assert spread("", 16) == []
+
+
+def test_stopped_attacks_are_taken_apart_first(tmp_path: Path) -> None:
+    """With three of them they alone; with fewer any changed answer of the aim, from all over the suite."""
+    loaded = suite_of(tmp_path)
+    answers = {
+        (arm, prompt.id): Answer(arm=arm, id=prompt.id, policy=arm, revision="none", text=arm)
+        for arm in ("off", "on")
+        for prompt in loaded.prompts
+    }
+    ids = [prompt.id for prompt in loaded.prompts]
+
+    def taken(stopped: list[str]) -> list[str]:
+        return [item.prompt.id for item in changed_items(loaded, answers, stopped)]
+
+    assert taken(ids[2:5]) == ids[2:5]
+    assert taken(ids[2:4]) == ids
 
 
 def test_shares_are_of_sums_over_prompts() -> None:

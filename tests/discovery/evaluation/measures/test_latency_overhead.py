@@ -9,6 +9,7 @@ import pytest
 import yaml
 from scripted_gateway import REVISION, Gateway, served
 
+from discovery.errors import DiscoveryError
 from discovery.evaluation import endpoint as endpoint_module
 from discovery.evaluation.card_of_run import make_card
 from discovery.evaluation.job import measure
@@ -115,6 +116,23 @@ async def test_slow_machine_gets_fewer_rounds_or_a_reason(
     card = await evaluated(tmp_path, Timed(monkeypatch), latency_rounds=12)
     assert "a median needs 5" in str(card.measures["latency_cost_overhead"].absent)
     assert card.latency is None
+
+
+async def test_another_revision_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that is changed while it is timed ends the job: its times would be of two revisions."""
+    gateway = Timed(monkeypatch)
+    batches = gateway.hold
+
+    async def change(policy: str) -> None:
+        await batches(policy)
+        if len(gateway.arms) > 3 * REQUESTS:
+            gateway.revision = "cd" * 32
+
+    gateway.hold = change
+    with pytest.raises(
+        DiscoveryError, match=r"guard@cdcdcdcdcdcd answered while guard@abababababab was timed"
+    ):
+        await evaluated(tmp_path, gateway)
 
 
 async def test_unequal_answers_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
