@@ -1,6 +1,11 @@
 """The errors this project raises: each a sentence, a code, a status and whether callers may read it."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from functools import wraps
+from typing import ClassVar, ParamSpec, TypeVar
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 class InterpretOpsError(Exception):
@@ -69,3 +74,19 @@ class EngineError(InterpretOpsError):
 
     code = "engine_unavailable"
     status = 503
+
+
+def refused_plainly(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """For what users of the SDK call: a refusal reaches them without the pages of the libraries beneath.
+
+    Its message says what is wrong with what was given; how deep inside it was noticed helps nobody.
+    """
+
+    @wraps(function)
+    def call(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        try:
+            return function(*arguments, **named)
+        except InterpretOpsError as error:
+            raise error.with_traceback(None) from None
+
+    return call

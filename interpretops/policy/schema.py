@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, Strict, ValidationError, model_validator
 
-from interpretops.errors import PolicyError
+from interpretops.errors import PolicyError, refused_plainly
 from interpretops.files.schema_faults import describe_faults
 from interpretops.files.strict_yaml import Document, read_yaml
 from interpretops.plan import Combine, Phase, Scope
@@ -253,6 +253,7 @@ class Policy(Strictly):
         return self._folder
 
 
+@refused_plainly
 def load_policy(path: Path | str) -> Policy:
     """Read a policy file; raises `PolicyError` with one line for every fault that shows without a model."""
     path = Path(path)

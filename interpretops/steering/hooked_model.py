@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpretops.errors import ModelError
+from interpretops.errors import ModelError, refused_plainly
 from interpretops.model.device import pick_device
 from interpretops.model.family import family_of
 from interpretops.model.source import resolve_model
@@ -42,6 +42,7 @@ class HookedModel:
     Nothing but safetensors is loaded, and nothing is fetched for a folder or the default model.
     """
 
+    @refused_plainly
     def __init__(
         self,
         model_name: str | Path | None = None,
@@ -102,6 +103,8 @@ class HookedModel:
         chat  as the user's turn in the model's chat format, ready for the answer; False takes the text as it
               is; None means chat wherever the model has a chat template
         """
+        if not isinstance(text, str) or not text:
+            raise ModelError(f"text = {text!r}, but must be text that is not empty")
         if chat is None:
             chat = self.tokenizer.chat_template is not None
         if not chat:

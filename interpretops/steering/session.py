@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from interpretops.compile import compile_policy
-from interpretops.errors import ModelError, PlanError
+from interpretops.errors import ModelError, PlanError, PolicyError, refused_plainly
 from interpretops.plan import Plan, read_plan
 from interpretops.plan.reach import depends_on_prompt_end
 from interpretops.policy import Policy, load_policy
@@ -60,6 +60,7 @@ class SteeringSession:
     again. What cannot be followed is refused (`interpretops.steering.generation`).
     """
 
+    @refused_plainly
     def __init__(
         self,
         model: HookedModel,
@@ -282,12 +283,16 @@ def _plan(model: HookedModel, policy: Policy | Plan | str | Path, artifacts: str
     if isinstance(policy, Plan):
         return policy
     if not isinstance(policy, Policy):
+        if not isinstance(policy, str | Path):
+            raise PolicyError(f"policy = {policy!r}, but must be a policy, a plan, or the file of either")
         path = Path(policy)
         if path.suffix == ".safetensors":
             try:
                 return read_plan(path.read_bytes())
             except OSError as error:
                 raise PlanError(f"{path}: cannot be read ({error.strerror})") from error
+            except PlanError as error:
+                raise PlanError(f"{path}: {error}") from error
         policy = load_policy(path)
     folder = load_settings().paths.artifacts if artifacts is None else Path(artifacts)
     return compile_policy(policy, model=model.spec, artifacts=folder)
