@@ -67,6 +67,9 @@ class EngineClient:
         trace.on_connection_create_end.append(self._note_connection)
         self.connections_made = 0
         """Connections opened so far, by any call."""
+        self._closed = False
+        self._calls: set[asyncio.Timeout] = set()
+        """Calls under way, which end when they are rescheduled."""
         self._control = aiohttp.ClientTimeout(total=control_timeout_s, sock_connect=connect_timeout_s)
         self._http = EngineHttp(address, connect_timeout_s=connect_timeout_s, made=self._count_connection)
         self._session = aiohttp.ClientSession(
@@ -85,7 +88,12 @@ class EngineClient:
 
     async def close(self) -> None:
         """Close all connections; requests in progress fail."""
+        self._closed = True
         self._http.close()
+        # Of a closed session, who has the headers of an answer waits for its body until time is up.
+        calls, self._calls = self._calls, set()
+        for call in calls:
+            call.reschedule(asyncio.get_running_loop().time())
         await self._session.close()
 
     async def generate(
@@ -174,17 +182,11 @@ class EngineClient:
         self, method: str, path: str, *, data: bytes | None = None, accept: tuple[int, ...] = (200,)
     ) -> Mapping[str, Any]:
         try:
-            async with self._session.request(
-                *(method, self._base + path),
-                data=data,
-                headers=self._holder,
-                timeout=self._control,
-                allow_redirects=False,
-            ) as response:
-                status = response.status
-                answer = json.loads(await _read(response))
+            status, body = await self._exchange(method, path, data)
+            answer = json.loads(body)
         except (aiohttp.ClientError, OSError, TimeoutError, RuntimeError) as error:
-            raise EngineError(f"engine does not answer {method} {path}: {_why(error)}") from error
+            why = "it was given up meanwhile" if self._closed else _why(error)
+            raise EngineError(f"engine does not answer {method} {path}: {why}") from error
         except ValueError:
             raise EngineError(f"engine answers {method} {path} with something that is not JSON") from None
         if not isinstance(answer, dict):
@@ -197,6 +199,22 @@ class EngineClient:
                 f"engine refuses {method} {path.rsplit('/', 1)[0]}: {message}", str(code)
             )
         return answer
+
+    async def _exchange(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
+        """Status and body of an answer. Raises `TimeoutError` as soon as the client is closed."""
+        async with asyncio.timeout(None) as ends:
+            self._calls.add(ends)
+            try:
+                async with self._session.request(
+                    *(method, self._base + path),
+                    data=data,
+                    headers=self._holder,
+                    timeout=self._control,
+                    allow_redirects=False,
+                ) as response:
+                    return response.status, await _read(response)
+            finally:
+                self._calls.discard(ends)
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
