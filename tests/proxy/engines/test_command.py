@@ -11,6 +11,7 @@ import pytest
 
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
+from proxy.engines import command as command_module
 from proxy.engines import model_folder
 from proxy.engines.command import check_memory, engine_command, engine_environment, slow_format
 from proxy.engines.local_engine import LocalEngine
@@ -80,6 +81,27 @@ def test_cpu_without_bfloat16_is_told(tmp_path, flags, dtype, told):
     line = slow_format(settings, cpuinfo)
     assert (line is not None) == told
     assert line is None or "INTERPRETOPS_MODEL_DTYPE=float32" in line
+
+
+@pytest.mark.parametrize("cpu_build", [True, False])
+def test_gpu_that_cannot_be_had_is_refused(tmp_path, model, monkeypatch, cpu_build):
+    """`device: cuda` with the CPU's engine, or without a device, says what to write; it ran on the CPU."""
+    monkeypatch.setattr(command_module, "_is_cpu_build", lambda: cpu_build)
+    monkeypatch.setattr(command_module, "_GPU_DEVICES", (tmp_path / "nvidiactl",))
+    asked = {"model.name": str(model), "model.device": "cuda"}
+    settings = load_settings(overrides=asked, environ={})
+    with pytest.raises(ConfigError, match=r"model\.device = 'cuda', but .* write device: auto") as error:
+        engine_command(settings, model, Path("e.sock"))
+    assert len(str(error.value).splitlines()) == 1
+    engine_command(load_settings(overrides=asked | {"model.device": "auto"}, environ={}), model, Path("e"))
+
+
+def test_gpu_that_is_there_is_taken(tmp_path, model, monkeypatch):
+    """With the engine for GPUs and a device that the driver shows, nothing is said."""
+    monkeypatch.setattr(command_module, "_is_cpu_build", lambda: False)
+    monkeypatch.setattr(command_module, "_GPU_DEVICES", (tmp_path,))
+    asked = {"model.name": str(model), "model.device": "cuda:0"}
+    assert "--enforce-eager" not in engine_command(load_settings(None, asked, environ={}), model, Path("e"))
 
 
 def test_surroundings_cannot_take_the_plugin_away():
