@@ -22,8 +22,12 @@ run: install ## Start engine and gateway on 127.0.0.1:8000 (ARGS="--port 9000 â€
 	@exec $(bin)/mechctl serve $(ARGS)
 
 .PHONY: test
-test: install ## Run all tests (ARGS="-m 'not engine'" leaves out those that start an engine)
-	@$(bin)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=10 $(ARGS)
+test: install ## Run the tests, real engine included (ARGS="-m 'not engine'" leaves that out; see docs/testing.md)
+	@$(bin)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=10 -m "not long" $(ARGS)
+
+.PHONY: test-long
+test-long: install ## Run the tests that need minutes each, one after another
+	@$(bin)/python -m pytest --durations=10 -m long $(ARGS)
 
 .PHONY: check
 check: install ## Style, types, layers, lock: all that needs no model

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import structlog
 from aiohttp import ClientSession, web
-from engines import engine_server as engine_server
 
 from interpretops.engine_api import STATUS, EngineCode
 from interpretops.errors import PlanError

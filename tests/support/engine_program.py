@@ -1,7 +1,9 @@
 """A program that runs batches through one in-process vLLM engine, so that a test decides who shares a batch.
 
-Reads a job from the file named by its first argument, writes what came out to the second. All requests of
-a batch are added before the first step, which makes the schedule, and with it every shape, repeatable.
+It connects to the address that is its argument and reads JSON from there: first what engine to make, then
+jobs, and answers each with what came out, until the other side closes. All requests of a batch are added
+before the first step, which makes the schedule, and with it every shape, repeatable. A job finds neither
+plans nor cached blocks of the one before it.
 """
 
 import base64
@@ -9,25 +11,44 @@ import json
 import os
 import secrets
 import sys
+from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
-def main(job_path: str, result_path: str) -> None:
-    """Run the job."""
-    job = json.loads(Path(job_path).read_text())
-    from vllm import LLM, SamplingParams
+def main(address: str) -> None:
+    """Make the engine and serve."""
+    with Client(address, "AF_UNIX") as orders:
+        options = json.loads(orders.recv_bytes())
+        from vllm import LLM
 
-    preempted = count_preemptions()
+        preempted = count_preemptions()
+        llm = LLM(**options)
+        while True:
+            try:
+                job = json.loads(orders.recv_bytes())
+            except EOFError:
+                return
+            preempted.clear()
+            assert llm.reset_prefix_cache()
+            result = {"batches": run(llm, job), "preemptions": len(preempted)}
+            orders.send_bytes(json.dumps(result).encode())
+
+
+def run(llm: Any, job: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The answers to each batch of a job, under its plans."""
+    from vllm import SamplingParams
+
     plugin = "interpretops" in os.environ.get("VLLM_PLUGINS", "")
-    llm = LLM(**job["engine"])
     core = llm.llm_engine.engine_core.engine_core
-    for plan in job.get("plans", []):
+    loaded = []
+    for plan in job["plans"]:
         answer = core.interpretops_load(base64.b64encode(Path(plan).read_bytes()).decode())
         if "error" in answer:
             raise SystemExit(answer["error"])
+        loaded.append(answer["revision"])
     batches: list[list[dict[str, Any]]] = []
     asked: list[list[int]] = []
     for batch in job["batches"]:
@@ -64,7 +85,9 @@ def main(job_path: str, result_path: str) -> None:
                 for output, nonce in zip(outputs, nonces, strict=True)
             ]
         )
-    Path(result_path).write_text(json.dumps({"batches": batches, "preemptions": len(preempted)}))
+    for revision in loaded:
+        assert core.interpretops_retire(revision)["in_flight"] == 0
+    return batches
 
 
 def count_preemptions() -> list[str]:

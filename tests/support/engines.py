@@ -1,4 +1,4 @@
-"""Engines for the plugin's tests: batches in-process, and one server with the plugin for all HTTP tests."""
+"""The engines of a test run: in-process ones by configuration, and one server for all HTTP tests."""
 
 import json
 import os
@@ -7,17 +7,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from vllm_zygote import Zygote
 
 from interpretops.model.spec import read_model_spec
 from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan, Site, SiteEdits, Units
 
 PROGRAM = Path(__file__).with_name("engine_program.py")
+ANSWER_S = 600
+KEPT_ENGINES = 1 if Path("/dev/nvidiactl").exists() else 3
+"""In-process engines alive at a time, each of about 2 GiB. On a GPU vLLM counts on having it for itself."""
 
 RunEngine = Callable[..., dict[str, Any]]
 
@@ -63,8 +68,49 @@ def make_plan(spec: ModelSpec) -> Callable[..., Plan]:
 
 
 @pytest.fixture(scope="session")
-def run_engine(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
-    """Run batches through an engine of a given configuration in a process of its own."""
+def zygote() -> Iterator[Zygote]:
+    """One process for the whole run that has imported vLLM, and runs programs in forks of itself."""
+    running = Zygote()
+    yield running
+    running.close()
+
+
+class BatchEngine:
+    """An in-process engine in a fork of the zygote; answers one job after another."""
+
+    def __init__(self, zygote: Zygote, folder: Path, options: dict[str, Any], *, plugin: bool) -> None:
+        self._zygote, self._folder = zygote, folder
+        address = str(folder / "jobs.sock")
+        with Listener(address, "AF_UNIX") as listener:
+            self._pid = zygote.start(
+                *(PROGRAM, address),
+                log=folder / "log.txt",
+                VLLM_PLUGINS="interpretops" if plugin else "none",
+                VLLM_CPU_KVCACHE_SPACE="1",
+            )
+            self._jobs = listener.accept()
+        self._jobs.send_bytes(json.dumps(options).encode())
+
+    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        self._jobs.send_bytes(json.dumps(job).encode())
+        try:
+            assert self._jobs.poll(ANSWER_S), "no answer in time"
+            result: dict[str, Any] = json.loads(self._jobs.recv_bytes())
+        except (AssertionError, EOFError) as error:
+            raise AssertionError((self._folder / "log.txt").read_text()[-3000:]) from error
+        return result
+
+    def close(self) -> None:
+        self._jobs.close()
+        self._zygote.wait(self._pid, 60)
+
+
+@pytest.fixture(scope="session")
+def run_engine(
+    default_model_dir: Path, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunEngine]:
+    """Run batches through the engine of a given configuration; the last few are kept for later tests."""
+    alive: dict[tuple[bool, str], BatchEngine] = {}
 
     def run(
         batches: list[list[dict[str, Any]]],
@@ -74,34 +120,26 @@ def run_engine(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
         **engine: Any,
     ) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("engine")
-        job = {
-            "engine": {
-                "model": str(default_model_dir),
-                "enforce_eager": True,
-                "max_model_len": 512,
-                "max_num_seqs": 16,
-                "block_size": 32,
-                **engine,
-            },
-            "plans": [str(plan.save(folder)) for plan in plans or []],
-            "batches": batches,
+        options = {
+            "model": str(default_model_dir),
+            "enforce_eager": True,
+            "max_model_len": 512,
+            "max_num_seqs": 16,
+            "block_size": 32,
+            **engine,
         }
-        (folder / "job.json").write_text(json.dumps(job))
-        log = folder / "log.txt"
-        with log.open("wb") as stream:
-            done = subprocess.run(
-                [sys.executable, str(PROGRAM), str(folder / "job.json"), str(folder / "result.json")],
-                env=os.environ
-                | {"VLLM_PLUGINS": "interpretops" if plugin else "none", "VLLM_CPU_KVCACHE_SPACE": "1"},
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=900,
-            )
-        assert done.returncode == 0, log.read_text()[-3000:]
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-        return result
+        wanted = (plugin, json.dumps(options, sort_keys=True))
+        found = alive.pop(wanted, None)
+        if found is None:
+            while len(alive) >= KEPT_ENGINES:
+                alive.pop(next(iter(alive))).close()
+            found = BatchEngine(zygote, folder, options, plugin=plugin)
+        alive[wanted] = found
+        return found.answer({"plans": [str(plan.save(folder)) for plan in plans or []], "batches": batches})
 
-    return run
+    yield run
+    for engine in alive.values():
+        engine.close()
 
 
 class EngineServer:

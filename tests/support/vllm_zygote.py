@@ -71,7 +71,10 @@ class Zygote:
 def main(orders: Connection) -> None:
     """Import, then serve orders to their end."""
     import vllm.entrypoints.llm  # noqa: F401 (what takes long is done before the first fork)
+    import vllm.model_executor.models.registry as registry
 
+    # vLLM looks at a model's class in a process that imports all of vLLM anew; the fork is one of its own.
+    registry._run_in_subprocess = lambda look: look()
     running: dict[int, int] = {}
     """Process id by its pidfd."""
     while True:

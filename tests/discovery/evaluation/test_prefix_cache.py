@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
-from engines import run_engine
 from transformers import AutoTokenizer
 
 from interpretops.compile import compile_policy
 from interpretops.model.spec import read_model_spec
 from interpretops.policy import load_policy
 
-__all__ = ["run_engine"]
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 CONTEXT = (

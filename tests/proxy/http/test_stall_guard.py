@@ -52,6 +52,7 @@ async def site():
     def look():
         for connection in runner.server.connections:
             watch.look(connection)
+        return len(runner.server.connections)
 
     yield runner.addresses[0], look, clock, metrics, ended
     await runner.cleanup()
@@ -80,8 +81,11 @@ async def test_request_that_never_becomes_whole_is_cut(site, until, sent):
     """A connection that sends nothing, or headers without end, is closed; not before its time."""
     address, look, clock, metrics, _ = site
     reader, writer = await connect(address, until, look, sent)
-    await asyncio.sleep(0.1)
-    look()
+
+    async def arrived():
+        return look() == 1
+
+    await until(arrived)
     clock.now += 4.9
     look()
     assert b'connections_cut_total{reason="no_request"}' not in metrics.render()

@@ -229,8 +229,14 @@ async def test_edit_is_noticed_without_being_asked(start, engine, policy_writer,
 
     await until(changed)
     (front.policies / "calm.yaml").touch()
-    await asyncio.sleep(0.3)
-    assert len([line for line in front.log if line["event"] == "policy_active"]) == 2
+    policy_writer(front.policies, "later")
+
+    async def later_is_there():
+        return "later" in front.apps.gateway.catalogue.entries
+
+    await until(later_is_there)
+    active = [line["policy"] for line in front.log if line["event"] == "policy_active"]
+    assert active == ["calm", "calm", "later"]
 
 
 async def test_unloaded_policy_cannot_be_pinned(start, engine):

@@ -29,21 +29,11 @@ class Server:
         self.process = await asyncio.create_subprocess_exec(
             *("redis-server", "--port", str(self.port), "--bind", "127.0.0.1"),
             *("--dir", str(self._folder), "--appendonly", "yes", "--appendfsync", "always", "--save", ""),
-            stdout=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
         )
         async with asyncio.timeout(20):
-            while not await self._answers():  # noqa: ASYNC110 - another process's state
-                await asyncio.sleep(0.05)
-
-    async def _answers(self):
-        try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        except OSError:
-            return False
-        writer.write(b"PING\r\n")
-        answer = await reader.readline()
-        writer.close()
-        return answer == b"+PONG\r\n"
+            while b"Ready to accept connections" not in (line := await self.process.stdout.readline()):
+                assert line, "redis-server has ended"
 
     async def stop(self):
         if self.process.returncode is None:

@@ -20,9 +20,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def main(*folders: str) -> None:
-    """Import vLLM once, then answer each job in a fork: an engine leaves its process unfit for another."""
-    import vllm.entrypoints.llm  # noqa: F401 (what takes long is done before the first fork)
-
+    """Answer each job in a fork: an engine leaves its process unfit for another."""
     for folder in folders:
         child = os.fork()
         if child == 0:

@@ -1,15 +1,13 @@
 """What an engine may not be configured as: each is refused at boot, by name (promises 1 and 7)."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from tiny_families import save_family
+from vllm_zygote import Zygote
 
 pytestmark = pytest.mark.engine
 
@@ -28,7 +26,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def told(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str, Any]:
     """What the plugin says to every configuration and version."""
     folder = tmp_path_factory.mktemp("boot")
     known = save_family("LlamaForCausalLM", folder)
@@ -43,14 +41,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "unknown architecture": plain | {"model": str(unknown)},
     }
     (folder / "cases.json").write_text(json.dumps(cases))
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder / "cases.json"), str(folder / "result.json")],
-        env=os.environ | {"VLLM_PLUGINS": "interpretops"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments, log = (folder / "cases.json", folder / "result.json"), folder / "log.txt"
+    status = zygote.run(PROGRAM, *arguments, log=log, VLLM_PLUGINS="interpretops")
+    assert status == 0, log.read_text()[-3000:]
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
 

@@ -1,9 +1,6 @@
 """A plan in vLLM and in the SDK gives the same log-probabilities: each family, and the default model."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from tiny_families import CONFIGS, FIRES_AT, PROMPT, gate_plan, save_family
+from vllm_zygote import Zygote
 
 from interpretops import HookedModel, SteeringSession
 from interpretops.plan import ALWAYS, POINTS, Array, Gate, Plan, Site, SiteEdits, Units
@@ -127,7 +125,7 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path) -> dict[str, Job]:
+def jobs(tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path, zygote: Zygote) -> dict[str, Job]:
     """All jobs, by family or by number format of the default model, after their engines have run."""
     made = {}
     for architecture in CONFIGS:
@@ -141,19 +139,19 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path) -> d
         tokens = model.tokens(QUESTION)
         made[dtype] = Job(tmp_path_factory.mktemp(dtype), model, layered_plan(model, tokens), tokens, 16)
         made[dtype].write(logprobs=20)
-    answer(made)
+    answer(zygote, made)
     return made
 
 
 @pytest.fixture(scope="module")
-def compiled_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def compiled_job(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Job:
     """A plan at every point, loaded into an engine that has compiled its model before."""
     folder = tmp_path_factory.mktemp("compiled")
     model = HookedModel(save_family("LlamaForCausalLM", folder), dtype="float32")
     stream: Array = model.run_with_cache(PROMPT, ["0.resid_post"])[Site(0, "resid_post")].numpy()
     made = Job(folder, model, gate_plan(model.spec, stream), PROMPT, 6)
     made.write(logprobs=-1, **COMPILED)
-    answer({"compiled": made}, VLLM_CACHE_ROOT=str(tmp_path_factory.mktemp("cache")))
+    answer(zygote, {"compiled": made}, VLLM_CACHE_ROOT=str(tmp_path_factory.mktemp("cache")))
     return made
 
 
@@ -168,7 +166,7 @@ def test_compiled_engine_agrees_with_the_sdk(compiled_job: Job) -> None:
 
 
 @pytest.fixture(scope="module")
-def parallel_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+def parallel_jobs(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str, Job]:
     """The same for `PARALLEL`, by name."""
     made = {}
     for name, architecture, settings, ranks in PARALLEL:
@@ -176,20 +174,16 @@ def parallel_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         model = HookedModel(save_family(architecture, folder, **settings), dtype="float32")
         made[name] = Job(folder, model, parallel_plan(model), PROMPT, 6)
         made[name].write(logprobs=-1, tensor_parallel_size=ranks)
-    answer(made)
+    answer(zygote, made)
     return made
 
 
-def answer(jobs: dict[str, Job], **environment: str) -> None:
+def answer(zygote: Zygote, jobs: dict[str, Job], **environment: str) -> None:
     """Have engines answer all jobs."""
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), *(str(job.folder) for job in jobs.values())],
-        env=os.environ | {"VLLM_PLUGINS": "interpretops", "VLLM_CPU_KVCACHE_SPACE": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    folders = [job.folder for job in jobs.values()]
+    log = folders[0] / "program.txt"
+    settings = {"VLLM_PLUGINS": "interpretops", "VLLM_CPU_KVCACHE_SPACE": "1"} | environment
+    assert zygote.run(PROGRAM, *folders, log=log, timeout_s=900, **settings) == 0, log.read_text()[-3000:]
 
 
 @pytest.mark.timeout(1200)

@@ -91,7 +91,7 @@ def runs(
         for _ in range(TURNS - 1)
     ]
     configurations: dict[str, dict[str, Any]] = {
-        "plain": {"enable_prefix_caching": False, "max_num_batched_tokens": 2048},
+        "plain": {"enable_prefix_caching": False},
         # Chunks of 31: the last one of a 125-token prompt is a single token, as long as a decode step's.
         "chunked": {
             "enable_prefix_caching": True,

@@ -5,14 +5,13 @@ import json
 import os
 import pickle
 import secrets
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from vllm_zygote import Zygote
 
 from interpretops.plan import Plan
 
@@ -248,23 +247,10 @@ def test_receipt_of_a_request_that_failed_stays_behind(client: httpx.Client) -> 
     ],
 )
 def test_engine_that_would_break_the_row_map_does_not_boot(
-    default_model_dir: Path, flags: list[str], reason: str
+    default_model_dir: Path, zygote: Zygote, tmp_path: Path, flags: list[str], reason: str
 ) -> None:
     """Configurations that the plugin cannot follow stop the process, with the reason on one line."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            str(default_model_dir),
-            "--enforce-eager",
-            *flags,
-        ],
-        env=os.environ | {"VLLM_PLUGINS": "interpretops"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode != 0
-    assert reason in done.stdout + done.stderr
+    server = ("-m", "vllm.entrypoints.openai.api_server", "--model", default_model_dir, "--enforce-eager")
+    log = tmp_path / "log.txt"
+    assert zygote.run(*server, *flags, log=log, timeout_s=180, VLLM_PLUGINS="interpretops") != 0
+    assert reason in log.read_text()

@@ -112,7 +112,8 @@ async def disk_full(stand: Stand, traffic: Traffic) -> None:
     with stand.full_disk():
         await traffic.refused_for("audit_unavailable")
         steered = traffic.counts["steered"]
-        await asyncio.sleep(3)
+        for _ in range(10):
+            await traffic.refused_for("audit_unavailable")
         # Those that were under way when the disk filled up.
         assert traffic.counts["steered"] <= steered + 4
     await traffic.steered_again()
@@ -120,17 +121,25 @@ async def disk_full(stand: Stand, traffic: Traffic) -> None:
 
 async def folder_gone(stand: Stand, traffic: Traffic) -> None:
     aside = stand.folder / "aside"
+
+    async def missed() -> bool:
+        return await stand.metric("interpretops_policy_sources_broken") > 0
+
+    async def found() -> bool:
+        return not await missed()
+
     stand.policies.rename(aside)
-    await asyncio.sleep(3)
+    await stand.until(missed, "the folder is told to be gone")
     await traffic.steered_again()
     aside.rename(stand.policies)
-    await asyncio.sleep(3)
+    await stand.until(found, "the folder is there again")
 
 
 async def clock_jump(stand: Stand, traffic: Traffic) -> None:
     for shift in ("+2d", "-40d", "+0"):
         stand.set_clock(shift)
-        await asyncio.sleep(1.5)
+        # The first answers may have been under way when it jumped.
+        await traffic.steered_again()
         await traffic.steered_again()
 
 
