@@ -102,7 +102,10 @@ class Attention:
             raise _Enough
 
         handles = [self.projections[layer].register_forward_pre_hook(keep)]
-        handles += [module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+        for name, hook in hooks.items():  # what a hook replaces need not be computed first
+            projection = module.get_submodule(name)
+            handles += [projection.register_forward_pre_hook(_no_tokens)]
+            handles += [projection.register_forward_hook(hook)]
         groups = getattr(module, "num_key_value_groups", None)
         if groups is not None and shared is not None:
             module.num_key_value_groups = 1
@@ -149,6 +152,10 @@ class Attention:
                     handle.remove()
             self._contexts[length] = found
         return self._contexts[length]
+
+
+def _no_tokens(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0][:, :0],)
 
 
 class _Past:

@@ -119,21 +119,21 @@ def prune(graph: Graph, order: list[tuple[int, int]], most: int) -> Edges:
     Dead ends are cut, and as longer growth never loses an edge, the length is found by bisection. Circuits
     of one order are nested.
     """
+    places = np.array(order, np.intp).reshape(-1, 2)
     low, high = 0, len(order)
     while low < high:
         middle = (low + high + 1) // 2
-        if int(_grown(graph, order, middle).sum()) <= most:
+        if int(_grown(graph, places[:middle]).sum()) <= most:
             low = middle
         else:
             high = middle - 1
-    return _grown(graph, order, low)
+    return _grown(graph, places[:low])
 
 
-def _grown(graph: Graph, order: list[tuple[int, int]], length: int) -> Edges:
+def _grown(graph: Graph, places: npt.NDArray[np.intp]) -> Edges:
+    """The circuit of some edges [E, 2] (target, source), dead ends cut."""
     edges = np.zeros((graph.size, graph.size), bool)
-    if length:
-        targets, sources = zip(*order[:length], strict=True)
-        edges[list(targets), list(sources)] = True
+    edges[places[:, 0], places[:, 1]] = True
     return without_dead_ends(edges)
 
 
