@@ -48,20 +48,23 @@ def serve(settings: Settings) -> None:
     """Run until SIGINT or SIGTERM. Raises `InterpretOpsError`, of one line, when it cannot start."""
     raise_limit()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with asyncio.Runner(loop_factory=new_loop) as runner:
+    pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=POOL_NAME)
+    with asyncio.Runner(loop_factory=lambda: new_loop(pool)) as runner:
         try:
             runner.run(_Serve(settings, console).run())
         except BaseException:
             # The error is told; a thread that hangs must not keep the process from ending on it.
             end_within(_ERROR_TOLD_S, 1)
             raise
+        # Idle threads end at once; what is still there afterwards hangs in its work.
+        pool.shutdown(wait=False)
         end_threads(POOL_NAME)
 
 
-def new_loop() -> asyncio.AbstractEventLoop:
+def new_loop(pool: ThreadPoolExecutor | None = None) -> asyncio.AbstractEventLoop:
     """uvloop's, with a pool of threads of our size and name, whatever machine this is."""
     loop = uvloop.new_event_loop()
-    loop.set_default_executor(ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=POOL_NAME))
+    loop.set_default_executor(pool or ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=POOL_NAME))
     return loop
 
 

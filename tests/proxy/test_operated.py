@@ -227,14 +227,23 @@ def pool():
     async def watch(*_arguments):
         await until_now()
         await asyncio.to_thread(hang)
-    proxy.gateway.watch_policies = watch
+    proxy.services.watch_policies = watch
 def loop():
     proxy.process.signals._ENGINE_END_S = 0.5
     async def watch(*_arguments):
         await until_now()
         hang()
-    proxy.gateway.watch_policies = watch
+    proxy.services.watch_policies = watch
 """
+
+
+async def test_stop_with_nothing_hanging_says_so_and_is_quick(engine, tmp_path, policy_writer):
+    """Idle threads of the pool end with the gateway; no operator reads that something hangs."""
+    async with serving(engine, tmp_path, policy_writer) as (process, *_):
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+        told = (await process.stderr.read()).decode()
+    assert "hang" not in told
 
 
 @pytest.mark.parametrize(("where", "status"), [("thread", 0), ("pool", 0), ("loop", 130)])
