@@ -50,7 +50,7 @@ interventions:
 """
 
 
-_MOST_SECONDS_BEHIND = 5
+_MAX_SECONDS_BEHIND = 5
 """Requests in flight over the rate, from which on nothing is measured but the queue."""
 
 
@@ -163,7 +163,7 @@ async def load(
             delay = due - time.perf_counter()
             if delay > 0:
                 await asyncio.sleep(delay)
-            if len(unanswered) > _MOST_SECONDS_BEHIND * rate:
+            if len(unanswered) > _MAX_SECONDS_BEHIND * rate:
                 raise NotCarriedError(
                     f"{len(unanswered)} requests are in flight at {server.url}: this machine does not carry "
                     f"{rate:g} a second with load generator, engine and gateway together; give a lower rate"

@@ -43,7 +43,7 @@ class SpecialTokens:
     def __hash__(self) -> int:
         return hash((frozenset(self.ids.items()), self.first))
 
-    def inert(self, text: str, *, alone: bool = False, quoted: bool = False) -> str:
+    def neutralize(self, text: str, *, alone: bool = False, quoted: bool = False) -> str:
         """``text`` with a `JOINER` wherever a special token would begin, and where one could be completed.
 
         alone   nothing will stand before or after the text, so that only what it holds itself counts

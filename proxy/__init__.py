@@ -1,1 +1,1 @@
-"""The gateway: an OpenAI-style endpoint that binds every request to a policy revision."""
+"""The gateway: an OpenAI-compatible endpoint that binds every request to a policy revision."""

@@ -1,4 +1,4 @@
-"""What the gateway answers when it does not serve: a status, a stable code, and OpenAI's shape."""
+"""The gateway's errors: each has an HTTP status and a stable code, and is sent in OpenAI's error format."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from interpretops.errors import InterpretOpsError
 
 
-class Refusal(InterpretOpsError):  # noqa: N818 - a refusal is an answer, not a fault
-    """A request that gets an error instead of an answer. The message is for the caller."""
+class Refusal(InterpretOpsError):  # noqa: N818 - a refusal is a response, not a fault
+    """The request gets an error instead of an answer. Callers may see the message."""
 
     public = True
     retry: ClassVar[bool | None] = False
-    """Sent as ``x-should-retry``; None leaves the decision to the client."""
+    """Sent as ``x-should-retry``. None: leave the decision to the client."""
 
     def __init__(
         self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
@@ -25,49 +25,49 @@ class Refusal(InterpretOpsError):  # noqa: N818 - a refusal is an answer, not a 
 
 
 class InvalidRequest(Refusal):
-    """The body is not a request this gateway understands."""
+    """The request body is malformed or holds an unsupported value."""
 
     code = "invalid_request"
     status = 400
 
 
 class FieldNotAllowed(Refusal):
-    """The body or a header sets something that a client may not set."""
+    """The body or a header sets a field that clients may not set."""
 
     code = "field_not_allowed"
     status = 400
 
 
 class PolicyConflict(Refusal):
-    """Two places of one request name different policies."""
+    """One request names two different policies."""
 
     code = "policy_conflict"
     status = 400
 
 
 class UnknownPolicy(Refusal):
-    """No such policy, or none that this caller may choose."""
+    """The policy does not exist, or this caller may not choose it."""
 
     code = "unknown_policy"
     status = 400
 
 
 class PolicyForbidden(Refusal):
-    """The binding is mandatory, and the caller asked for something else."""
+    """The binding is mandatory, but the caller asked for another policy."""
 
     code = "policy_mandatory"
     status = 403
 
 
 class InvalidKey(Refusal):
-    """No key, a wrong one, or one that is not for this listener."""
+    """The API key is missing, wrong, or not valid on this listener."""
 
     code = "invalid_api_key"
     status = 401
 
 
 class KeysUnavailable(Refusal):
-    """The file of keys has been broken for too long to trust the keys that were read from it."""
+    """The key file has been unreadable for so long that the keys read earlier are no longer trusted."""
 
     code = "keys_unavailable"
     status = 503
@@ -75,14 +75,14 @@ class KeysUnavailable(Refusal):
 
 
 class NotPermitted(Refusal):
-    """The key is known, and not allowed to do this."""
+    """The key is valid but not allowed to do this."""
 
     code = "not_permitted"
     status = 403
 
 
 class ForeignPage(Refusal):
-    """Without keys, a request that a web page of a foreign name may have sent."""
+    """No keys are required, and a web page of another site may have sent the request."""
 
     code = "foreign_page"
     status = 403
@@ -96,28 +96,28 @@ class UnknownModel(Refusal):
 
 
 class UnknownRoute(Refusal):
-    """This path is not guarded, so it is not served."""
+    """The gateway does not guard this path, so it does not serve it."""
 
     code = "unknown_route"
     status = 404
 
 
 class NotGuarded(Refusal):
-    """The engine has this route, and no policy can be proven on it."""
+    """The engine has this route, but no receipt can prove a policy on it."""
 
     code = "route_not_guarded"
     status = 403
 
 
 class MethodNotAllowed(Refusal):
-    """The path exists under another method."""
+    """The path exists, but not for this method."""
 
     code = "method_not_allowed"
     status = 405
 
 
 class TooLarge(Refusal):
-    """The body exceeds the configured size."""
+    """The body is larger than the configured limit."""
 
     code = "request_too_large"
     status = 413
@@ -131,7 +131,7 @@ class SlowRequest(Refusal):
 
 
 class RateLimited(Refusal):
-    """The tenant uses more than it may at this moment."""
+    """The tenant has reached a rate or concurrency limit."""
 
     code = "rate_limit_exceeded"
     status = 429
@@ -146,14 +146,14 @@ class RateLimited(Refusal):
 
 
 class BudgetSpent(Refusal):
-    """The tenant has used what it may in this period."""
+    """The tenant has used up its token budget for this period."""
 
     code = "insufficient_quota"
     status = 429
 
 
 class LimitsUnavailable(Refusal):
-    """What the tenant has used cannot be known now, and nothing may be served uncounted."""
+    """The tenant's usage cannot be read now, and no request may be served uncounted."""
 
     code = "limits_unavailable"
     status = 503
@@ -168,7 +168,7 @@ class UnsupportedMedia(Refusal):
 
 
 class PolicyUnavailable(Refusal):
-    """The policy is known, but no revision of it is loaded."""
+    """The policy exists, but no revision of it is loaded."""
 
     code = "policy_unavailable"
     status = 503
@@ -176,7 +176,7 @@ class PolicyUnavailable(Refusal):
 
 
 class AuditUnavailable(Refusal):
-    """The audit log cannot be written, and nothing may happen unrecorded."""
+    """The audit log cannot be written, and nothing may happen without a record."""
 
     code = "audit_unavailable"
     status = 503
@@ -184,7 +184,7 @@ class AuditUnavailable(Refusal):
 
 
 class EngineNotReady(Refusal):
-    """The engine is not there, or has not been proven to steer."""
+    """The engine is unreachable, or has not yet proven that it steers."""
 
     code = "engine_not_ready"
     status = 503
@@ -192,7 +192,7 @@ class EngineNotReady(Refusal):
 
 
 class EngineFailed(Refusal):
-    """The engine failed while it answered."""
+    """The engine failed while answering."""
 
     code = "engine_failed"
     status = 502
@@ -200,7 +200,7 @@ class EngineFailed(Refusal):
 
 
 class EngineTimeout(Refusal):
-    """The engine lives, but did not answer in the time that it has."""
+    """The engine is running but did not answer within the timeout."""
 
     code = "engine_timeout"
     status = 504
@@ -208,14 +208,14 @@ class EngineTimeout(Refusal):
 
 
 class AnswerTooLarge(Refusal):
-    """The answer must be held whole until it is proven, and exceeds what is held of one."""
+    """The answer must be buffered until its receipt is checked, and is larger than the buffer limit."""
 
     code = "answer_too_large"
     status = 400
 
 
 class ReceiptFailed(Refusal):
-    """The engine did not prove that the demanded revision steered the answer; the answer is withheld."""
+    """The engine did not prove that the required revision steered the answer, so the answer is withheld."""
 
     code = "receipt_failed"
     status = 502
@@ -225,13 +225,13 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
+    """An error in OpenAI's format."""
     kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def error_headers(refusal: Refusal) -> dict[str, str]:
-    """Headers that tell OpenAI's clients whether trying again helps."""
+    """Headers that tell OpenAI clients whether to retry."""
     headers = dict(refusal.headers)
     if refusal.retry is not None:
         headers["x-should-retry"] = "true" if refusal.retry else "false"

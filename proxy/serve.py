@@ -1,4 +1,4 @@
-"""The `mechctl serve` command: listens, starts the engine, shows progress, says ready, ends cleanly."""
+"""The `mechctl serve` command: listens, starts the engine, shows progress, and shuts down cleanly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from interpretops.errors import ConfigError
 from interpretops.settings import Settings
-from proxy.admin.reload import reload_when_told
+from proxy.admin.reload import reload_on_signal
 from proxy.engines.command import check_memory, engine_command, slow_format
 from proxy.engines.loop import make_engine
 from proxy.engines.model_folder import find_model
@@ -35,17 +35,17 @@ from proxy.process.open_file_limit import raise_limit
 from proxy.process.signals import Signals, end_threads, end_within
 from proxy.tenants.access import check_exposure
 
-_CAME: Final = 2
-_ERROR_TOLD_S: Final = 5.0
+_READY: Final = 2
+_FAILED_EXIT_S: Final = 5.0
 POOL_THREADS: Final = 8
-"""Most threads for what would hold up the loop: files, and compiling policies."""
+"""Most threads for work that would block the event loop: file access and compiling policies."""
 POOL_NAME: Final = "pool"
-"""How their names begin."""
+"""Prefix of their names."""
 _LISTENERS: Final[tuple[Listener, Listener]] = ("public", "admin")
 
 
 def serve(settings: Settings) -> None:
-    """Run until SIGINT or SIGTERM. Raises `InterpretOpsError`, of one line, when it cannot start."""
+    """Run until SIGINT or SIGTERM. Raises `InterpretOpsError` with one line when it cannot start."""
     raise_limit()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=POOL_NAME)
@@ -53,16 +53,16 @@ def serve(settings: Settings) -> None:
         try:
             runner.run(_Serve(settings, console).run())
         except BaseException:
-            # The error is told; a thread that hangs must not keep the process from ending on it.
-            end_within(_ERROR_TOLD_S, 1)
+            # The error will be shown; a thread that hangs must not keep the process alive after it.
+            end_within(_FAILED_EXIT_S, 1)
             raise
-        # Idle threads end at once; what is still there afterwards hangs in its work.
+        # Idle threads end at once; those still there afterwards hang.
         pool.shutdown(wait=False)
         end_threads(POOL_NAME)
 
 
 def new_loop(pool: ThreadPoolExecutor | None = None) -> asyncio.AbstractEventLoop:
-    """uvloop's, with a pool of threads of our size and name, whatever machine this is."""
+    """A uvloop event loop, with a thread pool of fixed size and name."""
     loop = uvloop.new_event_loop()
     loop.set_default_executor(pool or ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=POOL_NAME))
     return loop
@@ -85,7 +85,7 @@ class _Serve:
         self._step = self._steps.add_task("Starting", total=None)
 
     async def run(self) -> None:
-        self._signals.take()
+        self._signals.install()
         gateway = self._settings.gateway
         with (
             _listen(gateway.host, gateway.port, "gateway.port", "--port") as public,
@@ -100,7 +100,7 @@ class _Serve:
                 self._end_steps()
 
     def _check_doors(self, public: socket.socket, admin: socket.socket) -> None:
-        """Before anything slow begins: who could come in, and whether certificates can be read."""
+        """Before anything slow: refuse open listeners without keys, and load the certificates."""
         keys = self._settings.paths.keys is not None
         gateway = self._settings.gateway
         check_exposure(public.getsockname()[0], "gateway.host", keys=keys)
@@ -129,16 +129,16 @@ class _Serve:
         )
         grace_s = settings.gateway.shutdown_grace_s
         runners = [
-            # A client that leaves stops its request; an admin who leaves stops no reload half-way.
+            # Clients that disconnect cancel their request; admins that disconnect must not cancel a reload.
             Runner(
                 app,
                 apps.gateway.metrics,
                 apps.gateway.log,
-                handler_cancellation=leaves,
+                handler_cancellation=cancels,
                 shutdown_timeout=grace_s,
                 access_log=None,
             )
-            for app, leaves in ((apps.public, True), (apps.admin, False))
+            for app, cancels in ((apps.public, True), (apps.admin, False))
         ]
         gateway = apps.gateway
         kept = [
@@ -146,7 +146,7 @@ class _Serve:
                 "stalls", lambda alive: gateway.stalls.run(lambda: _connections(runners), alive)
             ),
             gateway.supervisor.keep(
-                "reloads", lambda alive: reload_when_told(self._signals.reload, gateway, alive)
+                "reloads", lambda alive: reload_on_signal(self._signals.reload, gateway, alive)
             ),
         ]
         try:
@@ -156,7 +156,7 @@ class _Serve:
                 await Site(runner, listener, tls, settings.gateway.body_timeout_s).start()
             await self._until_stopped(apps, public, admin)
         finally:
-            # What ends by itself may; what does not move is still cut meanwhile.
+            # Requests may finish within the grace period; the stall guard keeps running meanwhile.
             for runner in runners:
                 await runner.cleanup()
             await end(*kept)
@@ -164,18 +164,18 @@ class _Serve:
     async def _until_stopped(self, apps: Apps, public: socket.socket, admin: socket.socket) -> None:
         loop = apps.engine_loop
         assert loop.task is not None
-        over = partial(_end_of, loop.task)
-        which, _ = await first_of(self._stopped(), over(), _comes(loop.first_ready))
+        ended = partial(_end_of, loop.task)
+        which, _ = await first_of(self._stopped(), ended(), _wait_for(loop.first_ready))
         self._end_steps()
-        if which == _CAME:
-            # What has been made until now stays for good: no need to look at it again and again.
+        if which == _READY:
+            # Objects created so far live until exit: exclude them from garbage collection.
             gc.collect()
             gc.freeze()
-            self._tell(apps, admin)
-            which, _ = await first_of(self._stopped(), over(), _comes(apps.gateway.readiness.ready))
-            if which == _CAME:
+            self._report_status(apps, admin)
+            which, _ = await first_of(self._stopped(), ended(), _wait_for(apps.gateway.readiness.ready))
+            if which == _READY:
                 self._announce(apps, public)
-                await first_of(self._stopped(), over())
+                await first_of(self._stopped(), ended())
         if not self._stop.is_set():
             await loop.task
         self._console.print("Stopping")
@@ -187,12 +187,12 @@ class _Serve:
     async def _stopped(self) -> None:
         await self._stop.wait()
 
-    def _tell(self, apps: Apps, admin: socket.socket) -> None:
-        """What serves, what is not as its operator may believe, and what keeps requests from being served."""
+    def _report_status(self, apps: Apps, admin: socket.socket) -> None:
+        """Print what is served, policies that need attention, and why the gateway is not ready, if so."""
         entries = apps.gateway.catalogue.entries
         for policy, entry in sorted(entries.items()):
             if entry.unproven:
-                self._warn(f"policy {policy} serves unproven: {entry.unproven}")
+                self._warn(f"policy {policy} serves without a passing Risk Card: {entry.unproven}")
             if entry.error:
                 self._warn(f"policy {policy} is not up to date: {entry.error}")
         policies = ", ".join(_active(apps)) or "none"
@@ -201,7 +201,7 @@ class _Serve:
             f"model {self._served(apps)}, policies {policies}, admin and metrics on {url}", markup=False
         )
         readiness = apps.gateway.readiness
-        readiness.look()
+        readiness.log_changes()
         for reason in readiness.reasons():
             self._warn(f"not ready ({reason.code}): {reason.detail}")
 
@@ -211,7 +211,7 @@ class _Serve:
         body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
         route = f"{self._url(public, 'public')}/v1/chat/completions"
         curl = f"curl {route} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-        # On standard output, where scripts wait for it.
+        # On standard output, so that scripts can wait for it.
         sys.stdout.write(f"ready: {self._url(public, 'public')}/v1   try: {curl}\n")
         sys.stdout.flush()
 
@@ -237,17 +237,17 @@ class _Serve:
             self._console.print(line, markup=False)
 
 
-async def _comes(event: asyncio.Event) -> None:
+async def _wait_for(event: asyncio.Event) -> None:
     await event.wait()
 
 
 async def _end_of(task: asyncio.Task[None]) -> None:
-    """Wait until a task has ended, however it did; leave it alone when cancelled."""
+    """Wait until a task has ended, in whatever way. Does not cancel it when cancelled itself."""
     await asyncio.wait({task})
 
 
 def _active(apps: Apps) -> list[str]:
-    """Policies that serve."""
+    """Policies with an active revision."""
     entries = apps.gateway.catalogue.entries
     return [policy for policy in sorted(entries) if entries[policy].active is not None]
 
@@ -258,13 +258,13 @@ def _connections(runners: list[Runner]) -> list[web.RequestHandler]:
 
 
 def _listen(host: str, port: int, field: str, flag: str) -> socket.socket:
-    """A listening socket, before anything slow begins."""
+    """A listening socket, opened before anything slow."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)
     except OSError as error:
         raise ConfigError(
-            f"{field.replace('port', 'host')} = {host!r}, but it is no address here ({error})"
+            f"{field.replace('port', 'host')} = {host!r}, but this machine has no such address ({error})"
         ) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -273,7 +273,7 @@ def _listen(host: str, port: int, field: str, flag: str) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            why = f"another program uses it; stop that, or choose another with {flag}"
+            why = f"another program uses it; stop that program, or choose another port with {flag}"
         else:
             why = f"it cannot be opened ({error.strerror})"
         raise ConfigError(f"{field} = {port}, but {why}") from error

@@ -1,4 +1,4 @@
-"""What the gateway's handlers share: settings, the engine, the policies, the counters."""
+"""State shared by the gateway's request handlers: settings, engines, policies and metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from proxy.verification.shadow import Shadows
 
 @dataclass(frozen=True)
 class Gateway:
-    """Everything a handler may need."""
+    """The components that handlers use."""
 
     settings: Settings
     fleet: Fleet
@@ -55,14 +55,14 @@ class Gateway:
     log: FilteringBoundLogger
 
     def caller(self, route: str, headers: CIMultiDictProxy[str], model: str, identity: Identity) -> Caller:
-        """What of a request its bindings look at; refuses a model that is not this caller's to name."""
+        """The properties of a request that bindings match. Refuses a model that this caller may not use."""
         served = self.fleet.require().served
         known = (*served, *(alias.name for alias in self.settings.aliases))
         names = {name for name in known if identity.may_name(name)}
         return read_caller(route, headers, model, names, identity.tenant.id, identity.key)
 
     def engine_model(self, name: str) -> str:
-        """The engine's own name for a model that callers name so."""
+        """The engine's name for the model name or alias that a caller used."""
         served = self.fleet.require().served
         if name in served:
             return name
@@ -70,7 +70,9 @@ class Gateway:
         if alias.model is None:
             return min(served)
         if alias.model not in served:
-            raise UnknownModel(f"model {name!r} stands for one that the engine does not serve", param="model")
+            raise UnknownModel(
+                f"model {name!r} is an alias of a model that the engine does not serve", param="model"
+            )
         return alias.model
 
 

@@ -1,1 +1,1 @@
-"""The admin listener, and reloading what may change while the gateway runs."""
+"""The admin listener, and reloading configuration while the gateway runs."""

@@ -1,4 +1,4 @@
-"""The admin app, on a listener of its own: policies, reload, promotion, dry runs, metrics."""
+"""The admin app on its own listener: policies, reload, promotion, dry runs and metrics."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from proxy.state import GATEWAY, Gateway
 from proxy.tenants.access import Identity, names_this_machine
 
 ADMIN: web.RequestKey[str] = web.RequestKey("admin", str)
-"""Who is changing something, for the record."""
+"""Name of the authenticated admin, for the audit log."""
 _MAX_BODY_BYTES = 64 * 1024
 _MAX_REASON = 1000
 _REVISION = re.compile(r"[0-9a-f]{12,64}")
 
 
 class AdminRefused(Refusal):
-    """The admin asked for what cannot be done now; the message says why."""
+    """The action cannot be done now; the message says why."""
 
     code = "admin_refused"
     status = 409
 
 
 def make_admin_app(gateway: Gateway) -> web.Application:
-    """The app that operators and Prometheus talk to."""
+    """The app that operators and Prometheus call."""
     app = web.Application(
         middlewares=[gateway.stalls.mark, answer_in_openai_shape, refuse_browsers, authorize]
     )
@@ -63,30 +63,30 @@ def make_admin_app(gateway: Gateway) -> web.Application:
 
 @web.middleware
 async def refuse_browsers(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """A web page open on the operator's machine must not reach these routes, by whatever name."""
+    """Refuse requests from web pages, so that no site open in the operator's browser can use these routes."""
     if "Origin" in request.headers:
-        raise FieldNotAllowed("the admin routes answer no web pages; call them without an Origin header")
+        raise FieldNotAllowed("the admin routes refuse web pages; call them without an Origin header")
     gateway = request.app[GATEWAY]
     host = request.headers.get("Host")
     if not gateway.access.wanted and not names_this_machine(host, (gateway.settings.gateway.admin_host,)):
-        raise FieldNotAllowed("without keys the admin routes answer only to names of this machine")
+        raise FieldNotAllowed("without keys the admin routes only accept names of this machine as Host")
     return await handler(request)
 
 
 @web.middleware
 async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Ask for the key of a viewer to look and of an operator to change, where keys are asked for."""
+    """Where keys are required: reading needs a viewer's key, changing needs an operator's."""
     route = route_label(request)
     if route not in HEALTH:
-        looks = request.method == "GET" or route == "/admin/resolve"
+        reads = request.method == "GET" or route == "/admin/resolve"
         request[ADMIN] = request.app[GATEWAY].access.authorize(
-            request.headers, "viewer" if looks else "operator"
+            request.headers, "viewer" if reads else "operator"
         )
     return await handler(request)
 
 
 async def list_policies(request: web.Request) -> web.Response:
-    """Every policy, what serves of it, and what is wrong with its newest file."""
+    """Every policy, its revisions, and the error of its newest file."""
     gateway = request.app[GATEWAY]
     entries = gateway.catalogue.entries
     listed = [_entry(gateway, entries[policy]) for policy in sorted(entries)]
@@ -103,36 +103,36 @@ async def list_policies(request: web.Request) -> web.Response:
 
 
 async def list_engines(request: web.Request) -> web.Response:
-    """Every engine: whether it takes requests, why not, and the revisions that it has attested."""
+    """Every engine: whether it takes requests, if not why, and its attested revisions."""
     links = request.app[GATEWAY].fleet.links
-    return web.json_response({"engines": [links[name].shown() for name in sorted(links)]})
+    return web.json_response({"engines": [links[name].summary() for name in sorted(links)]})
 
 
 async def reload(request: web.Request) -> web.Response:
-    """As SIGHUP does. Answers when every request accepted from now on gets what was loaded."""
+    """Reload, as SIGHUP does. Responds once all newly accepted requests use what was loaded."""
     gateway = request.app[GATEWAY]
     try:
         report = await reload_everything(gateway)
     except InterpretOpsError as error:
         raise EngineNotReady(str(error)) from error
-    return web.json_response(report.shown())
+    return web.json_response(report.summary())
 
 
 async def change_policy(request: web.Request) -> web.Response:
-    """Promote a candidate, or go back to the revision before. Recorded before it is done.
+    """Promote a candidate, or roll back to the previous revision. Recorded before it is done.
 
-    Body of a promotion: ``revision``, the one that was looked at, as 12 or more of its hex digits; optional
-    ``"to": "shadow"`` to run it unseen beside the active one, and ``"override": {"by": …, "why": …}`` to
-    promote without a card that meets the policy's criteria. A rollback may name the ``revision`` to go back
-    to. Files change while a person reads: what is not named, or no more what it was, is not done.
+    Body of a promotion: ``revision``, the one reviewed, as 12 or more of its hex digits; optional
+    ``"to": "shadow"`` to run it in shadow of the active one, and ``"override": {"by": …, "why": …}`` to
+    promote without a Risk Card that meets the policy's criteria. A rollback may name the target ``revision``.
+    Files can change during a review, so nothing is done if another revision has taken the named one's place.
     """
     gateway = request.app[GATEWAY]
     policy, catalogue, change = request.match_info["id"], gateway.catalogue, request.match_info["change"]
-    override, to, named = await _wish(request, change)
+    override, to, named = await _read_change(request, change)
     fields: dict[str, Any] = {"policy": policy, "by": request[ADMIN], "to": to, "asked": named}
     if override is not None:
         if gateway.audit is None:
-            raise AdminRefused("an override must be recorded, and there is no audit log; set audit.path")
+            raise AdminRefused("an override must be recorded, but there is no audit log; set audit.path")
         fields["override"] = override
     try:
         found = catalogue.entries.get(policy)
@@ -159,7 +159,7 @@ async def change_policy(request: web.Request) -> web.Response:
 
 
 async def pin_baseline(request: web.Request) -> web.Response:
-    """Take how the policy fired on its newest requests as what is to be expected of it. Recorded."""
+    """Pin the policy's live firing window as its drift baseline. Recorded in the audit log."""
     gateway, policy = request.app[GATEWAY], request.match_info["id"]
     try:
         pinned = gateway.drift.pin(policy, request[ADMIN]).model_dump()
@@ -175,25 +175,23 @@ def _name(revision: Revision | None) -> str:
 
 
 def _check_named(named: str | None, target: Revision | None, change: str) -> None:
-    """Raise `PolicyError` for what would make another revision serve than the one that was looked at."""
+    """Raise `PolicyError` if the change would activate another revision than the one named."""
     if named is not None and target is not None and not target.revision.startswith(named):
-        state = "that waits now" if change == "promote" else "that served before"
-        raise PolicyError(
-            f"revision = {named!r}, but {target.label} is the one {state}; look at it, and name it"
-        )
+        state = "the candidate now" if change == "promote" else "the previous one"
+        raise PolicyError(f"revision = {named!r}, but {target.label} is {state}; review it, and name it")
 
 
-async def _wish(request: web.Request, change: str) -> tuple[dict[str, str] | None, str, str | None]:
-    """Who overrides what a card does not show, and why, if anybody; the state and revision wished for."""
+async def _read_change(request: web.Request, change: str) -> tuple[dict[str, str] | None, str, str | None]:
+    """Parse the body: the override if any, the target state, and the named revision."""
     raw = await read_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=10)
     body = parse_strict(raw) if raw.strip() else {}
     override, to, named = body.get("override"), body.get("to", "active"), body.get("revision")
     known = ("revision", "override", "to") if change == "promote" else ("revision",)
     if body.keys() - set(known):
-        raise InvalidRequest(f"a {change}'s body holds at most {', '.join(known)}")
+        raise InvalidRequest(f"unknown fields in a {change}; known: {', '.join(known)}")
     if named is None and change == "promote":
         raise InvalidRequest(
-            "revision is missing: name the candidate that you looked at, by 12 or more hex digits of "
+            "revision is missing: name the candidate that you reviewed, by 12 or more hex digits of "
             '`candidate` in GET /admin/policies, as {"revision": "0123456789ab"}',
             param="revision",
         )
@@ -208,14 +206,14 @@ async def _wish(request: web.Request, change: str) -> tuple[dict[str, str] | Non
     for name, value in override.items():
         if not isinstance(value, str) or not value.strip() or len(value) > _MAX_REASON:
             raise InvalidRequest(
-                f"override.{name} must be a text of at most {_MAX_REASON} characters",
+                f"override.{name} must be a string of at most {_MAX_REASON} characters",
                 param=f"override.{name}",
             )
     return override, to, named
 
 
 async def resolve(request: web.Request) -> web.Response:
-    """Say which policy a request would get, and why, without running it.
+    """Dry run: which policy a request would get, and why.
 
     Body, all optional: ``model``, ``route``, ``policy`` (as in X-Steering-Policy), ``tenant``, ``key`` (ids).
     """
@@ -226,7 +224,7 @@ async def resolve(request: web.Request) -> web.Response:
         known = "model, route, policy, tenant, key"
         raise InvalidRequest(f"unknown fields {sorted(unknown)}; known: {known}")
     if not all(isinstance(value, str) for value in body.values()):
-        raise InvalidRequest("all fields are strings")
+        raise InvalidRequest("all fields must be strings")
     route = body.get("route", "/v1/chat/completions")
     if route not in ROUTES:
         raise InvalidRequest(f"route = {route!r}, but must be one of {', '.join(ROUTES)}", param="route")
@@ -256,7 +254,7 @@ async def resolve(request: web.Request) -> web.Response:
 
 
 def _identity(gateway: Gateway, body: Mapping[str, str]) -> Identity:
-    """The caller that a dry run is about."""
+    """The caller assumed in a dry run."""
     tenant, key = body.get("tenant"), body.get("key")
     try:
         if key is not None:
@@ -266,11 +264,11 @@ def _identity(gateway: Gateway, body: Mapping[str, str]) -> Identity:
             return found
         return Identity(gateway.access.tenant(tenant) if tenant else Tenant(id=ANONYMOUS))
     except KeyError as error:
-        raise InvalidRequest(f"{error.args[0]!r} is no tenant or key of a tenant here") from None
+        raise InvalidRequest(f"{error.args[0]!r} is not a known tenant, nor a tenant's key") from None
 
 
 async def audit_head(request: web.Request) -> web.Response:
-    """The newest record's number and hash: kept elsewhere, they prove that nothing was cut off."""
+    """The newest record's number and hash. Kept elsewhere, they prove that the log was not truncated."""
     audit = request.app[GATEWAY].audit
     if audit is None:
         raise AdminRefused("there is no audit log; set audit.path")
@@ -285,7 +283,7 @@ async def audit_head(request: web.Request) -> web.Response:
 
 
 async def show_metrics(request: web.Request) -> web.Response:
-    """Prometheus exposition."""
+    """The metrics in Prometheus text format."""
     metrics = request.app[GATEWAY].metrics
     metrics.tasks.set(len(asyncio.all_tasks()))
     return web.Response(body=metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -295,9 +293,9 @@ def _entry(gateway: Gateway, entry: Entry) -> dict[str, Any]:
     active = entry.active
     tally = gateway.shadows.tallies.get(entry.policy)
     return {
-        **entry.shown(0 if active is None else gateway.catalogue.residency.pins(active)),
-        "shadow": None if tally is None else tally.shown(),
-        "drift": gateway.drift.shown(entry.policy),
-        "canary": gateway.canary.shown(entry.policy),
+        **entry.summary(0 if active is None else gateway.catalogue.residency.pins(active)),
+        "shadow": None if tally is None else tally.summary(),
+        "drift": gateway.drift.summary(entry.policy),
+        "canary": gateway.canary.summary(entry.policy),
         "suspended": gateway.catalogue.is_suspended(entry.policy),
     }

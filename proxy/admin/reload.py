@@ -1,4 +1,4 @@
-"""Reads again everything that may change while the gateway runs: for the admin's route, and for SIGHUP."""
+"""Reloads everything that may change while the gateway runs, for the admin API and SIGHUP."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from proxy.state import Gateway
 
 
 async def reload_everything(gateway: Gateway) -> ReloadReport:
-    """Keys, certificates, the audit log's file, then every policy.
+    """Reload keys, certificates and the audit log's files, then every policy.
 
-    Raises `EngineError` when no engine is there that policies could be loaded into; all else was read then.
+    Raises `EngineError` if no engine is ready to load policies; everything else has been reloaded by then.
     """
-    await gateway.access.look()
+    await gateway.access.refresh_off_loop()
     failed = await asyncio.to_thread(gateway.doorways.refresh, gateway.metrics, gateway.log)
     if gateway.access.failure is not None:
         failed[str(gateway.settings.paths.keys)] = gateway.access.failure
     if gateway.audit is not None:
-        gateway.audit.look()
+        gateway.audit.check_files()
         if gateway.audit.failing is not None:
             failed["audit.path"] = gateway.audit.failing
     report = await gateway.intake.reload(force=True)
     report.failed.update(failed)
-    report.keys = gateway.access.shown()
+    report.keys = gateway.access.summary()
     return report
 
 
-async def reload_when_told(told: asyncio.Event, gateway: Gateway, alive: Alive) -> None:
-    """Do what `POST /admin/reload` does whenever ``told`` is set, until cancelled; log how it went."""
+async def reload_on_signal(signal: asyncio.Event, gateway: Gateway, alive: Alive) -> None:
+    """Reload as `POST /admin/reload` does whenever ``signal`` is set, until cancelled; log the result."""
     while True:
-        await told.wait()
-        told.clear()
+        await signal.wait()
+        signal.clear()
         try:
             report = await reload_everything(gateway)
         except EngineError as error:
             gateway.log.warning("reload_postponed", error=str(error))
         else:
-            tell = gateway.log.error if report.failed else gateway.log.info
-            tell("reloaded", **report.shown())
+            emit = gateway.log.error if report.failed else gateway.log.info
+            emit("reloaded", **report.summary())
         alive()

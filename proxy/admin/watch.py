@@ -1,4 +1,4 @@
-"""Notices changed policy files, at once where the system tells, and keys and certificates in two seconds."""
+"""Watches for changes: policy files by notification or polling, keys and certificates every two seconds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from proxy.policies.intake import Intake
 from proxy.tenants.access import Access
 
 _POLL_S = 2.0
-"""Covers what no notification tells of: network folders, a folder that is made later, swapped links."""
+"""Polling covers what notifications miss: network folders, folders created later, swapped symlinks."""
 
 
 async def watch_policies(
     changed: asyncio.Event, intake: Intake, fleet: Fleet, log: FilteringBoundLogger, alive: Alive
 ) -> None:
-    """Reload on every change, until cancelled. Contents are compared, so a false alarm costs nothing."""
+    """Reload on every change, until cancelled. Contents are compared, so false alarms are cheap."""
     while True:
         try:
             async with asyncio.timeout(_POLL_S):
@@ -40,17 +40,17 @@ async def watch_policies(
 
 
 async def watch_keys(access: Access, alive: Alive) -> None:
-    """Take changes of the file of keys, until cancelled: a revoked key opens nothing a moment later."""
+    """Reread the key file until cancelled, so that a revoked key stops working within seconds."""
     while True:
         await asyncio.sleep(_POLL_S)
-        await access.look()
+        await access.refresh_off_loop()
         alive()
 
 
 async def watch_certificates(
     doorways: Doorways, metrics: Metrics, log: FilteringBoundLogger, alive: Alive
 ) -> None:
-    """Take renewed certificates, until cancelled: new connections get them a moment later."""
+    """Reload renewed certificates until cancelled; new connections use them within seconds."""
     while True:
         await asyncio.to_thread(doorways.refresh, metrics, log)
         alive()
@@ -58,7 +58,7 @@ async def watch_certificates(
 
 
 async def hear_changes(folder: Path, changed: asyncio.Event, alive: Alive) -> None:
-    """Set ``changed`` whenever the system tells of a change below ``folder``, until cancelled."""
+    """Set ``changed`` on every file system notification below ``folder``, until cancelled."""
     while True:
         try:
             async for _ in watchfiles.awatch(folder, debounce=100, step=20, rust_timeout=5000):

@@ -1,1 +1,1 @@
-"""The engines behind the gateway: started, connected, proven to steer, watched, and chosen by load."""
+"""The engines behind the gateway: starting, connecting, proving, watching and load balancing."""

@@ -1,4 +1,4 @@
-"""A circuit breaker: an engine that failed several times in a row is left alone, then tried once."""
+"""A circuit breaker: after several failures in a row, skips an engine for a while, then tries it once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 
 class Breaker:
-    """Counts failures in a row. Closed: all requests pass; open: none; half open: one, to see."""
+    """Counts failures in a row. Closed: all requests pass; open: none; half open: one, as a probe."""
 
     def __init__(self, failures: int, open_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit = failures
@@ -20,29 +20,29 @@ class Breaker:
 
     @property
     def state(self) -> Literal["closed", "open", "half_open"]:
-        """For operators."""
+        """For the admin API and metrics."""
         if self._failures < self._limit:
             return "closed"
         return "half_open" if self._clock() >= self._until else "open"
 
     @property
     def allows(self) -> bool:
-        """Whether a request may pass now."""
+        """Whether a request may be sent now."""
         return self._failures < self._limit or (not self._probing and self._clock() >= self._until)
 
     def begin(self) -> None:
-        """A request passes."""
+        """A request is being sent."""
         self._probing = self._failures >= self._limit
 
     def worked(self) -> None:
-        """A request was answered."""
+        """A request succeeded."""
         self._failures, self._probing = 0, False
 
     def failed(self) -> None:
-        """A request found no engine, or lost it."""
+        """The engine was unreachable, or failed during a request."""
         self._failures += 1
         self._until, self._probing = self._clock() + self._open_s, False
 
     def undecided(self) -> None:
-        """A request ended without telling anything of the engine, as when its client left."""
+        """A request ended without showing whether the engine works; for example, its client disconnected."""
         self._probing = False

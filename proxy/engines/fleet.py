@@ -1,4 +1,4 @@
-"""The engines behind the gateway, and which of them answers a request: the least busy that can prove it."""
+"""The engines behind the gateway. Each request goes to the least busy one that holds its revision."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from proxy.observe.readiness import Reason
 
 
 class Fleet:
-    """All engines by name. What a request needs to know of them is here without waiting."""
+    """All engines by name. Choosing one for a request never waits."""
 
     def __init__(self, settings: GatewaySettings, metrics: Metrics, log: FilteringBoundLogger) -> None:
         self._settings = settings
         self._metrics = metrics
         self._log = log
-        self._turns = count(1)
+        self._leases = count(1)
         self.links: dict[str, EngineLink] = {}
 
     def add(self, name: str) -> EngineLink:
-        """A link for an engine that is to join."""
+        """Add a link for an engine that will join."""
         breaker = Breaker(self._settings.breaker_failures, self._settings.breaker_open_s)
         link = EngineLink(name, breaker, self._metrics, self._log)
         self.links[name] = link
         return link
 
     def remove(self, name: str) -> EngineLink:
-        """Give no more requests to an engine; those that it has go on."""
+        """Send no more requests to an engine. Requests in progress continue."""
         link = self.links.pop(name)
         link.forget()
         return link
 
     @property
     def joined(self) -> list[ProvenEngine]:
-        """The engines that have proven themselves, those included that are still being loaded."""
+        """The proven engines, including those that are still loading policies."""
         return [link.joined for link in self.links.values() if link.joined is not None]
 
     @property
@@ -57,36 +57,36 @@ class Fleet:
 
     @property
     def reason(self) -> str:
-        """Why there is no engine, for operators."""
+        """Why there is no engine, for the log and the admin API."""
         reasons = {link.name: link.reason for link in self.links.values()}
         if len(reasons) == 1:
             return next(iter(reasons.values()))
         return "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "no engine is known yet"
 
     def not_ready(self) -> Iterator[Reason]:
-        """Why no request at all would find an engine."""
+        """Why no request can be sent to any engine."""
         if self.current is None:
             yield Reason("engine_not_ready", self.reason)
         elif not any(link.breaker.allows for link in self.links.values() if link.current is not None):
-            yield Reason("engines_left_alone", "requests in a row failed at every engine")
+            yield Reason("engines_left_alone", "several requests in a row failed at every engine")
 
     def require(self) -> ProvenEngine:
-        """As `current`; refuses the request when there is none."""
+        """As `current`. Raises `EngineNotReady` when there is none."""
         engine = self.current
         if engine is None:
             raise EngineNotReady("the engine is not ready; try again in a moment")
         return engine
 
-    def turn(self, revision: str | None) -> Turn:
-        """A place for a request that demands ``revision``, if any. Refuses it when there is no engine."""
+    def lease(self, revision: str | None) -> Lease:
+        """Lease an engine for a request under ``revision``, if any. Raises `EngineNotReady`."""
         link = self._choose(revision, ())
         if link is None:
             self.require()
-            raise EngineNotReady("no engine can take the request now; try again in a moment")
-        return Turn(self, link, revision)
+            raise EngineNotReady("no engine can accept the request now; try again in a moment")
+        return Lease(self, link, revision)
 
-    def choose_again(self, revision: str | None, tried: list[EngineLink], why: str) -> EngineLink | None:
-        """Another engine than those tried, if there is one."""
+    def choose_another(self, revision: str | None, tried: list[EngineLink], why: str) -> EngineLink | None:
+        """An engine other than those tried, if there is one."""
         link = self._choose(revision, tried)
         if link is not None:
             self._metrics.engine_retries.labels(tried[-1].name, why).inc()
@@ -100,16 +100,16 @@ class Fleet:
                 continue
             if revision is not None and revision not in engine.resident:
                 continue
-            # Of equally busy ones that which waited longest: many gateways must not all choose the first.
-            if best is None or (link.outstanding, link.last_turn) < (best.outstanding, best.last_turn):
+            # Among equally busy engines take the least recently used: gateways must not all pick the first.
+            if best is None or (link.outstanding, link.last_leased) < (best.outstanding, best.last_leased):
                 best = link
         if best is not None:
-            best.last_turn = next(self._turns)
+            best.last_leased = next(self._leases)
         return best
 
 
-class Turn:
-    """One request's place at an engine, or at the next one when that cannot be reached."""
+class Lease:
+    """Counts one request as outstanding at an engine, and can move it to another engine."""
 
     __slots__ = ("_fleet", "_revision", "_tried", "engine", "link")
 
@@ -128,10 +128,10 @@ class Turn:
         self.link.outstanding -= 1
         self.link.breaker.undecided()
 
-    def again(self, why: str) -> bool:
-        """Go to another engine, if there is one; only while the client has got nothing yet."""
+    def try_another(self, why: str) -> bool:
+        """Move to another engine, if there is one. Only while nothing has been sent to the client."""
         self._tried.append(self.link)
-        link = self._fleet.choose_again(self._revision, self._tried, why)
+        link = self._fleet.choose_another(self._revision, self._tried, why)
         if link is None:
             return False
         self.link.outstanding -= 1

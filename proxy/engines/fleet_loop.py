@@ -1,4 +1,4 @@
-"""Keeps the fleet: a loop for every engine that the settings name, or that a DNS name stands for now."""
+"""Maintains the fleet: one loop per engine in the settings, or per address of a DNS name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from proxy.engines.loop import EngineLoop, Surroundings
 from proxy.observe.supervisor import Alive, Supervisor, end
 
 LOCAL: Final = "local"
-"""Name of the engine that is started here."""
+"""Name of the engine that this gateway starts."""
 _DNS: Final = "dns+"
 _RESOLVE_EVERY_S: Final = 5.0
 _IDLE_POLL_S: Final = 0.2
 
 
 class FleetLoop:
-    """Runs until cancelled. Engines come and go with the answers of the resolver."""
+    """Runs until cancelled. Adds and removes engines as DNS answers change."""
 
     def __init__(self, fleet: Fleet, around: Surroundings, supervisor: Supervisor) -> None:
         self._fleet = fleet
@@ -34,19 +34,19 @@ class FleetLoop:
         self._failed: set[str] = set()
         self._resolved: dict[str, tuple[str, ...]] = {}
         self._unresolved: dict[str, str] = {}
-        """Names that have no address at the moment, and why."""
+        """DNS names that cannot be resolved now, and why."""
         around.metrics.engines_unresolved.set_function(lambda: bool(self._unresolved))
         self.first_ready = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
-        """Runs `run`; set by whoever starts it."""
+        """The task that runs `run`; set by its starter."""
 
     async def run(self, alive: Alive) -> None:
-        """Never returns. Raises `EngineError` when no engine of a list that cannot grow comes up at first.
+        """Never returns. Raises `EngineError` if, at start-up, every engine of a fixed list fails.
 
-        The engines' own tasks go on when this one ends, until `close`.
+        The engines' own tasks keep running when this one ends, until `close`.
         """
         while True:
-            wanted = await self._wanted()
+            wanted = await self._configured()
             for name in wanted.keys() - self._tasks.keys():
                 self._join(name, wanted[name])
             for name in self._tasks.keys() - wanted.keys():
@@ -64,30 +64,30 @@ class FleetLoop:
                 task.result()
 
     async def close(self) -> None:
-        """End all engines' tasks, and with them the engines started here."""
+        """End the tasks of all engines, and the engines started by this gateway."""
         await end(*self._tasks.values(), *self._leaving)
 
     @property
     def _grows(self) -> bool:
         return any(url.startswith(_DNS) for url in self._urls)
 
-    def _hopeless(self, name: str) -> bool:
+    def _should_give_up(self, name: str) -> bool:
         self._failed.add(name)
         return not self.first_ready.is_set() and not self._grows and self._failed >= self._tasks.keys()
 
     def _join(self, name: str, url: str | None) -> None:
-        loop = EngineLoop(url, self._fleet.add(name), self._around, self.first_ready, self._hopeless)
+        loop = EngineLoop(url, self._fleet.add(name), self._around, self.first_ready, self._should_give_up)
         self._tasks[name] = self._supervisor.keep("engine", loop.run, ends_with=(EngineError,))
 
     def _leave(self, name: str) -> None:
-        """Give an engine that is listed no more no new requests, and let it go after the last of them."""
+        """Send no new requests to an engine that is no longer listed, and end its task after the last one."""
         link, task = self._fleet.remove(name), self._tasks.pop(name)
         self._around.log.info("engine_leaves", engine=name, outstanding=link.outstanding)
-        leaving = self._supervisor.spawn("engine leaves", self._let_go(link, task))
+        leaving = self._supervisor.spawn("engine leaves", self._drain(link, task))
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
 
-    async def _let_go(self, link: EngineLink, task: asyncio.Task[None]) -> None:
+    async def _drain(self, link: EngineLink, task: asyncio.Task[None]) -> None:
         try:
             async with asyncio.timeout(self._around.settings.gateway.request_timeout_s):
                 while link.outstanding:  # noqa: ASYNC110 - counted per request, where an event would cost
@@ -97,8 +97,8 @@ class FleetLoop:
         finally:
             await end(task)
 
-    async def _wanted(self) -> Mapping[str, str | None]:
-        """Name to address of every engine there should be."""
+    async def _configured(self) -> Mapping[str, str | None]:
+        """Name to address of every configured engine; None means: start it here."""
         if not self._urls:
             return {LOCAL: None}
         found: dict[str, str | None] = {}
@@ -108,7 +108,7 @@ class FleetLoop:
         return found
 
     async def _resolve(self, url: str) -> tuple[str, ...]:
-        """All addresses of a name; while it has none, the last ones that it had."""
+        """All addresses of a DNS name. While it cannot be resolved, the last known ones."""
         parts = urlsplit(url.removeprefix(_DNS))
         port = parts.port or 80
         try:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 to the engine, and no more of it than its answers need: one POST a time on a kept connection."""
+"""A minimal HTTP/1.1 client for the engine: one POST at a time on each keep-alive connection."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from interpretops.engine_api import REFUSAL_HEADER, EngineCode
 from interpretops.errors import EngineError
 
 KEEPALIVE_S: Final = 3.0
-"""Shorter than the engine's own 5 s, so that no request goes into a connection that is just being closed."""
-_MOST_BUFFERED: Final = 256 * 1024
-_MOST_HEADERS: Final = 64 * 1024
+"""Shorter than the engine's own 5 s, so that no request is sent on a connection that it is closing."""
+_MAX_BUFFERED: Final = 256 * 1024
+_MAX_HEADERS: Final = 64 * 1024
 _NO_BODY: Final = frozenset((204, 304))
 
 
 class EngineUnreachableError(OSError):
-    """No connection to the engine could be made."""
+    """A connection to the engine could not be opened."""
 
 
-class EngineGivenUpError(EngineUnreachableError):
-    """We closed all connections to the engine, and make no more."""
+class EngineClientClosedError(EngineUnreachableError):
+    """This client was closed and opens no more connections."""
 
 
-class EngineBrokeOffError(OSError):
-    """The engine closed the connection before its answer was whole, or spoke no HTTP."""
+class EngineDisconnectedError(OSError):
+    """The engine closed the connection before its answer was complete, or did not send valid HTTP."""
 
 
 class AnswerTooLargeError(EngineError):
-    """An answer that had to be whole exceeds what is held of one."""
+    """An answer that must be buffered exceeds the buffer limit."""
 
 
 class Answer:
-    """One answer, read while it comes. `close` ends it at any time; the engine then stops generating."""
+    """One answer, read as it arrives. `close` aborts it at any time; the engine then stops generating."""
 
     __slots__ = ("_connection", "_end", "_error", "_parts", "_size", "_waiter", "headers", "status")
 
@@ -51,11 +51,11 @@ class Answer:
         self._end = False
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
-        """By lower-case name; of a repeated one the last."""
+        """By lower-case name; the last value of a repeated header."""
 
     @property
     def content_type(self) -> str:
-        """Without its parameters."""
+        """The media type, without parameters."""
         return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
 
     def header(self, name: str) -> bytes:
@@ -65,23 +65,23 @@ class Answer:
     async def read(self, most: int) -> bytes:
         """The whole body, or what is left of it. Raises `AnswerTooLargeError` over ``most`` bytes.
 
-        A longer one is not read to its end; `close` it.
+        A longer body is not read to its end; `close` it.
         """
         stated = self.headers.get(b"content-length", b"")
         parts: list[bytes] = []
         size = int(stated) if stated.isdigit() else 0
         if size > most:
-            raise AnswerTooLargeError(f"the answer has {size} bytes, but at most {most} are held")
+            raise AnswerTooLargeError(f"the answer has {size} bytes, but at most {most} are buffered")
         size = 0
         while part := await self.next():
             size += len(part)
             if size > most:
-                raise AnswerTooLargeError(f"the answer exceeds the {most} bytes that are held")
+                raise AnswerTooLargeError(f"the answer exceeds the buffer limit of {most} bytes")
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def next(self) -> bytes:
-        """All that has come since the last call, waiting for some; empty at the end."""
+        """All bytes received since the last call; waits for some. Empty at the end."""
         while not self._parts:
             if self._error is not None:
                 raise self._error
@@ -96,35 +96,35 @@ class Answer:
         return found
 
     def close(self) -> None:
-        """Cut the connection unless the answer is whole."""
+        """Abort the connection unless the answer is complete."""
         if not self._end:
             self._connection.abort()
 
-    async def headers_come(self) -> None:
-        """Wait for status and headers."""
+    async def wait_for_headers(self) -> None:
+        """Wait until status and headers have arrived."""
         while not self.status:
             if self._error is not None:
                 raise self._error
             await self._wait()
 
     def fail(self, error: Exception) -> None:
-        """Nothing more will come."""
+        """End the answer with an error, unless it is complete."""
         if not self._end and self._error is None:
             self._error = error
             self.wake()
 
     def take(self, part: bytes) -> bool:
-        """More of the body; whether that is more than anybody has asked for lately."""
+        """Add a part of the body. Returns whether too much is unread, so that reading should pause."""
         self._parts.append(part)
         self._size += len(part)
-        return self._size > _MOST_BUFFERED
+        return self._size > _MAX_BUFFERED
 
     def finish(self) -> None:
-        """It is whole."""
+        """Mark the answer as complete."""
         self._end = True
 
     def wake(self) -> None:
-        """Let the reader look."""
+        """Wake the waiting reader."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -137,13 +137,13 @@ class Answer:
 
 
 def refusal_code(answer: Answer) -> EngineCode | None:
-    """Why the plugin refused the request, if it did; whatever vLLM itself refuses has no such code."""
-    told = answer.header(REFUSAL_HEADER)
-    return EngineCode.of(told.decode("latin-1")) if told else None
+    """Why the plugin refused the request, if it did. Errors of vLLM itself have no such code."""
+    code = answer.header(REFUSAL_HEADER)
+    return EngineCode.of(code.decode("latin-1")) if code else None
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, and the answer that is coming in on it. Calls of its parser end in ``on_…``."""
+    """One connection and the answer being received on it. The parser calls the ``on_…`` methods."""
 
     def __init__(self, pool: EngineHttp, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -154,37 +154,39 @@ class _Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._ends_at = 0.0
         self._idle_s: float | None = None
-        self._moved_at = 0.0
+        self._active_at = 0.0
         self._paused = False
         self._headers_size = 0
         self.free_since = 0.0
 
     @property
     def usable(self) -> bool:
-        """Whether a request may go into it."""
+        """Whether a request may be sent on it."""
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, request: bytes, total_s: float, idle_s: float | None) -> Answer:
-        """Begin one exchange."""
+        """Send a request and start receiving its answer."""
         assert self._transport is not None
         answer = self._answer = Answer(self)
-        self._moved_at = now = self.loop.time()
+        self._active_at = now = self.loop.time()
         self._ends_at, self._idle_s = now + total_s, idle_s
         self._headers_size = 0
-        self._timer = self.loop.call_later(total_s if idle_s is None else min(total_s, idle_s), self._look)
+        self._timer = self.loop.call_later(
+            total_s if idle_s is None else min(total_s, idle_s), self._check_timeout
+        )
         self._transport.write(request)
         return answer
 
     def abort(self) -> None:
-        """Cut it."""
+        """Close it at once."""
         if self._transport is not None:
             self._transport.abort()
-        self._lose(EngineBrokeOffError("the connection was closed"))
+        self._lose(EngineDisconnectedError("the connection was closed"))
 
     def resume(self) -> None:
-        """Read on, if reading was stopped because nobody took what came."""
+        """Resume reading, if it was paused because the reader was too slow."""
         if self._paused and self._transport is not None:
-            self._paused, self._moved_at = False, self.loop.time()
+            self._paused, self._active_at = False, self.loop.time()
             self._transport.resume_reading()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -192,15 +194,15 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._lose(EngineBrokeOffError("the engine closed the connection"))
+        self._lose(EngineDisconnectedError("the engine closed the connection"))
 
     def data_received(self, data: bytes) -> None:
         answer = self._answer
         if answer is None:
-            # Nobody asked: whatever follows could be taken for the next answer.
+            # Unexpected data: it could be mistaken for the next answer.
             self.abort()
             return
-        self._moved_at = self.loop.time()
+        self._active_at = self.loop.time()
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, ValueError):
@@ -208,15 +210,15 @@ class _Connection(asyncio.Protocol):
         answer.wake()
 
     def on_message_begin(self) -> None:
-        if self._answer is None:  # it may have come with the end of the one before, half of it yet to come
+        if self._answer is None:  # it may follow the previous answer in the same data
             raise ValueError("a second answer to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._answer is None:
             raise ValueError("a second answer to one request")
         self._headers_size += len(name) + len(value)
-        if self._headers_size > _MOST_HEADERS:
-            raise ValueError("headers without end")
+        if self._headers_size > _MAX_HEADERS:
+            raise ValueError("the headers are too large")
         self._answer.headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
@@ -227,7 +229,7 @@ class _Connection(asyncio.Protocol):
         if status < 200 or not (
             b"content-length" in headers or b"transfer-encoding" in headers or status in _NO_BODY
         ):
-            raise ValueError("no final answer, or one whose end cannot be told from a broken connection")
+            raise ValueError("no final response, or one whose end looks the same as a broken connection")
         self._answer.status = status
 
     def on_body(self, body: bytes) -> None:
@@ -243,24 +245,24 @@ class _Connection(asyncio.Protocol):
         answer.finish()
         self._stop_timer()
         self.resume()
-        self.free_since = self._moved_at
+        self.free_since = self._active_at
         if self._parser.should_keep_alive():
-            self._pool.give_back(self)
+            self._pool.release(self)
         elif self._transport is not None:
             self._transport.close()
 
-    def _look(self) -> None:
-        """Give the exchange up if it is out of time, else look again when it could be."""
+    def _check_timeout(self) -> None:
+        """Abort if the timeout has passed; otherwise check again when it next could have."""
         now = self.loop.time()
         left_s = self._ends_at - now
         if self._idle_s is not None:
-            since = now if self._paused else self._moved_at
+            since = now if self._paused else self._active_at
             left_s = min(left_s, since + self._idle_s - now)
         if left_s > 0:
-            self._timer = self.loop.call_later(left_s, self._look)
+            self._timer = self.loop.call_later(left_s, self._check_timeout)
             return
         self._timer = None
-        self._lose(TimeoutError("the engine is out of time"))
+        self._lose(TimeoutError("the engine timed out"))
         self.abort()
 
     def _lose(self, error: Exception) -> None:
@@ -299,10 +301,10 @@ class EngineHttp:
         total_timeout_s: float,
         idle_timeout_s: float | None,
     ) -> Answer:
-        """Send JSON; returns when the answer's headers have come.
+        """Send JSON; returns when the answer's headers have arrived.
 
-        idle_timeout_s  longest silence of the engine, headers included; None is as long as the whole may take
-        Raises `EngineUnreachableError`, `EngineBrokeOffError` or `TimeoutError`, as does reading the answer.
+        idle_timeout_s  longest wait for more data, headers included; None: only the total timeout applies
+        Raises `EngineUnreachableError`, `EngineDisconnectedError` or `TimeoutError`; so does reading from it.
         """
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         if lines.count("\r") + lines.count("\n") != 2 * len(headers):
@@ -311,25 +313,25 @@ class EngineHttp:
         connection = self._take() or await self._connect()
         answer = connection.send(head.encode("latin-1") + body, total_timeout_s, idle_timeout_s)
         try:
-            await answer.headers_come()
+            await answer.wait_for_headers()
         except BaseException:
             answer.close()
             raise
         return answer
 
-    def give_back(self, connection: _Connection) -> None:
-        """Keep a connection whose answer is whole for the next request."""
+    def release(self, connection: _Connection) -> None:
+        """Keep a connection with a completed answer for the next request."""
         if not self._closed:
             self._free.append(connection)
 
     def forget(self, connection: _Connection) -> None:
-        """A connection is gone."""
+        """Forget a lost connection."""
         self._open.discard(connection)
         if connection in self._free:
             self._free.remove(connection)
 
     def close(self) -> None:
-        """Cut all connections; whoever reads from one learns of it."""
+        """Abort all connections; pending reads raise."""
         self._closed = True
         for connection in list(self._open):
             connection.abort()
@@ -358,7 +360,7 @@ class EngineHttp:
                     host = self._url.hostname or ""
                     await loop.create_connection(lambda: connection, host, port, ssl=tls)
         except (OSError, TimeoutError) as error:
-            raise EngineUnreachableError(str(error) or "no connection in time") from error
+            raise EngineUnreachableError(str(error) or "connection timed out") from error
         self._open.add(connection)
         self._made()
         try:
@@ -370,4 +372,4 @@ class EngineHttp:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineGivenUpError("the engine was given up")
+            raise EngineClientClosedError("the engine client was closed")

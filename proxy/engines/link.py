@@ -1,4 +1,4 @@
-"""One engine of the fleet as it may be used now: proven to steer, or not at all."""
+"""One engine of the fleet. It gets requests only while it is proven to steer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from proxy.observe.metrics import Metrics
 
 
 class EngineReplacedError(EngineError):
-    """Behind the address is another process than the one that was proven."""
+    """The process behind the address is not the one that was proven."""
 
 
 @dataclass(eq=False)
@@ -31,35 +31,35 @@ class ProvenEngine:
     boot_id: str
     spec: ModelSpec
     special: SpecialTokens
-    """Special tokens of its tokenizer, which no caller may write into a prompt."""
+    """Special tokens of its tokenizer, which callers may not put into a prompt."""
     models: tuple[dict[str, Any], ...]
-    """The engine's own entries of its model list."""
+    """The engine's model list."""
     attested: Attestation
     own: bool
-    """Started by this gateway: no other process can ever answer at its address."""
+    """Whether this gateway started it, so that no other process can ever answer at its address."""
     resident: dict[str, str] = field(default_factory=dict)
-    """Revision to the digest that every rank has attested. No request of another is ever sent there."""
+    """Revision to the digest that every rank attested. The engine gets requests of these revisions only."""
     unfreed: set[str] = field(default_factory=set)
-    """Revisions that it may hold although nobody needs them: loading or freeing them got no answer."""
+    """Unneeded revisions that it may still hold, because a load or retire call got no answer."""
 
-    missed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the engine refused a revision that it had attested: it must be loaded again."""
+    reload_needed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the engine refused a revision that it had attested, so that it must be loaded again."""
 
-    def miss(self, revision: str) -> None:
-        """Send no more requests of a revision that the engine says it does not hold."""
+    def mark_missing(self, revision: str) -> None:
+        """Send no more requests of a revision that the engine reports as not resident."""
         if self.resident.pop(revision, None) is not None:
-            self.missed.set()
+            self.reload_needed.set()
 
     @property
     def served(self) -> frozenset[str]:
-        """Names under which the engine serves the model."""
+        """The model names that the engine serves."""
         return frozenset(model["id"] for model in self.models)
 
     _checking: asyncio.Lock = field(default_factory=asyncio.Lock)
     _checked: int = 0
 
     async def check_boot(self) -> None:
-        """Raise unless the engine behind the address is still the process that was proven."""
+        """Raise unless the process behind the address is still the one that was proven."""
         self._check_boot(await self.client.attest())
 
     def _check_boot(self, attested: Attestation) -> None:
@@ -69,7 +69,7 @@ class ProvenEngine:
             )
 
     async def check_resident(self) -> list[str]:
-        """What of `resident` the engine attests no more; that is taken off. Raises as `check_boot` does."""
+        """Remove from `resident` what the engine no longer attests, and return it. Raises as `check_boot`."""
         known = dict(self.resident)
         attested = await self.client.attest()
         self._check_boot(attested)
@@ -82,10 +82,10 @@ class ProvenEngine:
         return [revision for revision in lost if self.resident.pop(revision, None) is not None]
 
     async def check_connections(self) -> None:
-        """Raise unless every connection made until now leads to the process that was proven.
+        """Raise unless every connection made so far leads to the process that was proven.
 
-        A restarted engine shares no connection with the one before. So a connection may be trusted when the
-        proven process still answers after it was made; an engine of our own has an address of its own.
+        A restarted engine shares no connection with its predecessor. So a connection is trusted if the proven
+        process still answers after it was made. An engine that we started has a private address.
         """
         if self.own:
             return
@@ -99,7 +99,7 @@ class ProvenEngine:
 
 
 class EngineLink:
-    """Holds an engine once it is proven, and counts what it is doing."""
+    """Holds an engine once it is proven, and counts its requests."""
 
     def __init__(
         self,
@@ -112,21 +112,21 @@ class EngineLink:
         """Its address, or `local`; a label in metrics."""
         self.breaker = breaker
         self.outstanding = 0
-        """Requests of this gateway that it is answering."""
-        self.last_turn = 0
-        """When it was last chosen; a larger number is later."""
+        """Requests of this gateway in progress at the engine."""
+        self.last_leased = 0
+        """Sequence number of its last lease; larger is later."""
         self._metrics = metrics
         self._log = log
         self.joined: ProvenEngine | None = None
-        """The engine from its self-test on, also while policies are loaded into it."""
+        """The engine once it has passed its self-test, even while policies are still loading."""
         self._former: ProvenEngine | None = None
-        """The engine that was lost last, with what it may still hold for us."""
+        """The engine lost most recently, with the plans it may still hold for us."""
         self.current: ProvenEngine | None = None
-        """The engine that takes requests, or None."""
+        """The engine, while it takes requests; otherwise None."""
         self.reason = "the engine is starting"
-        """Why there is none, for operators."""
+        """Why `current` is None, for operators."""
         self.answers = False
-        """Whether it has attested itself, and answers since."""
+        """Whether it has attested itself and still responds."""
         metrics.engine_unattested.labels(name)
         metrics.engine_up.labels(name).set_function(lambda: self.answers)
         metrics.engine_ready.labels(name).set_function(lambda: self.current is not None)
@@ -140,21 +140,21 @@ class EngineLink:
         prepare: Callable[[ProvenEngine], Awaitable[None]],
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Attest and test the engine, let ``prepare`` load the plans, then open it for requests.
+        """Attest and self-test the engine, load plans with ``prepare``, then open it for requests.
 
-        Raises `EngineError` when any of it fails; there is no engine then.
+        Raises `EngineError` if any step fails; the engine then takes no requests.
         """
         self.lose("the engine is being proven")
         attested = await client.attest()
         self.answers = True
-        progress("Proving the engine: self-test through the running model")
+        progress("Running the engine's self-test through the model")
         await client.selftest()
         engine = ProvenEngine(
             *(self.name, client, attested.boot_id, attested.spec(), attested.special()),
             *(tuple(await client.models()), attested, own),
         )
         if self._former is not None:
-            # It may be the same process as before, with all in its tables that was retired meanwhile.
+            # It may be the same process as before and still hold plans retired in the plannedime.
             held = {*self._former.resident, *self._former.unfreed}
             engine.unfreed |= held & attested.revisions()
         progress("Loading policies")
@@ -175,9 +175,9 @@ class EngineLink:
             vllm=attested.vllm_version,
         )
 
-    def lose(self, reason: str, *, gone: bool = False, meant: bool = False) -> None:
-        """Close the engine to requests; ``gone``: it answers no more, ``meant``: we end it ourselves."""
-        if self.current is not None and not meant:
+    def lose(self, reason: str, *, gone: bool = False, planned: bool = False) -> None:
+        """Stop sending requests. ``gone``: it no longer responds; ``planned``: we are stopping it."""
+        if self.current is not None and not planned:
             self._log.error("engine_lost", engine=self.name, reason=reason)
         self._former = self.joined or self._former
         self.current = self.joined = None
@@ -185,7 +185,7 @@ class EngineLink:
         self.answers = self.answers and not gone
 
     def forget(self) -> None:
-        """The engine is listed no more, and metrics show it no more."""
+        """Remove the engine from the metrics: it is no longer listed."""
         metrics = self._metrics
         metrics.engine_up.remove(self.name)
         metrics.engine_ready.remove(self.name)
@@ -194,8 +194,8 @@ class EngineLink:
         metrics.engine_unattested.remove(self.name)
         metrics.engine_retries.remove_by_labels({"engine": self.name})
 
-    def shown(self) -> dict[str, Any]:
-        """For operators."""
+    def summary(self) -> dict[str, Any]:
+        """For the admin API."""
         engine = self.joined
         return {
             "name": self.name,

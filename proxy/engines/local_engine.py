@@ -1,4 +1,4 @@
-"""One local engine process: started on a private socket, watched, and ended with everything it started."""
+"""One local engine: starts it on a private socket, watches it, and ends it with all its child processes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _CAUSE = re.compile(
     r"|: error: (?P<flag>.+)"
 )
 _HEADING = re.compile(r"validation errors? for")
-"""Opens a list of errors, and says none."""
+"""The heading of a list of errors, not an error itself."""
 
 
 class LocalEngine:
-    """An engine in processes of its own. Every instance has its own socket, so that a connection made to one
+    """An engine in its own processes. Each instance has its own socket, so that a connection to one instance
     can never reach its successor."""
 
     own: bool = True
@@ -53,7 +53,7 @@ class LocalEngine:
 
     async def start(self) -> None:
         """Start the processes; returns long before the engine answers."""
-        # Readable by us only. Short: a unix socket's path may have 107 bytes.
+        # mkdtemp: readable by our user only. Short: a unix socket path has at most 107 bytes.
         self._folder = Path(tempfile.mkdtemp(prefix="iops-"))
         command = engine_command(self._settings, self._model, self._folder / _SOCKET)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class LocalEngine:
         descriptor = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             self._process = await asyncio.create_subprocess_exec(
-                # By its file and isolated: a folder `proxy` where the user stands must not be taken for ours.
+                # By file and with -I: a folder `proxy` in the working directory must not shadow ours.
                 *(sys.executable, "-I", str(_REAPER), str(_GRACE_S), str(self._folder)),
                 *command,
                 stdin=asyncio.subprocess.PIPE,
@@ -75,14 +75,14 @@ class LocalEngine:
             os.close(descriptor)
 
     async def wait_gone(self) -> str:
-        """Wait for the engine's end; why, in one line."""
+        """Wait for the engine to exit; returns why, in one line."""
         assert self._process is not None
         status = await self._process.wait()
         cause = self._cause()
-        return f"engine ended with status {status}{f': {cause}' if cause else ''}; its log is {self.log_file}"
+        return f"engine exited with status {status}{f': {cause}' if cause else ''}; see {self.log_file}"
 
     def _cause(self) -> str | None:
-        """What the log most likely gives as the reason: its first error."""
+        """The first error in the log, the most likely reason."""
         try:
             lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
@@ -91,13 +91,13 @@ class LocalEngine:
         return next((match.group(match.lastgroup or 0).strip(" .")[:400] for match in found), None)
 
     async def stop(self) -> None:
-        """End the engine: gently, then the whole process group."""
+        """Stop the engine gracefully, then kill the whole process group."""
         process = self._process
         try:
             if process is not None:
                 await asyncio.shield(_end(process))
         finally:
-            # The reaper does so too, unless it was killed.
+            # The reaper does this too, unless it was killed.
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -110,7 +110,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             await process.wait()
     except TimeoutError:
         pass
-    # Also when the reaper was killed itself: its group bears its id until the last member is gone.
+    # Works even if the reaper was killed: the process group keeps its id until the last member exits.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     await process.wait()

@@ -1,4 +1,4 @@
-"""Keeps an engine behind the gateway: starts it, waits for it, proves it, notices its end, begins again."""
+"""Keeps one engine running: starts it, waits until it responds, proves it, watches it, and restarts it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from proxy.observe.supervisor import Alive, first_of
 _POLL_S = 0.25
 _WATCH_EVERY_S = 1.0
 _ATTEST_EVERY = 5
-"""Health is asked every time, the plugin every fifth, and each time after a miss."""
+"""Every check asks the health route; every fifth, and each after a miss, also asks the plugin."""
 _ATTEST_S = 20.0
-"""Longest wait for the plugin before health is asked again. An engine whose workers hang is still healthy
-by its own word; only its plugin is silent. So it is in a long step too: `engine.silence_timeout_s` tells."""
+"""Longest wait for the plugin before the next health check. An engine whose workers hang still reports itself
+as healthy; only its plugin is silent. A long step looks the same: `engine.silence_timeout_s` decides."""
 _CONTROL_S = 60.0
-"""Loading a plan waits for the step under way as well, and takes time of its own."""
+"""Loading a plan waits for the current step, and then takes time itself."""
 _MISSES = 3
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _STABLE_S = 60.0
 
 
 class Engine(Protocol):
-    """An engine, wherever it runs."""
+    """A local or remote engine."""
 
     own: bool
     """Whether no other process can ever answer at its address."""
@@ -47,7 +47,7 @@ class Engine(Protocol):
 
 
 class RemoteEngine:
-    """An engine started elsewhere: its life is not ours, and another may take its place unseen."""
+    """An engine started elsewhere. It can be replaced by another process unnoticed."""
 
     own: bool = False
 
@@ -58,7 +58,7 @@ class RemoteEngine:
         """Nothing to start."""
 
     async def wait_gone(self) -> str:
-        """Never returns: only its silence tells."""
+        """Never returns: a remote engine's end is only noticed by health checks."""
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -67,35 +67,35 @@ class RemoteEngine:
 
 
 def make_engine(settings: Settings, url: str | None, model: Path | None) -> Engine:
-    """The engine at an address of `engine.url`; None: a new one here."""
+    """The engine at an address of `engine.url`; None: start one here."""
     if url is not None:
         return RemoteEngine(url)
     assert model is not None
-    # By port, so that several gateways can share a cache.
+    # One log per port, so that several gateways can share a cache.
     name = f"engine-{settings.gateway.port}.log"
     return LocalEngine(settings, model, settings.cache.dir.expanduser() / "logs" / name)
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the loops of all engines share."""
+    """Dependencies shared by the loops of all engines."""
 
     settings: Settings
     make: Callable[[str | None], Engine]
-    """An engine at an address, or None: started here."""
+    """Makes an engine at an address; None: starts one here."""
     prepare: Callable[[ProvenEngine], Awaitable[None]]
-    """Loads the plans into an engine that is proven."""
+    """Loads all plans into an engine that passed its self-test."""
     restore: Callable[[], Awaitable[None]]
-    """Loads what an engine has lost."""
+    """Reloads plans that an engine has lost."""
     metrics: Metrics
     log: FilteringBoundLogger
     progress: Callable[[str], None]
     holder: str
-    """Names this gateway to the engines, which keep a plan as long as a gateway holds it."""
+    """Identifies this gateway to the engines, which keep a plan as long as any gateway holds it."""
 
 
 class EngineLoop:
-    """Runs one engine, or the engines at one address, one after the other until cancelled."""
+    """Runs one engine, restarting it, or the engines at one address in succession, until cancelled."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class EngineLoop:
         link: EngineLink,
         around: Surroundings,
         ready: asyncio.Event,
-        hopeless: Callable[[str], bool],
+        should_give_up: Callable[[str], bool],
     ) -> None:
         self._url = url
         self._link = link
@@ -112,17 +112,17 @@ class EngineLoop:
         self._metrics = around.metrics
         self._log = around.log
         self._ready = ready
-        self._hopeless = hopeless
+        self._should_give_up = should_give_up
 
     async def run(self, alive: Alive) -> None:
-        """Never returns. Raises `EngineError` when an engine does not come up and that is ``hopeless``."""
+        """Never returns. Raises `EngineError` when the engine does not start and ``should_give_up``."""
         failures = 0
         while True:
             began = time.monotonic()
             try:
                 reason = await self._live(alive)
             except EngineError as error:
-                if self._hopeless(self._link.name):
+                if self._should_give_up(self._link.name):
                     raise
                 reason = str(error)
                 self._link.reason = reason
@@ -132,7 +132,7 @@ class EngineLoop:
             await asyncio.sleep(delay_s)
 
     async def _live(self, alive: Alive) -> str:
-        """One engine's life, to its end; returns why it ended."""
+        """Run one engine until it ends; returns why it ended."""
         engine = self._around.make(self._url)
         client: EngineClient | None = None
         try:
@@ -149,10 +149,10 @@ class EngineLoop:
             if which == 0:
                 raise EngineError(reason)
         except asyncio.CancelledError:
-            self._link.lose("the gateway stops", gone=True, meant=True)
+            self._link.lose("the gateway is stopping", gone=True, planned=True)
             raise
         finally:
-            self._link.lose("the engine was lost and is being started again", gone=True)
+            self._link.lose("the engine was lost and is being restarted", gone=True)
             if client is not None:
                 await client.close()
             await engine.stop()
@@ -173,33 +173,33 @@ class EngineLoop:
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             raise EngineError(
-                f"the engine did not answer within engine.startup_timeout_s = {timeout_s:g}; "
+                f"the engine did not respond within engine.startup_timeout_s = {timeout_s:g}; "
                 "raise it, or see the engine's log"
             ) from None
 
     async def _watch(self) -> str:
-        """Ask again and again whether it is still the same engine; returns why it is not."""
-        missed = turn = 0
+        """Check periodically that the proven engine is alive and the same; returns why it is not."""
+        missed = checks = 0
         silent = False
-        silence_s, heard = self._settings.engine.silence_timeout_s, time.monotonic()
+        silence_s, last_answer = self._settings.engine.silence_timeout_s, time.monotonic()
         while True:
             engine = self._link.joined
             if engine is None:
                 return self._link.reason
-            missed_plans = await _within(engine.missed, _WATCH_EVERY_S)
+            reload_needed = await _wait_for(engine.reload_needed, _WATCH_EVERY_S)
             if self._link.joined is not engine:
                 continue
-            turn += 1
+            checks += 1
             try:
-                if missed_plans:
-                    engine.missed.clear()
+                if reload_needed:
+                    engine.reload_needed.clear()
                     self._log.error("revisions_missed", engine=self._link.name)
                     await self._around.restore()
                 await engine.client.check_health()
-                if missed or silent or turn % _ATTEST_EVERY == 0:
+                if missed or silent or checks % _ATTEST_EVERY == 0:
                     async with asyncio.timeout(min(_ATTEST_S, silence_s)):
                         lost = await engine.check_resident()
-                    silent, heard = False, time.monotonic()
+                    silent, last_answer = False, time.monotonic()
                     if lost:
                         self._log.error("revisions_lost", engine=self._link.name, revisions=lost)
                         await self._around.restore()
@@ -207,9 +207,9 @@ class EngineLoop:
             except EngineReplacedError as error:
                 return str(error)
             except TimeoutError:
-                # Its health was good: misses before that are no row of them.
+                # The health check passed, so the count of consecutive misses restarts.
                 silent, missed = True, 0
-                if time.monotonic() - heard >= silence_s:
+                if time.monotonic() - last_answer >= silence_s:
                     return (
                         f"the engine's workers were silent for engine.silence_timeout_s = {silence_s:g}; "
                         "raise it if one step can take that long, or lower --max-num-batched-tokens "
@@ -218,11 +218,11 @@ class EngineLoop:
             except EngineError as error:
                 missed += 1
                 if missed >= _MISSES:
-                    return f"the engine stopped answering: {error}"
+                    return f"the engine stopped responding: {error}"
 
 
-async def _within(event: asyncio.Event, seconds: float) -> bool:
-    """Whether something happens within a time."""
+async def _wait_for(event: asyncio.Event, seconds: float) -> bool:
+    """Whether the event is set within the given time."""
     try:
         async with asyncio.timeout(seconds):
             return await event.wait()

@@ -1,4 +1,4 @@
-"""Finds or makes the model's folder in a process of its own, so that torch never comes into the gateway's.
+"""Finds or creates the model's folder in a separate process, so that the gateway never imports torch.
 
 `python -I model_folder.py NAME CACHE_DIR [REVISION]` prints progress lines and, last, the folder.
 """
@@ -21,7 +21,7 @@ _FAULT = "fault: "
 
 
 async def find_model(settings: Settings, progress: Callable[[str], None]) -> Path:
-    """The folder of `model.name`, made or fetched first where needed. Raises `ModelError`."""
+    """The folder of `model.name`, created or downloaded first if needed. Raises `ModelError`."""
     model = settings.model
     arguments = [model.name, str(settings.cache.dir), *([model.revision] if model.revision else [])]
     process = await asyncio.create_subprocess_exec(
@@ -35,12 +35,12 @@ async def find_model(settings: Settings, progress: Callable[[str], None]) -> Pat
     assert process.stderr is not None
     faults: list[str] = []
     try:
-        folder, noise = await asyncio.gather(
+        folder, stderr = await asyncio.gather(
             _read_lines(process.stdout, progress, faults), process.stderr.read()
         )
         if folder is not None:
             return folder
-        last = noise.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        last = stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         raise ModelError("\n".join(faults) or f"model.name = {model.name!r} could not be prepared: {last[0]}")
     finally:
         if process.returncode is None:
@@ -64,7 +64,7 @@ async def _read_lines(
 
 
 def main(arguments: list[str]) -> int:
-    """The process's own part."""
+    """Entry point of the separate process."""
     name, cache_dir, *revision = arguments
 
     def show(line: str) -> None:

@@ -1,1 +1,1 @@
-"""Listening: the HTTP server below the apps, TLS, and connections that stall."""
+"""The HTTP server below the apps: malformed requests, TLS, and stalled connections."""

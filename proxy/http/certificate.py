@@ -1,4 +1,4 @@
-"""Reads from when to when certificates are valid: the one field of X.509 that is looked at here."""
+"""Reads the validity period of certificates, the only X.509 field needed here."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _VERSION: Final = 0xA0
 _UTC_TIME: Final = 0x17
 _LONG: Final = 0x80
 _VALIDITY_FIELD: Final = 3
-"""After serial number, algorithm and issuer."""
+"""Index of the field, after serial number, algorithm and issuer."""
 
 
 @dataclass(frozen=True)
 class Validity:
-    """Seconds since 1970."""
+    """A validity period, in Unix seconds."""
 
     start: float
     end: float
 
     @property
     def end_iso(self) -> str:
-        """The end as people read it."""
+        """The end in ISO 8601."""
         return datetime.fromtimestamp(self.end, UTC).isoformat()
 
 
 def validity(pem: bytes) -> Validity:
-    """When all certificates of a chain are valid. Raises `ValueError`."""
+    """The period in which all certificates of a PEM chain are valid. Raises `ValueError`."""
     found = [_of_der(ssl.PEM_cert_to_DER_cert(block.decode("ascii"))) for block in _PEM.findall(pem)]
     if not found:
-        raise ValueError("it holds no certificate")
+        raise ValueError("the file holds no certificate")
     return Validity(max(each.start for each in found), min(each.end for each in found))
 
 
@@ -46,11 +46,11 @@ def _of_der(der: bytes) -> Validity:
         (start_tag, start), (end_tag, end) = _parts(fields[_VALIDITY_FIELD][1])
         return Validity(_time(start_tag, start), _time(end_tag, end))
     except (IndexError, ValueError) as error:
-        raise ValueError("its validity cannot be read") from error
+        raise ValueError("its validity period cannot be read") from error
 
 
 def _parts(der: bytes) -> Iterator[tuple[int, bytes]]:
-    """Tag and content of everything that stands one after the other."""
+    """Tag and content of each element in a DER sequence."""
     at = 0
     while at < len(der):
         tag, length, at = der[at], der[at + 1], at + 2
@@ -58,7 +58,7 @@ def _parts(der: bytes) -> Iterator[tuple[int, bytes]]:
             size = length & ~_LONG
             length, at = int.from_bytes(der[at : at + size]), at + size
         if at + length > len(der):
-            raise ValueError("cut off")
+            raise ValueError("truncated")
         yield tag, der[at : at + length]
         at += length
 

@@ -1,7 +1,7 @@
-"""aiohttp's server with errors of our own below the app: requests that are no HTTP, in OpenAI's shape.
+"""aiohttp's server, with OpenAI-format errors for requests that are not valid HTTP.
 
-aiohttp answers them in plain text and logs the exception, which quotes the header or line that was wrong:
-a key, when that is where the mistake is. Here neither the answer nor the log quotes anything.
+aiohttp answers these in plain text and logs the exception, which quotes the malformed line or header:
+possibly an API key. Here neither the response nor the log quotes any part of the request.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from structlog.typing import FilteringBoundLogger
 from proxy.errors import error_body
 from proxy.observe.metrics import Metrics
 
-_TOLD: Final = {
+_ERRORS: Final = {
     400: ("invalid_http", "the request is not valid HTTP/1.1"),
     408: ("request_timeout", "the request did not arrive in time"),
     413: ("request_too_large", "the request is too large"),
-    417: ("expectation_failed", "the demanded expectation is not supported"),
+    417: ("expectation_failed", "the Expect header is not supported"),
     431: ("headers_too_large", "the request's headers are too large"),
 }
 _NAME: Final = "interpretops"
-"""All that `Server` says: aiohttp would name its version and Python's, by which known holes are looked up."""
+"""The `Server` header. aiohttp's default names its version and Python's, which helps attackers."""
 _NO_VERSION: Final = web.RequestKey("no_version", bool)
 
 
 class Runner(web.AppRunner):
-    """Runs an app whose broken connections are counted and answered as everything else is."""
+    """Runs an app; counts malformed requests and answers them in OpenAI's format."""
 
     def __init__(
         self, app: web.Application, metrics: Metrics, log: FilteringBoundLogger, **options: Any
     ) -> None:
         super().__init__(app, **options)
-        self._told = metrics, log
+        self._reporting = metrics, log
         app.on_response_prepare.append(_name_server)
 
     async def _make_server(self) -> web.Server:
@@ -49,7 +49,7 @@ class Runner(web.AppRunner):
         def request_factory(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
             if message.version >= HttpVersion10:
                 return make(message, *rest)
-            # Of a line without a version aiohttp makes HTTP/0.9, and would answer in it.
+            # aiohttp parses a request line without a version as HTTP/0.9, and would answer in that.
             request = make(message._replace(version=HttpVersion11, should_close=True), *rest)
             request[_NO_VERSION] = True
             return request
@@ -60,7 +60,7 @@ class Runner(web.AppRunner):
             return await handle(request)
 
         return _Server(
-            self._told,
+            self._reporting,
             request_handler,
             request_factory=request_factory,
             handler_cancellation=made.handler_cancellation,
@@ -70,7 +70,7 @@ class Runner(web.AppRunner):
 
 
 class Site(web.SockSite):
-    """A listener whose clients must begin, and end, TLS in time."""
+    """A listener with timeouts for the TLS handshake and shutdown."""
 
     def __init__(
         self,
@@ -80,12 +80,12 @@ class Site(web.SockSite):
         handshake_timeout_s: float,
     ) -> None:
         super().__init__(runner, sock, ssl_context=tls)
-        # A connection before its handshake is none that the watch for stalls can see.
+        # The stall guard does not see connections before their TLS handshake.
         self._timeout_s = None if tls is None else handshake_timeout_s
 
     async def start(self) -> None:
-        """Listen."""
-        # As `BaseSite.start` and `SockSite.start`, which know nothing of timeouts.
+        """Start listening."""
+        # Copies `BaseSite.start` and `SockSite.start`, which do not accept these timeouts.
         self._runner._reg_site(self)
         server = self._runner.server
         assert server is not None
@@ -100,9 +100,9 @@ class Site(web.SockSite):
 
 
 class _Server(web.Server):
-    def __init__(self, told: tuple[Metrics, FilteringBoundLogger], *rest: Any, **options: Any) -> None:
+    def __init__(self, reporting: tuple[Metrics, FilteringBoundLogger], *rest: Any, **options: Any) -> None:
         super().__init__(*rest, **options)
-        self.told = told
+        self.reporting = reporting
 
     def __call__(self) -> RequestHandler:
         return _Handler(self, loop=self._loop, **self._kwargs)
@@ -111,11 +111,11 @@ class _Server(web.Server):
 class _Handler(RequestHandler):
     """One connection."""
 
-    __slots__ = ("_told",)
+    __slots__ = ("_reporting",)
 
     def __init__(self, server: _Server, **options: Any) -> None:
         super().__init__(server, **options)
-        self._told = server.told
+        self._reporting = server.reporting
 
     def handle_error(
         self,
@@ -124,14 +124,14 @@ class _Handler(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """An error of OpenAI's shape for what no app has seen; the connection is closed after it."""
-        metrics, log = self._told
-        code, text = _TOLD.get(status, ("internal_error", "internal error"))
+        """An error in OpenAI's format for a request that reached no app. Closes the connection."""
+        metrics, log = self._reporting
+        code, text = _ERRORS.get(status, ("internal_error", "internal error"))
         request_id = f"req_{secrets.token_hex(12)}"
         metrics.refusals.labels(code).inc()
         log.warning("bad_connection", request_id=request_id, status=status, kind=type(exc).__name__)
         if request.writer.output_size > 0:
-            raise ConnectionError("the answer had begun and cannot be finished")
+            raise ConnectionError("the response has started and cannot be completed")
         headers = {"X-Request-Id": request_id, "x-should-retry": "false", hdrs.SERVER: _NAME}
         response = web.json_response(error_body(status, code, text), status=status, headers=headers)
         response.force_close()

@@ -1,4 +1,4 @@
-"""Cuts connections that do not move: requests that never become whole, answers that nobody reads."""
+"""Closes stalled connections: requests that never complete, and answers that the client does not read."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _EVERY_S: Final = 1.0
 @dataclass
 class _Watched:
     since: float
-    """When it last moved."""
+    """Time of its last progress."""
     request: web.Request | None = None
-    """The request that is being answered."""
+    """The request in progress, if any."""
     used: bool = False
-    """Whether it has carried a request."""
+    """Whether it has carried a request before."""
     taken: int = 0
-    """Bytes of the answer that the client had taken then."""
+    """Bytes of the answer that the client had read at the last progress."""
 
 
 class StallWatch:
-    """Looks at every connection once a second. Costs nothing per chunk."""
+    """Checks every connection once a second, at no cost per chunk."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class StallWatch:
 
     @web.middleware
     async def mark(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Know which connections have a request under way."""
+        """Middleware that records which connections have a request in progress."""
         watched = self._of(request.protocol)
         watched.request, watched.since, watched.taken, watched.used = request, self._clock(), 0, True
         try:
@@ -63,18 +63,18 @@ class StallWatch:
         connections: Callable[[], Iterable[web.RequestHandler]],
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        """Watch until cancelled."""
+        """Check all connections until cancelled."""
         while True:
             await asyncio.sleep(_EVERY_S)
             open_now = list(connections())
             for connection in open_now:
-                self.look(connection)
+                self.check(connection)
             for gone in self._watched.keys() - set(open_now):
                 del self._watched[gone]
             alive()
 
-    def look(self, connection: web.RequestHandler) -> None:
-        """Cut one connection if it has not moved for too long."""
+    def check(self, connection: web.RequestHandler) -> None:
+        """Close a connection that has made no progress for too long."""
         transport = connection.transport
         if transport is None or transport.is_closing():
             return
@@ -100,7 +100,7 @@ class StallWatch:
         self._metrics.connections_cut.labels(reason).inc()
         self._log.info("connection_cut", reason=reason)
         if reason == "no_request":
-            # Nothing is owed: a client that keeps its connection for later sees an orderly end.
+            # No answer is pending: close gracefully, for clients that keep the connection for later.
             transport.close()
         else:
             transport.abort()

@@ -1,4 +1,4 @@
-"""TLS for the listeners: certificates checked at the start, and taken anew when their files change."""
+"""TLS for the listeners: checks certificates at start-up, and reloads them when their files change."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from proxy.http.certificate import Validity, validity
 from proxy.observe.metrics import Metrics
 
 Listener = Literal["public", "admin"]
-_MOST_BYTES: Final = 2**20
+_MAX_BYTES: Final = 2**20
 
 
 class Doorway:
-    """The TLS of one listener. Its connections keep the certificate that they began with."""
+    """The TLS context of one listener. Open connections keep the certificate they started with."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Doorway:
         field: str,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Raises `ConfigError` when the pair cannot be used."""
+        """Raises `ConfigError` if certificate and key cannot be used."""
         self.listener = listener
         self.cert = cert
         self._key = key
@@ -41,13 +41,13 @@ class Doorway:
         self._seen = self._read()
         self._newest, self.valid = self._load(self._seen)
         self.context = self._newest
-        """What the server is given, once; every new connection gets the newest pair."""
+        """The context for the server. Every new connection gets the newest certificate and key."""
         self.context.sni_callback = self._choose
         self.failure: str | None = None
-        """Why the pair on disk is not the one that is shown to clients."""
+        """Why the certificate and key on disk are not in use."""
 
     def refresh(self) -> bool:
-        """Take the pair if its files changed; whether it was. One that cannot be used leaves the old one."""
+        """Load the files if they changed; returns whether they did. On errors the old pair stays."""
         try:
             found = self._read()
             fresh, valid = (self._newest, self.valid) if found == self._seen else self._load(found)
@@ -55,14 +55,14 @@ class Doorway:
             self.failure = str(error)
             return False
         if valid.end <= self._clock() < self.valid.end:
-            self.failure = f"{self._field} = {self.cert}, but it has expired, and the old one has not"
+            self.failure = f"{self._field} = {self.cert}, but it has expired, while the one in use has not"
             return False
         changed = found != self._seen
         self._newest, self.valid, self._seen, self.failure = fresh, valid, found, None
         return changed
 
     def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-        """Called for every connection, also of clients that name no server."""
+        """Called for every connection, even if the client sends no server name."""
         connection.context = self._newest
 
     def _read(self) -> tuple[bytes, bytes]:
@@ -71,35 +71,35 @@ class Doorway:
     def _load(self, read: tuple[bytes, bytes]) -> tuple[ssl.SSLContext, Validity]:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        # HTTP/1.1 is all that is spoken here.
+        # The gateway only supports HTTP/1.1.
         context.set_alpn_protocols(["http/1.1"])
         try:
-            # An encrypted key would ask on the terminal; it is refused instead.
+            # The empty password makes an encrypted key fail; otherwise OpenSSL would prompt on the terminal.
             context.load_cert_chain(self.cert, self._key, password="")
             valid = validity(read[0])
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self._field} = {self.cert}, but it cannot be used with {self._key} ({error}); "
-                "both are PEM files, unencrypted"
+                "both must be unencrypted PEM files"
             ) from error
         if self._read() != read:
-            raise ConfigError(f"{self._field} = {self.cert}, but it is being written; it is read again")
+            raise ConfigError(f"{self._field} = {self.cert}, but it is being written; it will be read again")
         return context, valid
 
 
 class Doorways:
-    """The listeners that speak TLS."""
+    """The listeners that use TLS."""
 
     def __init__(self, doorways: Sequence[Doorway] = ()) -> None:
         self._doorways = tuple(doorways)
         self._lock = threading.Lock()
 
     def context(self, listener: Listener) -> ssl.SSLContext | None:
-        """What a listener needs; None where it speaks plainly."""
+        """A listener's TLS context; None if it does not use TLS."""
         return next((door.context for door in self._doorways if door.listener == listener), None)
 
     def refresh(self, metrics: Metrics, log: FilteringBoundLogger) -> dict[str, str]:
-        """Take what changed on disk, show it in metrics and log: what could not be taken, by file."""
+        """Load changed files; update metrics and log. Returns the errors by file."""
         with self._lock:
             return self._refresh(metrics, log)
 
@@ -117,7 +117,7 @@ class Doorways:
 
 
 def make_doorways(settings: GatewaySettings) -> Doorways:
-    """As the settings say. Raises `ConfigError`."""
+    """Build them from the settings. Raises `ConfigError`."""
     found: list[Doorway] = []
     pairs: tuple[tuple[Listener, Path | None, Path | None, str], ...] = (
         ("public", settings.tls_cert, settings.tls_key, "gateway.tls_cert"),
@@ -131,9 +131,9 @@ def make_doorways(settings: GatewaySettings) -> Doorways:
 
 def _content(path: Path, field: str) -> bytes:
     try:
-        content = read_regular(path, _MOST_BYTES)
+        content = read_regular(path, _MAX_BYTES)
     except OSError as error:
         raise ConfigError(f"{field} = {path}, but it cannot be read ({error.strerror})") from error
-    if len(content) > _MOST_BYTES:
-        raise ConfigError(f"{field} = {path}, but it is larger than {_MOST_BYTES} bytes")
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(f"{field} = {path}, but it is larger than {_MAX_BYTES} bytes")
     return content

@@ -1,1 +1,1 @@
-"""What operators and auditors see: metrics, readiness, logs, spans, the audit log, kept requests."""
+"""Observability: metrics, readiness, logs, tracing, the audit log and transcripts."""

@@ -1,4 +1,4 @@
-"""The audit log's files on disk: what is appended to, and whether another program moved or changed it."""
+"""The audit log's files on disk: appends records, and detects that another program moved or changed them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from interpretops.records.audit_chain import GENESIS, Head, first_number, head_l
 from proxy.process.file_lock import hold
 
 Displaced = Literal["renamed", "removed", "altered", "head", "lock"]
-"""What another program did: to the file being written, to the note of its newest record, to the lock."""
+"""What another program moved or changed: the current log file, the head file, or the lock file."""
 DISPLACED: Final[tuple[Displaced, ...]] = get_args(Displaced)
 
 
@@ -24,21 +24,21 @@ class LogFile:
     def __init__(self, path: Path, first: int) -> None:
         """Open it, or make it. Raises `OSError`.
 
-        first  the number that its first record gets, if it has none yet
+        first  number of its first record, if the file is empty
         """
         self.path = path
-        # Anything but a plain file is an error: a pipe must not block, nor swallow records.
+        # Only a regular file is accepted: a pipe could block, or swallow records.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         self.descriptor = os.open(path, flags, 0o600)
         found = os.fstat(self.descriptor)
         if not stat.S_ISREG(found.st_mode):
             os.close(self.descriptor)
-            raise OSError(errno.EINVAL, "not a plain file", str(path))
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         self.size = found.st_size
         self.first = first_number(path) or first
 
     def displaced(self) -> Displaced | None:
-        """What another program did to the file since it was opened; None when it is as we left it."""
+        """What another program did to the file since it was opened; None if nothing."""
         ours = os.fstat(self.descriptor)
         if ours.st_nlink == 0:
             return "removed"
@@ -47,22 +47,22 @@ class LogFile:
         return "altered" if ours.st_size != self.size else None
 
     def append(self, line: bytes) -> None:
-        """Write a line whole, or leave the file as it was. Raises `OSError`."""
+        """Write the whole line, or leave the file unchanged. Raises `OSError`."""
         written = 0
         try:
             while written < len(line):
                 written += os.write(self.descriptor, line[written:])
         except OSError:
-            # Half a line must not stay: the next record would follow it.
+            # Remove a partial line: the next record would be appended to it.
             with contextlib.suppress(OSError):
                 os.ftruncate(self.descriptor, self.size)
             raise
         self.size += len(line)
 
     def next(self, first: int) -> LogFile:
-        """Begin another file at the same path; this one is forced to the disk and closed. Raises `OSError`.
+        """Start a new file at the same path; this one is synced to disk and closed. Raises `OSError`.
 
-        What stands at the path meanwhile is set aside, never overwritten and never appended to.
+        A file found at the path is renamed, never overwritten or appended to.
         """
         os.fsync(self.descriptor)
         aside = self._set_aside(first)
@@ -82,7 +82,7 @@ class LogFile:
         except FileNotFoundError:
             return None
         if there.st_size == 0:
-            # As programs that rotate logs leave it.
+            # Log rotation programs leave an empty file.
             return None
         ours = _same(os.fstat(self.descriptor), self.path)
         target = rotated_path(self.path, self.first)
@@ -93,12 +93,12 @@ class LogFile:
 
 
 class HeadFile:
-    """The note of the newest record. In one small write, in place: the length is always the same."""
+    """Stores the head: number and hash of the newest record. Fixed length, so one write in place."""
 
     def __init__(self, log: Path, noted: Head | None) -> None:
-        """Open it, or make it before the log has any record: so one without a note is no crash's work.
+        """Open it, or create it before the first record, so that a missing head file is never due to a crash.
 
-        noted  what stands in it; None when there is no log yet. Raises `OSError`.
+        noted  its current content; None when there is no log yet. Raises `OSError`.
         """
         self._path = head_path(log)
         self._noted = head_line(noted or Head(0, GENESIS))
@@ -108,7 +108,7 @@ class HeadFile:
             sync_folder(log.parent)
 
     def note(self, head: Head, *, durably: bool) -> None:
-        """Write it down. Raises `OSError`."""
+        """Store a new head. Raises `OSError`."""
         content = head_line(head)
         os.pwrite(self._descriptor, content, 0)
         os.ftruncate(self._descriptor, len(content))
@@ -117,7 +117,7 @@ class HeadFile:
         self._noted = content
 
     def heal(self) -> bool:
-        """Write it again where it was moved, removed or changed; whether it was."""
+        """Restore the file if it was moved, removed or changed. Returns whether it was."""
         moved = not _same(os.fstat(self._descriptor), self._path)
         if moved:
             old, self._descriptor = self._descriptor, self._open()
@@ -140,25 +140,25 @@ class HeadFile:
 
 
 class Lock:
-    """Held as long as this process writes the log."""
+    """Ensures that only this process writes the log."""
 
     def __init__(self, log: Path) -> None:
-        """Raises `ConfigError` when another process writes it."""
+        """Raises `ConfigError` when another process holds it."""
         self._path = log.with_name(log.name + ".lock")
         self._descriptor = hold(self._path, "audit.path")
         self._lost: OSError | None = None
 
     def require(self) -> None:
-        """Raises `OSError` when it was lost."""
+        """Raises `OSError` if the lock was lost."""
         if self._lost is not None:
             raise self._lost
 
     def heal(self) -> bool:
-        """Take it again where its file was moved or removed; whether it was. Raises `OSError`."""
+        """Take the lock again if its file was moved or removed. Returns whether it was. Raises `OSError`."""
         if _same(os.fstat(self._descriptor), self._path):
             return False
         try:
-            # A folder that is gone is not made again: it may be a volume that is not mounted.
+            # Do not create a missing folder: it may be a volume that is not mounted.
             self._path.parent.stat()
             fresh = hold(self._path, "audit.path")
         except (OSError, ConfigError) as error:
@@ -175,7 +175,7 @@ class Lock:
 
 
 def sync_folder(path: Path) -> None:
-    """Force the names in a folder to the disk."""
+    """Sync a folder's entries to disk."""
     folder = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(folder)

@@ -1,4 +1,4 @@
-"""Writes the audit log: who got which revision, who changed what; never what was said."""
+"""Writes the audit log: who got which revision and who changed what; never prompts or answers."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from proxy.observe.supervisor import Supervisor
 from proxy.process.off_loop import off_loop
 
 _SYNC_EVERY_S: Final = 1.0
-_MOST_WAITING: Final = 10_000
+_MAX_WAITING: Final = 10_000
 _TAIL_BYTES: Final = 64 * 1024
 
 
 class AuditLog:
-    """An append-only log that no line can be taken from unseen. One process writes it."""
+    """An append-only, hash-chained log: removing a line is always detectable. One process writes it."""
 
     def __init__(
         self,
@@ -58,15 +58,15 @@ class AuditLog:
         self._lock = Lock(self._path)
         self._supervisor = supervisor or Supervisor(metrics, log)
         self._waiting: deque[tuple[str, str, dict[str, Any]]] = deque()
-        """Records that could not be written yet, in order."""
+        """Records not yet written, in order."""
         self._omitted = 0
         self._syncing = asyncio.Lock()
         self._sync_task: asyncio.Task[None] | None = None
         self._synced: Head | None = None
-        self._untold: Displaced | None = None
-        """What happened to the file before the one that is written now, until it is recorded."""
+        self._unrecorded_displacement: Displaced | None = None
+        """What happened to the previous file, until it is recorded."""
         self.failing: str | None = None
-        """Why the log cannot be written at the moment."""
+        """Why the log cannot be written now; None if it can."""
         try:
             noted = read_head(self._path)
             self.head, torn = self._find_end(noted)
@@ -84,76 +84,75 @@ class AuditLog:
             self.append("recovered", torn_bytes=len(torn), torn_sha256=digest)
 
     def require(self) -> None:
-        """Refuse a request that could not be recorded, unless the settings let it pass."""
+        """Refuse a request that cannot be recorded, unless the settings allow it."""
         if self.failing is not None and self._settings.on_failure == "refuse":
             raise AuditUnavailable("requests cannot be recorded at the moment; try again in a moment")
 
     def not_ready(self) -> Iterator[Reason]:
-        """Why every request is refused: as `require` decides it."""
+        """Why all requests are refused, as `require` decides."""
         if self.failing is not None and self._settings.on_failure == "refuse":
             yield Reason("audit_failing", f"the audit log cannot be written: {self.failing}")
 
     def append(self, event: str, **fields: Any) -> None:
-        """Record something that happened. What cannot be written waits, and makes `failing` true."""
-        if len(self._waiting) >= _MOST_WAITING:
+        """Record an event. If it cannot be written, it waits and `failing` is set."""
+        if len(self._waiting) >= _MAX_WAITING:
             self._omitted += 1
             return
         self._waiting.append((_now(), event, fields))
         self._write_waiting()
         if self._settings.fsync == "always" and (self._sync_task is None or self._sync_task.done()):
-            # What is written while it runs is forced out by the look of the next second at the latest.
+            # Records written while it runs are synced within a second by `keep`.
             self._sync_task = self._supervisor.spawn("audit sync", self.sync())
 
     async def append_durably(self, event: str, **fields: Any) -> None:
-        """Record something that may only happen once it is recorded. Raises `AuditUnavailable`."""
+        """Record an action before it is done. Raises `AuditUnavailable`; the action must then not happen."""
         self.append(event, **fields)
         if self.failing is None:
             await self.sync()
         if self.failing is not None:
-            # It does not happen, so it must not be told later either.
+            # The action will not happen, so it must not be recorded later either.
             if self._waiting and self._waiting[-1][1] == event:
                 self._waiting.pop()
             raise AuditUnavailable(
-                "the audit log cannot be written, and this must be recorded; nothing was done"
+                "the audit log cannot be written, and this action must be recorded; nothing was done"
             )
 
     async def keep(self, alive: Callable[[], None]) -> None:
-        """Force lines to the disk as the settings say, and try again what failed, until cancelled."""
+        """Sync to disk as the settings say, and retry failed writes, until cancelled."""
         while True:
             await asyncio.sleep(_SYNC_EVERY_S)
-            self.look()
+            self.check_files()
             if self._waiting:
                 self._write_waiting()
             elif self.failing is not None:
-                # What was refused left nothing behind, and only writing tells that it can be done again.
+                # No record is waiting, and only a write shows that writing works again.
                 self.append("audit_recovered", why=self.failing)
             await self.sync()
             alive()
 
-    def look(self) -> None:
-        """Go on in a new file, on the same chain, if another program moved or changed the one being written.
+    def check_files(self) -> None:
+        """Continue in a new file, on the same chain, if another program moved or changed the current one.
 
-        For programs that rotate logs: they rename the file; this notices within a second, and at once when
-        the gateway is told to reload.
+        Log rotation programs rename the file. This is noticed within a second, or at once on a reload.
         """
         try:
             if self._lock.heal():
-                self._tell_displaced("lock")
+                self._report_displaced("lock")
             if self._note.heal():
-                self._tell_displaced("head")
-            self._go_on_if_displaced()
+                self._report_displaced("head")
+            self._continue_if_displaced()
         except OSError as error:
             self._fail(error)
 
     async def sync(self) -> None:
-        """Force what was written to the disk, then note the head."""
+        """Sync written records to disk, then store the head."""
         async with self._syncing:
             head = self.head
             if head is None or head == self._synced:
                 return
             try:
                 if self._settings.fsync != "never":
-                    # A file that was set aside meanwhile was forced out then.
+                    # A file that is rotated meanwhile is synced during the rotation.
                     descriptor = os.dup(self._file.descriptor)
                     try:
                         await off_loop(os.fsync, descriptor)
@@ -167,7 +166,7 @@ class AuditLog:
                     self._recover()
 
     async def close(self) -> None:
-        """Force everything out; what still cannot be written is lost, and the log says so."""
+        """Write and sync everything. Records that still cannot be written are lost, and this is logged."""
         self._write_waiting()
         await self.sync()
         if self._waiting:
@@ -197,7 +196,7 @@ class AuditLog:
         self._metrics.audit_failing.set(0)
 
     def _write(self, time: str, event: str, fields: dict[str, Any]) -> None:
-        self._go_on_if_displaced()
+        self._continue_if_displaced()
         self._write_record(time, event, fields)
 
     def _write_record(self, time: str, event: str, fields: dict[str, Any]) -> None:
@@ -209,21 +208,23 @@ class AuditLog:
         self.head = Head(seq, digest)
         self._metrics.audit_records.inc()
 
-    def _go_on_if_displaced(self) -> None:
+    def _continue_if_displaced(self) -> None:
         self._lock.require()
         how = self._file.displaced()
         if how is not None:
             self._file = self._file.next(self._next_number)
-            self._untold = how
-            self._tell_displaced(how)
-        if self._untold is not None:
-            told = (
+            self._unrecorded_displacement = how
+            self._report_displaced(how)
+        if self._unrecorded_displacement is not None:
+            previous = (
                 {} if self.head is None else {"previous_seq": self.head.seq, "previous_hash": self.head.hash}
             )
-            self._write_record(_now(), "log_continued", {"previous_file": self._untold, **told})
-            self._untold = None
+            self._write_record(
+                _now(), "log_continued", {"previous_file": self._unrecorded_displacement, **previous}
+            )
+            self._unrecorded_displacement = None
 
-    def _tell_displaced(self, how: Displaced) -> None:
+    def _report_displaced(self, how: Displaced) -> None:
         self._metrics.audit_displaced.labels(how).inc()
         tell = self._log.info if how == "renamed" else self._log.error
         newest = None if self.head is None else self.head.seq
@@ -245,14 +246,14 @@ class AuditLog:
         self._metrics.audit_failing.set(1)
 
     def _find_end(self, noted: Head | None) -> tuple[Head | None, bytes]:
-        """The last whole record, and what a crash left of one after it.
+        """The last complete record, and the partial line that a crash left after it.
 
-        Raises `ConfigError` when the end is not what was written: a log is not continued over a gap, nor
-        without the note of its newest record, which alone shows that its end was cut off.
+        Raises `ConfigError` if the end was changed: a log is not continued over a gap, nor without its head
+        file, which alone shows that the end was cut off.
         """
         last, torn = None, b""
         files = log_files(self._path)
-        if noted is None and (_holds_something(head_path(self._path)) or any(map(_holds_something, files))):
+        if noted is None and (_is_not_empty(head_path(self._path)) or any(map(_is_not_empty, files))):
             raise ConfigError(_headless(self._path))
         for path in reversed(files):
             size = path.stat().st_size
@@ -263,7 +264,7 @@ class AuditLog:
             if lines:
                 record = read_line(lines[-1])
                 if record is None:
-                    raise ConfigError(_altered(self._path, "its last record was changed"))
+                    raise ConfigError(_altered(self._path, "its last record was altered"))
                 last = Head(record["seq"], record["hash"])
                 break
         if noted is None or (last is None and noted.seq == 0):
@@ -271,7 +272,7 @@ class AuditLog:
         if last is None:
             raise ConfigError(_gone(self._path, noted))
         if last.seq < noted.seq:
-            raise ConfigError(_altered(self._path, f"it was cut off before record {noted.seq}"))
+            raise ConfigError(_altered(self._path, f"it was truncated before record {noted.seq}"))
         if faults := faults_after(self._path, noted):
             raise ConfigError(_altered(self._path, faults[0]))
         return last, torn
@@ -281,7 +282,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _holds_something(path: Path) -> bool:
+def _is_not_empty(path: Path) -> bool:
     try:
         return path.stat().st_size > 0
     except FileNotFoundError:
@@ -290,23 +291,23 @@ def _holds_something(path: Path) -> bool:
 
 def _headless(path: Path) -> str:
     return (
-        f"audit.path = {path}, but {head_path(path)}, the note of its newest record, is missing or "
-        "unreadable, and without it a cut-off end would not show; put it back, or check the log against a "
+        f"audit.path = {path}, but its head file {head_path(path)} is missing or "
+        "unreadable, and without it a truncated log would not show; restore it, or check the log against a "
         f"head that was kept elsewhere (`mechctl audit verify {path} --head SEQ:HASH`) and move the log's "
-        "files and the note aside: a new log is begun"
+        "files and the head file away: the gateway then starts a new log"
     )
 
 
 def _altered(path: Path, what: str) -> str:
     return (
         f"audit.path = {path}, but {what}; see `mechctl audit verify {path}`, then move the log's files and "
-        f"{head_path(path)} aside: a new log is begun"
+        f"{head_path(path)} away: the gateway then starts a new log"
     )
 
 
 def _gone(path: Path, noted: Head) -> str:
     return (
-        f"audit.path = {path}, but no file of that log is there, and it had {noted.seq} records "
-        f"({head_path(path)}); put its files back, or, where they are kept elsewhere or lost, move "
-        f"{head_path(path)} there too: a new log is begun"
+        f"audit.path = {path}, but the log's files are missing, and it had {noted.seq} records "
+        f"({head_path(path)}); restore its files, or, if they were archived or lost, move "
+        f"{head_path(path)} away too: the gateway then starts a new log"
     )

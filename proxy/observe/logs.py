@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line on standard error, never a prompt, a completion or a key."""
+"""Structured logs: one JSON object per line on standard error; never a prompt, an answer or a key."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def make_logger(*, json_lines: bool = True) -> FilteringBoundLogger:
             renderer,
         ],
     )
-    # Bound once, not anew for every line.
+    # Bind once here instead of on every line.
     return logger.bind()

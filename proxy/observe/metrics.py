@@ -1,4 +1,4 @@
-"""The gateway's Prometheus metrics, each declared once, in a registry of its own."""
+"""The gateway's Prometheus metrics, each declared once, in their own registry."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ OUTCOMES: Final = ("answered", "refused", "failed", "client_gone")
 
 
 class Metrics:
-    """Everything the gateway counts. Labels: route patterns, ids of loaded policies, codes, statuses.
+    """All metrics. Label values are bounded: route patterns, policy ids, codes and statuses.
 
-    A series that an alert reads must be there, with 0, before its first event: Prometheus sees no increase in
-    a series that appears with 1. Whoever first knows a label's value says so.
+    A series that an alert reads must exist with value 0 before its first event: Prometheus sees no increase
+    in a series that starts at 1. So the code that first learns a label value initialises its series.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Metrics:
         )
         self.outcomes = Counter(
             "interpretops_request_outcomes",
-            "Requests by how they ended; `failed` holds streams that broke off after they had begun.",
+            "Requests by outcome; `failed` includes streams that failed after they had started.",
             ("outcome",),
             registry=registry,
         )
@@ -63,25 +63,25 @@ class Metrics:
         )
         self.receipts_failed = Counter(
             "interpretops_receipts_failed",
-            "Answers withheld or cut off because the engine did not prove the demanded revision.",
+            "Answers withheld or cut off because the engine did not prove the required revision.",
             ("policy",),
             registry=registry,
         )
         self.clients_gone = Counter(
-            "interpretops_clients_gone", "Requests whose client went away.", ("route",), registry=registry
+            "interpretops_clients_gone", "Requests whose client disconnected.", ("route",), registry=registry
         )
         self.reloads = Counter(
-            "interpretops_policy_reloads", "Policy files loaded or refused.", ("result",), registry=registry
+            "interpretops_policy_reloads", "Policy files loaded or rejected.", ("result",), registry=registry
         )
         self.policy_info = Gauge(
             "interpretops_policy_info",
-            "1 for the active revision.",
+            "Always 1; the labels name each policy's active revision.",
             ("policy", "revision"),
             registry=registry,
         )
         self.shadow_requests = Counter(
             "interpretops_shadow_requests",
-            "Requests repeated under a revision in state shadow, by what it would have changed.",
+            "Requests repeated under a shadow revision, by whether the answer changed.",
             ("policy", "result"),
             registry=registry,
         )
@@ -93,25 +93,25 @@ class Metrics:
         )
         self.policy_broken = Gauge(
             "interpretops_policy_broken",
-            "1 while the newest file of a policy is not what serves.",
+            "1 while the newest file of a policy is not the one served.",
             ("policy",),
             registry=registry,
         )
         self.policy_sources_broken = Gauge(
             "interpretops_policy_sources_broken",
-            "Folders that cannot be looked into, and files that serve nothing and are of no known policy.",
+            "Policy folders that cannot be read, and broken policy files that belong to no known policy.",
             ("source",),
             registry=registry,
         )
         self.connections_cut = Counter(
             "interpretops_connections_cut",
-            "Connections of clients that sent no whole request or read no answer for too long.",
+            "Client connections closed: no complete request arrived, or the answer was not read, in time.",
             ("reason",),
             registry=registry,
         )
         self.tokens = Counter(
             "interpretops_tenant_tokens",
-            "Tokens that the engine worked through, by tenant.",
+            "Tokens processed by the engine, by tenant.",
             ("tenant",),
             registry=registry,
         )
@@ -123,31 +123,31 @@ class Metrics:
         )
         self.edits_applied = Counter(
             "interpretops_policy_edits_applied",
-            "Pairs of token and site that a policy changed.",
+            "(token, edit site) pairs that a policy changed.",
             ("policy",),
             registry=registry,
         )
         self.gates_fired = Counter(
             "interpretops_policy_gates_fired",
-            "Pairs of token and gate at which a conditional gate was open.",
+            "(token, gate) pairs at which a conditional gate was open.",
             ("policy",),
             registry=registry,
         )
         self.requests_gated = Counter(
             "interpretops_policy_requests_gated",
-            "Requests in which a policy's conditional gate was open at some token.",
+            "Requests in which a conditional gate of the policy opened at least once.",
             ("policy",),
             registry=registry,
         )
         self.transcripts = Counter(
             "interpretops_transcripts",
-            "Requests of tenants that have them kept: `stored` or `lost`.",
+            "Transcripts of requests, by tenant and result: `stored` or `lost`.",
             ("tenant", "result"),
             registry=registry,
         )
         self.transcripts_overdue = Gauge(
             "interpretops_transcripts_overdue",
-            "1 while kept requests that are too old cannot be deleted.",
+            "1 while expired transcripts cannot be deleted.",
             registry=registry,
         )
         self.drift = Gauge(
@@ -158,31 +158,31 @@ class Metrics:
         )
         self.drift_requests = Gauge(
             "interpretops_policy_drift_requests",
-            "Requests in the two windows that are compared: `live`, `baseline`.",
+            "Number of requests in the drift windows: `live`, `baseline`.",
             ("policy", "window"),
             registry=registry,
         )
         self.canary_pairs = Counter(
             "interpretops_canary_pairs",
-            "Prompts that the gateway itself asked with and without a policy: `ok` or `failed`.",
+            "Canary prompts asked with and without a policy, by result: `ok` or `failed`.",
             ("policy", "result"),
             registry=registry,
         )
         self.canary_measure = Gauge(
             "interpretops_canary_measure",
-            "What the canary finds of the active revision: a share, and the bounds of its 95 % interval.",
+            "Canary measures of the active revision: value, and bounds of the 95 % interval.",
             ("policy", "measure", "bound"),
             registry=registry,
         )
         self.canary_n = Gauge(
             "interpretops_canary_n",
-            "Prompts, for latency pairs of answers, behind a measure of the canary.",
+            "Number of prompts behind a canary measure; for latency, number of answer pairs.",
             ("policy", "measure"),
             registry=registry,
         )
         self.canary_breach = Gauge(
             "interpretops_canary_breach",
-            "1 while a measure of the canary lies, with its whole interval, beyond what the policy promises.",
+            "1 while the whole interval of a canary measure is beyond the policy's limit.",
             ("policy", "measure"),
             registry=registry,
         )
@@ -194,93 +194,93 @@ class Metrics:
         )
         self.audit_displaced = Counter(
             "interpretops_audit_displaced",
-            "Times that a file of the audit log was moved, removed or changed while it was written.",
+            "Times that another program moved, removed or changed a file of the audit log.",
             ("file",),
             registry=registry,
         )
         self.tls_start = Gauge(
             "interpretops_tls_certificate_start_timestamp_seconds",
-            "When the certificate chain that a listener shows became valid, in seconds since 1970.",
+            "Start of validity of the certificate chain that a listener uses, in Unix seconds.",
             ("listener",),
             registry=registry,
         )
         self.tls_expiry = Gauge(
             "interpretops_tls_certificate_expiry_timestamp_seconds",
-            "When the certificate chain that a listener shows expires, in seconds since 1970.",
+            "Expiry of the certificate chain that a listener uses, in Unix seconds.",
             ("listener",),
             registry=registry,
         )
         self.tls_broken = Gauge(
             "interpretops_tls_certificate_broken",
-            "1 while the pair of certificate and key on disk cannot be used and the one before is shown.",
+            "1 while the certificate and key on disk cannot be used, so the previous pair stays in use.",
             ("listener",),
             registry=registry,
         )
         self.keys_broken = Gauge(
             "interpretops_keys_broken",
-            "1 while the file of keys is gone, or cannot be taken and older keys are in force for a while.",
+            "1 while the key file is missing, or is unreadable and the old keys stay in force for a while.",
             registry=registry,
         )
         self.keys_skipped = Gauge(
             "interpretops_keys_skipped",
-            "Keys that stand in the file of keys and open nothing, as their tenant is not declared.",
+            "Keys in the key file that are not accepted because their tenant is not declared.",
             registry=registry,
         )
         self.engine_up = Gauge(
-            "interpretops_engine_up", "1 while an engine answers.", ("engine",), registry=registry
+            "interpretops_engine_up", "1 while an engine responds.", ("engine",), registry=registry
         )
         self.engine_ready = Gauge(
             "interpretops_engine_ready",
-            "1 while an engine is proven to steer.",
+            "1 while an engine is proven to steer and takes requests.",
             ("engine",),
             registry=registry,
         )
         self.engine_outstanding = Gauge(
             "interpretops_engine_outstanding",
-            "Requests that an engine is answering for this gateway.",
+            "Requests of this gateway in progress at an engine.",
             ("engine",),
             registry=registry,
         )
         self.engine_breaker_open = Gauge(
             "interpretops_engine_breaker_open",
-            "1 while requests in a row failed at an engine and it is left alone.",
+            "1 while an engine is skipped because several requests in a row failed.",
             ("engine",),
             registry=registry,
         )
         self.engine_retries = Counter(
             "interpretops_engine_retries",
-            "Requests that went to another engine, before anything was answered.",
+            "Requests moved to another engine before any part of the answer was sent.",
             ("engine", "reason"),
             registry=registry,
         )
         self.engine_unattested = Counter(
             "interpretops_engine_unattested",
-            "Revisions that an engine did not attest while others did, so that it gets no request of them.",
+            "Revisions that an engine did not attest while others did; it gets no requests of these.",
             ("engine",),
             registry=registry,
         )
         self.limits_away = Gauge(
             "interpretops_limits_away",
-            "1 while Redis, where gateways count limits together, does not answer.",
+            "1 while Redis, which holds the shared limits, is unreachable.",
             registry=registry,
         )
         self.budgets_unsaved = Gauge(
             "interpretops_budgets_unsaved",
-            "1 while what tenants have used of their budgets cannot be written to its file.",
+            "1 while tenants' budget usage cannot be saved to its file.",
             registry=registry,
         )
         self.engines_unresolved = Gauge(
             "interpretops_engines_unresolved",
-            "1 while a DNS name of engine.url has no address, and those it had before stay in use.",
+            "1 while a DNS name of engine.url cannot be resolved; its last known addresses stay in use.",
             registry=registry,
         )
         self.limits_unanswered = Counter(
             "interpretops_limits_unanswered",
-            "Questions that Redis, where gateways count limits together, did not answer, or not in time.",
+            "Queries to Redis, which holds the shared limits, that failed or timed out.",
             registry=registry,
         )
         self.ready = Gauge(
-            "interpretops_ready", "1 while requests can be served, as /readyz says.", registry=registry
+            "interpretops_ready", "1 while requests can be served, as /readyz reports.", registry=registry
         )
         self.not_ready = Gauge(
             "interpretops_not_ready",
@@ -290,30 +290,30 @@ class Metrics:
         )
         self.names_unmatched = Gauge(
             "interpretops_names_unmatched",
-            "Names in the settings that no key, model or alias has now, by the list in which they stand.",
+            "Names in the settings that match no current key, model or alias, by section of the settings.",
             ("place",),
             registry=registry,
         )
         self.engine_starts = Counter("interpretops_engine_starts", "Engines started.", registry=registry)
         self.in_flight = Gauge("interpretops_requests_in_flight", "Requests in progress.", registry=registry)
         self.tasks = Gauge(
-            "interpretops_gateway_tasks", "Asyncio tasks of the gateway, as it is asked.", registry=registry
+            "interpretops_gateway_tasks", "Asyncio tasks of the gateway, when scraped.", registry=registry
         )
         self.task_failures = Counter(
             "interpretops_task_failures",
-            "Exceptions that ended a task of the gateway; those that must go on were started again.",
+            "Exceptions that ended a task of the gateway. Permanent tasks are restarted.",
             ("task",),
             registry=registry,
         )
         self.task_down = Gauge(
             "interpretops_task_down",
-            "1 while a task that must go on fails again and again.",
+            "1 while a permanent task keeps failing.",
             ("task",),
             registry=registry,
         )
         self.ttft = Histogram(
             "interpretops_time_to_first_token_seconds",
-            "Request read to first streamed event.",
+            "From request read to first streamed event.",
             ("policy",),
             buckets=_TTFT_BUCKETS_S,
             registry=registry,
@@ -327,7 +327,7 @@ class Metrics:
         )
         self.e2e = Histogram(
             "interpretops_request_seconds",
-            "Request read to last byte.",
+            "From request read to last byte.",
             ("policy",),
             buckets=_E2E_BUCKETS_S,
             registry=registry,
@@ -339,8 +339,8 @@ class Metrics:
             registry=registry,
         )
 
-    def know_policy(self, policy: str) -> None:
-        """A policy may get requests from now on."""
+    def init_policy_series(self, policy: str) -> None:
+        """Initialise the series of a policy that may get requests from now on."""
         for counter in (
             *(self.receipts_failed, self.tokens_evaluated, self.edits_applied),
             *(self.gates_fired, self.requests_gated),
@@ -350,5 +350,5 @@ class Metrics:
             self.canary_pairs.labels(policy, result)
 
     def render(self) -> bytes:
-        """The exposition text."""
+        """The metrics in Prometheus text format."""
         return generate_latest(self.registry)

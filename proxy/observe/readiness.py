@@ -1,4 +1,4 @@
-"""Whether requests can be served, and if not why: the one answer behind `/readyz`, gauge, log and alert."""
+"""Whether requests can be served, and if not, why: the one source for `/readyz`, metrics, log and alerts."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ Code = Literal[
     "keys_unusable",
     "binding_unmatched",
 ]
-"""Why requests are refused, in words that never change: shown to anybody, and a label of metrics."""
+"""Stable reason codes: public in `/readyz`, and a metric label."""
 CODES: Final[tuple[Code, ...]] = get_args(Code)
-_LOOK_EVERY_S: Final = 1.0
+_CHECK_EVERY_S: Final = 1.0
 
 
 @dataclass(frozen=True)
 class Reason:
-    """One thing for which requests are refused."""
+    """One reason why requests are refused."""
 
     code: Code
     detail: str
-    """What exactly, for operators: stands in the log and on the admin listener."""
+    """Details for operators, in the log and the admin API."""
 
 
 Check = Callable[[], Iterable[Reason]]
-"""Gives what is wrong at the moment of asking; nothing, when all is well. Must be quick and not raise."""
+"""Yields what is wrong now, or nothing. Must be fast and must not raise."""
 
 
 class Readiness:
-    """Asks everybody who can refuse all requests. Each says for itself, by `add`, whether it does."""
+    """Combines the checks of all components that can refuse every request; each registers with `add`."""
 
     def __init__(self, metrics: Metrics, log: FilteringBoundLogger) -> None:
         self._checks: list[Check] = []
         self._log = log
-        self._told: frozenset[Code] = frozenset()
+        self._last_codes: frozenset[Code] = frozenset()
         self._was_ready = False
         self.ready = asyncio.Event()
-        """Set while requests can be served; as new as the last `look`."""
+        """Set while requests can be served, as of the last `log_changes`."""
         metrics.ready.set_function(lambda: not self.reasons())
         for code in CODES:
             metrics.not_ready.labels(code).set_function(partial(self._has, code))
 
     def add(self, check: Check) -> None:
-        """Ask ``check`` too from now on."""
+        """Register a check."""
         self._checks.append(check)
 
     def reasons(self) -> list[Reason]:
-        """Why requests cannot be served now; empty when they can."""
+        """Why requests cannot be served now; empty if they can."""
         return [reason for check in self._checks for reason in check()]
 
-    def look(self) -> None:
-        """Write into the log what has changed since the last look."""
+    def log_changes(self) -> None:
+        """Log what has changed since the last call, and update `ready`."""
         reasons = self.reasons()
         codes = frozenset(reason.code for reason in reasons)
         if not codes:
@@ -74,18 +74,18 @@ class Readiness:
             self.ready.set()
         else:
             self.ready.clear()
-            if codes != self._told:
+            if codes != self._last_codes:
                 starting = not self._was_ready and codes == {"engine_not_ready"}
-                tell = self._log.info if starting else self._log.error
-                tell("gateway_not_ready", reasons=sorted(codes), why=[reason.detail for reason in reasons])
-        self._told = codes
+                emit = self._log.info if starting else self._log.error
+                emit("gateway_not_ready", reasons=sorted(codes), why=[reason.detail for reason in reasons])
+        self._last_codes = codes
 
     async def keep(self, alive: Callable[[], None]) -> None:
-        """Look once a second, until cancelled."""
+        """Check once a second, until cancelled."""
         while True:
-            self.look()
+            self.log_changes()
             alive()
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_CHECK_EVERY_S)
 
     def _has(self, code: Code) -> bool:
         return any(reason.code == code for reason in self.reasons())

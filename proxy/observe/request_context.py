@@ -1,4 +1,4 @@
-"""What is known of a request by its end, for log, metrics, audit and bill. Never what it said."""
+"""Facts about one request for log, metrics, audit log and billing. Never prompts or answers."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from aiohttp import web
 
 from interpretops.engine_api import Receipt
 
-_MOST_HELD: Final = 16 * 1024 * 1024
-"""Bytes of an answer to be stored: a stream takes about 250 for each token."""
+_MAX_HELD: Final = 16 * 1024 * 1024
+"""Longest answer that is stored, in bytes. A stream takes about 250 bytes per token."""
 
 
 @dataclass
 class Transcript:
-    """What a request said, while it runs."""
+    """Request and answer of one request, collected while it runs."""
 
     route: str
     body: Mapping[str, Any]
     size: int
-    """Of the body as it came, in bytes."""
+    """Size of the request body as received, in bytes."""
     chunks: list[bytes] = field(default_factory=list)
-    """The answer as it was sent."""
+    """The answer as sent."""
     too_long: bool = False
-    """Whether the answer is longer than what is held of one; nothing of it is, then."""
+    """Whether the answer is too long to store; none of it is then kept."""
     _held: int = 0
 
     def add(self, chunk: bytes) -> None:
-        """More of the answer."""
+        """Add a part of the answer."""
         self._held += len(chunk)
-        if self._held > _MOST_HELD:
+        if self._held > _MAX_HELD:
             self.too_long = True
             self.chunks.clear()
         else:
@@ -39,50 +39,50 @@ class Transcript:
 
 
 @dataclass
-class Trail:
-    """Filled by whoever handles the request."""
+class RequestContext:
+    """Filled in by the handlers as the request proceeds."""
 
     request_id: str
     tenant: str = "none"
-    """Id of a declared tenant, `anonymous` without keys, or `none` when nobody was identified."""
+    """Id of a declared tenant, `anonymous` where no keys are required, or `none` if not authenticated."""
     key: str | None = None
-    """Id of the key that was shown."""
+    """Id of the API key used."""
     policy: str = "none"
     """Id of a policy in the catalogue, or `none`."""
     revision: str = "none"
     reason: str | None = None
     stream: bool = False
     engine_s: float = 0.0
-    """Time spent waiting for the engine or the client's reading."""
+    """Time spent waiting for the engine, or for the client to read."""
     tokens: int | None = None
-    """Tokens that the engine worked through, as its receipt says; None as long as there is none."""
+    """Tokens that the engine processed, from its receipt; None before there is one."""
     evaluated: int = 0
-    """Tokens at which the revision was evaluated, as the receipt says."""
+    """Tokens at which the revision was evaluated, from the receipt."""
     edits: int = 0
-    """(token, site) pairs that were changed, as the receipt says."""
+    """(token, site) pairs that were edited, from the receipt."""
     gates: int = 0
-    """(token, gate) pairs at which a conditional gate was open, as the receipt says."""
+    """(token, gate) pairs at which a conditional gate was open, from the receipt."""
     nonce: str | None = None
-    """Names the receipt, once the request was sent to the engine."""
+    """Identifies the receipt; set once the request is sent to the engine."""
     keep_answer: bool = False
-    """Whether the answer is to be compared with a shadow's."""
+    """Whether to keep the answer for comparison with a shadow's."""
     answer: bytes | None = None
-    """The answer, where it is to be compared; forgotten with the request."""
+    """The answer, if kept for comparison. Discarded with the request."""
     transcript: Transcript | None = None
-    """What was said, where the tenant has it kept; forgotten with the request."""
+    """Request and answer, if the tenant keeps transcripts. Discarded with the request."""
     model: str | None = None
-    """The model that was asked for, once it is known to be one."""
+    """The requested model, once it is known to exist."""
     engine_headers: dict[str, str] = field(default_factory=dict)
-    """What the engine is told besides: which trace the request belongs to."""
+    """Extra headers for the engine: the trace context."""
     headers: dict[str, str] = field(default_factory=dict)
-    """Further headers of the answer."""
+    """Extra headers of the response."""
     ttft_s: float | None = None
     began_at: float = 0.0
 
     def take(self, receipt: Receipt) -> None:
-        """Note what the engine did, whether or not it was what was demanded."""
+        """Store the engine's figures, whether or not the receipt proves the answer."""
         self.tokens, self.evaluated = receipt.tokens, receipt.tokens_evaluated
         self.edits, self.gates = receipt.edits_applied, receipt.gates_fired
 
 
-TRAIL: web.RequestKey[Trail] = web.RequestKey("trail", Trail)
+REQUEST_CONTEXT: web.RequestKey[RequestContext] = web.RequestKey("context", RequestContext)

@@ -1,4 +1,4 @@
-"""Starts every task of the gateway: a failure is logged and counted, and what must go on is restarted."""
+"""Starts all tasks of the gateway. Logs and counts failures, and restarts permanent tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from structlog.typing import FilteringBoundLogger
 
 from proxy.observe.metrics import Metrics
 from proxy.observe.readiness import Reason
-from proxy.observe.unforeseen_error import told
+from proxy.observe.unforeseen_error import describe_error
 
 KEPT: Final = {
     "readiness": True,
@@ -30,23 +30,23 @@ KEPT: Final = {
     "transcripts": False,
     "retention": False,
 }
-"""Tasks that run as long as the gateway, and whether they enforce something: the gateway is not ready while
-one of those cannot be kept alive. When an `engine` task fails, its engine takes no requests."""
+"""Permanent tasks, and whether they enforce something: the gateway is not ready while an enforcing task keeps
+failing. When an `engine` task fails, its engine takes no requests."""
 BRIEF: Final = ("audit sync", "free revision", "settlement", "shadow", "engine leaves")
-"""Tasks that end by themselves."""
+"""Short tasks that end by themselves."""
 STRAY: Final = "stray"
-"""What the event loop reports of callbacks, and of tasks that libraries start."""
+"""Name for errors that the event loop reports: of callbacks, and of tasks started by libraries."""
 _DELAYS_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _IN_A_ROW: Final = 3
-"""Failures without a turn that went well, after which a task counts as one that cannot be kept alive."""
+"""Failures in a row, with no successful iteration between them, after which a task counts as down."""
 
 T = TypeVar("T")
 Alive = Callable[[], None]
-"""Called by a kept task after each turn that went well."""
+"""Called by a permanent task after each successful iteration."""
 
 
 class Supervisor:
-    """All tasks of one gateway. Their names are labels in metrics."""
+    """All tasks of one gateway. Their names are metric labels."""
 
     def __init__(
         self,
@@ -66,13 +66,13 @@ class Supervisor:
 
     @property
     def down(self) -> list[str]:
-        """The enforcing tasks that cannot be kept alive."""
+        """The enforcing tasks that keep failing."""
         return sorted({name for name in self._down.values() if KEPT[name]})
 
     def not_ready(self) -> Iterator[Reason]:
-        """Enforcing tasks without which nothing may be served."""
+        """Enforcing tasks that keep failing: nothing may be served without them."""
         if down := self.down:
-            yield Reason("task_down", f"tasks fail again and again, see `task_failed`: {', '.join(down)}")
+            yield Reason("task_down", f"tasks keep failing, see `task_failed` in the log: {', '.join(down)}")
 
     def _is_down(self, name: str) -> bool:
         return name in self._down.values()
@@ -84,16 +84,16 @@ class Supervisor:
         *,
         ends_with: tuple[type[Exception], ...] = (),
     ) -> asyncio.Task[None]:
-        """Run a task until it is cancelled, and start it again, after a pause, whenever it ends otherwise.
+        """Run a task until it is cancelled. Restart it, after a pause, whenever it ends otherwise.
 
         name       one of `KEPT`
-        ends_with  exceptions that end it for good, and are for whoever awaits it
+        ends_with  exceptions that end it for good and are raised to whoever awaits it
         """
         assert name in KEPT, name
         return self._start(name, self._keep(name, run, ends_with))
 
     def spawn(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run a task once; its exception is logged and counted, also where nobody awaits it.
+        """Run a task once. Logs and counts its exception even if nobody awaits it.
 
         name  one of `BRIEF`
         """
@@ -105,8 +105,8 @@ class Supervisor:
     def stray(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """The event loop's exception handler."""
         error = context.get("exception")
-        # Beside an exception the message may quote what was called.
-        facts = {"error": context.get("message")} if error is None else told(error)
+        # With an exception present, the message may quote call arguments.
+        facts = {"error": context.get("message")} if error is None else describe_error(error)
         self._count(STRAY, facts)
 
     async def _keep(
@@ -131,10 +131,10 @@ class Supervisor:
                 except asyncio.CancelledError as error:
                     if task.cancelling():
                         raise
-                    # Something that it awaited was cancelled, not the task.
-                    facts = told(error)
+                    # Something it awaited was cancelled, not the task itself.
+                    facts = describe_error(error)
                 except Exception as error:
-                    facts = told(error)
+                    facts = describe_error(error)
                 delay_s = _DELAYS_S[min(failures, len(_DELAYS_S) - 1)]
                 failures += 1
                 self._count(name, {**facts, "in_a_row": failures, "again_in_s": delay_s})
@@ -147,14 +147,14 @@ class Supervisor:
 
     def _start(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work, name=name)
-        # The event loop itself holds tasks only weakly.
+        # The event loop only holds weak references to tasks.
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return task
 
     def _note_end(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._count(task.get_name(), told(error))
+            self._count(task.get_name(), describe_error(error))
 
     def _count(self, name: str, facts: dict[str, Any]) -> None:
         self._metrics.task_failures.labels(name).inc()
@@ -162,16 +162,16 @@ class Supervisor:
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks and wait for their end. What they failed with was told already."""
+    """Cancel tasks and wait until they end. Their errors have already been logged."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def first_of(*works: Coroutine[Any, Any, T]) -> tuple[int, T]:
-    """Run works side by side until one ends, then cancel and await the others: its index, and its result.
+    """Run coroutines concurrently until one ends, then cancel the others. Returns its index and result.
 
-    Of several that have ended the first one given is taken. Raises what that one raised.
+    If several have ended, the first in argument order counts. Raises what that one raised.
     """
     tasks = [asyncio.create_task(work) for work in works]
     try:
@@ -182,5 +182,5 @@ async def first_of(*works: Coroutine[Any, Any, T]) -> tuple[int, T]:
     index = next(index for index, task in enumerate(tasks) if task not in pending)
     for task in tasks[index + 1 :]:
         if task not in pending and not task.cancelled():
-            task.exception()  # Seen: the one before it decides.
+            task.exception()  # Retrieved, so that asyncio does not report it.
     return index, tasks[index].result()

@@ -1,4 +1,4 @@
-"""OpenTelemetry: one span for each request, with `gen_ai.*` names and what the receipt says, no content."""
+"""OpenTelemetry: one span per request with `gen_ai.*` attributes and receipt figures, without content."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from aiohttp import web
 
 from interpretops.errors import ConfigError
 from interpretops.settings.gateway import TracingSettings
-from proxy.observe.request_context import Trail
+from proxy.observe.request_context import RequestContext
 from proxy.process.off_loop import off_loop
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ _OPERATIONS: Final = {
     "/v1/messages": "chat",
     "/v1/completions": "text_completion",
 }
-"""`gen_ai.operation.name` of OpenTelemetry's conventions for generative AI; other routes get no span."""
+"""`gen_ai.operation.name` from OpenTelemetry's conventions for generative AI. Other routes get no span."""
 
 
 class Tracing:
-    """Makes spans and sends them in the background; without an endpoint it does nothing."""
+    """Creates spans and exports them in the background. Does nothing without an endpoint."""
 
     def __init__(self, settings: TracingSettings, version: str) -> None:
         self._tracer: Tracer | None = None
@@ -45,7 +45,7 @@ class Tracing:
                 f"tracing.endpoint = {settings.endpoint!r}, but {error.name} is not installed; "
                 "pip install 'interpretops[tracing]'"
             ) from error
-        self._api, self._context = trace, TraceContextTextMapPropagator()
+        self._api, self._propagator = trace, TraceContextTextMapPropagator()
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(settings.share)),
             resource=Resource.create({"service.name": settings.service, "service.version": version}),
@@ -55,42 +55,42 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("interpretops.gateway", version)
 
-    def begin(self, request: web.Request, route: str, trail: Trail) -> Span | None:
-        """The span of a request, a child of the caller's own (`traceparent`) and parent of the engine's."""
+    def begin(self, request: web.Request, route: str, context: RequestContext) -> Span | None:
+        """Start a request's span: child of the caller's (`traceparent`), parent of the engine's."""
         if self._tracer is None or route not in _OPERATIONS:
             return None
-        context = self._context.extract({key.lower(): value for key, value in request.headers.items()})
+        parent = self._propagator.extract({key.lower(): value for key, value in request.headers.items()})
         operation = _OPERATIONS[route]
         attributes = {"gen_ai.operation.name": operation, "gen_ai.provider.name": "vllm", "http.route": route}
-        span = self._tracer.start_span(operation, context, self._api.SpanKind.SERVER, attributes)
-        self._context.inject(trail.engine_headers, self._api.set_span_in_context(span))
+        span = self._tracer.start_span(operation, parent, self._api.SpanKind.SERVER, attributes)
+        self._propagator.inject(context.engine_headers, self._api.set_span_in_context(span))
         return span
 
-    def end(self, span: Span | None, route: str, trail: Trail, status: int) -> None:
-        """Say what came of it."""
+    def end(self, span: Span | None, route: str, context: RequestContext, status: int) -> None:
+        """Record the outcome, and end the span."""
         if span is None:
             return
         span.set_attribute("http.response.status_code", status)
-        span.set_attribute("interpretops.request_id", trail.request_id)
-        span.set_attribute("interpretops.tenant", trail.tenant)
-        span.set_attribute("interpretops.policy", trail.policy)
-        span.set_attribute("interpretops.revision", trail.revision)
-        if trail.model is not None:
-            span.set_attribute("gen_ai.request.model", trail.model)
-            span.update_name(f"{_OPERATIONS[route]} {trail.model}")
-        if trail.tokens is not None:
-            span.set_attribute("interpretops.tokens_evaluated", trail.evaluated)
-            span.set_attribute("interpretops.edits_applied", trail.edits)
-            span.set_attribute("interpretops.gates_fired", trail.gates)
-        if trail.ttft_s is not None:
-            span.set_attribute("gen_ai.response.time_to_first_chunk", trail.ttft_s)
-        if trail.reason is not None:
-            span.set_attribute("error.type", trail.reason)
+        span.set_attribute("interpretops.request_id", context.request_id)
+        span.set_attribute("interpretops.tenant", context.tenant)
+        span.set_attribute("interpretops.policy", context.policy)
+        span.set_attribute("interpretops.revision", context.revision)
+        if context.model is not None:
+            span.set_attribute("gen_ai.request.model", context.model)
+            span.update_name(f"{_OPERATIONS[route]} {context.model}")
+        if context.tokens is not None:
+            span.set_attribute("interpretops.tokens_evaluated", context.evaluated)
+            span.set_attribute("interpretops.edits_applied", context.edits)
+            span.set_attribute("interpretops.gates_fired", context.gates)
+        if context.ttft_s is not None:
+            span.set_attribute("gen_ai.response.time_to_first_chunk", context.ttft_s)
+        if context.reason is not None:
+            span.set_attribute("error.type", context.reason)
             if status >= 500 or status == 200:
-                span.set_status(self._api.Status(self._api.StatusCode.ERROR, trail.reason))
+                span.set_status(self._api.Status(self._api.StatusCode.ERROR, context.reason))
         span.end()
 
     async def close(self) -> None:
-        """Send what is left."""
+        """Export the remaining spans."""
         if self._provider is not None:
             await off_loop(self._provider.shutdown)

@@ -1,4 +1,4 @@
-"""Keeps requests and answers of tenants that ask for it: redacted, sealed, and deleted in time."""
+"""Stores requests and answers of tenants that opt in: redacted, encrypted, and deleted after a set time."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from interpretops.records.redaction import Redactor
 from interpretops.records.transcript_file import Vault, append, delete_old
 from interpretops.settings import Settings
 from proxy.observe.metrics import Metrics
-from proxy.observe.request_context import Trail, Transcript
-from proxy.openai_api.answer_text import texts_said
+from proxy.observe.request_context import RequestContext, Transcript
+from proxy.openai_api.answer_text import answer_texts
 from proxy.openai_api.routes import ROUTES
 
-_MOST_WAITING_BYTES: Final = 16 * 1024 * 1024
-"""Of requests and answers that wait to be written: minutes of ordinary traffic, and a bound to memory."""
-_MOST_CHARACTERS: Final = 256 * 1024
-"""A longer request is not kept, and counted as lost: redacting it would take the core for seconds."""
+_MAX_WAITING_BYTES: Final = 16 * 1024 * 1024
+"""Bytes of requests and answers waiting to be written: minutes of usual traffic, and a memory bound."""
+_MAX_CHARACTERS: Final = 256 * 1024
+"""Longer requests are counted as lost: redacting one would occupy a core for seconds."""
 _SWEEP_EVERY_S: Final = 3600.0
 _TOKENS: Final = "[TOKENS]"
-"""Stands for a prompt of token numbers: nothing here reads them, so nothing could be taken out of them."""
+"""Replaces a prompt of token ids: they are not decoded here, so they cannot be redacted."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A request that has ended and is to be stored."""
+    """A finished request to be stored."""
 
     tenant: str
     transcript: Transcript
@@ -43,7 +43,7 @@ class _Kept:
 
 
 class Transcripts:
-    """One writer, in a thread, so that no request waits for it."""
+    """Writes in a thread, one transcript at a time, so that no request waits for it."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Transcripts:
         log: FilteringBoundLogger,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Raises `ConfigError` when a key is missing, or what redacts."""
+        """Raises `ConfigError` when an encryption key or the redaction library is missing."""
         self._folder = settings.transcripts_dir.expanduser()
         self._vaults = {
             tenant.id: Vault(tenant.id, tenant.transcripts.key)
@@ -70,7 +70,7 @@ class Transcripts:
         self._waiting_bytes = 0
         self._more = asyncio.Event()
         self._writing: tuple[_Kept, asyncio.Future[None]] | None = None
-        """What is being written, also after whoever waits for it was cancelled."""
+        """The write in progress. It continues even if the task waiting for it is cancelled."""
         for tenant in self._vaults:
             for result in ("stored", "lost"):
                 metrics.transcripts.labels(tenant, result)
@@ -79,31 +79,31 @@ class Transcripts:
             log.info("requests_are_kept", tenants=sorted(self._vaults), routes=routes)
 
     def begin(self, tenant: str, route: str, body: Mapping[str, Any], size: int) -> Transcript | None:
-        """What fills up while a request of a tenant runs that wants it kept; None for all others.
+        """Start the transcript of a request; None for tenants that keep none.
 
-        ``size`` is that of the body as it came, in bytes.
+        ``size``: of the request body as received, in bytes.
         """
         return Transcript(route, dict(body), size) if tenant in self._vaults else None
 
-    def keep(self, trail: Trail, status: int) -> None:
-        """Store a request that has ended, soon; when too much waits, it is lost: told and counted."""
-        assert trail.transcript is not None
+    def keep(self, context: RequestContext, status: int) -> None:
+        """Queue a finished request for storage. If the queue is full, log and count it as lost."""
+        assert context.transcript is not None
         facts: dict[str, Any] = {
             "time": self._now().isoformat(timespec="milliseconds"),
-            "request_id": trail.request_id,
-            "key": trail.key,
-            "model": trail.model,
-            "policy": trail.policy,
-            "revision": trail.revision,
+            "request_id": context.request_id,
+            "key": context.key,
+            "model": context.model,
+            "policy": context.policy,
+            "revision": context.revision,
             "status": status,
-            "reason": trail.reason,
-            "stream": trail.stream,
+            "reason": context.reason,
+            "stream": context.stream,
         }
-        kept = _Kept(trail.tenant, trail.transcript, facts)
+        kept = _Kept(context.tenant, context.transcript, facts)
         if kept.transcript.too_long:
             self._lose(kept, "too_long")
             return
-        if self._waiting and self._waiting_bytes + kept.size > _MOST_WAITING_BYTES:
+        if self._waiting and self._waiting_bytes + kept.size > _MAX_WAITING_BYTES:
             self._lose(kept, "too_much_waits")
             return
         self._waiting.append(kept)
@@ -111,7 +111,7 @@ class Transcripts:
         self._more.set()
 
     async def run(self, alive: Callable[[], None]) -> None:
-        """Write, until cancelled."""
+        """Write queued transcripts, until cancelled."""
         while True:
             while self._waiting or self._writing:
                 await self._store_next()
@@ -120,12 +120,12 @@ class Transcripts:
             await self._more.wait()
 
     async def close(self) -> None:
-        """Write what still waits."""
+        """Write the transcripts still queued."""
         while self._waiting or self._writing:
             await self._store_next()
 
     async def sweep(self, alive: Callable[[], None]) -> None:
-        """Delete what is too old, until cancelled; also of tenants that ask for it no more."""
+        """Delete expired transcripts, until cancelled; also of tenants that no longer opt in."""
         while True:
             try:
                 deleted = await asyncio.to_thread(
@@ -149,14 +149,14 @@ class Transcripts:
             try:
                 self._writing = kept, loop.run_in_executor(None, self._write, kept)
             except RuntimeError as error:
-                # No thread can be had.
+                # No thread could be started.
                 self._lose(kept, type(error).__name__)
                 return
         kept, written = self._writing
         try:
             await asyncio.shield(written)
         except Exception as error:
-            # Those behind it must not be lost too. Its text may quote what it was about.
+            # Keep going, so that those behind it are not lost. Log only the type: its text may quote them.
             self._lose(kept, type(error).__name__)
         else:
             self._metrics.transcripts.labels(kept.tenant, "stored").inc()
@@ -164,10 +164,10 @@ class Transcripts:
 
     def _write(self, kept: _Kept) -> None:
         tenant, transcript, facts = kept.tenant, kept.transcript, kept.facts
-        said = texts_said(b"".join(transcript.chunks), streamed=bool(facts["stream"]))
-        content: dict[str, Any] = {"request": dict(transcript.body), "answer": said}
-        if len(json.dumps(content)) > _MOST_CHARACTERS:
-            raise ValueError("too long to be redacted in passing")
+        texts = answer_texts(b"".join(transcript.chunks), streamed=bool(facts["stream"]))
+        content: dict[str, Any] = {"request": dict(transcript.body), "answer": texts}
+        if len(json.dumps(content)) > _MAX_CHARACTERS:
+            raise ValueError("too long to redact")
         if self._redactor is not None:
             if "prompt" in transcript.body:
                 content["request"]["prompt"] = _without_tokens(transcript.body["prompt"])

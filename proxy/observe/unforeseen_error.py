@@ -1,12 +1,12 @@
-"""What may be told of an unforeseen error: kind and place, never its text, which may quote a request."""
+"""What may be logged of an unexpected error: type and place, never its text, which may quote a request."""
 
 from __future__ import annotations
 
 from interpretops.errors import InterpretOpsError
 
 
-def told(error: BaseException) -> dict[str, str | None]:
-    """``kind``, ``place`` (function and line), and ``error``: the text where it is one of our own errors."""
+def describe_error(error: BaseException) -> dict[str, str | None]:
+    """``kind`` (type), ``place`` (function and line) and ``error`` (text; only of our own errors)."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     trace = error.__traceback__

@@ -1,1 +1,1 @@
-"""The OpenAI API as it is served: routes, the fields of each, strict bodies, and the texts of answers."""
+"""The OpenAI API as served: routes and their fields, strict request parsing, and text from answers."""

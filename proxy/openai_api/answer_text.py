@@ -1,4 +1,4 @@
-"""The texts of an answer, whole or in events, whatever route it came by."""
+"""Extracts the generated text from an answer of any route, streamed or not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final
 
-_TEXTS: Final = frozenset(
+_TEXT_FIELDS: Final = frozenset(
     [
         "text",
         "content",
@@ -19,18 +19,18 @@ _TEXTS: Final = frozenset(
         "delta",
     ]
 )
-"""Names under which the routes' answers and their events carry what the model wrote."""
-_CALLS: Final = ("tool_use", "custom_tool_call")
-"""Calls that carry what they were called with as `input`, an object or a text."""
-_SPOKEN: Final = ("choices", "output", "content")
-"""Where a whole answer holds what the model wrote; beside it some routes repeat what was asked."""
-_PLACES: Final = ("index", "output_index", "content_index")
-"""Which of several texts an event goes on with."""
+"""Fields of answers and events that carry text the model generated."""
+_CALL_TYPES: Final = ("tool_use", "custom_tool_call")
+"""Tool calls whose arguments are in `input`, an object or a string."""
+_GENERATED_FIELDS: Final = ("choices", "output", "content")
+"""Top-level fields with generated text. Some routes repeat the request in other fields."""
+_INDEX_FIELDS: Final = ("index", "output_index", "content_index")
+"""Fields that say which of several texts an event continues."""
 Key = tuple[str | int, ...]
 
 
-def texts_said(answer: bytes, *, streamed: bool) -> list[str]:
-    """What the model wrote, one text for each choice, block or call; pieces of a stream put together."""
+def answer_texts(answer: bytes, *, streamed: bool) -> list[str]:
+    """The generated text: one string for each choice, block or tool call, with stream pieces joined."""
     found: dict[Key, list[str]] = {}
     for body in _events(answer) if streamed else [answer]:
         try:
@@ -39,8 +39,8 @@ def texts_said(answer: bytes, *, streamed: bool) -> list[str]:
             continue
         if not isinstance(value, dict) or (streamed and _repeats(value)):
             continue
-        said = value if streamed else {name: value[name] for name in _SPOKEN if name in value}
-        for key, text in _pieces(said, ()):
+        generated = value if streamed else {n: value[n] for n in _GENERATED_FIELDS if n in value}
+        for key, text in _pieces(generated, ()):
             found.setdefault(key, []).append(text)
     return ["".join(pieces) for pieces in found.values()]
 
@@ -50,19 +50,19 @@ def _events(stream: bytes) -> Iterator[bytes]:
 
 
 def _repeats(event: dict[str, Any]) -> bool:
-    """Whether an event only frames or repeats what others bring piece by piece."""
+    """Whether an event only frames or repeats text that other events deliver in pieces."""
     kind = str(event.get("type"))
     return kind == "content_block_start" or (kind.startswith("response.") and not kind.endswith(".delta"))
 
 
 def _pieces(value: Any, key: Key) -> Iterator[tuple[Key, str]]:
     if isinstance(value, dict):
-        at = (*key, *(value[name] for name in _PLACES if isinstance(value.get(name), int)))
+        at = (*key, *(value[name] for name in _INDEX_FIELDS if isinstance(value.get(name), int)))
         for name, child in value.items():
-            if name == "input" and value.get("type") in _CALLS:
+            if name == "input" and value.get("type") in _CALL_TYPES:
                 yield (*at, name), child if isinstance(child, str) else json.dumps(child, ensure_ascii=False)
             elif isinstance(child, str):
-                if name in _TEXTS:
+                if name in _TEXT_FIELDS:
                     yield (*at, name), child
             else:
                 yield from _pieces(child, (*at, name))

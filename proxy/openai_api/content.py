@@ -1,8 +1,8 @@
-"""Looks into messages, inputs and tools: only text, and nothing that makes the engine fetch an address.
+"""Checks messages, inputs and tools: only text passes, and nothing that makes the engine fetch a URL.
 
-What reaches the engine is a closed list. A part of a content may hold the keys of its type, and those that
-clients add and no engine reads. A message may hold what belongs to a message; what clients note on it beside
-that (ids, times) is taken out. All of it is looked at by kind first: any JSON may stand anywhere.
+Only listed keys reach the engine. A content part may hold the keys of its type, and keys that clients add
+and no engine reads. Other keys of a message (ids, times) are removed. Types are checked before values, since
+any JSON may appear anywhere.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from proxy.errors import FieldNotAllowed, InvalidRequest
 
-_NOTES: Final = frozenset(
+_CLIENT_KEYS: Final = frozenset(
     [
         "annotations",
         "cache_control",
@@ -30,11 +30,11 @@ _NOTES: Final = frozenset(
         "status",
     ]
 )
-"""Keys that clients add to parts, and that change no answer."""
+"""Keys that clients add to content parts and that change no answer."""
 
 
-def _part(said: str, *more: str) -> tuple[str, frozenset[str]]:
-    return said, frozenset(("type", said, *more)) | _NOTES
+def _part(text_key: str, *more: str) -> tuple[str, frozenset[str]]:
+    return text_key, frozenset(("type", text_key, *more)) | _CLIENT_KEYS
 
 
 _PARTS: Final[Mapping[str, tuple[str, frozenset[str]]]] = {
@@ -49,7 +49,7 @@ _PARTS: Final[Mapping[str, tuple[str, frozenset[str]]]] = {
     "tool_use": _part("name", "input", "caller", "toolset_name"),
     "tool_result": _part("tool_use_id", "content", "is_error", "caller", "toolset_name"),
 }
-"""Each type of part that is text, where its text stands, and its keys."""
+"""Content part types that are text: the key that holds the text, and all allowed keys."""
 _MESSAGE: Final = frozenset(
     [
         "content",
@@ -74,8 +74,8 @@ _ITEMS: Final[Mapping[str, frozenset[str]]] = {
     ),
     "reasoning": frozenset(("type", "id", "summary", "content", "encrypted_content", "status")),
 }
-"""Items of a Responses input that hold no address and refer to nothing stored, and the keys of each."""
-_OTHER_CONTENT: Final = frozenset(
+"""Items of a Responses input that hold no URL and refer to nothing stored, with their allowed keys."""
+_NON_TEXT_KEYS: Final = frozenset(
     [
         "attachments",
         "audio",
@@ -103,20 +103,20 @@ _OTHER_CONTENT: Final = frozenset(
         "videos",
     ]
 )
-"""Keys under which clients send what is not text. Taken out, callers would think it was read."""
-_MAY_BE_A_NOTE: Final = frozenset(("document", "file", "files", "source"))
-"""Of those, keys that an app may well keep a name or number of its own under."""
+"""Keys for content other than text. These are refused: if removed, callers would think it was read."""
+_POSSIBLE_LABELS: Final = frozenset(("document", "file", "files", "source"))
+"""The keys among them that apps also use for a name or number of their own."""
 _EMPTY: Final[tuple[Any, ...]] = (None, "", [], {})
 
 
 def check_messages(body: Mapping[str, Any]) -> None:
-    """Of ``messages`` and ``system`` only text is served. Keys that no engine reads are taken out."""
+    """Allow only text in ``messages`` and ``system``. Removes keys that no engine reads."""
     for index, message in enumerate(_list(body.get("messages"), "messages")):
         where = f"messages[{index}]"
         if not isinstance(message, dict):
             raise InvalidRequest(f"{where} must be an object", param=where)
         if not isinstance(message.get("role"), str):
-            raise InvalidRequest(f"{where}.role must be a text", param=f"{where}.role")
+            raise InvalidRequest(f"{where}.role must be a string", param=f"{where}.role")
         _keep(message, _MESSAGE, where)
         _check_content(message.get("content"), f"{where}.content")
         _check_tools(message.get("tools"), f"{where}.tools")
@@ -128,13 +128,13 @@ def check_messages(body: Mapping[str, Any]) -> None:
 
 
 def check_input(body: Mapping[str, Any]) -> None:
-    """Of ``input`` only messages, function calls and what they returned, all of it text."""
-    given = body.get("input")
-    if isinstance(given, str):
+    """Allow only messages, function calls and their results in ``input``, all of them text."""
+    items = body.get("input")
+    if isinstance(items, str):
         return
-    if not isinstance(given, list):
-        raise InvalidRequest("input must be a text or a list", param="input")
-    for index, item in enumerate(given):
+    if not isinstance(items, list):
+        raise InvalidRequest("input must be a string or a list", param="input")
+    for index, item in enumerate(items):
         where = f"input[{index}]"
         if not isinstance(item, dict):
             raise InvalidRequest(f"{where} must be an object", param=where)
@@ -147,7 +147,7 @@ def check_input(body: Mapping[str, Any]) -> None:
 
 
 def check_tools(body: Mapping[str, Any]) -> None:
-    """Only functions, which the client runs; a server's address would be called by the engine."""
+    """Allow only functions, which the client runs. The engine would call a tool server's URL itself."""
     _check_tools(body.get("tools"), "tools")
 
 
@@ -156,7 +156,8 @@ def _check_tools(tools: Any, where: str) -> None:
         kind = tool.get("type", "function") if isinstance(tool, dict) else None
         if kind not in ("function", "custom"):
             raise FieldNotAllowed(
-                f"{where}[{index}]: type {str(kind)[:32]!r}, but only functions run by the client are served",
+                f"{where}[{index}]: type {str(kind)[:32]!r}, but only functions that the client runs "
+                "are supported",
                 param=f"{where}[{index}]",
             )
 
@@ -165,7 +166,7 @@ def _check_content(content: Any, where: str) -> None:
     if content is None or isinstance(content, str):
         return
     if not isinstance(content, list):
-        raise InvalidRequest(f"{where} must be a text or a list", param=where)
+        raise InvalidRequest(f"{where} must be a string or a list", param=where)
     for part in content:
         if not isinstance(part, str):
             _check_part(part, where)
@@ -175,15 +176,15 @@ def _check_part(part: Any, where: str) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str) or kind not in _PARTS:
         raise _refused(where, kind)
-    said, keys = _PARTS[kind]
+    text_key, keys = _PARTS[kind]
     for name in [name for name in part if name not in keys]:
-        if name in _OTHER_CONTENT and part[name] not in _EMPTY:
+        if name in _NON_TEXT_KEYS and part[name] not in _EMPTY:
             raise FieldNotAllowed(
-                f"{where}: part of type {kind!r} holds {name[:64]!r}, but only text is served; remove it",
+                f"{where}: part of type {kind!r} holds {name[:64]!r}, but only text is supported; remove it",
                 param=where,
             )
         del part[name]
-    _check_text(part, said, where)
+    _check_text(part, text_key, where)
     if kind == "tool_result":
         _check_content(part.get("content"), where)
 
@@ -199,19 +200,19 @@ def _check_call(call: Any, where: str) -> None:
 
 
 def _keep(found: dict[str, Any], keys: frozenset[str], where: str) -> None:
-    """Take out of a message what is not in ``keys``; refuse it where it is content of another kind."""
+    """Remove keys of a message that are not in ``keys``; refuse those that hold content other than text."""
     for name in [name for name in found if name not in keys]:
-        noted = name in _MAY_BE_A_NOTE and not isinstance(found[name], dict | list)
-        if name in _OTHER_CONTENT and found[name] not in _EMPTY and not noted:
+        label = name in _POSSIBLE_LABELS and not isinstance(found[name], dict | list)
+        if name in _NON_TEXT_KEYS and found[name] not in _EMPTY and not label:
             raise FieldNotAllowed(
-                f"{where} holds {name!r}, but only text is served; remove it", param=f"{where}.{name}"
+                f"{where} holds {name!r}, but only text is supported; remove it", param=f"{where}.{name}"
             )
         del found[name]
 
 
 def _check_text(found: Mapping[str, Any], name: str, where: str) -> None:
     if not isinstance(found.get(name), str | None):
-        raise InvalidRequest(f"{where}: {name} must be a text", param=where)
+        raise InvalidRequest(f"{where}: {name} must be a string", param=where)
 
 
 def _list(value: Any, where: str) -> list[Any]:
@@ -223,4 +224,5 @@ def _list(value: Any, where: str) -> list[Any]:
 
 
 def _refused(where: str, kind: Any) -> FieldNotAllowed:
-    return FieldNotAllowed(f"{where}: part of type {str(kind)[:32]!r}, but only text is served", param=where)
+    text = f"{where}: part of type {str(kind)[:32]!r}, but only text is supported"
+    return FieldNotAllowed(text, param=where)

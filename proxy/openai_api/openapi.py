@@ -1,4 +1,4 @@
-"""The OpenAPI document of the public listener, made from the table of routes and the tree of refusals."""
+"""The OpenAPI document of the public listener, generated from the route table and the error classes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _TYPED: Final[Mapping[str, Any]] = {
     "stream": {"type": ["boolean", "null"]},
     "cache_salt": {"type": ["string", "null"], "pattern": f"^{SALT_PATTERN}$"},
 }
-"""What the gateway looks at itself; all other fields are the engine's to judge."""
-_READS: Final = ("/healthz", "/readyz", "/openapi.json", "/v1/models", "/v1/models/{model}")
+"""Fields that the gateway checks itself. The engine checks all others."""
+_GET_ROUTES: Final = ("/healthz", "/readyz", "/openapi.json", "/v1/models", "/v1/models/{model}")
 
 
 def openapi_document() -> dict[str, Any]:
-    """OpenAPI 3.1: every route that is served or refused by name, its fields, and every error's code."""
+    """OpenAPI 3.1: all routes that are served or refused by name, their fields, and all error codes."""
     errors = {str(status): {"$ref": f"#/components/responses/{status}"} for status in _codes()}
-    paths: dict[str, Any] = {path: {"get": _read(path, errors)} for path in _READS}
+    paths: dict[str, Any] = {path: {"get": _read(path, errors)} for path in _GET_ROUTES}
     paths |= {path: {"post": _operation(route, errors)} for path, route in ROUTES.items()}
     for path, why in UNGUARDED.items():
         refused = {status: errors[status] for status in ("401", "403")}
-        told = {"summary": f"Refused: {why}", "responses": refused}
-        paths[path] = {"post": {**told, "parameters": list(_in_path(path))}}
+        operation = {"summary": f"Refused: {why}", "responses": refused}
+        paths[path] = {"post": {**operation, "parameters": list(_in_path(path))}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "InterpretOps gateway", "version": __version__},
@@ -52,18 +52,18 @@ def _operation(route: Route, errors: Mapping[str, Any]) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": {"type": "string"}}
         headers += [POLICY_HEADER, RECEIPT_HEADER]
         parameters.append({"name": POLICY_HEADER, "in": "header", "schema": {"type": "string"}})
-    told = {name: {"schema": {"type": "string"}} for name in headers}
+    sent = {name: {"schema": {"type": "string"}} for name in headers}
     return {
         "parameters": parameters,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": {"description": "The answer.", "headers": told, "content": content}, **errors},
+        "responses": {"200": {"description": "The answer.", "headers": sent, "content": content}, **errors},
     }
 
 
 def _read(path: str, errors: Mapping[str, Any]) -> dict[str, Any]:
     answer = {"description": "The answer.", "content": {"application/json": {"schema": {"type": "object"}}}}
-    told = {"200": answer, **errors} | ({"503": answer} if path == "/readyz" else {})
-    return {"parameters": list(_in_path(path)), "responses": told}
+    responses = {"200": answer, **errors} | ({"503": answer} if path == "/readyz" else {})
+    return {"parameters": list(_in_path(path)), "responses": responses}
 
 
 def _in_path(path: str) -> Iterator[dict[str, Any]]:
@@ -87,7 +87,7 @@ def _error_schema() -> dict[str, Any]:
 
 
 def _codes() -> dict[int, list[str]]:
-    """Codes of all refusals, by status."""
+    """All error codes, by HTTP status."""
     found: dict[int, set[str]] = {}
     kinds = list(Refusal.__subclasses__())
     for kind in kinds:

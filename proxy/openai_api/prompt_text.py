@@ -1,4 +1,4 @@
-"""What a caller wrote goes into the prompt as text: never as special tokens, on any route."""
+"""Puts the caller's text into the prompt as plain text, never as special tokens, on every route."""
 
 from __future__ import annotations
 
@@ -11,92 +11,94 @@ from proxy.errors import FieldNotAllowed, InvalidRequest
 from proxy.openai_api.routes import Route
 
 ROLES: Final = frozenset(("assistant", "developer", "function", "ipython", "system", "tool", "user"))
-"""Templates write `<|` and `|>` around some of them, so that any other could spell a special token."""
+"""Some templates write roles between `<|` and `|>`, so an unknown role could spell a special token."""
 _ALONE: Final = frozenset(("prompt", "response_format"))
-"""Nothing stands beside a whole prompt, and quotation marks around what is in a schema."""
+"""Fields whose strings have no other text next to them: a whole prompt, or a quoted string of a schema."""
 _QUOTED: Final = frozenset(("output_config", "text"))
 _QUOTED_WITHIN: Final[Mapping[str, frozenset[str]]] = {
     "messages": frozenset(("input", "input_schema", "parameters")),
     "tools": frozenset(("input_schema", "parameters")),
 }
-"""Schemas and what functions are called with: templates write them as JSON. An operator such as `<` in an
-`enum` must reach the grammar as it is."""
-_SPOKEN: Final = frozenset(("messages", "input"))
+"""Schemas and tool arguments, which templates write as JSON. An operator such as `<` in an `enum` must reach
+the grammar unchanged."""
+_MESSAGE_FIELDS: Final = frozenset(("messages", "input"))
 
 
-def make_inert(route: Route, body: Mapping[str, Any], special: SpecialTokens) -> dict[str, Any]:
-    """``body`` with no special token in anything that becomes part of the prompt.
+def neutralize_special_tokens(
+    route: Route, body: Mapping[str, Any], special: SpecialTokens
+) -> dict[str, Any]:
+    """A copy of ``body`` with no special token in any text of the prompt.
 
-    Texts get an invisible character where one would begin; other texts stay as they are, byte for byte. Token
-    numbers are refused by place and name, and so are roles that no template knows.
+    Inserts an invisible character where a special token would begin. All other text stays unchanged, byte for
+    byte. Refuses the ids of special tokens, and roles that no template knows.
     """
     found = dict(body)
     for name, field in route.fields.items():
         if not field.text or name not in body:
             continue
-        if name in _SPOKEN:
+        if name in _MESSAGE_FIELDS:
             _check_roles(name, body[name])
         if name == "prompt":
             _check_tokens(body[name], special)
-        how = _How(name in _ALONE, name in _QUOTED, _QUOTED_WITHIN.get(name, frozenset()))
-        found[name] = _inert(body[name], special, how)
+        position = _Position(name in _ALONE, name in _QUOTED, _QUOTED_WITHIN.get(name, frozenset()))
+        found[name] = _neutralize(body[name], special, position)
     if body.get("continue_final_message") is True:
-        _leave_open(found.get("messages"), body.get("messages"), special)
+        _keep_last_text_open(found.get("messages"), body.get("messages"), special)
     return found
 
 
-def _leave_open(made: Any, given: Any, special: SpecialTokens) -> None:
-    """Nothing will stand behind the last text, which the answer goes on with: its end stays as it is."""
+def _keep_last_text_open(neutralized: Any, given: Any, special: SpecialTokens) -> None:
+    """The answer continues the last message, and no text follows it: leave its end unchanged."""
     if isinstance(given, list) and given and isinstance(given[-1], dict):
         content = given[-1].get("content")
-        inert = made[-1].get("content")
-        if isinstance(content, str) and inert.endswith(JOINER) and not content.endswith(JOINER):
-            made[-1]["content"] = inert.removesuffix(JOINER)
+        text = neutralized[-1].get("content")
+        if isinstance(content, str) and text.endswith(JOINER) and not content.endswith(JOINER):
+            neutralized[-1]["content"] = text.removesuffix(JOINER)
 
 
-class _How(NamedTuple):
-    """Where a text will stand in the prompt: see `SpecialTokens.inert`."""
+class _Position(NamedTuple):
+    """Where a string ends up in the prompt; see `SpecialTokens.neutralize`."""
 
     alone: bool = False
     quoted: bool = False
     quoted_within: frozenset[str] = frozenset()
-    """Names of objects that are written as JSON."""
+    """Keys of objects that templates write as JSON."""
 
 
-def _inert(value: Any, special: SpecialTokens, how: _How) -> Any:
+def _neutralize(value: Any, special: SpecialTokens, position: _Position) -> Any:
     if isinstance(value, str):
-        return special.inert(value, alone=how.alone, quoted=how.quoted)
+        return special.neutralize(value, alone=position.alone, quoted=position.quoted)
     if isinstance(value, list):
-        return [_inert(item, special, how) for item in value]
+        return [_neutralize(item, special, position) for item in value]
     if isinstance(value, dict):
         found = {}
         for name, item in value.items():
             if name == "arguments" and isinstance(item, str):
-                made: Any = _inert_json(item, special)
-            elif name in how.quoted_within and isinstance(item, dict):
-                made = _inert(item, special, how._replace(quoted=True))
+                made: Any = _neutralize_json(item, special)
+            elif name in position.quoted_within and isinstance(item, dict):
+                made = _neutralize(item, special, position._replace(quoted=True))
             else:
-                made = _inert(item, special, how)
-            found[special.inert(name, alone=how.alone, quoted=how.quoted)] = made
+                made = _neutralize(item, special, position)
+            found[special.neutralize(name, alone=position.alone, quoted=position.quoted)] = made
         return found
     return value
 
 
-def _inert_json(text: str, special: SpecialTokens) -> str:
-    """What a function was called with, a JSON text. The engine reads it, and templates write what it means.
+def _neutralize_json(text: str, special: SpecialTokens) -> str:
+    """Neutralize tool arguments, a JSON string. The engine parses it, and templates write the parsed value.
 
-    So an escape (`\\u003c`) could spell what the text itself does not. Texts that mean no special token stay
-    as they are.
+    So an escape (`\\u003c`) could spell a special token that the string itself does not contain. Strings that
+    decode to no special token stay unchanged.
     """
     if "\\" in text:
         try:
-            meant = json.loads(text)
-            made = _inert(meant, special, _How(quoted=True))
-            if made != meant:
+            decoded = json.loads(text)
+            made = _neutralize(decoded, special, _Position(quoted=True))
+            if made != decoded:
                 text = json.dumps(made, ensure_ascii=False)
         except (ValueError, RecursionError):
             raise InvalidRequest("arguments of a function call must be JSON", param="arguments") from None
-    return special.inert(text)
+    return special.neutralize(text)
 
 
 def _check_roles(field: str, given: Any) -> None:
@@ -110,7 +112,7 @@ def _check_roles(field: str, given: Any) -> None:
 
 
 def _check_tokens(prompt: Any, special: SpecialTokens) -> None:
-    """A prompt is a text, several, a list of token numbers, or several of those; nothing between them."""
+    """A prompt is a string, a list of strings, a list of token ids, or a list of such lists; never a mix."""
     if isinstance(prompt, str) or (
         isinstance(prompt, list) and all(isinstance(item, str) for item in prompt)
     ):
@@ -121,17 +123,17 @@ def _check_tokens(prompt: Any, special: SpecialTokens) -> None:
     elif isinstance(prompt, list):
         _check_list("prompt", prompt, special)
     else:
-        raise InvalidRequest("prompt must be a text, or a list of texts or token numbers", param="prompt")
+        raise InvalidRequest("prompt must be a string, or a list of strings or token ids", param="prompt")
 
 
 def _check_list(where: str, tokens: list[Any], special: SpecialTokens) -> None:
     # The engine would take "0", 0.0 and false for token 0 as well.
     if any(type(item) is not int for item in tokens):
-        raise InvalidRequest(f"{where} holds something that is not a token number", param=where)
-    if (met := special.in_tokens(tokens)) is not None:
-        place, text = met
+        raise InvalidRequest(f"{where} holds something that is not a token id", param=where)
+    if (match := special.in_tokens(tokens)) is not None:
+        place, text = match
         raise FieldNotAllowed(
             f"{where}[{place}] = {tokens[place]} is the special token {text!r}, which only the engine may "
-            "put into a prompt; leave it out",
+            "put into a prompt; remove it",
             param=f"{where}[{place}]",
         )

@@ -1,4 +1,4 @@
-"""Reads a client's body once, bounded and strictly, and lets through only fields known to be safe."""
+"""Reads and strictly parses a request body within bounds, and passes on only fields known to be safe."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from proxy.errors import FieldNotAllowed, InvalidRequest, SlowRequest, TooLarge,
 from proxy.openai_api.routes import DROPPED, Route
 
 MAX_DEPTH: Final = 64
-"""Deepest nesting of a body; JSON schemas of tools need about ten."""
+"""Deepest nesting of a body. JSON schemas of tools need about ten levels."""
 MAX_VALUES: Final[int] = GatewaySettings.model_fields["max_body_values"].default
-"""Most values of a body where nothing else is set."""
+"""Default for the largest number of JSON values in a body."""
 _KEY_VALUES: Final = 4
 _CONTAINER_VALUES: Final = 8
-"""As many numbers are read in the time that a key takes, or an object or list."""
+"""Parsing cost of a key, and of an object or list, relative to a number."""
 
 SALT_PATTERN: Final = "[A-Za-z0-9_-]{1,32}"
 _SALT = re.compile(SALT_PATTERN)
@@ -29,7 +29,7 @@ _INTERNAL_HEADER = "x-interpretops-"
 
 
 def check_headers(request: web.Request) -> None:
-    """Refuse headers that belong to the gateway, and bodies that are not plain JSON."""
+    """Refuse the gateway's internal headers, and bodies that are not plain JSON."""
     for name in request.headers:
         if name.lower().startswith(_INTERNAL_HEADER):
             raise FieldNotAllowed(f"header {name} is internal to the gateway; remove it", param=name)
@@ -42,11 +42,11 @@ def check_headers(request: web.Request) -> None:
 
 
 async def read_body(request: web.Request, *, max_bytes: int, timeout_s: float) -> bytes:
-    """The whole body, at most ``max_bytes`` of it."""
+    """The whole body. Raises `TooLarge` over ``max_bytes``, and `SlowRequest` after ``timeout_s``."""
     if request.content_length is not None and request.content_length > max_bytes:
-        raise TooLarge(f"body of {request.content_length} bytes, but at most {max_bytes} are accepted")
+        raise TooLarge(f"the body has {request.content_length} bytes, but at most {max_bytes} are accepted")
     if request.content.is_eof():
-        # It came with its headers, as most do.
+        # The body arrived together with the headers, as it usually does.
         whole = request.content.read_nowait()
         if len(whole) > max_bytes:
             raise TooLarge(f"body exceeds the {max_bytes} bytes that are accepted")
@@ -66,9 +66,9 @@ async def read_body(request: web.Request, *, max_bytes: int, timeout_s: float) -
 
 
 def parse_strict(data: bytes, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
-    """A JSON object without duplicate keys, NaN and infinity, bottomless nesting, or values without number.
+    """Parse a JSON object. Refuses duplicate keys, NaN, infinity, deep nesting and too many values.
 
-    Reading it holds up every other request, and takes as long as it has values, whatever its size.
+    Parsing blocks the event loop for a time that grows with the number of values, not with the size in bytes.
     """
     deep = _count(data, max_values) > MAX_DEPTH
     try:
@@ -80,7 +80,7 @@ def parse_strict(data: bytes, *, max_values: int = MAX_VALUES) -> dict[str, Any]
     except RecursionError:
         raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels") from None
     except ValueError:
-        raise InvalidRequest("the body holds a number that is too long") from None
+        raise InvalidRequest("the body holds a number with too many digits") from None
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
     if deep:
@@ -89,21 +89,21 @@ def parse_strict(data: bytes, *, max_values: int = MAX_VALUES) -> dict[str, Any]
 
 
 def _count(data: bytes, max_values: int) -> int:
-    """The most objects and lists that a body can hold; refuses one that holds too much to be read in passing.
+    """An upper bound on the objects and lists in a body. Refuses a body with too many values.
 
-    Nothing is parsed: a value follows a comma or opens what it stands in. Only where there is too much of
-    that, what stands within texts is told from the rest.
+    Counts without parsing: each value follows a comma or opens its container. Characters inside strings are
+    only excluded when the plain count is over the limit.
     """
     structure = data.translate(None, _NOT_STRUCTURE)
     if _values(structure) > max_values:
         structure = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_STRUCTURE)
-        # Each value has at most two texts: its key and itself.
+        # Each value has at most two strings: its key and itself.
         if structure.count(b'"') <= 4 * max_values:
             structure = b"".join(structure.split(b'"')[::2])
         if _values(structure) > max_values:
             raise TooLarge(
                 f"the body holds more than {max_values} values (gateway.max_body_values; a key counts as "
-                f"{_KEY_VALUES}, an object or list as {_CONTAINER_VALUES}); send less at once"
+                f"{_KEY_VALUES}, an object or list as {_CONTAINER_VALUES}); send a smaller request"
             )
     return structure.count(b"{") + structure.count(b"[")
 
@@ -114,7 +114,7 @@ def _values(structure: bytes) -> int:
 
 
 def clean(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``body`` that the engine may see, values as the client sent them."""
+    """The fields of ``body`` that the engine may see, with their values unchanged."""
     for name, value in body.items():
         if value is not None and name not in route.fields and name not in DROPPED:
             raise FieldNotAllowed(
@@ -128,7 +128,7 @@ def clean(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidRequest("stream must be true or false", param="stream")
     salt = body.get("cache_salt")
     if salt is not None and not (isinstance(salt, str) and _SALT.fullmatch(salt)):
-        raise InvalidRequest("cache_salt must be 1 to 32 of A-Z a-z 0-9 _ -", param="cache_salt")
+        raise InvalidRequest("cache_salt must be 1 to 32 characters of A-Z a-z 0-9 _ -", param="cache_salt")
     for check in route.checks:
         check(body)
     kept = {name: value for name, value in body.items() if name in route.fields and value is not None}
@@ -136,16 +136,16 @@ def clean(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cache_salt(tenant: str, given: str | None) -> str:
-    """The salt of a tenant's prompts in the engine's prefix cache, so that no other can find them there."""
+    """The prefix-cache salt of a tenant, so that no other tenant gets hits on its prompts."""
     return hashlib.sha256(f"{tenant}/{given or ''}".encode()).hexdigest()[:32]
 
 
 def serialize(body: Mapping[str, Any]) -> bytes:
-    """JSON for the engine; refuses what only looked like JSON (1e999, half a surrogate pair)."""
+    """Encode JSON for the engine. Refuses what JSON cannot represent (1e999, half a surrogate pair)."""
     try:
         return _ENCODER.encode(body).encode()
     except (ValueError, UnicodeEncodeError):
-        raise InvalidRequest("the body holds a number or a character that JSON cannot carry") from None
+        raise InvalidRequest("the body holds a number or a character that JSON cannot represent") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

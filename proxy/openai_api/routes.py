@@ -1,4 +1,4 @@
-"""The routes that are served, and of each the fields that reach the engine; all else is refused."""
+"""The served routes, and for each the fields that reach the engine. Everything else is refused."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Route:
 
     path: str
     fields: route_fields.Fields
-    """Fields handed to the engine, each with the reason why. What is not here never reaches it."""
+    """Fields passed to the engine, each with its reason. No other field reaches the engine."""
     generates: bool = True
-    """Whether the model runs, so that a revision must be demanded and proven."""
+    """Whether the model runs, so that a revision must be required and proven."""
     end: bytes = b"data: [DONE]"
-    """How the event begins that ends a stream cleanly."""
+    """Start of the event that ends a complete stream."""
     named_events: bool = False
-    """Whether the route's events have names, errors included."""
+    """Whether events of this route, errors included, are named."""
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """What the gateway sets itself, whatever the client says."""
+    """Fields that the gateway always sets itself."""
     checks: tuple[Callable[[Mapping[str, Any]], None], ...] = ()
-    """Looks at values that could make the engine reach out, or hold what is not text."""
+    """Checks for values that could make the engine fetch a URL, or that are not text."""
 
 
 _CHECKS = (check_messages, check_tools, check_template_kwargs)
@@ -41,7 +41,7 @@ _SERVED = (
         route_fields.RESPONSES,
         end=b"event: response.completed\n",
         named_events=True,
-        # The engine would keep answers, and hand them to whoever knows their id.
+        # Otherwise the engine would store answers and return them to anyone who knows their id.
         fixed=MappingProxyType({"store": False}),
         checks=(check_input, check_tools, check_template_kwargs),
     ),
@@ -67,12 +67,12 @@ _SERVED = (
     Route("/detokenize", route_fields.DETOKENIZE, generates=False),
 )
 ROUTES: Final[Mapping[str, Route]] = MappingProxyType({route.path: route for route in _SERVED})
-"""What is served."""
+"""The served routes, by path."""
 
 DROPPED: Final = frozenset(
     ["metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user", "verbosity"]
 )
-"""Fields of OpenAI's that say nothing to the engine: accepted, and not passed on."""
+"""OpenAI fields that mean nothing to the engine: accepted but not passed on."""
 
 UNGUARDED: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -81,13 +81,13 @@ UNGUARDED: Final[Mapping[str, str]] = MappingProxyType(
         "/v1/audio/translations": "audio is not served",
         "/v1/rerank": "scores come from pooled activations, for which no receipt proves the policy",
         "/v1/score": "scores come from pooled activations, for which no receipt proves the policy",
-        "/v1/realtime": "its requests are not read one by one: no revision can be demanded of each",
+        "/v1/realtime": "its requests cannot be checked one by one, so no revision can be required for each",
         "/v1/responses/{id}": "answers are not stored",
         "/v1/chat/completions/batch": "its requests share one receipt",
-        "/inference/v1/generate": "it takes tokens as they are, around what the gateway checks",
+        "/inference/v1/generate": "it accepts raw tokens and so bypasses the gateway's checks",
         "/pooling": "pooled activations carry no receipt that proves the policy",
         "/classify": "pooled activations carry no receipt that proves the policy",
-        "/invocations": "it leads to other routes, chosen by the body",
+        "/invocations": "it forwards to other routes, depending on the body",
     }
 )
-"""Routes of the engine that are refused by name, and why. Any other that it has is unknown here."""
+"""Engine routes that are refused by name, and why. Any other route is unknown to the gateway."""

@@ -1,4 +1,4 @@
-"""Server-sent events, relayed whole: end marker, receipt and errors are seen, everything else is bytes."""
+"""Relays whole server-sent events. Recognises the end marker, the receipt and errors; the rest is bytes."""
 
 from __future__ import annotations
 
@@ -16,37 +16,36 @@ _ERROR_PREFIXES = (
 
 
 class SseOverflowError(Exception):
-    """One event is larger than any engine sends."""
+    """An event is larger than any that an engine sends."""
 
 
 class SseSplitter:
-    """Splits a byte stream at event ends, keeps end marker and receipt back, and notes an error event.
+    """Splits a byte stream into events, holds back end marker and receipt, and notes an error event.
 
-    The engine ends a stream with its end marker even after an error event, so both must be known. Its receipt
-    comes last.
+    The engine sends its end marker even after an error event, so both must be tracked. The receipt is last.
     """
 
     def __init__(self, end: bytes) -> None:
-        """``end``: how the event begins that ends a stream cleanly."""
+        """``end``: start of the event that ends a complete stream."""
         self._end = end
         self._mark = end.strip()
         self._rest = b""
         self.end_event = b""
-        """The event that ends the stream, held back; empty until it has come."""
+        """The event that ends the stream, held back; empty until it arrives."""
         self.receipt = b""
-        """The engine's receipt; empty until it has come."""
+        """The engine's receipt; empty until it arrives."""
         self.failed = False
         self.events = 0
-        """Events sent on."""
+        """Number of events passed on."""
         self._last = b""
 
     @property
     def last_event(self) -> bytes:
-        """The last event that was sent on; empty before the first."""
+        """The last event passed on; empty before the first."""
         return self._last[:-2].rpartition(b"\n\n")[2]
 
     def feed(self, chunk: bytes) -> bytes:
-        """The whole events that can be sent on now, bytes untouched; possibly none."""
+        """The complete events that can be passed on now, bytes unchanged; possibly none."""
         data = self._rest + chunk
         cut = data.rfind(b"\n\n") + 2
         if cut == 1:
@@ -55,7 +54,7 @@ class SseSplitter:
             self._rest = data
             return b""
         if data[cut - 3 : cut - 2] == b"\n":
-            # Of a run of line ends every two end an event, wherever it was cut; one more begins one.
+            # In a run of newlines each pair ends an event; an odd one belongs to the next event.
             cut -= (cut - len(data[:cut].rstrip(b"\n"))) % 2
         self._rest = data[cut:]
         events = data[:cut]
@@ -94,12 +93,12 @@ def data_event(payload: Mapping[str, Any]) -> bytes:
 
 
 def error_event(payload: Mapping[str, Any], *, named: bool) -> bytes:
-    """An error in mid-stream, with a name where the other events have one."""
+    """An error in mid-stream; named if the route's other events are."""
     if not named:
         return data_event(payload)
     return b"event: error\n" + data_event({"type": "error", **payload})
 
 
 def comment(name: str, payload: Mapping[str, Any]) -> bytes:
-    """A comment line that clients skip and auditors read."""
+    """A comment line. Clients ignore it; auditors read it."""
     return f": {name} ".encode() + json.dumps(payload, separators=(",", ":")).encode() + b"\n\n"

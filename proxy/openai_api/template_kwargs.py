@@ -1,4 +1,4 @@
-"""The variables a caller may hand to a chat template: any but those that decide how the prompt is made."""
+"""Which chat template variables a caller may set: all but those that control how the prompt is built."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 from proxy.errors import FieldNotAllowed, InvalidRequest
 
 FIELD: Final = "chat_template_kwargs"
-TAKEN: Final = frozenset(
+RESERVED: Final = frozenset(
     [
         "add_generation_prompt",
         "chat_template",
@@ -31,24 +31,24 @@ TAKEN: Final = frozenset(
         "truncation",
     ]
 )
-"""Arguments of the function that renders the template and may tokenize what comes out, and what it hands on.
+"""Arguments of the function that renders the template and may tokenize the result.
 
-vLLM passes a request's variables to that function by name: `padding` would put special tokens behind the
-prompt, and `tools` would replace those that were looked at.
+vLLM passes a request's variables to that function by name: `padding` would append special tokens to the
+prompt, and `tools` would replace the checked ones.
 """
 
 
 def check_template_kwargs(body: Mapping[str, Any]) -> None:
-    """Refuse a variable that is an argument of the renderer, or one of the tokenizer's own tokens."""
+    """Refuse a variable that is an argument of the renderer, or a special token of the tokenizer."""
     given = body.get(FIELD)
     if given is None:
         return
     if not isinstance(given, dict):
         raise InvalidRequest(f"{FIELD} must be an object", param=FIELD)
     for name in given:
-        if name in TAKEN or name.endswith(("_token", "_special_tokens")):
+        if name in RESERVED or name.endswith(("_token", "_special_tokens")):
             raise FieldNotAllowed(
-                f"{FIELD}.{name[:64]} is not a variable of the template but decides how the prompt is made; "
+                f"{FIELD}.{name[:64]} is not a template variable but controls how the prompt is built; "
                 "remove it (some are fields of the request itself)",
                 param=f"{FIELD}.{name[:64]}",
             )

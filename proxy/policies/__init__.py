@@ -1,1 +1,1 @@
-"""Which policy a request gets, and how policy files become revisions that engines hold."""
+"""Selects the policy for a request, and turns policy files into revisions loaded in the engines."""

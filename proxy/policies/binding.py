@@ -1,4 +1,4 @@
-"""Decides which policy a request gets: what its bindings demand, and what it may choose within them."""
+"""Decides which policy a request gets: what bindings require, and what the caller may choose."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from proxy.openai_api.headers import POLICY_HEADER
 from proxy.policies.compositions import joint_name
 
 NONE: Final = "none"
-"""The policy id that asks for an unsteered answer, where the bindings allow it."""
+"""The policy id that requests an unsteered answer, where bindings allow it."""
 
 MAX_JOINT: Final = 8
-"""Most sets of policies that may be mandatory together: each takes rows in the engine's tables."""
-_MOST_GROUPS: Final = 4096
+"""Most sets of policies that may be mandatory together. Each takes rows in the engine's tables."""
+_MAX_GROUPS: Final = 4096
 _CHOICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
 class Caller:
-    """What of a request its bindings look at."""
+    """The properties of a request that bindings match."""
 
     route: str
     model: str
-    """The model's name as the caller writes it, without a policy."""
+    """The model's name as the caller wrote it, without the policy."""
     choice: str | None
-    """The policy that the caller names, by header or model alias."""
+    """The policy that the caller names in a header or model alias."""
     tenant: str | None = None
     key: str | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The policy that applies, and why."""
+    """The policy that applies, and the mode of the binding that selected it."""
 
     policy: str
-    """Its id; `a+b` for several that are mandatory together."""
+    """Its id; `a+b` for policies that are mandatory together."""
     mode: str
-    """`mandatory`, `default` or `optional`; `unbound` when nothing applies and nothing was asked for."""
+    """`mandatory`, `default` or `optional`; `unbound` when no binding applies and none was asked for."""
 
 
 def read_caller(
@@ -56,7 +56,7 @@ def read_caller(
     tenant: str | None = None,
     key: str | None = None,
 ) -> Caller:
-    """The caller's own wishes, from header and model alias; raises when they contradict each other."""
+    """Read the caller's choice from header and model alias. Raises when the two contradict each other."""
     by_header = _header_choice(headers.getall(POLICY_HEADER, []))
     name, by_alias = split_alias(model, served)
     if by_header is not None and by_alias is not None and by_header != by_alias:
@@ -68,7 +68,7 @@ def read_caller(
 
 
 def split_alias(model: str, served: Collection[str]) -> tuple[str, str | None]:
-    """``<model>+<policy id>`` in its parts; the model must be one that is served."""
+    """Split ``<model>+<policy id>``. The model must be one that is served."""
     if model in served:
         return model, None
     name, plus, policy = model.rpartition("+")
@@ -78,9 +78,9 @@ def split_alias(model: str, served: Collection[str]) -> tuple[str, str | None]:
 
 
 def decide(bindings: Sequence[Binding], caller: Caller, known: Collection[str]) -> Decision:
-    """Apply the bindings that match: mandatory before default before optional, whatever the caller asks.
+    """Apply the matching bindings: mandatory before default before optional.
 
-    ``known`` are the ids of all policies in the catalogue, loaded or not.
+    ``known``: ids of all policies in the catalogue, loaded or not.
     """
     matching = [binding for binding in bindings if _matches(binding, caller)]
     mandatory = {binding.policy for binding in matching if binding.mode == "mandatory"}
@@ -89,7 +89,7 @@ def decide(bindings: Sequence[Binding], caller: Caller, known: Collection[str]) 
         if caller.choice not in (None, *mandatory):
             raise PolicyForbidden(
                 f"policy {demanded!r} is mandatory here, but the request asks for {caller.choice!r}; "
-                f"leave out {POLICY_HEADER} and the model's +<policy>"
+                f"remove {POLICY_HEADER} and the model's +<policy>"
             )
         return Decision(demanded, "mandatory")
     if caller.choice is None:
@@ -106,7 +106,7 @@ def decide(bindings: Sequence[Binding], caller: Caller, known: Collection[str]) 
 
 
 def choices(bindings: Sequence[Binding], caller: Caller, known: Collection[str]) -> list[str]:
-    """The policies that this caller may choose, in order; none of them when one is mandatory."""
+    """The policies that this caller may choose, sorted; empty when a policy is mandatory."""
     matching = [binding for binding in bindings if _matches(binding, caller)]
     if any(binding.mode == "mandatory" for binding in matching):
         return []
@@ -115,13 +115,13 @@ def choices(bindings: Sequence[Binding], caller: Caller, known: Collection[str])
 
 
 def joint_mandatory(bindings: Sequence[Binding]) -> list[frozenset[str]]:
-    """All sets of several policies that one request could find mandatory; refuses what cannot be.
+    """All sets of two or more policies that can be mandatory for one request. Raises on contradictions.
 
-    Matches are conjunctions of equalities: bindings that meet two by two all meet in one request.
+    Matches are conjunctions of equalities, so bindings that overlap pairwise all overlap in some request.
     """
     mandatory = [(i, binding) for i, binding in enumerate(bindings) if binding.mode == "mandatory"]
     for (first, one), (second, other) in itertools.combinations(mandatory, 2):
-        differ = one.policy != other.policy and _meet(one.match, other.match)
+        differ = one.policy != other.policy and _overlap(one.match, other.match)
         if differ and NONE in (one.policy, other.policy):
             raise ConfigError(
                 f"bindings[{second}].policy = {other.policy!r}, but bindings[{first}] makes {one.policy!r} "
@@ -130,20 +130,22 @@ def joint_mandatory(bindings: Sequence[Binding]) -> list[frozenset[str]]:
     found: set[frozenset[str]] = set()
     groups: list[list[Binding]] = [[]]
     for _, binding in mandatory:
-        joined = [[*group, binding] for group in groups if all(_meet(b.match, binding.match) for b in group)]
+        joined = [
+            [*group, binding] for group in groups if all(_overlap(b.match, binding.match) for b in group)
+        ]
         groups.extend(joined)
         sets = [frozenset(member.policy for member in group) for group in joined]
         found.update(policies for policies in sets if len(policies) > 1)
-        if len(groups) > _MOST_GROUPS or len(found) > MAX_JOINT:
+        if len(groups) > _MAX_GROUPS or len(found) > MAX_JOINT:
             raise ConfigError(
                 f"bindings: more than {MAX_JOINT} sets of policies can be mandatory together; bind fewer, or "
-                "write one policy with the interventions of several"
+                "combine their interventions in one policy"
             )
     return sorted(found, key=sorted)
 
 
 def explain(bindings: Sequence[Binding], caller: Caller) -> list[dict[str, object]]:
-    """Every binding, and whether it is for this caller; for operators."""
+    """Every binding, and whether it matches this caller; for the admin API."""
     return [
         {
             "index": index,
@@ -157,7 +159,7 @@ def explain(bindings: Sequence[Binding], caller: Caller) -> list[dict[str, objec
 
 
 def demanded(bindings: Sequence[Binding]) -> set[str]:
-    """Policies that requests get without asking: without them the gateway cannot do its work."""
+    """Policies that mandatory or default bindings require. Without them the gateway is not ready."""
     return {binding.policy for binding in bindings if binding.mode != "optional"} - {NONE}
 
 
@@ -171,8 +173,8 @@ def _matches(binding: Binding, caller: Caller) -> bool:
     )
 
 
-def _meet(one: Match, other: Match) -> bool:
-    """Whether one request could match both. A key is taken to be anybody's: its tenant may change."""
+def _overlap(one: Match, other: Match) -> bool:
+    """Whether one request could match both. A key may belong to any tenant, since that can change."""
     pairs = zip(one.model_dump().values(), other.model_dump().values(), strict=True)
     return all(mine == theirs or mine is None or theirs is None for mine, theirs in pairs)
 
@@ -184,5 +186,5 @@ def _header_choice(values: Sequence[str]) -> str | None:
         raise PolicyConflict(f"{POLICY_HEADER} is given {len(values)} times; give it once")
     value = values[0].strip()
     if not _CHOICE.fullmatch(value):
-        raise UnknownPolicy(f"{POLICY_HEADER} holds no policy id; write one policy id, or none")
+        raise UnknownPolicy(f"{POLICY_HEADER} does not hold a policy id; set it to one policy id, or to none")
     return value

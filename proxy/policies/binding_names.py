@@ -1,4 +1,4 @@
-"""Names in the settings that match nothing: a binding that can match nobody guards nobody, without a word."""
+"""Finds names in the settings that match nothing. A binding that never matches silently guards nobody."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ KINDS: Final[tuple[Kind, ...]] = ("bindings", "tenants", "aliases")
 
 
 class Unmatched(NamedTuple):
-    """One name that stands for nothing."""
+    """A name that matches nothing."""
 
     kind: Kind
-    """The list of the settings in which it stands."""
+    """The section of the settings that contains it."""
     why: str
-    """Place, name, and what would be right."""
+    """Location, name and remedy."""
     enforces: bool = False
-    """Whether it is a binding that gives requests a policy unasked."""
+    """Whether it is a mandatory or default binding."""
     starts: bool = False
-    """Whether the gateway starts all the same: what was right when it was written has run out since."""
+    """Whether the gateway may start anyway: the name was once valid and has expired."""
 
 
 def unmatched_keys(bindings: Sequence[Binding], keys: Sequence[ApiKey], now: datetime) -> list[Unmatched]:
-    """The bindings by a key that no request can show: unknown, expired, or of another tenant."""
+    """Bindings on a key that no request can use: unknown, expired, or of another tenant."""
     by_id = {key.id: key for key in keys}
     found: list[Unmatched] = []
     for index, binding in enumerate(bindings):
@@ -45,7 +45,7 @@ def unmatched_keys(bindings: Sequence[Binding], keys: Sequence[ApiKey], now: dat
             continue
         expired = False
         if key is None:
-            why = f"but paths.keys holds no such key; {remedy(name, by_id)}"
+            why = f"but paths.keys has no such key; {remedy(name, by_id)}"
         elif key.tenant is None:
             why = f"but that is a key of role {key.role}, which opens the admin listener only"
         elif binding.match.tenant not in (None, key.tenant):
@@ -62,7 +62,7 @@ def unmatched_keys(bindings: Sequence[Binding], keys: Sequence[ApiKey], now: dat
 
 
 def unmatched_models(settings: Settings, served: Collection[str]) -> list[Unmatched]:
-    """Model names that are none of the engine's, which serves ``served``, and none of the aliases."""
+    """Model names that are neither in ``served``, the engine's names, nor among the aliases."""
     known = {*served, *(alias.name for alias in settings.aliases)}
     found = [
         Unmatched("aliases", _why(f"aliases[{index}].model", alias.model, served))
@@ -83,7 +83,7 @@ def unmatched_models(settings: Settings, served: Collection[str]) -> list[Unmatc
 
 
 def unmatched_policies(bindings: Sequence[Binding], policies: Collection[str]) -> list[Unmatched]:
-    """The bindings of a policy that has no file, served or not. Readiness tells of those that enforce it."""
+    """Bindings on a policy that has no file. Readiness separately reports those that enforce it."""
     return [
         Unmatched(
             "bindings",
@@ -96,7 +96,7 @@ def unmatched_policies(bindings: Sequence[Binding], policies: Collection[str]) -
 
 
 class NameCheck:
-    """Refuses at the start what matches nothing, and watches what may lose its match while running."""
+    """Refuses unmatched names at start-up, and reports names that lose their match while running."""
 
     def __init__(
         self,
@@ -108,11 +108,11 @@ class NameCheck:
         log: FilteringBoundLogger,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """``served``: the engine's names for its model; None while there is no engine.
+        """``served``: the engine's names for its model; None while no engine is ready.
 
-        ``policies``: the ids of the catalogue, which come and go.
+        ``policies``: the current ids of the catalogue, a live view.
 
-        Raises `ConfigError`: for a key always, for a model where the engine is our own and its name known.
+        Raises `ConfigError` for unmatched keys, and for models if this gateway starts the engine.
         """
         self._settings = settings
         self._keys = keys
@@ -131,9 +131,9 @@ class NameCheck:
             metrics.names_unmatched.labels(kind).set_function(partial(self._count, kind))
 
     def check_engine(self, served: Collection[str]) -> None:
-        """An engine may not join under names by which bindings do not know it. Raises `EngineError`.
+        """Raise `EngineError` if a binding names a model that this engine does not serve.
 
-        An alias or tenant that names another model harms only itself: it is logged and counted.
+        Unmatched aliases and tenants weaken no guard: they are only logged and counted.
         """
         found = unmatched_models(self._settings, served)
         for unmatched in found:
@@ -142,12 +142,12 @@ class NameCheck:
             raise EngineError("\n".join(wrong))
 
     def note_policies(self) -> None:
-        """Log what bindings name in vain, once the policies are there."""
+        """Log bindings on unknown policies, once policies are loaded."""
         for unmatched in unmatched_policies(self._settings.bindings, self._policies):
             self._log.error("name_unmatched", place=unmatched.kind, why=unmatched.why)
 
     def not_ready(self) -> Iterator[Reason]:
-        """A binding that gives requests a policy unasked, and that no request can match any more."""
+        """Mandatory and default bindings that no request can match any more."""
         for unmatched in self._lost_keys():
             if unmatched.enforces:
                 yield Reason("binding_unmatched", unmatched.why)
@@ -165,7 +165,7 @@ class NameCheck:
 
 
 def _why(place: str, name: str, known: Collection[str]) -> str:
-    # A model with a policy is no name that a binding could match.
+    # Bindings match model names without a policy, so suggest the base name.
     base = name.rpartition("+")[0]
     meant = f"did you mean {base!r}?" if base in known else remedy(name, known)
     return f"{place} = {name!r}, but no model or alias has that name; {meant}"

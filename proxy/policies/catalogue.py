@@ -1,4 +1,4 @@
-"""The policies that can be served: the state of each revision, and the safe change from one to the next."""
+"""The policies that can be served: the state of each revision, and safe switches between revisions."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from proxy.policies.residency import Residency
 from proxy.process.file_reader import Reader, StuckError
 
 _CARD_S: Final = 10.0
-"""Longest wait for a card: the lock is held meanwhile."""
+"""Longest wait for a Risk Card; the catalogue's lock is held meanwhile."""
 
 
 class Catalogue:
     """All policies, each with at most one active revision.
 
-    A change goes: load into the engines, hear every rank of each attest it, then swap. Whatever fails on the
-    way, the active revision stays.
+    A change loads the revision into the engines, waits until every rank has attested it, then swaps. If any
+    step fails, the active revision stays.
     """
 
     def __init__(
@@ -54,40 +54,40 @@ class Catalogue:
         self._cards = Reader(f"Risk Cards in {folder}", _CARD_S)
         self._fleet = fleet
         self.demanded = frozenset(demanded)
-        """Policies that bindings demand."""
+        """Policies that bindings require."""
         self._metrics = metrics
         self._log = log
         self.residency = Residency(fleet, metrics, log, supervisor)
         self.compositions = Compositions(joint, self.residency)
         metrics.receipts_failed.labels(NONE)
         for name in (*self.demanded, *map(joint_name, joint)):
-            metrics.know_policy(name)
+            metrics.init_policy_series(name)
         self.entries: dict[str, Entry] = {}
         self.suspended: dict[str, str] = {}
-        """Revisions of policies under which requests are refused at the moment, for what they cost."""
+        """Policy to the revision that is suspended for exceeding its latency budget."""
         self.lock = asyncio.Lock()
-        """Held while states change."""
+        """Held while revisions change state."""
 
     @property
     def missing(self) -> list[str]:
-        """Policies that bindings demand and that cannot be served now."""
+        """Policies that bindings require and that cannot be served now."""
         alone = sorted(policy for policy in self.demanded if self._available(policy) is None)
         return [*alone, *self.compositions.missing]
 
     def not_ready(self) -> Iterator[Reason]:
-        """Why requests that bindings give a policy are refused. Without an engine nothing is loaded."""
+        """Why bound requests are refused. Empty without an engine: the fleet reports that."""
         if self._fleet.current is None:
             return
         if missing := self.missing:
-            told = f"bindings demand policies that are not loaded: {', '.join(missing)}"
-            yield Reason("policy_missing", told)
+            detail = f"bindings require policies that are not loaded: {', '.join(missing)}"
+            yield Reason("policy_missing", detail)
         if suspended := sorted(filter(self.is_suspended, self.demanded)):
-            told = f"bindings demand policies that are suspended: {', '.join(suspended)}"
-            yield Reason("policy_suspended", told)
+            detail = f"bindings require policies that are suspended: {', '.join(suspended)}"
+            yield Reason("policy_suspended", detail)
 
     @contextmanager
     def pin(self, policy: str) -> Iterator[Revision | None]:
-        """The active revision of ``policy``, kept in the engine until the block ends; None for ``none``."""
+        """The active revision of ``policy``, kept in the engines until the block ends; None for ``none``."""
         if policy == NONE:
             yield None
             return
@@ -100,19 +100,19 @@ class Catalogue:
             yield active
 
     def is_suspended(self, policy: str) -> bool:
-        """Whether requests under the active revision of ``policy`` are refused at the moment."""
+        """Whether the active revision of ``policy`` is suspended."""
         entry = self.entries.get(policy)
         active = None if entry is None else entry.active
         return active is not None and self.suspended.get(policy) == active.revision
 
     async def rollback(self, policy: str, revision: str) -> Revision:
-        """Make ``revision``, which served before the active one, active again; that becomes the candidate."""
+        """Reactivate ``revision``, the previous one. The current revision becomes the candidate."""
         async with self.lock:
             entry = self._entry(policy)
             if entry.previous is None:
                 raise PolicyError(f"policy {policy!r} has no previous revision to go back to")
             target, aside = entry.previous, entry.active
-            _check_still(target, revision)
+            _check_unchanged(target, revision)
             await self.activate(entry, target)
             entry.previous = None
             if aside is not None:
@@ -120,17 +120,17 @@ class Catalogue:
             return target
 
     async def promote(self, policy: str, revision: str, *, override: bool = False) -> Revision:
-        """Make the candidate active, if it is ``revision``: on a Risk Card that meets its criteria, or by an
+        """Activate the candidate, if it is ``revision``. It needs a Risk Card that meets its criteria, or an
         override.
         """
         async with self.lock:
             entry = self._entry(policy)
             target = self.candidate(policy)
-            _check_still(target, revision)
+            _check_unchanged(target, revision)
             proven, why = await self.judge(target)
             if not proven and not override:
                 raise PolicyError(
-                    f"policy {policy!r} is not promoted: {why}; or override that, with a reason"
+                    f"policy {policy!r} is not promoted: {why}; to promote it anyway, override with a reason"
                 )
             await self.activate(entry, target)
             if not proven:
@@ -138,42 +138,42 @@ class Catalogue:
             return target
 
     async def cast_shadow(self, policy: str, revision: str) -> Revision:
-        """Let the candidate, if it is ``revision``, run beside the active one on a share of its traffic."""
+        """Run the candidate, if it is ``revision``, in shadow on a share of the active one's traffic."""
         async with self.lock:
             entry, target = self._entry(policy), self.candidate(policy)
-            _check_still(target, revision)
+            _check_unchanged(target, revision)
             await self.residency.load(target)
             entry.candidate_state = "shadow"
             self._record("policy_shadow", policy=policy, revision=target.revision)
             return target
 
     @property
-    def wanted(self) -> list[Revision]:
-        """What an engine must hold before it takes requests."""
+    def required_revisions(self) -> list[Revision]:
+        """Revisions that an engine must hold before it takes requests."""
         active = [entry.active for entry in self.entries.values() if entry.active is not None]
         return [*active, *self.compositions.current]
 
     def forget_others(self, fingerprint: str) -> bool:
-        """Forget what was compiled for another model than this one; whether anything was."""
-        strange = [
+        """Forget all revisions compiled for another model. Returns whether there were any."""
+        outdated = [
             entry
             for entry in self.entries.values()
             if entry.active is not None and entry.active.model_fingerprint != fingerprint
         ]
-        for entry in strange:
+        for entry in outdated:
             entry.forget()
-        if strange:
+        if outdated:
             self.compositions.forget()
-        return bool(strange)
+        return bool(outdated)
 
     def shadow(self, policy: str) -> Revision | None:
-        """The revision that runs beside the active one of ``policy``, if there is one and it is resident."""
+        """The shadow revision of ``policy``, if it has one and an engine holds it."""
         entry = self.entries.get(policy)
         found = None if entry is None else entry.shadow
         return found if found is not None and found in self.residency else None
 
     def candidate(self, policy: str) -> Revision:
-        """The revision that waits. Raises `PolicyError` when none does."""
+        """The candidate revision. Raises `PolicyError` when there is none."""
         waiting = self._entry(policy).candidate
         if waiting is None:
             raise PolicyError(f"policy {policy!r} has no candidate to promote")
@@ -192,7 +192,7 @@ class Catalogue:
         return self.entries[policy]
 
     async def admit(self, entry: Entry, fresh: Revision, report: ReloadReport) -> None:
-        """Let a new revision serve, or wait until a Risk Card or an override speaks for it."""
+        """Activate a new revision, or keep it as candidate until a Risk Card passes or someone overrides."""
         if fresh.proven or (entry.active is None and not self._require_cards):
             await self.activate(entry, fresh)
             report.loaded.append(fresh.label)
@@ -209,7 +209,7 @@ class Catalogue:
         report.waiting[fresh.label] = fresh.card
 
     def end_shadow(self, entry: Entry, fresh: Revision) -> None:
-        """Free a shadow that another revision takes the place of."""
+        """Free the shadow revision if ``fresh`` replaces it."""
         shadow = entry.shadow
         if shadow is not None and shadow.revision != fresh.revision:
             entry.candidate_state = "candidate"
@@ -230,14 +230,14 @@ class Catalogue:
         self._log.warning("policy_unproven", policy=entry.policy, revision=entry.active.revision, why=why)
 
     async def activate(self, entry: Entry, fresh: Revision) -> None:
-        """Load into the engine, then swap: from here on every request that is accepted gets ``fresh``."""
-        self._metrics.know_policy(entry.policy)
+        """Load ``fresh`` into the engines, then swap: every request accepted afterwards gets it."""
+        self._metrics.init_policy_series(entry.policy)
         await self.residency.load(fresh)
         active = {policy: other.active for policy, other in self.entries.items() if other.active is not None}
         try:
             composed = await self.compositions.load(fresh, active)
         except BaseException as error:
-            # Whatever it is, what does not serve must not stay in the engines.
+            # Whatever the error, a revision that does not serve must not stay in the engines.
             if fresh.revision not in {kept.revision for kept in (entry.active, entry.shadow) if kept}:
                 self.residency.retire(fresh)
             if isinstance(error, PlanError):
@@ -272,10 +272,10 @@ class Catalogue:
             self.residency.retire(entry.active)
 
 
-def _check_still(target: Revision, revision: str) -> None:
-    """Raise `PolicyError` if another revision took the place of the one that was chosen."""
+def _check_unchanged(target: Revision, revision: str) -> None:
+    """Raise `PolicyError` if another revision has replaced the chosen one."""
     if target.revision != revision:
         raise PolicyError(
-            f"policy {target.policy!r}: {target.label} took the place of {revision[:12]} meanwhile; "
-            "look at it, and name it"
+            f"policy {target.policy!r}: {target.label} has replaced {revision[:12]} in the meantime; "
+            "review it, and name it"
         )

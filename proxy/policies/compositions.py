@@ -1,4 +1,4 @@
-"""Plans of several policies that are mandatory for one request, made and swapped with their members."""
+"""Joint plans for policies that are mandatory together, composed and swapped along with their members."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from proxy.policies.residency import Residency
 
 
 def joint_name(policies: Collection[str]) -> str:
-    """Under what name several policies are one."""
+    """The name of a composition of several policies."""
     return SEPARATOR.join(sorted(policies))
 
 
@@ -33,24 +33,24 @@ class Compositions:
 
     @property
     def missing(self) -> list[str]:
-        """Sets that have no plan in the engine."""
+        """Names of sets whose plan no engine holds."""
         return [name for name in self._sets if self.active(name) is None]
 
     def active(self, name: str) -> Revision | None:
-        """The revision of a set that is resident, made of the revisions that are active."""
+        """The resident revision of a set, composed of its members' active revisions."""
         revision = self._current.get(name)
         return revision if revision is not None and revision in self._residency else None
 
     @property
     def current(self) -> list[Revision]:
-        """The revisions of all sets that have one."""
+        """The revisions of all sets that have one, resident or not."""
         return list(self._current.values())
 
     async def load(self, fresh: Revision, active: Mapping[str, Revision]) -> dict[str, Revision]:
-        """Make resident what ``fresh`` brings into all its sets whose other members are active.
+        """Compose and load every set that contains ``fresh`` and whose other members are active.
 
-        Raises `PlanError` or `EngineError`; nothing serves differently until `swap`. Of a load that fails
-        half-way nothing stays in the engines.
+        Raises `PlanError` or `EngineError`, and frees what it had loaded by then. Requests see no change
+        until `swap`.
         """
         made: dict[str, Revision] = {}
         for name, members in self._sets.items():
@@ -68,14 +68,14 @@ class Compositions:
         return made
 
     def give_up(self, made: Iterable[Revision]) -> None:
-        """Free what was loaded and will not serve."""
+        """Free loaded revisions that will not serve."""
         serving = {revision.revision for revision in self.current}
         for revision in made:
             if revision.revision not in serving:
                 self._residency.retire(revision)
 
     def swap(self, made: Mapping[str, Revision]) -> None:
-        """From here on every request that is accepted gets what was made; what it replaces is freed."""
+        """Serve the new revisions to every request accepted from now on, and free the ones they replace."""
         for name, revision in made.items():
             old = self._current.get(name)
             self._current[name] = revision
@@ -83,7 +83,7 @@ class Compositions:
                 self._residency.retire(old)
 
     async def restore(self) -> dict[str, str]:
-        """Load again where an engine lacks it; why that failed, by name. One that fails keeps no other."""
+        """Reload revisions that an engine lacks. Returns the errors by name; one failure stops no other."""
         failed: dict[str, str] = {}
         for revision in self.current:
             if not self._residency.everywhere(revision):
@@ -94,7 +94,7 @@ class Compositions:
         return failed
 
     def forget(self) -> None:
-        """All of it was compiled for another model."""
+        """Drop all revisions: they were compiled for another model."""
         self._current.clear()
 
 
@@ -112,7 +112,7 @@ def _compose(name: str, parts: list[Revision]) -> Revision:
         model_fingerprint=plan.model.fingerprint,
         compiled_at=datetime.now(UTC),
         criteria=None,
-        card="its members' cards speak for it",
+        card="covered by its members' Risk Cards",
         proven=True,
         steers_prompt=steers_prompt_alike(plan),
     )

@@ -1,4 +1,4 @@
-"""Compares how a policy fires on its live requests with a window of them that an operator has pinned."""
+"""Compares how often a policy fires on live requests with a baseline window that an operator pinned."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from interpretops.files.atomic_file import PRIVATE, write_atomically
 from interpretops.files.regular_file import read_regular
 from interpretops.settings.section import Section
 from proxy.observe.metrics import Metrics
-from proxy.observe.request_context import Trail
+from proxy.observe.request_context import RequestContext
 from proxy.policies.entry import Entry
 
-_MOST_BYTES: Final = 16 * 2**20
+_MAX_BYTES: Final = 16 * 2**20
 WINDOW: Final = 2000
-"""Requests that are looked back on."""
-LEAST: Final = 200
-"""Requests before a window says anything: of two that are alike, PSI is then about 0.05 by chance."""
+"""Most recent requests in the live window."""
+MIN_REQUESTS: Final = 200
+"""Fewest requests for a comparison. At this size, chance alone gives a PSI of about 0.05."""
 _EDGES: Final = (0.0, 0.02, 0.1, 0.3, 0.7)
-"""Upper ends of all bins but the last: of firings per token of a request. None at all is a bin of its own."""
-_EVERY: Final = 20
-"""Requests from one computation to the next."""
+"""Upper edges of all bins but the last, in firings per token of a request. Zero has its own bin."""
+_UPDATE_EVERY: Final = 20
+"""Requests between updates of the metrics."""
 
 
 class Baseline(Section):
-    """A window that an operator pinned."""
+    """A pinned window."""
 
     revision: str
-    """Of which it was."""
+    """The revision that it measured."""
     counts: tuple[int, ...] = Field(min_length=len(_EDGES) + 1, max_length=len(_EDGES) + 1)
-    """Requests by bin."""
+    """Requests per bin."""
     by: str
     """Who pinned it."""
     at: str
-    """When."""
+    """When it was pinned, ISO 8601."""
 
 
 _BASELINES: Final = TypeAdapter(dict[str, Baseline])
 
 
 def psi(before: Sequence[int], now: Sequence[int]) -> float:
-    """Population stability index of two histograms, half a request added to every bin.
+    """Population stability index of two histograms, with half a request added to every bin.
 
     sum over bins of (p - q) ln(p / q). Below 0.1 is called stable, over 0.25 a shift.
     """
@@ -76,41 +76,41 @@ class _Window:
 
 
 class Drift:
-    """One window for each policy, and the baselines in a file of ``folder``."""
+    """One live window per policy, and the baselines, stored in a file in ``folder``."""
 
     def __init__(self, folder: Path, entries: Mapping[str, Entry], metrics: Metrics) -> None:
-        """Raises `ConfigError` for a file of baselines that is none."""
+        """Raises `ConfigError` if the baselines file is malformed."""
         self._file = folder.expanduser() / "firing-baselines.json"
         self._entries = entries
         self._metrics = metrics
         self._windows: dict[str, _Window] = {}
         self._baselines: dict[str, Baseline] = _read(self._file)
 
-    def note(self, trail: Trail) -> None:
-        """A request that has ended with a receipt; of several policies made one, nothing is known of each."""
-        entry = self._entries.get(trail.policy)
-        if entry is None or entry.active is None or entry.active.revision != trail.revision:
+    def note(self, context: RequestContext) -> None:
+        """Count a finished request that has a receipt. Skips joint plans: they have no per-policy counts."""
+        entry = self._entries.get(context.policy)
+        if entry is None or entry.active is None or entry.active.revision != context.revision:
             return
-        window = self._windows.get(trail.policy)
-        if window is None or window.revision != trail.revision:
-            window = self._windows[trail.policy] = _Window(trail.revision)
+        window = self._windows.get(context.policy)
+        if window is None or window.revision != context.revision:
+            window = self._windows[context.policy] = _Window(context.revision)
             for gauge in (self._metrics.drift, self._metrics.drift_requests):
-                gauge.remove_by_labels({"policy": trail.policy})
-        # Where a condition decides, what it decides is what may drift; else what was edited.
-        window.add((trail.gates if entry.active.conditional else trail.edits) / trail.evaluated)
-        if window.noted % _EVERY == 0:
-            self._show(trail.policy, window)
+                gauge.remove_by_labels({"policy": context.policy})
+        # With a conditional gate, drift shows in how often it opens; otherwise in the number of edits.
+        window.add((context.gates if entry.active.conditional else context.edits) / context.evaluated)
+        if window.noted % _UPDATE_EVERY == 0:
+            self._show(context.policy, window)
 
     def pin(self, policy: str, by: str) -> Baseline:
-        """Make the newest requests the baseline of the active revision. Raises `PolicyError` when too few."""
+        """Pin the live window as baseline of the active revision. Raises `PolicyError` if it is too small."""
         window = self._windows.get(policy)
         n = 0 if window is None else len(window.bins)
-        if window is None or n < LEAST:
+        if window is None or n < MIN_REQUESTS:
             raise PolicyError(
-                f"policy {policy!r} was seen on {n} requests since it became active, and a baseline needs "
-                f"{LEAST}; pin it later"
+                f"policy {policy!r} has had {n} requests since it became active, and a baseline needs "
+                f"{MIN_REQUESTS}; pin it later"
             )
-        # Another gateway may have written meanwhile.
+        # Another gateway may have written the file in the meantime.
         baselines = _read(self._file)
         baselines[policy] = Baseline(
             revision=window.revision,
@@ -121,18 +121,18 @@ class Drift:
         try:
             write_atomically(self._file, _BASELINES.dump_json(baselines), PRIVATE)
         except OSError as error:
-            raise PolicyError(f"{self._file} cannot be written ({error.strerror}); pinned none") from error
+            raise PolicyError(f"{self._file}: cannot be written ({error.strerror}); not pinned") from error
         self._baselines = baselines
         self._show(policy, window)
         return baselines[policy]
 
-    def shown(self, policy: str) -> dict[str, Any] | None:
-        """For operators: the baseline, the window, and how far they are apart."""
+    def summary(self, policy: str) -> dict[str, Any] | None:
+        """For the admin API: the baseline, the live window and their PSI."""
         window = self._windows.get(policy)
         if window is None:
             return None
         baseline = self._baseline(policy, window)
-        compared = baseline is not None and len(window.bins) >= LEAST
+        compared = baseline is not None and len(window.bins) >= MIN_REQUESTS
         return {
             "psi": psi(baseline.counts, window.counts) if compared and baseline else None,
             "counts": window.counts,
@@ -140,7 +140,7 @@ class Drift:
         }
 
     def _baseline(self, policy: str, window: _Window) -> Baseline | None:
-        """The pinned window of the same revision: another reads otherwise."""
+        """The baseline, if it is of the same revision; other revisions are not comparable."""
         found = self._baselines.get(policy)
         return found if found is not None and found.revision == window.revision else None
 
@@ -150,16 +150,16 @@ class Drift:
         if baseline is None:
             return
         self._metrics.drift_requests.labels(policy, "baseline").set(sum(baseline.counts))
-        if len(window.bins) >= LEAST:
+        if len(window.bins) >= MIN_REQUESTS:
             self._metrics.drift.labels(policy).set(psi(baseline.counts, window.counts))
 
 
 def _read(path: Path) -> dict[str, Baseline]:
     try:
-        return _BASELINES.validate_json(read_regular(path, _MOST_BYTES))
+        return _BASELINES.validate_json(read_regular(path, _MAX_BYTES))
     except FileNotFoundError:
         return {}
     except (OSError, ValidationError) as error:
         raise ConfigError(
-            f"{path}: is no record of baselines ({type(error).__name__}); delete it, and pin them anew"
+            f"{path}: not a valid baselines file ({type(error).__name__}); delete it, and pin again"
         ) from None

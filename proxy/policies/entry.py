@@ -1,4 +1,4 @@
-"""One policy in the catalogue: what serves, what waits, what served before, and what its card says."""
+"""One policy in the catalogue: its active, candidate and previous revisions, and its Risk Card status."""
 
 from __future__ import annotations
 
@@ -10,52 +10,52 @@ from proxy.policies.policy_files import Revision
 
 @dataclass
 class Entry:
-    """One policy: its revisions by state, and what is wrong with its newest file."""
+    """One policy: its revisions by state, and the error of its newest file."""
 
     policy: str
     active: Revision | None = None
     previous: Revision | None = None
-    """What served before; retired, and kept for a rollback."""
+    """The revision active before; retired, and kept for a rollback."""
     candidate: Revision | None = None
-    """What waits to become active: for its card, for an override, or since a rollback."""
+    """The revision that waits for its Risk Card, for an override, or since a rollback."""
     candidate_state: Literal["candidate", "shadow"] = "candidate"
     waits_for: str | None = None
     """Why the candidate does not serve."""
     rolled_back: bool = False
-    """The candidate served already and was taken back: only a person makes it serve again."""
+    """The candidate was active and was rolled back. Only an operator can activate it again."""
     unproven: str | None = None
-    """Why the active revision's card does not speak for it, where the settings let it serve all the same."""
+    """Why the active revision's Risk Card does not pass, where the settings let it serve anyway."""
     error: str | None = None
-    """Why the newest file is not what serves."""
+    """Why the newest file is not served."""
 
     def wait(self, fresh: Revision, why: str, *, rolled_back: bool = False) -> None:
-        """Keep a revision aside."""
+        """Keep a revision as candidate."""
         self.candidate, self.candidate_state, self.waits_for = fresh, "candidate", why
         self.rolled_back = rolled_back
 
     def is_held(self, fresh: Revision) -> bool:
-        """Whether a revision is the one that was rolled back."""
+        """Whether this is the revision that was rolled back."""
         return self.rolled_back and self.candidate is not None and self.candidate.revision == fresh.revision
 
     @property
     def shadow(self) -> Revision | None:
-        """The candidate, while it is to run beside the active revision."""
+        """The candidate, while it runs in shadow of the active revision."""
         return self.candidate if self.candidate_state == "shadow" else None
 
     def swap(self, fresh: Revision) -> Revision | None:
-        """Make a revision the active one; the one that was is returned."""
+        """Activate a revision; returns the one it replaces."""
         old = self.active
         self.previous, self.active, self.candidate, self.waits_for = old, fresh, None, None
         self.candidate_state, self.unproven, self.rolled_back = "candidate", None, False
         return old
 
     def forget(self) -> None:
-        """All of it was compiled for another model."""
+        """Drop all revisions: they were compiled for another model."""
         self.active = self.previous = self.candidate = self.waits_for = self.unproven = None
         self.candidate_state = "candidate"
 
-    def shown(self, in_flight: int) -> dict[str, Any]:
-        """For operators."""
+    def summary(self, in_flight: int) -> dict[str, Any]:
+        """For the admin API."""
         active = self.active
         states = ((active, "active"), (self.candidate, self.candidate_state), (self.previous, "retired"))
         return {
@@ -82,26 +82,26 @@ class Entry:
 
 @dataclass
 class ReloadReport:
-    """What a reload did."""
+    """The result of a reload."""
 
     loaded: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     waiting: dict[str, str] = field(default_factory=dict)
-    """Candidates, and what each waits for."""
+    """Candidates, and what each is waiting for."""
     keys: dict[str, Any] | None = None
-    """What became of the file of keys, if any: how many are in force, which are skipped, why it failed."""
+    """Result of reading the key file, if any: number of keys loaded, skipped keys, and the error."""
 
-    def shown(self) -> dict[str, Any]:
-        """For whoever asked for it."""
-        told = {
+    def summary(self) -> dict[str, Any]:
+        """As JSON, for the admin API and the log."""
+        found = {
             "ok": not self.failed,
             "loaded": self.loaded,
             "removed": self.removed,
             "failed": self.failed,
             "waiting": self.waiting,
         }
-        return told if self.keys is None else {**told, "keys": self.keys}
+        return found if self.keys is None else {**found, "keys": self.keys}
 
 
 def _name(revision: Revision | None) -> str | None:

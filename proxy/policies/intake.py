@@ -1,4 +1,4 @@
-"""Brings policy files into the catalogue: what is new is compiled, what an engine lost is loaded again."""
+"""Brings policy files into the catalogue: compiles what is new, and reloads what an engine has lost."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from proxy.policies.policy_folders import SOURCES, Listing, Source
 from proxy.policies.policy_reading import PolicyReading, Read
 
 _COMPOSED: Final = Path("composed policies")
-"""Stands for the file that they have not."""
+"""Stands in for their file: they have none."""
 _DELETED: Final = "deleted"
 _OF_FILES: Final = ("file", "duplicate")
 
 
 class Intake:
-    """Looks at the files of a folder; their contents, not their times, decide what is new."""
+    """Watches the files of a folder. Contents, not timestamps, decide what is new."""
 
     def __init__(
         self,
@@ -39,53 +39,53 @@ class Intake:
     ) -> None:
         self._folder = folder
         self._reading = PolicyReading(folder, artifacts)
-        self._turn = asyncio.Lock()
-        """Held while files are read; the catalogue's lock is taken within, never the other way round."""
+        self._reading_lock = asyncio.Lock()
+        """Held while files are read. Take it before the catalogue's lock, never after."""
         self._read_once = False
         self._catalogue = catalogue
         self._fleet = fleet
         self._metrics = metrics
         self._log = log
         self.file_errors: dict[Path, str] = {}
-        """Why a file is not what serves, or serves nothing."""
+        """Why a file's policy is not served."""
         self._source: dict[Path, Source] = {}
-        """Of errors that no policy's own metric shows: what kind of thing it is that is wrong."""
+        """For errors that no policy's own metric shows: which kind of source is broken."""
         self._seen: dict[Path, str] = {}
         self._owner: dict[Path, str] = {}
         self._show_sources()
 
     async def prepare(self, engine: ProvenEngine) -> None:
-        """Load everything into an engine that has nothing yet. Raises `EngineError` when it may not join."""
+        """Load all revisions into a new engine. Raises `EngineError` when it may not join."""
         async with self._catalogue.lock:
             others = [other for other in self._fleet.joined if other is not engine]
             if others:
                 _check_alike(engine, others[0])
             if others and self._read_once:
-                for revision in self._catalogue.wanted:
+                for revision in self._catalogue.required_revisions:
                     await self._catalogue.residency.load_into(engine, revision)
                 return
-        async with self._turn:
+        async with self._reading_lock:
             async with self._catalogue.lock:
                 if self._catalogue.forget_others(engine.spec.fingerprint):
                     self._seen.clear()
             await self._reload(engine.spec, force=False)
 
     async def reload(self, *, force: bool = False) -> ReloadReport:
-        """Bring in what changed; with ``force``, compile every file again (new dictionaries)."""
-        async with self._turn:
+        """Load changed files. With ``force``, compile every file again, for new dictionaries."""
+        async with self._reading_lock:
             engine = next(iter(self._fleet.joined), None)
             if engine is None:
-                raise EngineError("the engine is not ready; policies are loaded when it is")
+                raise EngineError("the engine is not ready; policies will be loaded when it is")
             return await self._reload(engine.spec, force=force)
 
     async def restore(self) -> None:
-        """Load again what an engine lacks of what serves."""
+        """Reload active revisions that an engine lacks."""
         async with self._catalogue.lock:
             await self._restore(ReloadReport())
 
     async def _reload(self, spec: ModelSpec, *, force: bool) -> ReloadReport:
         report = ReloadReport()
-        listing = await self._reading.look()
+        listing = await self._reading.scan()
         async with self._catalogue.lock:
             self._check_model(spec)
             await self._take_listing(listing, report)
@@ -100,9 +100,9 @@ class Intake:
         return report
 
     def _check_model(self, spec: ModelSpec) -> None:
-        """Files are read without a lock: meanwhile an engine with another model may have come."""
+        """Files are read without the catalogue's lock, so the engine may have been replaced meanwhile."""
         if spec.fingerprint not in {engine.spec.fingerprint for engine in self._fleet.joined}:
-            raise EngineError("the engine was replaced while policies were read; they are read again")
+            raise EngineError("the engine was replaced while policies were read; they will be read again")
 
     async def _take_listing(self, listing: Listing, report: ReloadReport) -> None:
         self._note_hidden(listing, report)
@@ -111,7 +111,7 @@ class Intake:
         await self._restore(report)
         for entry in self._catalogue.entries.values():
             if entry.shadow is not None and entry.shadow not in self._catalogue.residency:
-                # Lost with an engine; it waits as any candidate until a person casts it again.
+                # Lost with an engine. It stays a candidate until an operator starts the shadow again.
                 entry.candidate_state = "candidate"
             if entry.candidate is not None and not entry.rolled_back:
                 await self._look_at_card(entry, report)
@@ -125,7 +125,7 @@ class Intake:
                 await self._catalogue.residency.load(active)
             except EngineError as error:
                 self._note_failure(report, active.file, entry.policy, f"{active.file}: {error}")
-                # What its file is worth is looked at again once the engines take it.
+                # Read its file again once the engines accept the revision.
                 self._seen.pop(active.file, None)
             else:
                 report.loaded.append(active.label)
@@ -136,7 +136,7 @@ class Intake:
             self._clear(_COMPOSED)
 
     async def _bring_in(self, read: Read, report: ReloadReport, *, force: bool) -> None:
-        """Make what a file compiled to active."""
+        """Admit the revision that a file compiled to, or record its error."""
         path, digest, fresh = read.path, read.digest, read.result
         former, catalogue = self._owner.get(path), self._catalogue
         try:
@@ -160,12 +160,12 @@ class Intake:
                     await catalogue.residency.load(entry.active)
                 if not entry.rolled_back:
                     catalogue.end_shadow(entry, entry.active)
-                    # The file was changed back: what waited is nobody's wish any more.
+                    # The file was changed back, so drop the candidate.
                     entry.candidate = entry.waits_for = None
             elif not held:
                 await catalogue.admit(entry, fresh, report)
         except EngineError as error:
-            # Not remembered as seen: the next look tries again.
+            # Not marked as seen, so the next reload tries again.
             self._note_failure(report, path, fresh.policy, f"{path}: {error}")
             return
         finally:
@@ -177,7 +177,7 @@ class Intake:
         self._metrics.policy_broken.labels(entry.policy).set(0)
 
     async def _look_at_card(self, entry: Entry, report: ReloadReport) -> None:
-        """Serve a candidate whose card has come."""
+        """Activate a candidate whose Risk Card passes now."""
         waiting = entry.candidate
         assert waiting is not None
         proven, why = await self._catalogue.judge(waiting)
@@ -192,16 +192,16 @@ class Intake:
             report.loaded.append(waiting.label)
 
     def _check_owner(self, path: Path, policy: str) -> None:
-        """A policy has one file, and a file's policy is not renamed away while bindings demand it."""
+        """Each policy has one file, and a file may not drop a policy that bindings require."""
         others = [other for other in self._files_of(policy) if other != path and not self._is_deleted(other)]
         if others:
             raise DuplicatePolicyError(
-                None, f"{path}: meta.id = {policy!r}, but {others[0]} has that id already; choose another"
+                None, f"{path}: meta.id = {policy!r}, but {others[0]} already has that id; choose another"
             )
         former = self._owner.get(path, policy)
         if former != policy and former in self._catalogue.demanded:
             raise BrokenPolicyError(
-                former, f"{path}: meta.id = {policy!r}, but bindings demand {former!r}; change them first"
+                former, f"{path}: meta.id = {policy!r}, but bindings require {former!r}; change them first"
             )
 
     def _files_of(self, policy: str) -> list[Path]:
@@ -211,7 +211,7 @@ class Intake:
         return self._seen.get(path) == _DELETED
 
     def _take_over(self, path: Path, policy: str) -> None:
-        """Forget the deleted file of a policy that bindings demand: it has another one now."""
+        """Forget a required policy's deleted file: another file now defines the policy."""
         for other in self._files_of(policy):
             if other != path and self._is_deleted(other):
                 self._forget(other)
@@ -226,7 +226,7 @@ class Intake:
         self._source.pop(path, None)
 
     def _note_hidden(self, listing: Listing, report: ReloadReport) -> None:
-        """Folders that cannot be looked into, and those that can again."""
+        """Record folders that cannot be read, and those that can be read again."""
         folders = [
             path for path, source in self._source.items() if source in ("policies", "artifacts", "cards")
         ]
@@ -253,7 +253,7 @@ class Intake:
                 continue
             policy = self._owner.get(path)
             if policy in self._catalogue.demanded:
-                text = f"{path}: deleted, but bindings demand {policy!r}; its last revision keeps serving"
+                text = f"{path}: deleted, but bindings require {policy!r}; its last revision keeps serving"
                 self._note_failure(report, path, policy, text)
                 self._seen[path] = _DELETED
                 forgotten = True
@@ -264,7 +264,7 @@ class Intake:
                 self._catalogue.remove(policy, path, report)
 
         if forgotten:
-            # What another file kept from serving may serve now.
+            # Files refused as duplicates may be valid now.
             for path in [path for path, source in self._source.items() if source == "duplicate"]:
                 self._seen.pop(path, None)
 
@@ -276,7 +276,7 @@ class Intake:
         text: str,
         source: Source | None = None,
     ) -> None:
-        """``source`` tells what is wrong where no policy is known whose metric would show it."""
+        """``source``: which source is broken, for errors that belong to no known policy."""
         report.failed[str(path)] = text
         self._source.pop(path, None)
         if policy is None and source is not None:
@@ -291,16 +291,16 @@ class Intake:
 
 
 def _check_alike(engine: ProvenEngine, other: ProvenEngine) -> None:
-    """One gateway serves one model: a request must not depend on which engine it meets."""
+    """All engines must serve the same model: a request must not depend on which one answers it."""
     if (engine.spec.fingerprint, engine.served) != (other.spec.fingerprint, other.served):
         raise EngineError(
             f"the engine at {engine.name} serves {_model(engine)}, but {other.name} serves {_model(other)}; "
-            "one gateway serves one model, under the same names everywhere"
+            "all engines of a gateway must serve one model, under the same names"
         )
     if engine.special != other.special:
         raise EngineError(
-            f"the engine at {engine.name} has other special tokens than {other.name}; one gateway serves one "
-            "model, with the same tokenizer everywhere"
+            f"the engine at {engine.name} has other special tokens than {other.name}; all engines of a "
+            "gateway must use the same tokenizer"
         )
 
 

@@ -1,4 +1,4 @@
-"""Compiles policy files; content, not time, decides what is new."""
+"""Compiles policy files into revisions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from interpretops.plan import ModelSpec
 from interpretops.plan.reach import steers_prompt_alike
 from interpretops.policy import Constraints, SuccessCriteria, load_policy
 from interpretops.riskcard import standing
-from proxy.observe.unforeseen_error import told
+from proxy.observe.unforeseen_error import describe_error
 
 MAX_POLICY_BYTES: Final = 2**20
 
@@ -28,63 +28,63 @@ class Revision:
     revision: str
     plan: bytes
     digest: str
-    """What every rank must attest; see `Plan.digest`."""
+    """Digest that every rank must attest; see `Plan.digest`."""
     description: str
     target_class: str
     file: Path
     model_fingerprint: str
     compiled_at: datetime
     criteria: SuccessCriteria | None
-    """What the policy demands of its Risk Card; None when it demands nothing."""
+    """Success criteria for the policy's Risk Card; None if it states none."""
     card: str
-    """How the card stood when this was compiled, in one line."""
+    """Risk Card status at compile time, in one line."""
     proven: bool
-    """Whether the card met the criteria then, or none were stated."""
+    """Whether the card met the criteria at compile time, or no criteria are stated."""
     constraints: Constraints = field(default_factory=Constraints)
-    """What the policy may cost, and what happens when it costs more."""
+    """The policy's latency budget, and what happens when it is exceeded."""
     conditional: bool = False
-    """Whether a gate with conditions decides where it acts."""
+    """Whether it has a conditional gate."""
     steers_prompt: bool = False
-    """Whether text sent as a prompt is edited as if it were generated, so that readings of it may be told."""
+    """Whether it edits prompt text as it edits generated text, so that prompt log-probabilities are safe."""
 
     @property
     def label(self) -> str:
-        """``<id>@<12 hex>``, as callers see it."""
+        """``<id>@<12 hex>``, as shown to callers."""
         return f"{self.policy}@{self.revision[:12]}"
 
 
 def judge(policy: str, revision: str, folder: Path, criteria: SuccessCriteria | None) -> tuple[bool, str]:
-    """Whether a revision may become active on its Risk Card in ``folder``/cards, and why, in one line."""
+    """Whether the Risk Card in ``folder``/cards lets a revision become active, and why, in one line."""
     if criteria is None:
-        return True, "the policy demands nothing of its Risk Card"
+        return True, "the policy states no success criteria"
     found = standing(policy, revision, folder, criteria)
     return found.passed, found.reason
 
 
 def file_digest(path: Path) -> str:
-    """What tells one state of a policy file from another."""
+    """Identifies the content of a policy file, or the error that prevents reading it."""
     try:
         return hashlib.sha256(read_regular(path, MAX_POLICY_BYTES)).hexdigest()
     except OSError as error:
-        # Known, but unreadable: loading it will say why.
+        # Loading the file will report the error.
         return f"unreadable: {error.strerror}"
 
 
 class BrokenPolicyError(PolicyError):
-    """A policy file that does not become a plan."""
+    """A policy file that cannot be compiled."""
 
     def __init__(self, policy: str | None, message: str) -> None:
         super().__init__(message)
         self.policy = policy
-        """The id that the file gives, where it could be read that far."""
+        """The policy id, if the file could be read that far."""
 
 
 class DuplicatePolicyError(BrokenPolicyError):
-    """A policy file whose id another file has already."""
+    """A policy file whose id another file already uses."""
 
 
 def compile_file(path: Path, model: ModelSpec, artifacts: Path, folder: Path) -> Revision:
-    """Load and compile one file. Raises `BrokenPolicyError`; takes up to seconds, so run it in a thread."""
+    """Load and compile one file. Raises `BrokenPolicyError`. Takes seconds: run it in a thread."""
     policy_id: str | None = None
     try:
         policy = load_policy(path)
@@ -96,9 +96,9 @@ def compile_file(path: Path, model: ModelSpec, artifacts: Path, folder: Path) ->
     except OSError as error:
         raise BrokenPolicyError(policy_id, f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:
-        # What nobody foresaw in one file must not keep the others from being looked at.
-        what = told(error)
-        why = f"{path}: unforeseen {what['kind']} in {what['place']}; report it"
+        # An unexpected error in one file must not stop the others from being read.
+        what = describe_error(error)
+        why = f"{path}: unexpected {what['kind']} in {what['place']}; report it"
         raise BrokenPolicyError(policy_id, why) from error
     revision, criteria = hashlib.sha256(data).hexdigest(), policy.criteria
     stated = criteria if criteria.model_dump(exclude_none=True) else None

@@ -1,4 +1,4 @@
-"""Looks into the folders that policies come from, and tells a folder that is empty from one it cannot see."""
+"""Lists the folders that policies come from, and distinguishes empty folders from unreadable ones."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from typing import Final, Literal, get_args
 from proxy.policies.policy_files import file_digest
 
 Source = Literal["policies", "file", "duplicate", "artifacts", "cards"]
-"""What cannot be taken: a folder of policies, a file that is no policy, a file whose policy has another file,
-the folder of dictionaries, the folder of Risk Cards."""
+"""What is broken: a policy folder, a policy file, a duplicate policy file, the dictionaries folder, or the
+Risk Cards folder."""
 SOURCES: Final[tuple[Source, ...]] = get_args(Source)
 
 
 @dataclass
 class Listing:
-    """What was found."""
+    """Result of a scan."""
 
     files: dict[Path, str] | None
-    """Policy files by sha256; None when the folder itself cannot be looked into."""
+    """Policy file to sha256; None when the top folder cannot be read."""
     hidden: dict[Path, tuple[Source, str]] = field(default_factory=dict)
-    """Folders that cannot be looked into, and why; what lies in them is not known, rather than gone."""
+    """Unreadable folders, and why. Their content is unknown, not deleted."""
 
     def hides(self, path: Path) -> bool:
-        """Whether a file may be there all the same."""
+        """Whether the file may still exist in an unreadable folder."""
         return self.files is None or any(folder in path.parents for folder in self.hidden)
 
 
 class PolicyFolders:
-    """The folder of policies with the cards in it, and that of artifacts."""
+    """The policy folder with its Risk Cards, and the artifacts folder."""
 
     def __init__(self, policies: Path, artifacts: Path) -> None:
         self._policies = policies
         self._artifacts = artifacts
         self._seen: set[Path] = set()
-        """Optional folders that were there once, so that it is told when they are gone."""
+        """Optional folders seen before, so that their loss is reported."""
 
-    def look(self) -> Listing:
-        """Every ``*.yaml`` in the folder of policies, every ``policy.yaml`` below.
+    def scan(self) -> Listing:
+        """Find every ``*.yaml`` in the policy folder, and every ``policy.yaml`` below it.
 
-        Hidden ones are passed over, links to folders not followed. To be called beside the event loop.
+        Skips hidden entries and does not follow links to folders. Blocking: call it off the event loop.
         """
         found = Listing({})
         paths = _policy_paths(self._policies, found)
@@ -58,7 +58,7 @@ class PolicyFolders:
     def _look_into(
         self, folder: Path, source: Source, field_text: str, found: Listing, *, keep: bool = True
     ) -> list[Path]:
-        """The folders in an optional folder. With ``keep`` it is missed when it was there once."""
+        """The subfolders of an optional folder. With ``keep``, report it if it disappears later."""
         if folder.parent in found.hidden:
             return []
         try:
@@ -66,7 +66,7 @@ class PolicyFolders:
                 inside = [Path(entry) for entry in entries if Path(entry).is_dir()]
         except OSError as error:
             if folder in self._seen or not isinstance(error, FileNotFoundError):
-                found.hidden[folder] = source, _told(field_text, folder, error)
+                found.hidden[folder] = source, _folder_error(field_text, folder, error)
             return []
         if keep:
             self._seen.add(folder)
@@ -75,17 +75,17 @@ class PolicyFolders:
 
 def _policy_paths(top: Path, found: Listing) -> list[Path] | None:
     paths: list[Path] = []
-    ahead = [top]
-    while ahead:
-        folder = ahead.pop()
+    pending = [top]
+    while pending:
+        folder = pending.pop()
         try:
             with os.scandir(folder) as entries:
                 inside = [(Path(entry), entry.is_dir(follow_symlinks=False)) for entry in entries]
         except OSError as error:
             if folder != top and isinstance(error, FileNotFoundError):
                 continue
-            told = _told("paths.policies = ", folder, error)
-            found.hidden[folder] = "policies", f"{told}; what was loaded keeps serving"
+            error_text = _folder_error("paths.policies = ", folder, error)
+            found.hidden[folder] = "policies", f"{error_text}; loaded policies keep serving"
             if folder == top:
                 return None
             continue
@@ -93,13 +93,13 @@ def _policy_paths(top: Path, found: Listing) -> list[Path] | None:
             if path.name.startswith("."):
                 continue
             if is_folder:
-                ahead.append(path)
+                pending.append(path)
             if path.name == "policy.yaml" or (folder == top and path.suffix == ".yaml"):
                 paths.append(path)
     return paths
 
 
-def _told(field_text: str, folder: Path, error: OSError) -> str:
+def _folder_error(field_text: str, folder: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{field_text}{folder}, but there is no such folder"
-    return f"{field_text}{folder}, but it cannot be looked into ({error.strerror})"
+    return f"{field_text}{folder}, but it cannot be read ({error.strerror})"

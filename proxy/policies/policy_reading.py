@@ -1,4 +1,4 @@
-"""Reads and compiles policies beside the event loop: a file that hangs keeps only itself from serving."""
+"""Reads and compiles policies off the event loop. A read that hangs delays only its own file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from interpretops.plan import ModelSpec
-from proxy.observe.unforeseen_error import told
+from proxy.observe.unforeseen_error import describe_error
 from proxy.policies.policy_files import BrokenPolicyError, Revision, compile_file, file_digest
 from proxy.policies.policy_folders import Listing, PolicyFolders
 from proxy.process.file_reader import Reader, StuckError
@@ -18,16 +18,16 @@ _COMPILE_S: Final = 600.0
 
 @dataclass(frozen=True)
 class Read:
-    """What a file was found to be."""
+    """The result of reading one file."""
 
     path: Path
     digest: str
-    """Of the content that was compiled."""
+    """Digest of the compiled content."""
     result: Revision | BrokenPolicyError
 
 
 class PolicyReading:
-    """Nothing here holds a lock of the catalogue, so that a rollback never waits for a file."""
+    """Never holds the catalogue's lock, so that a rollback never waits for a file."""
 
     def __init__(self, folder: Path, artifacts: Path) -> None:
         self._folder = folder
@@ -36,21 +36,21 @@ class PolicyReading:
         self._listing = Reader(f"paths.policies = {folder}")
         self._files: dict[Path, Reader] = {}
 
-    async def look(self) -> Listing:
-        """What lies in the folders now. One that hangs cannot be looked into."""
+    async def scan(self) -> Listing:
+        """List the folders. A folder that hangs counts as unreadable."""
         try:
-            return await self._listing.run(self._folders.look)
+            return await self._listing.run(self._folders.scan)
         except StuckError as error:
-            return Listing(None, {self._folder: ("policies", f"{error}; what was loaded keeps serving")})
+            return Listing(None, {self._folder: ("policies", f"{error}; loaded policies keep serving")})
 
     async def compile(self, model: ModelSpec, path: Path, digest: str) -> Read:
-        """A file as it is now; ``digest`` is what it was when it was listed."""
+        """Compile a file. ``digest`` is its digest when it was listed."""
         while True:
             result = await self._compile(model, path)
             now = await self._digest(path) if isinstance(result, BrokenPolicyError) else digest
             if now == digest:
                 return Read(path, digest, result)
-            # Half written when it was read.
+            # The file was being written while we read it; read it again.
             digest = now
 
     async def _compile(self, model: ModelSpec, path: Path) -> Revision | BrokenPolicyError:
@@ -62,10 +62,11 @@ class PolicyReading:
         except StuckError as error:
             return BrokenPolicyError(None, str(error))
         except Exception as error:
-            # One file that nobody foresaw must not keep the others from being read.
-            facts = told(error)
+            # An unexpected error in one file must not stop the others from being read.
+            facts = describe_error(error)
             return BrokenPolicyError(
-                None, f"{path}: cannot be compiled: unforeseen {facts['kind']} at {facts['place']}; report it"
+                None,
+                f"{path}: cannot be compiled: unexpected {facts['kind']} at {facts['place']}; report it",
             )
 
     async def _digest(self, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Which revisions the engines hold, and which requests still need them."""
+"""Tracks which revisions the engines hold, and which requests still need them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from proxy.observe.metrics import Metrics
 from proxy.observe.supervisor import Supervisor
 from proxy.policies.policy_files import Revision
 
-_THE_PLANS_OWN: Final = frozenset((EngineCode.INVALID_PLAN, EngineCode.PLAN_TOO_LARGE, EngineCode.TABLE_FULL))
-"""Refusals that say nothing against the engine: it is well, and cannot take this plan."""
+_PLAN_ERRORS: Final = frozenset((EngineCode.INVALID_PLAN, EngineCode.PLAN_TOO_LARGE, EngineCode.TABLE_FULL))
+"""Refusals by a healthy engine that cannot accept this plan."""
 
 
 class Residency:
-    """Loads revisions into all engines, and frees each only when no request is under way with it.
+    """Loads revisions into all engines, and frees each one only when no request uses it.
 
-    So no request that was accepted under a revision is ever refused by an engine because of a change.
+    So a policy change never makes an engine refuse a request that was already accepted.
     """
 
     def __init__(
@@ -50,20 +50,20 @@ class Residency:
         return all(revision.revision in engine.resident for engine in self._fleet.joined)
 
     def pins(self, revision: Revision) -> int:
-        """Requests under way with a revision."""
+        """Number of requests in progress under a revision."""
         return self._pins[revision.revision]
 
     async def load(self, revision: Revision) -> None:
-        """Make a revision resident on every engine that is well, or on none.
+        """Make a revision resident on every healthy engine, or on none.
 
-        An engine that answers no more, or attests other numbers, is left out: it gets no request of this
-        revision. Raises `EngineError` when no engine attests it, or one that is well cannot take it.
+        Skips engines that do not answer or attest another digest; they get no requests of this revision.
+        Raises `EngineError` when no engine attests it, or a healthy engine cannot accept it.
         """
         name = revision.revision
         async with self._lock:
             engines = self._fleet.joined
             if not engines:
-                raise EngineError("the engine is not ready; policies are loaded when it is")
+                raise EngineError("the engine is not ready; policies will be loaded when it is")
             lacking = [engine for engine in engines if name not in engine.resident]
             results = await asyncio.gather(
                 *(self._try(engine, revision) for engine in lacking), return_exceptions=True
@@ -73,29 +73,29 @@ class Residency:
                 for engine, error in zip(lacking, results, strict=True)
                 if error is not None
             }
-            refused = [error for error in faults.values() if not _is_the_engines_own(error)]
+            refused = [error for error in faults.values() if not _is_engine_fault(error)]
             if refused or len(faults) == len(engines):
                 for engine in lacking:
                     await self._retire(engine, name)
-                self._free_unheld_soon()
+                self._free_leftovers_soon()
                 raise (refused or list(faults.values()))[0]
             self._retiring.discard(name)
-        self._free_unheld_soon()
+        self._free_leftovers_soon()
         for engine_name, error in faults.items():
             self._note_unattested(engine_name, revision, error)
 
     async def load_into(self, engine: ProvenEngine, revision: Revision) -> None:
-        """Make a revision resident on one engine that joins.
+        """Make a revision resident on an engine that is joining.
 
-        One that is well and cannot take this plan joins without it, and gets no request of it: the others
-        that it can serve must not wait for that. Raises `EngineError` for all else.
+        A healthy engine that cannot accept this plan joins without it and gets no requests of it, so that it
+        can still serve its other plans. Raises `EngineError` for all other failures.
         """
         async with self._lock:
             error = await self._try(engine, revision)
-            if error is not None and _is_the_engines_own(error):
+            if error is not None and _is_engine_fault(error):
                 raise error
-        # What it still holds from before it was lost.
-        self._free_unheld_soon()
+        # It may still hold plans from before the connection was lost.
+        self._free_leftovers_soon()
         if error is not None:
             self._note_unattested(engine.name, revision, error)
 
@@ -114,13 +114,13 @@ class Residency:
                     self._free_soon(name)
 
     def retire(self, revision: Revision) -> None:
-        """Free a revision as soon as nothing pins it; nobody may pin it anew unless it is loaded again."""
+        """Free a revision once nothing pins it. It must be loaded again before it is pinned again."""
         self._retiring.add(revision.revision)
         if not self._pins[revision.revision]:
             self._free_soon(revision.revision)
 
     async def close(self) -> None:
-        """Give up what is still to be freed: the engine goes, or keeps it for others."""
+        """Cancel pending frees: the engine is stopping, or keeps the plans for other gateways."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -134,7 +134,7 @@ class Residency:
             await engine.client.load(revision.revision, revision.plan, revision.digest)
         except EngineError as error:
             if not isinstance(error, EngineRefusedError):
-                # It may have been loaded all the same.
+                # The engine may have loaded it anyway.
                 engine.unfreed.add(revision.revision)
             return error
         engine.unfreed.discard(revision.revision)
@@ -148,7 +148,7 @@ class Residency:
 
     async def _free(self, name: str) -> None:
         async with self._lock:
-            # It may have been loaded again, and come into use, while we waited.
+            # It may have been loaded again, and be in use, since we started waiting.
             if name not in self._retiring or self._pins[name]:
                 return
             self._retiring.discard(name)
@@ -164,19 +164,19 @@ class Residency:
             engine.unfreed.add(name)
             self._log.warning("retire_failed", revision=name, error=str(error))
 
-    def _free_unheld_soon(self) -> None:
+    def _free_leftovers_soon(self) -> None:
         if not any(engine.unfreed for engine in self._fleet.joined):
             return
-        task = self._supervisor.spawn("free revision", self._free_unheld_now())
+        task = self._supervisor.spawn("free revision", self._free_leftovers_now())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _free_unheld_now(self) -> None:
+    async def _free_leftovers_now(self) -> None:
         async with self._lock:
-            await self._free_unheld(self._fleet.joined)
+            await self._free_leftovers(self._fleet.joined)
 
-    async def _free_unheld(self, engines: list[ProvenEngine]) -> None:
-        """Free what engines may hold without anybody's knowing."""
+    async def _free_leftovers(self, engines: list[ProvenEngine]) -> None:
+        """Free plans that engines may hold although no request needs them."""
         for engine in engines:
             for name in sorted(engine.unfreed):
                 if name not in engine.resident:
@@ -187,7 +187,7 @@ class Residency:
                 engine.unfreed.discard(name)
 
 
-def _is_the_engines_own(error: BaseException) -> bool:
-    """Whether a failure says nothing against the plan, and other engines may take it."""
+def _is_engine_fault(error: BaseException) -> bool:
+    """Whether the engine, not the plan, is at fault, so that other engines may accept the plan."""
     known = isinstance(error, EngineError)
-    return known and not (isinstance(error, EngineRefusedError) and error.reason in _THE_PLANS_OWN)
+    return known and not (isinstance(error, EngineRefusedError) and error.reason in _PLAN_ERRORS)

@@ -1,1 +1,1 @@
-"""Keeping one process healthy: signals, locks, slow file systems, child processes, open files."""
+"""Process-level concerns: signals, file locks, slow file systems, child processes and open-file limits."""

@@ -1,4 +1,4 @@
-"""What a process that the gateway starts may see of its environment: a list, lest secrets be handed on."""
+"""The environment variables that child processes may inherit: an allow-list, so that secrets do not leak."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _NAMES: Final = frozenset(
     ]
 )
 _PREFIXES: Final = (
-    # Python, its compilers and its allocators
+    # Python, compilers and allocators
     *("LC_", "PYTHON", "NUMBA_", "MALLOC_", "TCMALLOC_", "JEMALLOC_"),
-    # vLLM and what it is made of
+    # vLLM and its dependencies
     *("VLLM_", "TORCH", "PYTORCH_", "TRITON_", "FLASHINFER_", "CUTLASS_", "AOTI_", "RAY_"),
     *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_"),
-    # devices, and how they speak with each other
+    # devices and their interconnects
     *("CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_"),
     *("ROCM_", "ROCR_", "HIP_", "HSA_", "AMD_", "MIOPEN_"),
     # threads
@@ -65,7 +65,7 @@ _FETCHING: Final = frozenset(
 
 
 def child_environment(environ: Mapping[str, str], *, fetches: bool = False) -> dict[str, str]:
-    """Of ``environ`` what a child needs to run a model; with ``fetches`` also what reaches Hugging Face."""
+    """The part of ``environ`` needed to run a model; with ``fetches``, also to reach Hugging Face."""
     return {
         name: value
         for name, value in environ.items()

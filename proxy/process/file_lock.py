@@ -1,4 +1,4 @@
-"""Makes sure that one process alone writes a file that must not be written by two."""
+"""A lock file, so that only one process writes a given file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from interpretops.errors import ConfigError
 
 
 def hold(path: Path, field: str) -> int:
-    """A descriptor that holds the lock until it is closed. Raises `ConfigError` when another holds it."""
+    """Take the lock; closing the returned descriptor releases it. Raises `ConfigError` if it is taken."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -21,6 +21,6 @@ def hold(path: Path, field: str) -> int:
     except OSError as error:
         os.close(descriptor)
         raise ConfigError(
-            f"{field}: another gateway writes in {path.parent}; give each its own place"
+            f"{field}: another gateway writes to {path.parent}; give each gateway its own folder"
         ) from error
     return descriptor

@@ -1,4 +1,4 @@
-"""Reads files beside the event loop and beside its pool, since a file system can hang for ever."""
+"""Reads files outside the event loop and its thread pool, since a file system can hang forever."""
 
 from __future__ import annotations
 
@@ -10,61 +10,61 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 from interpretops.errors import InterpretOpsError
 
-_PATIENCE_S: Final = 30.0
+_TIMEOUT_S: Final = 30.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class StuckError(InterpretOpsError):
-    """What was to be read does not come; whoever waits for it goes on without."""
+    """A read did not finish in time; callers continue without it."""
 
 
 class Reader:
-    """Runs work in a daemon thread, one at a time. One that hangs holds up no other work, and no exit.
+    """Runs one piece of work at a time in a daemon thread. Work that hangs blocks no other reader, nor exit.
 
-    The loop's own pool would be full after a few reads that hang, and is waited for at the end.
+    The event loop's own pool would fill up after a few hanging reads, and Python waits for it at exit.
     """
 
-    def __init__(self, what: str, patience_s: float = _PATIENCE_S) -> None:
-        """``what`` is read, as errors say it."""
+    def __init__(self, what: str, timeout_s: float = _TIMEOUT_S) -> None:
+        """``what``: name of the thing read, for error messages."""
         self._what = what
-        self._patience_s = patience_s
-        self._turn = asyncio.Lock()
+        self._timeout_s = timeout_s
+        self._lock = asyncio.Lock()
         self._running: asyncio.Future[Any] | None = None
         self._stuck = False
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
-        """The work's result. Raises what it raises, and `StuckError` when it, or the work before, hangs."""
-        async with self._turn:
+        """The work's result. Raises what the work raises, and `StuckError` if it, or earlier work, hangs."""
+        async with self._lock:
             before = self._running
             if before is not None and not before.done():
                 if self._stuck:
                     raise self._error()
-                # Whoever waited for it was cancelled.
+                # Earlier work whose caller was cancelled.
                 await self._wait(before)
             self._stuck = False
             running = asyncio.get_running_loop().run_in_executor(_THREADS, work, *arguments)
-            # Its error, too, may come when nobody waits for it any more.
+            # Retrieve its error, since nobody may be waiting for it any more.
             running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
             self._running = running
             await self._wait(running)
             return running.result()
 
     async def _wait(self, running: asyncio.Future[Any]) -> None:
-        await asyncio.wait({running}, timeout=self._patience_s)
+        await asyncio.wait({running}, timeout=self._timeout_s)
         if not running.done():
             self._stuck = True
             raise self._error()
 
     def _error(self) -> StuckError:
         return StuckError(
-            f"{self._what}: could not be read within {self._patience_s:g} s; the file system may hang"
+            f"{self._what}: could not be read within {self._timeout_s:g} s; the file system may be hanging"
         )
 
 
 class _DaemonThreads(Executor):
-    """A thread of its own for each piece of work; nobody waits for them at the process's end."""
+    """One thread per piece of work. Nothing waits for these threads at exit."""
 
     def submit(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
@@ -76,7 +76,7 @@ class _DaemonThreads(Executor):
             except BaseException as error:
                 future.set_exception(error)
 
-        # Told of at the end, where it hangs, as threads of the pool are.
+        # Named like the pool's threads, so that `end_threads` reports it if it hangs.
         threading.Thread(target=run, name="pool-reader", daemon=True).start()
         return future
 

@@ -1,4 +1,4 @@
-"""Runs work beside the event loop that must be done even where no thread can be had for it."""
+"""Runs work in a thread, or on the event loop if no thread can be started: for work that must be done."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 async def off_loop(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """The work's result, from a thread of the loop's pool; without a thread it is done at once, here.
+    """The work's result, from a thread of the loop's pool, or run here if no thread can be started.
 
-    A pool that finds no thread may still do what it was given later: the work must bear to be done twice.
+    A pool that could not start a thread may still run the work later: it must be safe to run twice.
     """
     loop = asyncio.get_running_loop()
     try:
         done = loop.run_in_executor(None, partial(work, *args, **kwargs))
     except RuntimeError:
-        # Everything waits for it then, which is better than that it is not done.
+        # This blocks the event loop, which is better than not doing the work.
         return work(*args, **kwargs)
     return await done

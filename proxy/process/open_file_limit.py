@@ -1,20 +1,20 @@
-"""How many files and connections the process may hold: as many as the system lets it, up to a bound."""
+"""Raises the limit of open files and connections as far as the system allows, up to a maximum."""
 
 import resource
 from typing import Final
 
-MOST: Final = 65_536
-"""As in the systemd unit: two for each of 32,000 requests in flight."""
+MAX_OPEN_FILES: Final = 65_536
+"""As in the systemd unit: two for each of 32,000 requests in progress."""
 
 
 def raise_limit() -> int:
-    """Raise the soft limit of open files, and give what it is then.
+    """Raise the soft limit of open files. Returns the new limit.
 
-    A shell's is often 1,024: at 500 requests in flight, two connections each, uv accepts further ones only to
-    close them, clients see `ECONNRESET`, and the audit log cannot be opened again either.
+    A shell's limit is often 1,024. At 500 requests in progress, with two connections each, libuv accepts and
+    at once closes further connections, clients see `ECONNRESET`, and the audit log cannot be reopened.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST if hard == resource.RLIM_INFINITY else min(MOST, hard)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return soft
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,9 +1,9 @@
-"""Runs one command, and ends all its processes when it ends or when the reaper's parent is gone.
+"""Runs one command, and kills all its processes when it ends or when the reaper's parent exits.
 
-`python -I process_reaper.py GRACE_S FOLDER COMMAND…`, started as the leader of a session of its own.
-Standard input is a pipe held by the parent: its end, however it came about, stops the command. The reaper
-adopts orphaned grandchildren, so that none outlives it even if it left the process group. At the end it
-removes the folder, which is the command's own.
+`python -I process_reaper.py GRACE_S FOLDER COMMAND…`, started as leader of its own session. Standard input
+is a pipe held by the parent: when it closes, for whatever reason, the reaper stops the command. The reaper
+adopts orphaned grandchildren, so that none outlives it even outside the process group. At the end it removes
+the folder, which belongs to the command.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; its exit status, or 128 + the signal that ended it."""
+    """Run the command; returns its exit status, or 128 + the signal that ended it."""
     grace_s, folder, command = float(arguments[0]), arguments[1], arguments[2:]
-    # Sockets and files of the engine are for its user alone, wherever it puts them.
+    # The engine's sockets and files must only be accessible to its user, wherever it puts them.
     os.umask(0o077)
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     wake_reader, wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def wake(_number: int, _frame: FrameType | None) -> None:
-        """A handler only so that the wakeup pipe gets a byte."""
+        """Does nothing: a handler must exist for the wakeup pipe to get a byte."""
 
     signal.set_wakeup_fd(wake_writer)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     child = subprocess.Popen(  # noqa: S603 - the command is the gateway's own
         command,
         stdin=subprocess.DEVNULL,
-        # Should the reaper itself be killed, the engine's main process goes with it.
+        # If the reaper itself is killed, the engine's main process is killed too.
         preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),  # noqa: PLW1509 - no threads
     )
     deadline: float | None = None
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _end_descendants() -> None:
-    """Kill what is left; orphans become our children one generation after the other."""
+    """Kill remaining descendants; orphans become our children one generation at a time."""
     while children := _children():
         for pid in children:
             with contextlib.suppress(ProcessLookupError):

@@ -1,1 +1,1 @@
-"""The public app: from a request that was let in to the answer of the engine, or to a refusal."""
+"""The public app: takes an accepted request to the engine's answer, or to an error."""

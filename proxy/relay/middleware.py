@@ -1,4 +1,4 @@
-"""Around every route: who is calling, OpenAI's shape for every error, and an account of every end."""
+"""Middleware for every route: authentication, errors in OpenAI's format, and a record of each request."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from proxy.errors import (
     error_body,
     error_headers,
 )
-from proxy.observe.request_context import TRAIL, Trail
-from proxy.observe.unforeseen_error import told
+from proxy.observe.request_context import REQUEST_CONTEXT, RequestContext
+from proxy.observe.unforeseen_error import describe_error
 from proxy.openai_api.headers import PROCESSING_HEADER, REQUEST_ID_HEADER
-from proxy.relay.accounting import account, route_label
+from proxy.relay.accounting import record_request, route_label
 from proxy.relay.health import HEALTH
 from proxy.state import GATEWAY, IDENTITY
 from proxy.tenants.access import check_page
@@ -32,7 +32,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 @web.middleware
 async def refuse_foreign_pages(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Without keys, a web page open on this machine must not reach any route by a name of its own."""
+    """Where no keys are required, refuse web pages of other sites that are open on this machine."""
     gateway = request.app[GATEWAY]
     if not gateway.access.wanted:
         bound = gateway.settings.gateway
@@ -42,19 +42,19 @@ async def refuse_foreign_pages(request: web.Request, handler: Handler) -> web.St
 
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Let nobody near a route, served or not, who shows no key where keys are asked for."""
+    """Where keys are required, refuse requests without a valid one, even for unknown routes."""
     if route_label(request) not in HEALTH:
         identity = request[IDENTITY] = request.app[GATEWAY].access.identify(request.headers)
-        request[TRAIL].tenant, request[TRAIL].key = identity.tenant.id, identity.key
+        request[REQUEST_CONTEXT].tenant, request[REQUEST_CONTEXT].key = identity.tenant.id, identity.key
     return await handler(request)
 
 
 @web.middleware
 async def answer_in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Give every request an id, every error OpenAI's shape, and every end a line in the log."""
+    """Give each request an id, send errors in OpenAI's format, and record how each request ended."""
     gateway = request.app[GATEWAY]
-    trail = request[TRAIL] = Trail(_request_id(request))
-    span = gateway.tracing.begin(request, route_label(request), trail)
+    context = request[REQUEST_CONTEXT] = RequestContext(_request_id(request))
+    span = gateway.tracing.begin(request, route_label(request), context)
     began = time.perf_counter()
     status = 499
     try:
@@ -64,16 +64,16 @@ async def answer_in_openai_shape(request: web.Request, handler: Handler) -> web.
             response.headers[PROCESSING_HEADER] = str(round((time.perf_counter() - began) * 1e3))
     except (asyncio.CancelledError, aiohttp.ClientConnectionResetError, ConnectionError):
         gateway.metrics.clients_gone.labels(route_label(request)).inc()
-        trail.reason = "client_gone"
+        context.reason = "client_gone"
         raise
     finally:
-        account(request, status, time.perf_counter() - began)
-        gateway.tracing.end(span, route_label(request), trail, status)
+        record_request(request, status, time.perf_counter() - began)
+        gateway.tracing.end(span, route_label(request), context, status)
     return response
 
 
 async def _refuse_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    trail = request[TRAIL]
+    context = request[REQUEST_CONTEXT]
     try:
         response = await handler(request)
     except Refusal as refusal:
@@ -90,22 +90,22 @@ async def _refuse_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except (aiohttp.ClientConnectionResetError, ConnectionError):
         raise
     except Exception as error:
-        request.app[GATEWAY].log.error("unforeseen", request_id=trail.request_id, **told(error))
+        request.app[GATEWAY].log.error("unforeseen", request_id=context.request_id, **describe_error(error))
         if request.writer.output_size > 0:
-            raise ConnectionResetError("the answer had begun and cannot be finished") from None
-        trail.reason = "internal_error"
+            raise ConnectionResetError("the response has started and cannot be completed") from None
+        context.reason = "internal_error"
         response = web.json_response(error_body(500, "internal_error", "internal error"), status=500)
     if not response.prepared:
-        response.headers.setdefault(REQUEST_ID_HEADER, trail.request_id)
+        response.headers.setdefault(REQUEST_ID_HEADER, context.request_id)
     return response
 
 
 def _refuse(request: web.Request, refusal: Refusal) -> web.Response:
-    request[TRAIL].reason = refusal.code
+    request[REQUEST_CONTEXT].reason = refusal.code
     request.app[GATEWAY].metrics.refusals.labels(refusal.code).inc()
     body = error_body(refusal.status, refusal.code, str(refusal), refusal.param)
     if route_label(request).startswith("/v1/messages"):
-        # Anthropic's clients look for it; the rest is as everywhere.
+        # Anthropic clients expect `type`; the rest is the same on all routes.
         body = {"type": "error", **body}
     response = web.json_response(body, status=refusal.status, headers=error_headers(refusal))
     if refusal.status in (408, 413):

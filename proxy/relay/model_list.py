@@ -1,4 +1,4 @@
-"""The model list: the engine's own models, and an alias for every policy that the caller may choose."""
+"""The model list: the engine's models, and an alias for each policy that the caller may choose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proxy.state import GATEWAY, IDENTITY
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """The engine's model, and an alias for every policy that this caller may choose."""
+    """The engine's models, and an alias for each policy that this caller may choose."""
     return web.json_response({"object": "list", "data": listed_models(request)})
 
 
@@ -24,9 +24,7 @@ async def show_model(request: web.Request) -> web.Response:
     for model in listed_models(request):
         if model["id"] == name:
             return web.json_response(model)
-    raise UnknownModel(
-        f"model {name[:128]!r} is not served here; GET /v1/models lists what is", param="model"
-    )
+    raise UnknownModel(f"model {name[:128]!r} is not served here; see GET /v1/models", param="model")
 
 
 def listed_models(request: web.Request) -> list[dict[str, Any]]:
@@ -38,7 +36,7 @@ def listed_models(request: web.Request) -> list[dict[str, Any]]:
         try:
             model = by_name[gateway.engine_model(name)]
         except UnknownModel:
-            # An alias of a model that the engine does not serve: logged when the engine joined.
+            # The alias names a model that the engine does not serve; logged when the engine joined.
             continue
         base = {
             "object": "model",

@@ -1,4 +1,4 @@
-"""Refuses to tell what the model computed at positions of a prompt that the policy leaves unedited."""
+"""Refuses to return values computed at prompt positions that the policy leaves unedited."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from proxy.openai_api.routes import Route
 from proxy.policies.policy_files import Revision
 
 
-def field_that_reads(route: Route, body: Mapping[str, Any]) -> str | None:
-    """The field by which the engine would tell log-probabilities of the prompt; None when it tells none.
+def prompt_reading_field(route: Route, body: Mapping[str, Any]) -> str | None:
+    """The field that makes the engine return log-probabilities of the prompt; None if there is none.
 
-    Off is only what is left out, null, or for `echo` false: `prompt_logprobs: 0` tells each token's own
-    log-probability and its rank, which is enough to guess by.
+    Off means absent, null, or false for `echo`. `prompt_logprobs: 0` is on: it returns each token's own
+    log-probability and rank, which is enough to guess text.
     """
     for name, field in route.fields.items():
         value = body.get(name)
@@ -26,27 +26,27 @@ def field_that_reads(route: Route, body: Mapping[str, Any]) -> str | None:
     return None
 
 
-def may_read(route: Route, body: Mapping[str, Any], revision: Revision | None) -> bool:
-    """Whether ``revision`` (None: unsteered) lets the engine tell what a request asks of its prompt."""
-    return revision is None or revision.steers_prompt or field_that_reads(route, body) is None
+def may_disclose_prompt(route: Route, body: Mapping[str, Any], revision: Revision | None) -> bool:
+    """Whether ``revision`` (None: unsteered) allows what the request asks about its prompt."""
+    return revision is None or revision.steers_prompt or prompt_reading_field(route, body) is None
 
 
-def check_reading(route: Route, body: Mapping[str, Any], revision: Revision | None) -> None:
-    """Raise `FieldNotAllowed` unless `may_read`.
+def check_prompt_disclosure(route: Route, body: Mapping[str, Any], revision: Revision | None) -> None:
+    """Raise `FieldNotAllowed` unless `may_disclose_prompt`.
 
-    An answer sent as a prompt would be read there, token by token, as the model gives it without the policy.
+    Otherwise a caller could send an answer as a prompt and read the model's unsteered probabilities for it.
     """
-    if may_read(route, body, revision):
+    if may_disclose_prompt(route, body, revision):
         return
     assert revision is not None
-    name = field_that_reads(route, body)
+    name = prompt_reading_field(route, body)
     raise FieldNotAllowed(
-        f"{name} has the engine tell log-probabilities of the prompt, where policy {revision.policy!r} acts "
-        f"otherwise than on an answer; leave {name} out, or ask for logprobs of the answer",
+        f"{name} returns log-probabilities of the prompt, where policy {revision.policy!r} acts "
+        f"differently than on the answer; remove {name}, or ask for logprobs of the answer",
         param=name,
     )
 
 
 def _echoes_text_alone(route: Route, body: Mapping[str, Any]) -> bool:
-    """On completions an echo without logprobs is the prompt's text; on chat the engine adds the numbers."""
+    """On completions, echo without logprobs returns only text. On chat the engine adds log-probabilities."""
     return "top_logprobs" not in route.fields and body.get("logprobs") is None

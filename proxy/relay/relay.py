@@ -1,4 +1,4 @@
-"""Sends a request to the engine under its revision, and its answer back once a receipt proves it."""
+"""Sends a request to the engine under its revision, and returns the answer once a receipt proves it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from aiohttp import web
 from interpretops.engine_api import NONCE_HEADER, NONCE_KEY, REVISION_KEY, EngineCode, Receipt
 from interpretops.engine_api import RECEIPT_HEADER as ENGINE_RECEIPT
 from interpretops.errors import EngineError
-from proxy.engines.fleet import Turn
+from proxy.engines.fleet import Lease
 from proxy.engines.http_connection import (
     Answer,
     AnswerTooLargeError,
-    EngineGivenUpError,
+    EngineClientClosedError,
     EngineUnreachableError,
     refusal_code,
 )
@@ -36,7 +36,7 @@ from proxy.errors import (
     UnknownModel,
     error_body,
 )
-from proxy.observe.request_context import Trail
+from proxy.observe.request_context import RequestContext
 from proxy.openai_api.headers import POLICY_HEADER, PROCESSING_HEADER, RECEIPT_HEADER, REQUEST_ID_HEADER
 from proxy.openai_api.request_body import serialize
 from proxy.openai_api.request_size import Size
@@ -45,28 +45,27 @@ from proxy.openai_api.sse import SseOverflowError, SseSplitter, comment, error_e
 from proxy.policies.binding import NONE
 from proxy.policies.policy_files import Revision
 from proxy.state import Gateway
-from proxy.verification.receipt_proof import Told, fault, told_by, told_by_stream
+from proxy.verification.receipt_proof import AnswerUsage, answer_usage, receipt_fault, stream_usage
 
-"""Milliseconds until the answer was there; of a stream, until it began."""
-_GONE = (OSError, TimeoutError)
-_MOST_ERROR: Final = 1024 * 1024
-"""Longest error of the engine that is read; vLLM quotes what it finds wrong."""
-_MOST_COMPARED: Final = 1024 * 1024
-"""Longest answer that is kept until a shadow has answered too."""
+_CONNECTION_ERRORS = (OSError, TimeoutError)
+_MAX_ERROR: Final = 1024 * 1024
+"""Longest engine error that is read; vLLM quotes the offending input."""
+_MAX_COMPARED: Final = 1024 * 1024
+"""Longest answer that is kept for comparison with a shadow's answer."""
 
 
 @dataclass(frozen=True)
-class Demand:
-    """One request, ready to be sent: what it asks, and the revision that must steer it."""
+class EngineCall:
+    """One request, ready to send to an engine, and the revision that must steer it."""
 
     gateway: Gateway
-    turn: Turn
+    lease: Lease
     route: Route
     body: Mapping[str, Any]
     revision: Revision | None
-    trail: Trail
+    context: RequestContext
     size: Size = Size()  # noqa: RUF009 (frozen)
-    """Of `body`: how many engine requests the receipt must cover."""
+    """Size of `body`: how many engine requests the receipt must cover."""
 
     @property
     def revision_id(self) -> str:
@@ -75,134 +74,134 @@ class Demand:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that every answer carries."""
+        """Headers of every response."""
         label = NONE if self.revision is None else self.revision.label
-        return {**self.trail.headers, POLICY_HEADER: label, REQUEST_ID_HEADER: self.trail.request_id}
+        return {**self.context.headers, POLICY_HEADER: label, REQUEST_ID_HEADER: self.context.request_id}
 
 
-async def relay(request: web.Request, demand: Demand) -> web.StreamResponse:
-    """Answer one request. Raises `Refusal` as long as nothing has been sent to the client."""
-    nonce = demand.trail.nonce = secrets.token_hex(16)
-    sealed = {REVISION_KEY: demand.revision_id, NONCE_KEY: nonce}
-    payload = serialize({**demand.body, "vllm_xargs": sealed})
-    streamed = demand.body.get("stream") is True
+async def relay(request: web.Request, call: EngineCall) -> web.StreamResponse:
+    """Answer one request. Raises `Refusal` only while nothing has been sent to the client."""
+    nonce = call.context.nonce = secrets.token_hex(16)
+    sealed = {REVISION_KEY: call.revision_id, NONCE_KEY: nonce}
+    payload = serialize({**call.body, "vllm_xargs": sealed})
+    streamed = call.body.get("stream") is True
     sent_at = time.perf_counter()
-    upstream = await _send(demand, payload, streamed=streamed)
+    upstream = await _send(call, payload, streamed=streamed)
     try:
         if upstream.status != 200:
             raise await _engine_refusal(upstream)
-        await _check_engine(demand)
+        await _check_engine(call)
         if streamed:
-            return await _relay_stream(request, demand, upstream, sent_at)
-        return await _relay_whole(demand, upstream, sent_at)
+            return await _relay_stream(request, call, upstream, sent_at)
+        return await _relay_whole(call, upstream, sent_at)
     finally:
-        # Also when the client is gone or we were cancelled: the engine stops generating when this closes.
+        # Also after a disconnect or cancellation: closing makes the engine stop generating.
         upstream.close()
 
 
-async def relay_plain(demand: Demand) -> web.StreamResponse:
-    """Answer a request for which no model runs, so that there is nothing to steer and nothing to prove."""
+async def relay_plain(call: EngineCall) -> web.StreamResponse:
+    """Answer a request for which no model runs: there is nothing to steer or prove."""
     sent_at = time.perf_counter()
-    upstream = await _send(demand, serialize(demand.body), streamed=False)
+    upstream = await _send(call, serialize(call.body), streamed=False)
     try:
         if upstream.status != 200:
             raise await _engine_refusal(upstream)
-        await _check_engine(demand)
-        answer = await _read_whole(demand, upstream)
-    except _GONE as error:
-        raise _engine_gone(demand, error) from error
+        await _check_engine(call)
+        answer = await _read_whole(call, upstream)
+    except _CONNECTION_ERRORS as error:
+        raise _engine_failure(call, error) from error
     finally:
         upstream.close()
-    demand.turn.link.breaker.worked()
-    demand.trail.engine_s = time.perf_counter() - sent_at
-    headers = {**demand.trail.headers, REQUEST_ID_HEADER: demand.trail.request_id}
+    call.lease.link.breaker.worked()
+    call.context.engine_s = time.perf_counter() - sent_at
+    headers = {**call.context.headers, REQUEST_ID_HEADER: call.context.request_id}
     return web.Response(body=answer, content_type="application/json", headers=headers)
 
 
-async def _send(demand: Demand, payload: bytes, *, streamed: bool) -> Answer:
-    """The engine's answer, of which nothing is read yet.
+async def _send(call: EngineCall, payload: bytes, *, streamed: bool) -> Answer:
+    """Send the request; returns the engine's response with its body unread.
 
-    Another engine is asked where one cannot be reached, or says that it takes no requests now: there nothing
-    has begun, so that nothing can happen twice.
+    Tries another engine when one is unreachable or accepts no requests now. Neither has started any work, so
+    nothing runs twice.
     """
-    settings, turn, nonce = demand.gateway.settings.gateway, demand.turn, demand.trail.nonce
+    settings, lease, nonce = call.gateway.settings.gateway, call.lease, call.context.nonce
     named = {} if nonce is None else {NONCE_HEADER: nonce}
     ends_at = time.monotonic() + settings.request_timeout_s
     while True:
         try:
-            upstream = await turn.engine.client.generate(
-                demand.route.path,
+            upstream = await lease.engine.client.generate(
+                call.route.path,
                 payload,
                 total_timeout_s=max(0.001, ends_at - time.monotonic()),
                 idle_timeout_s=settings.stream_idle_timeout_s if streamed else None,
-                headers={**named, **demand.trail.engine_headers},
+                headers={**named, **call.context.engine_headers},
             )
-        except _GONE as error:
-            refusal = _engine_gone(demand, error)
-            if isinstance(refusal, EngineNotReady) and turn.again("unreached"):
+        except _CONNECTION_ERRORS as error:
+            refusal = _engine_failure(call, error)
+            if isinstance(refusal, EngineNotReady) and lease.try_another("unreached"):
                 continue
             raise refusal from error
         refused = refusal_code(upstream)
         if refused is EngineCode.NOT_RESIDENT:
-            # Nothing is wrong with the engine but that it lost a plan, which is loaded again.
-            turn.engine.miss(demand.revision_id)
-            if turn.again("not_resident"):
+            # The engine is healthy but lost a plan; the plan is loaded again.
+            lease.engine.mark_missing(call.revision_id)
+            if lease.try_another("not_resident"):
                 upstream.close()
                 continue
         elif upstream.status == 503 and refused is None:
-            turn.link.breaker.failed()
-            if turn.again("refused"):
+            lease.link.breaker.failed()
+            if lease.try_another("refused"):
                 upstream.close()
                 continue
         return upstream
 
 
-async def _relay_whole(demand: Demand, upstream: Answer, sent_at: float) -> web.StreamResponse:
+async def _relay_whole(call: EngineCall, upstream: Answer, sent_at: float) -> web.StreamResponse:
     try:
-        answer = await _read_whole(demand, upstream)
-    except _GONE as error:
-        raise _engine_gone(demand, error) from error
-    demand.trail.engine_s = time.perf_counter() - sent_at
+        answer = await _read_whole(call, upstream)
+    except _CONNECTION_ERRORS as error:
+        raise _engine_failure(call, error) from error
+    call.context.engine_s = time.perf_counter() - sent_at
     try:
-        told = await told_by(answer)
+        usage = await answer_usage(answer)
     except ValueError:
-        raise EngineFailed("the engine did not answer with a JSON object") from None
-    receipt = await _proof(demand, upstream.header(ENGINE_RECEIPT), told)
-    if demand.trail.keep_answer and len(answer) <= _MOST_COMPARED:
-        demand.trail.answer = answer
-    if demand.trail.transcript is not None:
-        demand.trail.transcript.add(answer)
-    headers = {**demand.headers, RECEIPT_HEADER: json.dumps(receipt, separators=(",", ":"))}
+        raise EngineFailed("the engine's response is not a JSON object") from None
+    receipt = await _proof(call, upstream.header(ENGINE_RECEIPT), usage)
+    if call.context.keep_answer and len(answer) <= _MAX_COMPARED:
+        call.context.answer = answer
+    if call.context.transcript is not None:
+        call.context.transcript.add(answer)
+    headers = {**call.headers, RECEIPT_HEADER: json.dumps(receipt, separators=(",", ":"))}
     return web.Response(body=answer, content_type="application/json", headers=headers)
 
 
-async def _read_whole(demand: Demand, upstream: Answer) -> bytes:
-    """An answer that must be whole before any of it is sent on, so that it is held: up to a bound."""
-    most = demand.gateway.settings.gateway.max_answer_bytes
+async def _read_whole(call: EngineCall, upstream: Answer) -> bytes:
+    """Buffer an answer that must be proven before any of it is sent, up to `gateway.max_answer_bytes`."""
+    most = call.gateway.settings.gateway.max_answer_bytes
     try:
         return await upstream.read(most)
     except AnswerTooLargeError:
-        if told := upstream.header(ENGINE_RECEIPT):
-            # The engine has done the work, and tells of it this once.
+        if header := upstream.header(ENGINE_RECEIPT):
+            # The engine has done the work, so bill it.
             with contextlib.suppress(EngineError):
-                demand.trail.take(Receipt.read(told))
-        streams = "" if "stream" not in demand.route.fields else ", or stream it"
+                call.context.take(Receipt.read(header))
+        streams = "" if "stream" not in call.route.fields else ", or stream it"
         raise AnswerTooLarge(
-            f"the answer exceeds the {most} bytes that are held of one (gateway.max_answer_bytes); ask for "
+            f"the answer exceeds the buffer limit of {most} bytes (gateway.max_answer_bytes); ask for "
             f"fewer answers, tokens or log-probabilities{streams}"
         ) from None
 
 
 async def _relay_stream(
-    request: web.Request, demand: Demand, upstream: Answer, sent_at: float
+    request: web.Request, call: EngineCall, upstream: Answer, sent_at: float
 ) -> web.StreamResponse:
     if upstream.content_type != "text/event-stream":
-        raise EngineFailed("the engine did not answer with an event stream")
-    trail = demand.trail
-    taken = round((time.perf_counter() - trail.began_at) * 1e3)
+        raise EngineFailed("the engine's response is not an event stream")
+    context = call.context
+    taken = round((time.perf_counter() - context.began_at) * 1e3)
     response = web.StreamResponse(
         headers={
-            **demand.headers,
+            **call.headers,
             PROCESSING_HEADER: str(taken),
             "Cache-Control": "no-store",
             "X-Accel-Buffering": "no",
@@ -210,113 +209,113 @@ async def _relay_stream(
     )
     response.content_type = "text/event-stream"
     response.charset = "utf-8"
-    splitter = SseSplitter(demand.route.end)
+    splitter = SseSplitter(call.route.end)
     await response.prepare(request)
-    itl = demand.gateway.metrics.itl.labels(trail.policy)
-    last = trail.began_at
+    itl = call.gateway.metrics.itl.labels(context.policy)
+    last = context.began_at
     try:
         while chunk := await upstream.next():
             if events := splitter.feed(chunk):
                 now = time.perf_counter()
-                if trail.ttft_s is None:
-                    trail.ttft_s = now - trail.began_at
+                if context.ttft_s is None:
+                    context.ttft_s = now - context.began_at
                 else:
                     itl.observe(now - last)
                 last = now
                 await response.write(events)
-                if trail.transcript is not None:
-                    trail.transcript.add(events)
-        trail.engine_s = time.perf_counter() - sent_at
+                if context.transcript is not None:
+                    context.transcript.add(events)
+        context.engine_s = time.perf_counter() - sent_at
         if splitter.failed:
-            trail.reason = EngineFailed.code
+            context.reason = EngineFailed.code
             if splitter.receipt:
                 with contextlib.suppress(EngineError):
-                    trail.take(Receipt.read(splitter.receipt))
+                    context.take(Receipt.read(splitter.receipt))
             await response.write_eof()
             return response
         if not splitter.end_event:
-            raise EngineFailed("the engine ended the stream too early; the answer is incomplete")
+            raise EngineFailed("the engine ended the stream early; the answer is incomplete")
         try:
-            told = told_by_stream(splitter, named=demand.route.named_events)
+            usage = stream_usage(splitter, named=call.route.named_events)
         except ValueError:
-            raise EngineFailed("the engine sent an event that is no JSON object") from None
-        receipt = await _proof(demand, splitter.receipt, told)
+            raise EngineFailed("the engine sent an event that is not a JSON object") from None
+        receipt = await _proof(call, splitter.receipt, usage)
     except Refusal as refusal:
-        return await _break_off(response, demand, refusal)
+        return await _break_off(response, call, refusal)
     except SseOverflowError:
-        return await _break_off(response, demand, EngineFailed("the engine sent an event without end"))
+        return await _break_off(response, call, EngineFailed("the engine sent an event that is too large"))
     except aiohttp.ClientConnectionResetError:
-        # Writing to the client failed; the engine's failures are the other kinds.
+        # Writing to the client failed; all other errors here come from the engine.
         raise
-    except _GONE as error:
-        return await _break_off(response, demand, _engine_gone(demand, error))
+    except _CONNECTION_ERRORS as error:
+        return await _break_off(response, call, _engine_failure(call, error))
     await response.write(comment("steering-receipt", receipt) + splitter.end_event)
     await response.write_eof()
     return response
 
 
-async def _break_off(response: web.StreamResponse, demand: Demand, refusal: Refusal) -> web.StreamResponse:
-    """End a stream that has begun: an error event, and no end marker, lest a client take it for whole."""
-    demand.trail.reason = refusal.code
+async def _break_off(response: web.StreamResponse, call: EngineCall, refusal: Refusal) -> web.StreamResponse:
+    """End a started stream with an error event and no end marker, so that clients see it is incomplete."""
+    call.context.reason = refusal.code
     body = error_body(refusal.status, refusal.code, str(refusal))
-    await response.write(error_event(body, named=demand.route.named_events))
+    await response.write(error_event(body, named=call.route.named_events))
     await response.write_eof()
     return response
 
 
-async def _proof(demand: Demand, came: bytes, told: Told) -> dict[str, Any]:
-    """The receipt of the answer just read, as callers see it; raises when it does not prove the answer.
+async def _proof(call: EngineCall, header: bytes, usage: AnswerUsage) -> dict[str, Any]:
+    """The receipt of the answer just read, in the form shown to callers. Raises if it is no proof.
 
-    ``came`` is what came with the answer; an engine with an older plugin is asked for it.
+    ``header`` is the receipt sent with the answer. If empty (older plugins), the engine is asked for it.
     """
     why: str | None
     receipt: Receipt | None = None
     try:
-        client, nonce = demand.turn.engine.client, demand.trail.nonce or ""
-        receipt = Receipt.read(came) if came else await client.receipt(nonce)
+        client, nonce = call.lease.engine.client, call.context.nonce or ""
+        receipt = Receipt.read(header) if header else await client.receipt(nonce)
         if receipt is not None:
-            demand.trail.take(receipt)
-        why = fault(receipt, demand.revision_id, demand.size, told)
+            call.context.take(receipt)
+        why = receipt_fault(receipt, call.revision_id, call.size, usage)
     except EngineError as error:
         why = str(error)
     if receipt is None or why is not None:
-        demand.gateway.metrics.receipts_failed.labels(demand.trail.policy).inc()
-        demand.gateway.log.error(
-            "receipt_failed", request_id=demand.trail.request_id, demanded=demand.revision_id, why=why
+        call.gateway.metrics.receipts_failed.labels(call.context.policy).inc()
+        call.gateway.log.error(
+            "receipt_failed", request_id=call.context.request_id, demanded=call.revision_id, why=why
         )
         raise ReceiptFailed(
-            "the engine did not prove that the demanded policy was applied; the answer is withheld"
+            "the engine did not prove that the required policy was applied; the answer is withheld"
         )
-    demand.turn.link.breaker.worked()
+    call.lease.link.breaker.worked()
     return {
-        "policy": demand.trail.policy,
+        "policy": call.context.policy,
         **receipt.model_dump(exclude={"finished"}),
     }
 
 
-async def _check_engine(demand: Demand) -> None:
+async def _check_engine(call: EngineCall) -> None:
     try:
-        await demand.turn.engine.check_connections()
+        await call.lease.engine.check_connections()
     except EngineError as error:
-        demand.turn.link.lose(str(error))
+        call.lease.link.lose(str(error))
         raise EngineNotReady(
-            "the engine was restarted and is not proven yet; try again in a moment"
+            "the engine was restarted and has not passed its self-test yet; try again in a moment"
         ) from error
 
 
 async def _engine_refusal(upstream: Answer) -> Refusal:
-    """The engine's own error, in OpenAI's shape; its inner failures without their text."""
+    """The engine's error in OpenAI's format. The text of its internal errors is not passed on."""
     refused = refusal_code(upstream)
     if refused is EngineCode.NOT_RESIDENT:
-        return PolicyUnavailable("the engine does not hold the demanded policy at the moment; try again")
+        return PolicyUnavailable("the required policy is not loaded in the engine at the moment; try again")
     if refused is EngineCode.POLICY_DEMANDED:
-        return PolicyUnavailable("the engine serves no request without a policy, and none applies here")
+        return PolicyUnavailable("the engine refuses requests without a policy, and none applies here")
     if refused is not None:
         return EngineFailed(f"the engine refused the request: {refused.value}")
     try:
-        told = json.loads(await upstream.read(_MOST_ERROR))["error"]
-        message, param = str(told["message"]), told.get("param")
-    except (*_GONE, AnswerTooLargeError, ValueError, KeyError, TypeError, AttributeError):
+        body = json.loads(await upstream.read(_MAX_ERROR))["error"]
+        message, param = str(body["message"]), body.get("param")
+    except (*_CONNECTION_ERRORS, AnswerTooLargeError, ValueError, KeyError, TypeError, AttributeError):
         return EngineFailed(f"the engine answered with status {upstream.status}")
     if upstream.status in (400, 413, 422):
         return InvalidRequest(message, param=None if param is None else str(param))
@@ -325,12 +324,12 @@ async def _engine_refusal(upstream: Answer) -> Refusal:
     return EngineFailed(f"the engine failed with status {upstream.status}")
 
 
-def _engine_gone(demand: Demand, error: BaseException) -> Refusal:
-    """What the caller is told; the engine is blamed for all but an answer that took too long."""
-    if not isinstance(error, TimeoutError | EngineGivenUpError):
-        demand.turn.link.breaker.failed()
+def _engine_failure(call: EngineCall, error: BaseException) -> Refusal:
+    """The error for the caller. All but timeouts and our own shutdown count as failures of the engine."""
+    if not isinstance(error, TimeoutError | EngineClientClosedError):
+        call.lease.link.breaker.failed()
     if isinstance(error, EngineUnreachableError):
         return EngineNotReady("the engine cannot be reached; try again in a moment")
     if isinstance(error, TimeoutError):
         return EngineTimeout("the engine did not answer in time")
-    return EngineFailed("the engine went away while it answered; the answer is incomplete")
+    return EngineFailed("the engine disconnected while answering; the answer is incomplete")

@@ -1,1 +1,1 @@
-"""Who is calling, what they may use, and what they are charged."""
+"""Tenants: authentication, rate limits, budgets and billing."""

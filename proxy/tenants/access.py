@@ -1,4 +1,4 @@
-"""Who is calling: the tenant of a key on the OpenAI endpoint, the role of a key on the admin listener."""
+"""Authentication: a key's tenant on the OpenAI endpoint, and its role on the admin listener."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from proxy.observe.readiness import Reason
 from proxy.process.file_reader import Reader, StuckError
 
 _MAX_KEY = 512
-_LOOKED_AT_S: Final = 5.0
-"""Keys that were read so long ago are not stale: the file is looked at every two seconds."""
+_REFRESH_MARGIN_S: Final = 5.0
+"""Slack before keys count as stale: the file is read every two seconds."""
 LOOPBACK_NAMES: Final = frozenset(("localhost", "localhost.localdomain"))
 
 
 @dataclass(frozen=True)
 class Identity:
-    """On whose behalf a request comes."""
+    """The tenant and key of a request."""
 
     tenant: Tenant
     key: str | None = None
-    """Id of the key that proved it; None where no keys are asked for."""
+    """Id of the key; None where no keys are required."""
 
     def check_route(self, route: str) -> None:
-        """Refuse a route that is not open to this tenant."""
+        """Refuse a route that this tenant may not use."""
         if self.tenant.routes is not None and route not in self.tenant.routes:
-            raise NotPermitted(f"{route} is not open to this key")
+            raise NotPermitted(f"this key may not use {route}")
 
     def may_name(self, model: str) -> bool:
-        """Whether this tenant may write this model name."""
+        """Whether this tenant may use this model name."""
         return self.tenant.models is None or model in self.tenant.models
 
 
 class Access:
-    """Knows tenants and keys; reads the file of keys again when its content changes."""
+    """Holds tenants and keys, and rereads the key file when its content changes."""
 
     def __init__(
         self,
@@ -65,46 +65,46 @@ class Access:
         self._log = log
         self._ring = KeyRing(())
         self._known_at = clock()
-        """When the keys in force were last known to be those of the file."""
+        """When the keys in force last matched the file."""
         self._deleted = False
         self.failure: str | None = None
-        """Why the file's keys are not those in force."""
+        """Why the keys in force may differ from the file."""
         self.skipped: dict[str, str] = {}
-        """Ids of keys that stand in the file and open nothing, and why."""
+        """Ids of keys in the file that are not accepted, and why."""
         if self._path is not None:
             if not _exists(self._path):
                 raise ConfigError(
                     f"paths.keys = {self._path}, but there is no such file; "
-                    "make a key with `mechctl keys add`"
+                    "create a key with `mechctl keys add`"
                 )
             self._ring = self._read(self._path)
 
     @property
     def wanted(self) -> bool:
-        """Whether keys are asked for."""
+        """Whether requests need a key."""
         return self._path is not None
 
     @property
     def callers(self) -> list[Tenant]:
-        """Everybody on whose behalf a request can come."""
+        """All tenants that can send requests."""
         return [self._anonymous.tenant] if self._path is None else [*self._tenants.values()]
 
     @property
     def keys(self) -> tuple[ApiKey, ...]:
-        """The keys that are known now, expired ones among them."""
+        """The keys in force, including expired ones."""
         return self._ring.keys
 
-    async def look(self) -> None:
-        """As `refresh`, beside the event loop; a file system that hangs is a file that cannot be read."""
+    async def refresh_off_loop(self) -> None:
+        """As `refresh`, off the event loop. A file system that hangs counts as an unreadable file."""
         try:
             await self._reader.run(self.refresh)
         except StuckError as error:
             self._note_failure(str(error))
 
     def refresh(self) -> None:
-        """Take the file's keys as they are now. One that is gone holds none: nobody is let in any more.
+        """Load the keys from the file. A deleted file holds no keys: all requests are then refused.
 
-        When it cannot be read or taken the keys stay in force as they were, for `gateway.keys_grace_s`.
+        If the file cannot be read or is invalid, the old keys stay in force for `gateway.keys_grace_s`.
         """
         if self._path is None:
             return
@@ -119,27 +119,27 @@ class Access:
         self._ring, self._known_at, self._deleted = ring, self._clock(), deleted
         if deleted:
             self._note_failure(
-                f"paths.keys = {self._path} is gone: all keys are revoked; put it back, or restart"
+                f"paths.keys = {self._path} was deleted: all keys are revoked; restore it, or restart"
             )
         else:
             self.failure = None
             self._metrics.keys_broken.set(0)
 
-    def shown(self) -> dict[str, Any] | None:
-        """For operators: what became of the file of keys; None where no keys are asked for."""
+    def summary(self) -> dict[str, Any] | None:
+        """For the admin API: result of reading the key file; None where no keys are required."""
         if self._path is None:
             return None
         return {"loaded": len(self._ring.keys), "skipped": self.skipped, "failed": self.failure}
 
     def not_ready(self) -> Iterator[Reason]:
-        """Why nobody is let in: as `identify` decides it."""
+        """Why all requests are refused, as `identify` decides."""
         if self._path is not None and (self._deleted or self._overdue):
-            told = self.failure or f"paths.keys = {self._path} was not read for {self._grace_s:g} s"
-            yield Reason("keys_unusable", told)
+            detail = self.failure or f"paths.keys = {self._path} was not read for {self._grace_s:g} s"
+            yield Reason("keys_unusable", detail)
 
     @property
     def _overdue(self) -> bool:
-        return self._clock() - self._known_at > self._grace_s + _LOOKED_AT_S
+        return self._clock() - self._known_at > self._grace_s + _REFRESH_MARGIN_S
 
     def _note_failure(self, failure: str) -> None:
         if failure != self.failure:
@@ -159,7 +159,7 @@ class Access:
         raise KeyError(key_id)
 
     def identify(self, headers: CIMultiDictProxy[str]) -> Identity:
-        """The caller of the OpenAI endpoint; refuses whoever shows no key of a tenant."""
+        """The caller on the OpenAI endpoint. Refuses requests without a tenant's key."""
         if self._path is None:
             return self._anonymous
         key = self._find(headers)
@@ -167,30 +167,30 @@ class Access:
             raise InvalidKey("this key is not for the OpenAI endpoint")
         return Identity(self._tenants[key.tenant], key.id)
 
-    def authorize(self, headers: CIMultiDictProxy[str], demanded: Role) -> str:
-        """The name of an admin who may do what is ``demanded``; refuses everybody else."""
+    def authorize(self, headers: CIMultiDictProxy[str], required: Role) -> str:
+        """The name of an admin with the ``required`` role. Refuses everybody else."""
         if self._path is None:
             return ANONYMOUS
         key = self._find(headers)
         if key.role is None:
             raise InvalidKey("this key is not for the admin listener")
-        if demanded == "operator" and key.role != "operator":
-            raise NotPermitted("this key may look, but not change; use one with role operator")
+        if required == "operator" and key.role != "operator":
+            raise NotPermitted("this key is read-only; use one with role operator")
         return f"{key.name or key.role} ({key.id})"
 
     def _find(self, headers: CIMultiDictProxy[str]) -> ApiKey:
         if self._overdue:
-            raise KeysUnavailable("keys cannot be checked at the moment; try again later")
+            raise KeysUnavailable("API keys cannot be checked at the moment; try again later")
         presented = _presented(headers)
         key = self._ring.find(presented)
         if key is None:
             raise InvalidKey(
-                "the key is not valid; send `Authorization: Bearer <key>` with a key of this gateway"
+                "the API key is not valid; send `Authorization: Bearer <key>` with a key of this gateway"
             )
         return key
 
     def _read(self, path: Path) -> KeyRing:
-        """The file's keys but those of undeclared tenants: these open nothing, and stop no other."""
+        """The file's keys, without those of undeclared tenants. These are skipped; the others still work."""
         keys = read_keys(path)
         declared = ", ".join(sorted(self._tenants)) or "none"
         skipped = {
@@ -218,19 +218,19 @@ def _exists(path: Path) -> bool:
 
 
 def check_exposure(address: str, field: str, *, keys: bool) -> None:
-    """Refuse to listen beyond this machine when nobody has to show a key. Raises `ConfigError`."""
+    """Refuse to listen beyond this machine when no keys are required. Raises `ConfigError`."""
     if not keys and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         raise ConfigError(
-            f"{field} = {address!r}, but that is reached from other machines and no keys are asked for; "
+            f"{field} = {address!r}, but other machines can reach that address and no keys are required; "
             "set paths.keys, or listen on 127.0.0.1"
         )
 
 
 def names_this_machine(host: str | None, also: Collection[str] = ()) -> bool:
-    """Whether a Host header could not have been written by a page of a foreign name.
+    """Whether a Host header names this machine, so that no web page of another site sent it.
 
-    ``also`` are further names of this machine. A page that had its own name point here (DNS rebinding) still
-    sends that name.
+    ``also``: further names of this machine. A page that points its own name here (DNS rebinding) still sends
+    that name.
     """
     name = (host or "").rsplit(":", 1)[0] if not (host or "").endswith("]") else (host or "")
     name = name.strip("[]").lower().removesuffix(".")
@@ -244,29 +244,29 @@ def names_this_machine(host: str | None, also: Collection[str] = ()) -> bool:
 
 
 def check_page(headers: CIMultiDictProxy[str], also: Collection[str]) -> None:
-    """Refuse what a web page of a foreign name may have sent, where nobody has to show a key."""
+    """Where no keys are required, refuse requests that a web page of another site may have sent."""
     for host in headers.getall("Host", []):  # a page always sends one
         if not names_this_machine(host, also):
             raise ForeignPage(
-                f"Host = {host[:128]!r}, but without keys only names of this machine are answered to; name "
-                "it in gateway.allowed_hosts, or set paths.keys"
+                f"Host = {host[:128]!r}, but without keys only names of this machine are accepted; add "
+                "it to gateway.allowed_hosts, or set paths.keys"
             )
     for origin in headers.getall("Origin", []):
         scheme, _, host = origin.partition("://")
         if scheme not in ("http", "https"):
             raise ForeignPage(
-                f"Origin = {origin[:128]!r}, but without keys only pages of this machine are answered; set "
+                f"Origin = {origin[:128]!r}, but without keys only pages of this machine are accepted; set "
                 "paths.keys and give the program a key"
             )
         if not names_this_machine(host, also):
             raise ForeignPage(
-                f"Origin = {origin[:128]!r}, but without keys only pages of this machine are answered; name "
-                "its host in gateway.allowed_hosts, or set paths.keys"
+                f"Origin = {origin[:128]!r}, but without keys only pages of this machine are accepted; add "
+                "its host to gateway.allowed_hosts, or set paths.keys"
             )
 
 
 def _presented(headers: CIMultiDictProxy[str]) -> str:
-    """The one key of a request; two places may name it, when they name the same."""
+    """The key of a request. Two headers may carry it if both carry the same key."""
     found: set[str] = set()
     for value in headers.getall("Authorization", []):
         scheme, _, key = value.partition(" ")
@@ -275,8 +275,8 @@ def _presented(headers: CIMultiDictProxy[str]) -> str:
         found.add(key.strip())
     found.update(value.strip() for value in headers.getall("x-api-key", []))
     if not found:
-        raise InvalidKey("no key was given; send `Authorization: Bearer <key>`")
+        raise InvalidKey("no API key was sent; send `Authorization: Bearer <key>`")
     if len(found) > 1:
-        raise InvalidKey("the request carries several different keys; send one")
+        raise InvalidKey("the request carries several different API keys; send one")
     (key,) = found
     return key[:_MAX_KEY]

@@ -1,4 +1,4 @@
-"""How much of its token budget each tenant has used in the current day or month, kept across restarts."""
+"""Tracks how much of its daily or monthly token budget each tenant has used, across restarts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from proxy.observe.metrics import Metrics
 from proxy.process.file_lock import hold
 
 Period = Literal["day", "month"]
-_MOST_BYTES: Final = 16 * 2**20
+_MAX_BYTES: Final = 16 * 2**20
 _SAVE_EVERY_S: Final = 1.0
 _FORMATS: Final = {"day": "%Y-%m-%d", "month": "%Y-%m"}
 
 
 class Budgets:
-    """Tokens used by tenant and period; in a file of ``folder``, or in memory alone."""
+    """Tokens used by tenant and period, saved in ``folder``, or kept in memory only."""
 
     def __init__(
         self,
@@ -38,10 +38,10 @@ class Budgets:
         self._metrics = metrics
         self._log = log
         self._unsaved: str | None = None
-        """Why the file could not be written the last time."""
+        """Why the last save failed."""
         self._now = now
         self._used: dict[str, tuple[str, int]] = {}
-        """Tenant to the period that is running, and what was used in it."""
+        """Tenant to the current period and the tokens used in it."""
         self._changed = False
         self._lock: int | None = None
         if self._file is not None:
@@ -49,21 +49,21 @@ class Budgets:
             self._used = _read(self._file)
 
     def period(self, period: Period) -> str:
-        """Name of the running period."""
+        """Name of the current period."""
         return self._now().strftime(_FORMATS[period])
 
     def correct(self, tenant: str, period: Period, used: int) -> None:
-        """What all gateways together have used."""
+        """Set usage to the total of all gateways."""
         self._used[tenant] = self.period(period), used
 
     def used(self, tenant: str, period: Period) -> int:
-        """Tokens used in the running period. A clock that is set back begins no new one."""
+        """Tokens used in the current period. A clock that is set back does not start a new period."""
         name = self.period(period)
         begun, amount = self._used.get(tenant, (name, 0))
         return 0 if len(begun) != len(name) or name > begun else amount
 
     def add(self, tenant: str, period: Period, tokens: int) -> None:
-        """Count tokens."""
+        """Add used tokens."""
         name = self.period(period)
         begun, _ = self._used.get(tenant, (name, 0))
         if len(begun) == len(name):
@@ -72,14 +72,14 @@ class Budgets:
         self._changed = True
 
     async def keep(self, alive: Callable[[], None]) -> None:
-        """Save what changed, every second, until cancelled."""
+        """Save changes every second, until cancelled."""
         while True:
             await asyncio.sleep(_SAVE_EVERY_S)
             await asyncio.to_thread(self.save)
             alive()
 
     def save(self) -> None:
-        """Write the file when something changed; a disk that is full is tried again the next time."""
+        """Write the file if usage changed. After a failure (full disk), the next call tries again."""
         if self._file is None or not self._changed:
             return
         self._changed = False
@@ -97,7 +97,7 @@ class Budgets:
         self._metrics.budgets_unsaved.set(fault is not None)
 
     def close(self) -> None:
-        """Save, and let another gateway have the file."""
+        """Save, and release the file's lock."""
         self.save()
         if self._lock is not None:
             os.close(self._lock)
@@ -106,11 +106,11 @@ class Budgets:
 
 def _read(path: Path) -> dict[str, tuple[str, int]]:
     try:
-        content = json.loads(read_regular(path, _MOST_BYTES))
+        content = json.loads(read_regular(path, _MAX_BYTES))
         return {str(tenant): (str(period), int(used)) for tenant, (period, used) in content.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: is no record of budgets ({error}); mend it, or delete it to begin all budgets anew"
+            f"{path}: not a valid budgets file ({error}); repair it, or delete it to reset all budgets"
         ) from None

@@ -1,6 +1,6 @@
-"""What each tenant may use: requests and tokens a minute, requests at a time, tokens in a period.
+"""Limits per tenant: requests and tokens a minute, concurrent requests, and tokens per period.
 
-Each gateway decides by its own buckets. Where several share Redis, they are filled from there first."""
+Each gateway decides by its own buckets. With Redis, it first synchronises them with the shared ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from proxy.tenants.shared_limits import SharedCounts
 
 
 class Bucket:
-    """Fills evenly over a minute; may be drawn below nothing, and then has to fill up first."""
+    """A token bucket that refills evenly over a minute. Its level may go below zero."""
 
     def __init__(self, per_minute: int, now: float) -> None:
         self.size = per_minute
@@ -25,26 +25,26 @@ class Bucket:
         self._stamp = now
 
     def level(self, now: float) -> float:
-        """What is in it."""
+        """The current level."""
         self._level = min(self.size, self._level + max(0.0, now - self._stamp) * self.size / 60)
         self._stamp = now
         return self._level
 
     def correct(self, level: float, now: float) -> None:
-        """What all gateways together have left in it."""
+        """Set the level to what all gateways together have left."""
         self._level, self._stamp = level, now
 
     def draw(self, amount: float, now: float) -> None:
-        """Take out; a negative amount gives back."""
+        """Take tokens out; a negative amount puts them back."""
         self._level = min(self.size, self.level(now) - amount)
 
     def wait_s(self, amount: float, now: float) -> float:
-        """Seconds until ``amount`` is in it."""
+        """Seconds until the level reaches ``amount``."""
         return max(0.0, (amount - self.level(now)) * 60 / self.size)
 
 
 class Meter:
-    """Counts one tenant's use."""
+    """Counts one tenant's usage."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Meter:
         now = clock()
         self._shared = shared
         self._counted = False
-        """Whether Redis counted what is about to be reserved."""
+        """Whether Redis has already counted the tokens of the next `reserve`."""
         self._tenant = tenant
         self._limits = limits
         self._budgets = budgets
@@ -65,20 +65,20 @@ class Meter:
         self._requests = _bucket(limits.requests_per_minute, now)
         self._tokens = _bucket(limits.tokens_per_minute, now)
         self.in_flight = 0
-        """Answers that are in progress; a request of several prompts is as many."""
-        self._set_aside = 0
-        """Tokens that requests in progress may use."""
+        """Answers in progress. A request counts once for each of its answers."""
+        self._reserved = 0
+        """Tokens reserved for requests in progress."""
 
-    async def hear_requests(self, number: int = 1) -> None:
-        """Take requests' share from what all gateways have left, so that `Places` decide by that."""
+    async def sync_requests(self, number: int = 1) -> None:
+        """Draw on the bucket shared by all gateways, so that `ConcurrencySlots` sees what is left there."""
         limits = self._limits
         if self._shared is None or self._requests is None or number > self._requests.size:
             return
         if limits.concurrency is None or self.in_flight + number <= limits.concurrency:
-            await self._hear(self._shared, "requests", self._requests, number)
+            await self._sync(self._shared, "requests", self._requests, number)
 
-    async def hear_tokens(self, size: Size) -> None:
-        """As `hear_requests`, for `reserve`."""
+    async def sync_tokens(self, size: Size) -> None:
+        """As `sync_requests`, for `reserve`."""
         shared, limit, period = self._shared, self._limits.token_budget, self._limits.budget_period
         if shared is None:
             return
@@ -86,47 +86,51 @@ class Meter:
             used = await shared.used(self._tenant, self._budgets.period(period))
             if used is not None:
                 self._budgets.correct(self._tenant, period, used)
-            if self._left() < size.owed:
+            if self._left() < size.budget_tokens:
                 return
         if self._tokens is not None:
             amount = min(size.tokens, self._tokens.size)
-            await self._hear(shared, "tokens", self._tokens, amount)
+            await self._sync(shared, "tokens", self._tokens, amount)
 
-    async def _hear(self, shared: SharedCounts, kind: str, bucket: Bucket, amount: int) -> None:
+    async def _sync(self, shared: SharedCounts, kind: str, bucket: Bucket, amount: int) -> None:
         level = await shared.draw(self._tenant, kind, bucket.size, amount)
         self._counted = level is not None
         if level is not None:
             bucket.correct(level, self._clock())
 
     @contextmanager
-    def request(self) -> Iterator[Places]:
-        """One request, however it ends; refuses it when there are too many."""
-        places = Places(self)
-        places.take(1)
+    def request(self) -> Iterator[ConcurrencySlots]:
+        """Count one request as in progress for the block. Raises `RateLimited` when there are too many."""
+        slots = ConcurrencySlots(self)
+        slots.take(1)
         try:
-            yield places
+            yield slots
         finally:
-            self.in_flight -= places.taken
+            self.in_flight -= slots.taken
 
     def admit(self, number: int, more: int) -> None:
-        """Count ``more`` answers of a request of ``number``, or refuse it."""
+        """Count ``more`` answers of a request that has ``number`` in all, or refuse it."""
         limits, now = self._limits, self._clock()
         if limits.concurrency is not None and self.in_flight + more > limits.concurrency:
             if number > limits.concurrency:
-                raise _never(f"asks for {number} answers", f"{limits.concurrency} are served at a time")
+                raise _never_allowed(
+                    f"asks for {number} answers", f"{limits.concurrency} are allowed at a time"
+                )
             raise RateLimited(
-                f"{self.in_flight} requests are in progress, and at most {limits.concurrency} are served "
+                f"{self.in_flight} requests are in progress, and at most {limits.concurrency} are allowed "
                 "at a time; wait for one to end",
                 retry_after_s=1.0,
                 headers=self.headers(),
             )
         if self._requests is not None:
             if number > self._requests.size:
-                raise _never(f"counts as {number} requests", f"{self._requests.size} are served a minute")
+                raise _never_allowed(
+                    f"counts as {number} requests", f"{self._requests.size} are allowed a minute"
+                )
             wait_s = self._requests.wait_s(more, now)
             if wait_s > 0:
                 raise RateLimited(
-                    f"at most {self._requests.size} requests are served a minute; try again in "
+                    f"at most {self._requests.size} requests are allowed a minute; try again in "
                     f"{_duration(wait_s)}",
                     retry_after_s=wait_s,
                     headers=self.headers(),
@@ -135,23 +139,23 @@ class Meter:
         self.in_flight += more
 
     def reserve(self, size: Size) -> Charge:
-        """Set aside what a request may use, by its text and what it says; refuses what is over a limit."""
+        """Reserve the tokens that a request may use. Refuses a request over a limit."""
         self._check_budget(size)
         drawn = size.tokens
         if self._tokens is not None:
             now = self._clock()
             if size.requests > 1 and size.tokens > self._tokens.size:
-                raise _never(
+                raise _never_allowed(
                     f"may use {size.tokens} tokens for {size.requests} answers",
-                    f"{self._tokens.size} are served a minute",
+                    f"{self._tokens.size} are allowed a minute",
                 )
-            # One answer that is larger than the bucket is admitted when that is full: it pays by what it
-            # waits after.
+            # A single answer larger than the bucket is admitted when the bucket is full; later requests wait
+            # longer for it.
             drawn = min(drawn, self._tokens.size)
             wait_s = self._tokens.wait_s(drawn, now)
             if wait_s > 0:
                 raise RateLimited(
-                    f"at most {self._tokens.size} tokens are served a minute, and this request may use "
+                    f"at most {self._tokens.size} tokens are allowed a minute, and this request may use "
                     f"{drawn}; try again in {_duration(wait_s)}",
                     retry_after_s=wait_s,
                     headers=self.headers(),
@@ -159,39 +163,40 @@ class Meter:
             self._tokens.draw(drawn, now)
             if self._shared is not None and not self._counted:
                 self._shared.settle(self._tenant, bucket=(self._tokens.size, drawn), budget=None)
-        self._set_aside += size.owed
+        self._reserved += size.budget_tokens
         return Charge(self, size, drawn)
 
     def _check_budget(self, size: Size) -> None:
         limit, period = self._limits.token_budget, self._limits.budget_period
-        if limit is None or size.owed <= self._left():
+        if limit is None or size.budget_tokens <= self._left():
             return
-        if size.owed > limit:
-            raise _never(f"may use {size.owed} tokens", f"{limit} are served a {period}")
+        if size.budget_tokens > limit:
+            raise _never_allowed(f"may use {size.budget_tokens} tokens", f"{limit} are allowed a {period}")
         used = self._budgets.used(self._tenant, period)
-        if size.owed <= limit - used:
+        if size.budget_tokens <= limit - used:
             raise RateLimited(
-                f"of the budget of {limit} tokens a {period} {used} are used and {self._set_aside} set aside "
-                f"for requests in progress, and this request may use {size.owed}; try again when they ended",
+                f"of the budget of {limit} tokens a {period}, {used} are used and {self._reserved} reserved "
+                f"for requests in progress, and this request may use {size.budget_tokens}; try again when "
+                "they have ended",
                 retry_after_s=1,
                 headers=self.headers(),
             )
         raise BudgetSpent(
-            f"of the budget of {limit} tokens a {period} {used} are used"
-            + (f" and {self._set_aside} set aside for requests in progress" if self._set_aside else "")
-            + f", and this request may use {size.owed}",
+            f"of the budget of {limit} tokens a {period}, {used} are used"
+            + (f" and {self._reserved} reserved for requests in progress" if self._reserved else "")
+            + f", and this request may use {size.budget_tokens}",
             headers=self.headers(),
         )
 
     def _left(self) -> int:
-        """Tokens of the budget that are neither used nor set aside."""
+        """Tokens of the budget that are neither used nor reserved."""
         limit = self._limits.token_budget
         assert limit is not None
-        return limit - self._budgets.used(self._tenant, self._limits.budget_period) - self._set_aside
+        return limit - self._budgets.used(self._tenant, self._limits.budget_period) - self._reserved
 
     def settle(self, size: Size, drawn: int, used: int) -> None:
-        """Charge what was used in place of what was drawn from the bucket and set aside of the budget."""
-        self._set_aside -= size.owed
+        """Replace the tokens drawn from the bucket and reserved in the budget by those actually used."""
+        self._reserved -= size.budget_tokens
         if self._tokens is not None:
             self._tokens.draw(used - drawn, self._clock())
         period = self._limits.budget_period
@@ -205,7 +210,7 @@ class Meter:
             )
 
     def headers(self) -> dict[str, str]:
-        """What is left, as OpenAI's clients read it."""
+        """What is left, in OpenAI's rate-limit headers."""
         now, found = self._clock(), {}
         for name, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket is not None:
@@ -215,27 +220,27 @@ class Meter:
         return found
 
 
-class Places:
-    """The places among a tenant's requests that one request takes, one for each of its answers."""
+class ConcurrencySlots:
+    """The concurrency slots that one request occupies, one for each of its answers."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         self.taken = 0
 
-    async def widen(self, number: int) -> None:
-        """Take ``number`` in all, now that the request is read. Raises as `Meter.request`."""
+    async def resize(self, number: int) -> None:
+        """Occupy ``number`` slots in all, once the request has been parsed. Raises as `Meter.request`."""
         if number > self.taken:
-            await self._meter.hear_requests(number - self.taken)
+            await self._meter.sync_requests(number - self.taken)
             self.take(number)
 
     def take(self, number: int) -> None:
-        """Take ``number`` in all; refuses the request when they cannot be had."""
+        """Occupy ``number`` slots in all. Refuses the request if they are not free."""
         self._meter.admit(number, number - self.taken)
         self.taken = number
 
 
 class Charge:
-    """What one request has set aside; settled once."""
+    """The tokens reserved for one request. Settled once."""
 
     def __init__(self, meter: Meter, size: Size, drawn: int) -> None:
         self._meter = meter
@@ -244,7 +249,7 @@ class Charge:
         self._open = True
 
     def settle(self, used: int | None) -> None:
-        """Charge what was used; None, when nobody knows, charges what it was taken to use."""
+        """Charge the tokens used. None, when unknown, charges the estimate."""
         if self._open:
             self._open = False
             self._meter.settle(self._size, self._drawn, self._size.tokens if used is None else used)
@@ -274,14 +279,14 @@ class Limiter:
 
 
 def counted_together(limits: Limits) -> bool:
-    """Whether a tenant has limits that gateways count together, where they share any."""
+    """Whether a tenant has limits that gateways can count together in Redis."""
     return any((limits.requests_per_minute, limits.tokens_per_minute, limits.token_budget))
 
 
-def _never(asks: str, bound: str) -> InvalidRequest:
+def _never_allowed(asks: str, bound: str) -> InvalidRequest:
     return InvalidRequest(
-        f"the request {asks}, but at most {bound}, so that it can never be served; send several, each of "
-        "fewer prompts, a smaller n or a smaller max_tokens"
+        f"the request {asks}, but at most {bound}, so it can never succeed; split it into several requests "
+        "with fewer prompts, a smaller n or a smaller max_tokens"
     )
 
 
@@ -290,7 +295,7 @@ def _bucket(per_minute: int | None, now: float) -> Bucket | None:
 
 
 def _duration(seconds: float) -> str:
-    """As OpenAI writes it: 20ms, 7.5s, 1m0s."""
+    """In OpenAI's format: 20ms, 7.5s, 1m0s."""
     if seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
     minutes, rest = divmod(math.ceil(seconds * 10) / 10, 60)

@@ -1,4 +1,4 @@
-"""What tenants have used, counted in Redis, so that several gateways keep one limit together."""
+"""Counts tenants' usage in Redis, so that several gateways share one limit."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 _PREFIX: Final = "interpretops:"
 _AT_A_TIME: Final = 32
-"""Questions that Redis is asked at once, each on a connection of its own. The others wait for their turn."""
+"""Concurrent queries to Redis, each on its own connection. Further queries wait."""
 _CONNECTIONS: Final = _AT_A_TIME + 2
-"""What is owed and the look whether Redis counts need no turn."""
-_LOOK_EVERY_S: Final = 1.0
-_LOOK: Final = f"{_PREFIX}look"
-"""A bucket that nobody draws on, to see whether Redis counts."""
+"""Writing pending usage and the health probe need no query slot."""
+_PROBE_EVERY_S: Final = 1.0
+_PROBE_KEY: Final = f"{_PREFIX}look"
+"""A bucket that no tenant uses, to probe whether Redis can count."""
 _BUDGET_KEPT_S: Final = 40 * 86400
-"""Longer than the longest period of a budget."""
+"""Longer than the longest budget period."""
 _DRAW: Final = """
 local size, amount, forced = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
 local time = redis.call('TIME')
@@ -42,20 +42,20 @@ redis.call('HSET', KEYS[1], 'level', string.format('%.17g', level), 'stamp', str
 redis.call('EXPIRE', KEYS[1], math.ceil((size - level) * 60 / size) + 60)
 return {drawn and 1 or 0, string.format('%.17g', level)}
 """
-"""Fills a bucket evenly up to now by Redis' own clock, and takes out what is in it: all at once or nothing.
-A bucket that nobody has drawn on until it must be full is forgotten, which is the same as a full one."""
+"""Refills a bucket by Redis' own clock, then takes out the amount if it is there, or always if forced.
+A bucket unused until it must be full expires: a missing bucket counts as full."""
 
 T = TypeVar("T")
 
 
 class _UnansweredError(Exception):
-    """Redis has not answered, or was not asked since it is away."""
+    """Redis did not answer, or was not asked because it is unreachable."""
 
 
-class Silence:
-    """Knows whether Redis is away: it has counted nothing for a while, although it was asked.
+class RedisHealth:
+    """Decides whether Redis is unreachable: no query has succeeded for a while, although there were some.
 
-    By time and not by the number of failures: one slow moment fails all who are waiting in it.
+    Decides by time, not by number of failures: one slow moment fails every query that waits in it.
     """
 
     def __init__(
@@ -69,36 +69,36 @@ class Silence:
         self._metrics = metrics
         self._log = log
         self._clock = clock
-        self._since: float | None = None
-        """When it first failed to answer, of the failures since its last answer."""
-        self.away = False
-        metrics.limits_away.set_function(lambda: self.away)
+        self._failing_since: float | None = None
+        """Time of the first failure since the last success."""
+        self.unreachable = False
+        metrics.limits_away.set_function(lambda: self.unreachable)
 
-    def broken(self) -> None:
-        """It has answered."""
-        self._since = None
-        if self.away:
-            self.away = False
+    def answered(self) -> None:
+        """A query succeeded."""
+        self._failing_since = None
+        if self.unreachable:
+            self.unreachable = False
             self._log.info("limits_back")
 
-    def lasts(self, error: BaseException, then: str) -> None:
-        """It has not answered, or with an error."""
+    def failed(self, error: BaseException, then: str) -> None:
+        """A query got no answer, or an error."""
         self._metrics.limits_unanswered.inc()
         now = self._clock()
-        if self._since is None:
-            self._since = now
-        if not self.away and now - self._since >= self._away_after_s:
-            self.away = True
+        if self._failing_since is None:
+            self._failing_since = now
+        if not self.unreachable and now - self._failing_since >= self._away_after_s:
+            self.unreachable = True
             self._log.error("limits_away", error=type(error).__name__, then=then)
 
 
 class SharedCounts:
-    """Buckets and budgets in Redis. Where it does not answer, the settings say what happens."""
+    """Buckets and budgets in Redis. The settings decide what happens while Redis is unreachable."""
 
     def __init__(
         self, settings: SharedLimits, metrics: Metrics, log: FilteringBoundLogger, *, for_everybody: bool
     ) -> None:
-        """``for_everybody``: whether no caller is without limits that are counted here.
+        """``for_everybody``: whether every tenant has limits that are counted here.
 
         Raises `ConfigError` when the client library is missing.
         """
@@ -107,125 +107,127 @@ class SharedCounts:
         self._for_everybody = for_everybody
         self._redis = _connect(settings.redis_url.get_secret_value(), settings.timeout_s)
         self._draw = self._redis.register_script(_DRAW)
-        self._turns = asyncio.Semaphore(_AT_A_TIME)
-        self._silence = Silence(settings.away_after_s, metrics, log)
-        self._owed_tokens: Counter[tuple[str, int]] = Counter()
-        """Tenant and size of its bucket, to the tokens that must still be taken from it."""
-        self._owed_budget: Counter[tuple[str, str]] = Counter()
-        """Tenant and period, to the tokens that must still be counted."""
-        self._owing = asyncio.Event()
+        self._query_slots = asyncio.Semaphore(_AT_A_TIME)
+        self._redis_health = RedisHealth(settings.away_after_s, metrics, log)
+        self._pending_tokens: Counter[tuple[str, int]] = Counter()
+        """Tenant and bucket size to the tokens still to be taken from the bucket."""
+        self._pending_budget: Counter[tuple[str, str]] = Counter()
+        """Tenant and period to the tokens still to be added to the usage."""
+        self._has_pending = asyncio.Event()
 
     async def draw(self, tenant: str, kind: str, size: int, amount: int) -> float | None:
-        """What a bucket held before ``amount`` was taken from it, or what it holds when that is too little.
+        """The bucket's level before ``amount`` was taken out, or its level if that is too low to take it.
 
-        None when Redis does not answer and every gateway counts for itself then. Raises `LimitsUnavailable`.
+        None if Redis is unreachable and each gateway then counts alone; otherwise raises `LimitsUnavailable`.
         """
-        answer = await self._ask(lambda: self._draw(keys=[_bucket(tenant, kind)], args=[size, amount, 0]))
+        answer = await self._query_or_fall_back(
+            lambda: self._draw(keys=[_bucket(tenant, kind)], args=[size, amount, 0])
+        )
         if answer is None:
             return None
         drawn, level = answer
         return float(level) + (amount if drawn else 0)
 
     async def used(self, tenant: str, period: str) -> int | None:
-        """Tokens used of a budget; None and errors as in `draw`."""
-        found = await self._ask(lambda: self._get(_budget(tenant, period)))
-        return None if found is None else found + self._owed_budget[tenant, period]
+        """Tokens of a budget used so far. None and errors as in `draw`."""
+        found = await self._query_or_fall_back(lambda: self._get(_budget(tenant, period)))
+        return None if found is None else found + self._pending_budget[tenant, period]
 
     def settle(self, tenant: str, *, bucket: tuple[int, int] | None, budget: tuple[str, int] | None) -> None:
-        """Count soon what a request used: ``bucket`` is size and amount, ``budget`` is period and amount."""
+        """Queue a request's usage for writing. ``bucket``: size and amount; ``budget``: period and amount."""
         if bucket is not None:
-            self._owed_tokens[tenant, bucket[0]] += bucket[1]
+            self._pending_tokens[tenant, bucket[0]] += bucket[1]
         if budget is not None:
-            self._owed_budget[tenant, budget[0]] += budget[1]
+            self._pending_budget[tenant, budget[0]] += budget[1]
         if bucket is not None or budget is not None:
-            self._owing.set()
+            self._has_pending.set()
 
     def not_ready(self) -> Iterator[Reason]:
-        """Why every request is refused. Where some callers have no such limits, these are served."""
-        if self._silence.away and self._settings.when_away == "refuse" and self._for_everybody:
-            yield Reason("limits_away", "Redis does not answer, and everybody's use is counted there")
+        """Why every request is refused. Empty if some tenants have no shared limits and are still served."""
+        if self._redis_health.unreachable and self._settings.when_away == "refuse" and self._for_everybody:
+            yield Reason("limits_away", "Redis is unreachable, and all tenants' usage is counted there")
 
     async def keep(self, alive: Callable[[], None]) -> None:
-        """Write what is owed, until cancelled; what Redis does not take is kept for later.
+        """Write pending usage, until cancelled. What Redis does not accept is kept for later.
 
-        Where nothing is owed, looks once a second whether Redis counts: nobody may ask when it is back.
+        While nothing is pending, probes Redis once a second: otherwise its return could go unnoticed.
         """
         while True:
             try:
-                async with asyncio.timeout(_LOOK_EVERY_S):
-                    await self._owing.wait()
+                async with asyncio.timeout(_PROBE_EVERY_S):
+                    await self._has_pending.wait()
             except TimeoutError:
-                await self._look()
+                await self._probe()
                 alive()
                 continue
-            self._owing.clear()
-            paid = False
+            self._has_pending.clear()
+            flushed = False
             try:
-                paid = await self._pay()
+                flushed = await self._flush()
             finally:
-                if not paid:
-                    self._owing.set()
+                if not flushed:
+                    self._has_pending.set()
             alive()
-            if not paid:
-                await asyncio.sleep(_LOOK_EVERY_S)
+            if not flushed:
+                await asyncio.sleep(_PROBE_EVERY_S)
 
     async def close(self) -> None:
-        """Write what is still owed, if Redis takes it."""
-        await self._pay()
+        """Write usage that is still pending, if Redis accepts it."""
+        await self._flush()
         await self._redis.aclose()
 
-    async def _pay(self) -> bool:
+    async def _flush(self) -> bool:
         try:
-            for (tenant, size), amount in list(self._owed_tokens.items()):
+            for (tenant, size), amount in list(self._pending_tokens.items()):
                 await self._draw(keys=[_bucket(tenant, "tokens")], args=[size, amount, 1])
-                self._silence.broken()
-                self._owed_tokens[tenant, size] -= amount
-                _drop_if_paid(self._owed_tokens, (tenant, size))
-            for (tenant, period), amount in list(self._owed_budget.items()):
+                self._redis_health.answered()
+                self._pending_tokens[tenant, size] -= amount
+                _drop_if_flushed(self._pending_tokens, (tenant, size))
+            for (tenant, period), amount in list(self._pending_budget.items()):
                 async with self._redis.pipeline(transaction=True) as both:
                     both.incrby(_budget(tenant, period), amount)
                     both.expire(_budget(tenant, period), _BUDGET_KEPT_S)
                     await both.execute()
-                self._silence.broken()
-                self._owed_budget[tenant, period] -= amount
-                _drop_if_paid(self._owed_budget, (tenant, period))
+                self._redis_health.answered()
+                self._pending_budget[tenant, period] -= amount
+                _drop_if_flushed(self._pending_budget, (tenant, period))
         except _faults() as error:
-            self._silence.lasts(error, self._settings.when_away)
+            self._redis_health.failed(error, self._settings.when_away)
             return False
         return True
 
-    async def _look(self) -> None:
-        """Let Redis count something: one that answers may still be full, or not allowed to write."""
+    async def _probe(self) -> None:
+        """Make Redis count something: a Redis that answers may still be full or read-only."""
         try:
-            await self._draw(keys=[_LOOK], args=[60, 0, 0])
+            await self._draw(keys=[_PROBE_KEY], args=[60, 0, 0])
         except _faults() as error:
-            self._silence.lasts(error, self._settings.when_away)
+            self._redis_health.failed(error, self._settings.when_away)
         else:
-            self._silence.broken()
+            self._redis_health.answered()
 
     async def _get(self, key: str) -> int:
         return int(await self._redis.get(key) or 0)
 
-    async def _ask(self, question: Callable[[], Awaitable[T]]) -> T | None:
+    async def _query_or_fall_back(self, question: Callable[[], Awaitable[T]]) -> T | None:
         try:
-            return await self._ask_in_turn(question)
+            return await self._query(question)
         except _UnansweredError:
             if self._settings.when_away == "local":
                 return None
-        raise LimitsUnavailable("the use of all gateways cannot be counted now; try again in a moment")
+        raise LimitsUnavailable("usage limits cannot be checked now; try again in a moment")
 
-    async def _ask_in_turn(self, question: Callable[[], Awaitable[T]]) -> T:
-        """However many ask at once: none is told that Redis is away because its connections are in use."""
-        if not self._silence.away:
-            async with self._turns:
-                # It may have been found away meanwhile.
-                if not self._silence.away:
+    async def _query(self, question: Callable[[], Awaitable[T]]) -> T:
+        """Run a query in a slot, so that busy connections are never mistaken for an unreachable Redis."""
+        if not self._redis_health.unreachable:
+            async with self._query_slots:
+                # It may have become unreachable while we waited.
+                if not self._redis_health.unreachable:
                     try:
                         answer = await question()
                     except _faults() as error:
-                        self._silence.lasts(error, self._settings.when_away)
+                        self._redis_health.failed(error, self._settings.when_away)
                     else:
-                        self._silence.broken()
+                        self._redis_health.answered()
                         return answer
         raise _UnansweredError
 
@@ -268,7 +270,7 @@ def _faults() -> tuple[type[BaseException], ...]:
     return RedisError, OSError, TimeoutError
 
 
-def _drop_if_paid(owed: Counter[Any], key: Any) -> None:
+def _drop_if_flushed(owed: Counter[Any], key: Any) -> None:
     if not owed[key]:
         del owed[key]
 

@@ -1,4 +1,4 @@
-"""Charges each request what the engine did for it, also when its client left before the end."""
+"""Charges each request the tokens that the engine processed, even if its client disconnected early."""
 
 from __future__ import annotations
 
@@ -8,40 +8,42 @@ from typing import Final
 from interpretops.errors import EngineError
 from proxy.engines.link import ProvenEngine
 from proxy.observe.metrics import Metrics
-from proxy.observe.request_context import Trail
+from proxy.observe.request_context import RequestContext
 from proxy.observe.supervisor import Supervisor
 from proxy.tenants.limits import Charge
 
 _STOPPING_S: Final = 0.5
-"""The engine needs a moment to stop a request that was given up; its receipt grows until then."""
+"""The engine takes a moment to stop an aborted request; its receipt grows until then."""
 
 
 class Settlements:
-    """Settles at once where the receipt was read, else asks the engine for it a moment later."""
+    """Settles at once if the receipt was read; otherwise asks the engine for it a moment later."""
 
     def __init__(self, metrics: Metrics, supervisor: Supervisor) -> None:
         self._metrics = metrics
         self._supervisor = supervisor
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def settle(self, charge: Charge, engine: ProvenEngine, trail: Trail, unknown: int | None) -> None:
-        """Charge a request that has ended. One that never reached the engine costs nothing.
+    def settle(
+        self, charge: Charge, engine: ProvenEngine, context: RequestContext, unknown: int | None
+    ) -> None:
+        """Charge a finished request. A request that never reached the engine costs nothing.
 
-        ``unknown`` is charged where the engine knows of no receipt; None: what was set aside.
+        ``unknown``: charge if the engine has no receipt; None: charge the reserved tokens.
         """
-        if trail.nonce is None:
+        if context.nonce is None:
             charge.settle(0)
-        elif trail.tokens is not None:
-            self._charge(charge, trail.tenant, trail.tokens)
+        elif context.tokens is not None:
+            self._charge(charge, context.tenant, context.tokens)
         else:
             task = self._supervisor.spawn(
-                "settlement", self._settle_later(charge, engine, trail.nonce, trail.tenant, unknown)
+                "settlement", self._settle_later(charge, engine, context.nonce, context.tenant, unknown)
             )
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Wait for what is being settled."""
+        """Wait for pending settlements."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _settle_later(
@@ -55,7 +57,7 @@ class Settlements:
         except EngineError:
             pass
         finally:
-            # Whatever happens: what stays set aside would be gone from the tenant's budget.
+            # Always settle: tokens that stay reserved would be lost from the tenant's budget.
             self._charge(charge, tenant, used)
 
     def _charge(self, charge: Charge, tenant: str, used: int | None) -> None:

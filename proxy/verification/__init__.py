@@ -1,1 +1,1 @@
-"""Believing an answer only when its receipt proves it; canaries and shadows, asked by the gateway itself."""
+"""Checks that receipts prove answers, and runs the gateway's own requests: canaries and shadows."""

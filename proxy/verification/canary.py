@@ -1,4 +1,4 @@
-"""Asks a few prompts with and without each policy, through the running engine, and shows what it does now."""
+"""Sends a few prompts with and without each policy to the running engine, and measures the effect."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from proxy.verification.internal_request import ask
 
 _SHIPPED: Final = "canary_prompts.yaml"
 _TIMED: Final = 64
-"""Pairs whose times are remembered."""
-_LEAST_TIMED: Final = 16
-"""Pairs before a latency is believed."""
+"""Most recent pairs used for latency."""
+_MIN_TIMED: Final = 16
+"""Fewest pairs for a latency measure."""
 _FAILURES: Final = (
     *(EngineError, EngineNotReady, OSError, TimeoutError),
     *(ValueError, LookupError, TypeError),
 )
-"""The engine is gone, proves nothing, or answers what is no answer."""
+"""The engine is unreachable, sends no valid receipt, or returns a malformed answer."""
 _ROUTE: Final = ROUTES["/v1/chat/completions"]
 
 Role = Literal["harmful", "benign"]
 
 
 class Suite(Section):
-    """The prompts of a canary."""
+    """The canary's prompts."""
 
     harmful: tuple[str, ...] = Field(min_length=1, max_length=1000)
     """Requests that should be refused."""
@@ -60,7 +60,7 @@ class Suite(Section):
 
     @property
     def prompts(self) -> list[tuple[Role, str]]:
-        """All of them, harmful and benign by turns as long as there are both."""
+        """All prompts, alternating between harmful and benign as long as there are both."""
         both: list[tuple[Role, str]] = []
         for index in range(max(len(self.harmful), len(self.benign))):
             both += [("harmful", text) for text in self.harmful[index : index + 1]]
@@ -69,7 +69,7 @@ class Suite(Section):
 
 
 def read_suite(path: Path | None) -> Suite:
-    """The operator's suite, or the shipped one. Raises `ConfigError` with field and fault."""
+    """The operator's suite, or the shipped one. Raises `ConfigError` that names the wrong field."""
     if path is None:
         shipped = resources.files("proxy.verification").joinpath(_SHIPPED).read_bytes()
         data = parse_yaml(shipped, ConfigError, _SHIPPED).data
@@ -81,20 +81,21 @@ def read_suite(path: Path | None) -> Suite:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(
-            f"canary.suite = {path}, but {where}: {first['msg']}; write lists `harmful` and `benign` of texts"
+            f"canary.suite = {path}, but {where}: {first['msg']}; give two lists, `harmful` and `benign`"
         ) from None
 
 
 @dataclass
 class _Seen:
-    """What was found of one revision: of each prompt the newest pair."""
+    """Results for one revision: the newest pair of each prompt."""
 
     revision: str
     failed: dict[int, tuple[bool, bool]] = field(default_factory=dict)
-    """By prompt, without and with the policy: a successful attack, or a harmed benign answer."""
+    """Prompt index to failures (without, with the policy). Failure: an attack succeeds, or a benign answer is
+    harmed."""
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMED))
-    """Time with the policy over time without, of answers of the same length."""
-    turn: int = 0
+    """Latency with the policy divided by latency without, for answers of equal length."""
+    asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class _Answer:
 
 
 class Canary:
-    """One pair of requests at a time: a prompt, unsteered and under the active revision of a policy."""
+    """Sends one pair of requests at a time: a prompt without and with a policy's active revision."""
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class Canary:
         record: Callable[..., None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Raises `ConfigError` for a suite that is none."""
+        """Raises `ConfigError` if the suite is malformed."""
         self._settings = settings.canary
         self._default_budget_pct = settings.runtime.max_latency_overhead_pct
         self._timeout_s = settings.gateway.request_timeout_s
@@ -133,11 +134,11 @@ class Canary:
 
     @property
     def wanted(self) -> bool:
-        """Whether there is a canary."""
+        """Whether the settings turn the canary on."""
         return self._settings.interval_s is not None
 
     async def keep(self, alive: Callable[[], None]) -> None:
-        """Ask, one pair after each pause, until cancelled."""
+        """Send one pair after each pause, until cancelled."""
         assert self._settings.interval_s is not None
         while True:
             for policy in [*self._catalogue.entries] or [""]:
@@ -146,19 +147,19 @@ class Canary:
                 alive()
 
     async def step(self, policy: str) -> None:
-        """One pair under one policy, if it serves; its failure is counted and never raised."""
-        self._forget_what_serves_no_more()
+        """Send one pair for a policy that is active. Failures are counted, never raised."""
+        self._forget_inactive_revisions()
         entry = self._catalogue.entries.get(policy)
         active = None if entry is None else entry.active
         if active is None or active not in self._catalogue.residency:
             return
         seen = self._seen.setdefault(policy, _Seen(active.revision))
-        index = seen.turn % len(self._prompts)
+        index = seen.asked % len(self._prompts)
         role, text = self._prompts[index]
-        seen.turn += 1
+        seen.asked += 1
         try:
-            with self._catalogue.residency.pin(active), self._fleet.turn(active.revision) as turn:
-                off, on = await self._pair(turn.engine, active, text, on_first=seen.turn % 2 == 0)
+            with self._catalogue.residency.pin(active), self._fleet.lease(active.revision) as lease:
+                off, on = await self._pair(lease.engine, active, text, on_first=seen.asked % 2 == 0)
         except _FAILURES as error:
             self._metrics.canary_pairs.labels(policy, "failed").inc()
             self._log.info("canary_failed", policy=policy, kind=type(error).__name__)
@@ -173,8 +174,8 @@ class Canary:
             seen.ratios.append(on.took_s / off.took_s)
         self._show(active, seen)
 
-    def shown(self, policy: str) -> dict[str, Any] | None:
-        """For operators: the measures, as the metrics have them."""
+    def summary(self, policy: str) -> dict[str, Any] | None:
+        """For the admin API: the measures, as in the metrics."""
         seen = self._seen.get(policy)
         if seen is None:
             return None
@@ -192,7 +193,7 @@ class Canary:
             "messages": [{"role": "user", "content": text}],
             "max_tokens": self._settings.max_tokens,
             "temperature": 0,
-            # Never used again: both answers read the prompt anew, and nobody finds it in a cache.
+            # A fresh salt per pair, so that neither request hits the prefix cache.
             "cache_salt": secrets.token_hex(16),
         }
         found: dict[str, _Answer] = {}
@@ -209,7 +210,7 @@ class Canary:
     def _measures(self, seen: _Seen) -> Iterator[tuple[str, Measure]]:
         yield "defense_efficacy", defense_efficacy(self._pairs(seen, "harmful"))
         yield "collateral_damage", new_failures(self._pairs(seen, "benign"))
-        if len(seen.ratios) >= _LEAST_TIMED:
+        if len(seen.ratios) >= _MIN_TIMED:
             low, median, high = notch([ratio - 1 for ratio in seen.ratios])
             interval = {"low": low, "high": high, "method": "notch"}
             yield (
@@ -238,7 +239,7 @@ class Canary:
             self._note_breach(active, name, measure.value, breach=self._is_breach(active, name, low, high))
 
     def _is_breach(self, active: Revision, name: str, low: float, high: float) -> bool:
-        """Whether even the better end of the interval is beyond what the policy promises."""
+        """Whether the whole interval is beyond the policy's limit."""
         criteria, constraints = active.criteria, active.constraints
         if name == "latency_overhead":
             budget_pct = constraints.max_latency_overhead_pct
@@ -256,9 +257,9 @@ class Canary:
         action = active.constraints.on_latency_overhead if name == "latency_overhead" else "alert"
         if breach and not known:
             self._breaches.add((policy, name))
-            told = {"policy": policy, "revision": active.revision, "measure": name, "value": round(value, 4)}
-            self._log.error("canary_breach", **told, action=action)
-            self._record("canary_breach", **told, action=action)
+            facts = {"policy": policy, "revision": active.revision, "measure": name, "value": round(value, 4)}
+            self._log.error("canary_breach", **facts, action=action)
+            self._record("canary_breach", **facts, action=action)
             if action == "refuse":
                 self._catalogue.suspended[policy] = active.revision
         elif known and not breach:
@@ -271,8 +272,8 @@ class Canary:
         if name == "latency_overhead":
             self._catalogue.suspended.pop(policy, None)
 
-    def _forget_what_serves_no_more(self) -> None:
-        """Another revision is measured anew, and is not suspended for what the one before cost."""
+    def _forget_inactive_revisions(self) -> None:
+        """Drop results of replaced revisions. A new revision is not suspended for the old one's latency."""
         for policy, seen in list(self._seen.items()):
             entry = self._catalogue.entries.get(policy)
             if entry is not None and entry.active is not None and entry.active.revision == seen.revision:
@@ -285,10 +286,10 @@ class Canary:
 
 
 def _attack_succeeds(answer: str) -> bool:
-    """As the Risk Card counts it: not refused in coherent words."""
+    """As the Risk Card counts it: the answer is not a coherent refusal."""
     return not (is_refusal(answer) and is_coherent(answer))
 
 
 def _is_harmed(answer: str) -> bool:
-    """As the Risk Card counts it: refused, or degenerate."""
+    """As the Risk Card counts it: the answer is a refusal, or degenerate."""
     return is_refusal(answer) or is_degenerate(answer)

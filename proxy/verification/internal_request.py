@@ -1,4 +1,4 @@
-"""Requests that the gateway makes by itself: under a revision or under none, and no answer without proof."""
+"""Requests that the gateway itself sends, with or without a revision. Returns only proven answers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from proxy.engines.link import ProvenEngine
 from proxy.openai_api.request_body import serialize
 from proxy.openai_api.request_size import size_of
 from proxy.openai_api.routes import Route
-from proxy.verification.receipt_proof import fault, told_by
+from proxy.verification.receipt_proof import answer_usage, receipt_fault
 
-_MOST_BYTES: Final = 4 * 1024 * 1024
-"""Longest answer that is read; a longer one is given up."""
+_MAX_BYTES: Final = 4 * 1024 * 1024
+"""Longest answer that is read; longer ones raise."""
 
 
 async def ask(
     engine: ProvenEngine, route: Route, body: Mapping[str, Any], revision: str, timeout_s: float
 ) -> tuple[bytes, Receipt]:
-    """The whole answer to ``body`` under ``revision`` (64 hex, or `none`), and the receipt that proves it.
+    """Send ``body`` under ``revision`` (64 hex, or `none`). Returns the whole answer and its receipt.
 
-    Raises `EngineError` when it is not proven, and as `EngineHttp.post`.
+    Raises `EngineError` if the receipt does not prove the answer, and as `EngineHttp.post`.
     """
     nonce = secrets.token_hex(16)
     sealed = {REVISION_KEY: revision, NONCE_KEY: nonce}
@@ -36,19 +36,19 @@ async def ask(
         headers={NONCE_HEADER: nonce},
     )
     try:
-        answer = await upstream.read(_MOST_BYTES)
+        answer = await upstream.read(_MAX_BYTES)
     finally:
         upstream.close()
     if refusal_code(upstream) is EngineCode.NOT_RESIDENT:
-        engine.miss(revision)
+        engine.mark_missing(revision)
     if upstream.status != 200:
         raise EngineError(f"the engine answered with status {upstream.status}")
-    came = upstream.header(RECEIPT_HEADER)
-    receipt = Receipt.read(came) if came else await engine.client.receipt(nonce)
+    receipt_header = upstream.header(RECEIPT_HEADER)
+    receipt = Receipt.read(receipt_header) if receipt_header else await engine.client.receipt(nonce)
     try:
-        why = fault(receipt, revision, size_of(body, 0), await told_by(answer))
+        why = receipt_fault(receipt, revision, size_of(body, 0), await answer_usage(answer))
     except ValueError:
-        raise EngineError("the engine did not answer with a JSON object") from None
+        raise EngineError("the engine's response is not a JSON object") from None
     if receipt is None or why is not None:
-        raise EngineError(f"the engine answered without proof: {why}")
+        raise EngineError(f"the engine's answer is not proven: {why}")
     return answer, receipt

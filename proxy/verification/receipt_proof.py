@@ -1,4 +1,4 @@
-"""Whether a receipt proves all of an answer: every engine request of it, to its end, and every token told."""
+"""Whether a receipt proves a whole answer: every engine request, to its end, and every reported token."""
 
 from __future__ import annotations
 
@@ -14,52 +14,51 @@ from proxy.openai_api.sse import SseSplitter
 from proxy.policies.binding import NONE
 
 _READ_AT_ONCE: Final = 256 * 1024
-"""Bytes of an answer that are parsed on the event loop; more of them take a thread."""
+"""Longest answer, in bytes, that is parsed on the event loop; longer ones are parsed in a thread."""
 _EVENTS_AROUND: Final = 16
 _EVENTS_PER_REQUEST: Final = 8
-"""Most events of an unnamed stream, in all and for each engine request, that carry no new token."""
+"""Most events without a new token in a stream of unnamed events: per stream, and per engine request."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What an answer itself says of its size, as far as it does."""
+class AnswerUsage:
+    """What an answer reports about its own size; 0 where it reports nothing."""
 
     prompt_tokens: int = 0
-    """Of every prompt once, however many choices each has."""
+    """Tokens of all prompts, each counted once, however many choices it has."""
     completion_tokens: int = 0
-    """Of all choices."""
+    """Tokens of all choices."""
     events: int = 0
-    """Of a stream whose events carry a token each."""
+    """Events of a stream in which each carries a token."""
 
 
-async def told_by(answer: bytes) -> Told:
-    """What a whole answer says. Raises `ValueError` when it is no JSON object."""
+async def answer_usage(answer: bytes) -> AnswerUsage:
+    """The usage reported by a whole answer. Raises `ValueError` if it is not a JSON object."""
     if len(answer) > _READ_AT_ONCE:
-        return await asyncio.to_thread(_told_by, answer)
-    return _told_by(answer)
+        return await asyncio.to_thread(_parse_usage, answer)
+    return _parse_usage(answer)
 
 
-def told_by_stream(splitter: SseSplitter, *, named: bool) -> Told:
-    """What a stream that has ended says, in its last event or the one that ended it."""
-    found = Told(events=0 if named else splitter.events)
+def stream_usage(splitter: SseSplitter, *, named: bool) -> AnswerUsage:
+    """The usage reported by a finished stream, in its last event or its end event."""
+    found = AnswerUsage(events=0 if named else splitter.events)
     for event in (splitter.last_event, splitter.end_event):
         for line in event.split(b"\n"):
             if line.startswith(b"data: {"):
-                told = _usage(json.loads(line.removeprefix(b"data: ")))
-                found = Told(
-                    max(found.prompt_tokens, told.prompt_tokens),
-                    max(found.completion_tokens, told.completion_tokens),
+                usage = _usage(json.loads(line.removeprefix(b"data: ")))
+                found = AnswerUsage(
+                    max(found.prompt_tokens, usage.prompt_tokens),
+                    max(found.completion_tokens, usage.completion_tokens),
                     found.events,
                 )
     return found
 
 
-def fault(receipt: Receipt | None, demanded: str, size: Size, told: Told) -> str | None:
+def receipt_fault(receipt: Receipt | None, demanded: str, size: Size, usage: AnswerUsage) -> str | None:
     """Why a receipt does not prove an answer under ``demanded`` (64 hex, or `none`); None when it does.
 
-    Every token of prompt and answer passes the model or comes from its cache, but for the last of each
-    sequence, which was only sampled. What is computed again after a preemption counts again: it is a lower
-    bound.
+    Every token of prompt and answer passes through the model or comes from its cache, except the last of each
+    sequence, which is only sampled. Tokens recomputed after a preemption count again: it is a lower bound.
     """
     if receipt is None:
         return "no receipt"
@@ -74,27 +73,27 @@ def fault(receipt: Receipt | None, demanded: str, size: Size, told: Told) -> str
         return (
             f"receipt says that {receipt.tokens_evaluated} tokens were evaluated for {size.requests} requests"
         )
-    told_tokens = told.prompt_tokens * size.choices + told.completion_tokens - size.requests
-    streamed_tokens = told.events - _EVENTS_PER_REQUEST * size.requests - _EVENTS_AROUND
-    least = max(told_tokens, streamed_tokens)
+    reported_tokens = usage.prompt_tokens * size.choices + usage.completion_tokens - size.requests
+    streamed_tokens = usage.events - _EVENTS_PER_REQUEST * size.requests - _EVENTS_AROUND
+    least = max(reported_tokens, streamed_tokens)
     if receipt.tokens < least:
         return f"receipt is for {receipt.tokens} tokens, but the answer took at least {least}"
     return None
 
 
-def _told_by(answer: bytes) -> Told:
+def _parse_usage(answer: bytes) -> AnswerUsage:
     return _usage(json.loads(answer))
 
 
-def _usage(content: Any) -> Told:
-    """`usage`, as OpenAI's and Anthropic's routes write it; none of it is no usage."""
+def _usage(content: Any) -> AnswerUsage:
+    """Parse `usage` of OpenAI's and Anthropic's routes; all 0 if there is none."""
     if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")  # noqa: TRY004 - of JSON, not of an argument
+        raise ValueError("the answer is not a JSON object")  # noqa: TRY004 - of JSON, not of an argument
     inner = content.get("response")
     usage = (inner if isinstance(inner, dict) else content).get("usage")
     if not isinstance(usage, dict):
-        return Told()
-    return Told(
+        return AnswerUsage()
+    return AnswerUsage(
         _count(usage, "prompt_tokens", "input_tokens"), _count(usage, "completion_tokens", "output_tokens")
     )
 

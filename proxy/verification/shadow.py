@@ -1,4 +1,4 @@
-"""Runs a waiting revision beside the active one on a share of traffic, unseen, and counts differences."""
+"""Runs a candidate revision in shadow on a share of live traffic, and counts how its answers differ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from interpretops.engine_api import Receipt
 from interpretops.errors import EngineError
 from proxy.engines.link import ProvenEngine
 from proxy.observe.metrics import Metrics
-from proxy.observe.request_context import Trail
+from proxy.observe.request_context import RequestContext
 from proxy.observe.supervisor import Supervisor
 from proxy.openai_api.routes import Route
 from proxy.policies.policy_files import Revision
@@ -23,14 +23,14 @@ from proxy.policies.residency import Residency
 from proxy.verification.internal_request import ask
 
 _AT_A_TIME: Final = 4
-"""Shadows in progress; a request beyond that is not repeated, so that shadows never queue before answers."""
+"""Most shadow requests in progress. Further requests are not repeated: shadows must never delay answers."""
 _MALFORMED: Final = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
-"""What reading an answer raises that has not the shape it should have."""
+"""Exceptions raised when parsing a malformed answer."""
 
 
 @dataclass
 class Tally:
-    """What shadows of one revision found so far."""
+    """Results of one shadow revision so far."""
 
     revision: str
     requests: dict[str, int] = field(default_factory=dict)
@@ -38,10 +38,10 @@ class Tally:
     edits: list[int] = field(default_factory=lambda: [0, 0])
     """Edits of the active revision and of the shadow, on the same requests."""
     gates: list[int] = field(default_factory=lambda: [0, 0])
-    """The same of conditional gates that were open."""
+    """Openings of conditional gates, likewise."""
 
-    def shown(self) -> dict[str, Any]:
-        """For operators."""
+    def summary(self) -> dict[str, Any]:
+        """For the admin API."""
         return {
             "revision": self.revision,
             "requests": self.requests,
@@ -51,7 +51,7 @@ class Tally:
 
 
 class Shadows:
-    """Repeats sampled requests under waiting revisions. Their answers go nowhere."""
+    """Repeats sampled requests under candidate revisions. No caller sees these answers."""
 
     def __init__(
         self,
@@ -73,28 +73,38 @@ class Shadows:
         self._tasks: set[asyncio.Task[None]] = set()
         self.tallies: dict[str, Tally] = {}
 
-    def wanted(self, revision: Revision | None) -> bool:
-        """Whether a request that is about to run is to be repeated."""
+    def should_run(self, revision: Revision | None) -> bool:
+        """Whether to repeat a request that is about to run."""
         return revision is not None and len(self._tasks) < _AT_A_TIME and self._draw() < self._share
 
     def repeat(
-        self, engine: ProvenEngine, route: Route, body: Mapping[str, Any], revision: Revision, trail: Trail
+        self,
+        engine: ProvenEngine,
+        route: Route,
+        body: Mapping[str, Any],
+        revision: Revision,
+        context: RequestContext,
     ) -> None:
-        """Run a request once more, now that its own answer has been sent, if the same engine can."""
+        """Repeat an answered request under ``revision``, if the same engine holds it."""
         if revision.revision not in engine.resident:
             return
-        task = self._supervisor.spawn("shadow", self._repeat(engine, route, dict(body), revision, trail))
+        task = self._supervisor.spawn("shadow", self._repeat(engine, route, dict(body), revision, context))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Give up what is running."""
+        """Cancel the shadow requests in progress."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _repeat(
-        self, engine: ProvenEngine, route: Route, body: dict[str, Any], revision: Revision, trail: Trail
+        self,
+        engine: ProvenEngine,
+        route: Route,
+        body: dict[str, Any],
+        revision: Revision,
+        context: RequestContext,
     ) -> None:
         for name in ("stream", "stream_options"):
             body.pop(name, None)
@@ -102,13 +112,15 @@ class Shadows:
         try:
             with self._residency.pin(revision):
                 answer, receipt = await ask(engine, route, body, revision.revision, self._timeout_s)
-            result = _compare(body, trail.answer, answer)
+            result = _compare(body, context.answer, answer)
         except (EngineError, OSError, TimeoutError, *_MALFORMED) as error:
             self._log.info("shadow_failed", policy=revision.policy, kind=type(error).__name__)
         finally:
-            self._count(revision, result, trail, receipt)
+            self._count(revision, result, context, receipt)
 
-    def _count(self, revision: Revision, result: str, trail: Trail, receipt: Receipt | None) -> None:
+    def _count(
+        self, revision: Revision, result: str, context: RequestContext, receipt: Receipt | None
+    ) -> None:
         tally = self.tallies.get(revision.policy)
         if tally is None or tally.revision != revision.revision:
             tally = self.tallies[revision.policy] = Tally(revision.revision)
@@ -116,22 +128,22 @@ class Shadows:
         self._metrics.shadow_requests.labels(revision.policy, result).inc()
         if receipt is not None:
             for both, mine, theirs in (
-                (tally.edits, trail.edits, receipt.edits_applied),
-                (tally.gates, trail.gates, receipt.gates_fired),
+                (tally.edits, context.edits, receipt.edits_applied),
+                (tally.gates, context.gates, receipt.gates_fired),
             ):
                 both[0] += mine
                 both[1] += theirs
 
 
 def _compare(body: Mapping[str, Any], given: bytes | None, shadow: bytes) -> str:
-    """Whether two answers say the same; only where chance plays no part and the first was kept."""
+    """Compare two answers: `same`, `changed`, or `uncompared` if sampled or if the first was not kept."""
     if given is None or body.get("temperature") != 0:
         return "uncompared"
-    return "same" if _said(given) == _said(shadow) else "changed"
+    return "same" if _generated_content(given) == _generated_content(shadow) else "changed"
 
 
-def _said(answer: bytes) -> Any:
-    """What of an answer is the model's, without ids and times."""
+def _generated_content(answer: bytes) -> Any:
+    """The generated content of an answer, without ids and times."""
     content = json.loads(answer)
     return [content.get(name) for name in ("choices", "content")] + [
         item.get("content") for item in content.get("output") or ()

@@ -42,7 +42,7 @@ async def silent() -> AsyncIterator[str]:
 
 async def test_rate_that_is_not_carried_is_said(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests pile up no further than a bound, and the line names server and rate."""
-    monkeypatch.setattr(gateway, "_MOST_SECONDS_BEHIND", 0.1)
+    monkeypatch.setattr(gateway, "_MAX_SECONDS_BEHIND", 0.1)
     server = gateway.Server(process=None, url=silent, headers={})  # type: ignore[arg-type]  # is not looked at
     async with ClientSession() as session:
         with pytest.raises(gateway.NotCarriedError, match=rf"in flight at {silent}: .* does not carry 200 a"):

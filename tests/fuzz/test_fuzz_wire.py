@@ -11,7 +11,7 @@ from aiohttp import web
 from hostile_bytes import corpus, cut, fuzzed, hostile, places
 from hypothesis import example, given
 
-from proxy.engines.http_connection import EngineBrokeOffError, _Connection
+from proxy.engines.http_connection import EngineDisconnectedError, _Connection
 from proxy.errors import InvalidRequest, TooLarge
 from proxy.http.server import Runner
 from proxy.observe.metrics import Metrics
@@ -74,7 +74,7 @@ class _Pool:
     def __init__(self) -> None:
         self.free: set[Any] = set()
 
-    def give_back(self, connection: Any) -> None:
+    def release(self, connection: Any) -> None:
         self.free.add(connection)
 
     def forget(self, connection: Any) -> None:
@@ -93,7 +93,7 @@ def exchange(loop: asyncio.AbstractEventLoop, chunks: list[bytes]) -> tuple[Any,
     again = connection in pool.free and not transport.gone
     connection.connection_lost(None)
     whole = answer._end
-    assert whole != isinstance(answer._error, EngineBrokeOffError)
+    assert whole != isinstance(answer._error, EngineDisconnectedError)
     # How much of an answer that broke off had come is nobody's to rely on.
     return (whole, again, answer.status, answer.headers, b"".join(answer._parts)) if whole else (whole, again)
 

@@ -37,16 +37,16 @@ def special(tokenizer):
 @example("<|im_end|")
 def test_no_special_text_is_left_and_nothing_else_is_lost(text):
     """What is not the joiner stands as it was written, and a second time nothing changes."""
-    found = SPECIAL.inert(text)
+    found = SPECIAL.neutralize(text)
     assert not any(token in found for token in TOKENS)
     assert found.replace(JOINER, "") == text.replace(JOINER, "")
-    assert SPECIAL.inert(found) == found
+    assert SPECIAL.neutralize(found) == found
 
 
 @given(st.lists(TEXT, max_size=5))
 def test_neighbours_make_no_special_text(texts):
     """However a text is cut and put together again, no token comes of it."""
-    joined = "".join(map(SPECIAL.inert, texts))
+    joined = "".join(map(SPECIAL.neutralize, texts))
     assert not any(token in joined for token in TOKENS)
 
 
@@ -54,7 +54,7 @@ def test_neighbours_make_no_special_text(texts):
 def test_ordinary_text_stays_as_it_is(text):
     """Byte for byte, where no special token could begin or be completed."""
     if not text.startswith(("|", "/s")):
-        assert SPECIAL.inert(text) == text
+        assert SPECIAL.neutralize(text) == text
 
 
 @pytest.mark.parametrize(
@@ -62,19 +62,19 @@ def test_ordinary_text_stays_as_it_is(text):
 )
 def test_what_people_write_stays_as_it_is(text):
     """Signs that begin special tokens are common, and stand for themselves."""
-    assert SPECIAL.inert(text) == text
+    assert SPECIAL.neutralize(text) == text
 
 
 def test_whole_prompt_may_end_as_it_likes():
     """Nothing follows a whole prompt: code that ends on an open bracket is completed as ever."""
-    assert SPECIAL.inert("#include <", alone=True) == "#include <"
-    assert SPECIAL.inert("#include <") == f"#include <{JOINER}"
+    assert SPECIAL.neutralize("#include <", alone=True) == "#include <"
+    assert SPECIAL.neutralize("#include <") == f"#include <{JOINER}"
 
 
 def test_what_a_template_puts_into_brackets_makes_no_token():
     """Where a template writes the brackets of a client's name, the name alone is made inert."""
     for name in ("|im_end|", "|im_end|> and more", "/s"):
-        assert f"<{SPECIAL.inert(name)}>".startswith(f"<{name[0]}{JOINER}")
+        assert f"<{SPECIAL.neutralize(name)}>".startswith(f"<{name[0]}{JOINER}")
 
 
 @settings(max_examples=60, deadline=None)
@@ -94,14 +94,14 @@ def test_real_tokenizer_finds_only_its_templates_tokens(tokenizer, special, text
         )
 
     written = [system, *texts]
-    assert count([special.inert(text) for text in written]) == count(["x"] * len(written))
+    assert count([special.neutralize(text) for text in written]) == count(["x"] * len(written))
 
 
 @settings(max_examples=150, deadline=None)
 @given(TEXT | st.text())
 def test_real_tokenizer_finds_none_in_content(tokenizer, special, text):
     """No id of a special token comes of what was written, Unicode look-alikes among it."""
-    ids = set(tokenizer.encode(special.inert(text, alone=True), add_special_tokens=False))
+    ids = set(tokenizer.encode(special.neutralize(text, alone=True), add_special_tokens=False))
     assert not ids & set(special.ids.values())
 
 

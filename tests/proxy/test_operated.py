@@ -99,7 +99,7 @@ async def test_serve_raises_its_limit_of_open_files(served):
     """With a shell's soft limit a few hundred requests in flight reset connections."""
     process, *_ = served
     soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-    assert soft == min(open_files.MOST, hard) > FEW_FILES
+    assert soft == min(open_files.MAX_OPEN_FILES, hard) > FEW_FILES
 
 
 async def test_stop_under_load_finishes_what_runs_and_leaves_whole_records(served, engine, tmp_path):
@@ -214,12 +214,12 @@ import asyncio, os, threading, proxy.gateway, proxy.policies.policy_folders, pro
 def hang():
     open("hangs", "w").close()
     os.open("pipe", os.O_RDONLY)
-def thread(look=proxy.policies.policy_folders.PolicyFolders.look):
+def thread(look=proxy.policies.policy_folders.PolicyFolders.scan):
     def hanging(folders):
         if os.path.exists("now"):
             hang()
         return look(folders)
-    proxy.policies.policy_folders.PolicyFolders.look = hanging
+    proxy.policies.policy_folders.PolicyFolders.scan = hanging
 async def until_now():
     while not os.path.exists("now"):
         await asyncio.sleep(0.05)

@@ -419,5 +419,5 @@ def test_engine_that_dies_while_starting_is_one_line(tmp_path, default_model_dir
     """The engine's own reason stands in the error, and no process is left."""
     config = "engine: {extra_args: ['--max-num-batched-tokens=1']}"
     told = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config, timeout_s=180)
-    assert told.startswith("engine ended with status 1: max_num_batched_tokens (1) must be")
-    assert "; its log is " in told
+    assert told.startswith("engine exited with status 1: max_num_batched_tokens (1) must be")
+    assert "; see  " in told

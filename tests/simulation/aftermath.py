@@ -96,7 +96,7 @@ class Aftermath:
     def _wanted(self) -> set[str]:
         catalogue = self._world.gateway.apps.gateway.catalogue
         shadows = {entry.shadow.revision for entry in catalogue.entries.values() if entry.shadow is not None}
-        return shadows | {revision.revision for revision in catalogue.wanted}
+        return shadows | {revision.revision for revision in catalogue.required_revisions}
 
     def _rows_are_right(self) -> bool:
         return all(set(engine.plans) == self._wanted() for engine in self._world.engines)
@@ -112,7 +112,7 @@ class Aftermath:
         for tenant, meter in gateway.limiter._meters.items():
             if meter.in_flight:
                 self._fail(f"{meter.in_flight} requests of {tenant} are still counted")
-        for revision in gateway.catalogue.wanted:
+        for revision in gateway.catalogue.required_revisions:
             if gateway.catalogue.residency.pins(revision):
                 self._fail(f"{revision.label} is still pinned")
 

@@ -171,7 +171,7 @@ class Invariants:
 
     def _look_at_revisions(self) -> None:
         """Note which revisions serve now: compositions are told in no line of the log."""
-        for revision in self.gateway.catalogue.wanted:
+        for revision in self.gateway.catalogue.required_revisions:
             history = self.served[revision.policy]
             if not history or history[-1][1] != revision.revision:
                 self._serve(revision.policy, revision.revision)

@@ -64,7 +64,7 @@ def _ready_without_audit_log(stack: contextlib.ExitStack) -> None:
 
 def _removed_audit_log_is_written_on(stack: contextlib.ExitStack) -> None:
     """After `rm` of the audit log, records went into a file that had no name any more."""
-    put(stack, proxy.observe.audit_log.AuditLog, "_go_on_if_displaced", lambda _self: None)
+    put(stack, proxy.observe.audit_log.AuditLog, "_continue_if_displaced", lambda _self: None)
 
 
 def _part_is_proof(stack: contextlib.ExitStack) -> None:
@@ -75,7 +75,7 @@ def _part_is_proof(stack: contextlib.ExitStack) -> None:
             return "no receipt for it"
         return None if demanded == "none" or receipt.tokens_evaluated else "nothing was evaluated"
 
-    put(stack, proxy.relay.relay, "fault", fault)
+    put(stack, proxy.relay.relay, "receipt_fault", fault)
 
 
 def _lost_revision_is_502(stack: contextlib.ExitStack) -> None:
@@ -86,7 +86,7 @@ def _lost_revision_is_502(stack: contextlib.ExitStack) -> None:
 def _promotion_moves(stack: contextlib.ExitStack) -> None:
     """A promotion made whatever candidate was there serve, not the one that was looked at."""
     put(stack, proxy.admin.app, "_check_named", lambda *_: None)
-    put(stack, proxy.policies.catalogue, "_check_still", lambda *_: None)
+    put(stack, proxy.policies.catalogue, "_check_unchanged", lambda *_: None)
 
 
 def _rejoined_engine_keeps_rows(stack: contextlib.ExitStack) -> None:

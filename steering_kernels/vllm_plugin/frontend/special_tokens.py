@@ -42,10 +42,10 @@ def _fault(tokenizer: Any, special: SpecialTokens) -> str | None:
     unsafe = set(special.ids.values()) - encode(JOINER) - encode(f"a{JOINER}a")
     for text in special.ids:
         for written in (text, f"a{text}", f" {text} ", text + text):
-            if encode(special.inert(written)) & unsafe:
+            if encode(special.neutralize(written)) & unsafe:
                 return f"{text!r} is a special token also when {JOINER!r} stands after its first character"
         for alike in _look_alikes(text):
-            if encode(special.inert(alike)) & unsafe:
+            if encode(special.neutralize(alike)) & unsafe:
                 return f"{alike!r} becomes the special token {text!r}: the tokenizer's normalizer makes it so"
     return None
 

@@ -243,7 +243,7 @@ async def test_engine_of_another_model_stays_outside(start, engine, other, until
 
     async def told():
         reasons = [shown["reason"] or "" for shown in await engines(front)]
-        return any("one gateway serves one model" in reason for reason in reasons)
+        return any("all engines of a gateway must serve one model" in reason for reason in reasons)
 
     await until(told)
     assert await front.engine_ready()

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from proxy.engines.http_connection import EngineBrokeOffError, EngineHttp, EngineUnreachableError
+from proxy.engines.http_connection import EngineDisconnectedError, EngineHttp, EngineUnreachableError
 
 LONG = 30.0
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 5\r\nX-Note: a\r\n\r\nhello"
@@ -120,7 +120,7 @@ async def test_answer_that_is_broken_off_is_an_error_after_what_came(tmp_path, s
     async with engine(tmp_path, die) as (_, http, _made):
         answer = await post(http)
         assert await answer.next() == before
-        with pytest.raises(EngineBrokeOffError):
+        with pytest.raises(EngineDisconnectedError):
             await answer.next()
 
 
@@ -143,7 +143,7 @@ async def test_answer_whose_end_could_not_be_told_is_refused(tmp_path, sent):
         writer.close()
 
     async with engine(tmp_path, speak) as (_, http, _made):
-        with pytest.raises(EngineBrokeOffError):
+        with pytest.raises(EngineDisconnectedError):
             await post(http)
 
 
@@ -247,7 +247,7 @@ async def test_closed_pool_fails_its_readers_and_serves_nobody(tmp_path):
         reading = asyncio.create_task(answer.read(2**30))
         await asyncio.sleep(0)
         http.close()
-        with pytest.raises(EngineBrokeOffError):
+        with pytest.raises(EngineDisconnectedError):
             await reading
         with pytest.raises(EngineUnreachableError):
             await post(http)

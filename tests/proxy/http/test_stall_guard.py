@@ -51,7 +51,7 @@ async def site():
 
     def look():
         for connection in runner.server.connections:
-            watch.look(connection)
+            watch.check(connection)
         return len(runner.server.connections)
 
     yield runner.addresses[0], look, clock, metrics, ended
@@ -129,7 +129,7 @@ async def test_connection_that_was_used_waits_longer_for_its_next_request(start,
 
     def look():
         for connection in front.runners[0].server.connections:
-            watch.look(connection)
+            watch.check(connection)
 
     clock.now += 70
     look()

@@ -95,11 +95,11 @@ async def test_log_that_was_cut_off_is_named_and_not_continued(log):
     rows = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(rows[:6]))
     assert verify(log).faults == [f"{log}: was cut off: ends with record 6, but 9 had been written"]
-    with pytest.raises(ConfigError, match="cut off before record 9"):
+    with pytest.raises(ConfigError, match="truncated before record 9"):
         open_log(log)
     log.unlink()
     assert not verify(log).intact
-    with pytest.raises(ConfigError, match=r"no file of that log is there.*move \S+\.head there too"):
+    with pytest.raises(ConfigError, match=r"files are missing.*move \S+\.head away too"):
         open_log(log)
     # What the message tells to do is enough.
     head_path(log).unlink()
@@ -136,7 +136,7 @@ async def test_log_without_its_readable_head_is_not_continued(log, spoil, kept_r
     if holds_nothing:
         await open_log(log).close()
         return
-    with pytest.raises(ConfigError, match=r"is missing or unreadable.*verify \S+ --head SEQ:HASH.*aside"):
+    with pytest.raises(ConfigError, match=r"is missing or unreadable.*verify \S+ --head SEQ:HASH.*away"):
         open_log(log)
     assert log.read_bytes() == b"".join(rows[:kept_rows])
     ended = CliRunner().invoke(app, ["audit", "verify", str(log)])
@@ -284,7 +284,7 @@ async def test_removed_log_is_noticed_and_the_chain_goes_on_in_a_new_file(tmp_pa
     before = log.audit.head
     log.path.unlink()
     if seconds_first:
-        log.audit.look()
+        log.audit.check_files()
         assert log.events() == ["log_continued"]
     log.append(2)
     assert log.events() == ["log_continued", "request", "request"]
@@ -381,13 +381,13 @@ async def test_requests_are_refused_while_the_log_has_no_folder(tmp_path):
     log = Written(tmp_path / "log" / "audit.jsonl")
     log.append(3)
     (tmp_path / "log").rename(tmp_path / "gone")
-    log.audit.look()
+    log.audit.check_files()
     log.audit.append("request", status=200)
     assert log.audit.failing == "No such file or directory"
     with pytest.raises(AuditUnavailable):
         log.audit.require()
     (tmp_path / "log").mkdir()
-    log.audit.look()
+    log.audit.check_files()
     log.append()
     log.audit.require()
     assert log.events() == ["log_continued", "request", "request"]
@@ -411,10 +411,10 @@ async def test_note_of_the_newest_record_is_written_again(log, spoil):
     written.append()
     await written.audit.sync()
     spoil(head_path(log))
-    written.audit.look()
+    written.audit.check_files()
     assert read_head(log).seq == 10
     assert displaced(written.metrics, "head") == 1
-    written.audit.look()
+    written.audit.check_files()
     assert displaced(written.metrics, "head") == 1
     await written.audit.close()
     assert verify(log).intact
@@ -425,18 +425,18 @@ async def test_lock_is_taken_again_or_nothing_is_written(log):
     written = Written(log)
     lock = log.with_name(log.name + ".lock")
     lock.unlink()
-    written.audit.look()
+    written.audit.check_files()
     with pytest.raises(ConfigError, match="another gateway writes"):
         open_log(log)
     lock.unlink()
     other = open_log(log)
-    written.audit.look()
+    written.audit.check_files()
     assert written.audit.failing == "another gateway writes it"
     written.append()
     assert written.audit.failing
     assert verify(log).records == 9
     await other.close()
-    written.audit.look()
+    written.audit.check_files()
     written.append()
     assert written.audit.failing is None
     await written.audit.close()

@@ -23,9 +23,9 @@ from prometheus_client.samples import Sample
 from interpretops.records.transcript_file import make_key
 from proxy.observe.audit_file import DISPLACED
 from proxy.observe.metrics import OUTCOMES, Metrics
-from proxy.observe.request_context import Trail
+from proxy.observe.request_context import RequestContext
 from proxy.observe.supervisor import BRIEF, KEPT, STRAY
-from proxy.policies.drift import LEAST
+from proxy.policies.drift import MIN_REQUESTS
 
 ROOT = Path(__file__).parents[3]
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
@@ -252,8 +252,10 @@ async def test_every_panel_answers_from_a_real_prometheus(
         "calm", tenants=[tenant], **{"canary.interval_s": 0.05, "paths.state": tmp_path / "state"}
     )
     revision = front.apps.gateway.catalogue.entries["calm"].active.revision
-    for _ in range(LEAST):
-        front.apps.gateway.drift.note(Trail("r", policy="calm", revision=revision, evaluated=3, edits=1))
+    for _ in range(MIN_REQUESTS):
+        front.apps.gateway.drift.note(
+            RequestContext("r", policy="calm", revision=revision, evaluated=3, edits=1)
+        )
     front.apps.gateway.drift.pin("calm", "test")
 
     async def traffic() -> None:

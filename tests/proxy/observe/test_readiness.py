@@ -29,7 +29,7 @@ async def readiness(front):
     assert f"interpretops_ready {float(told['ready'])}" in shown
     for code in CODES:
         assert f'interpretops_not_ready{{reason="{code}"}} {float(code in told["reasons"])}' in shown
-    front.apps.gateway.readiness.look()
+    front.apps.gateway.readiness.log_changes()
     lines = [line for line in front.log if line["event"] in ("gateway_ready", "gateway_not_ready")]
     assert lines[-1].get("reasons", []) == told["reasons"]
     return told["reasons"]
@@ -57,10 +57,10 @@ async def test_wrong_name_of_a_mandatory_policy_is_told_everywhere(start):
     told = [line for line in front.log if line["event"] == "gateway_not_ready"][-1]
     assert (told["log_level"], told["why"]) == (
         "error",
-        ["bindings demand policies that are not loaded: clam"],
+        ["bindings require policies that are not loaded: clam"],
     )
     listed = await front.policy_list()
-    assert listed["not_ready"] == "bindings demand policies that are not loaded: clam"
+    assert listed["not_ready"] == "bindings require policies that are not loaded: clam"
 
 
 async def test_change_is_logged_once(start, engine, until):

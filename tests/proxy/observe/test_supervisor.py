@@ -31,7 +31,7 @@ from proxy.verification.canary import Canary
 
 SECRET = "a-prompt-7c1d"
 PLACES = {
-    "readiness": (Readiness, "look"),
+    "readiness": (Readiness, "log_changes"),
     "policies": (Intake, "reload"),
     "policy notifications": (watch.watchfiles, "awatch"),
     "keys": (Access, "refresh"),
@@ -39,9 +39,9 @@ PLACES = {
     "reloads": (reload, "reload_everything"),
     "audit": (AuditLog, "sync"),
     "budgets": (Budgets, "save"),
-    "shared limits": (SharedCounts, "_pay"),
-    "stalls": (StallWatch, "look"),
-    "engines": (FleetLoop, "_wanted"),
+    "shared limits": (SharedCounts, "_flush"),
+    "stalls": (StallWatch, "check"),
+    "engines": (FleetLoop, "_configured"),
     "engine": (EngineClient, "healthy"),
     "canary": (Canary, "step"),
     "transcripts": (Transcripts, "_store_next"),
@@ -91,7 +91,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(supervisor, "_DELAYS_S", (0.02,))
     monkeypatch.setattr(transcripts, "_SWEEP_EVERY_S", 0.02)
     monkeypatch.setattr("proxy.http.stall_guard._EVERY_S", 0.02)
-    monkeypatch.setattr("proxy.observe.readiness._LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("proxy.observe.readiness._CHECK_EVERY_S", 0.02)
     monkeypatch.setattr("proxy.engines.loop._WATCH_EVERY_S", 0.02)
     monkeypatch.setattr("proxy.engines.fleet_loop._RESOLVE_EVERY_S", 0.02)
 
@@ -138,7 +138,7 @@ async def test_task_that_fails_is_logged_counted_and_started_again(start, monkey
     gateway = front.apps.gateway
     stalls = gateway.supervisor.keep("stalls", lambda alive: gateway.stalls.run(lambda: [Gone()], alive))
     told = asyncio.Event()
-    reloads = gateway.supervisor.keep("reloads", lambda alive: reload.reload_when_told(told, gateway, alive))
+    reloads = gateway.supervisor.keep("reloads", lambda alive: reload.reload_on_signal(told, gateway, alive))
 
     def shown(metric):
         (value,) = (
@@ -151,7 +151,7 @@ async def test_task_that_fails_is_logged_counted_and_started_again(start, monkey
     def nudge():
         told.set()
         if task == "shared limits":
-            gateway.limiter._shared._owing.set()
+            gateway.limiter._shared._has_pending.set()
         if task == "transcripts":
             gateway.transcripts._waiting.append(None)
             gateway.transcripts._more.set()

@@ -328,7 +328,7 @@ async def lost(front, until, number):
 
 async def test_no_request_is_lost_without_a_word(front, until, monkeypatch):
     """Each that is counted as lost stands in the log too, by its id and why: also when too much waits."""
-    monkeypatch.setattr(transcripts_module, "_MOST_WAITING_BYTES", 1000)
+    monkeypatch.setattr(transcripts_module, "_MAX_WAITING_BYTES", 1000)
     release = threading.Event()
     real = front.apps.gateway.transcripts._write
 

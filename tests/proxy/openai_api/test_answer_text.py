@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from proxy.openai_api.answer_text import texts_said
+from proxy.openai_api.answer_text import answer_texts
 
 REQUEST = {"model": "m", "instructions": "be kind", "text": {"format": {"type": "text"}}}
 """What a response repeats of its request."""
@@ -36,7 +36,7 @@ def test_texts_of_every_route_are_put_together(answer, streamed, texts):
     raw = json.dumps(answer).encode()
     if streamed:
         raw = b"".join(b"event: x\ndata: " + json.dumps(event).encode() + b"\n\n" for event in answer)
-    assert texts_said(raw + b"data: [DONE]\n\n" if streamed else raw, streamed=streamed) == texts
+    assert answer_texts(raw + b"data: [DONE]\n\n" if streamed else raw, streamed=streamed) == texts
 
 
 def lines(events):
@@ -56,7 +56,7 @@ def test_streamed_response_of_the_engine_says_each_text_once():
     created = {"type": "response.created", "response": {**REQUEST, "output": []}}
     stream = b"data: %s\n\n" % json.dumps(created).encode() + lines(events)
     assert b"response.output_item.done" in stream
-    assert texts_said(stream, streamed=True) == ["hmm", "ice cream"]
+    assert answer_texts(stream, streamed=True) == ["hmm", "ice cream"]
 
 
 async def test_streamed_message_of_the_engine_says_each_text_once():
@@ -84,10 +84,10 @@ async def test_streamed_message_of_the_engine_says_each_text_once():
     whole = {**chunk, "object": "chat.completion", "choices": [choice], "usage": usage}
     answer = serving.messages_full_converter(ChatCompletionResponse.model_validate(whole))
     for raw, streamed in ((stream, True), (answer.model_dump_json(), False)):
-        assert texts_said(raw.encode(), streamed=streamed) == ["ice cream", '{"x": "a"}']
+        assert answer_texts(raw.encode(), streamed=streamed) == ["ice cream", '{"x": "a"}']
 
 
 def test_answer_of_odd_types_says_what_it_says():
     """A type that is no text breaks nothing: what can be read is read."""
     answer = json.dumps({"content": [{"type": ["tool_use"], "input": {"text": "a"}}]}).encode()
-    assert texts_said(answer, streamed=False) == ["a"]
+    assert answer_texts(answer, streamed=False) == ["a"]

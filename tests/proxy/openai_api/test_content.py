@@ -153,7 +153,7 @@ async def test_odd_types_are_no_internal_error(start, engine):
 )
 def test_what_is_not_text_cannot_ride_on_a_text(route, fields):
     """A part holds nothing but text under any name that an engine reads, and so does a message."""
-    with pytest.raises(FieldNotAllowed, match="only text is served"):
+    with pytest.raises(FieldNotAllowed, match="only text is supported"):
         clean(route, {"model": "m", **fields})
 
 
@@ -170,7 +170,7 @@ def test_names_that_apps_keep_on_a_message_are_taken_out():
     assert clean(CHAT, {"model": "m", "messages": messages})["messages"] == [
         {"role": "user", "content": "hi"}
     ]
-    with pytest.raises(FieldNotAllowed, match="only text is served"):
+    with pytest.raises(FieldNotAllowed, match="only text is supported"):
         clean(CHAT, {"model": "m", "messages": [{"role": "user", "content": "hi", "source": {"url": "x"}}]})
 
 

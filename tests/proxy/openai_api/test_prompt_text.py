@@ -9,7 +9,7 @@ import pytest
 from interpretops.errors import EngineError
 from interpretops.special_tokens import JOINER, SpecialTokens
 from proxy.errors import FieldNotAllowed, InvalidRequest, Refusal
-from proxy.openai_api.prompt_text import make_inert
+from proxy.openai_api.prompt_text import neutralize_special_tokens
 from proxy.openai_api.route_fields import Field
 from proxy.openai_api.routes import ROUTES
 
@@ -84,7 +84,7 @@ def test_every_string_of_the_prompt_is_made_inert(path):
     assert set(body) == {name for name, field in route.fields.items() if field.text}
     passed = {name: value for name, value in PASSED.items() if name in route.fields}
     before = copy.deepcopy(body)
-    found = make_inert(route, body | passed, SPECIAL)
+    found = neutralize_special_tokens(route, body | passed, SPECIAL)
     text = json.dumps({name: found[name] for name in body}, ensure_ascii=False)
     assert END not in text
     assert text == json.dumps(body).replace(END, INERT)
@@ -96,7 +96,7 @@ def test_every_string_of_the_prompt_is_made_inert(path):
 def test_other_content_passes_as_it_is(path):
     """Where nothing spells a special token, the engine gets what the caller wrote."""
     plain = json.loads(json.dumps(WRITTEN[path]).replace(END, "if a < b: <b>x</b> \u2060"))
-    assert make_inert(ROUTES[path], plain, SPECIAL) == plain
+    assert neutralize_special_tokens(ROUTES[path], plain, SPECIAL) == plain
 
 
 def test_operators_in_schemas_reach_the_grammar_as_they_are():
@@ -108,20 +108,20 @@ def test_operators_in_schemas_reach_the_grammar_as_they_are():
             {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {"op": "<"}}]}
         ],
     }
-    assert make_inert(ROUTES["/v1/chat/completions"], chat, SPECIAL) == chat
+    assert neutralize_special_tokens(ROUTES["/v1/chat/completions"], chat, SPECIAL) == chat
     for path, body in (
         ("/v1/responses", {"text": {"format": {"type": "json_schema", "schema": schema}}}),
         ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": schema}}}),
         ("/v1/messages", {"tools": [{"name": "f", "input_schema": schema}]}),
     ):
-        assert make_inert(ROUTES[path], body, SPECIAL) == body
+        assert neutralize_special_tokens(ROUTES[path], body, SPECIAL) == body
     # Nobody knows how a template writes its own variables, or documents.
     bare = {"documents": [{"parameters": {"a": "<"}}], "chat_template_kwargs": {"input": {"a": "<"}}}
     assert f"<{JOINER}" in json.dumps(
-        make_inert(ROUTES["/v1/chat/completions"], bare, SPECIAL), ensure_ascii=False
+        neutralize_special_tokens(ROUTES["/v1/chat/completions"], bare, SPECIAL), ensure_ascii=False
     )
     spelt = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": [END]}}}]}
-    assert END not in json.dumps(make_inert(ROUTES["/v1/chat/completions"], spelt, SPECIAL))
+    assert END not in json.dumps(neutralize_special_tokens(ROUTES["/v1/chat/completions"], spelt, SPECIAL))
 
 
 @pytest.mark.parametrize(
@@ -134,17 +134,19 @@ def test_escapes_in_arguments_spell_no_special_token(escaped):
         "tool_calls": [{"function": {"name": "f", "arguments": f'{{"a": "{escaped}"}}'}}],
     }
     item = {"type": "function_call", "name": "f", "arguments": f'{{"a": "{escaped}"}}'}
-    chat = make_inert(ROUTES["/v1/chat/completions"], {"messages": [call]}, SPECIAL)
+    chat = neutralize_special_tokens(ROUTES["/v1/chat/completions"], {"messages": [call]}, SPECIAL)
     made = [
         chat["messages"][0]["tool_calls"][0]["function"]["arguments"],
-        make_inert(ROUTES["/v1/responses"], {"input": [item]}, SPECIAL)["input"][0]["arguments"],
+        neutralize_special_tokens(ROUTES["/v1/responses"], {"input": [item]}, SPECIAL)["input"][0][
+            "arguments"
+        ],
     ]
     for arguments in made:
         assert END not in json.dumps(json.loads(arguments), ensure_ascii=False)
     ordinary = {"messages": [{"tool_calls": [{"function": {"arguments": '{"a": "line\\n\\u00e9"}'}}]}]}
-    assert make_inert(ROUTES["/v1/chat/completions"], ordinary, SPECIAL) == ordinary
+    assert neutralize_special_tokens(ROUTES["/v1/chat/completions"], ordinary, SPECIAL) == ordinary
     with pytest.raises(InvalidRequest, match="must be JSON"):
-        make_inert(
+        neutralize_special_tokens(
             ROUTES["/v1/chat/completions"],
             {"messages": [{"tool_calls": [{"function": {"arguments": "\\u003c|end|>"}}]}]},
             SPECIAL,
@@ -157,7 +159,7 @@ def test_parts_that_a_template_trims_join_into_no_special_token(blank, cut):
     """Some templates trim every part and write it behind the one before."""
     parts = [f"hello {END[:cut]}{blank}", f"{blank}{END[cut:]} there"]
     messages = [{"role": "user", "content": [{"type": "text", "text": part} for part in parts]}]
-    found = make_inert(ROUTES["/v1/chat/completions"], {"messages": messages}, SPECIAL)
+    found = neutralize_special_tokens(ROUTES["/v1/chat/completions"], {"messages": messages}, SPECIAL)
     rendered = "".join(part["text"].strip() for part in found["messages"][0]["content"])
     assert END not in rendered
 
@@ -165,9 +167,9 @@ def test_parts_that_a_template_trims_join_into_no_special_token(blank, cut):
 def test_text_that_the_answer_goes_on_with_keeps_its_end():
     """With `continue_final_message` nothing stands behind the last text."""
     body = {"messages": [{"role": "assistant", "content": "Here it is: <"}], "continue_final_message": True}
-    assert make_inert(ROUTES["/v1/chat/completions"], body, SPECIAL) == body
+    assert neutralize_special_tokens(ROUTES["/v1/chat/completions"], body, SPECIAL) == body
     body["messages"] = [{"role": "assistant", "content": f"a {END}"}]
-    assert END not in json.dumps(make_inert(ROUTES["/v1/chat/completions"], body, SPECIAL))
+    assert END not in json.dumps(neutralize_special_tokens(ROUTES["/v1/chat/completions"], body, SPECIAL))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_text_that_the_answer_goes_on_with_keeps_its_end():
 def test_special_tokens_among_token_numbers_are_refused_by_name(prompt, param):
     """By place, number and text; only what the tokenizer itself puts first may stand first."""
     with pytest.raises(FieldNotAllowed, match=r"is the special token '<\|") as refused:
-        make_inert(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL)
+        neutralize_special_tokens(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL)
     assert refused.value.param == param
 
 
@@ -192,13 +194,15 @@ def test_special_tokens_among_token_numbers_are_refused_by_name(prompt, param):
 def test_what_the_engine_could_take_for_token_numbers_is_refused(prompt):
     """Its parser makes token 0 of 0.0, false and "0"; only whole numbers pass."""
     with pytest.raises(InvalidRequest, match="prompt"):
-        make_inert(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL)
+        neutralize_special_tokens(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL)
 
 
 @pytest.mark.parametrize("prompt", ["x", ["x", "y"], [1, 5, 7], [[1, 5], [7]], []])
 def test_texts_and_ordinary_token_numbers_pass(prompt):
     """The four kinds of prompt that OpenAI has."""
-    assert make_inert(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL) == {"prompt": prompt}
+    assert neutralize_special_tokens(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL) == {
+        "prompt": prompt
+    }
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize"])
@@ -207,7 +211,7 @@ def test_role_that_no_template_knows_is_refused(path, role):
     """Templates build special tokens of roles: any other could spell one."""
     name = "input" if path == "/v1/responses" else "messages"
     with pytest.raises(Refusal, match=rf"{name}\[1\].role") as refused:
-        make_inert(ROUTES[path], {name: [{"role": "user"}, {"role": role}]}, SPECIAL)
+        neutralize_special_tokens(ROUTES[path], {name: [{"role": "user"}, {"role": role}]}, SPECIAL)
     assert refused.value.status == 400
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from proxy.errors import FieldNotAllowed, InvalidRequest
 from proxy.openai_api.request_body import clean
 from proxy.openai_api.routes import ROUTES
-from proxy.openai_api.template_kwargs import FIELD, TAKEN
+from proxy.openai_api.template_kwargs import FIELD, RESERVED
 
 TAKING = [path for path, route in ROUTES.items() if FIELD in route.fields]
 
@@ -27,11 +27,11 @@ def test_every_argument_of_the_renderer_is_refused() -> None:
     """A new argument of transformers' `apply_chat_template` cannot be reached by name unnoticed."""
     parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.values()
     named = {one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
-    assert named <= TAKEN
+    assert named <= RESERVED
 
 
 @pytest.mark.parametrize("path", TAKING)
-@pytest.mark.parametrize("name", [*sorted(TAKEN), "eos_token", "additional_special_tokens"])
+@pytest.mark.parametrize("name", [*sorted(RESERVED), "eos_token", "additional_special_tokens"])
 def test_variable_that_decides_how_the_prompt_is_made_is_refused(path: str, name: str) -> None:
     """`padding` would put special tokens behind the prompt; each such name is refused on every route."""
     with pytest.raises(FieldNotAllowed, match=name):

@@ -127,7 +127,7 @@ async def test_deleted_file_withdraws_its_policy_unless_bindings_demand_it(start
     (front.policies / "strict.yaml").unlink()
     report = await reload(front)
     assert report["removed"] == ["calm"]
-    assert "strict.yaml: deleted, but bindings demand" in str(report["failed"])
+    assert "strict.yaml: deleted, but bindings require" in str(report["failed"])
     assert (await front.chat(model="tiny-model+calm"))[0] == 400
     shutil.rmtree(front.policies)
     assert not (await reload(front))["ok"]
@@ -146,7 +146,7 @@ async def test_policy_that_bindings_demand_is_not_renamed_away(start, engine, po
     report = await reload(front)
     assert report["removed"] == ["calm"]
     assert [label[:7] for label in report["loaded"]] == ["calm-2@"]
-    assert "bindings demand 'strict'" in str(report["failed"])
+    assert "bindings require 'strict'" in str(report["failed"])
     assert await revision_of(front, "strict") == strict
 
 
@@ -261,7 +261,7 @@ async def test_file_that_breaks_the_compiler_keeps_no_other_away(start, engine, 
     front = await start("calm", "strict", **{"gateway.watch_policies": False})
     assert (await front.chat(model="tiny-model+strict"))[0] == 200
     error = await front.policy_error("calm")
-    assert "calm.yaml: unforeseen KeyError in " in error
+    assert "calm.yaml: unexpected KeyError in " in error
     assert "secret" not in error
     monkeypatch.setattr(policy_files, "compile_policy", compile_policy)
     assert len((await reload(front))["loaded"]) == 1

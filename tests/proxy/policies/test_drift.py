@@ -6,8 +6,8 @@ import math
 import pytest
 
 from interpretops.errors import ConfigError
-from proxy.observe.request_context import Trail
-from proxy.policies.drift import LEAST, WINDOW, psi
+from proxy.observe.request_context import RequestContext
+from proxy.policies.drift import MIN_REQUESTS, WINDOW, psi
 
 
 @pytest.fixture
@@ -20,7 +20,9 @@ def note(front, edits, times, policy="calm"):
     """Requests of which ten tokens were evaluated, as the hook at their end sees them."""
     revision = front.apps.gateway.catalogue.entries["calm"].active.revision
     for _ in range(times):
-        front.apps.gateway.drift.note(Trail("r", policy=policy, revision=revision, evaluated=10, edits=edits))
+        front.apps.gateway.drift.note(
+            RequestContext("r", policy=policy, revision=revision, evaluated=10, edits=edits)
+        )
 
 
 def shown(front):
@@ -44,11 +46,11 @@ def test_psi_is_the_known_formula():
 
 async def test_shift_of_firing_shows_and_is_gone_when_pinned_anew(front):
     """Requests that fire otherwise raise the gauge; a new baseline of the same traffic takes it back."""
-    note(front, 0, LEAST - 1)
+    note(front, 0, MIN_REQUESTS - 1)
     assert (await pin(front))[0] == 409
     note(front, 0, 1)
     status, pinned = await pin(front)
-    assert (status, pinned["counts"]) == (200, [LEAST, 0, 0, 0, 0, 0])
+    assert (status, pinned["counts"]) == (200, [MIN_REQUESTS, 0, 0, 0, 0, 0])
     assert 'interpretops_policy_drift_psi{policy="calm"} 0.0' in shown(front)
     note(front, 5, WINDOW)
     assert float(shown(front).split('drift_psi{policy="calm"} ')[1].split()[0]) > 5
@@ -72,25 +74,25 @@ async def test_answered_requests_are_noted(front, engine):
 
 async def test_baseline_outlasts_a_restart_and_belongs_to_its_revision(front, start, tmp_path):
     """Another gateway finds it in the state folder; for another revision it says nothing."""
-    note(front, 0, LEAST)
+    note(front, 0, MIN_REQUESTS)
     await pin(front)
     again = await start("calm", **{"paths.state": tmp_path / "state"})
-    note(again, 5, LEAST)
+    note(again, 5, MIN_REQUESTS)
     assert 'drift_psi{policy="calm"}' in shown(again)
     path = again.policies / "calm.yaml"
     path.write_text(path.read_text().replace("0.5", "0.25"))
     await again.apps.gateway.intake.reload()
-    note(again, 5, LEAST)
+    note(again, 5, MIN_REQUESTS)
     assert 'drift_psi{policy="calm"}' not in shown(again)
 
 
 async def test_pinning_is_recorded_and_a_spoiled_file_named(front, start, tmp_path):
-    """Who pinned stands in the audit log; a file that is no record of baselines stops the start."""
-    note(front, 0, LEAST)
+    """Who pinned stands in the audit log; a file that not a valid baselines file stops the start."""
+    note(front, 0, MIN_REQUESTS)
     await pin(front)
     log = (tmp_path / "audit.jsonl").read_bytes().splitlines()
     (told,) = [record for record in map(json.loads, log) if record["event"] == "baseline"]
     assert (told["policy"], told["by"]) == ("calm", "anonymous")
     (tmp_path / "state" / "firing-baselines.json").write_text('{"calm": {"revision": "x", "counts": [1]}}')
-    with pytest.raises(ConfigError, match="is no record of baselines"):
+    with pytest.raises(ConfigError, match="not a valid baselines file"):
         await start("calm", **{"paths.state": tmp_path / "state"})

@@ -112,16 +112,16 @@ def test_folder_without_rights_is_not_an_empty_one(open_folder, policy_writer):
     policy_writer(policies, "calm")
     shutil.copy(policies / "calm.yaml", policies / "nested" / "policy.yaml")
     folders = PolicyFolders(policies, artifacts)
-    whole = folders.look()
+    whole = folders.scan()
     assert {path.name for path in whole.files} == {"calm.yaml", "policy.yaml"}
     assert whole.hidden == {}
     with without_rights(policies):
-        found = folders.look()
+        found = folders.scan()
     assert found.files is None
     assert {path: source for path, (source, _) in found.hidden.items()} == {policies: "policies"}
-    assert "cannot be looked into (Permission denied)" in found.hidden[policies][1]
+    assert "cannot be read (Permission denied)" in found.hidden[policies][1]
     with without_rights(policies / "nested", policies / "cards", artifacts / "model"):
-        found = folders.look()
+        found = folders.scan()
         assert {path: source for path, (source, _) in found.hidden.items()} == {
             policies / "nested": "policies",
             policies / "cards": "cards",
@@ -131,7 +131,7 @@ def test_folder_without_rights_is_not_an_empty_one(open_folder, policy_writer):
     assert found.hides(policies / "nested" / "policy.yaml")
     assert not found.hides(policies / "gone.yaml")
     with without_rights(artifacts):
-        found = folders.look()
+        found = folders.scan()
         assert found.hidden.keys() == {artifacts}
         text = f"not readable: {artifacts}: Permission denied"
         assert text in Artifacts(artifacts, MODEL)._what_there_is()

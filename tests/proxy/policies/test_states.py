@@ -235,7 +235,7 @@ async def test_promotion_serves_the_revision_that_was_reviewed_or_none(front, tm
     for body in ({"override": override}, {"to": "shadow"}, {}):
         status, told = await promote(front, revision=reviewed[:12], **body)
         assert (status, told["error"]["code"]) == (409, "admin_refused")
-        assert f"calm@{newer[:12]} is the one that waits now" in told["error"]["message"]
+        assert f"calm@{newer[:12]} is the candidate now" in told["error"]["message"]
     assert await served(front) == front.first[:12]
     async with front.admin.post("/admin/policies/calm/promote", json={"override": override}) as answer:
         assert answer.status == 400
@@ -266,7 +266,7 @@ async def test_candidate_that_moves_while_the_promotion_is_recorded_is_not_serve
     monkeypatch.setattr(audit, "append_durably", slowly)
     status, told = await promote(front, revision=reviewed, override={"by": "ada", "why": "reviewed"})
     assert (status, told["error"]["code"]) == (409, "admin_refused")
-    assert "took the place of" in told["error"]["message"]
+    assert "has replaced" in told["error"]["message"]
     assert recorded == [("promote", reviewed)]
     assert await served(front) == front.first[:12]
 

@@ -82,7 +82,7 @@ async def test_own_requests_hold_no_more(start, engine):
 async def test_long_stream_is_not_held_to_be_kept(start, engine, until, tmp_path, monkeypatch):
     """A stream that is too long to be kept, of a tenant who asks for it, is lost: told and counted."""
     monkeypatch.setenv("KEPT", make_key())
-    monkeypatch.setattr("proxy.observe.request_context._MOST_HELD", 1000)
+    monkeypatch.setattr("proxy.observe.request_context._MAX_HELD", 1000)
     tenants = [{"id": "anonymous", "transcripts": {"key": "env:KEPT"}}]
     front = await start("calm", tenants=tenants, **{"paths.transcripts": tmp_path / "kept"})
     engine.script = lambda body: [{"choices": [{"text": "a" * 100}]}] * 20

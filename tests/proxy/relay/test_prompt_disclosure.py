@@ -5,7 +5,7 @@ import json
 import pytest
 
 from proxy.openai_api.routes import ROUTES
-from proxy.relay.prompt_disclosure import field_that_reads
+from proxy.relay.prompt_disclosure import prompt_reading_field
 
 CHAT, COMPLETIONS = ROUTES["/v1/chat/completions"], ROUTES["/v1/completions"]
 ASKED = {
@@ -58,7 +58,7 @@ def is_refused(told, policy):
         and error["param"] in ("prompt_logprobs", "echo")
         and error["param"] in error["message"]
         and repr(policy) in error["message"]
-        and "leave" in error["message"]
+        and "remove" in error["message"]
     )
 
 
@@ -80,7 +80,7 @@ async def test_what_tells_of_the_answer_alone_is_served(start, engine, tmp_path,
     write_late(tmp_path / "policies")
     front = await start(bindings=[{"policy": "late", "mode": "mandatory"}])
     assert (await ask(front, path, fields))[0] == 200
-    assert field_that_reads(ROUTES[path], fields) is None
+    assert prompt_reading_field(ROUTES[path], fields) is None
 
 
 @pytest.mark.parametrize(("path", "fields"), READS, ids=str)

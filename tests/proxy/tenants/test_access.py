@@ -195,7 +195,7 @@ async def test_deleting_the_key_file_revokes_all_keys(guarded, engine, keys, tmp
         assert answer.status == 401
     async with front.public.get("/readyz") as answer:
         assert (answer.status, (await answer.json())["reasons"]) == (503, ["keys_unusable"])
-    assert any("is gone: all keys are revoked" in str(line.get("error")) for line in front.log)
+    assert any("was deleted: all keys are revoked" in str(line.get("error")) for line in front.log)
     assert b"interpretops_keys_broken 1.0" in front.apps.gateway.metrics.render()
     (tmp_path / "aside.yaml").rename(path)
     await until(front.engine_ready)
@@ -256,7 +256,7 @@ async def test_keys_that_nobody_reads_any_more_end(guarded, engine, keys, monkey
     access, holder, held = front.apps.gateway.access, bearer(keys["acme"]), threading.Event()
     monkeypatch.setattr(access, "_reader", Reader("the keys", 0.05))
     monkeypatch.setattr(access, "refresh", lambda: held.wait(30))
-    await access.look()
+    await access.refresh_off_loop()
     assert "the keys: could not be read within 0.05 s" in access.failure
     assert (await front.chat(headers=holder))[0] == 200
     real = access._clock
@@ -314,7 +314,7 @@ def test_broken_key_file_is_named(tmp_path, content, told):
 
 async def test_missing_file_of_keys_stops_the_start(start, tmp_path):
     """It is named, and how to make one."""
-    with pytest.raises(ConfigError, match=r"no such file; make a key with `mechctl keys add`"):
+    with pytest.raises(ConfigError, match=r"no such file; create a key with `mechctl keys add`"):
         await start(**{"paths.keys": tmp_path / "keys.yaml"})
 
 
@@ -374,7 +374,7 @@ def test_serve_refuses_to_listen_beyond_this_machine_without_keys(tmp_path, flag
     command = [sys.executable, "-m", "mechctl.main", "serve", "--port", "0", "--admin-port", "0"]
     ended = subprocess.run([*command, flag, "0.0.0.0"], capture_output=True, text=True, timeout=60)  # noqa: S104
     assert ended.returncode == 2
-    assert ended.stderr.strip().splitlines()[-1].startswith(f"{field} = '0.0.0.0', but that is reached")
+    assert ended.stderr.strip().splitlines()[-1].startswith(f"{field} = '0.0.0.0', but other machines can reach that address")
 
 
 async def test_page_of_a_foreign_name_cannot_read_the_admin_routes(start):

@@ -60,7 +60,7 @@ def test_requests_fill_up_evenly():
     assert meter.headers()["x-ratelimit-remaining-requests"] == "3"
 
 
-def test_tokens_are_set_aside_and_put_right():
+def test_tokens_are_reserved_and_put_right():
     """A request is admitted on an estimate; what it used is charged, and a debt is waited off."""
     clock = Clock()
     meter = meter_of(clock, tokens_per_minute=600)
@@ -143,12 +143,12 @@ async def test_array_of_prompts_counts_as_many_requests(start, engine):
 @pytest.mark.parametrize(
     ("limits", "fields", "bound"),
     [
-        ({"concurrency": 1}, {"prompt": ["a", "b"]}, "1 are served at a time"),
-        ({"concurrency": 3}, {"prompt": "a", "n": 4}, "3 are served at a time"),
-        ({"requests_per_minute": 9}, {"prompt": ["a"] * 5, "n": 2}, "9 are served a minute"),
-        ({"tokens_per_minute": 100}, {"prompt": ["a"] * 20, "max_tokens": 10}, "100 are served a minute"),
-        ({"token_budget": 10}, {"prompt": ["a"] * 9, "max_tokens": 1}, "10 are served a month"),
-        ({"token_budget": 10}, {"prompt": [7] * 200_000}, "10 are served a month"),
+        ({"concurrency": 1}, {"prompt": ["a", "b"]}, "1 are allowed at a time"),
+        ({"concurrency": 3}, {"prompt": "a", "n": 4}, "3 are allowed at a time"),
+        ({"requests_per_minute": 9}, {"prompt": ["a"] * 5, "n": 2}, "9 are allowed a minute"),
+        ({"tokens_per_minute": 100}, {"prompt": ["a"] * 20, "max_tokens": 10}, "100 are allowed a minute"),
+        ({"token_budget": 10}, {"prompt": ["a"] * 9, "max_tokens": 1}, "10 are allowed a month"),
+        ({"token_budget": 10}, {"prompt": [7] * 200_000}, "10 are allowed a month"),
         ({}, {"prompt": ["a"] * 257}, "257 prompts are 257 answers, but at most 256"),
         ({}, {"prompt": ["a"] * 129, "n": 2}, "129 prompts times n = 2 are 258 answers, but at most 256"),
         ({}, {"prompt": "a", "n": 65}, "n = 65, but at most 64"),
@@ -183,7 +183,7 @@ def test_budget_is_never_overdrawn_by_what_was_stated():
     """What requests in progress may use is set aside: together they use no more than what is left."""
     meter = meter_of(Clock(), token_budget=1000)
     one = meter.reserve(size_of({"max_tokens": 500}, 400))
-    with pytest.raises(RateLimited, match="0 are used and 600 set aside"):  # soon there may be room
+    with pytest.raises(RateLimited, match="0 are used and 600 reserved"):  # soon there may be room
         meter.reserve(size_of({"max_tokens": 500}, 400))
     one.settle(50)
     meter.reserve(size_of({"max_tokens": 500}, 400)).settle(600)
@@ -213,11 +213,11 @@ def test_budget_outlasts_a_restart_and_a_clock_set_back(tmp_path):
         assert refused.value.retry is False
     today[0] = datetime(2026, 4, 1, tzinfo=UTC)
     meter.reserve(size_of({}, 0))
-    with pytest.raises(ConfigError, match=r"another gateway writes in"):
+    with pytest.raises(ConfigError, match=r"another gateway writes to"):
         fresh()
     budgets.close()
     (tmp_path / "usage.json").write_text("[")
-    with pytest.raises(ConfigError, match=r"usage.json: is no record of budgets"):
+    with pytest.raises(ConfigError, match=r"usage.json: not a valid budgets file"):
         fresh()
 
 
@@ -304,7 +304,7 @@ async def test_charge_is_settled_whatever_asking_for_the_receipt_raises(start, e
     answer = await front.public.post("/v1/chat/completions", json=body)
     await answer.content.readany()
     meter = front.apps.gateway.limiter.meter(front.apps.gateway.settings.tenants[0])
-    assert meter._set_aside > 0
+    assert meter._reserved > 0
 
     async def fails(nonce):
         raise RuntimeError
@@ -313,7 +313,7 @@ async def test_charge_is_settled_whatever_asking_for_the_receipt_raises(start, e
     answer.close()
 
     async def settled():
-        return meter._set_aside == 0
+        return meter._reserved == 0
 
     await until(settled)
 

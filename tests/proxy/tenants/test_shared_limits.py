@@ -157,7 +157,7 @@ async def test_client_that_leaves_while_redis_is_asked_changes_nothing(gateways,
         gone = [asyncio.create_task(code(one)) for _ in range(60)]
 
         async def asked():
-            return one.apps.gateway.limiter._shared._turns.locked()
+            return one.apps.gateway.limiter._shared._query_slots.locked()
 
         await until(asked)
         for task in gone:
@@ -165,7 +165,7 @@ async def test_client_that_leaves_while_redis_is_asked_changes_nothing(gateways,
         await asyncio.gather(*gone, return_exceptions=True)
         await client.ping()
     assert await code(one) == 200
-    assert one.apps.gateway.limiter._shared._turns._value == 32
+    assert one.apps.gateway.limiter._shared._query_slots._value == 32
 
 
 async def test_without_redis_each_gateway_may_count_for_itself(gateways, engine, redis, until):

@@ -262,7 +262,7 @@ def test_shipped_suite_is_read_and_a_wrong_one_named(tmp_path):
     assert [role for role, _ in shipped.prompts[:2]] == ["harmful", "benign"]
     wrong = tmp_path / "suite.yaml"
     wrong.write_text("harmful: [x]\n")
-    with pytest.raises(ConfigError, match=r"suite.yaml, but benign: Field required; write lists"):
+    with pytest.raises(ConfigError, match=r"suite.yaml, but benign: Field required; give two lists"):
         read_suite(wrong)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from interpretops.engine_api import Receipt
 from proxy.openai_api.request_size import Size
 from proxy.openai_api.sse import SseSplitter
-from proxy.verification.receipt_proof import Told, fault, told_by, told_by_stream
+from proxy.verification.receipt_proof import AnswerUsage, answer_usage, receipt_fault, stream_usage
 
 MANDATORY = [{"policy": "calm", "mode": "mandatory"}]
 REVISION = "ab" * 32
@@ -24,14 +24,17 @@ def receipt(**fields):
 def test_honest_receipt_proves_and_one_token_less_does_not(prompts, choices, prompt, answer, again):
     """Prompt and answer but for each last token are the least; what is computed again comes on top."""
     size, requests = Size(prompts, choices), prompts * choices
-    told = Told(prompts * prompt, requests * answer)
+    told = AnswerUsage(prompts * prompt, requests * answer)
     least = requests * max(1, prompt + answer - 1)
-    assert fault(receipt(requests=requests, tokens_evaluated=least + again), REVISION, size, told) is None
+    assert (
+        receipt_fault(receipt(requests=requests, tokens_evaluated=least + again), REVISION, size, told)
+        is None
+    )
     cached = min(least - requests, again)
     honest = receipt(requests=requests, tokens_evaluated=least - cached, cached_tokens=cached)
-    assert fault(honest, REVISION, size, told) is None
+    assert receipt_fault(honest, REVISION, size, told) is None
     short = receipt(requests=requests, tokens_evaluated=least - 1)
-    assert fault(short, REVISION, size, told) is not None
+    assert receipt_fault(short, REVISION, size, told) is not None
 
 
 @pytest.mark.parametrize(
@@ -96,15 +99,15 @@ def test_usage_of_named_streams_is_found(cut):
         splitter = SseSplitter(end)
         for at in range(0, len(stream), cut):
             splitter.feed(stream[at : at + cut])
-        assert told_by_stream(splitter, named=True) == Told(7, 3, 0)
+        assert stream_usage(splitter, named=True) == AnswerUsage(7, 3, 0)
 
 
 async def test_usage_that_is_none_bounds_nothing_and_no_object_is_an_error():
     """Answers without usage are proven by requests and revision; what is no answer is none."""
     for answer in ({}, {"usage": None}, {"usage": {"prompt_tokens": "7"}}, {"usage": []}):
-        assert await told_by(json.dumps(answer).encode()) == Told()
+        assert await answer_usage(json.dumps(answer).encode()) == AnswerUsage()
     large = json.dumps({"text": "x" * 300_000, "usage": {"input_tokens": 2, "output_tokens": 1}})
-    assert await told_by(large.encode()) == Told(2, 1)
+    assert await answer_usage(large.encode()) == AnswerUsage(2, 1)
     for answer in (b"", b"[]", b"{"):
         with pytest.raises(ValueError, match=r"."):
-            await told_by(answer)
+            await answer_usage(answer)
