@@ -16,7 +16,7 @@ from proxy.policies.policy_folders import PolicyFolders
 def check_policies(settings: Settings, model: ModelSpec | None) -> Iterator[Finding]:
     """Compile each file for the model; without a model say that none was compiled."""
     folder, artifacts = settings.paths.policies, settings.paths.artifacts
-    listing = PolicyFolders(folder, artifacts).look()
+    listing = PolicyFolders(folder, artifacts).scan()
     for _, why in listing.hidden.values():
         yield from fault("policies", why)
     if listing.files is None:

@@ -374,7 +374,11 @@ def test_serve_refuses_to_listen_beyond_this_machine_without_keys(tmp_path, flag
     command = [sys.executable, "-m", "mechctl.main", "serve", "--port", "0", "--admin-port", "0"]
     ended = subprocess.run([*command, flag, "0.0.0.0"], capture_output=True, text=True, timeout=60)  # noqa: S104
     assert ended.returncode == 2
-    assert ended.stderr.strip().splitlines()[-1].startswith(f"{field} = '0.0.0.0', but other machines can reach that address")
+    assert (
+        ended.stderr.strip()
+        .splitlines()[-1]
+        .startswith(f"{field} = '0.0.0.0', but other machines can reach that address")
+    )
 
 
 async def test_page_of_a_foreign_name_cannot_read_the_admin_routes(start):
