@@ -68,7 +68,7 @@ def steer(
                 after = steered.generate(text, max_new_tokens, chat=chat)
             receipt = session.receipt
             if len(prompts) > 1 or not prompt:
-                console.print(Text(f"prompt: {text}", style="bold"))
+                console.print(Text(f"prompt: {text}", style="bold"), soft_wrap=True)
             table = Table(
                 "without", f"with {receipt.policy_id}@{receipt.revision[:12]}", expand=True, show_lines=True
             )

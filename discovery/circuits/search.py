@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,9 +17,10 @@ from discovery.circuits.decoder import GraphDecoder
 from discovery.circuits.faithfulness import SIZES, Evaluator, areas, random_summary
 from discovery.circuits.feature_search import FeatureSearch, FeatureSettings
 from discovery.circuits.features import FeatureSite
-from discovery.circuits.graph import Edges, Scores, growth_order, prune, random_order
+from discovery.circuits.graph import Edges, Scores, growth_order, prune
 from discovery.circuits.metric import METRICS, Metric
 from discovery.circuits.pairs import Pair, batches
+from discovery.circuits.random_circuits import RandomCircuits
 from discovery.circuits.stability import (
     inner_nodes,
     jaccard_interval,
@@ -111,8 +111,7 @@ class CircuitSearch:
             [asdict(pair) for pair in evaluation],
             {name: value for name, value in asdict(settings).items() if name != "features"},
         ]
-        self._drawn: dict[tuple[int, ...], list[npt.NDArray[np.uint8]]] = {}
-        """Random circuits by what they were drawn for, in bits."""
+        self.random = RandomCircuits(self.graph, settings.seed)
         self.steps = Steps(work / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16])
 
     def run(self, target_class: str, data: DataFile, record: dict[str, Any]) -> Circuit:
@@ -215,7 +214,7 @@ class CircuitSearch:
             progress.advance(pairs)
             others = []
             for number in range(count):
-                measured = partial(self._random_metrics, evaluator, number, actual, size)
+                measured = partial(self._random_metrics, evaluator, number, (*actual, size))
                 others.append(self.steps.numbers(f"{ablation}-random-{number:03d}", measured))
                 progress.advance(pairs)
         curve = [evaluator.faithfulness(value) for value in own[:-1]] + [1.0]
@@ -234,21 +233,8 @@ class CircuitSearch:
             random=random_summary(evaluator, own[-1], others),
         )
 
-    def _random_metrics(
-        self, evaluator: Evaluator, number: int, counts: Sequence[int], size: int
-    ) -> list[float]:
-        return evaluator.metrics(self._random(number, counts, size))
-
-    def _random(self, number: int, counts: Sequence[int], size: int) -> list[Edges]:
-        """Random circuits of the given sizes; both ablations are of the same, which take long to draw."""
-        wanted = (number, *counts, size)
-        if wanted not in self._drawn:
-            order = random_order(self.graph, 1_000_003 + self.settings.seed * 1009 + number)
-            self._drawn[wanted] = [
-                np.packbits(prune(self.graph, order, count), axis=1) for count in (*counts, size)
-            ]
-        size_of = self.graph.size
-        return [np.unpackbits(kept, axis=1, count=size_of).astype(bool) for kept in self._drawn[wanted]]
+    def _random_metrics(self, evaluator: Evaluator, number: int, counts: Sequence[int]) -> list[float]:
+        return evaluator.metrics(self.random.of_sizes(number, counts))
 
     def _contributions(self, edges: Edges, counterfactual: Faithfulness) -> dict[int, float]:
         """Causal Contribution Score of every head and MLP of the circuit.
@@ -301,7 +287,7 @@ class CircuitSearch:
         wordings = self._by_paraphrase(scores)
         several = len(wordings) > 1
         size = int(edges.sum())
-        random = [self._random(number, (), size)[0] for number in range(min(10, len(found)))]
+        random = [self.random.of_sizes(number, (size,))[0] for number in range(min(10, len(found)))]
         return Stability(
             resamples_per_seed=self.settings.resamples,
             circuits=len(found),
