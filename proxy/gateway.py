@@ -1,4 +1,4 @@
-"""Puts the gateway together: engines, one catalogue, two apps, and the services that keep them alive."""
+"""Assembles the gateway: engines, the policy catalogue, two apps, and background services."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from proxy.admin.app import make_admin_app
 from proxy.engines.fleet import Fleet
 from proxy.engines.fleet_loop import FleetLoop
 from proxy.engines.link import ProvenEngine
-from proxy.engines.loop import Engine, Surroundings
-from proxy.http.stall_guard import StallWatch
-from proxy.http.tls import Doorways
+from proxy.engines.loop import Engine, EngineDependencies
+from proxy.http.stall_guard import StallGuard
+from proxy.http.tls import TlsListeners
 from proxy.observe.audit_log import AuditLog
 from proxy.observe.metrics import Metrics
 from proxy.observe.readiness import Readiness
 from proxy.observe.supervisor import Supervisor
 from proxy.observe.tracing import Tracing
 from proxy.observe.transcripts import Transcripts
-from proxy.policies.binding import demanded, joint_mandatory
+from proxy.policies.binding import joint_mandatory, required_policies
 from proxy.policies.binding_names import NameCheck
 from proxy.policies.catalogue import Catalogue
 from proxy.policies.drift import Drift
@@ -34,16 +34,16 @@ from proxy.services import Services
 from proxy.state import Gateway
 from proxy.tenants.access import Access
 from proxy.tenants.budget import Budgets
-from proxy.tenants.limits import Limiter, counted_together
+from proxy.tenants.limits import Limiter, has_shared_limits
 from proxy.tenants.shared_limits import SharedCounts
-from proxy.tenants.usage_billing import Settlements
+from proxy.tenants.usage_billing import UsageBilling
 from proxy.verification.canary import Canary
 from proxy.verification.shadow import Shadows
 
 
 @dataclass(frozen=True)
 class Apps:
-    """The two apps of one gateway, what keeps its engines, and all that runs beside requests."""
+    """The two apps of one gateway, its engine loop, and its background services."""
 
     public: web.Application
     admin: web.Application
@@ -57,11 +57,11 @@ def make_app(
     make_engine: Callable[[str | None], Engine],
     log: FilteringBoundLogger,
     progress: Callable[[str], None] = lambda line: None,
-    doorways: Doorways | None = None,
+    tls_listeners: TlsListeners | None = None,
 ) -> Apps:
-    """Both apps over one state; the public one's start starts the engines, its cleanup ends them.
+    """Build both apps over shared state. Starting the public app starts the engines; its cleanup stops them.
 
-    doorways  the TLS of the listeners, to be read again when it changes
+    tls_listeners  TLS of the listeners, reloaded when its files change
 
     Raises `ConfigError`.
     """
@@ -74,7 +74,7 @@ def make_app(
     record = _nothing if audit is None else audit.append
     catalogue = Catalogue(
         paths.policies,
-        demanded(settings.bindings),
+        required_policies(settings.bindings),
         fleet,
         metrics,
         log,
@@ -86,7 +86,7 @@ def make_app(
     intake = Intake(paths.policies, paths.artifacts, catalogue, fleet, metrics, log)
     access = Access(settings, metrics, log)
     names = NameCheck(settings, lambda: access.keys, lambda: _served(fleet), catalogue.entries, metrics, log)
-    budgets, shared = _open_accounts(settings, access, metrics, log)
+    budgets, shared = _open_usage_counters(settings, access, metrics, log)
     gateway = Gateway(
         settings=settings,
         fleet=fleet,
@@ -94,8 +94,8 @@ def make_app(
         intake=intake,
         access=access,
         limiter=Limiter(budgets, shared=shared),
-        settlements=Settlements(metrics, supervisor),
-        stalls=StallWatch(settings.gateway, metrics, log),
+        billing=UsageBilling(metrics, supervisor),
+        stall_guard=StallGuard(settings.gateway, metrics, log),
         shadows=Shadows(
             settings.policies.shadow_share,
             catalogue.residency,
@@ -109,7 +109,7 @@ def make_app(
         drift=Drift(paths.state, catalogue.entries, metrics),
         audit=audit,
         tracing=Tracing(settings.tracing, __version__),
-        doorways=doorways or Doorways(),
+        tls_listeners=tls_listeners or TlsListeners(),
         readiness=readiness,
         supervisor=supervisor,
         metrics=metrics,
@@ -124,7 +124,7 @@ def make_app(
         await intake.prepare(engine)
         names.note_policies()
 
-    around = Surroundings(
+    deps = EngineDependencies(
         settings=settings,
         make=make_engine,
         prepare=prepare,
@@ -134,7 +134,7 @@ def make_app(
         progress=progress,
         holder=secrets.token_hex(8),
     )
-    loop = FleetLoop(fleet, around, supervisor)
+    loop = FleetLoop(fleet, deps, supervisor)
     services = Services(gateway, loop, budgets, shared)
 
     async def run_services(_app: web.Application) -> AsyncIterator[None]:
@@ -146,13 +146,13 @@ def make_app(
     return Apps(public, make_admin_app(gateway), gateway, loop, services)
 
 
-def _open_accounts(
+def _open_usage_counters(
     settings: Settings, access: Access, metrics: Metrics, log: FilteringBoundLogger
 ) -> tuple[Budgets, SharedCounts | None]:
-    """Where use is counted: in Redis where settings name one, else in files of this gateway's own."""
+    """Where usage is counted: in Redis if the settings name one, otherwise in this gateway's own file."""
     shared = None
     if settings.limits.redis_url is not None:
-        limited = all(counted_together(tenant.limits) for tenant in access.callers)
+        limited = all(has_shared_limits(tenant.limits) for tenant in access.callers)
         shared = SharedCounts(settings.limits, metrics, log, for_everybody=limited)
     budgeted = any(tenant.limits.token_budget is not None for tenant in settings.tenants)
     alone = budgeted and shared is None
@@ -160,7 +160,7 @@ def _open_accounts(
 
 
 def _nothing(_event: str, **_fields: object) -> None:
-    """What happens to records without an audit log."""
+    """Discards records when there is no audit log."""
 
 
 def _open_audit(
@@ -172,5 +172,5 @@ def _open_audit(
 
 
 def _served(fleet: Fleet) -> frozenset[str] | None:
-    """The names under which the engines serve the model; None while there is none."""
+    """The model names that the engines serve; None while no engine is ready."""
     return None if fleet.current is None else fleet.current.served

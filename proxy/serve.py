@@ -28,7 +28,7 @@ from proxy.engines.loop import make_engine
 from proxy.engines.model_folder import find_model
 from proxy.gateway import Apps, make_app
 from proxy.http.server import Runner, Site
-from proxy.http.tls import Doorways, Listener, make_doorways
+from proxy.http.tls import Listener, TlsListeners, make_tls_listeners
 from proxy.observe.logs import make_logger
 from proxy.observe.supervisor import end, first_of
 from proxy.process.open_file_limit import raise_limit
@@ -74,7 +74,7 @@ class _Serve:
         self._console = console
         self._signals = Signals(settings.gateway.shutdown_grace_s)
         self._stop = self._signals.stop
-        self._doorways = Doorways()
+        self._tls_listeners = TlsListeners()
         self._steps = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -91,7 +91,7 @@ class _Serve:
             _listen(gateway.host, gateway.port, "gateway.port", "--port") as public,
             _listen(gateway.admin_host, gateway.admin_port, "gateway.admin_port", "--admin-port") as admin,
         ):
-            self._check_doors(public, admin)
+            self._check_listeners(public, admin)
             if self._console.is_terminal:
                 self._steps.start()
             try:
@@ -99,13 +99,13 @@ class _Serve:
             finally:
                 self._end_steps()
 
-    def _check_doors(self, public: socket.socket, admin: socket.socket) -> None:
+    def _check_listeners(self, public: socket.socket, admin: socket.socket) -> None:
         """Before anything slow: refuse open listeners without keys, and load the certificates."""
         keys = self._settings.paths.keys is not None
         gateway = self._settings.gateway
         check_exposure(public.getsockname()[0], "gateway.host", keys=keys)
         check_exposure(admin.getsockname()[0], "gateway.admin_host", keys=keys)
-        self._doorways = make_doorways(gateway)
+        self._tls_listeners = make_tls_listeners(gateway)
 
     async def _run_on(self, public: socket.socket, admin: socket.socket) -> None:
         settings, model = self._settings, None
@@ -125,7 +125,7 @@ class _Serve:
             lambda url: make_engine(settings, url, model),
             make_logger(),
             self._progress,
-            self._doorways,
+            self._tls_listeners,
         )
         grace_s = settings.gateway.shutdown_grace_s
         runners = [
@@ -143,7 +143,7 @@ class _Serve:
         gateway = apps.gateway
         kept = [
             gateway.supervisor.keep(
-                "stalls", lambda alive: gateway.stalls.run(lambda: _connections(runners), alive)
+                "stalls", lambda alive: gateway.stall_guard.run(lambda: _connections(runners), alive)
             ),
             gateway.supervisor.keep(
                 "reloads", lambda alive: reload_on_signal(self._signals.reload, gateway, alive)
@@ -152,7 +152,7 @@ class _Serve:
         try:
             for runner, listener, name in zip(runners, (public, admin), _LISTENERS, strict=True):
                 await runner.setup()
-                tls = self._doorways.context(name)
+                tls = self._tls_listeners.context(name)
                 await Site(runner, listener, tls, settings.gateway.body_timeout_s).start()
             await self._until_stopped(apps, public, admin)
         finally:
@@ -224,7 +224,7 @@ class _Serve:
 
     def _url(self, listener: socket.socket, name: Listener) -> str:
         host, port = listener.getsockname()[:2]
-        scheme = "http" if self._doorways.context(name) is None else "https"
+        scheme = "http" if self._tls_listeners.context(name) is None else "https"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def _end_steps(self) -> None:

@@ -1,4 +1,4 @@
-"""Everything that runs beside requests, in the one order in which it starts; it ends in reverse."""
+"""All background services, in the order in which they start. They stop in reverse order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 
 from interpretops import __version__
 from interpretops.errors import EngineError
-from proxy.admin.watch import hear_changes, watch_certificates, watch_keys, watch_policies
+from proxy.admin.watch import watch_certificates, watch_keys, watch_notifications, watch_policies
 from proxy.engines.fleet_loop import FleetLoop
 from proxy.observe.audit_log import AuditLog
 from proxy.observe.supervisor import end
@@ -20,7 +20,7 @@ Service = Callable[[], AbstractAsyncContextManager[None]]
 
 
 class Services:
-    """The tasks of one gateway. `running` starts all of them and ends all of them, also when one fails."""
+    """The background services of one gateway. `running` starts them, and stops them all even if one fails."""
 
     def __init__(
         self, gateway: Gateway, engine_loop: FleetLoop, budgets: Budgets, shared: SharedCounts | None
@@ -31,28 +31,28 @@ class Services:
         self._shared = shared
 
     def in_order(self) -> list[Service]:
-        """What this gateway's settings ask for, first to start and last to end first."""
+        """The services that the settings enable, in start order."""
         settings = self._gateway.settings
-        wanted: list[tuple[bool, Service]] = [
-            # All others may have something to record.
+        services: list[tuple[bool, Service]] = [
+            # First: all others may write audit records.
             (self._gateway.audit is not None, self._audit),
             (True, self._stray_failures),
             (True, self._tracing),
             (True, self._engines),
             (True, self._readiness),
-            # Ends after all requests have, while the engines still know their receipts.
-            (True, self._accounts),
+            # Stops after all requests have ended, while the engines still have their receipts.
+            (True, self._usage_counters),
             (True, self._transcripts),
-            (self._gateway.canary.wanted, self._canary),
-            (self._gateway.access.wanted, self._keys),
+            (self._gateway.canary.enabled, self._canary),
+            (self._gateway.access.keys_required, self._keys),
             (True, self._certificates),
             (settings.gateway.watch_policies, self._policies),
         ]
-        return [service for wants, service in wanted if wants]
+        return [service for enabled, service in services if enabled]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Start the services in order. On the way out end all of them in reverse, even if one fails."""
+        """Start the services in order. On exit stop all of them in reverse, even if one fails."""
         async with AsyncExitStack() as stack:
             for service in self.in_order():
                 await stack.enter_async_context(service())
@@ -75,7 +75,7 @@ class Services:
     async def _stray_failures(self) -> AsyncIterator[None]:
         running = asyncio.get_running_loop()
         before = running.get_exception_handler()
-        running.set_exception_handler(self._gateway.supervisor.stray)
+        running.set_exception_handler(self._gateway.supervisor.on_loop_exception)
         try:
             yield
         finally:
@@ -108,7 +108,7 @@ class Services:
             await end(task)
 
     @asynccontextmanager
-    async def _accounts(self) -> AsyncIterator[None]:
+    async def _usage_counters(self) -> AsyncIterator[None]:
         gateway = self._gateway
         tasks = [gateway.supervisor.keep("budgets", self._budgets.keep)]
         if self._shared is not None:
@@ -118,7 +118,7 @@ class Services:
         finally:
             await end(*tasks)
             await gateway.shadows.close()
-            await gateway.settlements.close()
+            await gateway.billing.close()
             self._budgets.close()
             if self._shared is not None:
                 await self._shared.close()
@@ -158,7 +158,7 @@ class Services:
         gateway = self._gateway
         task = gateway.supervisor.keep(
             "certificates",
-            lambda alive: watch_certificates(gateway.doorways, gateway.metrics, gateway.log, alive),
+            lambda alive: watch_certificates(gateway.tls_listeners, gateway.metrics, gateway.log, alive),
         )
         try:
             yield
@@ -175,7 +175,7 @@ class Services:
                 lambda alive: watch_policies(changed, gateway.intake, gateway.fleet, gateway.log, alive),
             ),
             gateway.supervisor.keep(
-                "policy notifications", lambda alive: hear_changes(folder, changed, alive)
+                "policy notifications", lambda alive: watch_notifications(folder, changed, alive)
             ),
         ]
         try:

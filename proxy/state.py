@@ -11,8 +11,8 @@ from structlog.typing import FilteringBoundLogger
 from interpretops.settings import Settings
 from proxy.engines.fleet import Fleet
 from proxy.errors import UnknownModel
-from proxy.http.stall_guard import StallWatch
-from proxy.http.tls import Doorways
+from proxy.http.stall_guard import StallGuard
+from proxy.http.tls import TlsListeners
 from proxy.observe.audit_log import AuditLog
 from proxy.observe.metrics import Metrics
 from proxy.observe.readiness import Readiness
@@ -25,7 +25,7 @@ from proxy.policies.drift import Drift
 from proxy.policies.intake import Intake
 from proxy.tenants.access import Access, Identity
 from proxy.tenants.limits import Limiter
-from proxy.tenants.usage_billing import Settlements
+from proxy.tenants.usage_billing import UsageBilling
 from proxy.verification.canary import Canary
 from proxy.verification.shadow import Shadows
 
@@ -40,15 +40,15 @@ class Gateway:
     intake: Intake
     access: Access
     limiter: Limiter
-    settlements: Settlements
-    stalls: StallWatch
+    billing: UsageBilling
+    stall_guard: StallGuard
     shadows: Shadows
     canary: Canary
     drift: Drift
     transcripts: Transcripts
     audit: AuditLog | None
     tracing: Tracing
-    doorways: Doorways
+    tls_listeners: TlsListeners
     readiness: Readiness
     supervisor: Supervisor
     metrics: Metrics

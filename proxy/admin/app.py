@@ -46,7 +46,7 @@ class AdminRefused(Refusal):
 def make_admin_app(gateway: Gateway) -> web.Application:
     """The app that operators and Prometheus call."""
     app = web.Application(
-        middlewares=[gateway.stalls.mark, answer_in_openai_shape, refuse_browsers, authorize]
+        middlewares=[gateway.stall_guard.mark, answer_in_openai_shape, refuse_browsers, authorize]
     )
     app[GATEWAY] = gateway
     app.router.add_get("/admin/policies", list_policies, allow_head=False)
@@ -68,7 +68,8 @@ async def refuse_browsers(request: web.Request, handler: Handler) -> web.StreamR
         raise FieldNotAllowed("the admin routes refuse web pages; call them without an Origin header")
     gateway = request.app[GATEWAY]
     host = request.headers.get("Host")
-    if not gateway.access.wanted and not names_this_machine(host, (gateway.settings.gateway.admin_host,)):
+    own = (gateway.settings.gateway.admin_host,)
+    if not gateway.access.keys_required and not names_this_machine(host, own):
         raise FieldNotAllowed("without keys the admin routes only accept names of this machine as Host")
     return await handler(request)
 

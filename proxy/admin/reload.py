@@ -16,7 +16,7 @@ async def reload_everything(gateway: Gateway) -> ReloadReport:
     Raises `EngineError` if no engine is ready to load policies; everything else has been reloaded by then.
     """
     await gateway.access.refresh_off_loop()
-    failed = await asyncio.to_thread(gateway.doorways.refresh, gateway.metrics, gateway.log)
+    failed = await asyncio.to_thread(gateway.tls_listeners.refresh, gateway.metrics, gateway.log)
     if gateway.access.failure is not None:
         failed[str(gateway.settings.paths.keys)] = gateway.access.failure
     if gateway.audit is not None:

@@ -10,7 +10,7 @@ from structlog.typing import FilteringBoundLogger
 
 from interpretops.errors import InterpretOpsError
 from proxy.engines.fleet import Fleet
-from proxy.http.tls import Doorways
+from proxy.http.tls import TlsListeners
 from proxy.observe.metrics import Metrics
 from proxy.observe.supervisor import Alive
 from proxy.policies.intake import Intake
@@ -48,16 +48,16 @@ async def watch_keys(access: Access, alive: Alive) -> None:
 
 
 async def watch_certificates(
-    doorways: Doorways, metrics: Metrics, log: FilteringBoundLogger, alive: Alive
+    tls_listeners: TlsListeners, metrics: Metrics, log: FilteringBoundLogger, alive: Alive
 ) -> None:
     """Reload renewed certificates until cancelled; new connections use them within seconds."""
     while True:
-        await asyncio.to_thread(doorways.refresh, metrics, log)
+        await asyncio.to_thread(tls_listeners.refresh, metrics, log)
         alive()
         await asyncio.sleep(_POLL_S)
 
 
-async def hear_changes(folder: Path, changed: asyncio.Event, alive: Alive) -> None:
+async def watch_notifications(folder: Path, changed: asyncio.Event, alive: Alive) -> None:
     """Set ``changed`` on every file system notification below ``folder``, until cancelled."""
     while True:
         try:

@@ -1,4 +1,4 @@
-"""`mechctl doctor`: checks all that `mechctl serve` needs, before anybody depends on it."""
+"""`mechctl doctor`: checks everything that `mechctl serve` needs before you rely on it."""
 
 from proxy.doctor.examination import examine
 from proxy.doctor.finding import Finding, State

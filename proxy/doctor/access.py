@@ -1,4 +1,4 @@
-"""Who can reach the gateway: its two listeners, their certificates, and the API keys."""
+"""Access to the gateway: its two listeners, their certificates, and the API keys."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from interpretops.errors import InterpretOpsError
 from interpretops.records.api_keys import ApiKey, read_keys
 from interpretops.settings import Settings
 from proxy.doctor.finding import Finding, fault, ok, warning
-from proxy.http.tls import make_doorways
+from proxy.http.tls import make_tls_listeners
 from proxy.tenants.access import check_exposure
 
 _SOON: Final = timedelta(days=14)
 
 
 def check_listeners(settings: Settings) -> list[Finding]:
-    """Both addresses can be listened on, nobody gets in without a key, certificates can be read."""
+    """Check both addresses, that public ones require keys, and the certificates."""
     gateway, keys = settings.gateway, settings.paths.keys is not None
     found = _check_listener("gateway", gateway.host, gateway.port, keys=keys)
     found += _check_listener("gateway.admin", gateway.admin_host, gateway.admin_port, keys=keys)
     try:
-        make_doorways(gateway)
+        make_tls_listeners(gateway)
     except InterpretOpsError as error:
         found += fault("certificates", error)
     else:
@@ -36,12 +36,14 @@ def check_listeners(settings: Settings) -> list[Finding]:
 
 
 def check_keys(settings: Settings) -> list[Finding]:
-    """The file of keys can be read, and how many of them still open anything."""
+    """Check that the key file can be read, and how many keys are still valid."""
     path = settings.paths.keys
     if path is None:
-        return [ok("keys", "none are asked for: whoever reaches a listener may use it")]
+        return [ok("keys", "no keys are required: anyone who can reach a listener may use it")]
     if not path.exists():
-        return fault("keys", f"paths.keys = {path}, but there is no such file; `mechctl keys add` makes it")
+        return fault(
+            "keys", f"paths.keys = {path}, but there is no such file; create it with `mechctl keys add`"
+        )
     try:
         keys = read_keys(path)
         mode = stat.S_IMODE(path.stat().st_mode)
@@ -50,15 +52,15 @@ def check_keys(settings: Settings) -> list[Finding]:
     now = datetime.now(UTC)
     expired = [key.id for key in keys if _ends_before(key, now)]
     soon = [key.id for key in keys if key.id not in expired and _ends_before(key, now + _SOON)]
-    told = f"{len(keys)} keys in {path}"
+    summary = f"{len(keys)} keys in {path}"
     if not {key.id for key in keys} - set(expired):
-        return fault("keys", f"{told}, none of which opens anything; make one with `mechctl keys add`")
-    found = [ok("keys", told)]
+        return fault("keys", f"{summary}, but none is valid; create one with `mechctl keys add`")
+    found = [ok("keys", summary)]
     if expired or soon:
         text = f"{', '.join(expired) or 'none'} expired, {', '.join(soon) or 'none'} will within 14 days"
         found.append(warning("keys", f"{text}; `mechctl keys rotate` renews a key"))
     if mode & 0o077:
-        found.append(warning("keys", f"{path} has mode {mode:o}; let its owner alone read it: chmod 600"))
+        found.append(warning("keys", f"{path} has mode {mode:o}; let only its owner read it: chmod 600"))
     return found
 
 
@@ -80,8 +82,8 @@ def _check_listener(field: str, host: str, port: int, *, keys: bool) -> list[Fin
         return fault(subject, error)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            why = "another program uses it, perhaps a gateway that runs already; stop it, or choose another"
+            why = "another program uses it, perhaps a running gateway; stop it, or choose another port"
         else:
-            why = f"it cannot be opened ({error.strerror or error}); choose another"
+            why = f"it cannot be opened ({error.strerror or error}); choose another port"
         return fault(subject, f"{port_field} = {port}, but {why}")
     return [ok(subject, "free")]

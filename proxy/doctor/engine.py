@@ -1,4 +1,4 @@
-"""The engine: the packages of one that is started here, or the proof of those that run elsewhere."""
+"""The engine: packages for a local engine, or attestations of remote ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 
 
 def check_engine(settings: Settings, model: Path | None) -> list[Finding]:
-    """vLLM and our plugin are installed, and the command line can be made."""
+    """Check that vLLM and our plugin are installed, and that the command line can be built."""
     versions = [f"{build} {version}" for build in _BUILDS if (version := _version(build)) is not None]
     found: list[Finding] = []
     missing = [group for group in _PLUGIN_GROUPS if not _is_registered(group)]
@@ -27,7 +27,7 @@ def check_engine(settings: Settings, model: Path | None) -> list[Finding]:
         found += fault(
             "plugin",
             f"interpretops is not registered under {', '.join(missing)}: install the package itself "
-            "(pip install interpretops, or make install in a checkout), a copied folder is not enough",
+            "(pip install interpretops, or make install in a checkout), copying the folder is not enough",
         )
     if model is not None:
         try:
@@ -35,16 +35,16 @@ def check_engine(settings: Settings, model: Path | None) -> list[Finding]:
         except InterpretOpsError as error:
             found += fault("engine", error)
         else:
-            found.append(ok("engine", f"started here: {', '.join(versions)}, plugin {__version__}"))
+            found.append(ok("engine", f"local engine: {', '.join(versions)}, plugin {__version__}"))
     return found
 
 
 async def check_engines_elsewhere(settings: Settings) -> AsyncIterator[tuple[Finding, ModelSpec | None]]:
-    """Ask each engine of `engine.url` what it is; with the model that it serves."""
+    """Ask each engine of `engine.url` for its attestation. Yields a finding and the engine's model."""
     for url in settings.engine.url:
         subject = f"engine {url}"
         if url.startswith("dns+"):
-            yield warning(subject, "a DNS name is not resolved here; /admin/policies lists its engines"), None
+            yield warning(subject, "DNS names are not checked here; see GET /admin/engines"), None
             continue
         client = EngineClient(url, connect_timeout_s=5.0, control_timeout_s=20.0)
         try:
@@ -57,11 +57,11 @@ async def check_engines_elsewhere(settings: Settings) -> AsyncIterator[tuple[Fin
             continue
         finally:
             await client.close()
-        told = f"vLLM {attested.vllm_version}, plugin {attested.plugin_version}, {spec.name}"
+        versions = f"vLLM {attested.vllm_version}, plugin {attested.plugin_version}, {spec.name}"
         if attested.plugin_version != __version__:
-            yield warning(subject, f"{told}: install the gateway's version, {__version__}, beside it"), spec
+            yield warning(subject, f"{versions}: install the gateway's version, {__version__}, there"), spec
         else:
-            yield ok(subject, told), spec
+            yield ok(subject, versions), spec
 
 
 def _version(distribution: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The whole examination: each part of the gateway in the order in which `mechctl serve` needs it."""
+"""Runs all checks in the order in which `mechctl serve` needs the parts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from proxy.engines.model_folder import find_model
 
 
 async def examine(settings: Settings, progress: Callable[[str], None]) -> AsyncIterator[Finding]:
-    """Look at everything; each finding comes as soon as it is known.
+    """Run all checks; yields each finding as soon as it is known.
 
-    Starts no engine and writes nothing but the default model, which is made where it is missing.
-    ``progress`` hears lines about slow steps.
+    Starts no engine, and writes nothing except the default model if it is missing. ``progress`` gets lines
+    about slow steps.
     """
     for finding in check_disk(settings):
         yield finding

@@ -1,4 +1,4 @@
-"""One line of the doctor's: what was checked, how it stands, and what to do about it."""
+"""One line of output: what was checked, its state, and the remedy."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ State = Literal["ok", "warning", "fault"]
 
 @dataclass(frozen=True)
 class Finding:
-    """How one thing stands."""
+    """The result of one check."""
 
     subject: str
-    """What was looked at: `machine`, `model`, `policy jailbreak` …"""
+    """What was checked: `machine`, `model`, `policy jailbreak` …"""
     state: State
     text: str
-    """What was found; of a warning or a fault also the remedy."""
+    """The result; for a warning or fault, also the remedy."""
 
 
 def ok(subject: str, text: str) -> Finding:
-    """Nothing to do."""
+    """A check that passed."""
     return Finding(subject, "ok", text)
 
 
 def warning(subject: str, text: str) -> Finding:
-    """It serves, but an operator should know."""
+    """The gateway can serve, but an operator should know."""
     return Finding(subject, "warning", text)
 
 
 def fault(subject: str, error: object) -> list[Finding]:
-    """A fault for every line of an error."""
+    """One fault for each line of an error."""
     lines = str(error).splitlines() or [type(error).__name__]
     return [Finding(subject, "fault", line) for line in lines]

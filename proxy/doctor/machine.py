@@ -1,4 +1,4 @@
-"""Whether this machine can carry what the settings ask for."""
+"""Whether this machine has the memory, CPU and disk space that the settings need."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from proxy.doctor.finding import Finding, fault, ok, warning
 from proxy.engines.command import available_memory_bytes, check_memory, engine_runs_on_cpu, slow_format
 
 _GIB = 2**30
-_LEAST_FREE_GIB = 1.0
+_MIN_FREE_GIB = 1.0
 
 
 def check_machine(settings: Settings, model: Path | None) -> list[Finding]:
-    """Processor, memory and number format, for an engine that is started here."""
+    """Check processor, memory and number format for a local engine."""
     found: list[Finding] = []
     if model is not None:
         try:
@@ -34,7 +34,7 @@ def check_machine(settings: Settings, model: Path | None) -> list[Finding]:
 
 
 def check_disk(settings: Settings) -> list[Finding]:
-    """Whether the folders that the gateway writes can be written, and have room."""
+    """Check that the folders the gateway writes to are writable and have space."""
     folders = {"cache.dir": settings.cache.dir, "paths.state": settings.paths.state}
     if settings.audit.path is not None:
         folders["audit.path"] = settings.audit.path.parent
@@ -46,10 +46,10 @@ def check_disk(settings: Settings) -> list[Finding]:
 def _check_folder(field: str, folder: Path) -> Finding:
     there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
     if not there.is_dir():
-        return fault(field, f"{field} = {folder}, but {there} is no folder; name another")[0]
+        return fault(field, f"{field} = {folder}, but {there} is not a folder; choose another")[0]
     if not os.access(there, os.W_OK | os.X_OK):
-        return fault(field, f"{field} = {folder}, but {there} may not be written to; change its owner")[0]
+        return fault(field, f"{field} = {folder}, but {there} is not writable; change its owner")[0]
     free = shutil.disk_usage(there).free / _GIB
-    if free < _LEAST_FREE_GIB:
-        return warning(field, f"{folder}: only {free:.1f} GiB are free; make room, or name another folder")
+    if free < _MIN_FREE_GIB:
+        return warning(field, f"{folder}: only {free:.1f} GiB free; make room, or choose another folder")
     return ok(field, f"{folder}: {free:.0f} GiB free")

@@ -1,4 +1,4 @@
-"""Every policy file: whether it becomes a plan, how its Risk Card stands, and whether bindings find it."""
+"""Policy files: whether they compile, whether their Risk Cards pass, and whether bindings match them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from interpretops.plan import ModelSpec
 from interpretops.settings import Settings
 from proxy.doctor.finding import Finding, fault, ok, warning
-from proxy.policies.binding import demanded
+from proxy.policies.binding import required_policies
 from proxy.policies.binding_names import unmatched_policies
 from proxy.policies.policy_files import BrokenPolicyError, Revision, compile_file
 from proxy.policies.policy_folders import PolicyFolders
 
 
 def check_policies(settings: Settings, model: ModelSpec | None) -> Iterator[Finding]:
-    """Compile each file for the model; without a model say that none was compiled."""
+    """Compile each policy file for the model. Without a model, warn that none was compiled."""
     folder, artifacts = settings.paths.policies, settings.paths.artifacts
     listing = PolicyFolders(folder, artifacts).scan()
     for _, why in listing.hidden.values():
@@ -23,10 +23,10 @@ def check_policies(settings: Settings, model: ModelSpec | None) -> Iterator[Find
         return
     if model is None:
         yield warning(
-            "policies", f"{len(listing.files)} files in {folder} are not compiled: no model is known"
+            "policies", f"{len(listing.files)} files in {folder} were not compiled: the model is unknown"
         )
         return
-    wanted = demanded(settings.bindings)
+    required_ids = required_policies(settings.bindings)
     known: set[str] = set()
     for path in listing.files:
         try:
@@ -37,25 +37,25 @@ def check_policies(settings: Settings, model: ModelSpec | None) -> Iterator[Find
             continue
         if revision.policy in known:
             yield from fault(
-                f"policy {revision.policy}", f"{path}: another file has this id; give it one of its own"
+                f"policy {revision.policy}", f"{path}: another file already uses this id; choose another"
             )
             continue
         known.add(revision.policy)
-        yield _standing(
-            revision, required=settings.policies.require_cards, demanded=revision.policy in wanted
+        yield _card_finding(
+            revision, require_card=settings.policies.require_cards, bound=revision.policy in required_ids
         )
     if not listing.files:
-        yield warning("policies", f"{folder} holds no policy; every request is served as the model is")
+        yield warning("policies", f"{folder} holds no policies; all requests are served unsteered")
     for unmatched in unmatched_policies(settings.bindings, known):
         yield from fault("bindings", unmatched.why)
 
 
-def _standing(revision: Revision, *, required: bool, demanded: bool) -> Finding:
+def _card_finding(revision: Revision, *, require_card: bool, bound: bool) -> Finding:
     subject = f"policy {revision.policy}"
     if revision.proven:
         return ok(subject, f"{revision.label}: {revision.card}")
-    if required:
-        what = "a binding demands it, so its requests are refused" if demanded else "it waits as a candidate"
-        text = f"{revision.label} is not proven, and policies.require_cards is set: {what}; {revision.card}"
-        return fault(subject, text)[0] if demanded else warning(subject, text)
-    return warning(subject, f"{revision.label} serves unproven: {revision.card}")
+    if require_card:
+        what = "a binding requires it, so its requests are refused" if bound else "it waits as a candidate"
+        text = f"{revision.label} has no passing Risk Card (policies.require_cards): {what}; {revision.card}"
+        return fault(subject, text)[0] if bound else warning(subject, text)
+    return warning(subject, f"{revision.label} serves without a passing Risk Card: {revision.card}")

@@ -1,4 +1,4 @@
-"""What must outlast a restart: the audit log, and Redis where gateways count together."""
+"""Persistent state: the audit log, and Redis for shared limits."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from proxy.tenants.shared_limits import ping
 
 
 async def check_stores(settings: Settings) -> AsyncIterator[Finding]:
-    """The audit log is as it was written; Redis answers."""
+    """Check that the audit log is intact and Redis responds."""
     log = settings.audit.path
     if log is None:
-        yield ok("audit log", "none is kept")
+        yield ok("audit log", "turned off")
     elif not log.exists():
-        yield ok("audit log", f"{log} will be begun")
+        yield ok("audit log", f"{log} will be created")
     else:
         found = verify(log)
         if found.faults:
             for finding in fault("audit log", f"{log}: {found.faults[0]}; see `mechctl audit verify`"):
                 yield finding
         else:
-            yield ok("audit log", f"{log}: {found.records} records, each as it was written")
+            yield ok("audit log", f"{log}: {found.records} records, intact")
     if settings.limits.redis_url is not None:
         try:
             await ping(settings.limits)
         except (InterpretOpsError, OSError) as error:
-            for finding in fault("Redis", f"limits.redis_url: {error}; start it, or take the setting out"):
+            for finding in fault("Redis", f"limits.redis_url: {error}; start it, or remove the setting"):
                 yield finding
         else:
-            yield ok("Redis", "answers")
+            yield ok("Redis", "responds")

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from interpretops.errors import EngineError
 from proxy.engines.fleet import Fleet
 from proxy.engines.link import EngineLink
-from proxy.engines.loop import EngineLoop, Surroundings
+from proxy.engines.loop import EngineDependencies, EngineLoop
 from proxy.observe.supervisor import Alive, Supervisor, end
 
 LOCAL: Final = "local"
@@ -24,18 +24,18 @@ _IDLE_POLL_S: Final = 0.2
 class FleetLoop:
     """Runs until cancelled. Adds and removes engines as DNS answers change."""
 
-    def __init__(self, fleet: Fleet, around: Surroundings, supervisor: Supervisor) -> None:
+    def __init__(self, fleet: Fleet, deps: EngineDependencies, supervisor: Supervisor) -> None:
         self._fleet = fleet
         self._supervisor = supervisor
-        self._around = around
-        self._urls = around.settings.engine.url
+        self._deps = deps
+        self._urls = deps.settings.engine.url
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._failed: set[str] = set()
         self._resolved: dict[str, tuple[str, ...]] = {}
         self._unresolved: dict[str, str] = {}
         """DNS names that cannot be resolved now, and why."""
-        around.metrics.engines_unresolved.set_function(lambda: bool(self._unresolved))
+        deps.metrics.engines_unresolved.set_function(lambda: bool(self._unresolved))
         self.first_ready = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         """The task that runs `run`; set by its starter."""
@@ -46,10 +46,10 @@ class FleetLoop:
         The engines' own tasks keep running when this one ends, until `close`.
         """
         while True:
-            wanted = await self._configured()
-            for name in wanted.keys() - self._tasks.keys():
-                self._join(name, wanted[name])
-            for name in self._tasks.keys() - wanted.keys():
+            configured = await self._configured()
+            for name in configured.keys() - self._tasks.keys():
+                self._join(name, configured[name])
+            for name in self._tasks.keys() - configured.keys():
                 self._leave(name)
             alive()
             every_s = _RESOLVE_EVERY_S if self._grows else None
@@ -76,20 +76,20 @@ class FleetLoop:
         return not self.first_ready.is_set() and not self._grows and self._failed >= self._tasks.keys()
 
     def _join(self, name: str, url: str | None) -> None:
-        loop = EngineLoop(url, self._fleet.add(name), self._around, self.first_ready, self._should_give_up)
+        loop = EngineLoop(url, self._fleet.add(name), self._deps, self.first_ready, self._should_give_up)
         self._tasks[name] = self._supervisor.keep("engine", loop.run, ends_with=(EngineError,))
 
     def _leave(self, name: str) -> None:
         """Send no new requests to an engine that is no longer listed, and end its task after the last one."""
         link, task = self._fleet.remove(name), self._tasks.pop(name)
-        self._around.log.info("engine_leaves", engine=name, outstanding=link.outstanding)
+        self._deps.log.info("engine_leaves", engine=name, outstanding=link.outstanding)
         leaving = self._supervisor.spawn("engine leaves", self._drain(link, task))
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
 
     async def _drain(self, link: EngineLink, task: asyncio.Task[None]) -> None:
         try:
-            async with asyncio.timeout(self._around.settings.gateway.request_timeout_s):
+            async with asyncio.timeout(self._deps.settings.gateway.request_timeout_s):
                 while link.outstanding:  # noqa: ASYNC110 - counted per request, where an event would cost
                     await asyncio.sleep(_IDLE_POLL_S)
         except TimeoutError:
@@ -116,11 +116,11 @@ class FleetLoop:
             answers = await loop.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
         except OSError as error:
             if self._unresolved.get(url) != str(error):
-                self._around.log.warning("engines_not_resolved", url=url, error=str(error))
+                self._deps.log.warning("engines_not_resolved", url=url, error=str(error))
             self._unresolved[url] = str(error)
         else:
             if self._unresolved.pop(url, None) is not None:
-                self._around.log.info("engines_resolved", url=url)
+                self._deps.log.info("engines_resolved", url=url)
             hosts = sorted({str(answer[4][0]) for answer in answers})
             self._resolved[url] = tuple(
                 f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host in hosts

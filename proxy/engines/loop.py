@@ -77,7 +77,7 @@ def make_engine(settings: Settings, url: str | None, model: Path | None) -> Engi
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class EngineDependencies:
     """Dependencies shared by the loops of all engines."""
 
     settings: Settings
@@ -101,16 +101,16 @@ class EngineLoop:
         self,
         url: str | None,
         link: EngineLink,
-        around: Surroundings,
+        deps: EngineDependencies,
         ready: asyncio.Event,
         should_give_up: Callable[[str], bool],
     ) -> None:
         self._url = url
         self._link = link
-        self._settings = around.settings
-        self._around = around
-        self._metrics = around.metrics
-        self._log = around.log
+        self._settings = deps.settings
+        self._deps = deps
+        self._metrics = deps.metrics
+        self._log = deps.log
         self._ready = ready
         self._should_give_up = should_give_up
 
@@ -133,7 +133,7 @@ class EngineLoop:
 
     async def _live(self, alive: Alive) -> str:
         """Run one engine until it ends; returns why it ended."""
-        engine = self._around.make(self._url)
+        engine = self._deps.make(self._url)
         client: EngineClient | None = None
         try:
             await engine.start()
@@ -142,7 +142,7 @@ class EngineLoop:
                 engine.address,
                 connect_timeout_s=self._settings.gateway.connect_timeout_s,
                 control_timeout_s=max(_CONTROL_S, self._settings.engine.silence_timeout_s),
-                holder=self._around.holder,
+                holder=self._deps.holder,
             )
             which, reason = await first_of(engine.wait_gone(), self._serve(engine, client, alive))
             self._link.lose(reason, gone=True)
@@ -160,7 +160,7 @@ class EngineLoop:
 
     async def _serve(self, engine: Engine, client: EngineClient, alive: Alive) -> str:
         await self._wait_healthy(client)
-        await self._link.prove(client, engine.own, self._around.prepare, self._around.progress)
+        await self._link.prove(client, engine.own, self._deps.prepare, self._deps.progress)
         self._ready.set()
         alive()
         return await self._watch()
@@ -194,7 +194,7 @@ class EngineLoop:
                 if reload_needed:
                     engine.reload_needed.clear()
                     self._log.error("revisions_missed", engine=self._link.name)
-                    await self._around.restore()
+                    await self._deps.restore()
                 await engine.client.check_health()
                 if missed or silent or checks % _ATTEST_EVERY == 0:
                     async with asyncio.timeout(min(_ATTEST_S, silence_s)):
@@ -202,7 +202,7 @@ class EngineLoop:
                     silent, last_answer = False, time.monotonic()
                     if lost:
                         self._log.error("revisions_lost", engine=self._link.name, revisions=lost)
-                        await self._around.restore()
+                        await self._deps.restore()
                 missed = 0
             except EngineReplacedError as error:
                 return str(error)

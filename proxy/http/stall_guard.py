@@ -30,7 +30,7 @@ class _Watched:
     """Bytes of the answer that the client had read at the last progress."""
 
 
-class StallWatch:
+class StallGuard:
     """Checks every connection once a second, at no cost per chunk."""
 
     def __init__(

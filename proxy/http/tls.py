@@ -21,7 +21,7 @@ Listener = Literal["public", "admin"]
 _MAX_BYTES: Final = 2**20
 
 
-class Doorway:
+class TlsListener:
     """The TLS context of one listener. Open connections keep the certificate they started with."""
 
     def __init__(
@@ -87,16 +87,16 @@ class Doorway:
         return context, valid
 
 
-class Doorways:
+class TlsListeners:
     """The listeners that use TLS."""
 
-    def __init__(self, doorways: Sequence[Doorway] = ()) -> None:
-        self._doorways = tuple(doorways)
+    def __init__(self, tls_listeners: Sequence[TlsListener] = ()) -> None:
+        self._listeners = tuple(tls_listeners)
         self._lock = threading.Lock()
 
     def context(self, listener: Listener) -> ssl.SSLContext | None:
         """A listener's TLS context; None if it does not use TLS."""
-        return next((door.context for door in self._doorways if door.listener == listener), None)
+        return next((each.context for each in self._listeners if each.listener == listener), None)
 
     def refresh(self, metrics: Metrics, log: FilteringBoundLogger) -> dict[str, str]:
         """Load changed files; update metrics and log. Returns the errors by file."""
@@ -104,29 +104,29 @@ class Doorways:
             return self._refresh(metrics, log)
 
     def _refresh(self, metrics: Metrics, log: FilteringBoundLogger) -> dict[str, str]:
-        for door in self._doorways:
-            before = door.failure
-            if door.refresh():
-                log.info("certificate_changed", listener=door.listener, expires=door.valid.end_iso)
-            elif door.failure is not None and door.failure != before:
-                log.error("certificate_refused", listener=door.listener, error=door.failure)
-            metrics.tls_start.labels(door.listener).set(door.valid.start)
-            metrics.tls_expiry.labels(door.listener).set(door.valid.end)
-            metrics.tls_broken.labels(door.listener).set(door.failure is not None)
-        return {str(door.cert): door.failure for door in self._doorways if door.failure is not None}
+        for each in self._listeners:
+            before = each.failure
+            if each.refresh():
+                log.info("certificate_changed", listener=each.listener, expires=each.valid.end_iso)
+            elif each.failure is not None and each.failure != before:
+                log.error("certificate_refused", listener=each.listener, error=each.failure)
+            metrics.tls_start.labels(each.listener).set(each.valid.start)
+            metrics.tls_expiry.labels(each.listener).set(each.valid.end)
+            metrics.tls_broken.labels(each.listener).set(each.failure is not None)
+        return {str(each.cert): each.failure for each in self._listeners if each.failure is not None}
 
 
-def make_doorways(settings: GatewaySettings) -> Doorways:
+def make_tls_listeners(settings: GatewaySettings) -> TlsListeners:
     """Build them from the settings. Raises `ConfigError`."""
-    found: list[Doorway] = []
+    found: list[TlsListener] = []
     pairs: tuple[tuple[Listener, Path | None, Path | None, str], ...] = (
         ("public", settings.tls_cert, settings.tls_key, "gateway.tls_cert"),
         ("admin", settings.admin_tls_cert, settings.admin_tls_key, "gateway.admin_tls_cert"),
     )
     for listener, cert, key, field in pairs:
         if cert is not None and key is not None:
-            found.append(Doorway(listener, cert, key, field))
-    return Doorways(found)
+            found.append(TlsListener(listener, cert, key, field))
+    return TlsListeners(found)
 
 
 def _content(path: Path, field: str) -> bytes:

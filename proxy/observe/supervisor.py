@@ -102,7 +102,7 @@ class Supervisor:
         task.add_done_callback(self._note_end)
         return task
 
-    def stray(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def on_loop_exception(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """The event loop's exception handler."""
         error = context.get("exception")
         # With an exception present, the message may quote call arguments.

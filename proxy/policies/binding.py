@@ -85,13 +85,13 @@ def decide(bindings: Sequence[Binding], caller: Caller, known: Collection[str]) 
     matching = [binding for binding in bindings if _matches(binding, caller)]
     mandatory = {binding.policy for binding in matching if binding.mode == "mandatory"}
     if mandatory:
-        demanded = joint_name(mandatory)
+        required = joint_name(mandatory)
         if caller.choice not in (None, *mandatory):
             raise PolicyForbidden(
-                f"policy {demanded!r} is mandatory here, but the request asks for {caller.choice!r}; "
+                f"policy {required!r} is mandatory here, but the request asks for {caller.choice!r}; "
                 f"remove {POLICY_HEADER} and the model's +<policy>"
             )
-        return Decision(demanded, "mandatory")
+        return Decision(required, "mandatory")
     if caller.choice is None:
         default = next((binding.policy for binding in matching if binding.mode == "default"), None)
         return Decision(NONE, "unbound") if default is None else Decision(default, "default")
@@ -158,7 +158,7 @@ def explain(bindings: Sequence[Binding], caller: Caller) -> list[dict[str, objec
     ]
 
 
-def demanded(bindings: Sequence[Binding]) -> set[str]:
+def required_policies(bindings: Sequence[Binding]) -> set[str]:
     """Policies that mandatory or default bindings require. Without them the gateway is not ready."""
     return {binding.policy for binding in bindings if binding.mode != "optional"} - {NONE}
 

@@ -38,7 +38,7 @@ class Catalogue:
     def __init__(
         self,
         folder: Path,
-        demanded: Collection[str],
+        required: Collection[str],
         fleet: Fleet,
         metrics: Metrics,
         log: FilteringBoundLogger,
@@ -53,14 +53,14 @@ class Catalogue:
         self._folder = folder
         self._cards = Reader(f"Risk Cards in {folder}", _CARD_S)
         self._fleet = fleet
-        self.demanded = frozenset(demanded)
+        self.required = frozenset(required)
         """Policies that bindings require."""
         self._metrics = metrics
         self._log = log
         self.residency = Residency(fleet, metrics, log, supervisor)
         self.compositions = Compositions(joint, self.residency)
         metrics.receipts_failed.labels(NONE)
-        for name in (*self.demanded, *map(joint_name, joint)):
+        for name in (*self.required, *map(joint_name, joint)):
             metrics.init_policy_series(name)
         self.entries: dict[str, Entry] = {}
         self.suspended: dict[str, str] = {}
@@ -71,7 +71,7 @@ class Catalogue:
     @property
     def missing(self) -> list[str]:
         """Policies that bindings require and that cannot be served now."""
-        alone = sorted(policy for policy in self.demanded if self._available(policy) is None)
+        alone = sorted(policy for policy in self.required if self._available(policy) is None)
         return [*alone, *self.compositions.missing]
 
     def not_ready(self) -> Iterator[Reason]:
@@ -81,7 +81,7 @@ class Catalogue:
         if missing := self.missing:
             detail = f"bindings require policies that are not loaded: {', '.join(missing)}"
             yield Reason("policy_missing", detail)
-        if suspended := sorted(filter(self.is_suspended, self.demanded)):
+        if suspended := sorted(filter(self.is_suspended, self.required)):
             detail = f"bindings require policies that are suspended: {', '.join(suspended)}"
             yield Reason("policy_suspended", detail)
 

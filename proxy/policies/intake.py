@@ -199,7 +199,7 @@ class Intake:
                 None, f"{path}: meta.id = {policy!r}, but {others[0]} already has that id; choose another"
             )
         former = self._owner.get(path, policy)
-        if former != policy and former in self._catalogue.demanded:
+        if former != policy and former in self._catalogue.required:
             raise BrokenPolicyError(
                 former, f"{path}: meta.id = {policy!r}, but bindings require {former!r}; change them first"
             )
@@ -252,7 +252,7 @@ class Intake:
             if listing.hides(path):
                 continue
             policy = self._owner.get(path)
-            if policy in self._catalogue.demanded:
+            if policy in self._catalogue.required:
                 text = f"{path}: deleted, but bindings require {policy!r}; its last revision keeps serving"
                 self._note_failure(report, path, policy, text)
                 self._seen[path] = _DELETED

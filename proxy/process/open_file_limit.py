@@ -14,8 +14,8 @@ def raise_limit() -> int:
     at once closes further connections, clients see `ECONNRESET`, and the audit log cannot be reopened.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
+    target = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
+    if soft == resource.RLIM_INFINITY or soft >= target:
         return soft
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return wanted
+    resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+    return target

@@ -87,12 +87,12 @@ def write_stderr(line: str) -> None:
     os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
 
-def _thread_stacks(wanted: Callable[[threading.Thread], bool]) -> str:
+def _thread_stacks(chosen: Callable[[threading.Thread], bool]) -> str:
     frames = sys._current_frames()
     stacks = [
         f"{thread.name}: {frame.f_code.co_qualname}:{frame.f_lineno}"
         for thread in threading.enumerate()
-        if wanted(thread)
+        if chosen(thread)
         and thread is not threading.current_thread()
         and (frame := frames.get(thread.ident or 0)) is not None
     ]

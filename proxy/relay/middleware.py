@@ -34,7 +34,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 async def refuse_foreign_pages(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Where no keys are required, refuse web pages of other sites that are open on this machine."""
     gateway = request.app[GATEWAY]
-    if not gateway.access.wanted:
+    if not gateway.access.keys_required:
         bound = gateway.settings.gateway
         check_page(request.headers, (bound.host, *bound.allowed_hosts))
     return await handler(request)

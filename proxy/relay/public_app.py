@@ -30,7 +30,7 @@ from proxy.tenants.limits import ConcurrencySlots, Meter
 def make_public_app(gateway: Gateway) -> web.Application:
     """The app that client applications call."""
     app = web.Application(
-        middlewares=[gateway.stalls.mark, answer_in_openai_shape, refuse_foreign_pages, authenticate]
+        middlewares=[gateway.stall_guard.mark, answer_in_openai_shape, refuse_foreign_pages, authenticate]
     )
     app[GATEWAY] = gateway
     for route in ROUTES:
@@ -90,7 +90,7 @@ async def _answer(
         check_prompt_disclosure(route, body, revision)
         body = neutralize_special_tokens(route, body, lease.engine.special)
         body["model"] = gateway.engine_model(caller.model)
-        if gateway.access.wanted:
+        if gateway.access.keys_required:
             body["cache_salt"] = cache_salt(identity.tenant.id, body.get("cache_salt"))
         unknown: int | None = None
         shadow = gateway.catalogue.shadow(decision.policy)
@@ -112,7 +112,7 @@ async def _answer(
                 gateway.shadows.repeat(lease.engine, route, body, shadow, context)
             return response
         finally:
-            gateway.settlements.settle(charge, lease.engine, context, unknown)
+            gateway.billing.settle(charge, lease.engine, context, unknown)
 
 
 async def refuse_unguarded(request: web.Request) -> web.StreamResponse:

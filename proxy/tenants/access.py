@@ -80,7 +80,7 @@ class Access:
             self._ring = self._read(self._path)
 
     @property
-    def wanted(self) -> bool:
+    def keys_required(self) -> bool:
         """Whether requests need a key."""
         return self._path is not None
 

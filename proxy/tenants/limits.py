@@ -278,7 +278,7 @@ class Limiter:
         return self._meters[tenant.id]
 
 
-def counted_together(limits: Limits) -> bool:
+def has_shared_limits(limits: Limits) -> bool:
     """Whether a tenant has limits that gateways can count together in Redis."""
     return any((limits.requests_per_minute, limits.tokens_per_minute, limits.token_budget))
 

@@ -253,7 +253,7 @@ def _connect(url: str, timeout_s: float) -> Redis:
 
 
 async def ping(limits: SharedLimits) -> None:
-    """Ask Redis whether it is there. Raises `OSError` of one line, and `ConfigError` without its client."""
+    """Check that Redis responds. Raises `OSError` with one line, or `ConfigError` without the client."""
     assert limits.redis_url is not None
     client = _connect(limits.redis_url.get_secret_value(), limits.timeout_s)
     try:

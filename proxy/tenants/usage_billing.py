@@ -16,7 +16,7 @@ _STOPPING_S: Final = 0.5
 """The engine takes a moment to stop an aborted request; its receipt grows until then."""
 
 
-class Settlements:
+class UsageBilling:
     """Settles at once if the receipt was read; otherwise asks the engine for it a moment later."""
 
     def __init__(self, metrics: Metrics, supervisor: Supervisor) -> None:

@@ -128,12 +128,12 @@ class Canary:
         self._log = log
         self._record = record
         self.clock = clock
-        self._prompts = read_suite(settings.canary.suite).prompts if self.wanted else []
+        self._prompts = read_suite(settings.canary.suite).prompts if self.enabled else []
         self._seen: dict[str, _Seen] = {}
         self._breaches: set[tuple[str, str]] = set()
 
     @property
-    def wanted(self) -> bool:
+    def enabled(self) -> bool:
         """Whether the settings turn the canary on."""
         return self._settings.interval_s is not None
 

@@ -54,22 +54,22 @@ def stream_usage(splitter: SseSplitter, *, named: bool) -> AnswerUsage:
     return found
 
 
-def receipt_fault(receipt: Receipt | None, demanded: str, size: Size, usage: AnswerUsage) -> str | None:
-    """Why a receipt does not prove an answer under ``demanded`` (64 hex, or `none`); None when it does.
+def receipt_fault(receipt: Receipt | None, required: str, size: Size, usage: AnswerUsage) -> str | None:
+    """Why a receipt does not prove an answer under ``required`` (64 hex, or `none`); None when it does.
 
     Every token of prompt and answer passes through the model or comes from its cache, except the last of each
     sequence, which is only sampled. Tokens recomputed after a preemption count again: it is a lower bound.
     """
     if receipt is None:
         return "no receipt"
-    if receipt.revision != demanded:
+    if receipt.revision != required:
         return f"receipt is for revision {receipt.revision[:64]!r}"
     if receipt.requests != size.requests or not receipt.finished:
         return (
             f"receipt covers {receipt.requests} requests, finished = {receipt.finished}, "
             f"but {size.prompts} prompts with {size.choices} choices each are {size.requests}"
         )
-    if demanded != NONE and receipt.tokens_evaluated < size.requests:
+    if required != NONE and receipt.tokens_evaluated < size.requests:
         return (
             f"receipt says that {receipt.tokens_evaluated} tokens were evaluated for {size.requests} requests"
         )

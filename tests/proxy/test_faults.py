@@ -132,7 +132,7 @@ async def scripted_stand(start, engine):
     """A gateway before the scripted engine, of which nothing is broken, and that cuts what does not move."""
     front = await start("calm", **{"gateway.body_timeout_s": 1})
     runner = front.runners[0]
-    watch = asyncio.create_task(front.apps.gateway.stalls.run(lambda: runner.server.connections))
+    watch = asyncio.create_task(front.apps.gateway.stall_guard.run(lambda: runner.server.connections))
     yield SimpleNamespace(url=str(front.public._base_url).rstrip("/"), model="tiny-model")
     watch.cancel()
 

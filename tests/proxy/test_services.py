@@ -54,7 +54,7 @@ def test_audit_log_outlives_all_and_accounts_are_settled_before_the_engines_go(t
     apps = make_app(settings, _no_engine, structlog.get_logger())
     names = [service.__name__.strip("_") for service in apps.services.in_order()]
     assert names[0] == "audit"
-    assert names.index("engines") < names.index("accounts")
+    assert names.index("engines") < names.index("usage_counters")
 
 
 def _no_engine(_address: str | None) -> None:

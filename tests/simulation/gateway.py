@@ -44,7 +44,7 @@ class GatewayProcess:
             )
             await runner.setup()
             self._runners.append(runner)
-        stalls = self.apps.gateway.stalls
+        stalls = self.apps.gateway.stall_guard
         self._watch = self.apps.gateway.supervisor.keep(
             "stalls", lambda alive: stalls.run(self._connections, alive)
         )

@@ -114,7 +114,7 @@ class Invariants:
     def answered(self, ask: Ask) -> None:
         """A client got all that it will get."""
         self.step(ask.request_id)
-        demanded = self.scenario.demanded(ask.tenant, ask.route, ask.model, ask.choice)
+        required = self.scenario.required(ask.tenant, ask.route, ask.model, ask.choice)
         name = f"{ask.request_id} ({ask.tenant}, {ask.route}, stream={ask.stream})"
         marks = ask.marks
         unread = self.refused_residency.get(str(ask.number))
@@ -129,7 +129,7 @@ class Invariants:
         generation = self.generations[min(marks)]
         if generation.ask != str(ask.number):
             self.fail(f"{name}: got the answer to ask{generation.ask}")
-        self._check_revision(name, ask, generation, demanded)
+        self._check_revision(name, ask, generation, required)
         if generation.boot_id not in self.proven_boots:
             self.fail(f"{name}: answered by {generation.boot_id}, which never proved itself")
         if not ask.stream and not generation.proven:
@@ -139,15 +139,15 @@ class Invariants:
         if ask.whole and (not ask.stream or ask.ended_cleanly):
             self._check_receipt(name, ask, generation)
 
-    def _check_revision(self, name: str, ask: Ask, generation: Generation, demanded: str | None) -> None:
-        if demanded is None:
+    def _check_revision(self, name: str, ask: Ask, generation: Generation, required: str | None) -> None:
+        if required is None:
             self.fail(f"{name}: answered, but its choice is not open to it")
             return
         sealed = generation.sealed
         policy = "none" if sealed == "none" else self.policy_of.get(sealed, "a policy that is unknown")
-        if policy != demanded:
-            self.fail(f"{name}: {demanded} is demanded, but it was generated under {policy}")
-        label = "none" if sealed == "none" else f"{demanded}@{sealed[:12]}"
+        if policy != required:
+            self.fail(f"{name}: {required} is required, but it was generated under {policy}")
+        label = "none" if sealed == "none" else f"{required}@{sealed[:12]}"
         if ask.status == 200 and ask.headers.get("x-steering-policy") != label:
             told = ask.headers.get("x-steering-policy")
             self.fail(f"{name}: generated under {label}, but told to be under {told}")

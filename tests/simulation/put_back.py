@@ -70,10 +70,10 @@ def _removed_audit_log_is_written_on(stack: contextlib.ExitStack) -> None:
 def _part_is_proof(stack: contextlib.ExitStack) -> None:
     """A receipt of one request and three tokens proved a thousand prompts."""
 
-    def fault(receipt: Any, demanded: str, _size: Any, _told: Any) -> str | None:
-        if receipt is None or receipt.revision != demanded or receipt.requests < 1:
+    def fault(receipt: Any, required: str, _size: Any, _told: Any) -> str | None:
+        if receipt is None or receipt.revision != required or receipt.requests < 1:
             return "no receipt for it"
-        return None if demanded == "none" or receipt.tokens_evaluated else "nothing was evaluated"
+        return None if required == "none" or receipt.tokens_evaluated else "nothing was evaluated"
 
     put(stack, proxy.relay.relay, "receipt_fault", fault)
 

@@ -107,7 +107,7 @@ class Scenario:
         """What a tenant may use."""
         return next((entry.get("limits", {}) for entry in self.tenants if entry["id"] == tenant), {})
 
-    def demanded(self, tenant: str, route: str, model: str, choice: str | None) -> str | None:
+    def required(self, tenant: str, route: str, model: str, choice: str | None) -> str | None:
         """The policy that must steer such a request, `none`, or None: it must be refused.
 
         Written anew here from the documentation, so that a fault in `proxy.policies.binding` shows.

@@ -72,7 +72,7 @@ def test_port_that_is_taken_and_host_without_keys_are_faults(tmp_path: Path, def
         status, found, printed = doctor({"gateway": gateway}, tmp_path, default_model_dir)
     assert status == 1
     assert f"gateway.port = {port}, but another program uses it" in printed
-    assert "gateway.admin_host = '0.0.0.0', but that is reached from other machines" in printed
+    assert "gateway.admin_host = '0.0.0.0', but other machines can reach that address" in printed
     assert found[f"listener 127.0.0.1:{port}"][0] == "fault"
 
 
@@ -121,7 +121,7 @@ def test_file_in_the_place_of_a_folder_is_a_fault(
     status, found, _ = doctor({}, tmp_path, default_model_dir)
     field = {"state": "paths.state", "cache": "cache.dir"}[folder]
     assert (status, found[field][0]) == (1, "fault")
-    assert "is no folder" in found[field][1]
+    assert "is not a folder" in found[field][1]
 
 
 def test_engine_elsewhere_that_is_away_is_a_fault(tmp_path: Path, default_model_dir: Path) -> None:

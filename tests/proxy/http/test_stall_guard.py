@@ -8,7 +8,7 @@ import structlog
 from aiohttp import web
 
 from interpretops.settings import load_settings
-from proxy.http.stall_guard import StallWatch
+from proxy.http.stall_guard import StallGuard
 from proxy.observe.metrics import Metrics
 
 LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
@@ -31,7 +31,7 @@ async def site():
     settings = load_settings(
         overrides={"gateway.body_timeout_s": 5.0, "gateway.client_idle_timeout_s": 7.0}, environ={}
     ).gateway
-    watch = StallWatch(settings, metrics, LOG, clock)
+    watch = StallGuard(settings, metrics, LOG, clock)
     ended = asyncio.Event()
 
     async def endless(request):
@@ -119,7 +119,7 @@ async def test_answer_that_nobody_reads_is_cut(site, until):
 async def test_connection_that_was_used_waits_longer_for_its_next_request(start, until):
     """Longer than load balancers keep theirs: they would send on one that is just being closed."""
     front = await start("calm")
-    watch = front.apps.gateway.stalls
+    watch = front.apps.gateway.stall_guard
     clock = Clock()
     watch._clock = clock
     host, port = front.runners[0].addresses[0][:2]

@@ -20,7 +20,7 @@ from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
 from proxy.http.certificate import validity
 from proxy.http.server import Site
-from proxy.http.tls import make_doorways
+from proxy.http.tls import make_tls_listeners
 from proxy.observe.metrics import Metrics
 
 DAY = timedelta(days=1)
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 def doors(folder):
     pair = {"gateway.tls_cert": folder / "cert.pem", "gateway.tls_key": folder / "key.pem"}
-    return make_doorways(load_settings(overrides=pair, environ={}).gateway)
+    return make_tls_listeners(load_settings(overrides=pair, environ={}).gateway)
 
 
 @asynccontextmanager

@@ -13,8 +13,8 @@ from interpretops.records.api_keys import make_key, write_keys
 from proxy.admin import reload, watch
 from proxy.engines.client import EngineClient
 from proxy.engines.fleet_loop import FleetLoop
-from proxy.http.stall_guard import StallWatch
-from proxy.http.tls import Doorways
+from proxy.http.stall_guard import StallGuard
+from proxy.http.tls import TlsListeners
 from proxy.observe import audit_log as audit
 from proxy.observe import supervisor, transcripts
 from proxy.observe.audit_log import AuditLog
@@ -35,12 +35,12 @@ PLACES = {
     "policies": (Intake, "reload"),
     "policy notifications": (watch.watchfiles, "awatch"),
     "keys": (Access, "refresh"),
-    "certificates": (Doorways, "refresh"),
+    "certificates": (TlsListeners, "refresh"),
     "reloads": (reload, "reload_everything"),
     "audit": (AuditLog, "sync"),
     "budgets": (Budgets, "save"),
     "shared limits": (SharedCounts, "_flush"),
-    "stalls": (StallWatch, "check"),
+    "stalls": (StallGuard, "check"),
     "engines": (FleetLoop, "_configured"),
     "engine": (EngineClient, "healthy"),
     "canary": (Canary, "step"),
@@ -136,7 +136,7 @@ async def test_task_that_fails_is_logged_counted_and_started_again(start, monkey
         },
     )
     gateway = front.apps.gateway
-    stalls = gateway.supervisor.keep("stalls", lambda alive: gateway.stalls.run(lambda: [Gone()], alive))
+    stalls = gateway.supervisor.keep("stalls", lambda alive: gateway.stall_guard.run(lambda: [Gone()], alive))
     told = asyncio.Event()
     reloads = gateway.supervisor.keep("reloads", lambda alive: reload.reload_on_signal(told, gateway, alive))
 

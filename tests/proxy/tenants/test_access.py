@@ -15,7 +15,7 @@ from certificates import write_certificate
 
 from interpretops.errors import ConfigError
 from interpretops.records.api_keys import KeyRing, make_key, read_keys, write_keys
-from proxy.http.tls import Doorway
+from proxy.http.tls import TlsListener
 from proxy.openai_api.routes import ROUTES, UNGUARDED
 from proxy.process.file_reader import Reader
 from proxy.tenants.access import check_exposure, names_this_machine
@@ -436,7 +436,7 @@ async def test_with_keys_any_name_is_answered(guarded, keys):
 async def test_listener_with_a_certificate_speaks_tls_only(tmp_path):
     """A client that trusts the certificate is answered, and a plain one is not."""
     cert, key = write_certificate(tmp_path)
-    context = Doorway("public", cert, key, "gateway.tls_cert").context
+    context = TlsListener("public", cert, key, "gateway.tls_cert").context
     app = web.Application()
     runner = web.AppRunner(app)
     await runner.setup()
@@ -451,6 +451,6 @@ async def test_listener_with_a_certificate_speaks_tls_only(tmp_path):
             await session.get(f"http://127.0.0.1:{port}/")
     await runner.cleanup()
     with pytest.raises(ConfigError, match=r"gateway.tls_cert = .* cannot be used with"):
-        Doorway("public", cert, cert, "gateway.tls_cert")
+        TlsListener("public", cert, cert, "gateway.tls_cert")
     with pytest.raises(ConfigError, match=r"No such file"):
-        Doorway("public", tmp_path / "none.pem", key, "gateway.tls_cert")
+        TlsListener("public", tmp_path / "none.pem", key, "gateway.tls_cert")
