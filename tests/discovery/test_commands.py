@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from interpretops.artifacts import Artifacts
 from interpretops.artifacts.dictionary import read_manifest
@@ -71,6 +72,19 @@ def test_what_a_line_leaves_out_is_filled_in(  # type: ignore[no-untyped-def]
     assert read_manifest(Path("sae")).layer == 2
     assert f"/{12 * stored // 512 * 512:,} tokens" in errors
     assert len(list(Path("runs/sae-train").iterdir())) == 2
+
+
+@pytest.mark.parametrize("job", ["trace", "search"])
+def test_gpu_that_is_not_there_stops_a_job(  # type: ignore[no-untyped-def]
+    mechctl, tiny_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
+) -> None:
+    """`device: cuda` on a machine without one: a line says what to write, and no model is loaded."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("INTERPRETOPS_MODEL_DEVICE", "cuda")
+    status, _, errors = mechctl(job, "--prompts", prompts, "--out", tmp_path / "x", "--model", tiny_folder)
+    assert status == 2
+    assert errors.count("\n") == 1
+    assert "write device: auto" in errors
 
 
 @pytest.mark.parametrize(
