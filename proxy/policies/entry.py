@@ -29,8 +29,10 @@ class Entry:
     """Why the newest file is not served."""
 
     def wait(self, fresh: Revision, why: str, *, rolled_back: bool = False) -> None:
-        """Keep a revision as candidate."""
-        self.candidate, self.candidate_state, self.waits_for = fresh, "candidate", why
+        """Keep a revision as candidate. A shadow whose file is only read again stays a shadow."""
+        if self.candidate is None or self.candidate.revision != fresh.revision:
+            self.candidate_state = "candidate"
+        self.candidate, self.waits_for = fresh, why
         self.rolled_back = rolled_back
 
     def is_held(self, fresh: Revision) -> bool:

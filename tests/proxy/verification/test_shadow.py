@@ -160,3 +160,20 @@ async def test_shadow_ends_with_its_candidate(front, engine, policy_writer, unti
     assert (await entry(front))["candidate"] is None
     assert await cast(front) == 409
     assert await cast(front, to="retired") == 400
+
+
+async def test_shadow_outlives_a_reload(front, engine, policy_writer, until):
+    """Reading the same file again ends no shadow, and its rows are freed when the file changes then."""
+    assert await cast(front) == 200
+    candidate = (await entry(front))["candidate"]
+    async with front.admin.post("/admin/reload"):
+        pass
+    assert [listed["state"] for listed in (await entry(front))["revisions"]] == ["active", "shadow"]
+    policy_writer(front.policies, "calm", 0.75)
+    async with front.admin.post("/admin/reload"):
+        pass
+
+    async def freed():
+        return candidate not in engine.plans
+
+    await until(freed)
