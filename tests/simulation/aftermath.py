@@ -40,6 +40,8 @@ class Aftermath:
         if not await world.wait_until(world.ready, _READY_S):
             reasons = world.gateway.apps.gateway.readiness.reasons()
             self._fail(f"not ready {_READY_S:g} s after the last trouble: {reasons}")
+        # Until their leases end, rows of gateways before this one may fill the engines' tables.
+        await world.wait_until(self._new_rows_fit, LEASE_S + 15)
         await self._changes_are_taken()
         await world.wait_until(world.ready, _READY_S)
         await self._everybody_is_served()
@@ -100,6 +102,10 @@ class Aftermath:
 
     def _rows_are_right(self) -> bool:
         return all(set(engine.plans) == self._wanted() for engine in self._world.engines)
+
+    def _new_rows_fit(self) -> bool:
+        """Whether all that serves fits in once more: what is new is loaded before the old goes."""
+        return all(len(engine.plans) + len(self._wanted()) <= engine.room for engine in self._world.engines)
 
     def _nothing_is_left(self) -> None:
         world = self._world
