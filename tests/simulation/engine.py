@@ -47,6 +47,8 @@ class Generation:
     whole: bool = False
     """Whether all of it was sent."""
     ended_at: float | None = None
+    shadow_of: str | None = None
+    """Which client's request the gateway repeated, unseen, under a revision that waits."""
     given_up: Callable[[], bool] = lambda: False
     """Whether the gateway has cut the connection."""
 

@@ -12,7 +12,7 @@ from proxy.errors import Refusal
 from simulation.asks import Ask
 from simulation.clock import Clock
 from simulation.engine import Generation
-from simulation.scenario import BODY_TIMEOUT_S, Scenario
+from simulation.scenario import BODY_TIMEOUT_S, REQUEST_TIMEOUT_S, Scenario
 
 _EXPECTED = ("RuntimeError",)
 """What may come of it when no thread can be had."""
@@ -34,6 +34,8 @@ class Invariants:
     """Revision to the policy that it is of."""
     served: dict[str, list[tuple[float, str]]] = field(default_factory=lambda: defaultdict(list))
     """Policy to the revisions that were active, and since when."""
+    shadowed: dict[str, float] = field(default_factory=dict)
+    """Revisions that waited as shadows, and until when."""
     proven_boots: set[str] = field(default_factory=set)
     refused_residency: dict[str, Callable[[], bool]] = field(default_factory=dict)
     """Asks that the last engine they were sent to refused since it did not hold their revision, and whether
@@ -92,10 +94,29 @@ class Invariants:
             return
         ask = generation.ask
         others = [g for g in self.generations.values() if g.ask == ask and g is not generation]
+        if self.gateway is not None:
+            self._look_at_revisions()
+        if self._is_shadow(generation, others):
+            generation.ask, generation.shadow_of = None, ask
+            return
         if others:
             self.fail(f"ask{ask} was generated twice, by {others[0].engine} and {generation.engine}")
         self._check_rate(generation)
         self._check_budget(generation)
+
+    def _is_shadow(self, generation: Generation, others: list[Generation]) -> bool:
+        """Whether an ask that was answered runs a second time, on the same engine, as its policy's shadow."""
+        if len(others) != 1 or any(g.shadow_of == generation.ask for g in self.generations.values()):
+            return False
+        first = others[0]
+        # The shadow is chosen when a request is accepted, however long it waits for an engine then.
+        accepted_at = first.began_at - REQUEST_TIMEOUT_S
+        return (
+            (first.whole and first.ended_at is not None)
+            and first.engine == generation.engine
+            and first.sealed != generation.sealed
+            and self.shadowed.get(generation.sealed, 0.0) >= accepted_at
+        )
 
     def logged(self, entry: Mapping[str, Any]) -> None:
         """A line of the gateway's log."""
@@ -170,7 +191,10 @@ class Invariants:
             self.fail(f"{name}: its receipt is for {receipt['requests']} requests")
 
     def _look_at_revisions(self) -> None:
-        """Note which revisions serve now: compositions are told in no line of the log."""
+        """Note which revisions serve now: compositions and shadows are told in no line of the log."""
+        for entry in self.gateway.catalogue.entries.values():
+            if entry.shadow is not None:
+                self.shadowed[entry.shadow.revision] = self.clock.now
         for revision in self.gateway.catalogue.required_revisions:
             history = self.served[revision.policy]
             if not history or history[-1][1] != revision.revision:

@@ -56,6 +56,8 @@ class Scenario:
     audit: bool
     clients: int
     active_s: float
+    shadow_share: float = 0.05
+    """How much of the traffic shadows repeat."""
     tenants: list[dict[str, Any]] = field(default_factory=list)
     aliases: list[dict[str, Any]] = field(default_factory=list)
 
@@ -73,6 +75,7 @@ class Scenario:
             audit=chance.random() < 0.8,
             clients=chance.randint(2, 5),
             active_s=chance.choice((8.0, 15.0, 30.0)),
+            shadow_share=chance.choice((0.05, 1.0)),
             tenants=TENANTS if keys else [everybody],
             aliases=[{"name": "safe"}] if bindings in (_BY_ALIAS, _SEVERAL) else [],
         )
@@ -90,6 +93,7 @@ class Scenario:
                 "engine.silence_timeout_s": 10.0,
                 "engine.startup_timeout_s": 30.0,
                 "bindings": self.bindings,
+                "policies.shadow_share": self.shadow_share,
                 "tenants": self.tenants,
                 "aliases": self.aliases,
                 "gateway.body_timeout_s": BODY_TIMEOUT_S,
