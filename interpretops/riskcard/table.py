@@ -142,7 +142,7 @@ def latency_table(card: RiskCard) -> Table:
         return Table(title, ("", "without the policy", "with it"), ())
     both = (found.off, found.on)
     costs = [found.cost_per_1000_requests(timing) for timing in both]
-    price = "absent: runtime.price_per_hour is not set"
+    price = "whose price is unknown: runtime.price_per_hour is not set"
     if found.price_per_hour is not None:
         price = f"at ${found.price_per_hour:g} an hour"
     rows = [
@@ -153,7 +153,7 @@ def latency_table(card: RiskCard) -> Table:
         ),
         ("per generated token", *(f"{1000 * found.seconds_per_token(t):.3f} ms" for t in both)),
         (
-            f"1,000 requests, {price}",
+            f"1,000 such requests on a machine {price}",
             *("absent" if cost is None else f"${cost:.4f}" for cost in costs),
         ),
         ("machine", found.machine, found.machine),
