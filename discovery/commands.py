@@ -4,19 +4,17 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from discovery.data.trace_settings import TraceSettings
 from discovery.errors import DiscoveryError
+from discovery.gates.gate_settings import EditSettings, GateSettings
+from discovery.sae.train_settings import TrainSettings
 from interpretops.settings import Settings
 
 Say = Callable[[str], None]
 WORK = Path("runs/sae-train")
-MOST_TOKENS = 750_000
-"""Tokens that a dictionary is trained on when the command does not say."""
-MOST_PASSES = 12
-"""Passes over a small trace after which more would only make a dictionary know it by heart."""
 
 
 def trace(
@@ -26,18 +24,13 @@ def trace(
     text: Sequence[Path],
     data: Path | None,
     data_folder: Path | None,
-    layers: Sequence[int] | None,
     out: Path,
-    options: dict[str, Any],
+    chosen: TraceSettings,
     workers: int,
     say: Say,
 ) -> None:
-    """Trace prompts and text to ``out``; a run that was stopped goes on.
-
-    layers  None: the one in the middle of the model, where features are most abstract and still act
-    """
+    """Trace prompts and text to ``out``; a run that was stopped goes on."""
     from discovery.data.sources import DataList, Source, read_data_list
-    from discovery.data.trace import TraceSettings
     from discovery.data.trace import trace as run
     from discovery.jobs.workers import joined, start_workers
 
@@ -47,22 +40,19 @@ def trace(
         groups["given"] = tuple(given)
     if not groups:
         raise DiscoveryError("no data: name --prompts, --text or a list of files with --data")
-    chosen = TraceSettings(layers=(0,) if layers is None else tuple(layers), **options)
-    chosen.check()
     if start_workers(workers, sys.argv[1:]):
         return
     with joined(workers) as team:
         with team.agreeing():
             model = frozen_model(settings, say)
-        if layers is None:
-            chosen = replace(chosen, layers=(model.spec.num_layers // 2,))
         record = run(model, DataList(groups), chosen, out, team)
     if not team.first:
         return
+    layers = record["settings"]["layers"]
     stored, sinks = (sum(entry[key] for entry in record["shards"]) for key in ("stored", "sinks"))
     say(
         f"{out}: {len(record['shards'])} shards, {stored:,} tokens stored of "
-        f"layer{'s' * (len(chosen.layers) > 1)} {', '.join(map(str, chosen.layers))}, "
+        f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, "
         f"{sinks:,} attention sinks left out"
     )
 
@@ -75,24 +65,23 @@ def sae_train(
     work: Path | None,
     text: Path | None,
     measured_tokens: int,
-    options: dict[str, Any],
+    chosen: TrainSettings,
     say: Say,
 ) -> None:
     """Train a dictionary on a trace, measure it on the trace's held-out sequences, write ``out``.
 
-    work     folder of the checkpoint; None: one of this training's own under `WORK`
-    options  of `TrainSettings`; layer None: the traced one that is nearest the middle of the model; tokens
-             None: `MOST_TOKENS`, but no more than `MOST_PASSES` passes over the trace
+    work  folder of the checkpoint; None: one of this training's own under `WORK`
     """
     from discovery.data.activations import TraceReader
+    from discovery.data.trace import read_trace_record
     from discovery.jobs.workers import joined, start_workers
     from discovery.sae.dictionary_artifact import write_dictionary
-    from discovery.sae.sae_train import TrainSettings, save_dictionary, train, train_digest
+    from discovery.sae.sae_train import save_dictionary, train, train_digest
 
     if work is not None and work.resolve().is_relative_to(out.resolve()):
         raise DiscoveryError(f"--work {work}: lies in --out {out}, whose old files go; name another folder")
-    chosen = TrainSettings(**_train_defaults(trace, options))
-    chosen.check()
+    chosen = chosen.filled(read_trace_record(trace))
+    assert chosen.layer is not None
     if start_workers(chosen.workers, sys.argv[1:]):
         return
     with joined(chosen.workers) as team:
@@ -114,22 +103,6 @@ def sae_train(
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(draft, out)
     say(f"{out}: {json.dumps(metrics)}")
-
-
-def _train_defaults(trace: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a training, with what was left out taken from the trace."""
-    from discovery.data.trace import read_trace_record
-
-    filled = dict(options)
-    if filled["layer"] is None or filled["tokens"] is None:
-        record = read_trace_record(trace)
-        if filled["layer"] is None:
-            middle = int(record["model"]["num_layers"]) // 2
-            filled["layer"] = min(record["settings"]["layers"], key=lambda layer: abs(layer - middle))
-        if filled["tokens"] is None:
-            stored = sum(int(entry["stored"]) for entry in record["shards"])
-            filled["tokens"] = max(min(MOST_TOKENS, MOST_PASSES * stored), int(filled["batch"]))
-    return filled
 
 
 def sae_eval(
@@ -202,8 +175,8 @@ def fit_gate(
     policy_id: str,
     out: Path | None,
     work: Path,
-    gate: dict[str, Any],
-    edit: dict[str, Any],
+    gate: GateSettings,
+    edit: EditSettings,
     say: Say,
     join: Sequence[Path] = (),
 ) -> None:
@@ -213,14 +186,11 @@ def fit_gate(
     from discovery.gates.gate_artifact import policy_text, write_gate
     from discovery.gates.gate_data import load_gate_data
     from discovery.gates.gate_trade import trade
-    from discovery.gates.gated_edit import EditSettings
-    from discovery.gates.learned_gate import GateSettings
     from interpretops.files.atomic_file import write_atomically
 
     listed = read_data_list(data, data_folder)
-    edit_settings = EditSettings(**edit)
-    prompts = load_gate_data(listed, edit_settings.seed)
-    fit = GateFit(frozen_model(settings, say), prompts, GateSettings(**gate), edit_settings, work, join)
+    prompts = load_gate_data(listed, edit.seed)
+    fit = GateFit(frozen_model(settings, say), prompts, gate, edit, work, join)
     trained = fit.train()
     outcomes = fit.outcomes(trained, [*prompts.select, *prompts.test])
     write_atomically(work / "outcomes.json", json.dumps(outcomes).encode())

@@ -11,15 +11,18 @@ from interpretops.errors import ConfigError, InterpretOpsError
 from mechctl.audit import audit_app
 from mechctl.circuits import circuits
 from mechctl.config import config_app
-from mechctl.discovery import add_discovery_commands
 from mechctl.doctor import doctor
 from mechctl.evaluation import add_eval_commands
+from mechctl.fit_gate import fit_gate
 from mechctl.keys import keys_app
 from mechctl.options import Artifacts, Config, Model
 from mechctl.policy import policy_app
 from mechctl.propose import propose
+from mechctl.sae_eval import sae_eval
+from mechctl.sae_train import sae_train
 from mechctl.search import search
 from mechctl.steer import steer
+from mechctl.trace import trace
 from mechctl.transcripts import transcripts_app
 
 app = typer.Typer(
@@ -44,7 +47,10 @@ app.command("steer")(steer)
 app.command("search")(search)
 app.command("circuits")(circuits)
 app.command("propose")(propose)
-add_discovery_commands(app)
+app.command("trace")(trace)
+app.command("sae-train")(sae_train)
+app.command("sae-eval")(sae_eval)
+app.command("fit-gate")(fit_gate)
 add_eval_commands(app)
 
 

@@ -18,3 +18,14 @@ Artifacts = Annotated[
         "--artifacts", help="Folder of dictionaries and adapters; else the settings'.", show_default=False
     ),
 ]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-folder", help="Where the paths of --data lie, if not beside it.", show_default=False
+    ),
+]
+MeasuredText = Annotated[
+    Path | None,
+    typer.Option("--text", help="Text to measure on besides; never trained on.", show_default=False),
+]
+MeasuredTokens = Annotated[int, typer.Option(help="Held-out tokens to measure on, and as many of --text.")]

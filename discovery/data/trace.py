@@ -10,9 +10,9 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save as save_safetensors
@@ -21,6 +21,7 @@ from torch import Tensor
 from discovery.data.sequences import TokenSequence, build_sequences, continued
 from discovery.data.sequences import batches as batches
 from discovery.data.sources import KINDS, DataList
+from discovery.data.trace_settings import TraceSettings
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, hook_name, norm_bound
 from discovery.jobs.progress import meter
@@ -34,42 +35,6 @@ PILOT_SEQUENCES = 32
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class TraceSettings:
-    """What decides the content of a trace, apart from data and model."""
-
-    layers: tuple[int, ...]
-    context: int = 256
-    """Most tokens of a sequence; text is cut into pieces of this length."""
-    answer_tokens: int = 0
-    """Length of the model's own greedy answer that follows each prompt; 0: none."""
-    written_tokens: int = 0
-    """Length of the text that the model samples after each opening; 0 where there are no openings."""
-    shard_sequences: int = 256
-    held_out_share: float = 0.03
-    dtype: Literal["float16", "bfloat16"] = "bfloat16"
-    sink_ratio: float = 8.0
-    """A token whose norm exceeds this many medians is an attention sink and is left out."""
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise `DiscoveryError` for a value that makes no sense."""
-        for name, good in (
-            ("layers", len(self.layers) > 0 and len(set(self.layers)) == len(self.layers)),
-            ("context", self.context >= 8),
-            ("answer_tokens", 0 <= self.answer_tokens < self.context),
-            ("written_tokens", 0 <= self.written_tokens < self.context),
-            ("shard_sequences", self.shard_sequences >= 1),
-            ("held_out_share", 0 <= self.held_out_share < 1),
-            ("dtype", self.dtype in DTYPES),
-            ("sink_ratio", self.sink_ratio > 1),
-        ):
-            if not good:
-                raise DiscoveryError(
-                    f"{name} = {getattr(self, name)!r} is out of range; see mechctl trace --help"
-                )
-
-
 def trace(
     model: FrozenModel, data: DataList, settings: TraceSettings, folder: Path, team: Team = ALONE
 ) -> dict[str, Any]:
@@ -77,7 +42,8 @@ def trace(
 
     Workers of a team take the next shards side by side; what is in a shard depends on its number alone.
     """
-    settings.check()
+    if not settings.layers:
+        settings = replace(settings, layers=(model.spec.num_layers // 2,))
     model.check_layers(settings.layers)
     sources = [source for group in data.groups.values() for source in group]
     sequences = build_sequences(

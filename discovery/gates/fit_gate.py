@@ -19,10 +19,11 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, norm_bound
 from discovery.gates.gate_data import GateData, format_groups, is_harmful
 from discovery.gates.gate_probe import auroc
+from discovery.gates.gate_settings import EditSettings, GateSettings
 from discovery.gates.gated_answers import edited_answers
-from discovery.gates.gated_edit import ANSWER_TOKENS, EditSettings, Example, Pick, settings_record, train_edit
+from discovery.gates.gated_edit import ANSWER_TOKENS, Example, Pick, settings_record, train_edit
 from discovery.gates.joined_probes import check_heads, mean_of, read_numbers
-from discovery.gates.learned_gate import GateSettings, Labelled, train_probes
+from discovery.gates.learned_gate import Labelled, train_probes
 from discovery.gates.low_rank import LowRankRows
 from discovery.gates.prompt_activations import PromptActivations
 from discovery.gates.refusal_sentences import targets
@@ -57,8 +58,6 @@ class GateFit:
         join: Sequence[Path] = (),
     ) -> None:
         """join  probe files trained before, each of which counts as one probe more"""
-        edit.check()
-        gate.check()
         model.check_layers([*gate.layers, *edit.layers])
         if min(edit.layers) < gate.layers[-1]:
             raise DiscoveryError(

@@ -18,46 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
+from discovery.gates.gate_settings import EditSettings
 from discovery.gates.low_rank import LowRankRows
 from discovery.jobs.progress import meter
 from discovery.sae.checkpoint import learning_rate, restore_checkpoint, save_checkpoint
 
 ANSWER_TOKENS = 28
 """How much of the untouched model's own answer a benign prompt is held to."""
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """What decides an edit, apart from data and model."""
-
-    layers: tuple[int, ...]
-    rank: int = 16
-    steps: int = 300
-    batch: int = 8
-    """Harmful prompts of a step; as many benign ones, when they count."""
-    learning_rate: float = 3e-3
-    benign_weight: float = 0.0
-    """Weight of leaving benign answers alone although the gate is open; 0: who opens it is refused."""
-    firing_weight: float = 0.02
-    """Weight of the edit's relative size on benign prompts (an L1 term on firing)."""
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise `DiscoveryError` for a value that makes no sense."""
-        for name, good in (
-            ("layers", len(self.layers) > 0),
-            ("rank", self.rank >= 1),
-            ("steps", self.steps >= 1),
-            ("batch", self.batch >= 1),
-            ("learning_rate", 0 < self.learning_rate < 1),
-            ("benign_weight", self.benign_weight >= 0),
-        ):
-            if not good:
-                raise DiscoveryError(
-                    f"{name} = {getattr(self, name)!r} is out of range; see mechctl fit-gate --help"
-                )
 
 
 @dataclass(frozen=True)
@@ -81,7 +49,6 @@ def train_edit(
     identity: Any,
 ) -> LowRankRows:
     """Train, or go on training from ``checkpoint``."""
-    settings.check()
     optimizer = torch.optim.Adam(edit.parameters(), lr=settings.learning_rate)
     step = restore_checkpoint(edit, optimizer, checkpoint, identity)
     with meter("fit-gate: edit", settings.steps, "steps", step) as progress:

@@ -7,10 +7,9 @@ numbers a head (`interpretops.plan.Gate`), so that nothing depends on what a pre
 is edited before the gate opens. The model is run once for the activations, and not while the probe trains.
 """
 
-import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from discovery.data.sequences import batches
-from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
+from discovery.gates.gate_settings import GateSettings
 from discovery.gates.prompt_activations import PromptActivations, stacked
 from discovery.jobs.progress import Meter, meter
 from discovery.sae.checkpoint import learning_rate, restore_checkpoint, save_checkpoint
-from steering_kernels.ops import MEMORY_COLUMNS
 
 SOFTENED = 0.01
 """Labels are 0.01 and 0.99: a probe that is certain of everything has learned its data by heart."""
@@ -39,63 +37,6 @@ Labelled = tuple[tuple[int, ...], bool]
 """A formatted prompt, and whether it is of the class."""
 
 
-@dataclass(frozen=True)
-class GateSettings:
-    """What decides the gate, apart from data and model."""
-
-    layers: tuple[int, ...]
-    """Layers at which the probe reads, the lowest first; it decides at the last."""
-    heads: int = 8
-    """Heads at each of them."""
-    probes: int = 1
-    """Probes trained apart, each from its own beginning; the gate reads their mean."""
-    examples: int = 16_000
-    """Prompts that are drawn from the training groups."""
-    epochs: int = 12
-    batch_tokens: int = 12_000
-    learning_rate: float = 2e-3
-    unseen_numbers: float = 0.2
-    """Share of the activation's numbers that a training step does not see."""
-    weights: tuple[tuple[str, float], ...] = ()
-    """Training groups that are drawn from so many times as often as their size would have it."""
-    benign_budget: float = 0.02
-    """Share of the plain benign selection prompts of a group that may newly be refused."""
-    borderline_budget: float = 0.12
-    """The same for benign prompts that sound harmful, or come in a jailbreak's clothes."""
-    seed: int = 0
-
-    @property
-    def all_heads(self) -> int:
-        """Heads of all probes at all layers; an engine keeps two numbers a token for each."""
-        return self.heads * self.probes * max(len(self.layers), 1)
-
-    def trained(self) -> dict[str, Any]:
-        """What decides the training; the budgets only choose the threshold afterwards."""
-        return {name: value for name, value in asdict(self).items() if not name.endswith("_budget")}
-
-    def check(self) -> None:
-        """Raise `DiscoveryError` for a value that makes no sense."""
-        for name, good in (
-            ("layers", list(self.layers) == sorted(set(self.layers)) and len(self.layers) > 0),
-            ("probes", self.probes >= 1),
-            ("heads", self.heads >= 1 and self.all_heads <= MEMORY_COLUMNS // 2),
-            ("unseen_numbers", 0 <= self.unseen_numbers < 1),
-            (
-                "weights",
-                len(dict(self.weights)) == len(self.weights)
-                and all(0 < weight < math.inf for _, weight in self.weights),
-            ),
-            ("examples", self.examples >= 2),
-            ("epochs", self.epochs >= 1),
-            ("batch_tokens", self.batch_tokens >= 64),
-            ("learning_rate", 0 < self.learning_rate < 1),
-        ):
-            if not good:
-                raise DiscoveryError(
-                    f"{name} = {getattr(self, name)!r} is out of range; see mechctl fit-gate --help"
-                )
-
-
 class LearnedGate(nn.Module):
     """The probe, on standardised activations.
 
@@ -105,7 +46,6 @@ class LearnedGate(nn.Module):
     def __init__(self, settings: GateSettings, mean: Tensor, spread: Tensor, bounds: Tensor) -> None:
         """mean, spread  [L, D] of ordinary tokens; bounds  [L] the norm above which a token is a sink"""
         super().__init__()
-        settings.check()
         self.settings = settings
         self.mean, self.spread, self.bounds = nn.Buffer(mean), nn.Buffer(spread), nn.Buffer(bounds)
         generator = torch.Generator().manual_seed(settings.seed)

@@ -13,6 +13,7 @@ import yaml
 from discovery import commands as jobs
 from discovery.errors import DiscoveryError
 from discovery.gates.contrast import PARTS, SIDES, Contrast
+from discovery.gates.gate_settings import EditSettings, GateSettings
 from discovery.jobs.run_record import run_record
 from discovery.proposals.artifact import Places, policy_yaml, write_policy
 from discovery.proposals.settings import ProposeSettings
@@ -60,13 +61,13 @@ def propose_gated_edit(
         policy_id=places.policy_id,
         out=draft,
         work=work / "fit-gate",
-        gate={
-            "layers": tuple(sorted({read_at * 3 // 5, read_at * 4 // 5, read_at})),
-            "seed": chosen.seed,
-            "benign_budget": chosen.budgets.benign,
-            "borderline_budget": chosen.budgets.borderline,
-        },
-        edit={"layers": layers, "rank": chosen.rank, "steps": chosen.steps, "seed": chosen.seed},
+        gate=GateSettings(
+            layers=tuple(sorted({read_at * 3 // 5, read_at * 4 // 5, read_at})),
+            benign_budget=chosen.budgets.benign,
+            borderline_budget=chosen.budgets.borderline,
+            seed=chosen.seed,
+        ),
+        edit=EditSettings(layers=layers, rank=chosen.rank, steps=chosen.steps, seed=chosen.seed),
         say=say,
     )
     curve = _curve(json.loads((work / "fit-gate" / "outcomes.json").read_text(encoding="utf-8")))

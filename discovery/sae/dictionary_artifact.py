@@ -8,9 +8,10 @@ from discovery.data.activations import HeldOut, TraceReader
 from discovery.data.sources import licence_of_weights
 from discovery.frozen_model import FrozenModel
 from discovery.jobs.run_record import run_record, write_json
-from discovery.sae.sae_train import WEIGHTS, TrainSettings, reconstruction
+from discovery.sae.sae_train import WEIGHTS, reconstruction
 from discovery.sae.saelens_metrics import saelens_metrics
 from discovery.sae.splice import splice_by_part
+from discovery.sae.train_settings import TrainSettings
 from interpretops.artifacts.dictionary.manifest import (
     DictionaryManifest,
     MetricsRecord,
@@ -49,6 +50,8 @@ def write_dictionary(
     reader: TraceReader, settings: TrainSettings, metrics: dict[str, Any], folder: Path
 ) -> None:
     """Write manifest and run record beside the weights in ``folder``."""
+    settings = settings.filled(reader.record)
+    assert settings.tokens is not None
     model = reader.record["model"]
     entries = [entry for group in reader.record["data"].values() for entry in group]
     record = run_record("sae-train", settings.seed, asdict(settings), reader.record["data"])
@@ -58,7 +61,7 @@ def write_dictionary(
         id=folder.name,
         layout="saelens",
         model=ModelReference(name=model["name"], fingerprint=model["fingerprint"]),
-        layer=settings.layer,
+        layer=reader.layer,
         point="resid_post",
         width=settings.width,
         hidden_size=int(model["hidden_size"]),

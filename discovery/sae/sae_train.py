@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,6 +25,7 @@ from discovery.jobs.progress import meter
 from discovery.jobs.run_record import write_json
 from discovery.jobs.stopping import stoppable
 from discovery.jobs.workers import ALONE, Team
+from discovery.sae.train_settings import TrainSettings
 from discovery.sae.train_together import check_alike, share_gradients, share_statistics
 from interpretops.artifacts.dictionary.manifest import sha256_of
 
@@ -32,38 +33,6 @@ CHECKPOINT = "checkpoint"
 SUMS = "sha256.json"
 WEIGHTS = "sae_weights.safetensors"
 IDENTITY = "settings.json"
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What decides a dictionary, apart from its trace."""
-
-    layer: int
-    width: int = 4096
-    k: float = 32.0
-    """Features active per token on average while training."""
-    tokens: int = 750_000
-    """Tokens trained on; more than the trace holds means several passes."""
-    batch: int = 1024
-    learning_rate: float = 4e-4
-    seed: int = 0
-    workers: int = 1
-    """Processes that share each step: features are picked within the part of a batch that each has."""
-
-    def check(self) -> None:
-        """Raise `DiscoveryError` for a value that makes no sense."""
-        for name, good in (
-            ("width", self.width >= 2),
-            ("k", 0 < self.k < self.width),
-            ("workers", self.workers >= 1),
-            ("batch", self.batch >= 2 * self.workers and self.batch % max(self.workers, 1) == 0),
-            ("tokens", self.tokens >= self.batch),
-            ("learning_rate", 0 < self.learning_rate < 1),
-        ):
-            if not good:
-                raise DiscoveryError(
-                    f"{name} = {getattr(self, name)!r} is out of range; see mechctl sae-train --help"
-                )
 
 
 def train(
@@ -77,7 +46,7 @@ def train(
 
     Of a team each worker takes its part of every batch, and all make the same step by the mean gradient.
     """
-    settings.check()
+    settings = settings.filled(reader.record)
     torch.manual_seed(settings.seed)
     trainer = _trainer(reader, settings)
     checkpoint = work / CHECKPOINT
@@ -114,7 +83,9 @@ def train(
 
 
 def _identity(reader: TraceReader, settings: TrainSettings) -> dict[str, Any]:
-    return asdict(settings) | {"shards": [entry["sha256"] for entry in reader.record["shards"]]}
+    return asdict(settings.filled(reader.record)) | {
+        "shards": [entry["sha256"] for entry in reader.record["shards"]]
+    }
 
 
 def train_digest(reader: TraceReader, settings: TrainSettings) -> str:
@@ -128,10 +99,11 @@ def _trainer(reader: TraceReader, settings: TrainSettings) -> Any:
     from sae_lens.saes.sae import SAEMetadata
 
     width = reader.activations.shape[1]
+    assert settings.tokens is not None
     steps = settings.tokens // settings.batch
     metadata = SAEMetadata(
         model_name=reader.record["model"]["name"],
-        hook_name=hook_name(settings.layer),
+        hook_name=hook_name(reader.layer),
         context_size=reader.record["settings"]["context"],
         prepend_bos=False,
     )

@@ -16,7 +16,8 @@ from discovery.data import trace as tracing
 from discovery.data.activations import TraceReader, shuffled_batches
 from discovery.data.sequences import build_sequences, continued
 from discovery.data.sources import DataList, Source
-from discovery.data.trace import TraceSettings, trace
+from discovery.data.trace import trace
+from discovery.data.trace_settings import TraceSettings
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, norm_bound
 from discovery.jobs.stopping import Stopped
@@ -100,16 +101,13 @@ def test_other_settings_do_not_mix_into_a_trace(tiny: FrozenModel, data: DataLis
     ("change", "expected"),
     [
         ({"layers": (9,)}, "layer = 9, but tiny-llama has layers 0..3"),
-        ({"layers": ()}, "layers = ()"),
-        ({"context": 2}, "context = 2"),
-        ({"held_out_share": 1.0}, "held_out_share = 1.0"),
         ({"context": 16, "answer_tokens": 8}, "the chat format alone takes"),
     ],
 )
 def test_bad_setting_is_refused(
     tiny: FrozenModel, data: DataList, tmp_path: Path, change: dict[str, object], expected: str
 ) -> None:
-    """A setting out of range is named with its value, and nothing is written."""
+    """A setting that does not fit the model is named with its value, and nothing is written."""
     with pytest.raises(DiscoveryError) as caught:
         trace(tiny, data, replace(SETTINGS, **change), tmp_path / "t")  # type: ignore[arg-type]
     assert expected in str(caught.value)

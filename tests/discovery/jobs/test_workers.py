@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from discovery.data.activations import TraceReader
 from discovery.data.sources import DataList, Source
-from discovery.data.trace import TraceSettings, trace
+from discovery.data.trace import trace
+from discovery.data.trace_settings import TraceSettings
 from discovery.frozen_model import FrozenModel
-from discovery.sae.sae_train import TrainSettings, train
+from discovery.sae.sae_train import train
+from discovery.sae.train_settings import TrainSettings
 
 PROGRAM = [sys.executable, "-m", "mechctl.main"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "INTERPRETOPS_MODEL_DTYPE": "float32"}

@@ -1,0 +1,218 @@
+"""Makes command-line options of a job's settings, so that each is declared once, in its pydantic model.
+
+    @options_from_models
+    def trace(*, out: …, chosen: Annotated[TraceSettings, Options({"held_out_share": "--held-out"})]) -> None:
+
+gives the command an option for every field: its name, default and the first sentence of its docstring. The
+function receives the model. A value that the model refuses ends in one line that names the option.
+"""
+
+import inspect
+import keyword
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+from pydantic import ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
+from pydantic.fields import FieldInfo
+
+from discovery.jobs.job_settings import faults
+from interpretops.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """How one field stands on the command line, where not as its name says."""
+
+    names: tuple[str, ...] = ()
+    default: str | None = None
+    """What is shown as the default of a field that may be left out."""
+    metavar: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model's fields become options. A field inside another is named with a dot: `budgets.benign`."""
+
+    spelled: Mapping[str, str | Spelled] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    """Fields that keep their default, or that the command fills in itself."""
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One option: the field it fills, and how."""
+
+    path: str
+    names: tuple[str, ...]
+    info: FieldInfo
+    kind: Any
+    """The field's type without None."""
+    may_be_none: bool
+    spelled: Spelled
+
+    @property
+    def parameter(self) -> str:
+        """The name of the function's parameter."""
+        stem = self.names[0].lstrip("-").replace("-", "_")
+        return f"{stem}_" if keyword.iskeyword(stem) else stem
+
+    @property
+    def repeated(self) -> bool:
+        """Given once for each value; numbers stand in one, with commas between."""
+        return get_origin(self.kind) is tuple and not self._with_commas
+
+    @property
+    def _with_commas(self) -> bool:
+        return get_origin(self.kind) is tuple and get_args(self.kind)[0] in (int, float)
+
+    def declared(self) -> inspect.Parameter:
+        """The option as typer declares it."""
+        default: Any = self.info.get_default(call_default_factory=True)
+        kind, names, metavar = self.kind, self.names, self.spelled.metavar
+        shown: bool | str = self.spelled.default or True
+        required = self.info.is_required()
+        if get_origin(kind) is Literal:
+            kind = str
+        elif self._with_commas:
+            kind, metavar = str, metavar or "N,N,..."
+            default = ",".join(f"{value:g}" for value in default) if default else None
+        elif self.repeated:
+            kind, default = list[_of_each(self.kind)], None  # type: ignore[misc]
+        elif kind is bool and self.may_be_none:
+            names = (f"{names[0]}/--no-{names[0].removeprefix('--')}",)
+        if default is None and not required:
+            kind = kind | None
+        option = typer.Option(*names, help=self._help(), metavar=metavar, show_default=shown)
+        return inspect.Parameter(
+            self.parameter,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if required else default,
+            annotation=Annotated[kind, option],
+        )
+
+    def _help(self) -> str:
+        text = " ".join((self.info.description or "").split())
+        first, dot, _ = text.partition(". ")
+        text = f"{first}{dot}".strip()
+        if get_origin(self.kind) is Literal:
+            *others, last = map(str, get_args(self.kind))
+            text = f"{text.removesuffix('.')}: {', '.join(others)} or {last}."
+        return f"{text} May be repeated." if self.repeated else text
+
+    def value(self, given: Any) -> Any:
+        """What the model is given for the option's value. Raises `ConfigError` when it cannot be read."""
+        if self._with_commas:
+            kind = get_args(self.kind)[0]
+            try:
+                return tuple(kind(part) for part in given.split(","))
+            except ValueError:
+                example = "8,15" if kind is int else "0.5,2"
+                raise ConfigError(
+                    f"{self.names[0]} = {given!r}, but must be numbers with commas between, as {example}"
+                ) from None
+        if self.repeated and get_origin(get_args(self.kind)[0]) is tuple:
+            return tuple(self._named_number(text) for text in given)
+        return tuple(given) if self.repeated else given
+
+    def _named_number(self, text: str) -> tuple[str, float]:
+        name, _, number = text.partition("=")
+        try:
+            return name, float(number)
+        except ValueError:
+            raise ConfigError(
+                f"{self.names[0]} = {text!r}, but must be a name and a number, as {name or 'name'}=2"
+            ) from None
+
+
+def options_from_models(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field of the models among its parameters, where they stand."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters: dict[str, inspect.Parameter] = {}
+    models: dict[str, tuple[Any, list[_Field]]] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        options = next((note for note in get_args(hints[name])[1:] if isinstance(note, Options)), None)
+        if options is None:
+            parameters[name] = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            continue
+        model = get_args(hints[name])[0]
+        models[name] = model, list(_fields(model, options))
+        for option in models[name][1]:
+            # Two models may share an option: the first of them says what it is.
+            parameters.setdefault(option.parameter, option.declared())
+
+    def run(**given: Any) -> None:
+        try:
+            chosen = {name: _build(model, fields, given) for name, (model, fields) in models.items()}
+            own = {name: given[name] for name in hints if name in given and name not in models}
+            command(**own, **chosen)
+        except ValidationError as error:
+            # A job may fill in what was left out: the model then speaks again.
+            of = next((fields for model, fields in models.values() if model.__name__ == error.title), None)
+            if of is None:
+                raise
+            raise ConfigError("\n".join(_explain(error, of))) from None
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    return run
+
+
+def _fields(model: Any, options: Options, prefix: str = "") -> Iterator[_Field]:
+    for name, info in model.__pydantic_fields__.items():
+        path = f"{prefix}{name}"
+        if path in options.without:
+            continue
+        if is_pydantic_dataclass(info.annotation):
+            yield from _fields(info.annotation, options, f"{path}.")
+            continue
+        spelled = options.spelled.get(path, Spelled())
+        spelled = Spelled((spelled,)) if isinstance(spelled, str) else spelled
+        kind, may_be_none = _without_none(info.annotation)
+        names = spelled.names or (f"--{name.replace('_', '-')}",)
+        yield _Field(path, names, info, kind, may_be_none, spelled)
+
+
+def _without_none(kind: Any) -> tuple[Any, bool]:
+    if get_origin(kind) not in (Union, UnionType):
+        return kind, False
+    (other,) = (part for part in get_args(kind) if part is not NoneType)
+    return get_args(other)[0] if get_origin(other) is Annotated else other, True
+
+
+def _of_each(kind: Any) -> Any:
+    """The type of each value of a repeated option."""
+    inner = get_args(kind)[0]
+    return str if get_origin(inner) is tuple else inner
+
+
+def _build(model: Any, fields: list[_Field], given: Mapping[str, Any]) -> Any:
+    """The model with what was given; what was not keeps the model's default."""
+    values: dict[str, Any] = {}
+    for option in fields:
+        if (value := given[option.parameter]) is None:
+            continue
+        *outer, name = option.path.split(".")
+        part = values
+        for step in outer:
+            part = part.setdefault(step, {})
+        part[name] = option.value(value)
+    return model(**values)
+
+
+def _explain(error: ValidationError, fields: list[_Field]) -> Iterator[str]:
+    names = {option.path: option.names[0] for option in fields}
+    for fault in faults(error):
+        yield fault.line(names.get(fault.field), _as_typed(fault.value))
+
+
+def _as_typed(value: Any) -> str:
+    """A value about as the command line had it."""
+    if isinstance(value, tuple):
+        return ",".join("=".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value)
+    return str(value) if isinstance(value, Path) else repr(value)

@@ -1,0 +1,115 @@
+"""The settings of the offline jobs: what is refused, in which words, and that a run keeps its identity."""
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from discovery.data.trace_settings import TraceSettings
+from discovery.gates.gate_settings import EditSettings, GateSettings
+from discovery.jobs.job_settings import faults
+from discovery.sae.sae_train import train_digest
+from discovery.sae.train_settings import TrainSettings
+
+ALL: tuple[Any, ...] = (TraceSettings, TrainSettings, GateSettings, EditSettings)
+TRACED: Any = SimpleNamespace(record={"shards": [{"sha256": "0" * 64}]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "line"),
+    [
+        (TraceSettings, {"layers": (1, 1)}, "layers = (1, 1), but must be different layers, each named once"),
+        (TraceSettings, {"context": 2}, "context = 2, but must be at least 8"),
+        (TraceSettings, {"held_out_share": 1.0}, "held_out_share = 1.0, but must be less than 1"),
+        (TraceSettings, {"held_out_share": float("nan")}, "held_out_share = nan, but must be less than 1"),
+        (TraceSettings, {"sink_ratio": 1}, "sink_ratio = 1, but must be more than 1"),
+        (TraceSettings, {"dtype": "int8"}, "dtype = 'int8', but must be one of float16, bfloat16"),
+        (
+            TraceSettings,
+            {"context": 64, "written_tokens": 64},
+            "written_tokens = 64, but must be less than the context, which is 64",
+        ),
+        (TrainSettings, {"width": 64, "k": 64}, "k = 64.0, but must be less than the width, which is 64"),
+        (TrainSettings, {"tokens": 100}, "tokens = 100, but must be at least one batch, which is 1024"),
+        (
+            TrainSettings,
+            {"batch": 64, "workers": 3},
+            "batch = 64, but must be a multiple of the workers, which are 3, and at least two for each",
+        ),
+        (TrainSettings, {"layer": "ten"}, "layer = 'ten', but must be a whole number"),
+        (
+            GateSettings,
+            {"layers": (1, 2), "heads": 49},
+            "heads = 49, but must be fewer: heads x probes x layers is 49 x 1 x 2 = 98, and an engine "
+            "keeps 96",
+        ),
+        (
+            GateSettings,
+            {"layers": (2, 1)},
+            "layers = (2, 1), but must be at least one layer, the lowest first",
+        ),
+        (GateSettings, {"unseen_numbers": 1.0}, "unseen_numbers = 1.0, but must be less than 1"),
+        (
+            GateSettings,
+            {"weights": (("benign", 0.0),)},
+            "weights = (('benign', 0.0),), but must be different groups, each with a number above 0",
+        ),
+        (
+            GateSettings,
+            {"weights": (("benign", 1.0), ("benign", 2.0))},
+            "weights = (('benign', 1.0), ('benign', 2.0)), but must be different groups, each with a number "
+            "above 0",
+        ),
+        (EditSettings, {"layers": ()}, "layers = (), but must be at least one layer"),
+        (EditSettings, {"benign_weight": -1}, "benign_weight = -1, but must be at least 0"),
+    ],
+)
+def test_value_out_of_range_is_one_line(settings: Any, change: dict[str, Any], line: str) -> None:
+    """Field, value and what would be right, whether one field alone is wrong or two do not go together."""
+    with pytest.raises(ValidationError) as caught:
+        settings(**change)
+    assert [fault.line() for fault in faults(caught.value)] == [line]
+    with pytest.raises(ValidationError):
+        replace(settings(), **change)
+
+
+def test_most_heads_that_an_engine_keeps_are_taken() -> None:
+    """The bound on heads is that of the engine, and not one below it."""
+    assert GateSettings(layers=(1, 2), heads=2, probes=24).all_heads == 96
+
+
+@pytest.mark.parametrize("settings", ALL)
+def test_every_field_says_what_it_is(settings: Any) -> None:
+    """Each has a docstring, which is the help of its option; an unknown name is refused."""
+    assert all(info.description for info in settings.__pydantic_fields__.values())
+    with pytest.raises(ValidationError):
+        settings(colour="red")
+
+
+@pytest.mark.parametrize(
+    ("plain", "sha256"),
+    [
+        (asdict(TraceSettings(layers=(9, 15))), "51762b89ce768d86"),
+        (GateSettings(layers=(9, 12, 15)).trained(), "7d76983f44be35b7"),
+        (asdict(EditSettings(layers=(16, 19, 22))), "7aef71ca6ee699f2"),
+    ],
+)
+def test_default_run_keeps_its_identity(plain: dict[str, Any], sha256: str) -> None:
+    """What an unfinished run is recognised by, byte for byte: one that was begun with an earlier version of
+    these settings resumes. A new field, default or order is another run, and changes a number here."""
+    assert hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16] == sha256
+
+
+def test_default_training_keeps_its_work_folder() -> None:
+    """The folder of a training is named by its settings and its trace; it stays where it was."""
+    assert train_digest(TRACED, TrainSettings(layer=15, tokens=750_000)) == "37d1c37261bd6a55"
+
+
+def test_whole_numbers_written_as_floats_are_the_same_run() -> None:
+    """A library caller's `k=32` and the command line's `32.0` are one training."""
+    whole, written = (TrainSettings(layer=1, tokens=2048, k=k) for k in (32, 32.0))
+    assert train_digest(TRACED, whole) == train_digest(TRACED, written)

@@ -1,0 +1,49 @@
+"""The options of every command: scripts depend on their names and defaults, so none changes unseen."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from mechctl.main import app
+
+LISTED = Path(__file__).with_name("options.txt")
+
+
+def _commands(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command of `mechctl` by its words."""
+    for word, inner in sorted(getattr(command, "commands", {}).items()):
+        yield from _commands(inner, f"{name} {word}".strip())
+    if not hasattr(command, "commands"):
+        yield name, command
+
+
+def _default(parameter: Any) -> str:
+    """As a line says it: what a repeated option holds when it is not given is nothing, in any spelling."""
+    value = parameter.default() if callable(parameter.default) else parameter.default
+    if value is None or (parameter.multiple and not value):
+        return "no default"
+    return str(value.value if hasattr(value, "value") else value)
+
+
+def option_lines() -> list[str]:
+    """One line for each option and argument: command, spellings, default, and how it is given."""
+    lines = []
+    for name, command in _commands(typer.main.get_command(app)):
+        for parameter in command.params:
+            spelled = " ".join([*parameter.opts, *parameter.secondary_opts])
+            notes = [
+                "required" if parameter.required else _default(parameter),
+                *(["flag"] if getattr(parameter, "is_flag", False) else []),
+                *(["may be repeated"] if parameter.multiple else []),
+                *([f"{parameter.nargs} values"] if parameter.nargs != 1 else []),
+                *([f"or {parameter.envvar}"] if parameter.envvar else []),
+            ]
+            lines.append(f"{name} {spelled}: {', '.join(notes)}")
+    return sorted(lines)
+
+
+def test_options_of_every_command_are_those_listed() -> None:
+    """Names, aliases, defaults, and which are required: a script that ran before runs now."""
+    assert option_lines() == LISTED.read_text(encoding="utf-8").splitlines()
