@@ -24,12 +24,14 @@ def main(descriptor: int) -> None:
         setup = json.loads(sys.stdin.readline())
         from vllm import LLM, SamplingParams
 
+        from interpretops.engine_api import NONCE_KEY, Refusal, read_loaded, seal
+
         llm = LLM(**setup["engine"])
         plugin = "interpretops" in os.environ["VLLM_PLUGINS"].split(",")
         for plan in setup["plans"]:
             loaded = llm.llm_engine.engine_core.engine_core.interpretops_load(plan)
-            if "error" in loaded:
-                raise SystemExit(loaded["error"])
+            if isinstance(answered := read_loaded(loaded), Refusal):
+                raise SystemExit(answered.message)
         answer("ready")
         for line in sys.stdin:
             job = json.loads(line)
@@ -39,12 +41,7 @@ def main(descriptor: int) -> None:
                     max_tokens=job["max_tokens"],
                     ignore_eos=True,
                     detokenize=not setup["engine"]["skip_tokenizer_init"],
-                    extra_args={
-                        "interpretops_revision": revision,
-                        "interpretops_nonce": secrets.token_hex(16),
-                    }
-                    if plugin
-                    else None,
+                    extra_args=seal(revision, secrets.token_hex(16)) if plugin else None,
                 )
                 for revision in job["revisions"]
             ]
@@ -57,8 +54,8 @@ def main(descriptor: int) -> None:
                 from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
 
                 for param in params:
-                    receipt = RECEIPTS.take(param.extra_args["interpretops_nonce"])
-                    edits += receipt["edits_applied"] if receipt else 0
+                    receipt = RECEIPTS.take(param.extra_args[NONCE_KEY])
+                    edits += receipt.edits_applied if receipt else 0
             answer(
                 {
                     "seconds": seconds,

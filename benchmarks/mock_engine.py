@@ -10,17 +10,34 @@ least that a proxy written with aiohttp can do.
 import asyncio
 import json
 import sys
-from dataclasses import asdict
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 
+from interpretops.engine_api import (
+    ATTEST_ROUTE,
+    PLAN_ROUTE,
+    RECEIPT_HEADER,
+    REVISION_KEY,
+    SELF_TEST_ROUTE,
+    Attestation,
+    EngineMessage,
+    LoadedPlan,
+    Rank,
+    RankDigest,
+    RankGroup,
+    Receipt,
+    RetiredPlan,
+    SelfTest,
+    SpecialTokenList,
+    describe_model,
+    receipt_event,
+)
 from interpretops.plan import ModelSpec, read_plan
 
 MODEL = "mock"
 SPEC = ModelSpec(MODEL, "0" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
-API = "/interpretops/v1"
 CHUNKS = 64
 USAGE = {"prompt_tokens": 12, "completion_tokens": CHUNKS, "total_tokens": 12 + CHUNKS}
 ANSWER = json.dumps(
@@ -66,57 +83,58 @@ class MockEngine:
         app.router.add_get("/health", _health)
         app.router.add_get("/v1/models", _models)
         app.router.add_post("/v1/chat/completions", self._chat)
-        app.router.add_get(API + "/attest", self._attest)
-        app.router.add_post(API + "/selftest", _selftest)
-        app.router.add_put(API + "/plans/{revision}", self._load)
-        app.router.add_delete(API + "/plans/{revision}", self._retire)
+        app.router.add_get(ATTEST_ROUTE, self._attest)
+        app.router.add_post(SELF_TEST_ROUTE, _selftest)
+        app.router.add_put(PLAN_ROUTE, self._load)
+        app.router.add_delete(PLAN_ROUTE, self._retire)
         return app
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())
         sealed = body.get("vllm_xargs")
-        receipt = json.dumps(_receipt(sealed["interpretops_revision"])) if sealed else ""
+        receipt = _receipt(sealed[REVISION_KEY]).line() if sealed else ""
         if not body.get("stream"):
-            headers = {"x-interpretops-receipt": receipt} if sealed else None
+            headers = {RECEIPT_HEADER: receipt} if sealed else None
             return web.Response(body=ANSWER, content_type="application/json", headers=headers)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         for _ in range(CHUNKS):
             await response.write(EVENT)
             await asyncio.sleep(0)
-        end = f": interpretops-receipt {receipt}\n\n".encode() if sealed else b""
+        end = receipt_event(receipt) if sealed else b""
         await response.write(b"data: [DONE]\n\n" + end)
         return response
 
     async def _attest(self, _request: web.Request) -> web.Response:
-        ranks = [{"rank": 0, "resident": self.plans, "model": asdict(SPEC)}]
-        return web.json_response(
-            {
-                "plugin_version": "0",
-                "vllm_version": "0",
-                "boot_id": "mock",
-                "model": asdict(SPEC),
-                "engines": [{"ranks": ranks, "resident": {}}],
-                "special_tokens": {"ids": {"<|end|>": 0}},
-                "passthrough": True,
-            }
+        rank = Rank(rank=0, resident=self.plans, model=describe_model(SPEC))
+        return _answer(
+            Attestation(
+                plugin_version="0",
+                vllm_version="0",
+                boot_id="mock",
+                model=describe_model(SPEC),
+                engines=[RankGroup(ranks=[rank])],
+                special_tokens=SpecialTokenList(ids={"<|end|>": 0}),
+            )
         )
 
     async def _load(self, request: web.Request) -> web.Response:
         revision = request.match_info["revision"]
         self.plans[revision] = read_plan(await request.read()).digest()
-        return web.json_response(
-            {"revision": revision, "ranks": [{"rank": 0, "digest": self.plans[revision]}]}
-        )
+        return _answer(LoadedPlan(revision=revision, ranks=[RankDigest(rank=0, digest=self.plans[revision])]))
 
     async def _retire(self, request: web.Request) -> web.Response:
-        self.plans.pop(request.match_info["revision"], None)
-        return web.json_response({"revision": request.match_info["revision"], "in_flight": 0})
+        revision = request.match_info["revision"]
+        self.plans.pop(revision, None)
+        return _answer(RetiredPlan(revision=revision, in_flight=0))
 
 
-def _receipt(revision: str) -> dict[str, Any]:
-    counts = {"requests": 1, "tokens_evaluated": 75, "edits_applied": 75}
-    return {"revision": revision, **counts, "finished": True}
+def _answer(message: EngineMessage) -> web.Response:
+    return web.json_response(message.body())
+
+
+def _receipt(revision: str) -> Receipt:
+    return Receipt(revision=revision, requests=1, tokens_evaluated=75, edits_applied=75, finished=True)
 
 
 class Relay:
@@ -160,7 +178,7 @@ async def _models(_request: web.Request) -> web.Response:
 
 
 async def _selftest(_request: web.Request) -> web.Response:
-    return web.json_response({"ok": True})
+    return _answer(SelfTest(ok=True))
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ from benchmarks.gateway import free_port
 from benchmarks.processes import argument, children, holds
 from benchmarks.record import commit, machine, write
 from benchmarks.soak_load import SHIPPED, Load, out_of_turn
+from interpretops.engine_api import ATTEST_ROUTE, Attestation
 from interpretops.records.api_keys import make_key, write_keys
 
 ROOT = Path(__file__).parents[1]
@@ -66,15 +67,15 @@ class Soak:
             shown = dict(re.findall(r"^(interpretops_\w+) (\S+)$", await answer.text(), re.MULTILINE))
         async with (
             aiohttp.ClientSession(connector=aiohttp.UnixConnector(socket)) as private,
-            private.get("http://engine/interpretops/v1/attest") as answer,
+            private.get(f"http://engine{ATTEST_ROUTE}") as answer,
         ):
-            (core,) = (await answer.json())["engines"]
+            (core,) = Attestation.read(await answer.read()).engines
         return {
             **{f"gateway_{name}": value for name, value in gateway.items()},
             **{f"engine_{name}": value for name, value in engine.items()},
             "gateway_tasks": float(shown["interpretops_gateway_tasks"]),
             "in_flight": float(shown["interpretops_requests_in_flight"]),
-            "engine_rows": float(max(len(rank["resident"]) for rank in core["ranks"])),
+            "engine_rows": float(max(len(rank.resident) for rank in core.ranks)),
         }
 
     async def rest(self, session: aiohttp.ClientSession) -> dict[str, float]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any, Final, Self, TypeVar
-from urllib.parse import quote
+from typing import Any, Final, Self
 
 import aiohttp
 from pydantic import ValidationError
 
 from interpretops.engine_api import (
+    ATTEST_ROUTE,
     HOLDER_HEADER,
-    PREFIX,
+    SELF_TEST_ROUTE,
     Attestation,
-    EngineMessage,
+    EngineCode,
     LoadedPlan,
     Receipt,
-    malformed,
+    Refusal,
+    SelfTest,
+    plan_path,
+    receipt_path,
 )
 from interpretops.errors import EngineError
 from interpretops.plan import read_plan
@@ -30,15 +33,12 @@ _MAX_BYTES: Final = 16 * 1024 * 1024
 _HEALTH = aiohttp.ClientTimeout(total=5.0)
 
 
-T = TypeVar("T", bound=EngineMessage)
-
-
 class EngineRefusedError(EngineError):
     """The plugin responded with one of its own errors."""
 
-    def __init__(self, message: str, code: str) -> None:
+    def __init__(self, message: str, reason: EngineCode) -> None:
         super().__init__(message)
-        self.reason = code
+        self.reason = reason
 
 
 class EngineClient:
@@ -133,7 +133,7 @@ class EngineClient:
     async def attest(self) -> Attestation:
         """The plugin's attestation: its identity and the plans it holds."""
         try:
-            return _parse(Attestation, await self._call("GET", f"{PREFIX}/attest"))
+            return Attestation.parse(await self._call("GET", ATTEST_ROUTE))
         except EngineRefusedError as error:
             raise EngineError(
                 f"the engine does not attest the interpretops plugin ({error}); start it with "
@@ -142,13 +142,13 @@ class EngineClient:
 
     async def selftest(self) -> None:
         """Run the engine's self-test: do edits change the running model? Raises `EngineError` if not."""
-        answer = await self._call("POST", f"{PREFIX}/selftest", accept=(200, 503))
-        if answer.get("ok") is not True:
-            raise EngineError(f"engine's self-test failed: {answer.get('reason', 'no reason given')}")
+        answer = SelfTest.parse(await self._call("POST", SELF_TEST_ROUTE, accept=(200, 503)))
+        if not answer.ok:
+            raise EngineError(f"engine's self-test failed: {answer.reason or 'no reason given'}")
 
     async def load(self, revision: str, plan: bytes, digest: str) -> None:
         """Make a plan resident on every rank. Raises unless every rank attests the plan's digest."""
-        loaded = _parse(LoadedPlan, await self._call("PUT", f"{PREFIX}/plans/{quote(revision)}", data=plan))
+        loaded = LoadedPlan.parse(await self._call("PUT", plan_path(revision), data=plan))
         shards = sorted({(rank.shard, rank.shards) for rank in loaded.ranks} - {(0, 1)})
         expected = {(0, 1): digest}
         if shards:
@@ -165,12 +165,16 @@ class EngineClient:
 
     async def retire(self, revision: str) -> None:
         """Accept no more requests under a plan. The engine frees its rows after the last one ends."""
-        await self._call("DELETE", f"{PREFIX}/plans/{quote(revision)}", accept=(200, 404))
+        await self._call("DELETE", plan_path(revision), accept=(200, 404))
 
     async def receipt(self, nonce: str) -> Receipt | None:
         """The receipt of the request that carried ``nonce``; None if the engine has none."""
-        answer = await self._call("GET", f"{PREFIX}/receipts/{quote(nonce)}", accept=(200, 404))
-        return _parse(Receipt, answer) if "revision" in answer else None
+        try:
+            return Receipt.parse(await self._call("GET", receipt_path(nonce)))
+        except EngineRefusedError as error:
+            if error.reason is EngineCode.UNKNOWN_NONCE:
+                return None
+            raise
 
     async def _note_connection(self, *_trace: object) -> None:
         self._count_connection()
@@ -192,12 +196,7 @@ class EngineClient:
         if not isinstance(answer, dict):
             raise EngineError(f"engine answers {method} {path} with a body that is not a JSON object")
         if status not in accept:
-            reported = answer.get("error")
-            detail = reported if isinstance(reported, dict) else {}
-            message, code = detail.get("message", f"status {status}"), detail.get("code", status)
-            raise EngineRefusedError(
-                f"engine refuses {method} {path.rsplit('/', 1)[0]}: {message}", str(code)
-            )
+            raise _refused(f"engine refuses {method} {path.rsplit('/', 1)[0]}", status, answer)
         return answer
 
     async def _exchange(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
@@ -234,11 +233,13 @@ def _digests_of_shards(plan: bytes, shards: list[tuple[int, int]]) -> dict[tuple
     return {(index, count): Shard(index, count).of_plan(whole).digest() for index, count in shards}
 
 
-def _parse(kind: type[T], answer: Mapping[str, Any]) -> T:
+def _refused(what: str, status: int, answer: Mapping[str, Any]) -> EngineRefusedError:
+    """The error of an answer with a status that is not success; the engine's own routes refuse otherwise."""
     try:
-        return kind.model_validate(answer)
-    except ValidationError as error:
-        raise malformed(kind, error) from None
+        refusal = Refusal.model_validate(answer)
+    except ValidationError:
+        return EngineRefusedError(f"{what}: status {status}", EngineCode.FAILED)
+    return EngineRefusedError(f"{what}: {refusal.message}", refusal.code)
 
 
 def _why(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn
 
 from aiohttp import web
 
+from interpretops.engine_api import INTERNAL_HEADERS
 from interpretops.settings import GatewaySettings
 from proxy.errors import FieldNotAllowed, InvalidRequest, SlowRequest, TooLarge, UnsupportedMedia
 from proxy.openai_api.routes import DROPPED, Route
@@ -25,13 +26,12 @@ _CONTAINER_VALUES: Final = 8
 
 SALT_PATTERN: Final = "[A-Za-z0-9_-]{1,32}"
 _SALT = re.compile(SALT_PATTERN)
-_INTERNAL_HEADER = "x-interpretops-"
 
 
 def check_headers(request: web.Request) -> None:
     """Refuse the gateway's internal headers, and bodies that are not plain JSON."""
     for name in request.headers:
-        if name.lower().startswith(_INTERNAL_HEADER):
+        if name.lower().startswith(INTERNAL_HEADERS):
             raise FieldNotAllowed(f"header {name} is internal to the gateway; remove it", param=name)
     if request.content_type != "application/json":
         raise UnsupportedMedia(f"Content-Type = {request.content_type!r}, but must be application/json")

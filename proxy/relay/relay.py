@@ -13,7 +13,7 @@ from typing import Any, Final
 import aiohttp
 from aiohttp import web
 
-from interpretops.engine_api import NONCE_HEADER, NONCE_KEY, REVISION_KEY, EngineCode, Receipt
+from interpretops.engine_api import NONCE_HEADER, PASS_THROUGH, EngineCode, Receipt, seal
 from interpretops.engine_api import RECEIPT_HEADER as ENGINE_RECEIPT
 from interpretops.errors import EngineError
 from proxy.engines.fleet import Lease
@@ -70,7 +70,7 @@ class EngineCall:
     @property
     def revision_id(self) -> str:
         """64 hex, or `none`."""
-        return NONE if self.revision is None else self.revision.revision
+        return PASS_THROUGH if self.revision is None else self.revision.revision
 
     @property
     def headers(self) -> dict[str, str]:
@@ -82,8 +82,7 @@ class EngineCall:
 async def relay(request: web.Request, call: EngineCall) -> web.StreamResponse:
     """Answer one request. Raises `Refusal` only while nothing has been sent to the client."""
     nonce = call.context.nonce = secrets.token_hex(16)
-    sealed = {REVISION_KEY: call.revision_id, NONCE_KEY: nonce}
-    payload = serialize({**call.body, "vllm_xargs": sealed})
+    payload = serialize({**call.body, "vllm_xargs": seal(call.revision_id, nonce)})
     streamed = call.body.get("stream") is True
     sent_at = time.perf_counter()
     upstream = await _send(call, payload, streamed=streamed)

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from pydantic import Field, ValidationError
 from structlog.typing import FilteringBoundLogger
 
+from interpretops.engine_api import PASS_THROUGH
 from interpretops.errors import ConfigError, EngineError
 from interpretops.files.strict_yaml import parse_yaml, read_yaml
 from interpretops.refusal_detector import is_coherent, is_degenerate, is_refusal
@@ -30,7 +31,6 @@ from proxy.engines.link import ProvenEngine
 from proxy.errors import EngineNotReady
 from proxy.observe.metrics import Metrics
 from proxy.openai_api.routes import ROUTES
-from proxy.policies.binding import NONE
 from proxy.policies.catalogue import Catalogue
 from proxy.policies.policy_files import Revision
 from proxy.verification.internal_request import ask
@@ -197,7 +197,7 @@ class Canary:
             "cache_salt": secrets.token_hex(16),
         }
         found: dict[str, _Answer] = {}
-        for revision in (active.revision, NONE) if on_first else (NONE, active.revision):
+        for revision in (active.revision, PASS_THROUGH) if on_first else (PASS_THROUGH, active.revision):
             began = self.clock()
             raw, receipt = await ask(engine, _ROUTE, body, revision, self._timeout_s)
             took_s = self.clock() - began
@@ -205,7 +205,7 @@ class Canary:
             answer = json.loads(raw)
             text_of = answer["choices"][0]["message"]["content"] or ""
             found[revision] = _Answer(str(text_of), int(answer["usage"]["completion_tokens"]), took_s)
-        return found[NONE], found[active.revision]
+        return found[PASS_THROUGH], found[active.revision]
 
     def _measures(self, seen: _Seen) -> Iterator[tuple[str, Measure]]:
         yield "defense_efficacy", defense_efficacy(self._pairs(seen, "harmful"))

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, Final
 
-from interpretops.engine_api import NONCE_HEADER, NONCE_KEY, RECEIPT_HEADER, REVISION_KEY, EngineCode, Receipt
+from interpretops.engine_api import NONCE_HEADER, RECEIPT_HEADER, EngineCode, Receipt, seal
 from interpretops.errors import EngineError
 from proxy.engines.http_connection import refusal_code
 from proxy.engines.link import ProvenEngine
@@ -27,10 +27,9 @@ async def ask(
     Raises `EngineError` if the receipt does not prove the answer, and as `EngineHttp.post`.
     """
     nonce = secrets.token_hex(16)
-    sealed = {REVISION_KEY: revision, NONCE_KEY: nonce}
     upstream = await engine.client.generate(
         route.path,
-        serialize({**body, "vllm_xargs": sealed}),
+        serialize({**body, "vllm_xargs": seal(revision, nonce)}),
         total_timeout_s=timeout_s,
         idle_timeout_s=None,
         headers={NONCE_HEADER: nonce},

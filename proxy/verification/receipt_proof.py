@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from interpretops.engine_api import Receipt
+from interpretops.engine_api import PASS_THROUGH, Receipt
 from proxy.openai_api.request_size import Size
 from proxy.openai_api.sse import SseSplitter
-from proxy.policies.binding import NONE
 
 _READ_AT_ONCE: Final = 256 * 1024
 """Longest answer, in bytes, that is parsed on the event loop; longer ones are parsed in a thread."""
@@ -69,7 +68,7 @@ def receipt_fault(receipt: Receipt | None, required: str, size: Size, usage: Ans
             f"receipt covers {receipt.requests} requests, finished = {receipt.finished}, "
             f"but {size.prompts} prompts with {size.choices} choices each are {size.requests}"
         )
-    if required != NONE and receipt.tokens_evaluated < size.requests:
+    if required != PASS_THROUGH and receipt.tokens_evaluated < size.requests:
         return (
             f"receipt says that {receipt.tokens_evaluated} tokens were evaluated for {size.requests} requests"
         )

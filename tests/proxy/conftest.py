@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,35 @@ import pytest
 import structlog
 from aiohttp import ClientSession, web
 
-from interpretops.engine_api import STATUS, EngineCode
+from interpretops.engine_api import (
+    ATTEST_ROUTE,
+    NONCE_HEADER,
+    NONCE_KEY,
+    PASS_THROUGH,
+    PLAN_ROUTE,
+    RECEIPT_HEADER,
+    RECEIPT_ROUTE,
+    REFUSAL_HEADER,
+    REVISION_KEY,
+    SELF_TEST_ROUTE,
+    Attestation,
+    EngineCode,
+    EngineMessage,
+    LoadedPlan,
+    Rank,
+    RankDigest,
+    RankGroup,
+    Receipt,
+    Refusal,
+    ResidentPlan,
+    RetiredPlan,
+    SelfTest,
+    SpecialTokenList,
+    describe_model,
+    receipt_event,
+)
 from interpretops.errors import PlanError
-from interpretops.plan import ModelSpec, Plan, read_plan
+from interpretops.plan import POINTS, ModelSpec, Plan, read_plan
 from interpretops.plan.shard import Shard
 from interpretops.settings import load_settings
 from proxy.engines.loop import RemoteEngine
@@ -26,7 +52,7 @@ from proxy.openai_api.routes import ROUTES
 
 MODEL = "tiny-model"
 SPEC = ModelSpec(MODEL, "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
-API = "/interpretops/v1"
+SPECIAL = SpecialTokenList(ids={"<|end|>": 0, "<|begin|>": 1}, first=1)
 
 
 @dataclass
@@ -49,13 +75,13 @@ class FakeEngine:
     let_go: asyncio.Event = field(default_factory=asyncio.Event)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
-    receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    receipts: dict[str, Receipt] = field(default_factory=dict)
     traced: list[str] = field(default_factory=list)
     """`traceparent` of the requests."""
     script: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None
     """What it answers instead: one body, or the events of a stream."""
     refusal: str | None = None
-    """Refuses every request with this code."""
+    """Refuses every request with this code; a newer plugin may have one of its own."""
     more: dict[str, int] = field(default_factory=dict)
     """Further fields of its receipts."""
     tcp: tuple[str, int] | None = None
@@ -64,9 +90,7 @@ class FakeEngine:
     """MiB of its whole answers, when not 0."""
     written: int = 0
     """MiB of them that it could write."""
-    special: dict[str, Any] | None = field(
-        default_factory=lambda: {"ids": {"<|end|>": 0, "<|begin|>": 1}, "first": 1, "fault": None}
-    )
+    special: SpecialTokenList | None = SPECIAL
     """What it says of its tokenizer's special tokens."""
     boot_id: str = field(default_factory=lambda: secrets.token_hex(8))
 
@@ -94,11 +118,11 @@ class FakeEngine:
         app.router.add_get("/v1/models", self._models)
         for path, route in ROUTES.items():
             app.router.add_post(path, self._generate if route.generates else self._plain)
-        app.router.add_get(API + "/attest", self._attest)
-        app.router.add_post(API + "/selftest", self._selftest)
-        app.router.add_put(API + "/plans/{revision}", self._load)
-        app.router.add_delete(API + "/plans/{revision}", self._retire)
-        app.router.add_get(API + "/receipts/{nonce}", self._receipt)
+        app.router.add_get(ATTEST_ROUTE, self._attest)
+        app.router.add_post(SELF_TEST_ROUTE, self._selftest)
+        app.router.add_put(PLAN_ROUTE, self._load)
+        app.router.add_delete(PLAN_ROUTE, self._retire)
+        app.router.add_get(RECEIPT_ROUTE, self._receipt)
         self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
         await self.runner.setup()
         self.socket.unlink(missing_ok=True)
@@ -122,28 +146,35 @@ class FakeEngine:
             await self.go_on.wait()
         if self.trick == "no_plugin":
             return web.json_response({"error": {"message": "Not Found", "code": 404}}, status=404)
-        spec = asdict(SPEC) | ({"fingerprint": "e" * 64} if self.trick == "other_model" else {})
+        model = describe_model(SPEC) | ({"fingerprint": "e" * 64} if self.trick == "other_model" else {})
         held = {revision: plan.digest() for revision, plan in self.plans.items()}
-        ranks = [{"rank": 0, "resident": held, "model": asdict(SPEC)}]
-        return web.json_response(
-            {
-                "plugin_version": "0",
-                "vllm_version": "0",
-                "boot_id": self.boot_id,
-                "model": spec,
-                "engines": [{"ranks": ranks, "resident": {}}],
-                "special_tokens": self.special,
-                "passthrough": True,
-            }
+        admitted = {
+            name: ResidentPlan(digest=told, in_flight=0, retired=False) for name, told in held.items()
+        }
+        return answer(
+            Attestation(
+                plugin_version="0",
+                vllm_version="0",
+                boot_id=self.boot_id,
+                model=model,
+                points=list(POINTS),
+                engines=[
+                    RankGroup(
+                        ranks=[Rank(rank=0, resident=held, model=describe_model(SPEC), points=list(POINTS))],
+                        resident=admitted,
+                    )
+                ],
+                special_tokens=self.special,
+            )
         )
 
     async def _selftest(self, _request: web.Request) -> web.Response:
         if self.trick == "selftest_fails":
-            return web.json_response({"ok": False, "reason": "nothing changed"}, status=503)
-        return web.json_response({"ok": True})
+            return answer(SelfTest(ok=False, reason="nothing changed"), 503)
+        return answer(SelfTest(ok=True))
 
     async def _load(self, request: web.Request) -> web.Response:
-        if self.trick == "table_full" or len(self.plans) >= self.room:
+        if self.trick == EngineCode.TABLE_FULL or len(self.plans) >= self.room:
             return _refuse(EngineCode.TABLE_FULL, "full")
         revision, data = request.match_info["revision"], await request.read()
         if hashlib.sha256(data).hexdigest() != revision:
@@ -158,24 +189,25 @@ class FakeEngine:
         halves = {"two_ranks": (0, 1), "one_half": (0, 1), "same_half": (0, 0)}.get(self.trick, (0,))
         digests = [Shard(half, len(halves)).of_plan(plan).digest() for half in halves]
         ranks = [
-            {"rank": index, "digest": digest, "shard": index, "shards": len(halves)}
+            RankDigest(rank=index, digest=digest, shard=index, shards=len(halves))
             for index, digest in enumerate(["0" * 64] if self.trick == "wrong_digest" else digests)
         ]
         if self.trick == "one_half":
             ranks = ranks[:1]
-        return web.json_response({"revision": revision, "ranks": ranks})
+        return answer(LoadedPlan(revision=revision, ranks=ranks))
 
     async def _retire(self, request: web.Request) -> web.Response:
-        self.plans.pop(request.match_info["revision"], None)
-        self.retired.append(request.match_info["revision"])
+        revision = request.match_info["revision"]
+        self.plans.pop(revision, None)
+        self.retired.append(revision)
         self.let_go.set()
-        return web.json_response({"revision": request.match_info["revision"], "in_flight": 0})
+        return answer(RetiredPlan(revision=revision, in_flight=0))
 
     async def _receipt(self, request: web.Request) -> web.Response:
         receipt = self.receipts.pop(request.match_info["nonce"], None)
         if receipt is None:
             return _refuse(EngineCode.UNKNOWN_NONCE, "no receipt for this nonce")
-        return web.json_response(receipt)
+        return answer(receipt)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -188,12 +220,12 @@ class FakeEngine:
         self.seen.append(body)
         self.traced.append(request.headers.get("traceparent", ""))
         self.arrived.set()
-        revision = body.get("vllm_xargs", {}).get("interpretops_revision")
+        revision = body.get("vllm_xargs", {}).get(REVISION_KEY)
         if not isinstance(revision, str):
             return _refuse(EngineCode.INVALID_SEAL, "every request must name a revision")
         if self.refusal is not None:
             return _refuse(self.refusal, "secret")
-        if revision not in ("none", *self.plans):
+        if revision not in (PASS_THROUGH, *self.plans):
             return _refuse(EngineCode.NOT_RESIDENT, f"revision {revision[:12]} is not resident")
         try:
             if self.trick in ("hold", f"hold {revision}"):
@@ -205,14 +237,14 @@ class FakeEngine:
 
     async def _answer(self, request: web.Request, body: dict[str, Any], revision: str) -> web.StreamResponse:
         requests = _engine_requests(body)
-        receipt = {"revision": revision, "requests": requests, "tokens_evaluated": 3 * requests}
-        receipt |= {"finished": True, **self.more}
-        if self.trick == "wrong_revision":
-            receipt["revision"] = "a" * 64
-        if self.trick == "nothing_evaluated":
-            receipt["tokens_evaluated"] = 0
+        receipt = Receipt(
+            revision="a" * 64 if self.trick == "wrong_revision" else revision,
+            requests=requests,
+            tokens_evaluated=0 if self.trick == "nothing_evaluated" else 3 * requests,
+            finished=True,
+        )
         if self.trick != "no_receipt":
-            self.receipts[body["vllm_xargs"]["interpretops_nonce"]] = receipt
+            self.receipts[body["vllm_xargs"][NONCE_KEY]] = receipt.model_copy(update=self.more)
         if self.huge and not body.get("stream"):
             return await self._write_huge(request, 200, self._take(request))
         told = None if self.script is None else self.script(body)
@@ -221,7 +253,7 @@ class FakeEngine:
             usage = {"completion_tokens": 3}
             plain = {"id": "x", "choices": [choice], "model": MODEL, "usage": usage}
             carried = self._take(request)
-            headers = {"x-interpretops-receipt": carried} if carried else None
+            headers = {RECEIPT_HEADER: carried} if carried else None
             return web.json_response(plain if told is None else told[0], headers=headers)
         response = web.StreamResponse()
         response.content_type = "text/event-stream"
@@ -243,14 +275,14 @@ class FakeEngine:
         if self.trick != "no_done":
             await response.write(end + (b"data: {}\n\n" if end.endswith(b"\n") else b"\n\n"))
         if carried := self._take(request):
-            await response.write(f": interpretops-receipt {carried}\n\n".encode())
+            await response.write(receipt_event(carried))
         return response
 
     async def _write_huge(self, request: web.Request, status: int, receipt: str = "") -> web.StreamResponse:
         response = web.StreamResponse(status=status)
         response.content_type = "application/json"
         if receipt:
-            response.headers["x-interpretops-receipt"] = receipt
+            response.headers[RECEIPT_HEADER] = receipt
         if self.trick == "huge_stated":
             response.content_length = self.huge * 2**20
         await response.prepare(request)
@@ -263,8 +295,8 @@ class FakeEngine:
         """The receipt, as it travels with an answer that has come to its end."""
         if self.trick == "older_plugin":
             return ""
-        receipt = self.receipts.pop(request.headers.get("x-interpretops-nonce", ""), None)
-        return "" if receipt is None else json.dumps(receipt)
+        receipt = self.receipts.pop(request.headers.get(NONCE_HEADER, ""), None)
+        return "" if receipt is None else receipt.line()
 
     async def _plain(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -276,9 +308,13 @@ class FakeEngine:
 
 def _refuse(code: str, message: str) -> web.Response:
     """As the plugin does; `test_engine_schemas.py` compares the two."""
-    error = {"message": message, "type": "interpretops_refusal", "param": None, "code": str(code)}
-    status = STATUS.get(EngineCode.of(code), 500)
-    return web.json_response({"error": error}, status=status, headers={"x-interpretops-refusal": str(code)})
+    refusal = Refusal(error=Refusal.Error(message=message, code=str(code)))
+    return answer(refusal, refusal.code.status, {REFUSAL_HEADER: str(code)})
+
+
+def answer(message: EngineMessage, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """One of the contract's messages."""
+    return web.json_response(message.body(), status=status, headers=headers)
 
 
 def _engine_requests(body: dict[str, Any]) -> int:

@@ -5,11 +5,25 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-from interpretops.engine_api import STATUS, EngineCode
-from interpretops.plan import ModelSpec, read_plan
+from interpretops.engine_api import (
+    PASS_THROUGH,
+    Attestation,
+    EngineCode,
+    EngineMessage,
+    LoadedPlan,
+    Rank,
+    RankDigest,
+    RankGroup,
+    Receipt,
+    Refusal,
+    ResidentPlan,
+    RetiredPlan,
+    SpecialTokenList,
+    describe_model,
+)
+from interpretops.plan import POINTS, ModelSpec, read_plan
 from simulation.clock import Clock
 from steering_kernels.vllm_plugin.core.holders import Holders
 
@@ -67,17 +81,15 @@ class Generation:
         """What went through the model."""
         return self.answers * (PROMPT_TOKENS + self.written - 1)
 
-    def receipt(self) -> dict[str, Any]:
+    def receipt(self) -> Receipt:
         """What the plugin says of it, when nothing goes wrong."""
-        return {
-            "revision": self.applied,
-            "requests": self.answers,
-            "tokens_evaluated": self.tokens,
-            "edits_applied": 0 if self.applied == "none" else self.tokens,
-            "gates_fired": 0,
-            "cached_tokens": 0,
-            "finished": True,
-        }
+        return Receipt(
+            revision=self.applied,
+            requests=self.answers,
+            tokens_evaluated=self.tokens,
+            edits_applied=0 if self.applied == PASS_THROUGH else self.tokens,
+            finished=True,
+        )
 
 
 @dataclass
@@ -111,8 +123,8 @@ class EngineModel:
     """Plans that its tables have rows for."""
     boots: int = 0
     plans: dict[str, _Resident] = field(default_factory=dict)
-    receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    old_receipts: list[dict[str, Any]] = field(default_factory=list)
+    receipts: dict[str, Receipt] = field(default_factory=dict)
+    old_receipts: list[Receipt] = field(default_factory=list)
     """Of former boots."""
     generations: list[Generation] = field(default_factory=list)
 
@@ -135,7 +147,7 @@ class EngineModel:
         """Revision to digest of what new requests may name."""
         return {name: plan.digest for name, plan in self.plans.items() if not plan.retired}
 
-    def load(self, holder: str, revision: str, data: bytes) -> tuple[int, dict[str, Any]]:
+    def load(self, holder: str, revision: str, data: bytes) -> tuple[int, EngineMessage]:
         """Make a plan resident."""
         if hashlib.sha256(data).hexdigest() != revision:
             return refuse(EngineCode.INVALID_PLAN)
@@ -147,14 +159,14 @@ class EngineModel:
         self.plans.setdefault(revision, _Resident(digest)).retired = False
         self.holders.hear(holder)
         self.holders.hold(holder, revision)
-        return 200, {"revision": revision, "ranks": [{"rank": 0, "digest": digest}]}
+        return 200, LoadedPlan(revision=revision, ranks=[RankDigest(rank=0, digest=digest)])
 
-    def retire(self, holder: str, revision: str) -> tuple[int, dict[str, Any]]:
+    def retire(self, holder: str, revision: str) -> tuple[int, EngineMessage]:
         """Admit no more requests under a plan, unless another gateway holds it."""
         running = 0
         if self.holders.let_go(holder, revision):
             running = self._retire(revision)
-        return 200, {"revision": revision, "in_flight": running}
+        return 200, RetiredPlan(revision=revision, in_flight=running)
 
     def _retire(self, revision: str) -> int:
         plan = self.plans.get(revision)
@@ -169,21 +181,26 @@ class EngineModel:
         if plan is not None and plan.retired and not plan.running:
             del self.plans[revision]
 
-    def attest(self, holder: str) -> dict[str, Any]:
+    def attest(self, holder: str) -> Attestation:
         """What it is and holds; what no living gateway holds is retired before."""
         self.holders.hear(holder)
         for revision in self.holders.orphans():
             self._retire(revision)
-        ranks = [{"rank": 0, "resident": self.resident, "model": asdict(SPEC)}]
-        return {
-            "plugin_version": "0",
-            "vllm_version": "0",
-            "boot_id": self.boot_id,
-            "model": asdict(SPEC),
-            "engines": [{"ranks": ranks, "resident": {}}],
-            "passthrough": True,
-            "special_tokens": {"ids": {"<|end|>": 0, "<|begin|>": 1}, "first": 1, "fault": None},
+        model, points = describe_model(SPEC), list(POINTS)
+        admitted = {
+            name: ResidentPlan(digest=plan.digest, in_flight=plan.running, retired=plan.retired)
+            for name, plan in self.plans.items()
         }
+        ranks = [Rank(rank=0, resident=self.resident, model=model, points=points)]
+        return Attestation(
+            plugin_version="0",
+            vllm_version="0",
+            boot_id=self.boot_id,
+            model=model,
+            points=points,
+            engines=[RankGroup(ranks=ranks, resident=admitted)],
+            special_tokens=SpecialTokenList(ids={"<|end|>": 0, "<|begin|>": 1}, first=1),
+        )
 
     def lose_a_plan(self) -> None:
         """A worker forgets one, as after a fault of its own."""
@@ -192,7 +209,7 @@ class EngineModel:
 
     def admits(self, revision: str) -> bool:
         """Whether a request may name it."""
-        return revision == "none" or revision in self.resident
+        return revision == PASS_THROUGH or revision in self.resident
 
     def begin(
         self, ask: str | None, revision: str, nonce: str, prompts: int, choices: int, written: int
@@ -228,6 +245,6 @@ class EngineModel:
             self._free(generation.sealed)
 
 
-def refuse(code: EngineCode) -> tuple[int, dict[str, Any]]:
+def refuse(code: EngineCode) -> tuple[int, Refusal]:
     """Status and body with which the plugin refuses."""
-    return STATUS[code], {"error": {"code": code.value, "message": f"refused: {code.value}"}}
+    return code.status, Refusal.of(code, f"refused: {code.value}")

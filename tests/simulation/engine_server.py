@@ -11,14 +11,23 @@ from typing import Any
 import httptools
 
 from interpretops.engine_api import (
+    ATTEST_ROUTE,
     HOLDER_HEADER,
     NONCE_HEADER,
     NONCE_KEY,
-    PREFIX,
+    PASS_THROUGH,
     RECEIPT_HEADER,
     REFUSAL_HEADER,
     REVISION_KEY,
+    SELF_TEST_ROUTE,
     EngineCode,
+    EngineMessage,
+    Receipt,
+    Refusal,
+    SelfTest,
+    plan_path,
+    receipt_event,
+    receipt_path,
 )
 from simulation.engine import MODEL, PROMPT_TOKENS, EngineModel, Generation, refuse
 from simulation.events import Events
@@ -108,17 +117,16 @@ class EngineServer(asyncio.Protocol):
             self._send(503 if self._engine.sick else 200, {})
         elif path == "/v1/models":
             self._send(200, {"data": [{"id": MODEL, "max_model_len": 64}]})
-        elif path == f"{PREFIX}/attest":
+        elif path == ATTEST_ROUTE:
             self._send(200, self._engine.attest(holder))
-        elif path == f"{PREFIX}/selftest":
-            self._send(
-                200 if self._engine.steers else 503, {"ok": self._engine.steers, "reason": "no change"}
-            )
-        elif path.startswith(f"{PREFIX}/plans/") and request.method == "PUT":
+        elif path == SELF_TEST_ROUTE:
+            steers = self._engine.steers
+            self._send(200 if steers else 503, SelfTest(ok=steers, reason="" if steers else "no change"))
+        elif path == plan_path(last) and request.method == "PUT":
             self._send(*self._engine.load(holder, last, request.body))
-        elif path.startswith(f"{PREFIX}/plans/"):
+        elif path == plan_path(last):
             self._send(*self._engine.retire(holder, last))
-        elif path.startswith(f"{PREFIX}/receipts/"):
+        elif path == receipt_path(last):
             receipt = self._engine.receipts.pop(last, None)
             self._send(*(refuse(EngineCode.UNKNOWN_NONCE) if receipt is None else (200, receipt)))
         elif path in ("/tokenize", "/detokenize", "/v1/messages/count_tokens"):
@@ -166,25 +174,25 @@ class EngineServer(asyncio.Protocol):
     ) -> None:
         chance, streamed = self._engine.chance, body.get("stream") is True
         if wrong == "unsteered":
-            generation.applied = "none"
-        receipt: dict[str, Any] | None = generation.receipt()
+            generation.applied = PASS_THROUGH
+        receipt: Receipt | None = generation.receipt()
         assert receipt is not None
         match wrong:
             case "other_revision":
-                receipt["revision"] = "a" * 64
+                receipt = receipt.model_copy(update={"revision": "a" * 64})
             case "old_receipt":
-                old = [old for old in self._engine.old_receipts if old["revision"] != generation.sealed]
+                old = [old for old in self._engine.old_receipts if old.revision != generation.sealed]
                 receipt = old[-1] if old else None
             case "no_receipt" | "garbage":
                 receipt = None
             case "nothing_evaluated":
-                receipt["tokens_evaluated"] = receipt["edits_applied"] = 0
+                receipt = receipt.model_copy(update={"tokens_evaluated": 0, "edits_applied": 0})
             case "part":
-                receipt["requests"] -= 1
+                receipt = receipt.model_copy(update={"requests": receipt.requests - 1})
             case "few_tokens":
-                receipt["tokens_evaluated"] = 1
+                receipt = receipt.model_copy(update={"tokens_evaluated": 1})
             case "unfinished":
-                receipt["finished"] = False
+                receipt = receipt.model_copy(update={"finished": False})
         generation.proven = receipt is not None and _proves(receipt, generation, streamed=streamed)
         generation.told_true = receipt == generation.receipt()
         if receipt is not None:
@@ -238,7 +246,7 @@ class EngineServer(asyncio.Protocol):
         else:
             self._chunk(_END.get(request.path, b"data: [DONE]\n\n"))
         if carried := self._carried(request):
-            self._chunk(b": interpretops-receipt " + carried.encode() + b"\n\n")
+            self._chunk(receipt_event(carried))
         self._write(b"0\r\n\r\n")
         if wrong == "twice":
             self._send(200, {"choices": [], "text": generation.mark})
@@ -248,14 +256,13 @@ class EngineServer(asyncio.Protocol):
         if self._engine.chance.random() < 0.1:
             return ""
         receipt = self._engine.receipts.pop(request.headers.get(NONCE_HEADER, ""), None)
-        return "" if receipt is None else json.dumps(receipt)
+        return "" if receipt is None else receipt.line()
 
-    def _send(self, status: int, body: dict[str, Any], receipt: str = "") -> None:
-        data = json.dumps(body).encode()
+    def _send(self, status: int, body: dict[str, Any] | EngineMessage, receipt: str = "") -> None:
+        data = json.dumps(body.body() if isinstance(body, EngineMessage) else body).encode()
         carried = f"{RECEIPT_HEADER}: {receipt}\r\n" if receipt else ""
-        code = body.get("error", {}).get("code")
-        if code in set(EngineCode):
-            carried += f"{REFUSAL_HEADER}: {code}\r\n"
+        if isinstance(body, Refusal):
+            carried += f"{REFUSAL_HEADER}: {body.code}\r\n"
         kind = f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n"
         self._write(f"HTTP/1.1 {status} X\r\n{kind}{carried}\r\n".encode() + data)
 
@@ -286,15 +293,15 @@ def _event(path: str, data: dict[str, Any]) -> bytes:
     return name + b"data: " + json.dumps(data).encode() + b"\n\n"
 
 
-def _proves(receipt: dict[str, Any], generation: Generation, *, streamed: bool) -> bool:
+def _proves(receipt: Receipt, generation: Generation, *, streamed: bool) -> bool:
     """Whether a receipt says that the demanded revision was applied to the whole request.
 
     Whole answers tell their tokens, these streams do not.
     """
     least = generation.answers if streamed else generation.tokens
     return bool(
-        receipt["revision"] == generation.sealed
-        and receipt["requests"] == generation.answers
-        and receipt["finished"]
-        and (receipt["tokens_evaluated"] >= least or (streamed and generation.sealed == "none"))
+        receipt.revision == generation.sealed
+        and receipt.requests == generation.answers
+        and receipt.finished
+        and (receipt.tokens_evaluated >= least or (streamed and generation.sealed == PASS_THROUGH))
     )

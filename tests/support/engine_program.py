@@ -15,6 +15,8 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
+from interpretops.engine_api import Refusal, RetiredPlan, read_loaded, seal
+
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
@@ -46,9 +48,10 @@ def run(llm: Any, job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     loaded = []
     for plan in job["plans"]:
         answer = core.interpretops_load(base64.b64encode(Path(plan).read_bytes()).decode())
-        if "error" in answer:
-            raise SystemExit(answer["error"])
-        loaded.append(answer["revision"])
+        held = read_loaded(answer)
+        if isinstance(held, Refusal):
+            raise SystemExit(held.message)
+        loaded.append(held.revision)
     batches: list[list[dict[str, Any]]] = []
     asked: list[list[int]] = []
     for batch in job["batches"]:
@@ -59,9 +62,7 @@ def run(llm: Any, job: dict[str, Any]) -> list[list[dict[str, Any]]]:
                 max_tokens=item["max_tokens"],
                 ignore_eos=True,
                 logprobs=1,
-                extra_args={"interpretops_revision": item["revision"], "interpretops_nonce": nonce}
-                if plugin
-                else None,
+                extra_args=seal(item["revision"], nonce) if plugin else None,
             )
             for item, nonce in zip(batch, nonces, strict=True)
         ]
@@ -86,7 +87,7 @@ def run(llm: Any, job: dict[str, Any]) -> list[list[dict[str, Any]]]:
             ]
         )
     for revision in loaded:
-        assert core.interpretops_retire(revision)["in_flight"] == 0
+        assert RetiredPlan.parse(core.interpretops_retire(revision)).in_flight == 0
     return batches
 
 
@@ -109,7 +110,8 @@ def take_receipt(nonce: str) -> dict[str, Any] | None:
     """What the front end has collected for a request."""
     from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
 
-    return RECEIPTS.take(nonce)
+    receipt = RECEIPTS.take(nonce)
+    return None if receipt is None else receipt.body()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,16 @@ import base64
 import hashlib
 from typing import Any
 
-from interpretops.engine_api import EngineCode
+from interpretops.engine_api import (
+    EngineCode,
+    LoadedPlan,
+    Rank,
+    RankDigest,
+    RankGroup,
+    Refusal,
+    RetiredPlan,
+    read_rank_loaded,
+)
 from interpretops.errors import PlanError
 from interpretops.plan import Plan, read_plan
 from interpretops.plan.reach import depends_on_prompt_end
@@ -62,29 +71,33 @@ def load(core: Any, plan: str) -> dict[str, Any]:
         parsed = read_plan(data)
         digests = [Shard(index, count).of_plan(parsed).digest() for index in range(count)]
     except PlanError as error:
-        return {"error": str(error), "code": error.code}
-    ranks = core.model_executor.collective_rpc("interpretops_load", args=(plan,))
-    failed = [
-        rank
-        for rank, digest in zip(ranks, digests, strict=True)
-        if (rank.get("digest"), rank.get("shards")) != (digest, count)
+        return Refusal.of(EngineCode.of_error(error), str(error)).body()
+    answers = core.model_executor.collective_rpc("interpretops_load", args=(plan,))
+    held = [
+        _check_held(read_rank_loaded(answer), digest, count)
+        for answer, digest in zip(answers, digests, strict=True)
     ]
-    if failed:
+    refusals = [rank for rank in held if isinstance(rank, Refusal)]
+    if refusals:
         core.model_executor.collective_rpc("interpretops_unload", args=(revision,))
-        first = failed[0]
-        return {
-            "error": first.get("error", f"rank {first['rank']} holds other numbers than the plan"),
-            "code": first.get("code", EngineCode.DIGEST_MISMATCH.value),
-        }
+        return refusals[0].body()
     core.interpretops.add(revision, parsed.digest(), cache_use(parsed))
-    return {"revision": revision, "ranks": ranks}
+    ranks = [rank for rank in held if isinstance(rank, RankDigest)]
+    return LoadedPlan(revision=revision, ranks=ranks).body()
+
+
+def _check_held(rank: RankDigest | Refusal, digest: str, shards: int) -> RankDigest | Refusal:
+    """A rank that holds its part of a plan as it is; else a refusal."""
+    if isinstance(rank, RankDigest) and (rank.digest, rank.shards) != (digest, shards):
+        return Refusal.of(EngineCode.DIGEST_MISMATCH, f"rank {rank.rank} holds other numbers than the plan")
+    return rank
 
 
 def retire(core: Any, revision: str) -> dict[str, Any]:
     """Admit no more requests of a revision and free its rows as soon as none is in flight."""
     in_flight = core.interpretops.retire(revision)
     free_if_idle(core, revision)
-    return {"revision": revision, "in_flight": in_flight}
+    return RetiredPlan(revision=revision, in_flight=in_flight).body()
 
 
 def free_if_idle(core: Any, revision: str) -> None:
@@ -95,11 +108,11 @@ def free_if_idle(core: Any, revision: str) -> None:
 
 def attest(core: Any) -> dict[str, Any]:
     """What this core admits and what each of its ranks holds."""
-    return {
-        "resident": core.interpretops.resident(),
-        "pass_through": core.interpretops.pass_through,
-        "ranks": core.model_executor.collective_rpc("interpretops_attest"),
-    }
+    return RankGroup(
+        ranks=[Rank.parse(rank) for rank in core.model_executor.collective_rpc("interpretops_attest")],
+        resident=core.interpretops.resident(),
+        pass_through=core.interpretops.pass_through,
+    ).body()
 
 
 def _registry(core: Any) -> Registry:

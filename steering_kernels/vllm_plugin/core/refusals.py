@@ -7,18 +7,17 @@ nonce until the answer is written.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections import OrderedDict
 from typing import Any
 
-from interpretops.engine_api import NONCE_KEY, REFUSAL_HEADER, STATUS, EngineCode
+from interpretops.engine_api import NONCE_KEY, REFUSAL_HEADER, EngineCode, Refusal
 from steering_kernels.vllm_plugin.core.registry import NotAdmittedError
 from steering_kernels.vllm_plugin.request_args import RequestArgsError
 from steering_kernels.vllm_plugin.wrapping import wrap_method
 
-OUTPUT_KEY = "interpretops_refusal"
+OUTPUT_KEY = "interpretops_refused"
 CAPACITY = 16_384
 _log = logging.getLogger("vllm.interpretops")
 
@@ -54,20 +53,15 @@ def take_refusal(output: Any) -> None:
         REFUSALS.record(nonce, EngineCode.of(code), message)
 
 
-def refusal_body(code: EngineCode, message: str) -> dict[str, Any]:
-    """A refusal in the shape of vLLM's errors."""
-    return {"error": {"message": message, "type": "interpretops_refusal", "param": None, "code": code.value}}
-
-
 def refusal_answer(code: EngineCode, message: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two ASGI messages of a refusal: what every caller of the plugin's contract gets."""
-    body = json.dumps(refusal_body(code, message)).encode()
+    body = Refusal.of(code, message).model_dump_json().encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (REFUSAL_HEADER.encode(), code.value.encode()),
     ]
-    start = {"type": "http.response.start", "status": STATUS[code], "headers": headers}
+    start = {"type": "http.response.start", "status": code.status, "headers": headers}
     return start, {"type": "http.response.body", "body": body}
 
 

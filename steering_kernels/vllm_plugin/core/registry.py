@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from interpretops.engine_api import EngineCode
+from interpretops.engine_api import EngineCode, ResidentPlan
 from steering_kernels.vllm_plugin.request_args import RequestArgs
 
 
@@ -96,14 +96,12 @@ class Registry:
             del self._resident[revision]
             return True
 
-    def resident(self) -> dict[str, dict[str, object]]:
-        """What is resident: digest, requests in flight, whether it is being retired."""
+    def resident(self) -> dict[str, ResidentPlan]:
+        """What is resident, by revision."""
         with self._lock:
             return {
-                revision: {
-                    "digest": entry.digest,
-                    "in_flight": len(entry.requests),
-                    "retired": entry.retired,
-                }
+                revision: ResidentPlan(
+                    digest=entry.digest, in_flight=len(entry.requests), retired=entry.retired
+                )
                 for revision, entry in self._resident.items()
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from interpretops.engine_api import NONCE_HEADER, RECEIPT_COMMENT, RECEIPT_HEADER, EngineCode
+from interpretops.engine_api import NONCE_HEADER, RECEIPT_HEADER, EngineCode, receipt_event
 from steering_kernels.vllm_plugin.core.refusals import REFUSALS, refusal_answer
 from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
 
@@ -88,7 +88,7 @@ class _Answer:
         if not message.get("more_body") and (told := self._receipt()):
             message = {
                 **message,
-                "body": message.get("body", b"") + RECEIPT_COMMENT + told + b"\n\n",
+                "body": message.get("body", b"") + receipt_event(told),
             }
         await self._send(message)
 
@@ -98,7 +98,7 @@ class _Answer:
             if await self._refuse(REFUSALS.take(self._nonce) or _unsealed(start["status"], body)):
                 return
         elif told := self._receipt():
-            start["headers"] = [*start.get("headers", ()), (_RECEIPT, told)]
+            start["headers"] = [*start.get("headers", ()), (_RECEIPT, told.encode())]
         self._begun = True
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
@@ -110,9 +110,9 @@ class _Answer:
                 await self._send(message)
         return self._refused
 
-    def _receipt(self) -> bytes:
+    def _receipt(self) -> str:
         receipt = RECEIPTS.take(self._nonce)
-        return b"" if receipt is None else json.dumps(receipt, separators=(",", ":")).encode()
+        return "" if receipt is None else receipt.line()
 
 
 def _unsealed(status: int, body: bytes) -> tuple[EngineCode, str] | None:

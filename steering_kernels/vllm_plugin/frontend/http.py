@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import secrets
 from argparse import Namespace
@@ -12,10 +11,25 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from interpretops.engine_api import HOLDER_HEADER, PREFIX, REFUSAL_HEADER, STATUS, EngineCode
+from interpretops.engine_api import (
+    ATTEST_ROUTE,
+    HOLDER_HEADER,
+    PLAN_ROUTE,
+    RECEIPT_ROUTE,
+    REFUSAL_HEADER,
+    SELF_TEST_ROUTE,
+    Attestation,
+    EngineCode,
+    EngineMessage,
+    Refusal,
+    RetiredPlan,
+    SelfTest,
+    SpecialTokenList,
+)
 from steering_kernels.vllm_plugin.core.holders import Holders
 from steering_kernels.vllm_plugin.core.refusals import refusal_body
 from steering_kernels.vllm_plugin.frontend.answer_receipt import AnswerReceipt
+from steering_kernels.vllm_plugin.frontend.engine_cores import EngineCores
 from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
 from steering_kernels.vllm_plugin.frontend.special_tokens import describe_special_tokens
 from steering_kernels.vllm_plugin.worker.self_test import run_self_test
@@ -28,18 +42,6 @@ def make_plugin() -> SteeringEndpoints:
     return SteeringEndpoints()
 
 
-class EngineCores:
-    """Calls to every engine core behind this front end."""
-
-    def __init__(self, engine_client: Any) -> None:
-        self._client = engine_client
-
-    async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        """One answer from each core: the client's own call would return only the first one's."""
-        core = self._client.engine_core
-        return list(await core.call_utility_all_async(method, *args))
-
-
 class SteeringEndpoints:
     """vLLM's endpoint plugin protocol."""
 
@@ -50,7 +52,7 @@ class SteeringEndpoints:
         self.boot_id = secrets.token_hex(8)
         """Another one after every start, so that the gateway notices an engine that has lost its plans."""
         self._client: Any = None
-        self._special_tokens: dict[str, Any] | None = None
+        self._special_tokens: SpecialTokenList | None = None
         self._holders = Holders()
         self._changing = asyncio.Lock()
         """Held while plans come and go: a gateway lets go of one in the moment in which another loads it."""
@@ -59,11 +61,11 @@ class SteeringEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes."""
-        app.put(PREFIX + "/plans/{revision}")(self.put_plan)
-        app.delete(PREFIX + "/plans/{revision}")(self.delete_plan)
-        app.get(PREFIX + "/attest")(self.attest)
-        app.post(PREFIX + "/selftest")(self.self_test)
-        app.get(PREFIX + "/receipts/{nonce}")(self.receipt)
+        app.put(PLAN_ROUTE)(self.put_plan)
+        app.delete(PLAN_ROUTE)(self.delete_plan)
+        app.get(ATTEST_ROUTE)(self.attest)
+        app.post(SELF_TEST_ROUTE)(self.self_test)
+        app.get(RECEIPT_ROUTE)(self.receipt)
         app.add_middleware(AnswerReceipt)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -86,77 +88,75 @@ class SteeringEndpoints:
 
     async def _load(self, holder: str, revision: str, data: bytes) -> Response:
         cores = EngineCores(self._client)
-        answers = await cores.call("interpretops_load", base64.b64encode(data).decode())
-        for answer in answers:
-            if "error" in answer:
-                if self._holders.let_go(holder, revision):
-                    await cores.call("interpretops_retire", revision)
-                return _error(EngineCode.of(answer["code"]), answer["error"])
+        answer = await cores.load(revision, data)
+        if isinstance(answer, Refusal):
+            if self._holders.let_go(holder, revision):
+                await cores.retire(revision)
+            return _error(answer.code, answer.message)
         self._holders.hear(holder)
         self._holders.hold(holder, revision)
-        ranks = [rank for answer in answers for rank in answer["ranks"]]
-        return JSONResponse({"revision": revision, "ranks": ranks})
+        return _answer(answer)
 
     async def delete_plan(self, revision: str, request: Request) -> Response:
         """Retire a revision, unless another gateway holds it."""
         async with self._changing:
-            in_flight = 0
             if self._holders.let_go(_holder(request), revision):
-                in_flight = await self._retire(revision)
-        return JSONResponse({"revision": revision, "in_flight": in_flight})
-
-    async def _retire(self, revision: str) -> int:
-        answers = await EngineCores(self._client).call("interpretops_retire", revision)
-        return sum(int(answer["in_flight"]) for answer in answers)
+                return _answer(await EngineCores(self._client).retire(revision))
+        return _answer(RetiredPlan(revision=revision, in_flight=0))
 
     async def attest(self, request: Request) -> Response:
         """What every rank of every engine core holds. What no living gateway holds is retired before."""
         async with self._changing:
             self._holders.hear(_holder(request))
             for revision in self._holders.orphans():
-                await self._retire(revision)
-        return JSONResponse(await self._attest())
+                await EngineCores(self._client).retire(revision)
+        return _answer(await self._attest())
 
     async def self_test(self) -> Response:
         """Prove through the running model that edits act, on every rank."""
         async with self._testing:
             failure = await run_self_test(self._client, EngineCores(self._client), await self._attest())
         if failure is not None:
-            return JSONResponse({"ok": False, "reason": failure}, status_code=503)
-        return JSONResponse({"ok": True})
+            return _answer(SelfTest(ok=False, reason=failure), status=503)
+        return _answer(SelfTest(ok=True))
 
     async def receipt(self, nonce: str) -> Response:
         """The receipt of an answer that did not carry it; it can be had once."""
         receipt = RECEIPTS.take(nonce)
         if receipt is None:
             return _error(EngineCode.UNKNOWN_NONCE, "no receipt for this nonce")
-        return JSONResponse(receipt)
+        return _answer(receipt)
 
-    async def _attest(self) -> dict[str, Any]:
+    async def _attest(self) -> Attestation:
         import vllm
 
         from interpretops import __version__
 
-        answers = await EngineCores(self._client).call("interpretops_attest")
+        engines = await EngineCores(self._client).attest()
         if self._special_tokens is None:
             self._special_tokens = describe_special_tokens(self._client.tokenizer)
-        return {
-            "plugin_version": __version__,
-            "vllm_version": vllm.__version__,
-            "boot_id": self.boot_id,
-            "model": answers[0]["ranks"][0]["model"],
-            "points": answers[0]["ranks"][0]["points"],
-            "special_tokens": self._special_tokens,
-            "passthrough": all(answer["pass_through"] for answer in answers),
-            "engines": [{"resident": answer["resident"], "ranks": answer["ranks"]} for answer in answers],
-        }
+        first = engines[0].ranks[0]
+        return Attestation(
+            plugin_version=__version__,
+            vllm_version=vllm.__version__,
+            boot_id=self.boot_id,
+            model=first.model,
+            points=first.points,
+            special_tokens=self._special_tokens,
+            passthrough=all(engine.pass_through for engine in engines),
+            engines=engines,
+        )
 
 
 def _holder(request: Request) -> str:
     return request.headers.get(HOLDER_HEADER, "")
 
 
-def _error(code: EngineCode, message: str) -> JSONResponse:
+def _answer(message: EngineMessage, status: int = 200) -> Response:
+    return JSONResponse(message.body(), status_code=status)
+
+
+def _error(code: EngineCode, message: str) -> Response:
     return JSONResponse(
-        refusal_body(code, message), status_code=STATUS[code], headers={REFUSAL_HEADER: code.value}
+        Refusal.of(code, message).body(), status_code=code.status, headers={REFUSAL_HEADER: code.value}
     )

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Container
 from typing import Any
 
+from interpretops.engine_api import PASS_THROUGH, Receipt
 from steering_kernels.vllm_plugin.core.refusals import take_refusal
 from steering_kernels.vllm_plugin.worker.report import Report, take_report
 
@@ -38,7 +39,7 @@ class Receipts:
         """Whether the engine has answered for a nonce at all."""
         return nonce in self._by_nonce
 
-    def take(self, nonce: str) -> dict[str, Any] | None:
+    def take(self, nonce: str) -> Receipt | None:
         """The receipt of a nonce, summed over its requests; it can be had once. None if nothing is known."""
         by_request, ended = self._by_nonce.pop(nonce, {}), self._ended.pop(nonce, set())
         reports = list(by_request.values())
@@ -46,16 +47,16 @@ class Receipts:
             return None
         revisions = {report.revision for report in reports}
         if len(revisions) != 1:
-            return {"revision": "mixed", "requests": len(reports), "tokens_evaluated": 0, "finished": False}
-        return {
-            "revision": reports[0].revision or "none",
-            "requests": len(reports),
-            "tokens_evaluated": sum(report.tokens_evaluated for report in reports),
-            "edits_applied": sum(report.edits_applied for report in reports),
-            "gates_fired": sum(report.gates_fired for report in reports),
-            "cached_tokens": sum(report.cached_tokens for report in reports),
-            "finished": ended >= by_request.keys(),
-        }
+            return Receipt(revision="mixed", requests=len(reports), tokens_evaluated=0, finished=False)
+        return Receipt(
+            revision=reports[0].revision or PASS_THROUGH,
+            requests=len(reports),
+            tokens_evaluated=sum(report.tokens_evaluated for report in reports),
+            edits_applied=sum(report.edits_applied for report in reports),
+            gates_fired=sum(report.gates_fired for report in reports),
+            cached_tokens=sum(report.cached_tokens for report in reports),
+            finished=ended >= by_request.keys(),
+        )
 
 
 RECEIPTS = Receipts()

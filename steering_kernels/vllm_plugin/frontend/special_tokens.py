@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from interpretops.engine_api import SpecialTokenList
 from interpretops.special_tokens import JOINER, SpecialTokens
 
 
-def describe_special_tokens(tokenizer: Any) -> dict[str, Any]:
+def describe_special_tokens(tokenizer: Any) -> SpecialTokenList:
     """``ids``: text to id; ``first``: what the tokenizer puts before a prompt; ``fault``: why it is unsafe.
 
     Every text, made inert as the gateway does it, goes through the tokenizer. What still becomes a special
     token there is a fault, and so is a look-alike that the tokenizer's normalizer turns into one.
     """
     if tokenizer is None:
-        return {"ids": {}, "first": None, "fault": "the engine has no tokenizer (--skip-tokenizer-init)"}
+        return SpecialTokenList(ids={}, fault="the engine has no tokenizer (--skip-tokenizer-init)")
     ids = _special_ids(tokenizer)
     before = list(tokenizer.encode("", add_special_tokens=True))
     first = before[0] if before and before[0] in ids.values() else None
-    return {"ids": ids, "first": first, "fault": _fault(tokenizer, SpecialTokens(ids, first))}
+    return SpecialTokenList(ids=ids, first=first, fault=_fault(tokenizer, SpecialTokens(ids, first)))
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int]:

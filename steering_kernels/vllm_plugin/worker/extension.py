@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
+from interpretops.engine_api import EngineCode, Rank, RankDigest, Refusal, describe_model
 from interpretops.errors import InterpretOpsError
 from interpretops.plan import read_plan
 from steering_kernels.vllm_plugin.worker.kv_blocks import count_slots
@@ -21,8 +22,11 @@ class SteeringWorker:
             loaded = read_plan(base64.b64decode(plan))
             digest = self._interpretops_runtime.load(loaded)
         except InterpretOpsError as error:
-            return {"rank": self._interpretops_rank, "error": str(error), "code": error.code}
-        return {"rank": self._interpretops_rank, "digest": digest, **self._interpretops_shard}
+            return Refusal.of(EngineCode.of_error(error), str(error)).body()
+        shard = self._interpretops_runtime.shard
+        return RankDigest(
+            rank=self._interpretops_rank, digest=digest, shard=shard.index, shards=shard.count
+        ).body()
 
     def interpretops_unload(self, revision: str) -> None:
         """Free a revision's rows."""
@@ -31,22 +35,19 @@ class SteeringWorker:
     def interpretops_attest(self) -> dict[str, Any]:
         """What stands in this rank's tables, and what its model is."""
         runtime = self._interpretops_runtime
-        return {
-            "rank": self._interpretops_rank,
-            "model": vars(runtime.spec),
-            "points": list(runtime.points),
-            **self._interpretops_shard,
-            **runtime.attest(),
-        }
+        return Rank(
+            rank=self._interpretops_rank,
+            resident=runtime.resident(),
+            edits=runtime.edits(),
+            shard=runtime.shard.index,
+            shards=runtime.shard.count,
+            model=describe_model(runtime.spec),
+            points=list(runtime.points),
+        ).body()
 
     @property
     def _interpretops_runtime(self) -> Any:
         return self.model_runner.interpretops  # type: ignore[attr-defined]
-
-    @property
-    def _interpretops_shard(self) -> dict[str, int]:
-        shard = self._interpretops_runtime.shard
-        return {"shard": shard.index, "shards": shard.count}
 
     @property
     def _interpretops_rank(self) -> int:

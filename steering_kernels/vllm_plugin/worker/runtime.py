@@ -131,17 +131,18 @@ class SteeringRuntime:
         self.bank.unload(revision)
         self.hooks.refresh()
 
-    def attest(self) -> dict[str, Any]:
-        """What stands in the tables now, read back from them."""
+    def resident(self) -> dict[str, str]:
+        """Revision to the digest of what stands in the tables now, read back from them."""
+        return {revision: self.bank.digest(revision) for revision in self.bank.row_of}
+
+    def edits(self) -> dict[str, int]:
+        """Revision to the (token, site) pairs that were edited under it; those with none are left out."""
         finished, running = self._edits_of_finished.tolist(), self.bank.step.edited.tolist()
         edits = {revision: finished[row] for revision, row in self.bank.row_of.items()}
         for entry in self._tracked.values():
             if entry.args.revision in edits:
                 edits[entry.args.revision] += running[entry.slot]
-        return {
-            "resident": {revision: self.bank.digest(revision) for revision in self.bank.row_of},
-            "edits": {revision: count for revision, count in edits.items() if count},
-        }
+        return {revision: count for revision, count in edits.items() if count}
 
     def track(self, request_id: str, extra_args: Mapping[str, Any] | None, cached_tokens: int) -> None:
         """A request is scheduled for the first time."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import secrets
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from interpretops.engine_api import NONCE_KEY, REVISION_KEY
+from interpretops.engine_api import Attestation, Refusal, seal
 from interpretops.plan import POINTS, ModelSpec, Plan, Point, Site, SiteEdits, Units
+from steering_kernels.vllm_plugin.frontend.engine_cores import EngineCores
 
 PROMPT_TOKENS, ANSWER_TOKENS = 6, 3
 """Decode steps too: they may come from a graph of their own. An answer's last token passes no model."""
@@ -45,15 +45,16 @@ def probe_plan(spec: ModelSpec, strength: float, points: Sequence[Point] = POINT
     return Plan("interpretops-self-test", "self-test", spec, edits)
 
 
-async def run_self_test(engine_client: Any, cores: Any, attested: dict[str, Any]) -> str | None:
+async def run_self_test(engine_client: Any, cores: EngineCores, attested: Attestation) -> str | None:
     """None if edits act on every rank as they should; else what is wrong."""
-    spec = ModelSpec(**attested["model"])
-    quiet, loud = (probe_plan(spec, strength, attested["points"]) for strength in (0.0, 1.0))
+    spec = attested.spec()
+    points = [point for point in POINTS if point in attested.points]
+    quiet, loud = (probe_plan(spec, strength, points) for strength in (0.0, 1.0))
     try:
         for plan in (quiet, loud):
-            for answer in await cores.call("interpretops_load", base64.b64encode(plan.to_bytes()).decode()):
-                if "error" in answer:
-                    return f"the probe plan was refused: {answer['error']}"
+            answer = await cores.load(plan.revision, plan.to_bytes())
+            if isinstance(answer, Refusal):
+                return f"the probe plan was refused: {answer.message}"
         before = await _edits_by_rank(cores, loud.revision)
         unsteered = await _top_logprobs(engine_client, quiet.revision)
         if any(count for ranks in await _edits_by_rank(cores, quiet.revision) for count in ranks.values()):
@@ -62,7 +63,7 @@ async def run_self_test(engine_client: Any, cores: Any, attested: dict[str, Any]
         after = await _edits_by_rank(cores, loud.revision)
     finally:
         for plan in (quiet, loud):
-            await cores.call("interpretops_retire", plan.revision)
+            await cores.retire(plan.revision)
     if steered == unsteered:
         return "an edit that must change the model's output did not"
     expected = (PROMPT_TOKENS + ANSWER_TOKENS - 1) * len(loud.edits)
@@ -77,11 +78,10 @@ async def run_self_test(engine_client: Any, cores: Any, attested: dict[str, Any]
     return f"ranks {partial} did not apply the edits that others did" if partial else None
 
 
-async def _edits_by_rank(cores: Any, revision: str) -> list[dict[int, int]]:
+async def _edits_by_rank(cores: EngineCores, revision: str) -> list[dict[int, int]]:
     """What each rank of each core has edited under a revision; other requests may run meanwhile."""
     return [
-        {rank["rank"]: rank["edits"].get(revision, 0) for rank in answer["ranks"]}
-        for answer in await cores.call("interpretops_attest")
+        {rank.rank: rank.edits.get(revision, 0) for rank in engine.ranks} for engine in await cores.attest()
     ]
 
 
@@ -94,7 +94,7 @@ async def _top_logprobs(engine_client: Any, revision: str) -> dict[int, float]:
         max_tokens=ANSWER_TOKENS,
         ignore_eos=True,
         logprobs=5,
-        extra_args={REVISION_KEY: revision, NONCE_KEY: secrets.token_hex(16)},
+        extra_args=seal(revision, secrets.token_hex(16)),
     )
     prompt = {"prompt_token_ids": list(range(5, 5 + PROMPT_TOKENS))}
     result = None

@@ -4,11 +4,31 @@ import hashlib
 
 import httpx
 import pytest
+from engines import vector_plan
 
+from interpretops.engine_api import (
+    ATTEST_ROUTE,
+    NONCE_HEADER,
+    NONCE_KEY,
+    PASS_THROUGH,
+    REFUSAL_HEADER,
+    REVISION_KEY,
+    SELF_TEST_ROUTE,
+    Attestation,
+    EngineCode,
+    LoadedPlan,
+    Receipt,
+    RetiredPlan,
+    SelfTest,
+    plan_path,
+    receipt_path,
+    seal,
+)
+from interpretops.plan import POINTS
 from proxy.openai_api.request_body import clean
 from proxy.openai_api.routes import ROUTES
 
-SEAL = {"interpretops_revision": "a" * 64, "interpretops_nonce": "b" * 32}
+SEAL = seal("a" * 64, "b" * 32)
 BODIES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
     "/v1/completions": {"prompt": "hi", "max_tokens": 4},
@@ -75,10 +95,7 @@ def test_every_generating_route_is_read(schemas):
 
 def refused_calls():
     """What the plugin refuses, by name: method, path and what is sent."""
-    lost, sealed = (
-        {**SEAL, "interpretops_revision": "f" * 64},
-        {"x-interpretops-nonce": SEAL["interpretops_nonce"]},
-    )
+    lost, sealed = {**SEAL, REVISION_KEY: "f" * 64}, {NONCE_HEADER: SEAL[NONCE_KEY]}
     chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     text = {"model": "m", "prompt": "hi", "max_tokens": 2}
     damaged = b"no plan"
@@ -95,12 +112,45 @@ def refused_calls():
     return {
         **{name: ("POST", path, {"json": body, "headers": sealed}) for name, (path, body) in asked.items()},
         "damaged plan": (
-            *("PUT", f"/interpretops/v1/plans/{hashlib.sha256(damaged).hexdigest()}"),
+            *("PUT", plan_path(hashlib.sha256(damaged).hexdigest())),
             {"content": damaged},
         ),
-        "other plan": ("PUT", f"/interpretops/v1/plans/{'0' * 64}", {"content": damaged}),
-        "unknown receipt": ("GET", f"/interpretops/v1/receipts/{'c' * 32}", {}),
+        "other plan": ("PUT", plan_path("0" * 64), {"content": damaged}),
+        "unknown receipt": ("GET", receipt_path("c" * 32), {}),
     }
+
+
+def whole(kind, told):
+    """The message in ``told``, whose fields are the declared ones, all of them and no others."""
+    message = kind.parse(told)
+    assert message.body() == told
+    return message
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+async def test_fake_engine_answers_as_the_real_one_does(engine_server, engine):
+    """Every field that either sends is declared, and none that is declared is missing: no test on the fake
+    reads what the real engine does not send, or the other way round.
+    """
+    for socket in (engine_server.socket, engine.socket):
+        transport = httpx.AsyncHTTPTransport(uds=str(socket))
+        async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=120) as client:
+            attested = whole(Attestation, (await client.get(ATTEST_ROUTE)).json())
+            plan = vector_plan(attested.spec(), 20.0, layer=1, seed=77)
+            path = plan_path(plan.revision)
+            loaded = whole(LoadedPlan, (await client.put(path, content=plan.to_bytes())).json())
+            assert [rank.digest for rank in loaded.ranks] == [plan.digest()]
+            attested = whole(Attestation, (await client.get(ATTEST_ROUTE)).json())
+            assert attested.revisions() == {plan.revision} == attested.engines[0].resident.keys()
+            assert attested.points == list(POINTS) == attested.engines[0].ranks[0].points
+            for revision in (plan.revision, PASS_THROUGH):
+                body = {"model": "m", "prompt": "hi", "max_tokens": 2, "vllm_xargs": seal(revision, "b" * 32)}
+                assert (await client.post("/v1/completions", json=body)).status_code == 200
+                receipt = whole(Receipt, (await client.get(receipt_path("b" * 32))).json())
+                assert (receipt.revision, receipt.requests, receipt.finished) == (revision, 1, True)
+            assert whole(RetiredPlan, (await client.delete(path)).json()).in_flight == 0
+            assert whole(SelfTest, (await client.post(SELF_TEST_ROUTE)).json()).ok
 
 
 @pytest.mark.engine
@@ -116,7 +166,7 @@ async def test_fake_engine_refuses_as_the_real_one_does(engine_server, engine):
                 answer = await client.request(method, path, **sent)
                 error = answer.json()["error"]
                 found[name] = (
-                    *(answer.status_code, answer.headers.get("x-interpretops-refusal"), error["code"]),
+                    *(answer.status_code, answer.headers.get(REFUSAL_HEADER), error["code"]),
                     *(sorted(error), answer.headers["content-type"].partition(";")[0]),
                 )
         return found
@@ -126,10 +176,10 @@ async def test_fake_engine_refuses_as_the_real_one_does(engine_server, engine):
     assert {name: told[:2] for name, told in real.items()} == {
         **dict.fromkeys(
             ("whole", "streamed", "several", "chat", "chat streamed", "responses", "messages"),
-            (503, "revision_not_resident"),
+            (503, EngineCode.NOT_RESIDENT),
         ),
-        "unsealed": (400, "invalid_seal"),
-        "damaged plan": (400, "invalid_plan"),
-        "other plan": (400, "invalid_plan"),
-        "unknown receipt": (404, "unknown_nonce"),
+        "unsealed": (400, EngineCode.INVALID_SEAL),
+        "damaged plan": (400, EngineCode.INVALID_PLAN),
+        "other plan": (400, EngineCode.INVALID_PLAN),
+        "unknown receipt": (404, EngineCode.UNKNOWN_NONCE),
     }

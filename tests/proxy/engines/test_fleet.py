@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from interpretops.engine_api import SpecialTokenList
 from proxy.engines import fleet_loop
 from proxy.engines.circuit_breaker import Breaker
 
@@ -224,7 +225,7 @@ async def test_engine_that_joins_is_proven_and_loaded_before_it_is_asked(start, 
 async def test_engine_with_other_special_tokens_does_not_join(start, engine, other, until):
     """What a caller wrote must be as harmless on each engine as on the other."""
     front = await start("calm", **{"engine.url": [engine.url, other.url]})
-    other.special = {"ids": {"<|other|>": 0}}
+    other.special = SpecialTokenList(ids={"<|other|>": 0})
     await other.up()
 
     async def told():

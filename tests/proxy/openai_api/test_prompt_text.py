@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from interpretops.engine_api import SpecialTokenList
 from interpretops.errors import EngineError
 from interpretops.special_tokens import JOINER, SpecialTokens
 from proxy.errors import FieldNotAllowed, InvalidRequest, Refusal
@@ -239,8 +240,8 @@ async def test_engine_gets_inert_text_on_every_kind_of_route(start, engine):
     ("special", "why"),
     [
         (None, "does not list the tokenizer's special tokens"),
-        ({"ids": {END: 0}, "first": None, "fault": "it folds"}, "it folds"),
-        ({"ids": ["x"]}, "malformed"),
+        (SpecialTokenList(ids={END: 0}, fault="it folds"), "it folds"),
+        (SpecialTokenList.model_construct(ids=["x"]), "malformed"),
     ],
 )
 async def test_engine_that_lists_no_special_tokens_serves_nobody(start, engine, special, why):

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from aiohttp import web
 
+from interpretops.engine_api import NONCE_KEY, Receipt
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
 from proxy.engines import loop as engine_loop
@@ -25,12 +26,9 @@ def scripted(engine):
         async def generate(request, body, revision):
             text = body["messages"][0]["content"]
             said = await answer(text, revision != NONE)
-            engine.receipts[body["vllm_xargs"]["interpretops_nonce"]] = {
-                "revision": revision,
-                "requests": 1,
-                "tokens_evaluated": 9,
-                "finished": True,
-            }
+            engine.receipts[body["vllm_xargs"][NONCE_KEY]] = Receipt(
+                revision=revision, requests=1, tokens_evaluated=9, finished=True
+            )
             usage = {"completion_tokens": tokens(text, revision != NONE)}
             return web.json_response({"choices": [{"message": {"content": said}}], "usage": usage})
 

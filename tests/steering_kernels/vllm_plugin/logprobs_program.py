@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from interpretops.engine_api import Refusal, read_loaded, seal
+
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
@@ -56,8 +58,8 @@ def answer(folder: Path) -> None:
     core = llm.llm_engine.engine_core.engine_core
     for plan in job["plans"]:
         loaded = core.interpretops_load(base64.b64encode(Path(plan).read_bytes()).decode())
-        if "error" in loaded:
-            raise SystemExit(loaded["error"])
+        if isinstance(answered := read_loaded(loaded), Refusal):
+            raise SystemExit(answered.message)
     nonces = [secrets.token_hex(16) for _ in job["requests"]]
     params = [
         SamplingParams(
@@ -67,7 +69,7 @@ def answer(folder: Path) -> None:
             detokenize=False,
             logprobs=job["logprobs"],
             prompt_logprobs=job["logprobs"],
-            extra_args={"interpretops_revision": request["revision"], "interpretops_nonce": nonce},
+            extra_args=seal(request["revision"], nonce),
         )
         for request, nonce in zip(job["requests"], nonces, strict=True)
     ]
@@ -82,7 +84,8 @@ def answer(folder: Path) -> None:
             values[place, : len(row)] = [entry.logprob for entry in row.values()]
         result |= {f"ids_{index}": ids, f"values_{index}": values}
         result[f"tokens_{index}"] = np.array(output.outputs[0].token_ids)
-        result[f"receipt_{index}"] = np.array(json.dumps(RECEIPTS.take(nonces[index])))
+        receipt = RECEIPTS.take(nonces[index])
+        result[f"receipt_{index}"] = np.array(json.dumps(receipt.body() if receipt else None))
     result["attested"] = np.array(json.dumps(core.interpretops_attest()))
     np.savez(folder / "result.npz", **result)
 

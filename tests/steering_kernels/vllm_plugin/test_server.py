@@ -187,7 +187,7 @@ def test_blocks_of_one_revision_are_never_read_under_another(client: httpx.Clien
 
 def test_self_test_passes_on_a_healthy_engine(client: httpx.Client) -> None:
     """The probe acts through the running model, and leaves nothing behind."""
-    assert client.post("/interpretops/v1/selftest").json() == {"ok": True}
+    assert client.post("/interpretops/v1/selftest").json() == {"ok": True, "reason": ""}
     assert client.get("/interpretops/v1/attest").json()["engines"][0]["resident"] == {}
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from faults.stand import Stand
+from interpretops.engine_api import ATTEST_ROUTE, Attestation
 
 MEMORY_MB = 24.0
 """How much more the gateway may hold than after its first requests: caches fill, heaps fragment."""
@@ -59,8 +60,8 @@ async def look(stand: Stand) -> Figures:
     async with stand.engine_session() as engine:
         async with engine.get("/metrics") as answer:
             lines = (await answer.text()).splitlines()
-        async with engine.get("/interpretops/v1/attest") as answer:
-            attested = await answer.json()
+        async with engine.get(ATTEST_ROUTE) as answer:
+            attested = Attestation.read(await answer.read())
     waiting = sum(
         float(line.rpartition(" ")[2])
         for line in lines
@@ -78,7 +79,7 @@ async def look(stand: Stand) -> Figures:
         threads=told["threads"] - told["pool_idle"],
         pool_idle=told["pool_idle"],
         engine_requests=int(waiting),
-        revisions=max(len(rank["resident"]) for core in attested["engines"] for rank in core["ranks"]),
+        revisions=max(len(rank.resident) for core in attested.engines for rank in core.ranks),
         in_flight=int(in_flight),
         memory_mb=round(gateway.memory_info().rss / 2**20, 1),
     )

@@ -6,6 +6,8 @@ import json
 import random
 from collections.abc import Iterator
 
+from interpretops.engine_api import REVISION_KEY
+
 CANARY = "canary-5f2c9d"
 BODY = b'{"model": "tiny-model", "messages": []}'
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
@@ -48,7 +50,7 @@ _BODIES = [
     b'{"model": "tiny-model", "messages": [], "max_tokens": 1e999}',
     b'{"model": "tiny-model", "messages": [], "seed": ' + b"9" * 5000 + b"}",
     b'{"model": "tiny-model", "messages": [], "stream": "yes"}',
-    b'{"model": "tiny-model", "messages": [], "vllm_xargs": {"interpretops_revision": "none"}}',
+    b'{"model": "tiny-model", "messages": [], "vllm_xargs": {"%b": "none"}}' % REVISION_KEY.encode(),
     b'{"model": "tiny-model", "messages": [{"role": "user", "content": "\\ud800"}]}',
     b'{"model": "tiny-model", "messages": ' + b"[" * 2000 + b"]" * 2000 + b"}",
     b'{"model": "tiny-model", "messages": [' + b'{"a":' * 500 + b"1" + b"}" * 500 + b"]}",

@@ -15,6 +15,7 @@ import aiohttp
 from faults.answers import Judgement, judge
 from faults.marker import POLICY
 from faults.stand import Stand
+from interpretops.engine_api import PASS_THROUGH, REVISION_KEY
 
 CLIENTS = 4
 CONTENT: dict[str, dict[str, Any]] = {
@@ -29,7 +30,7 @@ WAYS: list[dict[str, Any]] = [
     {"headers": {"X-Steering-Policy": POLICY}},
     {"headers": {"X-Steering-Policy": "none"}},
     {"alias": "+none"},
-    {"fields": {"vllm_xargs": {"interpretops_revision": "none"}}},
+    {"fields": {"vllm_xargs": {REVISION_KEY: PASS_THROUGH}}},
 ]
 """What a client says of the policy: mostly nothing, sometimes what it may not."""
 

@@ -104,7 +104,7 @@ def test_receipt_is_finished_when_all_its_engine_requests_are(
     note_ended(collect(outputs), running)
     receipt = RECEIPTS.take(nonce)
     assert receipt is not None
-    assert (receipt["requests"], receipt["tokens_evaluated"], receipt["finished"]) == (2, 8, finished)
+    assert (receipt.requests, receipt.tokens_evaluated, receipt.finished) == (2, 8, finished)
 
 
 @pytest.mark.parametrize("path", ["/whole-fails", "/events-fail", "/early-events", "/first-event"])

@@ -110,14 +110,14 @@ def test_next_request_in_a_slot_begins_with_closed_gates(
 def test_edits_are_attested_by_revision(steered: tuple[SteeringRuntime, Any, Plan]) -> None:
     """A self-test finds its own edits among those of other requests, running ones and ended ones."""
     runtime, model, plan = steered
-    before = runtime.attest()["edits"].get(plan.revision, 0)
+    before = runtime.edits().get(plan.revision, 0)
     runtime.track("f", arguments(plan.revision), 0)
     run(runtime, model, "f", 0, 5)
-    assert runtime.attest()["edits"][plan.revision] == before + 1
+    assert runtime.edits()[plan.revision] == before + 1
     runtime.untrack("f")
     runtime.track("g", arguments("none"), 0)
     runtime.untrack("g")
-    assert runtime.attest()["edits"] == {plan.revision: before + 1}
+    assert runtime.edits() == {plan.revision: before + 1}
 
 
 def test_pass_that_cannot_be_laid_out_does_not_run(steered: tuple[SteeringRuntime, Any, Plan]) -> None:

@@ -1,0 +1,44 @@
+"""The front end's calls to every engine core behind it, and what they answer."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from interpretops.engine_api import (
+    LoadedPlan,
+    RankDigest,
+    RankGroup,
+    Refusal,
+    RetiredPlan,
+    read_loaded,
+)
+
+
+class EngineCores:
+    """Every method asks all cores: the client's own call would return only the first one's answer."""
+
+    def __init__(self, engine_client: Any) -> None:
+        self._client = engine_client
+
+    async def load(self, revision: str, plan: bytes) -> LoadedPlan | Refusal:
+        """Load a plan into every core: all their ranks, or the first refusal."""
+        ranks: list[RankDigest] = []
+        for answer in await self._call("interpretops_load", base64.b64encode(plan).decode()):
+            loaded = read_loaded(answer)
+            if isinstance(loaded, Refusal):
+                return loaded
+            ranks += loaded.ranks
+        return LoadedPlan(revision=revision, ranks=ranks)
+
+    async def retire(self, revision: str) -> RetiredPlan:
+        """Retire a revision in every core."""
+        answers = [RetiredPlan.parse(told) for told in await self._call("interpretops_retire", revision)]
+        return RetiredPlan(revision=revision, in_flight=sum(answer.in_flight for answer in answers))
+
+    async def attest(self) -> list[RankGroup]:
+        """What each core admits, and what its ranks hold."""
+        return [RankGroup.parse(answer) for answer in await self._call("interpretops_attest")]
+
+    async def _call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        return list(await self._client.engine_core.call_utility_all_async(method, *args))
