@@ -74,13 +74,9 @@ def conversation_ids(model: FrozenModel, messages: Sequence[Message]) -> tuple[i
 
     An assistant's message at the end is one that the model is to go on with.
     """
-    if messages[0]["role"] == TEXT or model.tokenizer.chat_template is None:
+    if messages[0]["role"] == TEXT or not model.has_chat_template:
         return tuple(model.text_ids(messages[-1]["content"]))
-    begun = messages[-1]["role"] == "assistant"
-    text = model.tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-    )
-    return tuple(model.text_ids(text))
+    return tuple(model.conversation_ids(messages))
 
 
 def _with_slips(text: str, chance: random.Random) -> str:

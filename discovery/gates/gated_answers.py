@@ -8,6 +8,7 @@ from discovery.frozen_model import FrozenModel
 from discovery.gates.gated_edit import prompt_cache
 from discovery.gates.low_rank import LowRankRows
 from discovery.jobs.progress import Meter
+from interpretops.steering.answer_loop import continue_tokens
 
 BATCH = 32
 
@@ -44,29 +45,17 @@ def _answer(
 ) -> list[list[int]]:
     tokens, mask = model.pad([ids[:-1] for ids in prompts], side="left")
     cache = prompt_cache(model, tokens, mask)
-    now = torch.tensor([[ids[-1]] for ids in prompts], device=tokens.device)
-    place = mask.sum(1, keepdim=True)
-    answers: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
+    last = torch.tensor([[ids[-1]] for ids in prompts], device=tokens.device)
     edits = {} if edit is None else {int(layer): edit.at(int(layer)) for layer in edit.a}
     with model.edited(edits):
-        for _ in range(most):
-            mask = torch.cat([mask, torch.ones_like(place)], 1)
-            logits = model.network(
-                input_ids=now,
-                attention_mask=mask,
-                position_ids=place,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits
-            if edit is not None:
-                edit.firing.clear()
-            now = logits[:, -1].argmax(-1, keepdim=True)
-            place = place + 1
-            for row, token in enumerate(now[:, 0].tolist()):
-                ended[row] = ended[row] or token in model.stop_ids
-                if not ended[row]:
-                    answers[row].append(token)
-            if all(ended):
-                break
-    return answers
+        answers = continue_tokens(
+            model.network,
+            last,
+            most,
+            mask=torch.cat([mask, torch.ones_like(last)], 1),
+            cache=cache,
+            stops=model.stop_tokens,
+            pad=model.pad_id,
+            after_pass=None if edit is None else edit.firing.clear,
+        )
+    return [model.without_stop(answer) for answer in answers]

@@ -23,6 +23,7 @@ from discovery.gates.gate_settings import EditSettings
 from discovery.gates.low_rank import LowRankRows
 from discovery.jobs.progress import meter
 from discovery.sae.checkpoint import learning_rate, restore_checkpoint, save_checkpoint
+from interpretops.steering.answer_loop import positions_of
 
 ANSWER_TOKENS = 28
 """How much of the untouched model's own answer a benign prompt is held to."""
@@ -121,7 +122,7 @@ def prompt_cache(model: FrozenModel, tokens: Tensor, mask: Tensor) -> Any:
     return model.network.base_model(
         input_ids=tokens,
         attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        position_ids=positions_of(mask),
         use_cache=True,
     ).past_key_values
 

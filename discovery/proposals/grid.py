@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from discovery.gates.contrast import SIDES, Judged
 from discovery.jobs.progress import Meter, meter
 from discovery.proposals.actions import Action
@@ -143,7 +141,6 @@ class Grid:
         }
         return policy_from_document(Document("<grid point>", document), self.folder)
 
-    @torch.no_grad()
     def _answers(self, prompts: Sequence[Sequence[int]], progress: Meter) -> list[str]:
         return greedy_answers(self.model, prompts, self.most, progress)
 
@@ -154,25 +151,11 @@ def greedy_answers(
     """Greedy answers of at most ``most`` tokens; steered when a session is open."""
     found = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    pad = next(iter(model.stop_tokens), 0)
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
-        width = max(len(prompts[index]) for index in chunk)
-        tokens = torch.full((len(chunk), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for row, index in enumerate(chunk):
-            tokens[row, width - len(prompts[index]) :] = torch.tensor(list(prompts[index]))
-            mask[row, width - len(prompts[index]) :] = 1
-        out = model.network.generate(
-            input_ids=tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=most,
-            do_sample=False,
-            eos_token_id=sorted(model.stop_tokens) or None,
-            pad_token_id=pad,
-        )
-        for row, index in enumerate(chunk):
-            found[index] = model.tokenizer.decode(out[row, width:].tolist(), skip_special_tokens=True).strip()
+        answers = model.answers([prompts[index] for index in chunk], most)
+        for index, answer in zip(chunk, answers, strict=True):
+            found[index] = model.decode(answer).strip()
         progress.advance(len(chunk))
     return found
 

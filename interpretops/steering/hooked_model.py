@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from interpretops.errors import ModelError, refused_plainly
 from interpretops.model.device import pick_device
 from interpretops.model.family import family_of
 from interpretops.model.source import resolve_model
-from interpretops.model.spec import read_model_spec
-from interpretops.plan import POINTS, ModelSpec, Site
+from interpretops.plan import POINTS, Site
 from interpretops.settings import load_settings
-from interpretops.steering.hook_points import find_layers, site_module
+from interpretops.steering.answer_loop import continue_tokens, drawn, greedy
+from interpretops.steering.causal_model import CausalModel
+from interpretops.steering.hook_points import site_module
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -36,7 +36,7 @@ def _silent(line: str) -> None:
     """Show nothing."""
 
 
-class HookedModel:
+class HookedModel(CausalModel):
     """Model, tokenizer and spec of a folder. Whatever is left out comes from the settings.
 
     Nothing but safetensors is loaded, and nothing is fetched for a folder or the default model.
@@ -65,37 +65,15 @@ class HookedModel:
         settings = load_settings()
         if model_name is None:
             model_name, revision = settings.model.name, revision or settings.model.revision
-        self.device = pick_device(settings.model.device if device is None else device)
         wanted = _dtype(settings.model.dtype if dtype is None else dtype)
         cache = settings.cache.dir if cache_dir is None else Path(cache_dir)
-        self.folder: Path = resolve_model(str(model_name), cache, progress, revision=revision)
-        self.spec: ModelSpec = read_model_spec(self.folder)
-        progress(f"Loading {self.spec.name}")
-        self.network: Any = load_network(self.folder, wanted).to(self.device).eval().requires_grad_(False)
-        """The transformers model itself."""
-        self._family = family_of(self.spec.architecture)
-        self._layers = find_layers(self.network, self.spec.num_layers)
+        folder = resolve_model(str(model_name), cache, progress, revision=revision)
+        progress(f"Loading {folder.resolve().name}")
+        super().__init__(
+            folder, wanted, device=pick_device(settings.model.device if device is None else device)
+        )
         self.scoring = False
         """Whether the pass under way reads a whole text at once, and is not a step of an answer."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The number format of weights and activations."""
-        dtype: torch.dtype = self.network.dtype
-        return dtype
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer, read on first use."""
-        return load_tokenizer(self.folder)
-
-    @property
-    def stop_tokens(self) -> frozenset[int]:
-        """Tokens that end an answer."""
-        named = self.network.generation_config.eos_token_id
-        if named is None:
-            named = self.network.config.eos_token_id
-        return frozenset(named if isinstance(named, list) else () if named is None else (int(named),))
 
     def tokens(self, text: str, *, chat: bool | None = None) -> list[int]:
         """Token ids of a text.
@@ -106,14 +84,10 @@ class HookedModel:
         if not isinstance(text, str) or not text:
             raise ModelError(f"text = {text!r}, but must be text that is not empty")
         if chat is None:
-            chat = self.tokenizer.chat_template is not None
+            chat = self.has_chat_template
         if not chat:
             return list(self.tokenizer(text).input_ids)
-        if self.tokenizer.chat_template is None:
-            raise ModelError(f"{self.spec.name} has no chat template; pass chat=False")
-        turn = [{"role": "user", "content": text}]
-        formatted = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(formatted, add_special_tokens=False).input_ids)
+        return self.conversation_ids([{"role": "user", "content": text}])
 
     def generate(
         self,
@@ -128,9 +102,8 @@ class HookedModel:
         answer = self.generate_tokens(
             self.tokens(text, chat=chat), max_new_tokens, temperature=temperature, seed=seed
         )
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+        return self.decode(answer)
 
-    @torch.no_grad()
     def generate_tokens(
         self,
         token_ids: Sequence[int],
@@ -144,26 +117,22 @@ class HookedModel:
             raise ValueError(f"max_new_tokens = {max_new_tokens}, but must be at least 1")
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature = {temperature}, but must be 0 (greedy) or positive")
-        step = self._batch_of(token_ids)
+        tokens = self._batch_of(token_ids)
         chance = torch.Generator(self.device)
         if seed is None:
             chance.seed()
         else:
             chance.manual_seed(seed)
-        cache, answer = None, list[int]()
         room = self.network.config.max_position_embeddings - len(token_ids) + 1
-        for _ in range(min(max_new_tokens, room)):
-            out = self.network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits = out.past_key_values, out.logits[0, -1].float()
-            if temperature == 0:
-                token = int(logits.argmax())
-            else:
-                token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=chance))
-            if token in self.stop_tokens:
-                break
-            answer.append(token)
-            step = torch.tensor([[token]], device=self.device)
-        return answer
+        (answer,) = continue_tokens(
+            self.network,
+            tokens,
+            min(max_new_tokens, room),
+            stops=self.stop_tokens,
+            pad=0,  # of one sequence, which needs none
+            choose=greedy if temperature == 0 else drawn(chance, temperature),
+        )
+        return self.without_stop(answer)
 
     @torch.no_grad()
     def logprobs(self, token_ids: Sequence[int]) -> Tensor:
@@ -203,7 +172,7 @@ class HookedModel:
             self.scoring = False
 
     def _keep(self, site: Site, kept: dict[Site, Tensor]) -> torch.utils.hooks.RemovableHandle:
-        module = site_module(self._layers, self._family, site)
+        module = site_module(self.layers, family_of(self.spec.architecture), site)
 
         def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
             kept[site] = args[0].flatten(0, -2).clone()
@@ -248,32 +217,3 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if name not in DTYPES:
         raise ModelError(f"dtype = {name!r}, but must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a model folder; raises `ModelError`."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: no tokenizer can be read ({_first_line(error)})") from error
-
-
-def load_network(folder: Path, dtype: torch.dtype | str) -> Any:
-    """The transformers model in a folder, from safetensors alone; raises `ModelError`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        # torch's fused attention has no soft cap, and transformers would leave it out without a word.
-        eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-        return AutoModelForCausalLM.from_pretrained(
-            str(folder), config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **eager
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

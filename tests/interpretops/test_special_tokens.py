@@ -28,8 +28,8 @@ def tokenizer(default_model_dir):
 @pytest.fixture(scope="module")
 def special(tokenizer):
     found = describe_special_tokens(tokenizer)
-    assert found["fault"] is None
-    return SpecialTokens(found["ids"], found["first"])
+    assert found.fault is None
+    return SpecialTokens(found.ids, found.first)
 
 
 @given(TEXT)
@@ -120,9 +120,9 @@ class Folding:
 
 def test_tokenizer_that_folds_look_alikes_is_reported():
     """What the gateway cannot keep out, the engine says itself: it does not become ready."""
-    assert "look" not in (told := describe_special_tokens(Folding()))["fault"]
-    assert "＜ｓ＞" in told["fault"]
-    assert describe_special_tokens(None)["fault"]
+    assert "look" not in (told := describe_special_tokens(Folding()).fault)
+    assert "＜ｓ＞" in told
+    assert describe_special_tokens(None).fault
 
 
 def test_token_numbers_are_found_by_place_and_text(tokenizer, special):

@@ -5,7 +5,6 @@ Shape letters: N tokens, D width, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from discovery.frozen_model import FrozenModel
 from discovery.gates.contrast import Judged
 from discovery.jobs.progress import Meter
 from discovery.proposals.judging import shows
+from interpretops.steering.causal_model import CausalModel
 
 BATCH = 48
 BEFORE = 2
@@ -36,43 +36,17 @@ class Sampled:
         return [*self.prompt, *self.answer]
 
 
-@torch.no_grad()
 def sampled_answers(
-    network: Any,
-    prompts: Sequence[Sequence[int]],
-    most: int,
-    seed: int,
-    stops: Sequence[int],
-    pad: int,
-    progress: Meter,
+    model: CausalModel, prompts: Sequence[Sequence[int]], most: int, seed: int, progress: Meter
 ) -> list[list[int]]:
     """Answers sampled at temperature 1 from the model as it is, or as an open session steers it."""
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
-        width = max(len(prompts[index]) for index in chunk)
-        tokens = torch.full((len(chunk), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for row, index in enumerate(chunk):
-            tokens[row, width - len(prompts[index]) :] = torch.tensor(list(prompts[index]))
-            mask[row, width - len(prompts[index]) :] = 1
-        torch.manual_seed(seed * 100_003 + start)
-        out = network.generate(
-            input_ids=tokens.to(network.device),
-            attention_mask=mask.to(network.device),
-            max_new_tokens=most,
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            eos_token_id=list(stops) or None,
-            pad_token_id=pad,
-        )
-        for row, index in enumerate(chunk):
-            answer = out[row, width:].tolist()
-            ends = [place for place, token in enumerate(answer) if token in stops]
-            found[index] = answer[: ends[0]] if ends else answer
+        answers = model.answers([prompts[index] for index in chunk], most, sample_seed=seed * 100_003 + start)
+        for index, answer in zip(chunk, answers, strict=True):
+            found[index] = model.without_stop(answer)
         progress.advance(len(chunk))
     return found
 

@@ -37,6 +37,7 @@ from discovery.proposals.step_cache import Kept, digest
 from interpretops.files.strict_yaml import Document
 from interpretops.policy import policy_from_document
 from interpretops.settings import Settings
+from interpretops.steering.causal_model import CausalModel
 from interpretops.steering.hooked_model import HookedModel
 from interpretops.steering.session import SteeringSession
 
@@ -163,13 +164,13 @@ class Avoiding:
 
     def _samples(self, part: str) -> list[Sampled]:
         prompts = self._formatted(part)
-        answers = self._sampled(f"samples_{part}", self.model.network, prompts)
+        answers = self._sampled(f"samples_{part}", prompts)
         return [
             locate(self.model, self.contrast.judge, prompt, answer)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
-    def _sampled(self, name: str, network: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _sampled(self, name: str, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         answers: list[list[int]] = []
         with meter(f"propose: {name}", len(prompts), "continuations") as progress:
             for start in range(0, len(prompts), AT_ONCE):
@@ -177,20 +178,19 @@ class Avoiding:
                 key = f"samples/{name}_{start}"
                 if self.kept.has(key):
                     progress.advance(len(chunk))
-                answers += self.kept.json(key, partial(self._draw, network, chunk, progress, seed))
+                answers += self.kept.json(key, partial(self._draw, self.model, chunk, progress, seed))
         return answers
 
     def _draw(
-        self, network: Any, prompts: Sequence[Sequence[int]], progress: Meter, seed: int
+        self, model: CausalModel, prompts: Sequence[Sequence[int]], progress: Meter, seed: int
     ) -> list[list[int]]:
-        stops, pad = self.model.stop_ids, self.model.pad_id
-        return sampled_answers(network, prompts, CONTINUATION, seed, stops, pad, progress)
+        return sampled_answers(model, prompts, CONTINUATION, seed, progress)
 
     def _benign_samples(self) -> list[Sampled]:
         prompts = [
             self.model.chat_ids(prompt) for prompt in self.prompts["discovery"]["benign"][:BENIGN_SAMPLES]
         ]
-        answers = self._sampled("samples_benign", self.model.network, prompts)
+        answers = self._sampled("samples_benign", prompts)
         return [Sampled(tuple(p), tuple(a), None) for p, a in zip(prompts, answers, strict=True) if a]
 
     def _text_samples(self, part: str) -> list[Sampled]:
@@ -206,9 +206,8 @@ class Avoiding:
 
         def measure() -> dict[str, Any]:
             """Answers and text cost of the model as it is, or inside an open session."""
-            network = self.steered.network
             with meter("propose: answers", len(benign) + len(own), "answers") as progress:
-                drawn = self._draw(network, [s.prompt for s in own], progress, self.chosen.seed)
+                drawn = self._draw(self.steered, [s.prompt for s in own], progress, self.chosen.seed)
                 greedy = greedy_answers(self.steered, benign, self.chosen.answer_tokens, progress)
             return {"drawn": drawn, "benign": greedy, "text": self._text_loss()}
 

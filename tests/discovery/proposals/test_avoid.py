@@ -39,7 +39,7 @@ ZZZ = Judged(kind="words", words=("zzz",))
 
 def _answers(tiny: FrozenModel, prompts: list[str], most: int = 12, seed: int = 0) -> list[list[int]]:
     ids = [tiny.chat_ids(prompt) for prompt in prompts]
-    return sampled_answers(tiny.network, ids, most, seed, tiny.stop_ids, tiny.pad_id, Meter("", 1, ""))
+    return sampled_answers(tiny, ids, most, seed, Meter("", 1, ""))
 
 
 def _trait(tiny: FrozenModel) -> list[str]:
