@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import socket
 import statistics
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 from rich.console import Console
 from rich.progress import Progress
 
@@ -41,7 +41,6 @@ from benchmarks.record import commit, machine, write
 from interpretops.records.api_keys import make_key, write_keys
 from proxy.process.open_file_limit import raise_limit
 
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 WAYS = ("direct", "relay", "gateway")
 BODY = {"model": "mock", "messages": [{"role": "user", "content": "Tell me something about the sea. " * 8}]}
 POLICY = """meta: {id: calm}
@@ -68,15 +67,12 @@ class Server:
 
     def cpu_s(self) -> float:
         """Processor time used so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+        used = psutil.Process(self.process.pid).cpu_times()
+        return used.user + used.system
 
     def rss_mb(self) -> float:
         """Memory in use."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1]) / 1024
-        raise RuntimeError("no VmRSS")
+        return psutil.Process(self.process.pid).memory_info().rss / 2**20
 
 
 def free_port() -> int:

@@ -99,6 +99,9 @@ def serve(
 ) -> None:
     """Serve a model behind an OpenAI-style endpoint, steered per request by policies."""
     from interpretops.settings import load_settings
+    from proxy.http.aiohttp_version import check_aiohttp
+
+    check_aiohttp()  # before the import of what another aiohttp may not have
     from proxy.serve import serve as run
 
     overrides = {

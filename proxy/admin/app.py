@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
@@ -14,12 +12,12 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from interpretops.errors import InterpretOpsError, PolicyError
 from interpretops.settings import Tenant
 from interpretops.settings.access import ANONYMOUS
+from proxy.admin.bodies import Promotion, Question, Rollback
 from proxy.admin.reload import reload_everything
 from proxy.errors import EngineNotReady, FieldNotAllowed, InvalidRequest, Refusal
 from proxy.observe.metrics import CONTENT_TYPE_LATEST
 from proxy.openai_api.headers import POLICY_HEADER
 from proxy.openai_api.request_body import parse_strict, read_body
-from proxy.openai_api.routes import ROUTES
 from proxy.policies.binding import NONE, decide, explain
 from proxy.policies.entry import Entry
 from proxy.policies.policy_files import Revision
@@ -32,8 +30,6 @@ from proxy.tenants.access import Identity, names_this_machine
 ADMIN: web.RequestKey[str] = web.RequestKey("admin", str)
 """Name of the authenticated admin, for the audit log."""
 _MAX_BODY_BYTES = 64 * 1024
-_MAX_REASON = 1000
-_REVISION = re.compile(r"[0-9a-f]{12,64}")
 
 
 class AdminRefused(Refusal):
@@ -120,28 +116,28 @@ async def reload(request: web.Request) -> web.Response:
 
 
 async def change_policy(request: web.Request) -> web.Response:
-    """Promote a candidate, or roll back to the previous revision. Recorded before it is done.
+    """Promote a candidate (body: `Promotion`), or roll back to the previous revision (`Rollback`).
 
-    Body of a promotion: ``revision``, the one reviewed, as 12 or more of its hex digits; optional
-    ``"to": "shadow"`` to run it in shadow of the active one, and ``"override": {"by": …, "why": …}`` to
-    promote without a Risk Card that meets the policy's criteria. A rollback may name the target ``revision``.
-    Files can change during a review, so nothing is done if another revision has taken the named one's place.
+    Recorded before it is done. Files can change during a review, so nothing is done if another revision has
+    taken the named one's place.
     """
     gateway = request.app[GATEWAY]
     policy, catalogue, change = request.match_info["id"], gateway.catalogue, request.match_info["change"]
-    override, to, named = await _read_change(request, change)
-    fields: dict[str, Any] = {"policy": policy, "by": request[ADMIN], "to": to, "asked": named}
+    wish = await _read_change(request, change)
+    override = wish.override if isinstance(wish, Promotion) else None
+    to = wish.to if isinstance(wish, Promotion) else "active"
+    fields: dict[str, Any] = {"policy": policy, "by": request[ADMIN], "to": to, "asked": wish.revision}
     if override is not None:
         if gateway.audit is None:
             raise AdminRefused("an override must be recorded, but there is no audit log; set audit.path")
-        fields["override"] = override
+        fields["override"] = override.model_dump()
     try:
         found = catalogue.entries.get(policy)
         before = None if found is None else found.previous
         target = catalogue.candidate(policy) if change == "promote" else before
         fields["from"] = _name(None if found is None else found.active)
         fields["revision"] = revision = _name(target)
-        _check_named(named, target, change)
+        _check_named(wish.revision, target, change)
         if gateway.audit is not None:
             await gateway.audit.append_durably(change, **fields)
         if to == "shadow":
@@ -182,60 +178,24 @@ def _check_named(named: str | None, target: Revision | None, change: str) -> Non
         raise PolicyError(f"revision = {named!r}, but {target.label} is {state}; review it, and name it")
 
 
-async def _read_change(request: web.Request, change: str) -> tuple[dict[str, str] | None, str, str | None]:
-    """Parse the body: the override if any, the target state, and the named revision."""
+async def _read_change(request: web.Request, change: str) -> Promotion | Rollback:
     raw = await read_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=10)
     body = parse_strict(raw) if raw.strip() else {}
-    override, to, named = body.get("override"), body.get("to", "active"), body.get("revision")
-    known = ("revision", "override", "to") if change == "promote" else ("revision",)
-    if body.keys() - set(known):
-        raise InvalidRequest(f"unknown fields in a {change}; known: {', '.join(known)}")
-    if named is None and change == "promote":
-        raise InvalidRequest(
-            "revision is missing: name the candidate that you reviewed, by 12 or more hex digits of "
-            '`candidate` in GET /admin/policies, as {"revision": "0123456789ab"}',
-            param="revision",
-        )
-    if named is not None and not (isinstance(named, str) and _REVISION.fullmatch(named)):
-        raise InvalidRequest("revision must be 12 to 64 hex digits", param="revision")
-    if to not in ("active", "shadow"):
-        raise InvalidRequest("to must be active or shadow", param="to")
-    if override is None:
-        return None, to, named
-    if not isinstance(override, dict) or override.keys() != {"by", "why"}:
-        raise InvalidRequest("override needs `by` and `why`, and nothing else", param="override")
-    for name, value in override.items():
-        if not isinstance(value, str) or not value.strip() or len(value) > _MAX_REASON:
-            raise InvalidRequest(
-                f"override.{name} must be a string of at most {_MAX_REASON} characters",
-                param=f"override.{name}",
-            )
-    return override, to, named
+    return Promotion.read(body) if change == "promote" else Rollback.read(body)
 
 
 async def resolve(request: web.Request) -> web.Response:
-    """Dry run: which policy a request would get, and why.
-
-    Body, all optional: ``model``, ``route``, ``policy`` (as in X-Steering-Policy), ``tenant``, ``key`` (ids).
-    """
+    """Dry run: which policy a request would get, and why. Body: `Question`."""
     gateway = request.app[GATEWAY]
     raw = await read_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=10)
-    body = parse_strict(raw)
-    if unknown := body.keys() - {"model", "route", "policy", "tenant", "key"}:
-        known = "model, route, policy, tenant, key"
-        raise InvalidRequest(f"unknown fields {sorted(unknown)}; known: {known}")
-    if not all(isinstance(value, str) for value in body.values()):
-        raise InvalidRequest("all fields must be strings")
-    route = body.get("route", "/v1/chat/completions")
-    if route not in ROUTES:
-        raise InvalidRequest(f"route = {route!r}, but must be one of {', '.join(ROUTES)}", param="route")
-    identity = _identity(gateway, body)
-    identity.check_route(route)
+    asked = Question.read(parse_strict(raw))
+    identity = _identity(gateway, asked)
+    identity.check_route(asked.route)
     headers: CIMultiDict[str] = CIMultiDict()
-    if "policy" in body:
-        headers[POLICY_HEADER] = body["policy"]
-    model = body.get("model") or min(gateway.fleet.require().served)
-    caller = gateway.caller(route, CIMultiDictProxy(headers), model, identity)
+    if asked.policy is not None:
+        headers[POLICY_HEADER] = asked.policy
+    model = asked.model or min(gateway.fleet.require().served)
+    caller = gateway.caller(asked.route, CIMultiDictProxy(headers), model, identity)
     decision = decide(gateway.settings.bindings, caller, gateway.catalogue.entries)
     with gateway.catalogue.pin(decision.policy) as revision:
         return web.json_response(
@@ -246,7 +206,7 @@ async def resolve(request: web.Request) -> web.Response:
                 "asked_for": caller.choice,
                 "model": caller.model,
                 "engine_model": gateway.engine_model(caller.model),
-                "route": route,
+                "route": asked.route,
                 "tenant": identity.tenant.id,
                 "key": identity.key,
                 "bindings": explain(gateway.settings.bindings, caller),
@@ -254,9 +214,9 @@ async def resolve(request: web.Request) -> web.Response:
         )
 
 
-def _identity(gateway: Gateway, body: Mapping[str, str]) -> Identity:
+def _identity(gateway: Gateway, asked: Question) -> Identity:
     """The caller assumed in a dry run."""
-    tenant, key = body.get("tenant"), body.get("key")
+    tenant, key = asked.tenant, asked.key
     try:
         if key is not None:
             found = Identity(gateway.access.tenant_of_key(key), key)

@@ -1,0 +1,60 @@
+"""Bodies of the admin calls: what is wrong is told in one line, with the field."""
+
+import pytest
+
+from proxy.admin.bodies import Promotion, Question, Rollback
+from proxy.errors import InvalidRequest
+
+NAMED = "0123456789ab"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param", "told"),
+    [
+        (Promotion, {}, "revision", "revision is missing: name the candidate that you reviewed"),
+        (Promotion, {"revision": 12}, "revision", "revision = 12, but must be a valid string"),
+        (Promotion, {"revision": NAMED[:11]}, "revision", "revision must be 12 to 64 hex digits"),
+        (Promotion, {"revision": NAMED.upper()}, "revision", "revision must be 12 to 64 hex digits"),
+        (
+            Promotion,
+            {"revision": NAMED, "to": "shade"},
+            "to",
+            "to = 'shade', but must be 'active' or 'shadow'",
+        ),
+        (Promotion, {"revision": NAMED, "force": True}, "force", "force is not a known key; known are "),
+        (Promotion, {"revision": NAMED, "override": {"by": "a"}}, "override.why", "override.why is missing"),
+        (Promotion, {"revision": NAMED, "override": 1}, "override", "override = 1, but must be a mapping"),
+        (
+            Promotion,
+            {"revision": NAMED, "override": {"by": "a", "why": " "}},
+            "override.why",
+            "override.why must be a string of at most 1000 characters",
+        ),
+        (
+            Promotion,
+            {"revision": NAMED, "override": {"by": "a" * 1001, "why": "x"}},
+            "override.by",
+            "override.by must be a string of at most 1000 characters",
+        ),
+        (Rollback, {"to": "shadow"}, "to", "to is not a known key; known are revision"),
+        (Question, {"polciy": "calm"}, "polciy", "polciy is not a known key; did you mean 'policy'?"),
+        (Question, {"route": "/v1/x"}, "route", "route = '/v1/x', but must be one of /v1/chat/completions"),
+        (Question, {"model": 1}, "model", "model = 1, but must be a valid string"),
+    ],
+)
+def test_fault_is_one_line_that_names_the_field(kind, body, param, told):
+    """Unknown, missing, ill-typed and too long: the operator reads what would be right."""
+    with pytest.raises(InvalidRequest) as raised:
+        kind.read(body)
+    assert raised.value.param == param
+    assert str(raised.value).startswith(told)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_left_out_has_its_meaning():
+    """A promotion serves, a rollback goes to the revision before, a question is about a chat."""
+    promotion = Promotion.read({"revision": NAMED, "override": {"by": "ada", "why": "outage"}})
+    assert promotion.to == "active"
+    assert promotion.override.model_dump() == {"by": "ada", "why": "outage"}
+    assert Rollback.read({}).revision is None
+    assert Question.read({}).route == "/v1/chat/completions"

@@ -1,0 +1,43 @@
+"""The gateway starts on no aiohttp whose server it does not know."""
+
+import tomllib
+from pathlib import Path
+
+import aiohttp
+import pytest
+from typer.testing import CliRunner
+
+from interpretops.errors import ConfigError
+from mechctl.main import app
+from proxy.http.aiohttp_version import BELOW, LEAST, check_aiohttp
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("version", ["3.14.3", "3.14.5", "3.14.10", aiohttp.__version__])
+def test_known_versions_start(version):
+    """The one that is locked, and every patch of its minor version."""
+    check_aiohttp(version)
+
+
+@pytest.mark.parametrize("version", ["3.14.2", "3.15.0", "3.15.0a1", "4.0.0", "2.3"])
+def test_other_versions_are_refused_in_one_line(version):
+    """Older or newer: the line names what is installed and what to install."""
+    with pytest.raises(ConfigError, match=r'^aiohttp = .*install "aiohttp>=3\.14\.3,<3\.15"$') as raised:
+        check_aiohttp(version)
+    assert version in str(raised.value)
+
+
+def test_serve_asks_before_it_begins(monkeypatch):
+    """`mechctl serve` stops on it before a port is opened."""
+    monkeypatch.setattr(check_aiohttp, "__defaults__", ("3.15.0",))
+    done = CliRunner().invoke(app, ["serve"])
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).startswith("aiohttp = 3.15.0")
+
+
+def test_package_is_installed_with_the_same_bounds():
+    """What a resolver may choose is what the gateway starts on."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    wanted = ".".join(map(str, LEAST)), ".".join(map(str, BELOW))
+    assert f"aiohttp>={wanted[0]},<{wanted[1]}" in told
