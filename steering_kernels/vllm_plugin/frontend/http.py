@@ -27,7 +27,6 @@ from interpretops.engine_api import (
     SpecialTokenList,
 )
 from steering_kernels.vllm_plugin.core.holders import Holders
-from steering_kernels.vllm_plugin.core.refusals import refusal_body
 from steering_kernels.vllm_plugin.frontend.answer_receipt import AnswerReceipt
 from steering_kernels.vllm_plugin.frontend.engine_cores import EngineCores
 from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
