@@ -30,8 +30,8 @@ from steering_kernels.vllm_plugin.core.holders import Holders
 from steering_kernels.vllm_plugin.frontend.answer_receipt import AnswerReceipt
 from steering_kernels.vllm_plugin.frontend.engine_cores import EngineCores
 from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
+from steering_kernels.vllm_plugin.frontend.self_test import run_self_test
 from steering_kernels.vllm_plugin.frontend.special_tokens import describe_special_tokens
-from steering_kernels.vllm_plugin.worker.self_test import run_self_test
 
 MAX_PLAN_BYTES = 64 * 1024 * 1024
 
