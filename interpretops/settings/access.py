@@ -1,4 +1,4 @@
-"""The settings of who may do what: tenants, their limits, model aliases, and which policy binds whom."""
+"""Who may do what: tenants, their limits, model aliases, and which policy applies to whom."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
@@ -21,44 +21,45 @@ PolicyChoice = Annotated[str, StringConstraints(pattern=r"^(\*|[A-Za-z0-9][A-Za-
 AliasName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
 Positive = Annotated[int, Field(ge=1)]
 ANONYMOUS = "anonymous"
-"""The tenant of everybody where no keys are asked for."""
+"""The tenant of every caller when no keys are required."""
 CANARY = "canary"
-"""On whose account the gateway's own requests are counted."""
+"""The tenant that the gateway's own requests are counted for."""
 
 
 class Limits(Section):
-    """How much a tenant may use; nothing given is no limit. A request of several prompts, or with `n`, counts
-    as one request for each answer; one that could never fit is refused with 400."""
+    """How much a tenant may use. A limit that is not set does not apply. A request with several prompts, or
+    with `n`, counts once for each answer. A request that could never fit is refused with 400."""
 
     requests_per_minute: Positive | None = None
-    """Requests a minute, as many of them at once."""
+    """Requests a minute. A burst may use the whole minute at once."""
     tokens_per_minute: Positive | None = None
-    """Tokens a minute, read and written. A request is admitted on an estimate, and charged what it used."""
+    """Prompt and answer tokens a minute. A request is admitted on an estimate and charged for what it
+    used."""
     concurrency: Positive | None = None
-    """Answers at a time."""
+    """Answers in progress at a time."""
     token_budget: Positive | None = None
-    """Tokens in a `budget_period`; survives restarts. A request is admitted when what it may use is left, by
-    its `max_tokens` where it states one."""
+    """Tokens in one `budget_period`; it survives restarts. A request is admitted if what it may use is left:
+    its prompt and its `max_tokens`, if given."""
     budget_period: Literal["day", "month"] = "month"
-    """When the budget begins anew, in UTC."""
+    """How often the budget starts again, in UTC."""
 
 
 class SharedLimits(Section):
-    """Where several gateways count together what tenants use."""
+    """Limits that several gateways share through Redis."""
 
     redis_url: SecretStr | None = None
-    """`redis://user:password@host:port/database`, or `rediss://…` for TLS. Requests and tokens a minute and
-    budgets are then those of all gateways together; `concurrency` stays each gateway's own. None: this one
-    counts alone. Never shown in logs."""
+    """`redis://user:password@host:port/database`, or `rediss://…` for TLS. Requests and tokens a minute,
+    and budgets, are then counted over all gateways; `concurrency` stays per gateway. None: this gateway
+    counts on its own. Never shown in logs."""
     when_away: Literal["refuse", "local"] = "refuse"
-    """What happens to requests of limited tenants while Redis does not answer: refused with 503, or counted
-    by each gateway for itself."""
+    """What happens to requests of limited tenants while Redis is unreachable: refused with 503, or counted by
+    each gateway on its own."""
     timeout_s: Seconds = 0.5
-    """Longest wait for an answer of Redis, within a request: then the request is treated as `when_away` says.
-    Redis counts as away only when it has answered nothing for `away_after_s`."""
+    """Longest wait for Redis within a request. After it, `when_away` decides about the request. Redis counts
+    as unreachable only after `away_after_s` without any answer."""
     away_after_s: Seconds = 2.0
-    """How long Redis must have answered nothing before it counts as away: from then on no request waits for
-    it, and an alert is due. It is tried again every second."""
+    """Time without any answer after which Redis counts as unreachable. From then on no request waits for it,
+    and an alert fires. The gateway tries again every second."""
 
     @model_validator(mode="after")
     def _check_url(self) -> Self:
@@ -69,13 +70,13 @@ class SharedLimits(Section):
 
 
 class KeptRequests(Section):
-    """That a tenant's requests and answers are kept: redacted (`compliance.pii_redaction`), sealed with the
-    tenant's own key, and deleted after `compliance.retention_days`. So on every route on which the model
-    runs, streamed or not; of those that only count or convert tokens nothing is kept."""
+    """Keep a tenant's requests and answers: redacted (`compliance.pii_redaction`), encrypted with the
+    tenant's own key, and deleted after `compliance.retention_days`. This covers every route on which the
+    model runs, streamed or not. Routes that only count or convert tokens keep nothing."""
 
     key: str
-    """Where the keys stand, never a key itself: `env:NAME` or `file:PATH`, one a line, the newest first. That
-    one seals, the others open what was sealed before. `mechctl transcripts key` makes one."""
+    """Where the keys are, never a key itself: `env:NAME` or `file:PATH`, one key a line, the newest first.
+    The newest encrypts; the others decrypt older records. `mechctl transcripts key` makes one."""
 
     @field_validator("key")
     @classmethod
@@ -83,7 +84,7 @@ class KeptRequests(Section):
         kind, _, name = key.partition(":")
         if kind not in ("env", "file") or not name:
             # Not shown: it may be a key.
-            raise ValueError("must be env:NAME or file:PATH, where the keys stand, and not a key")
+            raise ValueError("must be env:NAME or file:PATH, the place of the keys, and not a key itself")
         return key
 
 
@@ -91,29 +92,29 @@ class Tenant(Section):
     """One user of the gateway."""
 
     id: Label
-    """Its name, in keys, bindings, logs and metrics."""
+    """Name of the tenant in keys, bindings, logs and metrics."""
     models: tuple[Name, ...] | None = None
-    """Models and aliases it may name. None: all."""
+    """Models and aliases that it may use. None: all."""
     routes: tuple[Route, ...] | None = None
-    """Routes it may use. None: all."""
+    """Routes that it may use. None: all."""
     limits: Limits = Field(default_factory=Limits)
     """How much it may use."""
     transcripts: KeptRequests | None = None
-    """Keep what it asks and is answered. None: nothing is kept."""
+    """Keep its requests and answers. None: nothing is kept."""
 
 
 class Alias(Section):
-    """Another name for the model. A tenant that must not get around an alias's bindings is given only that
+    """Another name for the model. To keep a tenant from getting around an alias's bindings, list only that
     alias in its `models`."""
 
     name: AliasName
     """What clients write."""
     model: Name | None = None
-    """The engine's name for the model; none takes its first."""
+    """The engine's name for the model. None: its first."""
 
 
 class Match(Section):
-    """Which requests a binding is for: all that is given must hold; nothing given matches every request."""
+    """Which requests a binding applies to. All given fields must match; without any, every request does."""
 
     tenant: Label | None = None
     """A tenant's id."""
@@ -122,19 +123,19 @@ class Match(Section):
     model_alias: Name | None = None
     """The model name as the client writes it, without a `+<policy id>` ending."""
     route: Route | None = None
-    """The route asked for."""
+    """The route of the request."""
 
 
 class Binding(Section):
     """Which policy applies to whom."""
 
     match: Match = Field(default_factory=Match)
-    """The requests this binding is for."""
+    """The requests that this binding applies to."""
     policy: PolicyChoice
     """A policy's id, `none`, or `*` for every policy loaded (only with mode `optional`)."""
     mode: Literal["mandatory", "default", "optional"] = "optional"
     """`mandatory`: always applies, the client cannot choose. `default`: applies unless the client chooses
-    another that is open to it, or `none`. `optional`: the client may choose it."""
+    another one that it may use, or `none`. `optional`: the client may choose it."""
 
     @model_validator(mode="after")
     def _star_is_a_choice(self) -> Self:
@@ -146,7 +147,8 @@ class Binding(Section):
 def check_names(
     tenants: Sequence[Tenant], aliases: Sequence[Alias], bindings: Sequence[Binding], *, with_keys: bool
 ) -> None:
-    """Refuse what names a tenant that is not declared, or binds callers whom nobody identifies."""
+    """Refuse bindings of tenants that are not declared, or of callers that cannot be identified without
+    keys."""
     for kind, names in (
         ("tenants", [tenant.id for tenant in tenants]),
         ("aliases", [alias.name for alias in aliases]),
@@ -161,8 +163,8 @@ def check_names(
             value = getattr(binding.match, field)
             if value is not None and not with_keys:
                 raise ValueError(
-                    f"bindings[{index}].match.{field} = {value!r}, but without keys nobody is "
-                    "known, and anybody could leave it out; set paths.keys"
+                    f"bindings[{index}].match.{field} = {value!r}, but without keys no caller is "
+                    "identified, so anybody could avoid it; set paths.keys"
                 )
         if binding.match.tenant is not None and binding.match.tenant not in known:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What can be set, for every command: one strict, frozen model with a working default for everything."""
+"""All settings, for every command: one strict, frozen model with a working default for each."""
 
 import os
 import sys
@@ -44,7 +44,7 @@ GUARDED_ENGINE_VARIABLES = frozenset(
         "VLLM_SERVER_DEV_MODE",
     }
 )
-"""Variables of the engine of which the same holds."""
+"""Environment variables of the engine that the guard sets itself or cannot allow."""
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -57,7 +57,7 @@ def user_cache_dir() -> Path:
 
 
 def user_state_dir() -> Path:
-    """The platform's own place for what a user's programs must remember."""
+    """The platform's own place for the state of a user's programs."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "interpretops"
     root = os.environ.get("XDG_STATE_HOME")
@@ -72,22 +72,22 @@ def _shipped(name: str) -> Path:
 
 
 class ModelSettings(Section):
-    """Which language model is served and studied."""
+    """The language model that is served and studied."""
 
     name: Name = DEFAULT_MODEL
     """The default model's name, a folder, or a Hugging Face id."""
     revision: Name | None = None
-    """Branch, tag or commit of a Hugging Face id; none takes the repository's main branch."""
+    """Branch, tag or commit of a Hugging Face id. None: the main branch."""
     alias: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")] | None = None
-    """Name under which clients see the model; none takes the folder's name or the id itself."""
+    """Name of the model as clients see it. None: the folder's name or the id."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
-    """Number format of weights and activations; `auto` takes the model's own."""
+    """Number format of weights and activations. `auto`: the model's own."""
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    """`cpu`, `cuda`, `cuda:<n>`, or `auto`: a GPU when there is one."""
+    """`cpu`, `cuda`, `cuda:<n>`, or `auto`: a GPU if there is one."""
 
     @property
     def served_name(self) -> str:
-        """The name that clients write in their requests."""
+        """The model name in clients' requests."""
         if self.alias is not None:
             return self.alias
         folder = Path(self.name).expanduser()
@@ -95,17 +95,17 @@ class ModelSettings(Section):
 
 
 class CacheSettings(Section):
-    """Where things are kept that can be made again."""
+    """Where files are kept that can be made again."""
 
     dir: Path = Field(default_factory=user_cache_dir)
     """Converted models, traces and logs. Default: `interpretops` in the user's own cache folder."""
 
 
 class StoreSettings(Section):
-    """Where lasting records go beside the local disk. No effect yet: a warning says so where one is set."""
+    """Where records are stored beside the local disk. Not used yet; setting one logs a warning."""
 
     postgres_dsn: SecretStr | None = None
-    """`postgresql://user:password@host:port/database`, or none. Never shown in logs."""
+    """`postgresql://user:password@host:port/database`. Never shown in logs."""
     s3_endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s@]+$")] | None = None
     """URL of an S3 service. Its keys come from the environment, never from this file."""
     s3_bucket: Name | None = None
@@ -120,24 +120,24 @@ class StoreSettings(Section):
 
 
 class RuntimeSettings(Section):
-    """What the guard may cost."""
+    """What steering may cost."""
 
     max_latency_overhead_pct: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20
-    """Most that steering may add to latency, in per cent of the unsteered engine."""
+    """Most that steering may add to latency, in percent of the unsteered engine."""
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """What this machine costs an hour, in dollars: Risk Cards then tell the cost of 1,000 requests with and
-    without the policy. None: no cost is told."""
+    """Price of this machine in dollars an hour. With it, Risk Cards state the cost of 1,000 requests with and
+    without the policy. None: they state no cost."""
 
 
 class ComplianceSettings(Section):
     """What is kept of the traffic, and for how long."""
 
     pii_redaction: bool = True
-    """Redact personal data wherever an operator has asked for texts to be recorded."""
+    """Redact personal data in all texts that an operator has chosen to keep."""
     retention_days: Annotated[int, Field(ge=0)] = 14
-    """Days after which recorded material is deleted. The audit log, which holds no texts, is not."""
+    """Days after which kept texts are deleted. The audit log holds no texts and is not deleted."""
     phone_regions: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Z]{2}$")], ...] = ("US",)
-    """Countries whose telephone numbers are redacted also without their country code."""
+    """Countries whose phone numbers are redacted even without a country code."""
 
 
 EngineUrl = Annotated[
@@ -146,7 +146,7 @@ EngineUrl = Annotated[
 
 
 def _as_tuple(value: object) -> object:
-    """One address may stand for a list of one, and nothing for an empty one."""
+    """A single address is a list of one; null is an empty list."""
     if isinstance(value, list):
         return tuple(value)
     return () if value is None else (value,) if isinstance(value, str) else value
@@ -156,27 +156,29 @@ class EngineSettings(Section):
     """The vLLM engine behind the gateway."""
 
     url: Annotated[tuple[EngineUrl, ...], BeforeValidator(_as_tuple)] = ()
-    """Engines started elsewhere, one or a list: `http://host:port`, `unix:///path`, or `dns+http://name:port`
-    for all addresses of a name, asked for again every few seconds. None starts one here."""
+    """Engines that run elsewhere, one or a list: `http://host:port`, `unix:///path`, or
+    `dns+http://name:port` for all addresses of a DNS name, resolved again every few seconds. None: an engine
+    is started here."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 32
-    """Most sequences in one batch."""
+    """Most sequences in a batch."""
     max_model_len: Annotated[int, Field(ge=16)] | None = None
     """Longest context in tokens. None: the model's own, at most 2048 on a CPU."""
     kv_cache_gib: Annotated[int, Field(ge=1)] = 2
-    """Memory for the KV cache on a CPU, in GiB. On a GPU vLLM sizes it itself."""
+    """Memory for the KV cache on a CPU, in GiB. On a GPU vLLM sizes it."""
     enforce_eager: bool | Literal["auto"] = "auto"
-    """Run without graphs and compilation. `auto`: on a CPU, where they gain nothing and start slowly."""
+    """Run without CUDA graphs and compilation. `auto`: only on a CPU, where they start slowly and gain
+    nothing."""
     startup_timeout_s: Seconds = 900.0
     """Longest wait for the engine to be ready."""
     silence_timeout_s: Seconds = 120.0
-    """Longest silence of the engine's workers, which answer between two steps: after it they are taken to
-    hang, and the engine is started again. Must be longer than its longest step."""
+    """Longest time without an answer from the engine's workers, which answer between two steps. After it the
+    engine counts as hanging and is restarted. Must be longer than the longest step."""
     extra_args: tuple[str, ...] = ()
-    """Further arguments for `vllm serve`, one item each, e.g. `--tensor-parallel-size=2`."""
+    """More arguments for `vllm serve`, one item each, e.g. `--tensor-parallel-size=2`."""
     environment: Mapping[VariableName, str | None] = Field(default_factory=dict)
-    """Further variables for an engine that is started here, e.g. `{LMCACHE_CONFIG_FILE: /etc/lmcache.yaml}`;
-    null hands on the gateway's own. Without it the engine sees of the gateway's environment only what vLLM,
-    torch and the devices need, and no name with a word such as KEY, TOKEN or SECRET in it."""
+    """More environment variables for an engine that is started here, e.g. `{LMCACHE_CONFIG_FILE:
+    /etc/lmcache.yaml}`; null passes on the gateway's own value. By default the engine gets only the variables
+    that vLLM, torch and the devices need, and none named like a secret (KEY, TOKEN …)."""
 
     @model_validator(mode="after")
     def _urls_differ(self) -> Self:
@@ -187,7 +189,7 @@ class EngineSettings(Section):
     @model_validator(mode="after")
     def _check_environment(self) -> Self:
         if guarded := sorted(GUARDED_ENGINE_VARIABLES & self.environment.keys()):
-            raise ValueError(f"environment.{guarded[0]} is given, but the guard sets that itself")
+            raise ValueError(f"environment.{guarded[0]} is given, but the guard sets it itself")
         return self
 
     @model_validator(mode="after")
@@ -202,37 +204,38 @@ class PathSettings(Section):
     """Folders that commands read and write."""
 
     policies: Path = Field(default_factory=lambda: _shipped("policies"))
-    """Folder of policies: every `*.yaml` in it, every `policy.yaml` below. Default: `policies` here,
-    else in the checkout."""
+    """Folder of policies: every `*.yaml` in it, and every `policy.yaml` below. Default: `policies` in the
+    working directory, else in the checkout."""
     artifacts: Path = Field(default_factory=lambda: _shipped("sae_artifacts"))
-    """Folder of dictionaries and adapters. Default: `sae_artifacts` here, else in the checkout."""
+    """Folder of dictionaries and adapters. Default: `sae_artifacts` in the working directory, else in the
+    checkout."""
     plans: Path | None = None
-    """Folder to which `mechctl policy compile` writes a plan without `-o`. None: it writes none then."""
+    """Folder for plans of `mechctl policy compile` without `-o`. None: no plan is written."""
     keys: Path | None = None
-    """File of API keys, written by `mechctl keys add`. With one, both listeners ask for keys. None: anybody
+    """File of API keys, written by `mechctl keys add`. With it, both listeners require a key. None: anybody
     who reaches the gateway may use it, and it listens on this machine only."""
     transcripts: Path | None = None
-    """Folder of the requests that tenants have kept. Default: `transcripts` under `paths.state`."""
+    """Folder of tenants' kept requests. Default: `transcripts` under `paths.state`."""
     state: Path = Field(default_factory=user_state_dir)
-    """What must outlast a restart: how much of its budget each tenant has used, and the circuits that were
-    found. Default: `interpretops` in the user's own state folder."""
+    """Folder for what must survive a restart: used budgets, and circuits that were found. Default:
+    `interpretops` in the user's state folder."""
 
 
 class Settings(Section):
     """All settings; `interpretops.settings.load_settings` makes them."""
 
     model: ModelSettings = Field(default_factory=ModelSettings)
-    """Which language model is served and studied."""
+    """The language model that is served and studied."""
     cache: CacheSettings = Field(default_factory=CacheSettings)
-    """Where things are kept that can be made again."""
+    """Where files are kept that can be made again."""
     store: StoreSettings = Field(default_factory=StoreSettings)
-    """Where lasting records go beside the local disk."""
+    """Where records are stored beside the local disk."""
     runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
-    """What the guard may cost."""
+    """What steering may cost."""
     compliance: ComplianceSettings = Field(default_factory=ComplianceSettings)
     """What is kept of the traffic, and for how long."""
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
-    """The HTTP front: where it listens and what it bounds."""
+    """The HTTP front end: where it listens and what it bounds."""
     engine: EngineSettings = Field(default_factory=EngineSettings)
     """The vLLM engine behind the gateway."""
     paths: PathSettings = Field(default_factory=PathSettings)
@@ -240,22 +243,22 @@ class Settings(Section):
     policies: PolicySettings = Field(default_factory=PolicySettings)
     """What a policy revision must show before it serves."""
     audit: AuditSettings = Field(default_factory=AuditSettings)
-    """The audit log: who got which revision, and who changed what."""
+    """The audit log: which request got which revision, and who changed what."""
     tracing: TracingSettings = Field(default_factory=TracingSettings)
     """OpenTelemetry traces of requests."""
     canary: CanarySettings = Field(default_factory=CanarySettings)
-    """Prompts that the gateway asks by itself, with and without each policy."""
+    """Prompts that the gateway itself sends, with and without each policy."""
     limits: SharedLimits = Field(default_factory=SharedLimits)
-    """Where several gateways count together what tenants use."""
+    """Limits that several gateways share."""
     tenants: tuple[Tenant, ...] = ()
-    """Who uses the gateway, by key, and how much of it. The limits of a tenant `anonymous` hold for everybody
-    when no keys are asked for."""
+    """Who uses the gateway, by key, and how much. Without keys, the limits of a tenant named `anonymous`
+    apply to everybody."""
     aliases: tuple[Alias, ...] = ()
-    """Further names under which clients may ask for the model; bindings can match them."""
+    """More names for the model in clients' requests; bindings can match them."""
     bindings: tuple[Binding, ...] = (Binding(policy="*"),)
-    """Which policy applies to whom. Of all that match, `mandatory` wins over the caller's choice and that
-    over `default`; of several defaults the first. Default: every loaded policy may be chosen, none applies
-    unasked."""
+    """Which policy applies to whom. Of all bindings that match, `mandatory` wins over the caller's choice,
+    and that wins over `default`; the first of several defaults counts. Default: callers may choose any loaded
+    policy, and none applies by itself."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
