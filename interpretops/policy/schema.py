@@ -45,14 +45,14 @@ class FeatureScale(_Intervention):
 
 
 class FeatureClamp(_Intervention):
-    """Hold the activation of features inside a range."""
+    """Keep the activation of features inside a range."""
 
     type: Literal["feature_clamp"]
     """Kind of the intervention."""
     selector: FeatureSelector
     """Which features."""
     clamp_range: Annotated[tuple[Number, Number], Strict(False)]
-    """Lowest and highest activation left standing, in the dictionary's own units."""
+    """Lowest and highest activation that may remain, in the dictionary's own units."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "FeatureClamp":
@@ -70,12 +70,12 @@ class SteeringVector(_Intervention):
     selector: PlaceSelector
     """Where."""
     vector: Vector
-    """What to add, as it stands in its file: it is not normalised."""
+    """What to add. It is not normalised."""
     strength: Number
     """Factor on the vector; negative to subtract it."""
     max_norm: NormBound | None = None
-    """Tokens with a larger norm (attention sinks) are left alone; else the bound of the dictionaries that the
-    policy uses there, or of the model's own record (`norm-bounds.yaml`), if any."""
+    """Tokens with a larger norm (attention sinks) are not edited. Default: the bound of the dictionaries that
+    the policy uses there, else the one in the model's `norm-bounds.yaml`, else none."""
 
 
 class DirectionAblation(_Intervention):
@@ -86,12 +86,12 @@ class DirectionAblation(_Intervention):
     selector: PlaceSelector
     """Where."""
     vector: Vector
-    """Which direction; it is normalised to length one."""
+    """Which direction. It is normalised to length one."""
     strength: Number = 1.0
     """Share of the direction to remove: 1 removes all of it, 0 nothing."""
     max_norm: NormBound | None = None
-    """Tokens with a larger norm (attention sinks) are left alone; else the bound of the dictionaries that the
-    policy uses there, or of the model's own record (`norm-bounds.yaml`), if any."""
+    """Tokens with a larger norm (attention sinks) are not edited. Default: the bound of the dictionaries that
+    the policy uses there, else the one in the model's `norm-bounds.yaml`, else none."""
 
 
 class HeadScale(_Intervention):
@@ -106,7 +106,7 @@ class HeadScale(_Intervention):
 
 
 class LoraGate(_Intervention):
-    """Apply a low-rank adapter with a strength of its own."""
+    """Apply a low-rank adapter, at a given strength."""
 
     type: Literal["lora_gate"]
     """Kind of the intervention."""
@@ -115,7 +115,7 @@ class LoraGate(_Intervention):
     alpha: Number
     """Factor on the adapter's output; 1 applies it as trained."""
     adapter: Identifier | None = None
-    """Id of the adapter; else the one that the artifacts hold for `meta.target_class`."""
+    """Id of the adapter. Default: the one in the artifacts for `meta.target_class`."""
 
 
 Intervention = Annotated[
@@ -125,14 +125,15 @@ Intervention = Annotated[
 
 
 class Condition(Strictly):
-    """One reading of the activation at the gate's place: a feature, a probe direction, an attention probe."""
+    """One reading of the activation where the gate reads: a feature, a probe direction, or an attention
+    probe."""
 
     feature: Index | None = None
-    """An SAE feature; the condition holds when its activation exceeds `threshold`."""
+    """An SAE feature. The condition holds when its activation exceeds `threshold`."""
     dictionary: Identifier | None = None
     """Dictionary of `feature`; may be left out when the model has a single one at the gate's place."""
     probe: Vector | None = None
-    """A direction; the condition holds when `probe . activation + bias` exceeds `threshold`."""
+    """A direction. The condition holds when `probe . activation + bias` exceeds `threshold`."""
     attention_probe: RelativePath | None = None
     """A safetensors file, beside the policy or in the model's folder of the artifacts, with `<layer>.query`,
     `<layer>.read` (heads x width each), `<layer>.bias` (heads) and `<layer>.max_norm` (1), for the gate's
@@ -161,25 +162,25 @@ class GateSpec(Strictly):
     """When interventions act."""
 
     layer: Index | None = None
-    """Layer at which the conditions read; not after the layers it controls."""
+    """Layer at which the conditions read. It may not lie after the layers that the gate controls."""
     point: EditPoint = "resid_post"
     """Point of the layer at which the conditions read."""
     conditions: Annotated[tuple[Condition, ...], Field(max_length=64), Strict(False)] = ()
-    """What must hold for the gate to open; without any, the gate is open throughout its phase."""
+    """What must hold for the gate to open. Without conditions it is open throughout its phase."""
     combine: Combine = "any"
     """Whether `any` condition suffices or `all` must hold."""
     scope: Scope = "token"
-    """Read every `token`, only the last of the prompt (`prompt_end`), or the whole `prompt`, to decide at its
-    last token."""
+    """What is read: every `token`, the last token of the prompt (`prompt_end`), or the whole `prompt`. The
+    latter two decide at the prompt's last token."""
     latched: bool = False
-    """Once open, stay open to the end of the request."""
+    """Once open, stay open until the end of the request."""
     phase: Phase = "both"
-    """Act on the prompt (`prefill`), on what the answer comes from (`decode`: the prompt's last token, out of
-    which the first generated one comes, and the generated ones), or on both."""
+    """Where the gate acts: on the prompt (`prefill`), on the tokens that the answer is generated from
+    (`decode`: the prompt's last token and the generated tokens), or on both."""
     max_norm: NormBound | None = None
-    """Tokens with a larger norm (attention sinks) are not read; else the bound of the dictionaries that the
-    policy uses there, or of the model's own record (`norm-bounds.yaml`), if any. A gate of scope `prompt` or
-    `prompt_end` that had to leave too much unread opens."""
+    """Tokens with a larger norm (attention sinks) are not read. Default: the bound of the dictionaries that
+    the policy uses there, else the one in the model's `norm-bounds.yaml`, else none. A gate of scope `prompt`
+    or `prompt_end` that could not read too large a part of the prompt opens."""
 
     @model_validator(mode="after")
     def _complete(self) -> "GateSpec":
@@ -199,13 +200,13 @@ class Policy(Strictly):
     """Edits of a model's activations, and when they act."""
 
     meta: Meta
-    """Who the policy is."""
+    """Name and purpose of the policy."""
     constraints: Constraints = Constraints()
     """What it may cost."""
     gates: dict[Identifier, GateSpec] = Field(default={}, max_length=7)
     """Named conditions, for the `gate` of interventions."""
     interventions: Annotated[tuple[Intervention, ...], Field(min_length=1, max_length=256), Strict(False)]
-    """The edits. All of a place read the same activation, and their changes add up."""
+    """The edits. All edits at one place read the same activation, and their changes add up."""
     evaluation: Evaluation = Evaluation()
     """How it is measured."""
 
