@@ -68,7 +68,13 @@ class _Field:
 
     @property
     def _with_commas(self) -> bool:
-        return get_origin(self.kind) is tuple and get_args(self.kind)[0] in (int, float)
+        return get_origin(self.kind) is tuple and self._each in (int, float)
+
+    @property
+    def _each(self) -> Any:
+        """The type of each of several values."""
+        inner = get_args(self.kind)[0]
+        return get_args(inner)[0] if get_origin(inner) is Annotated else inner
 
     def declared(self) -> inspect.Parameter:
         """The option as typer declares it."""
@@ -82,7 +88,8 @@ class _Field:
             kind, metavar = str, metavar or "N,N,..."
             default = ",".join(f"{value:g}" for value in default) if default else None
         elif self.repeated:
-            kind, default = list[_of_each(self.kind)], None  # type: ignore[misc]
+            each = str if get_origin(self._each) is tuple else self._each
+            kind, default = list[each], None  # type: ignore[valid-type]
         elif kind is bool and self.may_be_none:
             names = (f"{names[0]}/--no-{names[0].removeprefix('--')}",)
         if default is None and not required:
@@ -107,7 +114,7 @@ class _Field:
     def value(self, given: Any) -> Any:
         """What the model is given for the option's value. Raises `ConfigError` when it cannot be read."""
         if self._with_commas:
-            kind = get_args(self.kind)[0]
+            kind = self._each
             try:
                 return tuple(kind(part) for part in given.split(","))
             except ValueError:
@@ -115,7 +122,7 @@ class _Field:
                 raise ConfigError(
                     f"{self.names[0]} = {given!r}, but must be numbers with commas between, as {example}"
                 ) from None
-        if self.repeated and get_origin(get_args(self.kind)[0]) is tuple:
+        if self.repeated and get_origin(self._each) is tuple:
             return tuple(self._named_number(text) for text in given)
         return tuple(given) if self.repeated else given
 
@@ -158,7 +165,9 @@ def options_from_models(command: Callable[..., None]) -> Callable[..., None]:
             raise ConfigError("\n".join(_explain(error, of))) from None
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    # What must be given comes first in the help.
+    ordered = sorted(parameters.values(), key=lambda one: one.default is not inspect.Parameter.empty)
+    run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     return run
 
@@ -185,12 +194,6 @@ def _without_none(kind: Any) -> tuple[Any, bool]:
     return get_args(other)[0] if get_origin(other) is Annotated else other, True
 
 
-def _of_each(kind: Any) -> Any:
-    """The type of each value of a repeated option."""
-    inner = get_args(kind)[0]
-    return str if get_origin(inner) is tuple else inner
-
-
 def _build(model: Any, fields: list[_Field], given: Mapping[str, Any]) -> Any:
     """The model with what was given; what was not keeps the model's default."""
     values: dict[str, Any] = {}
@@ -208,7 +211,7 @@ def _build(model: Any, fields: list[_Field], given: Mapping[str, Any]) -> Any:
 def _explain(error: ValidationError, fields: list[_Field]) -> Iterator[str]:
     names = {option.path: option.names[0] for option in fields}
     for fault in faults(error):
-        yield fault.line(names.get(fault.field), _as_typed(fault.value))
+        yield fault.line(names, _as_typed(fault.value))
 
 
 def _as_typed(value: Any) -> str:

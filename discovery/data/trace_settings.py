@@ -38,5 +38,5 @@ class TraceSettings:
             raise out_of_range("layers", self.layers, "different layers, each named once")
         for name in ("answer_tokens", "written_tokens"):
             if (value := getattr(self, name)) >= self.context:
-                raise out_of_range(name, value, f"less than the context, which is {self.context}")
+                raise out_of_range(name, value, f"less than `context`, which is {self.context}")
         return self

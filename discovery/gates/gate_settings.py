@@ -33,9 +33,9 @@ class GateSettings:
     weights: tuple[tuple[str, float], ...] = ()
     """Training groups that are drawn from N times as often as their size would have it, as
     benign_borderline=4."""
-    benign_budget: float = 0.02
+    benign_budget: float = Field(default=0.02, ge=0, le=1)
     """Share of the plain benign selection prompts that may newly be refused."""
-    borderline_budget: float = 0.12
+    borderline_budget: float = Field(default=0.12, ge=0, le=1)
     """The same for benign prompts that sound harmful, or come in a jailbreak's clothes."""
     seed: int = 0
     """Seed of weights and order."""
@@ -57,8 +57,8 @@ class GateSettings:
             raise out_of_range("layers", self.layers, "at least one layer, the lowest first")
         if self.all_heads > MEMORY_COLUMNS // 2:
             right = (
-                f"fewer: heads x probes x layers is {self.heads} x {self.probes} x {len(self.layers)} = "
-                f"{self.all_heads}, and an engine keeps {MEMORY_COLUMNS // 2}"
+                f"fewer: `heads` x `probes` x `layers` is {self.heads} x {self.probes} x {len(self.layers)} "
+                f"= {self.all_heads}, and an engine keeps {MEMORY_COLUMNS // 2}"
             )
             raise out_of_range("heads", self.heads, right)
         names = [name for name, _ in self.weights]

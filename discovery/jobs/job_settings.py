@@ -4,7 +4,10 @@ A job's settings are a frozen pydantic dataclass: defaults, ranges and meanings 
 and `mechctl` makes its options from it. They import no torch, so that `mechctl --help` does not.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 from pydantic import ConfigDict, ValidationError
@@ -28,21 +31,23 @@ class Fault:
     """The field's name, with dots to one inside another."""
     value: Any
     right: str
-    """What would be right, as the end of a sentence: "at least 8"."""
+    """What would be right, as the end of a sentence: "at least 8". Other fields stand in backquotes."""
 
-    def line(self, name: str | None = None, shown: str | None = None) -> str:
-        """The fault in a line; ``name`` and ``shown`` are what the user wrote, if not field and value."""
-        value = repr(self.value) if shown is None else shown
-        return f"{name or self.field} = {value}, but must be {self.right}"
+    def line(self, names: Mapping[str, str] = MappingProxyType({}), shown: str | None = None) -> str:
+        """The fault in a line.
+
+        names  what the user calls a field, where not by its name
+        shown  the value as the user wrote it
+        """
+        value = "is not given" if self.value is None else f"= {repr(self.value) if shown is None else shown}"
+        right = re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[1]), self.right)
+        return f"{names.get(self.field, self.field)} {value}, but must be {right}"
 
 
 def out_of_range(field: str, value: object, right: str) -> PydanticCustomError:
-    """For a validator to raise when ``value`` of ``field`` does not go with the other fields."""
-    return PydanticCustomError(
-        "out_of_range",
-        "{field} = {shown}, but must be {right}",
-        {"field": field, "value": value, "shown": repr(value), "right": right},
-    )
+    """For a validator to raise when ``value`` of ``field`` does not go with other fields; see `Fault`."""
+    context = {"field": field, "value": value, "right": right, "line": Fault(field, value, right).line()}
+    return PydanticCustomError("out_of_range", "{line}", context)
 
 
 def faults(error: ValidationError) -> list[Fault]:
@@ -52,7 +57,8 @@ def faults(error: ValidationError) -> list[Fault]:
 
 def _fault(item: ErrorDetails) -> Fault:
     context, kind = item.get("ctx", {}), item["type"]
-    field = ".".join(map(str, item["loc"]))
+    # Of several values one is shown, and not its place: 0 of `counts`.
+    field = ".".join(part for part in item["loc"] if isinstance(part, str))
     if kind == "out_of_range":
         return Fault(context["field"], context["value"], context["right"])
     if kind in _BOUNDS:
@@ -60,6 +66,8 @@ def _fault(item: ErrorDetails) -> Fault:
         right = f"{words} {context[key]:g}"
     elif kind == "literal_error":
         right = "one of " + context["expected"].replace("'", "").replace(" or ", ", ")
+    elif kind == "too_short":
+        right = f"at least {context['min_length']} value"
     elif kind.startswith("int_"):
         right = "a whole number"
     elif kind.startswith("float_"):

@@ -23,7 +23,6 @@ def propose(
     say: Say,
 ) -> None:
     """Search strength and threshold on selection prompts, write the best policy; a stopped run goes on."""
-    chosen.check()
     contrast = read_contrast(chosen.contrast, chosen.data_folder, chosen.seed, chosen.target_class)
     if chosen.method == "word-rows" and contrast.aim != "avoid":
         raise DiscoveryError(

@@ -1,102 +1,101 @@
 """What decides a proposal, apart from model and data."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self
 
-from discovery.errors import DiscoveryError
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from discovery.jobs.job_settings import STRICT, out_of_range
 
 Start = Literal["contrast", "features", "circuit"]
 MethodName = Literal["direction", "sae-feature", "gated-edit", "word-rows"]
 GateName = Literal["probe", "features"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Budgets:
     """The most that a policy may cost what it is not for, on the selection prompts."""
 
-    benign: float = 0.02
-    """Share of benign prompts that may newly fail."""
-    borderline: float = 0.12
-    """The same for borderline prompts."""
+    benign: Share = 0.02
+    """Share of benign selection prompts that may newly fail."""
+    borderline: Share = 0.12
+    """Share of borderline selection prompts that may newly fail."""
     text: float = 0.02
-    """Rise of the cross-entropy of benign text, in nats per token; for classes to avoid."""
+    """For classes to avoid: most that the cross-entropy of benign text may rise, in nats per token."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ProposeSettings:
     """Options of `mechctl propose`."""
 
-    start: Start
-    method: MethodName
+    start: Start = "contrast"
+    """What decides where to act."""
+    method: MethodName = "direction"
+    """Kind of edit."""
     contrast: Path
+    """Class file (YAML), pairs of `mechctl search`, or a data list of `fit-gate`."""
     policy_id: str | None = None
+    """Id of the policy."""
     data_folder: Path | None = None
+    """Where the contrast's files lie, if not beside it."""
     features: str | None = None
+    """For a start from features: ids as 12,40, or a file of them."""
     circuit: Path | None = None
+    """For a start from a circuit: a file of `mechctl search`."""
     dictionary: str | None = None
+    """Id of the dictionary, where there are several."""
     gate: GateName | None = None
+    """What opens the gate."""
     gate_layer: int | None = None
+    """Layer of the gate."""
     layers: tuple[int, ...] | None = None
-    strengths: tuple[float, ...] | None = None
-    counts: tuple[int, ...] = (1, 2, 4, 8)
-    budgets: Budgets = field(default_factory=Budgets)
-    answer_tokens: int = 24
+    """Layers to try."""
+    strengths: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    """Strengths to try."""
+    counts: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 2, 4, 8)
+    """Numbers of features to try."""
+    budgets: Budgets = Field(default_factory=Budgets)
+    """What a point of the grid may cost."""
+    answer_tokens: int = Field(default=24, ge=4)
     """Longest steered answer of the grid: a refusal says so at once."""
-    most_discovery: int = 600
-    """Prompts of a side that gates are fitted on."""
-    most_selection: int = 100
-    """Prompts of a side that the grid generates for."""
-    pairs: int = 48
+    most_discovery: int = Field(default=600, ge=4)
+    """Most prompts of a side that gates are fitted on."""
+    most_selection: int = Field(default=100, ge=2)
+    """Most prompts of a side that the grid generates for."""
+    pairs: int = Field(default=48, ge=2)
     """Target prompts whose wanted and own answers are compared."""
-    steps: int = 300
-    rank: int = 16
-    """Of the learned edit; most rows of word-rows."""
+    steps: int = Field(default=300, ge=1)
+    """Training steps of a gated-edit."""
+    rank: int = Field(default=16, ge=1)
+    """ReLU rows of a gated-edit at each layer, or most rows of word-rows."""
     suites: tuple[str, ...] = ()
-    defense_efficacy_min: float | None = None
-    """The policy's bar; with one it serves only once its Risk Card meets it."""
-    collateral_damage_max: float | None = None
+    """Name of a suite that the policy is measured on."""
+    defense_efficacy_min: Share | None = None
+    """Least defense efficacy that the policy's Risk Card must show before it serves."""
+    collateral_damage_max: Share | None = None
+    """Most collateral damage that the policy's Risk Card may show for it to serve."""
     target_class: str | None = None
+    """Class of the policy."""
     seed: int = 0
+    """Seed of split, choices and training."""
 
-    def check(self) -> None:
-        """Raise `DiscoveryError` for a value that makes no sense, before anything is loaded."""
-        for name, choices in (("start", Start), ("method", MethodName)):
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, needed in (("features", "ids or a file of them"), ("circuit", "a file")):
             value = getattr(self, name)
-            if value not in get_args(choices):
-                shown = "from" if name == "start" else name
-                raise DiscoveryError(
-                    f"--{shown} = {value!r}, but must be one of {', '.join(get_args(choices))}"
-                )
-        if self.gate not in (None, *get_args(GateName)):
-            raise DiscoveryError(
-                f"--gate = {self.gate!r}, but must be one of {', '.join(get_args(GateName))}"
-            )
-        for needed, value in (("features", self.features), ("circuit", self.circuit)):
-            if (self.start == needed) != (value is not None):
-                word = "needs" if value is None else "alone takes"
-                raise DiscoveryError(f"--from {needed} {word} --{needed}; it is given {value!r}")
+            if self.start == name and value is None:
+                raise out_of_range(name, value, f"{needed}, as `start` is {name}")
+            if self.start != name and value is not None:
+                raise out_of_range(name, value, f"left out, as `start` is {self.start}")
         if self.start == "features" and self.method != "sae-feature":
-            raise DiscoveryError(f"--from features, but --method {self.method} uses none; take sae-feature")
-        for name, good in (
-            ("strengths", self.strengths is None or len(self.strengths) > 0),
-            ("counts", len(self.counts) > 0 and min(self.counts) >= 1),
-            ("benign-budget", 0 <= self.budgets.benign <= 1),
-            ("borderline-budget", 0 <= self.budgets.borderline <= 1),
-            ("answer-tokens", self.answer_tokens >= 4),
-            ("most-discovery", self.most_discovery >= 4),
-            ("most-selection", self.most_selection >= 2),
-            ("pairs", self.pairs >= 2),
-            ("defense-efficacy-min", 0 <= (self.defense_efficacy_min or 0) <= 1),
-            ("collateral-damage-max", 0 <= (self.collateral_damage_max or 0) <= 1),
-        ):
-            if not good:
-                raise DiscoveryError(f"--{name} is out of range; see mechctl propose --help")
+            raise out_of_range("method", self.method, "sae-feature, as `start` is features")
+        return self
 
     def record(self) -> dict[str, Any]:
         """Plain JSON, without folders of this machine."""
-        from dataclasses import asdict
-
         plain = asdict(self) | {"contrast": self.contrast.name, "data_folder": None}
         plain["circuit"] = None if self.circuit is None else self.circuit.name
         plain["features"] = None if self.features is None else Path(self.features).name

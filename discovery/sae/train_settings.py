@@ -40,12 +40,12 @@ class TrainSettings:
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.k >= self.width:
-            raise out_of_range("k", self.k, f"less than the width, which is {self.width}")
+            raise out_of_range("k", self.k, f"less than `width`, which is {self.width}")
         if self.batch < 2 * self.workers or self.batch % self.workers:
-            right = f"a multiple of the workers, which are {self.workers}, and at least two for each"
+            right = f"a multiple of `workers`, which is {self.workers}, and at least twice as many"
             raise out_of_range("batch", self.batch, right)
         if self.tokens is not None and self.tokens < self.batch:
-            raise out_of_range("tokens", self.tokens, f"at least one batch, which is {self.batch}")
+            raise out_of_range("tokens", self.tokens, f"at least `batch`, which is {self.batch}")
         return self
 
     def filled(self, trace: dict[str, Any]) -> "TrainSettings":

@@ -3,6 +3,8 @@
 import hashlib
 import json
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +14,13 @@ from pydantic import ValidationError
 from discovery.data.trace_settings import TraceSettings
 from discovery.gates.gate_settings import EditSettings, GateSettings
 from discovery.jobs.job_settings import faults
+from discovery.proposals.answering import _that_decide
+from discovery.proposals.settings import Budgets, ProposeSettings
 from discovery.sae.sae_train import train_digest
 from discovery.sae.train_settings import TrainSettings
 
-ALL: tuple[Any, ...] = (TraceSettings, TrainSettings, GateSettings, EditSettings)
+ALL: tuple[Any, ...] = (TraceSettings, TrainSettings, GateSettings, EditSettings, Budgets, ProposeSettings)
+Propose = partial(ProposeSettings, contrast=Path("classes/own.yaml"))
 TRACED: Any = SimpleNamespace(record={"shards": [{"sha256": "0" * 64}]})
 
 
@@ -31,14 +36,14 @@ TRACED: Any = SimpleNamespace(record={"shards": [{"sha256": "0" * 64}]})
         (
             TraceSettings,
             {"context": 64, "written_tokens": 64},
-            "written_tokens = 64, but must be less than the context, which is 64",
+            "written_tokens = 64, but must be less than context, which is 64",
         ),
-        (TrainSettings, {"width": 64, "k": 64}, "k = 64.0, but must be less than the width, which is 64"),
-        (TrainSettings, {"tokens": 100}, "tokens = 100, but must be at least one batch, which is 1024"),
+        (TrainSettings, {"width": 64, "k": 64}, "k = 64.0, but must be less than width, which is 64"),
+        (TrainSettings, {"tokens": 100}, "tokens = 100, but must be at least batch, which is 1024"),
         (
             TrainSettings,
             {"batch": 64, "workers": 3},
-            "batch = 64, but must be a multiple of the workers, which are 3, and at least two for each",
+            "batch = 64, but must be a multiple of workers, which is 3, and at least twice as many",
         ),
         (TrainSettings, {"layer": "ten"}, "layer = 'ten', but must be a whole number"),
         (
@@ -65,6 +70,20 @@ TRACED: Any = SimpleNamespace(record={"shards": [{"sha256": "0" * 64}]})
             "above 0",
         ),
         (EditSettings, {"layers": ()}, "layers = (), but must be at least one layer"),
+        (Propose, {"counts": (1, 0)}, "counts = 0, but must be at least 1"),
+        (Propose, {"counts": ()}, "counts = (), but must be at least 1 value"),
+        (Propose, {"budgets": {"benign": 2}}, "budgets.benign = 2, but must be at most 1"),
+        (
+            Propose,
+            {"start": "circuit"},
+            "circuit is not given, but must be a file, as start is circuit",
+        ),
+        (Propose, {"features": "1,2"}, "features = '1,2', but must be left out, as start is contrast"),
+        (
+            Propose,
+            {"start": "features", "features": "1"},
+            "method = 'direction', but must be sae-feature, as start is features",
+        ),
         (EditSettings, {"benign_weight": -1}, "benign_weight = -1, but must be at least 0"),
     ],
 )
@@ -96,6 +115,7 @@ def test_every_field_says_what_it_is(settings: Any) -> None:
         (asdict(TraceSettings(layers=(9, 15))), "51762b89ce768d86"),
         (GateSettings(layers=(9, 12, 15)).trained(), "7d76983f44be35b7"),
         (asdict(EditSettings(layers=(16, 19, 22))), "7aef71ca6ee699f2"),
+        (_that_decide(ProposeSettings(contrast=Path("a/class.yaml"))), "da354f8073d74eea"),
     ],
 )
 def test_default_run_keeps_its_identity(plain: dict[str, Any], sha256: str) -> None:
