@@ -87,6 +87,13 @@ def test_files_that_the_lines_name_are_part_of_the_repository() -> None:
     subprocess.run(["git", "ls-files", "--error-unmatch", *sorted(named)], cwd=ROOT, check=True)
 
 
+def test_page_of_the_demo_has_these_lines() -> None:
+    """docs/demo.md shows what is tested here, word for word, and then how the circuit is found again."""
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^(?:    )?(mechctl .*)$", page, re.MULTILINE)
+    assert shown == [*LINES[:5], "mechctl circuits  --latest"]
+
+
 def test_shipped_settings_have_the_sections_of_the_reference() -> None:
     """The file at the top names what the reference names, and runs on any machine."""
     reference = yaml.safe_load((ROOT / "tests" / "fixtures" / "reference-config.yaml").read_text())
