@@ -128,7 +128,7 @@ def measure_at(
 ) -> dict[str, Any]:
     """One batch, a row for each token."""
     device, tokens = table.read.device, len(rows)
-    step = StepMap(requests=tokens, gates=1, device=device, room=tokens)
+    step = StepMap(requests=tokens, gates=1, device=device, graph_tokens=tokens)
     ones = [1] * tokens
     step.begin(rows=rows, slots=list(range(tokens)), num_tokens=ones, first_position=ones, prompt_length=ones)
     hidden, residual = torch.randn(2, tokens, WIDTH, device=device).bfloat16()

@@ -1,1 +1,1 @@
-"""The edit op and the plugin that brings it into a vLLM engine."""
+"""The edit op, and the plugin that runs it in a vLLM engine."""

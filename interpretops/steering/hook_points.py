@@ -13,7 +13,7 @@ from interpretops.model.family import Family, family_of
 from interpretops.plan import Point, Site
 from interpretops.steering.plan_bank import PlanBank
 from steering_kernels.ops import apply_edits, apply_edits_captured, update_gates
-from steering_kernels.ops.site_op import edit_site, own_site_op
+from steering_kernels.ops.site_op import claim_site_op, edit_site
 
 
 def find_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
@@ -68,7 +68,7 @@ class SiteHooks:
         self.capturing = False
         """Whether the op is to be what a CUDA graph holds: set while graphs are captured and warmed up."""
         if self._fixed:
-            own_site_op(self)
+            claim_site_op(self)
             for number, site in enumerate(self._fixed):
                 self._handles[site] = self._install_opaque(site, number)
 

@@ -55,12 +55,12 @@ class PlanBank:
         requests: int = 256,
         device: torch.device | None = None,
         sum_ranks: SumRanks | None = None,
-        room: int = 0,
+        graph_tokens: int = 0,
     ) -> None:
         """``sum_ranks``: this bank has one rank's shards of model and plans (`interpretops.plan.shard`).
 
-        ``room``: tokens of the largest CUDA graph that holds the op; all tables are made at once then, for a
-        graph keeps their addresses.
+        ``graph_tokens``: tokens of the largest CUDA graph that holds the op; all tables are made at once
+        then, for a graph keeps their addresses.
         """
         device = device or torch.device("cpu")
         self.spec = spec
@@ -71,7 +71,7 @@ class PlanBank:
         self.tables: dict[Site, SiteTable] = {}
         """Made at a site's first use and then kept: most sites of a model are never edited."""
         self.device = device
-        self.step = StepMap(requests=requests, gates=MAX_GATES, device=device, room=room)
+        self.step = StepMap(requests=requests, gates=MAX_GATES, device=device, graph_tokens=graph_tokens)
         self.gates_at: dict[Site, list[GateView]] = {}
         """Gates that read at a site, of all resident rows."""
         self._siteless: list[GateView] = []
@@ -83,7 +83,7 @@ class PlanBank:
         self._replayable: dict[int, bool] = {}
         """Rows that act in replayed graphs, and whether only past the prompt."""
         self._lock = threading.Lock()
-        if room:
+        if graph_tokens:
             for site in sorted(self._sites, key=lambda site: site.order):
                 self._table(site)
 

@@ -1,9 +1,9 @@
-"""The edit op: gated low-rank edits of activations, per token, by the rows of the token's revision.
+"""The edit op: gated low-rank edits of activations, applied per token by the row of the token's revision.
 
-`naive` is the meaning; every other implementation is tested against it.
+`naive` defines the op; every other implementation is tested against it.
 
 Shape letters: T tokens, D width, R rows (one per resident revision), U units of a table,
-K units of one row, G gates, S requests in flight.
+K units of one row, G gates, S requests in progress.
 """
 
 from steering_kernels.ops.edit import apply_edits, apply_edits_captured
@@ -18,7 +18,7 @@ from steering_kernels.ops.prompt_memory import (
     ProbeHeads,
     PromptPart,
     empty_slots,
-    may_ignore,
+    max_unread_tokens,
     new_memory,
 )
 from steering_kernels.ops.ranks import SumRanks
@@ -26,7 +26,7 @@ from steering_kernels.ops.step import NEVER, StepMap
 from steering_kernels.ops.table import RowEdits, SiteTable, TableFullError
 
 OP_VERSION = "3"
-"""Changes whenever the op would give other numbers; part of the engine's compile-cache key."""
+"""Changes whenever the op's results change. Part of the engine's compile-cache key."""
 
 __all__ = [
     "MEMORY_COLUMNS",
@@ -46,7 +46,7 @@ __all__ = [
     "attention_probe_reference",
     "empty_slots",
     "gate_open_reference",
-    "may_ignore",
+    "max_unread_tokens",
     "new_memory",
     "update_gates",
 ]

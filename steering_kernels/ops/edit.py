@@ -1,4 +1,4 @@
-"""The op's one public entry: checks its arguments once and picks the implementation."""
+"""The op's public entry points: check arguments once, and choose the implementation."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def apply_edits(
     *,
     backend: Backend | None = None,
 ) -> None:
-    """Edit, in place, the tokens of the current forward pass at one site by the rows of their revisions.
+    """Edit the tokens of the current forward pass at one site, in place, by the rows of their revisions.
 
-    hidden    [T', D]  float; T' >= T, tokens past the step's T are padding and stay as they are
+    hidden    [T', D]  float; T' >= T. Tokens past the step's T are padding and stay unchanged
     table              the site's rows
-    step               the pass's tokens, their rows and open gates; ``step.edited`` is counted up
-    residual  [T', D]  where the stream is ``hidden + residual``: reads use the sum, writes go to ``hidden``
-    source    [T', Dr] where reads use another activation than ``hidden``
-    backend            `grouped` runs anywhere; `triton` on GPUs, and there it is the default, with the
-                       kernel that fits the number of tokens unless one is named. Rows with a TopK encoder
-                       always take the first: all its features decide which are active
+    step               the pass's tokens, their rows and open gates; increments ``step.edited``
+    residual  [T', D]  if the stream is ``hidden + residual``: reads use the sum, writes go to ``hidden``
+    source    [T', Dr] if reads use another activation than ``hidden``
+    backend            `grouped` runs anywhere. `triton` needs a GPU, is the default there, and chooses its
+                       kernel by the number of tokens unless one is named. Rows with a TopK encoder always
+                       use `grouped`, since all its features decide which are active
 
-    Tokens of row 0 and tokens at which no edit acts are bit-identical. Raises ValueError when shapes or
-    dtypes do not fit, and RuntimeError for a pass that was not laid out.
+    Tokens of row 0, and tokens at which no edit acts, stay bit-identical. Raises ValueError for wrong shapes
+    or dtypes, and RuntimeError for a pass that was not laid out.
     """
     step.check_laid_out()
     if not step.active:
@@ -47,13 +47,15 @@ def apply_edits(
         hidden = hidden[:tokens]
         residual = None if residual is None else residual[:tokens]
         source = None if source is None else source[:tokens]
-    if table.sum_ranks is not None:  # Triton knows nothing of other ranks
+    if table.sum_ranks is not None:  # the Triton kernels do not sum over ranks
         backend = "grouped"
     backend = backend or ("triton" if hidden.is_cuda else "grouped")
     if backend == "grouped":
         apply_edits_grouped(hidden, table, step, residual, source)
         return
-    from steering_kernels.ops.triton_edit import apply_edits_triton  # here: not every platform has Triton
+    from steering_kernels.ops.triton_edit import (
+        apply_edits_triton,  # imported here: not every platform has Triton
+    )
 
     if table.topk_rows:
         apply_edits_grouped(hidden, table, step, residual, source, only=table.topk_rows)
@@ -64,14 +66,15 @@ def apply_edits(
 def apply_edits_captured(
     hidden: Tensor, table: SiteTable, step: StepMap, residual: Tensor | None, source: Tensor | None
 ) -> None:
-    """`apply_edits` for a CUDA graph: what it does is decided by what stands in the step when it is replayed.
+    """`apply_edits` for a CUDA graph: the content of ``step`` at replay decides what it does.
 
-    All T' tokens have a program, and those of row 0 end at once. T' must not be above the step's ``room``.
-    Rows with a TopK encoder, or split over ranks, are not edited by it: their passes must not be replayed.
+    Each of the T' tokens has a program; programs of row 0 return at once. T' must not exceed the step's
+    ``graph_tokens``. It does not edit rows with a TopK encoder, nor rows split over ranks: such passes must
+    not be replayed.
     """
     _check(hidden, table, residual, source)
-    if hidden.shape[0] > step.room:
-        raise ValueError(f"a graph of {hidden.shape[0]} tokens, but steps have room for {step.room}")
+    if hidden.shape[0] > step.graph_tokens:
+        raise ValueError(f"a graph of {hidden.shape[0]} tokens, but steps hold at most {step.graph_tokens}")
     from steering_kernels.ops.triton_edit import apply_edits_triton
 
     apply_edits_triton(hidden, table, step, residual, source, tiles=False)
@@ -81,7 +84,7 @@ def _check(hidden: Tensor, table: SiteTable, residual: Tensor | None, source: Te
     if hidden.ndim != 2 or hidden.shape[1] != table.width or hidden.stride(1) != 1:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and strides {hidden.stride()}, "
-            f"but must be [T, {table.width}] with rows of one piece"
+            f"but must be [T, {table.width}] with contiguous rows"
         )
     if not hidden.is_floating_point():
         raise ValueError(f"hidden has dtype {hidden.dtype}, but must be a float")

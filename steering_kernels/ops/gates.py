@@ -1,4 +1,4 @@
-"""Gates: which tokens a revision's edits may act on, decided while the forward pass runs."""
+"""Gates: decide during the forward pass on which tokens a revision's edits may act."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steering_kernels.ops.prompt_memory import ProbeHeads, keep_readings, probe_fires
+from steering_kernels.ops.prompt_memory import ProbeHeads, probe_fires, store_readings
 from steering_kernels.ops.ranks import SumRanks, norm, project
 from steering_kernels.ops.step import NEVER, StepMap
 
 
 @dataclass(frozen=True, eq=False)
 class GateView:
-    """One gate of one row, as the op evaluates it. Field meanings: `interpretops.plan.Gate`."""
+    """One gate of one row, in the form the op evaluates. Field meanings: `interpretops.plan.Gate`."""
 
     row: int
     index: int
-    """Column of ``StepMap.gate_open``; the row's units name it."""
+    """Its column of ``StepMap.gate_open``; the row's units refer to it."""
     read: Tensor
-    """[C, D] float64; C = 0 fires at every token"""
+    """[C, D] float64. With C = 0 it fires at every token"""
     bias: Tensor
     """[C] float64"""
     cut: Tensor
@@ -31,15 +31,15 @@ class GateView:
     phase: str
     max_norm: float
     probe: ProbeHeads | None = None
-    """Heads of an attention probe, which decides at the end of the prompt, instead of conditions."""
+    """Heads of an attention probe, which replaces the conditions and decides at the end of the prompt."""
     sum_ranks: SumRanks | None = None
-    """Where this rank has a part of the activation's columns, and `read` the same part."""
+    """Set if this rank holds only part of the activation's columns; `read` has the same part."""
 
 
 def phase_mask(phase: str, position: Tensor, prompt_length: Tensor) -> Tensor | None:
-    """Tokens of a phase, by position against prompt length; None means all.
+    """Mask of the tokens in a phase; None means all tokens.
 
-    The last prompt token is of both: it is part of the prompt, and the first generated token comes out of it.
+    The last prompt token is in both phases: it is part of the prompt, and yields the first generated token.
     """
     if phase == "prefill":
         return position < prompt_length
@@ -49,7 +49,7 @@ def phase_mask(phase: str, position: Tensor, prompt_length: Tensor) -> Tensor | 
 
 
 def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
-    """Evaluate the gates that read at this site and open their columns of ``step.gate_open``.
+    """Evaluate the gates that read at this site, and set their columns of ``step.gate_open``.
 
     x  [T, D] the site's activation before any edit; not changed.
 
@@ -59,7 +59,7 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
         if gate.row not in step.rows:
             continue
         if gate.probe is not None:
-            _keep(x, gate.row, gate.probe, step)
+            _store(x, gate.row, gate.probe, step)
             if not gate.probe.summed:
                 continue
         index = step.tokens_of(gate.row)
@@ -68,7 +68,7 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
             position, prompt_length = position[index], prompt_length[index]
         scored = step.ends_prompt or not gate.prompt_end
         if not scored and not gate.latched:
-            continue  # closed, as the step began
+            continue  # stays closed, the initial state
         fires = _fires(x, index, position, gate, step) if scored else position < 0
         if gate.prompt_end and scored:
             fires &= position == prompt_length - 1
@@ -85,18 +85,18 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
             step.gate_open[:, gate.index] = fires
         else:
             step.gate_open[index, gate.index] = fires
-        # A gate of a phase alone decides nothing that a receipt should count.
+        # Receipts do not count a gate that only tests the phase.
         if gate.probe is not None or gate.read.shape[0] > 0:
             slots = step.slot_of_token if index is None else step.slot_of_token[index]
             step.opened.index_add_(0, slots, fires.long())
 
 
 def _fires(x: Tensor, index: Tensor | None, position: Tensor, gate: GateView, step: StepMap) -> Tensor:
-    """Whether the gate's condition holds at the tokens ``index`` of x [T, D].
+    """Whether the gate's condition holds at each token ``index`` of x [T, D].
 
-    A token past the norm bound is not read. Where it is the only one that a gate reads, at the prompt's end,
-    the gate opens: a guard that could not look does not let through. The first token of a request is the
-    exception: it is a sink whatever it says.
+    Tokens above the norm bound are not read. If the end of the prompt, the only token that a gate reads, is
+    above it, the gate opens: a guard that cannot read must not let the request pass. The exception is the
+    first token of a request, which is always a sink.
     """
     if gate.probe is not None:
         return _probed(x, index, gate, gate.probe, step)
@@ -114,12 +114,12 @@ def _fires(x: Tensor, index: Tensor | None, position: Tensor, gate: GateView, st
     return fires
 
 
-def _keep(x: Tensor, row: int, heads: ProbeHeads, step: StepMap) -> None:
+def _store(x: Tensor, row: int, heads: ProbeHeads, step: StepMap) -> None:
     parts = [part for part in step.prompts if part.row == row]
     if parts and step.memory is None:
-        raise RuntimeError("a gate reads whole prompts, but this engine keeps no memory of them")
+        raise RuntimeError("a gate reads whole prompts, but this engine has no prompt memory")
     if step.memory is not None:
-        keep_readings(x, heads, parts, step.memory)
+        store_readings(x, heads, parts, step.memory)
 
 
 def _probed(x: Tensor, index: Tensor | None, gate: GateView, heads: ProbeHeads, step: StepMap) -> Tensor:

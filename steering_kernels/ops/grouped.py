@@ -1,7 +1,7 @@
-"""The op in plain torch calls, one group of tokens per row: the CPU path.
+"""The op in plain torch, one group of tokens per row: the CPU path.
 
-Sums run in float64, so that a token's result does not depend on how many others share its batch: whatever
-order a matrix product takes, the difference is far below the rounding of the model's own dtype.
+Sums in float64, so that a token's result does not depend on its batch: differences from the order of
+summation are far below the rounding of the model's own dtype.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from steering_kernels.ops.ranks import SumRanks, norm, project
 from steering_kernels.ops.step import StepMap
 from steering_kernels.ops.table import RowView, SiteTable
 
-SMALL = 64
-"""Tokens up to which the rows of a batch are worked off together: by then calls cost more than products."""
+JOIN_MAX_TOKENS = 64
+"""Most tokens for which all rows of a batch are computed together: there, call overhead exceeds
+arithmetic."""
 
 
 def apply_edits_grouped(
@@ -26,9 +27,9 @@ def apply_edits_grouped(
     *,
     only: frozenset[int] | None = None,
 ) -> None:
-    """See `apply_edits`. ``only``: leave all other rows alone."""
+    """See `apply_edits`. ``only``: the rows to edit; None: all."""
     joinable = only is None and not table.topk and table.sum_ranks is None
-    if len(step.rows) > 1 and step.num_tokens <= SMALL and joinable:
+    if len(step.rows) > 1 and step.num_tokens <= JOIN_MAX_TOKENS and joinable:
         _apply_joined(hidden, table, step, residual, source)
         return
     for row in step.rows:
@@ -37,9 +38,9 @@ def apply_edits_grouped(
             continue
         index = step.tokens_of(row)
         gate_open = step.gate_open if index is None else step.gate_open[index]
-        # Where ranks sum what they read, all of them must come to the sum, whatever their gates say.
+        # If ranks sum their readings, every rank must take part, whatever its gates say.
         if table.sum_ranks is None and view.gates is not None and not bool(gate_open[:, view.gates].any()):
-            continue  # most traffic most of the time: no gate is open, so nothing is read
+            continue  # the common case: no gate is open, so nothing is read
         part = hidden if index is None else hidden[index]
         stream = part
         if residual is not None:
@@ -59,7 +60,7 @@ def apply_edits_grouped(
 def _apply_joined(
     hidden: Tensor, table: SiteTable, step: StepMap, residual: Tensor | None, source: Tensor | None
 ) -> None:
-    """All rows of a decode step at once: each token reads the units of all, and keeps those of its own."""
+    """All rows of a decode step at once: each token reads the units of all rows and keeps its own."""
     rows = tuple(row for row in step.rows if row in table.views)
     if not rows:
         return
@@ -78,7 +79,7 @@ def _apply_joined(
 def _row_delta(
     x: Tensor, view: RowView, gate_open: Tensor, sum_ranks: SumRanks | None
 ) -> tuple[Tensor, Tensor]:
-    """Delta [n, D] float64 and touched [n] bool of n tokens x [n, D] float64 of one row."""
+    """Delta [n, D] float64 and touched [n] bool for n tokens x [n, D] float64 of one row."""
     units = gate_open[:, view.gate] if view.gated else None
     return _delta(x, view, units, gate_open[:, view.scale_gate], sum_ranks)
 
@@ -86,7 +87,7 @@ def _row_delta(
 def _delta(
     x: Tensor, view: RowView, units: Tensor | None, scales: Tensor, sum_ranks: SumRanks | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`_row_delta`, given which units [n, K] and head scales [n, E] act; None: all units."""
+    """As `_row_delta`, given which units [n, K] and head scales [n, E] act; None: all units."""
     delta = x.new_zeros(x.shape[0], view.write.shape[1])
     touched = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     if view.rank:

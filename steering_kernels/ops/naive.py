@@ -1,4 +1,4 @@
-"""The meaning of the op: one token at a time, in float64, no shortcuts."""
+"""The reference that defines the op: one token at a time, in float64, without optimisation."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def apply_edits_reference(
     """Edit each token by the rows of its revision.
 
     hidden        [T, D]  any float dtype; returned as a copy
-    row_of_token  [T]     0 leaves the token as it is, bit for bit
+    row_of_token  [T]     0 leaves the token bit-identical
     gate_open     [T, G]  bool; column 0 is true
-    residual      [T, D]  where the stream is ``hidden + residual``: reads use the sum, rounded to its dtype
-    source        [T, Dr] where reads use another activation than ``hidden``
+    residual      [T, D]  if the stream is ``hidden + residual``: reads use the sum, rounded to its dtype
+    source        [T, Dr] if reads use another activation than ``hidden``
 
     Sums in float64.
     """
@@ -39,7 +39,7 @@ def apply_edits_reference(
 
 
 def token_delta_reference(x: Tensor, edits: RowEdits, gate_open: Tensor) -> Tensor | None:
-    """What is added to one token's activation x [D] float64; None if no edit acts."""
+    """The vector added to one token's activation x [D] float64; None if no edit acts."""
     delta = x.new_zeros(edits.write.shape[1])
     acts = False
     active = _topk_activations(x, edits)
@@ -63,7 +63,7 @@ def token_delta_reference(x: Tensor, edits: RowEdits, gate_open: Tensor) -> Tens
 
 
 def _topk_activations(x: Tensor, edits: RowEdits) -> Tensor:
-    """[F] activations of a TopK encoder: the k largest pre-activations, if positive, and zero elsewhere."""
+    """[F] activations of a TopK encoder: the k largest pre-activations if positive, zero elsewhere."""
     if edits.topk_read is None or edits.topk_bias is None:
         return torch.zeros(0, dtype=torch.float64)
     u = edits.topk_read.double() @ x + edits.topk_bias.double()
@@ -74,7 +74,7 @@ def _topk_activations(x: Tensor, edits: RowEdits) -> Tensor:
 def gate_open_reference(
     above: list[bool], position: list[int], prompt_length: int, *, prompt_end: bool, latched: bool, phase: str
 ) -> list[bool]:
-    """Whether a gate is open at each token of one request, given where its condition holds."""
+    """Whether a gate is open at each token of one request, given where its condition holds (``above``)."""
     fires = [
         holds and (not prompt_end or place == prompt_length - 1)
         for holds, place in zip(above, position, strict=True)
@@ -91,7 +91,7 @@ def gate_open_reference(
 def attention_probe_reference(
     x: Tensor, query: Tensor, read: Tensor, bias: Tensor, max_norm: float = float("inf")
 ) -> float | None:
-    """The reading of an attention probe over a prompt x [P, D]; None where all norms are out of bounds."""
+    """The reading of an attention probe over a prompt x [P, D]; None if all norms are out of bounds."""
     kept = [token.double() for token in x if token.double().norm() <= max_norm]
     if not kept:
         return None

@@ -1,11 +1,11 @@
-"""Gates that read a whole prompt: what they read at each token, kept where its keys and values are kept.
+"""Memory for gates that read a whole prompt: their readings at each token, stored per KV-cache slot.
 
-A prompt may reach the engine in several passes, and part of it may lie in the prefix cache and never be
-computed again. What an attention probe needs of a token, a score and a value a head, is therefore written
-into the slot of the token's keys and values: it is there exactly as long as they are, and belongs to the
-revision whose salt they have. A slot that is given to another request is emptied first (`empty_slots`), and
-answers are not left in the cache for such revisions (`interpretops.plan.reach`): nobody reads them as
-they are written, so that a later turn could not know what they say.
+A prompt may reach the engine in several passes, and part of it may come from the prefix cache and never be
+computed again. So what an attention probe needs of a token, a score and a value per head, is stored under the
+slot of the token's keys and values: it lives exactly as long as they do, and belongs to the revision of their
+cache salt. A slot is emptied before another request gets it (`empty_slots`). For such revisions answers do
+not stay in the prefix cache (`interpretops.plan.reach`): the probe does not read them while they are
+generated, so a later turn that reused their blocks would lack the readings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 MEMORY_COLUMNS = 192
-"""Numbers kept for a token: two for each head of a row's attention probes."""
+"""Numbers stored per token: two for each head of a row's attention probes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,60 +25,60 @@ class PromptPart:
 
     row: int
     first: int
-    """Place of the first in the pass."""
+    """Index of the first of them in the pass."""
     slots: Tensor
     """[P] int64, slots of the prompt's tokens from position 0 to the last in this pass"""
     count: int
-    """How many of them are in this pass: the last ones."""
+    """How many of these tokens are in this pass: the last ones."""
     ends: bool
-    """Whether the last of them ends the prompt."""
+    """Whether the prompt ends in this pass."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeHeads:
-    """The heads of an attention probe at one site, and where it keeps what they read.
+    """The heads of an attention probe at one site, and the columns that store their readings.
 
     Formula: `interpretops.plan.Gate`.
     """
 
     query: Tensor
-    """[H, D] float64, like the two below"""
+    """[H, D] float64, as `read`"""
     read: Tensor
     bias: Tensor
     """[H]"""
     max_norm: float
     column: int
-    """First of its 2 H columns in the memory."""
+    """First of their 2 H columns in the memory."""
     summed: tuple[tuple[int, int], ...] = ()
-    """Column and number of the heads, of this site and of those before, whose sum decides here; empty where
-    nothing is decided."""
+    """(column, number of heads) of this site and earlier ones, whose sum decides here; empty if another site
+    decides."""
 
 
-def may_ignore(tokens: int) -> int:
-    """How many of a prompt's tokens a gate may leave unread because of their norm; past that it opens.
+def max_unread_tokens(tokens: int) -> int:
+    """Most tokens of a prompt that a gate may skip for their norm. With more, it opens.
 
-    A prompt begins with a sink, and a few more are ordinary (measured: docs/engine-integration.md).
+    A prompt starts with a sink, and a few more are normal (measured: docs/engine-integration.md).
     """
     return 4 + tokens // 16
 
 
 def new_memory(slots: int, device: torch.device) -> Tensor:
-    """[slots, MEMORY_COLUMNS] float32 that no probe has written: a reading over it is no number."""
+    """[slots, MEMORY_COLUMNS] float32, all NaN: a reading over a slot that was never written is NaN."""
     return torch.full((slots, MEMORY_COLUMNS), torch.nan, device=device)
 
 
 def empty_slots(memory: Tensor, blocks: Tensor, block_size: int) -> None:
-    """Make readings of earlier owners unreadable in blocks [B] int64 of so many slots each."""
+    """Erase readings of earlier owners in blocks [B] int64 of ``block_size`` slots each."""
     slots = (blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)).flatten()
     memory.index_fill_(0, slots, torch.nan)
 
 
-def keep_readings(x: Tensor, heads: ProbeHeads, parts: list[PromptPart], memory: Tensor) -> None:
-    """Keep what a probe reads at the prompt tokens of a pass.
+def store_readings(x: Tensor, heads: ProbeHeads, parts: list[PromptPart], memory: Tensor) -> None:
+    """Store a probe's readings at the prompt tokens of a pass.
 
     x       [T, D] the pass's activations at the heads' site
     parts   the prompts of the probe's row
-    memory  changed at the slots of the tokens in the pass
+    memory  written at the slots of these tokens
     """
     columns = slice(heads.column, heads.column + 2 * len(heads.bias))
     for part in parts:
@@ -91,10 +91,10 @@ def keep_readings(x: Tensor, heads: ProbeHeads, parts: list[PromptPart], memory:
 
 
 def probe_fires(heads: ProbeHeads, cut: Tensor, part: PromptPart, memory: Tensor) -> Tensor:
-    """Bool, whether the probe that decides with ``heads`` fires for a prompt that ends in this pass.
+    """Bool tensor: whether the probe that decides with ``heads`` fires for a prompt that ends in this pass.
 
-    Where anything that was to be kept is missing it fires, and where more tokens than `may_ignore` were not
-    read: a guard that cannot read does not let through.
+    It also fires if a reading is missing, or if more than `max_unread_tokens` tokens were skipped: a guard
+    that cannot read must not let the request pass.
     """
     reading = torch.zeros((), dtype=torch.float64, device=memory.device)
     blind = torch.zeros((), dtype=torch.bool, device=memory.device)
@@ -102,8 +102,8 @@ def probe_fires(heads: ProbeHeads, cut: Tensor, part: PromptPart, memory: Tensor
         kept = memory[part.slots, column : column + 2 * count].double()
         score, value = kept[:, :count], kept[:, count:]
         ignored = (score == -torch.inf).all(dim=1)
-        blind |= ignored.sum() > may_ignore(len(part.slots))
-        said = (score.softmax(dim=0) * value).sum()
-        # Sinks alone: nothing was said at this site.
-        reading = reading + torch.where(ignored.all(), 0.0, said)
+        blind |= ignored.sum() > max_unread_tokens(len(part.slots))
+        attended = (score.softmax(dim=0) * value).sum()
+        # Only sinks: this site contributes nothing.
+        reading = reading + torch.where(ignored.all(), 0.0, attended)
     return ~(reading <= cut).all() | blind

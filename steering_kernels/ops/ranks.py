@@ -1,4 +1,4 @@
-"""Reading an activation whose columns are split over ranks: what each reads is a part of a sum."""
+"""Reads an activation whose columns are split over ranks: each rank computes part of a sum."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 SumRanks = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks, the same bits on each. All must come to it, in the same order."""
+"""Sums a tensor over all ranks, bit-identical on each. All ranks must call it, in the same order."""
 
 
 def project(x: Tensor, matrix_t: Tensor, bias: Tensor, sum_ranks: SumRanks | None) -> Tensor:
-    """bias + x [n, D] @ matrix_t [D, K] over the columns of all ranks."""
+    """bias + x [n, D] @ matrix_t [D, K], summed over the columns of all ranks."""
     if sum_ranks is None:
         return torch.addmm(bias, x, matrix_t)
     return sum_ranks(x @ matrix_t) + bias
 
 
 def norm(x: Tensor, sum_ranks: SumRanks | None) -> Tensor:
-    """Length [n] of x [n, D] over the columns of all ranks."""
+    """L2 norm [n] of x [n, D] over the columns of all ranks."""
     if sum_ranks is None:
         length: Tensor = x.norm(dim=1)
         return length

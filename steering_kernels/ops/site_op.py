@@ -1,10 +1,9 @@
-"""The op as PyTorch's compiler sees it: one opaque call at each site, whatever plans come later.
+"""The op as PyTorch's compiler sees it: one opaque call per site, independent of the loaded plans.
 
-A compiled model keeps the call and knows nothing of plans: rows, gates and the layout of the batch are read
-when the call runs. Piecewise graphs are cut at it (`SITE_OP` is one of vLLM's splitting ops), so that it runs
-between two captured pieces. A graph of the whole model holds it only where its owner is `capturing`, as a
-kernel that reads at replay what stands in the tables then; captured by accident it would repeat one step's
-edits for ever, which it refuses.
+Rows, gates and the batch layout are read when the call runs. Piecewise graphs are split at it (`SITE_OP` is
+one of vLLM's splitting ops), so that it runs between two captured pieces. A graph of the whole model may
+contain it only while its owner is `capturing`, as a kernel that reads the tables at replay. Captured at any
+other time it would repeat the edits of one step forever, so it raises.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from torch import Tensor
 SITE_OP = "interpretops::edit_site"
 
 
-class RunsSites(Protocol):
-    """A model's edit sites, by number."""
+class SiteRunner(Protocol):
+    """Runs a model's edit sites, by number."""
 
     capturing: bool
 
@@ -32,26 +31,29 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
     "edit_site(Tensor(a!) hidden, Tensor? residual, Tensor? source, int number) -> ()",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
-_OWNER: list[weakref.ReferenceType[RunsSites]] = []
-"""Whose sites the op runs. Compiled code is kept on disk for other processes, and cannot name it."""
+_OWNER: list[weakref.ReferenceType[SiteRunner]] = []
+"""The model whose sites the op runs. Compiled code is cached on disk for other processes, so it cannot name
+it."""
 
 
-def own_site_op(owner: RunsSites) -> None:
-    """Have the op run this model's sites. Raises RuntimeError while another compiled model has it."""
+def claim_site_op(owner: SiteRunner) -> None:
+    """Make the op run this model's sites. Raises RuntimeError while another compiled model owns it."""
     if _OWNER and _OWNER[0]() not in (None, owner):
-        raise RuntimeError("a process can steer one compiled model; start the other with --enforce-eager")
+        raise RuntimeError(
+            "a process can steer only one compiled model; start the other with --enforce-eager"
+        )
     _OWNER[:] = [weakref.ref(owner)]
 
 
 def edit_site(hidden: Tensor, residual: Tensor | None, source: Tensor | None, number: int) -> None:
-    """Run the op at a site, through PyTorch's dispatcher: what a traced model calls."""
+    """Run the op at a site through PyTorch's dispatcher; traced models call this."""
     torch.ops.interpretops.edit_site(hidden, residual, source, number)
 
 
 def _run(hidden: Tensor, residual: Tensor | None, source: Tensor | None, number: int) -> None:
     owner = _OWNER[0]() if _OWNER else None
     if owner is None:
-        raise RuntimeError(f"{SITE_OP}: the model that was compiled with it has no plans in this process")
+        raise RuntimeError(f"{SITE_OP}: no steered model is registered in this process")
     if hidden.is_cuda and torch.cuda.is_current_stream_capturing() and not owner.capturing:
         raise RuntimeError(
             f"{SITE_OP} was about to be captured in a CUDA graph, which would repeat the edits of one step; "
@@ -61,7 +63,7 @@ def _run(hidden: Tensor, residual: Tensor | None, source: Tensor | None, number:
 
 
 def _trace(hidden: Tensor, residual: Tensor | None, source: Tensor | None, number: int) -> None:
-    """Nothing is made: ``hidden`` is written in place."""
+    """Returns nothing: ``hidden`` is written in place."""
 
 
 for _key in ("CPU", "CUDA"):

@@ -1,4 +1,4 @@
-"""The table of one edit site: the units of all resident revisions in fixed storage."""
+"""The table of one edit site: the units of all resident revisions, in fixed storage."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from steering_kernels.ops.ranks import SumRanks
 
 
 class TableFullError(Exception):
-    """The site's table has no room for another row; the message says how much there is."""
+    """The row does not fit in the site's table; the message gives needed and used space."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowEdits:
-    """What one revision does at one site. Field meanings and formula: `interpretops.plan`."""
+    """The edits of one revision at one site. Field meanings and formula: `interpretops.plan`."""
 
     read: Tensor
     """[K, D] float32"""
     write: Tensor
     """[K, D] float32"""
     bias: Tensor
-    """[K] float32, like the six below"""
+    """[K] float32, as are the six fields below"""
     threshold: Tensor
     gain: Tensor
     offset: Tensor
@@ -35,7 +35,7 @@ class RowEdits:
     gate: Tensor
     """[K] int32, gate of the row; 0 is always open"""
     topk: Tensor
-    """[K] int32, row of `topk_read` whose activation this unit takes, or -1"""
+    """[K] int32, row of `topk_read` whose activation this unit uses, or -1"""
     scale: Tensor
     """[E, D] float32, elementwise deltas"""
     scale_gate: Tensor
@@ -59,7 +59,7 @@ _UNIT_INDICES = ("gate", "topk")
 
 
 class RowView:
-    """One row of a table, ready for the CPU path: its numbers in float64 and what can be left out."""
+    """One row of a table, prepared for the CPU path: values in float64, and flags for what can be skipped."""
 
     def __init__(self, edits: RowEdits, *, sharded: bool = False) -> None:
         self.read_t = edits.read.double().t().contiguous()
@@ -73,15 +73,17 @@ class RowView:
         self.max_norm = edits.max_norm.double()
         self.gate = edits.gate.long()
         self.rank = edits.read.shape[0]
-        # Another rank may read where the part of this one is zero, and its sum waits for this one's.
+        # Even if this rank's part is zero, other ranks may read and wait for this rank's part of the sum.
         self.reads = sharded or bool(edits.read.any()) or bool(edits.bias.any())
         self.offsets = bool(edits.offset.any())
         self.clamps = bool(torch.isfinite(edits.low).any() or torch.isfinite(edits.high).any())
         self.thresholds = bool((edits.threshold > -torch.inf).any())
         self.gated = bool((edits.gate != 0).any())
-        named = sorted({*edits.gate.tolist(), *edits.scale_gate.tolist()})
-        self.gates = None if 0 in named else torch.tensor(named, dtype=torch.long, device=edits.gate.device)
-        """Gates without which the row does nothing here; None when it acts under none."""
+        gate_ids = sorted({*edits.gate.tolist(), *edits.scale_gate.tolist()})
+        self.gates = (
+            None if 0 in gate_ids else torch.tensor(gate_ids, dtype=torch.long, device=edits.gate.device)
+        )
+        """Gates of which one must be open for the row to act here; None if it acts without a gate."""
         self.bounded = bool(torch.isfinite(edits.max_norm).any())
         self.scale = edits.scale.double()
         self.scale_gate = edits.scale_gate.long()
@@ -95,7 +97,7 @@ class RowView:
 
 @dataclass(frozen=True, eq=False)
 class JoinedRows:
-    """The units of several rows side by side, and whose each is."""
+    """The units of several rows concatenated, and the row of each."""
 
     view: RowView
     row_of_unit: Tensor
@@ -103,10 +105,10 @@ class JoinedRows:
 
 
 class SiteTable:
-    """Fixed storage for the units of one site; row 0 is the exact no-op and stays empty.
+    """Fixed storage for the units of one site. Row 0 is the exact no-op and stays empty.
 
-    Only content changes when revisions come and go: no tensor is allocated or moved, so a captured
-    graph may hold the addresses. (TopK encoders are the exception: they are kept beside the table.)
+    Loading and unloading revisions only changes content: no tensor is allocated or moved, so captured graphs
+    may hold the addresses. (TopK encoders are the exception: they are stored outside the table.)
     """
 
     def __init__(
@@ -120,9 +122,10 @@ class SiteTable:
         read_width: int | None = None,
         sum_ranks: SumRanks | None = None,
     ) -> None:
-        """``read_width``: D of what units read, where that is another activation than they write to.
+        """``read_width``: width of the activation that units read, if it differs from the one they write.
 
-        ``sum_ranks``: what is read is split over ranks, and so are the rows' ``read`` and ``topk_read``.
+        ``sum_ranks``: set if the read activation, and the rows' ``read`` and ``topk_read``, are split over
+        ranks.
         """
         self.width = width
         self.sum_ranks = sum_ranks
@@ -140,24 +143,24 @@ class SiteTable:
         self.scale_count = torch.zeros(rows, dtype=torch.int32, device=device)
         self.topk: dict[int, tuple[Tensor, Tensor, int]] = {}
         self._joined: tuple[tuple[int, ...], JoinedRows] | None = None
-        """The last answer of `join`: a batch keeps its rows for many steps."""
+        """Cached result of `join`: a batch keeps its rows for many steps."""
         self.views: dict[int, RowView] = {}
-        """Rows that hold something, by row."""
+        """Occupied rows, by row number."""
 
     @property
     def topk_rows(self) -> frozenset[int]:
-        """Rows with units whose activation a whole TopK encoder decides."""
+        """Rows with units that use a TopK encoder."""
         return frozenset(row for row in self.topk if len(self.views[row].topk_units))
 
     def set_row(self, row: int, edits: RowEdits) -> None:
-        """Put edits into an empty row; raises `TableFullError` and changes nothing if they do not fit."""
+        """Store edits in an empty row. Raises `TableFullError`, changing nothing, if they do not fit."""
         if not 1 <= row < self.rows:
-            raise IndexError(f"row = {row}, but rows 1..{self.rows - 1} can be set")
+            raise IndexError(f"row = {row}, but must be in 1..{self.rows - 1}")
         if row in self.views:
             raise ValueError(f"row {row} is occupied; clear it first")
         if (edits.read.shape[1], edits.write.shape[1]) != (self.read_width, self.width):
             raise ValueError(
-                f"edits read {edits.read.shape[1]} and write {edits.write.shape[1]} wide, "
+                f"edits have read width {edits.read.shape[1]} and write width {edits.write.shape[1]}, "
                 f"but the site has {self.read_width} and {self.width}"
             )
         units = _fit(self.start, self.count, edits.read.shape[0], self.read.shape[0], "units")
@@ -184,7 +187,7 @@ class SiteTable:
         self._joined = None
 
     def get_row(self, row: int) -> RowEdits:
-        """The row as it stands in the table (tensors share its storage)."""
+        """The row's content; the tensors share the table's storage."""
         units = slice(int(self.start[row]), int(self.start[row]) + int(self.count[row]))
         scales = slice(int(self.scale_start[row]), int(self.scale_start[row]) + int(self.scale_count[row]))
         topk_read, topk_bias, k = self.topk.get(row, (None, None, 0))
@@ -200,7 +203,7 @@ class SiteTable:
         )
 
     def join(self, rows: tuple[int, ...]) -> JoinedRows:
-        """The units of occupied rows without TopK encoders, in one view."""
+        """The units of several occupied rows without TopK encoders, in one view."""
         if self._joined is None or self._joined[0] != rows:
             parts = [dict(self.get_row(row).tensors()) for row in rows]
             joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -216,7 +219,7 @@ class SiteTable:
         return self._joined[1]
 
     def clear_row(self, row: int) -> None:
-        """Empty a row; its units are free for others. Clearing an empty row does nothing."""
+        """Empty a row and free its units. Clearing an empty row does nothing."""
         self.views.pop(row, None)
         self._joined = None
         self.topk.pop(row, None)
@@ -224,19 +227,19 @@ class SiteTable:
         self.scale_count[row] = self.scale_start[row] = 0
 
 
-def _fit(starts: Tensor, counts: Tensor, wanted: int, capacity: int, what: str) -> int:
-    """First gap of ``wanted`` free places among the taken ranges."""
-    if wanted == 0:
+def _fit(starts: Tensor, counts: Tensor, needed: int, capacity: int, what: str) -> int:
+    """Start of the first gap of ``needed`` free entries. Raises `TableFullError`."""
+    if needed == 0:
         return 0
     taken = sorted(
         (start, start + count) for start, count in zip(starts.tolist(), counts.tolist(), strict=True) if count
     )
     begin = 0
     for start, end in taken:
-        if start - begin >= wanted:
+        if start - begin >= needed:
             return begin
         begin = max(begin, end)
-    if capacity - begin >= wanted:
+    if capacity - begin >= needed:
         return begin
     used = sum(end - start for start, end in taken)
-    raise TableFullError(f"{wanted} {what} wanted, but {used} of {capacity} are taken at this site")
+    raise TableFullError(f"{needed} {what} needed, but {used} of {capacity} are in use at this site")

@@ -1,7 +1,7 @@
-"""The op as one Triton kernel: reads, bends, gates and writes on chip, in place.
+"""The op as one fused Triton kernel: reads, computes, gates and writes in place.
 
-Two kernels mean the same: one for the few tokens of a decode step (`triton_token`), one for the many of a
-prefill (`triton_tile`).
+Two kernels compute the same: one for the few tokens of a decode step (`triton_token`), one for the many
+tokens of a prefill (`triton_tile`).
 """
 
 # Triton's language is not typed:
@@ -23,8 +23,8 @@ from steering_kernels.ops.triton_token import edit_tokens
 CHUNK = 16
 TILE, TILE_BLOCK = 16, 128
 TOKEN_BLOCK, TOKEN_WARPS = 1024, 8
-FEW = 1024
-"""Tokens up to which each has a program of its own."""
+TOKEN_KERNEL_MAX = 1024
+"""Most tokens for which each token gets its own program."""
 
 
 def apply_edits_triton(
@@ -36,7 +36,7 @@ def apply_edits_triton(
     *,
     tiles: bool | None = None,
 ) -> None:
-    """See `apply_edits`. Rows with a TopK encoder are not edited here. ``tiles``: which kernel to take."""
+    """See `apply_edits`. Skips rows with a TopK encoder. ``tiles``: whether to use the tile kernel."""
     tokens = hidden.shape[0]
     if tokens == 0:
         return
@@ -78,7 +78,7 @@ def apply_edits_triton(
         "CHUNK": CHUNK,
     }
     widest = max(16, triton.next_power_of_2(max(table.width, table.read_width)))
-    if tokens > FEW if tiles is None else tiles:
+    if tokens > TOKEN_KERNEL_MAX if tiles is None else tiles:
         grid = (triton.cdiv(tokens, TILE), TILE)
         edit_tiles[grid](*arguments, **constants, TILE=TILE, BLOCK=min(TILE_BLOCK, widest))
     else:

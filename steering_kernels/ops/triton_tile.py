@@ -1,9 +1,9 @@
-"""The fused kernel for prefill: a tile of tokens reads its row once.
+"""The fused kernel for prefill: each row is read once per tile of tokens.
 
-A program stands for one token. It does the work of its row for the whole tile of `TILE` tokens if its token
-is the first of that row in it; else, and for row 0, it ends after loading the tile's row indices. Every
-product has the same shape whatever shares the batch, so a token's result does not depend on that. Sums run
-in float32. A row's first `CHUNK` units stay in registers; what the others wait to write passes through
+Each token has a program. If its token is the first of its row in the tile of `TILE` tokens, the program
+computes that row for the whole tile; otherwise, and for row 0, it returns after loading the tile's row
+indices. All products have the same shape for any batch, so a token's result does not depend on its batch.
+Sums in float32. A row's first `CHUNK` units stay in registers; the strengths of further units pass through
 ``spill``.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from steering_kernels.ops.triton_units import bend, stream_at
+from steering_kernels.ops.triton_units import stream_at, unit_delta
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -77,12 +77,12 @@ def edit_tiles(
     ks = tl.arange(0, CHUNK)
     gates = gate_open + token[:, None] * gate_stride
 
-    # Most traffic most of the time: no gate is open, so nothing is read.
+    # The common case: no gate is open, so nothing is read.
     opened = tl.zeros([TILE], tl.int32)
     encoder = -1
     for chunk in range(0, units, CHUNK):
-        named = tl.load(topk + first + chunk + ks, mask=chunk + ks < units, other=-1)
-        encoder = tl.maximum(encoder, tl.max(named, axis=0))
+        encoders = tl.load(topk + first + chunk + ks, mask=chunk + ks < units, other=-1)
+        encoder = tl.maximum(encoder, tl.max(encoders, axis=0))
         column = tl.load(gate + first + chunk + ks, mask=chunk + ks < units, other=0)
         is_open = tl.load(
             gates + column[None, :], mask=mine[:, None] & (chunk + ks < units)[None, :], other=0
@@ -96,7 +96,7 @@ def edit_tiles(
     if (tl.max(opened, axis=0) + tl.max(scaled, axis=0) == 0) | (encoder >= 0):
         return
 
-    # Read: u = read . x + bias, and what each unit adds along its direction.
+    # Read: u = read . x + bias, and each unit's strength g.
     g0 = tl.zeros([TILE, CHUNK], tl.float32)
     touched = scaled
     for chunk in range(0, units, CHUNK):
@@ -117,7 +117,7 @@ def edit_tiles(
             )
             u = tl.dot(x, tl.trans(weight), acc=u, input_precision="ieee")
             square += tl.sum(x * x, axis=1)
-        g = bend(u, k, live, bias, threshold, gain, offset, low, high)
+        g = unit_delta(u, k, live, bias, threshold, gain, offset, low, high)
         column = tl.load(gate + k, mask=live, other=0)
         acts = tl.load(gates + column[None, :], mask=mine[:, None] & live[None, :], other=0) != 0
         acts &= tl.sqrt(square)[:, None] <= tl.load(max_norm + k, mask=live, other=0.0)[None, :]
@@ -132,9 +132,9 @@ def edit_tiles(
                 mask=mine[:, None] & live[None, :],
             )
     if units > CHUNK:
-        tl.debug_barrier()  # what was spilled is read by other threads of this program
+        tl.debug_barrier()  # other threads of this program read the spilled values
 
-    # Write: the token that no unit touches is not stored, so that it stays as it is, bit for bit.
+    # Write: tokens that no unit touches are not stored, so they stay bit-identical.
     changes = mine & (touched != 0)
     slot = tl.load(slot_of_token + token, mask=changes, other=0)
     tl.atomic_add(edited + slot, tl.full([TILE], 1, tl.int64), mask=changes, sem="relaxed")

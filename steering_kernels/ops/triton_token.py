@@ -1,9 +1,8 @@
-"""The fused kernel for decode: a program for each token, the width in few wide steps.
+"""The fused kernel for decode: one program per token, which covers the width in a few wide steps.
 
-No two tokens of a decode step share much, and what costs time is waiting: so a program reads its row in
-steps as wide as registers allow and reduces once at the end. A token's result does not depend on its batch.
-Sums run in float32. A row's first `CHUNK` units stay in registers; what the others wait to write passes
-through ``spill``.
+Tokens of a decode step share little work, and memory latency dominates. So a program reads its row in steps
+as wide as registers allow and reduces once at the end. A token's result does not depend on its batch. Sums in
+float32. A row's first `CHUNK` units stay in registers; the strengths of further units pass through ``spill``.
 """
 
 # Triton's language is not typed:
@@ -14,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from steering_kernels.ops.triton_units import bend, stream_at
+from steering_kernels.ops.triton_units import stream_at, unit_delta
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -68,7 +67,7 @@ def edit_tokens(
     ks = tl.arange(0, CHUNK)
     gates = gate_open + token * gate_stride
 
-    # Most traffic most of the time: no gate is open, so nothing is read.
+    # The common case: no gate is open, so nothing is read.
     opened = 0
     encoder = -1
     for chunk in range(0, units, CHUNK):
@@ -84,7 +83,7 @@ def edit_tokens(
     if (opened + scaled == 0) | (encoder >= 0):
         return
 
-    # Read: u = read . x + bias, and what each unit adds along its direction.
+    # Read: u = read . x + bias, and each unit's strength g.
     g0 = tl.zeros([1, CHUNK], tl.float32)
     touched = scaled
     for chunk in range(0, units, CHUNK):
@@ -106,7 +105,7 @@ def edit_tokens(
             squares += x * x
         u = tl.sum(sums, axis=1)[None, :]
         norm = tl.sqrt(tl.sum(squares, axis=0))
-        g = bend(u, k, live, bias, threshold, gain, offset, low, high)
+        g = unit_delta(u, k, live, bias, threshold, gain, offset, low, high)
         acts = tl.load(gates + tl.load(gate + k, mask=live, other=0), mask=live, other=0) != 0
         acts &= norm <= tl.load(max_norm + k, mask=live, other=0.0)
         g = tl.where(acts[None, :], g, 0.0)
@@ -116,9 +115,9 @@ def edit_tokens(
         else:
             tl.store(spill + token * spill_stride + (chunk + ks)[None, :], g, mask=live[None, :])
     if units > CHUNK:
-        tl.debug_barrier()  # what was spilled is read by other threads of this program
+        tl.debug_barrier()  # other threads of this program read the spilled values
 
-    # Write: the token that no unit touches is not stored, so that it stays as it is, bit for bit.
+    # Write: tokens that no unit touches are not stored, so they stay bit-identical.
     if touched == 0:
         return
     tl.atomic_add(edited + tl.load(slot_of_token + token), tl.full([], 1, tl.int64), sem="relaxed")

@@ -1,4 +1,4 @@
-"""What both kernels do with a unit's reading: the pointwise part of the op."""
+"""The pointwise part of the op, shared by both Triton kernels."""
 
 # Triton's language is not typed:
 # mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator,misc"
@@ -10,8 +10,8 @@ import triton.language as tl
 
 
 @triton.jit
-def bend(u, k, live, bias, threshold, gain, offset, low, high):
-    """What the units add along their directions, before gates and norm bounds: [N, K] from u [N, K]."""
+def unit_delta(u, k, live, bias, threshold, gain, offset, low, high):
+    """Strength g [N, K] of the units, before gates and norm bounds, from u [N, K]."""
     u += tl.load(bias + k, mask=live, other=0.0)[None, :]
     a = tl.where(u > tl.load(threshold + k, mask=live, other=0.0)[None, :], u, 0.0)
     clipped = tl.minimum(
@@ -33,7 +33,7 @@ def stream_at(
     HAS_RESIDUAL: tl.constexpr,  # noqa: N803  # Triton's way to write constants
     ADD_TYPE: tl.constexpr,  # noqa: N803
 ):
-    """The activation that is read, in float32: a sum is rounded as the model's next norm sees it."""
+    """The activation to read, in float32. A sum is first rounded to the model's dtype, as in the model."""
     x = tl.load(stream + place, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         y = tl.load(summand + other_place, mask=mask, other=0.0)

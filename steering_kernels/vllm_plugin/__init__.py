@@ -1,14 +1,14 @@
-"""The plugin by which a vLLM engine edits activations per request; nothing else touches vLLM's internals.
+"""The vLLM plugin that edits activations per request. Only this package touches vLLM's internals.
 
-It acts only where `VLLM_PLUGINS` names it. vLLM calls `register` in every process; whatever is wrong there
-stops the process, because an engine that came up without the plugin would answer unsteered.
+It is active only if `VLLM_PLUGINS` names it. vLLM calls `register` in every process. Any error there stops
+the process, because an engine that started without the plugin would answer unsteered.
 """
 
 import os
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`: check the ground, then patch the running vLLM."""
+    """Entry point `vllm.general_plugins`: check the vLLM version, then patch vLLM."""
     if "interpretops" not in os.environ.get("VLLM_PLUGINS", "").split(","):
         return
     from steering_kernels.vllm_plugin.patch import apply_patches

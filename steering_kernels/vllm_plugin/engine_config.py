@@ -1,4 +1,4 @@
-"""What an engine may be configured as; what would break the token-to-row map is refused at boot."""
+"""Checks the engine's configuration at boot: refuses what would break the mapping of tokens to rows."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ WORKER_EXTENSION = "steering_kernels.vllm_plugin.worker.extension.SteeringWorker
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Our own section of ``--additional-config``: ``{"interpretops": {…}}``."""
+    """The plugin's section of ``--additional-config``: ``{"interpretops": {…}}``."""
 
     rows: int = 64
-    """Revisions that can be resident at once, plus one."""
+    """Most resident revisions, plus one."""
     units_per_site: int = 512
-    """Rank-one edits that all resident revisions may have together at one site."""
+    """Most rank-one edits of all resident revisions together at one site."""
     pass_through: bool = True
-    """Whether requests may name no policy."""
+    """Whether requests without a policy are allowed."""
     points: str = "resid_post"
-    """Points at which plans may act in a compiled model, with commas between them; each is a call a layer."""
+    """Points at which plans may act in a compiled model, separated by commas. Each costs one call per
+    layer."""
     op_version: str = OP_VERSION
-    """Set by the plugin. Part of the compile-cache key, so that no stale compiled model is served."""
+    """Set by the plugin. Part of the compile-cache key, so that no stale compiled model is used."""
 
     @classmethod
     def read(cls, additional_config: Any) -> EngineOptions:
-        """Read the section; raises ValueError naming an unknown or ill-typed key."""
+        """Read the section. Raises ValueError that names an unknown or ill-typed key."""
         section = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, dict) else {}
         if not isinstance(section, dict):
             text = f"--additional-config {CONFIG_KEY} = {section!r}, but must be an object of options"
@@ -43,58 +44,60 @@ class EngineOptions:
                 raise ValueError(
                     f"--additional-config {CONFIG_KEY}.{key}: unknown key; known are {sorted(known)}"
                 )
-            wanted = type(known[key].default)
-            if type(value) is not wanted:
+            expected = type(known[key].default)
+            if type(value) is not expected:
                 raise ValueError(
                     f"--additional-config {CONFIG_KEY}.{key} = {value!r} ({type(value).__name__}), but must "
-                    f"be of type {wanted.__name__}"
+                    f"be of type {expected.__name__}"
                 )
-            if isinstance(value, int) and wanted is int and value < 2:
+            if isinstance(value, int) and expected is int and value < 2:
                 raise ValueError(f"--additional-config {CONFIG_KEY}.{key} = {value}, but must be at least 2")
         found = cls(**section)
         if wrong := [point for point in found.compiled_points if point not in POINTS]:
             raise ValueError(
-                f"--additional-config {CONFIG_KEY}.points: {wrong[0]!r} is none of {', '.join(POINTS)}"
+                f"--additional-config {CONFIG_KEY}.points: {wrong[0]!r} must be one of {', '.join(POINTS)}"
             )
         return found
 
     @property
     def compiled_points(self) -> tuple[str, ...]:
-        """`points`, one by one."""
+        """`points` as a tuple, without duplicates."""
         return tuple(dict.fromkeys(point.strip() for point in self.points.split(",")))
 
 
 def check_version(version: str) -> None:
-    """Raises RuntimeError for a vLLM whose internals the plugin was not written for."""
+    """Raises RuntimeError for a vLLM version that the plugin does not support."""
     if not version.startswith(SUPPORTED_VERSION):
         raise RuntimeError(
-            f"vllm = {version}, but the interpretops plugin was written for {SUPPORTED_VERSION}x; "
-            "install that one, or take interpretops out of VLLM_PLUGINS"
+            f"vllm = {version}, but the interpretops plugin supports {SUPPORTED_VERSION}x; "
+            "install that version, or remove interpretops from VLLM_PLUGINS"
         )
 
 
 def refusals(config: Any) -> list[str]:
-    """Why an engine of this `VllmConfig` may not boot; empty if it may."""
+    """Why an engine with this `VllmConfig` may not boot; empty if it may."""
     parallel, cache, model = config.parallel_config, config.cache_config, config.model_config
     architectures = list(getattr(model.hf_config, "architectures", None) or [])
     unknown = not architectures or architectures[0] not in FAMILIES
     found = {
-        f"architecture {architectures}, whose edit sites are not known ({sorted(FAMILIES)} are)": unknown,
+        f"architecture {architectures}, which is unknown (supported: {sorted(FAMILIES)})": unknown,
         "dual-batch overlap (--enable-dbo)": parallel.use_ubatching,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
-        "data parallelism within one engine, whose cores cannot each be proven; start one engine for each "
-        "replica, and give the gateway all of them (--engine-url, repeated)": parallel.data_parallel_size > 1,
-        "several API servers, of which none knows the others' receipts (--api-server-count=1)": (
+        "data parallelism within one engine, because its cores cannot be proven one by one; start one "
+        "engine per replica, and give all of them to the gateway (--engine-url, repeated)": (
+            parallel.data_parallel_size > 1
+        ),
+        "several API servers, because they do not share receipts (use --api-server-count=1)": (
             parallel._api_process_count > 1
         ),
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "KV-sharing fast prefill": cache.kv_sharing_fast_prefill,
-        "priority scheduling (more requests could be half done than there are slots)": (
+        "priority scheduling (preempted requests could exceed the request slots)": (
             config.scheduler_config.policy != "fcfs"
         ),
         "speculative decoding": config.speculative_config is not None,
-        "LoRA adapters of its own (use lora_gate policies)": config.lora_config is not None,
+        "LoRA adapters (use lora_gate policies)": config.lora_config is not None,
         "an external KV cache (KV transfer)": config.kv_transfer_config is not None,
         "prompt embeddings": model.enable_prompt_embeds,
         "a pooling model": model.runner_type != "generate",
@@ -103,7 +106,7 @@ def refusals(config: Any) -> list[str]:
 
 
 def prepare(config: Any) -> None:
-    """Refuse what must be refused; name our worker extension; put the op's version in the cache key."""
+    """Refuse unsupported settings, set our worker extension, and add the op's version to the cache key."""
     reasons = refusals(config)
     if reasons:
         raise ValueError("interpretops refuses to boot this engine with " + "; with ".join(reasons))
@@ -117,24 +120,24 @@ def prepare(config: Any) -> None:
     }
     config.additional_config = dict(config.additional_config) | {CONFIG_KEY: section}
     if not config.model_config.enforce_eager:
-        cut_graphs(config.compilation_config, whole=config.use_v2_model_runner)
+        split_graphs(config.compilation_config, whole=config.use_v2_model_runner)
 
 
-def cut_graphs(compilation: Any, *, whole: bool) -> None:
-    """Have piecewise graphs cut at our op: what a step does there is decided anew in every step.
+def split_graphs(compilation: Any, *, whole: bool) -> None:
+    """Split piecewise CUDA graphs at our op, since its work changes with every step.
 
-    ``whole``: the runner can hold the op in graphs of the whole model too (`runner_v2`), for decode steps
-    whose gates are decided before them. Elsewhere those would repeat what was captured, so that they become
-    piecewise, or none.
+    ``whole``: the runner supports the op in graphs of the whole model too (`runner_v2`), for decode steps
+    whose gates are decided beforehand. With other runners such graphs would repeat the captured edits, so
+    they are replaced by piecewise graphs, or none.
     """
     from vllm.config import CompilationMode, CUDAGraphMode
 
-    pieces = compilation.mode == CompilationMode.VLLM_COMPILE
-    if pieces and compilation.splitting_ops is not None and SITE_OP not in compilation.splitting_ops:
+    piecewise = compilation.mode == CompilationMode.VLLM_COMPILE
+    if piecewise and compilation.splitting_ops is not None and SITE_OP not in compilation.splitting_ops:
         compilation.splitting_ops.append(SITE_OP)
-    cut = pieces and bool(compilation.splitting_ops)
+    split = piecewise and bool(compilation.splitting_ops)
     mode = compilation.cudagraph_mode
-    if not cut:
+    if not split:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
     elif mode is None or mode.has_full_cudagraphs():
         compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE if whole else CUDAGraphMode.PIECEWISE

@@ -1,4 +1,4 @@
-"""All patches, in every process: vLLM loads plugins before it knows what the process will be."""
+"""Applies all patches in every process: vLLM loads plugins before the process's role is known."""
 
 from steering_kernels.vllm_plugin.core.engine_core import patch_core
 from steering_kernels.vllm_plugin.core.refusals import patch_refusals
@@ -10,7 +10,7 @@ from steering_kernels.vllm_plugin.worker.runner_v2 import patch_runner_v2
 
 
 def apply_patches() -> None:
-    """Check the version and patch. Raises on anything unknown: vLLM then stops, which is what we want."""
+    """Check the version, then patch. Raises on anything unknown, which stops vLLM, as intended."""
     import vllm
 
     check_version(vllm.__version__)

@@ -1,4 +1,4 @@
-"""What a request says to the engine: which revision, and the nonce of its receipt."""
+"""The plugin's arguments of a request: its revision, and the nonce of its receipt."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _NONCE = re.compile(r"[0-9a-f]{16,64}")
 
 
 class RequestArgsError(ValueError):
-    """The request does not say which revision it demands, or says it wrongly."""
+    """The request does not name a revision, or its arguments are malformed."""
 
     code: ClassVar[EngineCode] = EngineCode.INVALID_SEAL
 
 
 @dataclass(frozen=True)
 class RequestArgs:
-    """A request's demand, checked."""
+    """A request's validated arguments."""
 
     revision: str | None
-    """None passes through."""
+    """None: no steering (pass-through)."""
     nonce: str
 
     @classmethod
     def read(cls, extra_args: Mapping[str, Any] | None) -> RequestArgs:
-        """Read `SamplingParams.extra_args`. Raises `RequestArgsError`: silence is never a pass-through."""
+        """Read `SamplingParams.extra_args`. Raises `RequestArgsError`, also for a missing revision."""
         args = extra_args or {}
         revision, nonce = args.get(REVISION_KEY), args.get(NONCE_KEY)
         if not isinstance(revision, str) or not (revision == PASS_THROUGH or _REVISION.fullmatch(revision)):
@@ -44,12 +44,12 @@ class RequestArgs:
 
 
 def compose_cache_salt(revision: str | None, client_salt: str | None) -> str | None:
-    """The salt of a request's blocks in the prefix cache: the revision and the client's own, together.
+    """The prefix-cache salt of a request, from its revision and the client's own salt.
 
-    Blocks written under a revision hold edited keys and values; no other revision may read them.
+    Blocks written under a revision hold edited keys and values, which no other revision may reuse.
     """
     if revision is None:
-        # A client's own salt must not be able to spell the salt of a revision.
+        # Hashed, so that a client's salt cannot equal a revision's salt.
         return None if client_salt is None else "c" + _short(client_salt)
     return "r" + revision if client_salt is None else "r" + revision + "c" + _short(client_salt)
 

@@ -1,4 +1,4 @@
-"""Wrapping a method of vLLM's: once per process, and only if the method is there."""
+"""Wraps methods of vLLM, once per process, and only if the method exists."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _MARK = "__interpretops_wrapped__"
 
 
 def wrap_method(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace ``owner.name`` by a call of ``wrapper(original, self, …)``; a second time does nothing.
+    """Replace ``owner.name`` by a call of ``wrapper(original, self, …)``. Repeated calls do nothing.
 
-    Raises RuntimeError if the class itself has no such method: then this vLLM is not the one we know.
+    Raises RuntimeError if the class itself has no such method: the vLLM version is then not supported.
     """
     original = owner.__dict__.get(name)
     if original is None:
         raise RuntimeError(
             f"vllm's {owner.__module__}.{owner.__qualname__} has no method {name!r}: "
-            "this vllm is not the one that the interpretops plugin was written for"
+            "the interpretops plugin does not support this version of vllm"
         )
     if getattr(original, _MARK, False):
         return

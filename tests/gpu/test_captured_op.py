@@ -44,7 +44,7 @@ def begin(step: StepMap, rows: list[int]) -> None:
 def test_graph_that_was_captured_once_follows_rows_plans_and_gates() -> None:
     """Other tokens, rows, plans that come and go, a gate that opens: a replay does what holds then."""
     table = SiteTable(WIDTH, rows=6, units=64, scales=0, device=CUDA)
-    step = StepMap(requests=ROOM, gates=2, device=CUDA, room=ROOM)
+    step = StepMap(requests=ROOM, gates=2, device=CUDA, graph_tokens=ROOM)
     hidden, residual = torch.zeros(2, ROOM, WIDTH, device=CUDA, dtype=torch.bfloat16)
     apply_edits_captured(hidden, table, step, residual, None)
     graph = torch.cuda.CUDAGraph()
@@ -118,7 +118,7 @@ def test_compiled_model_does_what_holds_when_it_runs(monkeypatch: pytest.MonkeyP
     """Compiled by inductor, and captured: refused unless the owner says that the op may be in the graph."""
     monkeypatch.setattr(site_op, "_OWNER", [])
     adds, model = Adds(), Model().to(CUDA)
-    site_op.own_site_op(adds)
+    site_op.claim_site_op(adds)
     compiled = torch.compile(model, fullgraph=True)
     x = torch.randn(3, WIDTH, device=CUDA)
     plain = compiled(x)

@@ -157,14 +157,14 @@ class EngineModel:
             _DIGESTS[revision] = read_plan(data).digest()
         digest = "0" * 64 if self.damaged else _DIGESTS[revision]
         self.plans.setdefault(revision, _Resident(digest)).retired = False
-        self.holders.hear(holder)
+        self.holders.renew(holder)
         self.holders.hold(holder, revision)
         return 200, LoadedPlan(revision=revision, ranks=[RankDigest(rank=0, digest=digest)])
 
     def retire(self, holder: str, revision: str) -> tuple[int, EngineMessage]:
         """Admit no more requests under a plan, unless another gateway holds it."""
         running = 0
-        if self.holders.let_go(holder, revision):
+        if self.holders.release(holder, revision):
             running = self._retire(revision)
         return 200, RetiredPlan(revision=revision, in_flight=running)
 
@@ -183,7 +183,7 @@ class EngineModel:
 
     def attest(self, holder: str) -> Attestation:
         """What it is and holds; what no living gateway holds is retired before."""
-        self.holders.hear(holder)
+        self.holders.renew(holder)
         for revision in self.holders.orphans():
             self._retire(revision)
         model, points = describe_model(SPEC), list(POINTS)

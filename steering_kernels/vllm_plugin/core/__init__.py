@@ -1,1 +1,1 @@
-"""In vLLM's engine core: which plans are resident, for whom, and the salt of their cache blocks."""
+"""In vLLM's engine core: admission of requests, resident plans and their holders, and cache salts."""

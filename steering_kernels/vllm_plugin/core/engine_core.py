@@ -1,4 +1,4 @@
-"""The engine core: admits only resident revisions, salts their cache blocks, loads and retires plans."""
+"""The engine core: admits requests of resident revisions, salts their blocks, loads and retires plans."""
 
 from __future__ import annotations
 
@@ -27,15 +27,13 @@ from steering_kernels.vllm_plugin.worker.report import move_to_outputs
 from steering_kernels.vllm_plugin.wrapping import wrap_method
 
 PROMPT_BLOCKS_ONLY = "interpretops_prompt_blocks_only"
-"""Set by `admit` among a request's ``extra_args``, whatever stood there."""
+"""Key that `admit` sets in a request's ``extra_args``, overwriting any given value."""
 
 
 def admit(registry: Registry, request: Any) -> None:
-    """Check an `EngineCoreRequest` before its blocks are hashed, and salt it. Raises if it may not run."""
+    """Check an `EngineCoreRequest` and salt it before its blocks are hashed. Raises if it may not run."""
     if request.sampling_params is None:
-        raise NotAdmittedError(
-            EngineCode.NOT_GENERATING, "only requests that generate can be bound to a policy"
-        )
+        raise NotAdmittedError(EngineCode.NOT_GENERATING, "only generating requests can run under a policy")
     args = RequestArgs.read(request.sampling_params.extra_args)
     use = registry.admit(request.request_id, args)
     if not use.reads:
@@ -45,16 +43,17 @@ def admit(registry: Registry, request: Any) -> None:
 
 
 def cache_use(plan: Plan) -> CacheUse:
-    """How requests of a plan may use the prefix cache, so that it never changes what they are answered."""
+    """How requests of a plan may use the prefix cache without changing their answers."""
     latched = any(gate.latched and gate.scope == "token" for gate in plan.gates)
     return CacheUse(reads=not latched, keeps_answers=not depends_on_prompt_end(plan))
 
 
 def cacheable_tokens(request: Any, tokens: int) -> int:
-    """How many of a request's first ``tokens`` may lie in blocks that later requests find.
+    """How many of a request's first ``tokens`` may enter the prefix cache.
 
-    Under a revision that treats the prompt's end as such, all before it: from the last prompt token on, keys
-    and values are those of an answer, and not of the same text in the next turn's prompt.
+    Under a revision that depends on the end of the prompt, only the tokens before it. From the last prompt
+    token on, keys and values are those of an answer, which differ from those of the same text in a later
+    prompt.
     """
     params = request.sampling_params
     if params is not None and (params.extra_args or {}).get(PROMPT_BLOCKS_ONLY, False):
@@ -63,7 +62,7 @@ def cacheable_tokens(request: Any, tokens: int) -> int:
 
 
 def load(core: Any, plan: str) -> dict[str, Any]:
-    """Load a plan (base64) on every rank of this core and admit its requests, or say why not."""
+    """Load a plan (base64) on every rank of this core and admit its requests. Returns errors."""
     data = base64.b64decode(plan)
     revision = hashlib.sha256(data).hexdigest()
     count = core.vllm_config.parallel_config.tensor_parallel_size
@@ -87,27 +86,27 @@ def load(core: Any, plan: str) -> dict[str, Any]:
 
 
 def _check_held(rank: RankDigest | Refusal, digest: str, shards: int) -> RankDigest | Refusal:
-    """A rank that holds its part of a plan as it is; else a refusal."""
+    """The rank if it holds its shard of the plan unchanged; otherwise a refusal."""
     if isinstance(rank, RankDigest) and (rank.digest, rank.shards) != (digest, shards):
-        return Refusal.of(EngineCode.DIGEST_MISMATCH, f"rank {rank.rank} holds other numbers than the plan")
+        return Refusal.of(EngineCode.DIGEST_MISMATCH, f"rank {rank.rank} has another digest than the plan")
     return rank
 
 
 def retire(core: Any, revision: str) -> dict[str, Any]:
-    """Admit no more requests of a revision and free its rows as soon as none is in flight."""
+    """Admit no more requests of a revision, and free its rows once none is in progress."""
     in_flight = core.interpretops.retire(revision)
     free_if_idle(core, revision)
     return RetiredPlan(revision=revision, in_flight=in_flight).body()
 
 
 def free_if_idle(core: Any, revision: str) -> None:
-    """Free the rows of a retired revision on every rank, unless requests still need them."""
+    """Free the rows of a retired revision on every rank, unless requests still use them."""
     if core.interpretops.drop_if_idle(revision):
         core.model_executor.collective_rpc("interpretops_unload", args=(revision,))
 
 
 def attest(core: Any) -> dict[str, Any]:
-    """What this core admits and what each of its ranks holds."""
+    """The revisions this core admits, and the contents of each rank's tables."""
     return RankGroup(
         ranks=[Rank.parse(rank) for rank in core.model_executor.collective_rpc("interpretops_attest")],
         resident=core.interpretops.resident(),
@@ -116,7 +115,7 @@ def attest(core: Any) -> dict[str, Any]:
 
 
 def _registry(core: Any) -> Registry:
-    """The core's registry. `setdefault` is atomic: the input thread and the loop may both come first."""
+    """The core's registry. `setdefault` is atomic: input thread and main loop may race to create it."""
     options = EngineOptions.read(core.vllm_config.additional_config)
     registry: Registry = vars(core).setdefault(
         "_interpretops_registry", Registry(pass_through=options.pass_through)
@@ -125,13 +124,13 @@ def _registry(core: Any) -> Registry:
 
 
 def _idle(core: Any) -> list[str]:
-    """Retired revisions whose last request has ended, to be freed after the step."""
+    """Retired revisions whose last request has ended; freed after the step."""
     idle: list[str] = vars(core).setdefault("_interpretops_idle", [])
     return idle
 
 
 def patch_core() -> None:
-    """Patch `EngineCore`, `Scheduler` and the prefix cache; utility methods are looked up on the core."""
+    """Patch `EngineCore`, `Scheduler` and the prefix cache. vLLM looks up utility methods on the core."""
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
@@ -167,7 +166,7 @@ def patch_core() -> None:
     def cache_blocks(original: Any, self: Any, request: Any, num_computed_tokens: int) -> None:
         original(self, request, cacheable_tokens(request, num_computed_tokens))
 
-    # vLLM loads plugins inside EngineCore.__init__, too late to wrap that: state is made at its first use.
+    # vLLM loads plugins inside EngineCore.__init__, too late to wrap it: state is created on first use.
     EngineCore.interpretops = property(_registry)
     EngineCore.interpretops_idle = property(_idle)
     EngineCore.interpretops_load = load

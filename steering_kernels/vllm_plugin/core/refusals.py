@@ -1,8 +1,8 @@
-"""Requests that the plugin refused, on their way to the gateway with a code that it can act on.
+"""Delivers the plugin's refusals to the gateway with an error code that it can act on.
 
-vLLM turns whatever is raised while the core takes a request in into a bare "Internal server error". So the
-refusal rides on the output by which vLLM tells the front end that the request is over, and is kept there by
-nonce until the answer is written.
+vLLM turns any exception raised while the core accepts a request into a bare "Internal server error". So the
+refusal is attached to the output by which vLLM tells the front end that the request has ended, and is kept
+there by nonce until the response is written.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _log = logging.getLogger("vllm.interpretops")
 
 
 class Refusals:
-    """The newest refusals by nonce; whoever writes the answer takes its own."""
+    """The newest refusals, by nonce; the writer of each response takes its own."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
         self._by_nonce: OrderedDict[str, tuple[EngineCode, str]] = OrderedDict()
 
     def record(self, nonce: str, code: EngineCode, message: str) -> None:
-        """Keep one; the oldest are forgotten when there are too many."""
+        """Store a refusal; drops the oldest beyond the capacity."""
         self._by_nonce[nonce] = code, message
         while len(self._by_nonce) > self._capacity:
             self._by_nonce.popitem(last=False)
 
     def take(self, nonce: str) -> tuple[EngineCode, str] | None:
-        """Code and message of a nonce's request; None when it was not refused."""
+        """Remove and return code and message for a nonce; None if its request was not refused."""
         return self._by_nonce.pop(nonce, None)
 
 
 REFUSALS = Refusals()
-"""The front end process's own."""
+"""The refusals of this front-end process."""
 
 
 def take_refusal(output: Any) -> None:
-    """In the front end: take a refusal off an output of the core."""
+    """In the front end: remove a refusal from an output of the core, and store it."""
     params = output.kv_transfer_params
     if params and OUTPUT_KEY in params:
         output.kv_transfer_params = None
@@ -54,7 +54,7 @@ def take_refusal(output: Any) -> None:
 
 
 def refusal_answer(code: EngineCode, message: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two ASGI messages of a refusal: what every caller of the plugin's contract gets."""
+    """The two ASGI messages of a refusal."""
     body = Refusal.of(code, message).model_dump_json().encode()
     headers = [
         (b"content-type", b"application/json"),
@@ -66,7 +66,7 @@ def refusal_answer(code: EngineCode, message: str) -> tuple[dict[str, Any], dict
 
 
 def patch_refusals() -> None:
-    """Patch the one place of `EngineCoreProc` that answers for a request which could not be taken in."""
+    """Patch the method of `EngineCoreProc` that handles requests which could not be accepted."""
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
     from vllm.v1.engine.core import EngineCoreProc
 
@@ -76,7 +76,7 @@ def patch_refusals() -> None:
         nonce = None if params is None else (params.extra_args or {}).get(NONCE_KEY)
         if not isinstance(error, NotAdmittedError | RequestArgsError) or not isinstance(nonce, str):
             return original(self, request)
-        _log.warning("request %s is refused: %s", request.request_id, error)
+        _log.warning("request %s was refused: %s", request.request_id, error)
         output = EngineCoreOutput(
             request.request_id,
             [],

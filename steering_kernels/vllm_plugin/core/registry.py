@@ -1,4 +1,4 @@
-"""The engine's admission: which revisions it may serve, and how many requests of each are in flight."""
+"""Admission: which revisions the engine may serve, and which requests of each are in progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steering_kernels.vllm_plugin.request_args import RequestArgs
 
 
 class NotAdmittedError(Exception):
-    """The request demands a revision that this engine does not hold, or no policy where one is demanded."""
+    """The request's revision is not resident, or it names no policy where one is required."""
 
     def __init__(self, code: EngineCode, message: str) -> None:
         super().__init__(message)
@@ -19,10 +19,10 @@ class NotAdmittedError(Exception):
 
 @dataclass(frozen=True)
 class CacheUse:
-    """What requests of a revision may do with the prefix cache."""
+    """How requests of a revision may use the prefix cache."""
 
     reads: bool = True
-    """Whether they may take blocks from it; not where a gate must see every prompt token."""
+    """Whether they may reuse its blocks; not if a gate must see every prompt token."""
     keeps_answers: bool = True
     """Whether blocks of their answers may stay in it (`interpretops.plan.reach`)."""
 
@@ -45,17 +45,17 @@ class Registry:
         self._revision_of: dict[str, str] = {}
 
     def add(self, revision: str, digest: str, cache_use: CacheUse) -> None:
-        """A revision is loaded on every rank; admit its requests, also if it was being retired."""
+        """Admit requests of a revision that is loaded on every rank, even if it was being retired."""
         with self._lock:
             entry = self._resident.setdefault(revision, _Resident(digest, cache_use))
             entry.retired = False
 
     def admit(self, request_id: str, args: RequestArgs) -> CacheUse:
-        """Count a request in; returns how it may use the prefix cache. Raises `NotAdmittedError`."""
+        """Admit a request; returns how it may use the prefix cache. Raises `NotAdmittedError`."""
         if args.revision is None:
             if not self.pass_through:
                 raise NotAdmittedError(
-                    EngineCode.POLICY_DEMANDED, "this engine serves no request without a policy"
+                    EngineCode.POLICY_DEMANDED, "this engine refuses requests without a policy"
                 )
             return CacheUse()
         with self._lock:
@@ -69,7 +69,7 @@ class Registry:
             return entry.cache_use
 
     def release(self, request_id: str) -> str | None:
-        """A request has ended; returns its revision if that is retired and has no other in flight."""
+        """End a request; returns its revision if that is retired and this was its last request."""
         with self._lock:
             revision = self._revision_of.pop(request_id, None)
             if revision is None or revision not in self._resident:
@@ -79,7 +79,7 @@ class Registry:
             return revision if entry.retired and not entry.requests else None
 
     def retire(self, revision: str) -> int:
-        """Admit no more requests of a revision; returns how many are in flight. Unknown ones count 0."""
+        """Admit no more requests of a revision; returns how many are in progress, 0 if it is unknown."""
         with self._lock:
             entry = self._resident.get(revision)
             if entry is None:
@@ -88,7 +88,7 @@ class Registry:
             return len(entry.requests)
 
     def drop_if_idle(self, revision: str) -> bool:
-        """Forget a retired revision without requests; True if its rows are to be freed now."""
+        """Forget a revision if it is retired and idle. Returns True if its rows must be freed now."""
         with self._lock:
             entry = self._resident.get(revision)
             if entry is None or not entry.retired or entry.requests:
@@ -97,7 +97,7 @@ class Registry:
             return True
 
     def resident(self) -> dict[str, ResidentPlan]:
-        """What is resident, by revision."""
+        """The resident plans, by revision."""
         with self._lock:
             return {
                 revision: ResidentPlan(

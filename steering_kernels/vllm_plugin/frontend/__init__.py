@@ -1,1 +1,1 @@
-"""In vLLM's front end: admission of requests, receipts, the routes for the gateway."""
+"""In vLLM's front end: request validation, receipts, and the routes for the gateway."""

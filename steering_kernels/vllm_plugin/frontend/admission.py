@@ -1,17 +1,17 @@
-"""The front end process: refuses a request that names no policy, takes receipts off the outputs."""
+"""The front-end process: refuses requests that name no policy, and collects receipts from outputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from steering_kernels.vllm_plugin.engine_config import prepare
-from steering_kernels.vllm_plugin.frontend.receipts import collect, note_ended
+from steering_kernels.vllm_plugin.frontend.receipts import collect, mark_ended
 from steering_kernels.vllm_plugin.request_args import RequestArgs, RequestArgsError
 from steering_kernels.vllm_plugin.wrapping import wrap_method
 
 
 def patch_frontend() -> None:
-    """Patch configuration, input and output processing."""
+    """Patch engine configuration, input processing and output processing."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
@@ -25,7 +25,7 @@ def patch_frontend() -> None:
     def process_inputs(
         original: Any, self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        # The engine core decides again; here the caller gets a clear 400 instead of a failed request.
+        # The engine core checks again; checking here gives the caller a clear 400.
         try:
             RequestArgs.read(getattr(params, "extra_args", None))
         except RequestArgsError as error:
@@ -35,7 +35,7 @@ def patch_frontend() -> None:
     def process_outputs(original: Any, self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         reported = collect(outputs)
         result = original(self, outputs, *args, **kwargs)
-        note_ended(reported, self.request_states)
+        mark_ended(reported, self.request_states)
         return result
 
     wrap_method(EngineArgs, "create_engine_config", create_engine_config)

@@ -1,4 +1,4 @@
-"""Lets a receipt travel with the answer that it is of, and a refusal of the plugin's with its code."""
+"""Sends the receipt along with its answer, and plugin refusals with their error code."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _RECEIPT: Final = RECEIPT_HEADER.encode()
 
 
 class AnswerReceipt:
-    """ASGI middleware: for requests that carry their nonce as a header, too.
+    """ASGI middleware for requests that also carry their nonce as a header.
 
-    A whole answer gets the receipt as a header and is held back until it is whole; a stream of events gets it
-    as its last event, a comment. Both are known by then: reports leave the core with the outputs they are of.
+    An answer that is not streamed is buffered and gets the receipt as a header. A stream gets it as its last
+    event, a comment. The receipt is complete by then: reports leave the core together with their outputs.
 
-    A stream begins when the engine has answered for the first time, be it with a token, so that a request
-    which it refuses gets an answer of its own: `error.code` and a header say why, where vLLM would say
-    "Internal server error" or, on some routes, break off after its first events.
+    A stream is held back until the engine's first output. So a refused request gets a proper response whose
+    `error.code` and header give the reason; vLLM would send "Internal server error" or, on some routes, break
+    off after the first events.
     """
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request."""
+        """Handle one request."""
         nonce = _header(scope, _NONCE) if scope["type"] == "http" else None
         if nonce is None:
             await self._app(scope, receive, send)
@@ -42,16 +42,16 @@ class AnswerReceipt:
 
 
 class _Answer:
-    """The messages of one answer, on their way."""
+    """Relays the ASGI messages of one answer."""
 
     def __init__(self, nonce: str, send: Any) -> None:
         self._nonce = nonce
         self._send = send
         self._start: Any = None
-        """Held back; None before it came and after it was sent."""
+        """The start message while it is held back; otherwise None."""
         self._parts: list[bytes] = []
         self._early: list[Any] = []
-        """Events of before the engine's first answer."""
+        """Events received before the engine's first output."""
         self._begun = False
         self._streamed = self._refused = False
 
@@ -71,7 +71,7 @@ class _Answer:
                 await self._send_whole()
 
     async def refuse_late(self) -> bool:
-        """The app failed: whether that was a refusal, which has been sent now."""
+        """After the app raised: send the refusal, if there is one. Returns whether it was sent."""
         return not self._begun and await self._refuse(REFUSALS.take(self._nonce))
 
     async def _send_event(self, message: Any) -> None:
@@ -85,20 +85,20 @@ class _Answer:
             for early in (self._start, *self._early):
                 await self._send(early)
             self._start, self._early = None, []
-        if not message.get("more_body") and (told := self._receipt()):
+        if not message.get("more_body") and (receipt := self._receipt()):
             message = {
                 **message,
-                "body": message.get("body", b"") + receipt_event(told),
+                "body": message.get("body", b"") + receipt_event(receipt),
             }
         await self._send(message)
 
     async def _send_whole(self) -> None:
         body, start = b"".join(self._parts), self._start
         if start["status"] != 200:
-            if await self._refuse(REFUSALS.take(self._nonce) or _unsealed(start["status"], body)):
+            if await self._refuse(REFUSALS.take(self._nonce) or _invalid_seal(start["status"], body)):
                 return
-        elif told := self._receipt():
-            start["headers"] = [*start.get("headers", ()), (_RECEIPT, told.encode())]
+        elif receipt := self._receipt():
+            start["headers"] = [*start.get("headers", ()), (_RECEIPT, receipt.encode())]
         self._begun = True
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
@@ -115,8 +115,8 @@ class _Answer:
         return "" if receipt is None else receipt.line()
 
 
-def _unsealed(status: int, body: bytes) -> tuple[EngineCode, str] | None:
-    """The refusal of a front end that found no valid arguments of ours; vLLM lets an error name one field."""
+def _invalid_seal(status: int, body: bytes) -> tuple[EngineCode, str] | None:
+    """The refusal by our input check (`process_inputs`), recognised by the field that vLLM's error names."""
     if status != 400 or b"vllm_xargs" not in body:
         return None
     try:
@@ -127,7 +127,7 @@ def _unsealed(status: int, body: bytes) -> tuple[EngineCode, str] | None:
 
 
 def _header(message: Any, name: bytes) -> str | None:
-    """A header of a scope or a start of an answer."""
+    """A header of an ASGI scope or start message."""
     for key, value in message.get("headers", ()):
         if key.lower() == name:
             return str(value.decode("latin-1"))

@@ -1,4 +1,4 @@
-"""The front end's calls to every engine core behind it, and what they answer."""
+"""The front end's calls to all engine cores behind it, with parsed results."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from interpretops.engine_api import (
 
 
 class EngineCores:
-    """Every method asks all cores: the client's own call would return only the first one's answer."""
+    """Every method calls all cores; the client's own method would return only the first core's result."""
 
     def __init__(self, engine_client: Any) -> None:
         self._client = engine_client
 
     async def load(self, revision: str, plan: bytes) -> LoadedPlan | Refusal:
-        """Load a plan into every core: all their ranks, or the first refusal."""
+        """Load a plan into every core. Returns all ranks, or the first refusal."""
         ranks: list[RankDigest] = []
         for answer in await self._call("interpretops_load", base64.b64encode(plan).decode()):
             loaded = read_loaded(answer)
@@ -37,7 +37,7 @@ class EngineCores:
         return RetiredPlan(revision=revision, in_flight=sum(answer.in_flight for answer in answers))
 
     async def attest(self) -> list[RankGroup]:
-        """What each core admits, and what its ranks hold."""
+        """The revisions each core admits, and the contents of its ranks."""
         return [RankGroup.parse(answer) for answer in await self._call("interpretops_attest")]
 
     async def _call(self, method: str, *args: Any) -> list[dict[str, Any]]:

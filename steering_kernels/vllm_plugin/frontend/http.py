@@ -1,4 +1,4 @@
-"""The engine's own HTTP routes for the gateway: plans, attestation, self-test, receipts."""
+"""The plugin's HTTP routes for the gateway: plans, attestation, self-test and receipts."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class SteeringEndpoints:
 
     def __init__(self) -> None:
         self.boot_id = secrets.token_hex(8)
-        """Another one after every start, so that the gateway notices an engine that has lost its plans."""
+        """New after every start, so that the gateway notices an engine that has lost its plans."""
         self._client: Any = None
         self._special_tokens: SpecialTokenList | None = None
         self._holders = Holders()
         self._changing = asyncio.Lock()
-        """Held while plans come and go: a gateway lets go of one in the moment in which another loads it."""
+        """Held while plans are loaded or retired: one gateway may release a plan just as another loads it."""
         self._testing = asyncio.Lock()
-        """Held during a self-test: two of them would take the probe plans from each other."""
+        """Held during a self-test: concurrent ones would retire each other's probe plans."""
 
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes."""
@@ -68,11 +68,11 @@ class SteeringEndpoints:
         app.add_middleware(AnswerReceipt)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """vLLM hands over the engine client."""
+        """Called by vLLM with the engine client."""
         self._client = engine_client
 
     async def put_plan(self, revision: str, request: Request) -> Response:
-        """Make a plan resident on every rank of every engine core; all of them must hold its very numbers."""
+        """Make a plan resident on all ranks of all engine cores. Every rank must report the plan's digest."""
         data = bytearray()
         async for chunk in request.stream():
             data += chunk
@@ -89,30 +89,30 @@ class SteeringEndpoints:
         cores = EngineCores(self._client)
         answer = await cores.load(revision, data)
         if isinstance(answer, Refusal):
-            if self._holders.let_go(holder, revision):
+            if self._holders.release(holder, revision):
                 await cores.retire(revision)
             return _error(answer.code, answer.message)
-        self._holders.hear(holder)
+        self._holders.renew(holder)
         self._holders.hold(holder, revision)
         return _answer(answer)
 
     async def delete_plan(self, revision: str, request: Request) -> Response:
-        """Retire a revision, unless another gateway holds it."""
+        """Retire a revision unless another gateway holds it."""
         async with self._changing:
-            if self._holders.let_go(_holder(request), revision):
+            if self._holders.release(_holder(request), revision):
                 return _answer(await EngineCores(self._client).retire(revision))
         return _answer(RetiredPlan(revision=revision, in_flight=0))
 
     async def attest(self, request: Request) -> Response:
-        """What every rank of every engine core holds. What no living gateway holds is retired before."""
+        """The contents of every rank of every engine core. First retires plans that no live gateway holds."""
         async with self._changing:
-            self._holders.hear(_holder(request))
+            self._holders.renew(_holder(request))
             for revision in self._holders.orphans():
                 await EngineCores(self._client).retire(revision)
         return _answer(await self._attest())
 
     async def self_test(self) -> Response:
-        """Prove through the running model that edits act, on every rank."""
+        """Test through the running model that edits act on every rank."""
         async with self._testing:
             failure = await run_self_test(self._client, EngineCores(self._client), await self._attest())
         if failure is not None:
@@ -120,7 +120,7 @@ class SteeringEndpoints:
         return _answer(SelfTest(ok=True))
 
     async def receipt(self, nonce: str) -> Response:
-        """The receipt of an answer that did not carry it; it can be had once."""
+        """The receipt of an answer that was sent without it. Can be fetched once."""
         receipt = RECEIPTS.take(nonce)
         if receipt is None:
             return _error(EngineCode.UNKNOWN_NONCE, "no receipt for this nonce")

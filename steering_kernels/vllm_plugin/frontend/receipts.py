@@ -1,4 +1,4 @@
-"""Receipts in the front end: what the engine says it did, by nonce, until the gateway asks for it."""
+"""Receipts in the front end: the engine's figures per request, kept by nonce until they are taken."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ CAPACITY = 16_384
 
 
 class Receipts:
-    """Latest report of every engine request of a nonce (several when a client asks for ``n`` choices)."""
+    """The latest report of each engine request of a nonce (several if a client asks for ``n`` choices)."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
         self._by_nonce: OrderedDict[str, dict[str, Report]] = OrderedDict()
         self._ended: dict[str, set[str]] = {}
-        """The engine requests of a nonce that have ended, by themselves or since a stop string was found."""
+        """The engine requests of a nonce that have ended, in the core or because a stop string was found."""
 
     def record(self, request_id: str, report: Report) -> None:
-        """Keep a request's newest report; the oldest nonces are forgotten when there are too many."""
+        """Store a request's newest report; drops the oldest nonces beyond the capacity."""
         self._by_nonce.setdefault(report.nonce, {})[request_id] = report
         self._by_nonce.move_to_end(report.nonce)
         while len(self._by_nonce) > self._capacity:
@@ -31,16 +31,16 @@ class Receipts:
             self._ended.pop(forgotten, None)
 
     def end(self, request_id: str, nonce: str) -> None:
-        """A request of which a report was recorded gets no further token."""
+        """Mark a request with a report as ended: it gets no further tokens."""
         if nonce in self._by_nonce:
             self._ended.setdefault(nonce, set()).add(request_id)
 
     def knows(self, nonce: str) -> bool:
-        """Whether the engine has answered for a nonce at all."""
+        """Whether there is any report for a nonce."""
         return nonce in self._by_nonce
 
     def take(self, nonce: str) -> Receipt | None:
-        """The receipt of a nonce, summed over its requests; it can be had once. None if nothing is known."""
+        """Remove and return the receipt of a nonce, summed over its requests; None if there is none."""
         by_request, ended = self._by_nonce.pop(nonce, {}), self._ended.pop(nonce, set())
         reports = list(by_request.values())
         if not reports:
@@ -60,11 +60,11 @@ class Receipts:
 
 
 RECEIPTS = Receipts()
-"""The front end process's own; filled where vLLM turns engine outputs into answers."""
+"""The receipts of this front-end process; filled where vLLM turns engine outputs into answers."""
 
 
 def collect(outputs: list[Any]) -> list[tuple[str, str]]:
-    """Take the reports off the engine core's outputs; request and nonce of each, in order."""
+    """Remove the reports from the engine core's outputs; returns (request id, nonce) of each, in order."""
     found: list[tuple[str, str]] = []
     for output in outputs:
         take_refusal(output)
@@ -75,10 +75,11 @@ def collect(outputs: list[Any]) -> list[tuple[str, str]]:
     return found
 
 
-def note_ended(reported: list[tuple[str, str]], running: Container[str]) -> None:
-    """After outputs became answers: those of whose requests the front end expects no more have ended.
+def mark_ended(reported: list[tuple[str, str]], running: Container[str]) -> None:
+    """After outputs became answers: mark the requests that the front end no longer tracks as ended.
 
-    A stop string is found here, in the text, and not by the core, whose output does not say that it ends.
+    Stop strings are found in the front end, in the text, so the core's output does not show that the request
+    ends.
     """
     for request_id, nonce in reported:
         if request_id not in running:

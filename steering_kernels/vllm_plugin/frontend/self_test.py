@@ -1,4 +1,4 @@
-"""The engine's self-test: a probe plan runs through the serving model, and every rank must show its edits."""
+"""The engine's self-test: runs a probe plan through the serving model; every rank must report its edits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from interpretops.plan import POINTS, ModelSpec, Plan, Point, Site, SiteEdits, U
 from steering_kernels.vllm_plugin.frontend.engine_cores import EngineCores
 
 PROMPT_TOKENS, ANSWER_TOKENS = 6, 3
-"""Decode steps too: they may come from a graph of their own. An answer's last token passes no model."""
+"""Includes decode steps, which may use their own graph. An answer's last token does not pass the model."""
 
 
 def probe_plan(spec: ModelSpec, strength: float, points: Sequence[Point] = POINTS) -> Plan:
-    """Adds a constant vector of the given strength at every one of the points of the middle layer.
+    """A plan that adds a constant vector of the given strength at every point of the middle layer.
 
-    Strength 0 reads and writes through the same path and must change nothing.
+    Strength 0 takes the same path and must change nothing.
     """
     layer = spec.num_layers // 2
     edits = {}
@@ -46,47 +46,48 @@ def probe_plan(spec: ModelSpec, strength: float, points: Sequence[Point] = POINT
 
 
 async def run_self_test(engine_client: Any, cores: EngineCores, attested: Attestation) -> str | None:
-    """None if edits act on every rank as they should; else what is wrong."""
+    """None if edits act correctly on every rank; otherwise what is wrong."""
     spec = attested.spec()
     points = [point for point in POINTS if point in attested.points]
-    quiet, loud = (probe_plan(spec, strength, points) for strength in (0.0, 1.0))
+    zero_plan, edit_plan = (probe_plan(spec, strength, points) for strength in (0.0, 1.0))
     try:
-        for plan in (quiet, loud):
+        for plan in (zero_plan, edit_plan):
             answer = await cores.load(plan.revision, plan.to_bytes())
             if isinstance(answer, Refusal):
                 return f"the probe plan was refused: {answer.message}"
-        before = await _edits_by_rank(cores, loud.revision)
-        unsteered = await _top_logprobs(engine_client, quiet.revision)
-        if any(count for ranks in await _edits_by_rank(cores, quiet.revision) for count in ranks.values()):
+        before = await _edits_by_rank(cores, edit_plan.revision)
+        unsteered = await _top_logprobs(engine_client, zero_plan.revision)
+        zero_edits = await _edits_by_rank(cores, zero_plan.revision)
+        if any(count for ranks in zero_edits for count in ranks.values()):
             return "an edit of strength 0 was counted as applied"
-        steered = await _top_logprobs(engine_client, loud.revision)
-        after = await _edits_by_rank(cores, loud.revision)
+        steered = await _top_logprobs(engine_client, edit_plan.revision)
+        after = await _edits_by_rank(cores, edit_plan.revision)
     finally:
-        for plan in (quiet, loud):
+        for plan in (zero_plan, edit_plan):
             await cores.retire(plan.revision)
     if steered == unsteered:
         return "an edit that must change the model's output did not"
-    expected = (PROMPT_TOKENS + ANSWER_TOKENS - 1) * len(loud.edits)
-    # Requests go to one engine core each; every rank of that core must have edited.
+    expected = (PROMPT_TOKENS + ANSWER_TOKENS - 1) * len(edit_plan.edits)
+    # Each request goes to one engine core; every rank of that core must have applied the edits.
     idle = [
         [rank for rank, count in engine.items() if count - before[index][rank] < expected]
         for index, engine in enumerate(after)
     ]
     if all(idle):
-        return f"no engine core applied all {expected} edits; ranks without them: {idle}"
+        return f"no engine core applied all {expected} edits; ranks that did not: {idle}"
     partial = [ranks for index, ranks in enumerate(idle) if ranks and len(ranks) < len(after[index])]
     return f"ranks {partial} did not apply the edits that others did" if partial else None
 
 
 async def _edits_by_rank(cores: EngineCores, revision: str) -> list[dict[int, int]]:
-    """What each rank of each core has edited under a revision; other requests may run meanwhile."""
+    """Edits counted by each rank of each core for a revision. Other requests may run meanwhile."""
     return [
         {rank.rank: rank.edits.get(revision, 0) for rank in engine.ranks} for engine in await cores.attest()
     ]
 
 
 async def _top_logprobs(engine_client: Any, revision: str) -> dict[int, float]:
-    """Log-probabilities of the likeliest first tokens after a fixed prompt under a revision."""
+    """Log-probabilities of the most likely first tokens after a fixed prompt under a revision."""
     from vllm import SamplingParams
 
     params = SamplingParams(

@@ -1,4 +1,4 @@
-"""The tokenizer's special tokens, for the gateway, and proof that it can keep them out of prompts."""
+"""The tokenizer's special tokens, for the gateway, and a test that it can keep them out of prompts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from interpretops.special_tokens import JOINER, SpecialTokens
 
 
 def describe_special_tokens(tokenizer: Any) -> SpecialTokenList:
-    """``ids``: text to id; ``first``: what the tokenizer puts before a prompt; ``fault``: why it is unsafe.
+    """``ids``: text to id; ``first``: token that starts every prompt; ``fault``: why the tokenizer is unsafe.
 
-    Every text, made inert as the gateway does it, goes through the tokenizer. What still becomes a special
-    token there is a fault, and so is a look-alike that the tokenizer's normalizer turns into one.
+    Tokenizes the text of every special token, neutralized as the gateway does it. If a special token still
+    results, that is a fault. So is a look-alike that the tokenizer's normalizer turns into a special token.
     """
     if tokenizer is None:
         return SpecialTokenList(ids={}, fault="the engine has no tokenizer (--skip-tokenizer-init)")
@@ -24,7 +24,7 @@ def describe_special_tokens(tokenizer: Any) -> SpecialTokenList:
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int]:
-    """Added tokens that are marked special, and what the tokenizer names so besides."""
+    """Added tokens marked special, and the tokens in `all_special_tokens`."""
     found = {
         str(token): int(index)
         for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
@@ -39,20 +39,20 @@ def _fault(tokenizer: Any, special: SpecialTokens) -> str | None:
     def encode(text: str) -> set[int]:
         return set(tokenizer.encode(text, add_special_tokens=False))
 
-    # Where the vocabulary lacks the joiner, it is an unknown token as any other rare character is.
+    # If the vocabulary lacks the joiner, it maps to the unknown token, as any rare character does.
     unsafe = set(special.ids.values()) - encode(JOINER) - encode(f"a{JOINER}a")
     for text in special.ids:
         for written in (text, f"a{text}", f" {text} ", text + text):
             if encode(special.neutralize(written)) & unsafe:
-                return f"{text!r} is a special token also when {JOINER!r} stands after its first character"
+                return f"{text!r} is still a special token with {JOINER!r} after its first character"
         for alike in _look_alikes(text):
             if encode(special.neutralize(alike)) & unsafe:
-                return f"{alike!r} becomes the special token {text!r}: the tokenizer's normalizer makes it so"
+                return f"{alike!r} becomes the special token {text!r} through the tokenizer's normalizer"
     return None
 
 
 def _look_alikes(text: str) -> Iterator[str]:
-    """Other writings that normalizers are known to fold: wide forms, and the other case."""
+    """Spellings that normalizers are known to fold: full-width forms, upper and lower case."""
     yield "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in text)
     yield text.upper()
     yield text.lower()

@@ -1,1 +1,1 @@
-"""In each of vLLM's workers: tables, hooks, the layout of each batch, self-test and report."""
+"""In each vLLM worker: edit tables, hooks, batch layout, self-test and reports."""

@@ -1,4 +1,4 @@
-"""What the engine core can ask of every worker, and the moment at which a worker's model gets its hooks."""
+"""The worker extension: methods that the engine core calls on every worker, and installation of the hooks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from steering_kernels.vllm_plugin.wrapping import wrap_method
 
 
 class SteeringWorker:
-    """Worker extension: vLLM mixes it into its worker class; methods are called by `collective_rpc`."""
+    """vLLM mixes this class into its worker class; the core calls its methods with `collective_rpc`."""
 
     def interpretops_load(self, plan: str) -> dict[str, Any]:
-        """Load this rank's shard of a plan (base64). Returns the digest of its tables, or why it refused."""
+        """Load this rank's shard of a plan (base64). Returns the digest of its tables, or an error."""
         try:
             loaded = read_plan(base64.b64decode(plan))
             digest = self._interpretops_runtime.load(loaded)
@@ -33,7 +33,7 @@ class SteeringWorker:
         self._interpretops_runtime.unload(revision)
 
     def interpretops_attest(self) -> dict[str, Any]:
-        """What stands in this rank's tables, and what its model is."""
+        """The contents of this rank's tables, and its model."""
         runtime = self._interpretops_runtime
         return Rank(
             rank=self._interpretops_rank,
@@ -55,7 +55,7 @@ class SteeringWorker:
 
 
 def patch_worker() -> None:
-    """Give every worker's runner its runtime as soon as the model is loaded."""
+    """Create the steering runtime of every worker as soon as its model is loaded."""
     from vllm.v1.worker.gpu_worker import Worker
 
     def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ def patch_worker() -> None:
         runtime.warming_up = True
         try:
             result = original(self, *args, **kwargs)
-        finally:  # whoever lives on after a failure must name policies
+        finally:  # requests after a failed warm-up must name policies again
             runtime.warming_up = False
         runtime.end_warm_up(self.model_config.dtype)
         return result

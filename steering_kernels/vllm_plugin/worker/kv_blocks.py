@@ -1,4 +1,4 @@
-"""The blocks of the key-value cache: how many tokens they hold, and which of them are new in a step."""
+"""Blocks of the KV cache: how many tokens they hold, and which are new in a step."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from interpretops.errors import PlanError
 
 
 def count_slots(runner: Any) -> int:
-    """Tokens that a runner's key-value cache holds.
+    """Number of tokens that a runner's KV cache holds.
 
-    Raises `PlanError` where the cache forgets the beginning of a prompt, or there are several.
+    Raises `PlanError` if the cache drops the beginning of prompts, or if there are several caches.
     """
     groups = runner.kv_cache_config.kv_cache_groups
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
     if kinds != ["FullAttentionSpec"]:
         raise PlanError(
-            f"gates of scope 'prompt' need one key-value cache that holds whole prompts, but this model has "
+            f"gates of scope 'prompt' need a single KV cache that holds whole prompts, but this model has "
             f"{kinds}; use scope 'prompt_end'"
         )
     return int(runner.kv_cache_config.num_blocks * groups[0].kv_cache_spec.block_size)
 
 
 def cache_block_size(runner: Any) -> int:
-    """Tokens of a block as the scheduler counts them, in a model with one key-value cache (`count_slots`)."""
+    """Tokens per block, as the scheduler counts them, in a model with one KV cache (see `count_slots`)."""
     return int(runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
 
 
 def new_blocks(scheduler_output: Any, block_size: int) -> list[int]:
-    """The blocks that requests get in this step and that hold nothing of theirs yet.
+    """The blocks that requests receive in this step and that hold none of their tokens yet.
 
-    Blocks that a new request found in the prefix cache come first among its blocks, and are not of them.
+    Excludes prefix-cache hits, which come first among a request's blocks.
     """
     found: list[int] = []
     for new in scheduler_output.scheduled_new_reqs:
@@ -39,7 +39,7 @@ def new_blocks(scheduler_output: Any, block_size: int) -> list[int]:
     for request_id, blocks, computed in zip(
         cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
     ):
-        if blocks is not None:  # a resumed request is given all of its blocks, found ones first
+        if blocks is not None:  # a resumed request receives all its blocks, cache hits first
             hits = computed // block_size if request_id in cached.resumed_req_ids else 0
             found += blocks[0][hits:]
     return found

@@ -1,4 +1,4 @@
-"""What a worker reports of each request, and its way to the front end: on outputs that vLLM sends anyway."""
+"""A worker's reports per request. They reach the front end attached to outputs that vLLM sends anyway."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ OUTPUT_KEY = "interpretops"
 
 @dataclass(frozen=True)
 class Report:
-    """What was done for one request, cumulated since it began."""
+    """What was done for one request, cumulative since its start."""
 
     revision: str | None
     nonce: str
     tokens_evaluated: int
-    """Tokens that passed through the model for this request, recomputed ones counted again."""
+    """Tokens that passed through the model for this request; recomputed tokens count again."""
     edits_applied: int
-    """(token, site) pairs that were changed."""
+    """(token, site) pairs edited."""
     gates_fired: int
     """(token, gate) pairs at which a conditional gate was open."""
     cached_tokens: int
@@ -30,10 +30,10 @@ class Report:
 
 
 class StepReports:
-    """The reports of a pass, for whose counts nobody waits before they are asked for."""
+    """The reports of a pass. Their counts are copied asynchronously and awaited only in `take`."""
 
     def __init__(self, requests: Sequence[tuple[str, Report, int]], counts: Sequence[Tensor]) -> None:
-        """``requests``: id, report with counts of zero, and place of its counts in each of ``counts`` [S]."""
+        """``requests``: id, report with zero counts, and index of its counts in each of ``counts`` [S]."""
         self._requests = requests
         self._counts = torch.stack(list(counts)) if counts else None
         self._ready = None
@@ -47,7 +47,7 @@ class StepReports:
         return bool(self._requests)
 
     def take(self) -> dict[str, list[Any]]:
-        """Every report as a list, by request; waits for the device."""
+        """Every report as a list, by request id. Waits for the device."""
         if self._ready is not None:
             self._ready.synchronize()
         edited, opened = ([], []) if self._counts is None else self._counts.tolist()
@@ -65,7 +65,7 @@ class StepReports:
 
 
 def attach_reports(output: Any, reports: StepReports) -> Any:
-    """Put reports on a runner's output, be it ready or still on its way from the device."""
+    """Attach reports to a runner's output, whether it is ready or still being copied from the device."""
     from vllm.v1.outputs import ModelRunnerOutput
 
     if not reports or output is None:
@@ -85,7 +85,7 @@ def attach_reports(output: Any, reports: StepReports) -> Any:
 
 
 def move_to_outputs(model_runner_output: Any, outputs_by_client: dict[int, Any]) -> None:
-    """In the engine core: hand each request's report on with its output of this step."""
+    """In the engine core: move each request's report to its output of this step."""
     reports = getattr(model_runner_output, ATTRIBUTE, None)
     if not reports:
         return
@@ -97,7 +97,7 @@ def move_to_outputs(model_runner_output: Any, outputs_by_client: dict[int, Any])
 
 
 def take_report(output: Any) -> Report | None:
-    """In the front end: take the report off an output, so that the answer is as vLLM made it."""
+    """In the front end: remove and return the report of an output, so that the answer is unchanged."""
     params = output.kv_transfer_params
     if not params or OUTPUT_KEY not in params:
         return None

@@ -1,4 +1,4 @@
-"""Adapter for vLLM's V1 model runner: where a batch is laid out, ours is laid out beside it."""
+"""Adapter for vLLM's V1 model runner: lays out our batch whenever vLLM lays out its own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def patch_runner_v1() -> None:
         return original(self, scheduler_output)
 
     def prepare_inputs(original: Any, self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
-        # The batch has been updated, condensed and reordered by now: its own order is the tokens' order.
+        # By now the batch has been updated, condensed and reordered: its order is the tokens' order.
         batch = self.input_batch
         count = batch.num_reqs
         self.interpretops.begin_step(
@@ -57,7 +57,7 @@ def patch_runner_v1() -> None:
 
 
 def _slots(table: Any, place: int, tokens: int) -> Tensor:
-    """Where the first tokens of a request have their keys and values (`BlockTable.compute_slot_mapping`)."""
+    """KV-cache slots of a request's first ``tokens`` tokens (as `BlockTable.compute_slot_mapping`)."""
     position = np.arange(tokens)
     blocks = table.block_table.np[place, position // table.block_size].astype(np.int64)
     return torch.from_numpy(blocks * table.block_size + position % table.block_size)

@@ -1,7 +1,7 @@
-"""Adapter for vLLM's V2 model runner (GPUs): the same moments as in V1, under its names, and its graphs.
+"""Adapter for vLLM's V2 model runner (GPUs): the same hooks as for V1, and support for whole-model graphs.
 
-A decode step may be replayed from a graph of the whole model, which holds the edits and no gate. A step with
-a gate that must read runs piece by piece instead.
+A decode step may be replayed from a graph of the whole model, which contains the edits but no gates. A step
+with a gate that must read activations runs piecewise instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def patch_runner_v2() -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     def finish_requests(original: Any, self: Any, scheduler_output: Any) -> Any:
-        # The runner forgets preempted requests here too; we keep them, for where their gates fired.
+        # The runner also drops preempted requests here; we keep them, because of where their gates fired.
         for request_id in scheduler_output.finished_req_ids:
             self.interpretops.untrack(request_id)
         return original(self, scheduler_output)
@@ -52,7 +52,7 @@ def patch_runner_v2() -> None:
         in_prompt = self.req_states.num_computed_tokens_np[index] < self.req_states.prompt_len.np[index]
         if self.interpretops.may_replay(state.req_ids, in_prompt.tolist()):
             return state, uniform_tokens
-        return state, None  # no uniform decode step: whole graphs are for these alone
+        return state, None  # not reported as a uniform decode step, so no whole-model graph is used
 
     def prepare_inputs(
         original: Any, self: Any, scheduled: Any, state: Any, graph: Any, *args: Any, **kwargs: Any
@@ -94,7 +94,7 @@ def patch_runner_v2() -> None:
 
 
 def _slots(tables: Any, request: int, tokens: int) -> Tensor:
-    """Where the first tokens of a request have their keys and values (`_compute_slot_mappings_kernel`)."""
+    """KV-cache slots of a request's first ``tokens`` tokens (as `_compute_slot_mappings_kernel`)."""
     table, size = tables.block_tables[0].gpu[request], tables.block_sizes[0]
     position = torch.arange(tokens, device=table.device)
     slots: Tensor = table[position // size].long() * size + position % size

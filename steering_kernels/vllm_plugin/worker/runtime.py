@@ -1,4 +1,4 @@
-"""Steering inside one worker: its tables, its hooks, and what it did for each request."""
+"""Steering in one worker: its tables, its hooks, and its record of what was done per request."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from steering_kernels.vllm_plugin.worker.report import Report, StepReports
 
 @dataclass
 class _Tracked:
-    """One request that this worker is computing."""
+    """A request that this worker is processing."""
 
     args: RequestArgs
     slot: int
     cached_tokens: int
-    """Tokens that this request did not compute: they came from the cache, at first or after a preemption."""
+    """Tokens that came from the prefix cache, at first or after a preemption."""
     tokens_evaluated: int = 0
     reached: int = 0
-    """Tokens from the first on that were computed or found in the cache."""
+    """Number of leading tokens that were computed or found in the cache."""
 
 
 class SteeringRuntime:
-    """What the runner adapters call: `begin_step` before a pass, `clear_step` before a dummy one."""
+    """Called by the runner adapters: `begin_step` before a pass, `clear_step` before a dummy pass."""
 
     def __init__(
         self,
@@ -50,15 +50,15 @@ class SteeringRuntime:
         shard: Shard = Shard(),  # noqa: B008 (frozen)
         sum_ranks: SumRanks | None = None,
         compiled: bool = False,
-        room: int = 0,
+        graph_tokens: int = 0,
     ) -> None:
-        """``memory_slots``: how many tokens the key-value cache holds; None where that cannot be had.
+        """``memory_slots``: returns how many tokens the KV cache holds; None if unknown.
 
-        ``compiled``: the model will be compiled, so that plans act at the options' points alone.
+        ``compiled``: the model will be compiled, so that plans may act only at the options' points.
 
-        ``room``: tokens of the largest graph of the whole model, where such graphs hold the op.
+        ``graph_tokens``: tokens of the largest whole-model graph, if such graphs contain the op.
 
-        ``sum_ranks``: sums over the ranks over which the model's heads are split.
+        ``sum_ranks``: sums over the ranks that share the model's heads.
         """
         self.spec, self.shard = spec, shard
         self._memory_slots = memory_slots
@@ -72,32 +72,32 @@ class SteeringRuntime:
             requests=2 * max_requests,
             device=device,
             sum_ranks=sum_ranks,
-            room=room,
+            graph_tokens=graph_tokens,
         )
-        self.replays = room > 0
+        self.replays = graph_tokens > 0
         self.hooks = SiteHooks(
             model,
             self.bank,
             residual_pair=not type(model).__name__.startswith("Transformers"),
             fixed=sites if compiled else (),
         )
-        self._edits_of_finished = torch.zeros(options.rows, dtype=torch.int64, device=device)
-        """Of requests that have ended, by row."""
+        self._finished_edits = torch.zeros(options.rows, dtype=torch.int64, device=device)
+        """Edits of finished requests, by row."""
         self.warming_up = False
-        """Whether vLLM runs requests of its own making before it serves; they name no policy."""
+        """Whether vLLM is running its own warm-up requests, which name no policy."""
         self._free_slots = list(range(2 * max_requests))
         self._tracked: dict[str, _Tracked] = {}
         self._in_step: list[str] = []
 
     def load(self, plan: Plan) -> str:
-        """Make a plan resident; returns the digest of what now stands in the tables."""
+        """Make a plan resident; returns the digest read back from the tables."""
         own = self.shard.of_plan(plan)
         self._check_points(plan)
         if any(gate.scope == "prompt" for gate in plan.gates):
             if self._memory_slots is None:
                 raise PlanError(
-                    f"plan {plan.policy_id!r} has a gate of scope 'prompt', but nobody says how many tokens "
-                    "the key-value cache of this model holds"
+                    f"plan {plan.policy_id!r} has a gate of scope 'prompt', but the size of this model's KV "
+                    "cache is unknown"
                 )
             self._keep_memory(self._memory_slots())
         self.bank.load(own, plan.revision)
@@ -109,17 +109,17 @@ class SteeringRuntime:
             self.bank.keep_memory(slots)
         except torch.OutOfMemoryError as error:
             raise PlanError(
-                f"gates of scope 'prompt' keep what they read of {slots} prompt tokens beside the key-value "
-                "cache, for which the device has no memory left; lower --gpu-memory-utilization"
+                f"gates of scope 'prompt' need memory for the readings of {slots} KV-cache slots, but the "
+                "device has none left; lower --gpu-memory-utilization"
             ) from error
 
     def _check_points(self, plan: Plan) -> None:
         reads = [site for gate in plan.gates for site in (gate.site, *(p.site for p in gate.probe)) if site]
-        away = [str(site) for site in (*plan.edits, *reads) if site.point not in self.points]
-        if away:
+        unavailable = [str(site) for site in (*plan.edits, *reads) if site.point not in self.points]
+        if unavailable:
             raise PlanError(
-                f"plan {plan.policy_id!r} acts at {away[0]}, but this engine's model is compiled with edit "
-                f"sites at {', '.join(self.points)} alone; name the point in --additional-config "
+                f"plan {plan.policy_id!r} acts at {unavailable[0]}, but this engine's model is compiled with "
+                f"edit sites only at {', '.join(self.points)}; add the point to --additional-config "
                 "interpretops.points, or start the engine with --enforce-eager"
             )
 
@@ -127,7 +127,7 @@ class SteeringRuntime:
         """Free a revision's row."""
         row = self.bank.row_of.get(revision)
         if row is not None:
-            self._edits_of_finished[row] = 0
+            self._finished_edits[row] = 0
         self.bank.unload(revision)
         self.hooks.refresh()
 
@@ -137,7 +137,7 @@ class SteeringRuntime:
 
     def edits(self) -> dict[str, int]:
         """Revision to the (token, site) pairs that were edited under it; those with none are left out."""
-        finished, running = self._edits_of_finished.tolist(), self.bank.step.edited.tolist()
+        finished, running = self._finished_edits.tolist(), self.bank.step.edited.tolist()
         edits = {revision: finished[row] for revision, row in self.bank.row_of.items()}
         for entry in self._tracked.values():
             if entry.args.revision in edits:
@@ -145,52 +145,52 @@ class SteeringRuntime:
         return {revision: count for revision, count in edits.items() if count}
 
     def track(self, request_id: str, extra_args: Mapping[str, Any] | None, cached_tokens: int) -> None:
-        """A request is scheduled for the first time."""
-        made_by_vllm = self.warming_up and not extra_args
-        args = RequestArgs(None, "") if made_by_vllm else RequestArgs.read(extra_args)
-        if request_id in self._tracked:  # resumed after preemption: gates stay fired where they fired
+        """Start tracking a request that is scheduled for the first time."""
+        is_warm_up = self.warming_up and not extra_args
+        args = RequestArgs(None, "") if is_warm_up else RequestArgs.read(extra_args)
+        if request_id in self._tracked:  # resumed after preemption: its gates keep where they fired
             return
         slot = self._free_slots.pop()
         self.bank.step.forget_request(slot)
         self._tracked[request_id] = _Tracked(args, slot, cached_tokens, reached=cached_tokens)
 
     def untrack(self, request_id: str) -> None:
-        """A request has ended; unknown ones are ignored."""
+        """Stop tracking a finished request; ignores unknown ones."""
         tracked = self._tracked.pop(request_id, None)
         if tracked is not None:
             row = self.bank.row_of.get(tracked.args.revision or "")
-            if row is not None:  # added where it stands: on a GPU nobody waits for a sum
-                self._edits_of_finished[row].add_(self.bank.step.edited[tracked.slot])
+            if row is not None:  # summed on the device, so nothing waits for the GPU
+                self._finished_edits[row].add_(self.bank.step.edited[tracked.slot])
             self._free_slots.append(tracked.slot)
 
     def end_warm_up(self, dtype: torch.dtype) -> None:
-        """Before the first real request: the op's kernels are compiled, so that none waits for that.
+        """Compile the op's kernels before the first real request.
 
-        Raises RuntimeError if a request of vLLM's own making is still there.
+        Raises RuntimeError if a warm-up request of vLLM is still tracked.
         """
         if self._tracked:
-            raise RuntimeError(f"vLLM's warm-up has left requests behind: {', '.join(sorted(self._tracked))}")
+            raise RuntimeError(f"vLLM's warm-up left requests behind: {', '.join(sorted(self._tracked))}")
         self.clear_step()
         if self.bank.device.type == "cuda":
             self.bank.compile_kernels(self.points, dtype, pair=self.hooks.residual_pair)
 
     def clear_step(self) -> None:
-        """The coming pass carries no request."""
+        """Lay out a pass without requests."""
         self._in_step = []
         self.bank.step.clear()
 
     def end_step(self) -> None:
-        """The pass before is over; the coming one must be laid out (`begin_step`) before it runs."""
+        """End the pass. The next one must be laid out (`begin_step`) before it runs."""
         self._in_step = []
         self.bank.step.end()
 
     @property
     def keeps_readings(self) -> bool:
-        """Whether gates keep readings beside the key-value cache, so that new blocks must be emptied."""
+        """Whether gates store readings per KV-cache slot, so that new blocks must be emptied."""
         return self.bank.step.memory is not None
 
     def empty_blocks(self, blocks: Sequence[int], block_size: int) -> None:
-        """Forget what was read of the tokens that these blocks of the key-value cache held for others."""
+        """Erase the readings of earlier owners of these KV-cache blocks."""
         memory = self.bank.step.memory
         if blocks and memory is not None:
             empty_slots(memory, torch.tensor(blocks, device=memory.device), block_size)
@@ -205,16 +205,18 @@ class SteeringRuntime:
         *,
         replayed: bool = False,
     ) -> None:
-        """Lay out the coming pass, in the batch's own order.
+        """Lay out the next pass, in batch order.
 
-        ``replayed``: it comes from a graph of the whole model. Raises KeyError for a request that is not
-        tracked or a revision that is not resident, and RuntimeError where a graph does not do what they
-        demand: then the pass must not run.
+        ``replayed``: the pass is replayed from a whole-model graph. Raises KeyError for a request that is not
+        tracked or a revision that is not resident, and RuntimeError if the graph cannot do what the requests
+        require. The pass must then not run.
         """
         if replayed:
             in_prompt = [begin < end for begin, end in zip(first_position, prompt_length, strict=True)]
             if not self.may_replay(request_ids, in_prompt):
-                raise RuntimeError("a step with a gate that must read was about to be replayed from a graph")
+                raise RuntimeError(
+                    "a step with a gate that must read activations was about to be replayed from a graph"
+                )
         tracked = [self._tracked[request_id] for request_id in request_ids]
         self.bank.begin_step(
             revisions=[entry.args.revision for entry in tracked],
@@ -228,20 +230,20 @@ class SteeringRuntime:
             self.bank.decide_gates()
         self._in_step = list(request_ids)
         for entry, first, count in zip(tracked, first_position, num_tokens, strict=True):
-            # Also after a preemption: what others computed meanwhile is found in the cache then.
+            # A preempted request can find tokens in the cache that other requests computed meanwhile.
             entry.cached_tokens += max(0, first - entry.reached)
             entry.reached = max(entry.reached, first + count)
             entry.tokens_evaluated += count
 
     def may_replay(self, request_ids: Sequence[str], in_prompt: Sequence[bool]) -> bool:
-        """See `PlanBank.may_replay`; where graphs hold the op, KeyError for a request that is not tracked."""
+        """See `PlanBank.may_replay`. If graphs contain the op, raises KeyError for an untracked request."""
         if not self.replays:
             return False
         revisions = [self._tracked[request_id].args.revision for request_id in request_ids]
         return self.bank.may_replay(revisions, in_prompt)
 
     def reports(self) -> StepReports:
-        """For every request of the last pass, what was done for it since it began."""
+        """Cumulative reports of all requests in the last pass."""
         step, found = self.bank.step, []
         for request_id in self._in_step:
             entry = self._tracked.get(request_id)
@@ -254,7 +256,7 @@ class SteeringRuntime:
 
 
 def model_folder(model: str, revision: str | None) -> Path:
-    """The folder of a model that the engine has loaded, be it named by folder or by Hugging Face id."""
+    """The folder of the engine's model, which is given as a folder or a Hugging Face id."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -278,14 +280,14 @@ def make_runtime(
         shard=shard,
         sum_ranks=sum_ranks,
         compiled=not vllm_config.model_config.enforce_eager,
-        room=_room(vllm_config),
+        graph_tokens=_graph_tokens(vllm_config),
     )
     _check_split(runtime)
     return runtime
 
 
-def _room(vllm_config: Any) -> int:
-    """Tokens of the largest graph that can hold the whole model, the op with it; 0 if none does."""
+def _graph_tokens(vllm_config: Any) -> int:
+    """Tokens of the largest whole-model CUDA graph, which contains the op; 0 if there are none."""
     compilation = vllm_config.compilation_config
     whole = compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs()
     if vllm_config.model_config.enforce_eager or not vllm_config.use_v2_model_runner or not whole:
@@ -294,7 +296,7 @@ def _room(vllm_config: Any) -> int:
 
 
 def _ranks(tensor_parallel: int) -> tuple[Shard, SumRanks | None]:
-    """Which of the tensor-parallel ranks this worker is, and how to sum over them."""
+    """This worker's tensor-parallel shard, and a function that sums over all ranks."""
     if tensor_parallel == 1:
         return Shard(), None
     from vllm.distributed import get_tp_group
@@ -302,7 +304,7 @@ def _ranks(tensor_parallel: int) -> tuple[Shard, SumRanks | None]:
     group = get_tp_group()
 
     def sum_ranks(part: Tensor) -> Tensor:
-        # vLLM's own all-reduces know the model's dtypes alone; these sums are in float64.
+        # vLLM's all-reduces only support the model's dtypes; these sums are in float64.
         torch.distributed.all_reduce(part, group=group.device_group)
         return part
 
@@ -310,16 +312,16 @@ def _ranks(tensor_parallel: int) -> tuple[Shard, SumRanks | None]:
 
 
 def _check_split(runtime: SteeringRuntime) -> None:
-    """Raise `ModelError` unless each layer's heads are split over the ranks as plans will be."""
+    """Raise `ModelError` unless each layer's heads are split over the ranks in the same way as plans."""
     spec, hooks = runtime.bank.spec, runtime.hooks
     if runtime.shard.count == 1:
         return
-    wanted = spec.num_heads * spec.head_dim
+    expected = spec.num_heads * spec.head_dim
     for layer in range(spec.num_layers):
         projection = site_module(hooks.layers, hooks.family, Site(layer, "attn_z"))
         found = getattr(projection, "input_size_per_partition", None)
-        if found != wanted:
+        if found != expected:
             raise ModelError(
-                f"layer {layer}: the attention projection takes {found} columns on this rank, but "
-                f"{runtime.shard.count} tensor-parallel ranks have {wanted} each where heads are split evenly"
+                f"layer {layer}: the attention projection has {found} columns on this rank, but must have "
+                f"{expected} with heads split evenly over {runtime.shard.count} tensor-parallel ranks"
             )

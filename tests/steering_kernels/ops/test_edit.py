@@ -370,7 +370,7 @@ def test_full_table_refuses_and_changes_nothing() -> None:
     table = SiteTable(4, rows=8, units=10, scales=2, device=DEVICE)
     for row in (1, 2, 3):
         table.set_row(row, make_row(row, 4, 3))
-    with pytest.raises(TableFullError, match="3 units wanted, but 9 of 10 are taken"):
+    with pytest.raises(TableFullError, match="3 units needed, but 9 of 10 are in use"):
         table.set_row(4, make_row(4, 4, 3))
     table.clear_row(2)
     table.set_row(4, make_row(4, 4, 3))

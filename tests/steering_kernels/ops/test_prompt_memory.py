@@ -17,7 +17,7 @@ from steering_kernels.ops import (
     StepMap,
     attention_probe_reference,
     empty_slots,
-    may_ignore,
+    max_unread_tokens,
     new_memory,
     update_gates,
 )
@@ -92,13 +92,13 @@ def test_verdict_is_the_references_under_chunks_cache_and_recompute(
     numbers = torch.Generator().manual_seed(seed)
     x = torch.randn(PROMPT + 3, WIDTH, generator=numbers)
     # A bound that leaves as many tokens unread as a prompt may have, or one more: then the gate opens.
-    ignored = data.draw(st.integers(1, may_ignore(PROMPT) + 1), label="ignored")
+    ignored = data.draw(st.integers(1, max_unread_tokens(PROMPT) + 1), label="ignored")
     norms = x[:PROMPT].norm(dim=1).sort().values
     max_norm = float(norms[-ignored - 1] + norms[-ignored]) / 2 if bounded else math.inf
     found = heads(max_norm=max_norm, seed=seed)
     reading = reference(x[:PROMPT], found)
     above = data.draw(st.booleans(), label="above the cut")
-    opens = above or (bounded and ignored > may_ignore(PROMPT))
+    opens = above or (bounded and ignored > max_unread_tokens(PROMPT))
     view = gate(found, reading - (1e-4 if above else -1e-4), latched=latched)
     expected = [opens and place == PROMPT - 1 for place in range(PROMPT + 3)]
     if latched:
@@ -148,7 +148,7 @@ def test_emptied_slots_hold_nothing_of_their_former_owner() -> None:
     assert run(step, [view], x[8:], 8, list(range(PROMPT)))[-1] is True
 
 
-@pytest.mark.parametrize("sinks", [1, may_ignore(PROMPT), may_ignore(PROMPT) + 1, PROMPT])
+@pytest.mark.parametrize("sinks", [1, max_unread_tokens(PROMPT), max_unread_tokens(PROMPT) + 1, PROMPT])
 def test_gate_that_had_to_ignore_too_much_opens(sinks: int) -> None:
     """A few tokens past the norm bound are ordinary; of a prompt that consists of them nothing is known."""
     step = new_step()
@@ -157,7 +157,7 @@ def test_gate_that_had_to_ignore_too_much_opens(sinks: int) -> None:
     x[:sinks] = 9.0
     opened = run(step, [view], x, 0, list(range(PROMPT)))
     assert opened[:-1] == [False] * (PROMPT - 1)
-    assert opened[-1] is (sinks > may_ignore(PROMPT))
+    assert opened[-1] is (sinks > max_unread_tokens(PROMPT))
 
 
 def test_prompt_of_one_sink_says_nothing() -> None:
@@ -202,5 +202,5 @@ def test_probe_sums_what_it_read_at_earlier_sites(opens: bool) -> None:
 def test_pass_without_memory_does_not_run() -> None:
     """A gate that must read whole prompts never runs without its memory."""
     step = StepMap(requests=3, gates=3, device=CPU)
-    with pytest.raises(RuntimeError, match="no memory"):
+    with pytest.raises(RuntimeError, match="no prompt memory"):
         run(step, [gate(heads(), 0.0)], torch.ones(PROMPT, WIDTH), 0, list(range(PROMPT)))

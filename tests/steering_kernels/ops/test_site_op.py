@@ -46,7 +46,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_model_does_what_holds_when_it_runs() -> None:
     """One graph, traced once; what the op adds changes afterwards, and the number of tokens too."""
     model, adds = Model(), Adds(0.0)
-    site_op.own_site_op(adds)
+    site_op.claim_site_op(adds)
     traced = []
 
     def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> object:
@@ -67,28 +67,28 @@ def test_compiled_model_does_what_holds_when_it_runs() -> None:
 
 def test_op_without_its_model_is_an_error() -> None:
     """A compiled model whose plans are gone does not run on unsteered."""
-    with pytest.raises(RuntimeError, match="no plans in this process"):
+    with pytest.raises(RuntimeError, match="no steered model is registered in this process"):
         site_op.edit_site(torch.zeros(1, 4), None, None, 0)
-    site_op.own_site_op(Adds(1.0))  # and is collected at once
-    with pytest.raises(RuntimeError, match="no plans in this process"):
+    site_op.claim_site_op(Adds(1.0))  # and is collected at once
+    with pytest.raises(RuntimeError, match="no steered model is registered in this process"):
         site_op.edit_site(torch.zeros(1, 4), None, None, 0)
 
 
 def test_second_compiled_model_is_refused_while_the_first_lives() -> None:
     """The op runs one model's sites; nothing says whose call it is."""
     first, second = Adds(1.0), Adds(2.0)
-    site_op.own_site_op(first)
-    site_op.own_site_op(first)
+    site_op.claim_site_op(first)
+    site_op.claim_site_op(first)
     with pytest.raises(RuntimeError, match="one compiled model"):
-        site_op.own_site_op(second)
+        site_op.claim_site_op(second)
     del first
-    site_op.own_site_op(second)
+    site_op.claim_site_op(second)
 
 
 def test_op_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a CUDA graph is captured the op fails instead of being repeated by it."""
     adds = Adds(1.0)
-    site_op.own_site_op(adds)
+    site_op.claim_site_op(adds)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="captured in a CUDA graph"):
         site_op._run(SimpleNamespace(is_cuda=True), None, None, 0)  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def graphs() -> dict[str, dict[str, str]]:
     from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 
     from steering_kernels.ops.site_op import SITE_OP
-    from steering_kernels.vllm_plugin.engine_config import cut_graphs
+    from steering_kernels.vllm_plugin.engine_config import split_graphs
 
     found: dict[str, dict[str, str]] = {}
     for whole in (True, False):
@@ -52,7 +52,7 @@ def graphs() -> dict[str, dict[str, str]]:
             compilation = CompilationConfig(
                 mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=mode, splitting_ops=["vllm::attention"]
             )
-            cut_graphs(compilation, whole=whole)
+            split_graphs(compilation, whole=whole)
             assert SITE_OP in compilation.splitting_ops
             found.setdefault("whole" if whole else "pieces", {})[mode.name] = compilation.cudagraph_mode.name
     return found

@@ -57,7 +57,7 @@ def test_configuration_that_would_break_the_row_map_is_refused(name: str, told: 
 
 def test_unknown_architecture_is_refused(told: dict[str, Any]) -> None:
     """A model whose edit sites are not known is named, with those that are."""
-    assert "architecture ['GPT2LMHeadModel'], whose edit sites are not known" in told["unknown architecture"]
+    assert "architecture ['GPT2LMHeadModel'], which is unknown" in told["unknown architecture"]
     assert "LlamaForCausalLM" in told["unknown architecture"]
 
 
@@ -65,7 +65,7 @@ def test_other_versions_of_vllm_are_refused(told: dict[str, Any]) -> None:
     """Before anything is patched: the version is named, and the one that fits."""
     for version, refusal in told["versions"].items():
         assert refusal is not None
-        assert refusal.startswith(f"vllm = {version}, but the interpretops plugin was written for 0.32.x")
+        assert refusal.startswith(f"vllm = {version}, but the interpretops plugin supports 0.32.x")
 
 
 def test_configurations_that_are_followed_boot(told: dict[str, Any]) -> None:

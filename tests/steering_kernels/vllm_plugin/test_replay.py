@@ -35,9 +35,11 @@ def model(model_folder: Path) -> Any:
 
 @pytest.fixture
 def make_runtime(model_folder: Path, model: Any) -> MakeRuntime:
-    def make(room: int = ROOM) -> SteeringRuntime:
+    def make(graph_tokens: int = ROOM) -> SteeringRuntime:
         spec, device = read_model_spec(model_folder), torch.device("cpu")
-        made = SteeringRuntime(model, spec, EngineOptions(), max_requests=4, device=device, room=room)
+        made = SteeringRuntime(
+            model, spec, EngineOptions(), max_requests=4, device=device, graph_tokens=graph_tokens
+        )
         made.hooks.residual_pair = False
         return made
 
@@ -78,7 +80,7 @@ def test_step_whose_gates_are_decided_before_it_may_be_replayed(make_runtime: Ma
     assert runtime.may_replay(["latch", "always", "none"], [False, True, True])
     assert not runtime.may_replay(["none", "latch"], [False, True])
     assert not runtime.may_replay(["none", "tokens"], [False, False])
-    assert not make_runtime(room=0).may_replay([], [])
+    assert not make_runtime(graph_tokens=0).may_replay([], [])
 
 
 def test_edits_that_the_kernel_cannot_make_keep_steps_out_of_graphs(make_runtime: MakeRuntime) -> None:
@@ -97,7 +99,7 @@ def test_mistaken_replay_raises_before_anything_runs(make_runtime: MakeRuntime) 
     """vLLM takes a prompt of which only the last token is not cached for a decode step."""
     runtime = make_runtime()
     track(runtime, "a", plan_with(runtime, scope="prompt_end", latched=True))
-    with pytest.raises(RuntimeError, match="a gate that must read was about to be replayed"):
+    with pytest.raises(RuntimeError, match="a gate that must read activations was about to be replayed"):
         runtime.begin_step(["a"], [1], [PROMPT - 1], [PROMPT], replayed=True)
     assert not runtime.bank.step.active
 
@@ -132,7 +134,7 @@ def test_requests_of_the_warm_up_name_no_policy_and_are_the_last_that_may(make_r
     runtime = make_runtime()
     runtime.warming_up = True
     runtime.track("_warmup_0_", None, 0)
-    with pytest.raises(RuntimeError, match="has left requests behind: _warmup_0_"):
+    with pytest.raises(RuntimeError, match="left requests behind: _warmup_0_"):
         runtime.end_warm_up(torch.bfloat16)
     runtime.untrack("_warmup_0_")
     runtime.end_warm_up(torch.bfloat16)
@@ -153,7 +155,7 @@ def test_captured_op_edits_in_place_whatever_stands_around_the_tokens(
     monkeypatch.setattr(site_op, "_OWNER", [])
     spec, device = read_model_spec(model_folder), torch.device("cpu")
     runtime = SteeringRuntime(
-        model, spec, EngineOptions(), max_requests=4, device=device, room=ROOM, compiled=True
+        model, spec, EngineOptions(), max_requests=4, device=device, graph_tokens=ROOM, compiled=True
     )
     plan = plan_with(runtime)
     track(runtime, "a", plan)
@@ -166,5 +168,5 @@ def test_captured_op_edits_in_place_whatever_stands_around_the_tokens(
     write = torch.from_numpy(plan.edits[site].units.write[0])
     torch.testing.assert_close(hidden[0, :2], write.expand(2, -1))
     assert not hidden[0, 2].any(), "a token past the batch was edited"
-    with pytest.raises(ValueError, match="steps have room for 8"):
+    with pytest.raises(ValueError, match="steps hold at most 8"):
         site_op.edit_site(torch.zeros(ROOM + 1, spec.hidden_size), None, None, number)

@@ -242,7 +242,7 @@ def test_receipt_of_a_request_that_failed_stays_behind(client: httpx.Client) -> 
     ("flags", "reason"),
     [
         (["--speculative-config", '{"method":"ngram","num_speculative_tokens":2}'], "speculative decoding"),
-        (["--enable-lora"], "LoRA adapters of its own"),
+        (["--enable-lora"], "LoRA adapters (use"),
         (["--additional-config", '{"interpretops":{"row":3}}'], "interpretops.row: unknown key"),
     ],
 )

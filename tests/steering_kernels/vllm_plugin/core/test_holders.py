@@ -8,24 +8,24 @@ def test_plan_stays_as_long_as_one_gateway_holds_it() -> None:
     holders = Holders()
     holders.hold("a", "r1")
     holders.hold("b", "r1")
-    assert not holders.let_go("a", "r1")
-    assert holders.let_go("b", "r1")
-    assert holders.let_go("a", "unknown")
+    assert not holders.release("a", "r1")
+    assert holders.release("b", "r1")
+    assert holders.release("a", "unknown")
 
 
 def test_gateway_that_is_gone_holds_nothing() -> None:
     """After its lease what it alone held is retired, and what others hold stays."""
     now = [0.0]
     holders = Holders(lambda: now[0])
-    holders.hear("a")
-    holders.hear("b")
+    holders.renew("a")
+    holders.renew("b")
     holders.hold("a", "r1")
     holders.hold("a", "r2")
     holders.hold("b", "r2")
     now[0] = LEASE_S
-    holders.hear("b")
+    holders.renew("b")
     assert holders.orphans() == []
     now[0] = LEASE_S + 1
     assert holders.orphans() == ["r1"]
     assert holders.orphans() == []
-    assert holders.let_go("b", "r2")
+    assert holders.release("b", "r2")

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from interpretops.engine_api import EngineCode
 from steering_kernels.vllm_plugin.core.refusals import REFUSALS
 from steering_kernels.vllm_plugin.frontend.answer_receipt import AnswerReceipt
-from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS, collect, note_ended
+from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS, collect, mark_ended
 from steering_kernels.vllm_plugin.worker.report import OUTPUT_KEY, Report
 
 NONCE = "ab" * 16
@@ -101,7 +101,7 @@ def test_receipt_is_finished_when_all_its_engine_requests_are(
         SimpleNamespace(request_id=name, kv_transfer_params={OUTPUT_KEY: [None, nonce, 4, 0, 0, 0]})
         for name in ("first", "second")
     ]
-    note_ended(collect(outputs), running)
+    mark_ended(collect(outputs), running)
     receipt = RECEIPTS.take(nonce)
     assert receipt is not None
     assert (receipt.requests, receipt.tokens_evaluated, receipt.finished) == (2, 8, finished)
