@@ -157,7 +157,9 @@ def test_engine_sees_what_it_needs_and_nothing_else():
 )
 def test_operator_cannot_take_the_plugin_away_either(name):
     """What the guard sets itself is refused by name, and no value is quoted."""
-    with pytest.raises(ConfigError, match=f"environment.{name} is given, but the guard sets it itself") as refused:
+    with pytest.raises(
+        ConfigError, match=f"environment.{name} is given, but the guard sets it itself"
+    ) as refused:
         load_settings(overrides={"engine.environment": {name: "hunter2"}}, environ={})
     assert "hunter2" not in str(refused.value)
     with pytest.raises(ConfigError) as refused:
