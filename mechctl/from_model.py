@@ -30,7 +30,7 @@ class Spelled:
 
     names: tuple[str, ...] = ()
     default: str | None = None
-    """What is shown as the default of a field that may be left out."""
+    """What is shown as the default of an option that is left out when the model, or the command, decides."""
     metavar: str | None = None
 
 
@@ -41,6 +41,13 @@ class Options:
     spelled: Mapping[str, str | Spelled] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     """Fields that keep their default, or that the command fills in itself."""
+
+
+class LeftOut(frozenset[str]):
+    """For a command's parameter: the fields, by their paths, whose options the line leaves out.
+
+    Known of options that are shown with a default of their own, or have none.
+    """
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class _Field:
             kind, default = list[each], None  # type: ignore[valid-type]
         elif kind is bool and self.may_be_none:
             names = (f"{names[0]}/--no-{names[0].removeprefix('--')}",)
+        if self.spelled.default is not None:
+            default = None
         if default is None and not required:
             kind = kind | None
         option = typer.Option(*names, help=self._help(), metavar=metavar, show_default=shown)
@@ -109,6 +118,8 @@ class _Field:
         if get_origin(self.kind) is Literal:
             *others, last = map(str, get_args(self.kind))
             text = f"{text.removesuffix('.')}: {', '.join(others)} or {last}."
+        least = next((note.ge for note in self.info.metadata if hasattr(note, "ge")), 0)
+        text += f" At least {least}." if isinstance(least, int) and least > 1 else ""
         return f"{text} May be repeated." if self.repeated else text
 
     def value(self, given: Any) -> Any:
@@ -142,6 +153,8 @@ def options_from_models(command: Callable[..., None]) -> Callable[..., None]:
     parameters: dict[str, inspect.Parameter] = {}
     models: dict[str, tuple[Any, list[_Field]]] = {}
     for name, parameter in inspect.signature(command).parameters.items():
+        if hints[name] is LeftOut:
+            continue
         options = next((note for note in get_args(hints[name])[1:] if isinstance(note, Options)), None)
         if options is None:
             parameters[name] = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
@@ -156,6 +169,13 @@ def options_from_models(command: Callable[..., None]) -> Callable[..., None]:
         try:
             chosen = {name: _build(model, fields, given) for name, (model, fields) in models.items()}
             own = {name: given[name] for name in hints if name in given and name not in models}
+            left_out = LeftOut(
+                option.path
+                for _, fields in models.values()
+                for option in fields
+                if given[option.parameter] is None
+            )
+            own |= {name: left_out for name, hint in hints.items() if hint is LeftOut}
             command(**own, **chosen)
         except ValidationError as error:
             # A job may fill in what was left out: the model then speaks again.

@@ -7,14 +7,13 @@ from pathlib import Path
 from discovery.circuits.matching import match_prompts
 from discovery.circuits.pairs import (
     CLASS_ANSWERS,
-    LAYOUTS,
-    Reading,
     encode_pairs,
     names_answers,
     read_pairs,
     split_pairs,
 )
-from discovery.circuits.search import CircuitSearch, SearchSettings
+from discovery.circuits.search import CircuitSearch
+from discovery.circuits.search_settings import Reading, SearchSettings, Taking
 from discovery.data.sources import Source, read_prompts, sha256_of_file
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
@@ -40,9 +39,8 @@ def search(
     out: Path,
     work: Path,
     reading: Reading,
+    taking: Taking,
     chosen: SearchSettings,
-    held_out: float,
-    limit: int | None,
     dictionaries: Sequence[str],
     say: Say,
 ) -> None:
@@ -53,19 +51,13 @@ def search(
     out      a ``.json`` file, or a folder in which the file is named by the circuit's id
     dictionaries  ids, or folders of dictionaries
     """
-    chosen.check()
     if not target_class.strip():
         raise DiscoveryError("--class is empty; name the behaviour that the pairs contrast")
-    if not 0 < held_out < 1:
-        raise DiscoveryError(f"held-out = {held_out}, but must be a share between 0 and 1")
-    if limit is not None and limit < 2:
-        raise DiscoveryError(f"limit = {limit}, but must be at least 2: one pair to search, one to measure")
-    if reading.layout not in LAYOUTS:
-        raise DiscoveryError(f"layout = {reading.layout!r}, but must be one of {', '.join(LAYOUTS)}")
     if (pairs is None) == (prompts is None):
         raise DiscoveryError("search needs --pairs or --prompts, and not both")
     source = pairs or prompts
     assert source is not None
+    reading = replace(reading, chat=prompts is not None if reading.chat is None else reading.chat)
     if pairs is not None:
         reading = _with_class_answers(reading, target_class, pairs)
         read_pairs(pairs, reading)  # a fault of the file shows before a model is loaded
@@ -81,14 +73,14 @@ def search(
             model,
             source,
             target_class,
-            chat=reading.chat,
-            most=limit,
+            chat=bool(reading.chat),
+            most=taking.limit,
             answers=reading.answers,
             wrong=reading.wrong,
         )
     encoded, skipped = encode_pairs(model, texts, reading)
     skipped += unmatched
-    discovery, evaluation = split_pairs(encoded, held_out, limit)
+    discovery, evaluation = split_pairs(encoded, taking.held_out, taking.limit)
     data = DataFile(
         name=source.name,
         sha256=sha256_of_file(source),
@@ -96,7 +88,7 @@ def search(
         evaluation_pairs=len(evaluation),
         skipped_pairs=skipped,
     )
-    options = asdict(chosen) | {"reading": asdict(reading), "held_out": held_out, "limit": limit}
+    options = asdict(chosen) | {"reading": asdict(reading)} | asdict(taking)
     options |= {"dictionaries": list(dictionaries)}
     record = run_record("search", chosen.seed, options, data.model_dump())
     run = CircuitSearch(model, discovery, evaluation, chosen, work, opened)

@@ -1,15 +1,15 @@
 """What a circuit is a circuit of: one number per prompt from the logits at its last position."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from discovery.circuits.pairs import Pair
+from discovery.circuits.search_settings import Metric as Metric
 
-Metric = Literal["logit_diff", "log_odds", "prob_diff"]
-METRICS: tuple[Metric, ...] = ("logit_diff", "log_odds", "prob_diff")
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 def measure(metric: Metric, logits: Tensor, pairs: Sequence[Pair]) -> Tensor:

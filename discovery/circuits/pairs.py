@@ -8,13 +8,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from discovery.circuits.search_settings import Reading
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 
-Layout = Literal["pairs", "ioi", "greater-than"]
-LAYOUTS: tuple[Layout, ...] = ("pairs", "ioi", "greater-than")
 MAX_BYTES = 2**28
 
 CLASS_ANSWERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -52,21 +51,6 @@ class Pair:
     wrong: tuple[int, ...]
     paraphrase: str = ""
     topic: str = ""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a file's columns are read."""
-
-    layout: Layout = "pairs"
-    corrupted_column: str = "corrupted"
-    answers: tuple[str, ...] = ()
-    """Answer texts of every pair, instead of the column ``answer``."""
-    wrong: tuple[str, ...] = ()
-    chat: bool = False
-    """Put prompts into the model's chat format."""
-    skip_unfit: bool = False
-    """Leave out pairs that do not fit instead of refusing the file."""
 
 
 def read_pairs(path: Path, reading: Reading, *, whole_years: bool = True) -> list[TextPair]:

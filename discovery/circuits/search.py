@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from discovery.circuits.faithfulness import SIZES, Evaluator, areas, random_summ
 from discovery.circuits.feature_search import FeatureSearch, FeatureSettings
 from discovery.circuits.features import FeatureSite
 from discovery.circuits.graph import Edges, Scores, growth_order, prune
-from discovery.circuits.metric import METRICS, Metric
 from discovery.circuits.pairs import Pair, batches
 from discovery.circuits.random_circuits import RandomCircuits
+from discovery.circuits.search_settings import SearchSettings
 from discovery.circuits.stability import (
     inner_nodes,
     jaccard_interval,
@@ -48,32 +48,6 @@ from interpretops.ids import new_id
 ABLATIONS: tuple[Ablation, ...] = ("counterfactual", "mean")
 
 
-@dataclass(frozen=True)
-class SearchSettings:
-    """What a search measures and how much of it."""
-
-    metric: Metric = "logit_diff"
-    edges: int = 200
-    steps: int = 5
-    seeds: int = 5
-    seed: int = 0
-    resamples: int = 4
-    random_circuits: int = 20
-    batch: int = 8
-    features: int = 32
-    """Features of each dictionary whose exact contribution is measured."""
-
-    def check(self) -> None:
-        """Raise `DiscoveryError` for a value that cannot be."""
-        if self.metric not in METRICS:
-            raise DiscoveryError(f"metric = {self.metric!r}, but must be one of {', '.join(METRICS)}")
-        lowest = {"edges": 1, "steps": 5, "seeds": 5, "resamples": 1, "random_circuits": 20, "batch": 1}
-        lowest["features"] = 1
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise DiscoveryError(f"{name} = {getattr(self, name)}, but must be at least {least}")
-
-
 class CircuitSearch:
     """One run: attribution of the discovery pairs, pruning, exact measures on the evaluation pairs.
 
@@ -90,7 +64,6 @@ class CircuitSearch:
         work: Path,
         dictionaries: Sequence[Dictionary] = (),
     ) -> None:
-        settings.check()
         self.model, self.settings = model, settings
         self.discovery, self.evaluation = discovery, evaluation
         self.decoder = GraphDecoder(model)

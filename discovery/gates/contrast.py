@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, ValidationError, model_validator
 
-from discovery.circuits.pairs import Reading, read_pairs
+from discovery.circuits.pairs import read_pairs
+from discovery.circuits.search_settings import Reading
 from discovery.data.sources import (
     Source,
     read_data_list,

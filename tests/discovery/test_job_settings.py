@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from discovery.circuits.search_settings import Reading, SearchSettings, Taking
 from discovery.data.trace_settings import TraceSettings
 from discovery.gates.gate_settings import EditSettings, GateSettings
 from discovery.jobs.job_settings import faults
@@ -19,7 +20,17 @@ from discovery.proposals.settings import Budgets, ProposeSettings
 from discovery.sae.sae_train import train_digest
 from discovery.sae.train_settings import TrainSettings
 
-ALL: tuple[Any, ...] = (TraceSettings, TrainSettings, GateSettings, EditSettings, Budgets, ProposeSettings)
+ALL: tuple[Any, ...] = (
+    TraceSettings,
+    TrainSettings,
+    GateSettings,
+    EditSettings,
+    Budgets,
+    ProposeSettings,
+    Reading,
+    Taking,
+    SearchSettings,
+)
 Propose = partial(ProposeSettings, contrast=Path("classes/own.yaml"))
 TRACED: Any = SimpleNamespace(record={"shards": [{"sha256": "0" * 64}]})
 
@@ -70,6 +81,8 @@ TRACED: Any = SimpleNamespace(record={"shards": [{"sha256": "0" * 64}]})
             "above 0",
         ),
         (EditSettings, {"layers": ()}, "layers = (), but must be at least one layer"),
+        (Taking, {"held_out": 1.0}, "held_out = 1.0, but must be less than 1"),
+        (SearchSettings, {"seeds": 4}, "seeds = 4, but must be at least 5"),
         (Propose, {"counts": (1, 0)}, "counts = 0, but must be at least 1"),
         (Propose, {"counts": ()}, "counts = (), but must be at least 1 value"),
         (Propose, {"budgets": {"benign": 2}}, "budgets.benign = 2, but must be at most 1"),
@@ -115,6 +128,7 @@ def test_every_field_says_what_it_is(settings: Any) -> None:
         (asdict(TraceSettings(layers=(9, 15))), "51762b89ce768d86"),
         (GateSettings(layers=(9, 12, 15)).trained(), "7d76983f44be35b7"),
         (asdict(EditSettings(layers=(16, 19, 22))), "7aef71ca6ee699f2"),
+        (asdict(SearchSettings()), "f7bd97ff5e3be9d5"),
         (_that_decide(ProposeSettings(contrast=Path("a/class.yaml"))), "da354f8073d74eea"),
     ],
 )

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from mechctl import main
-from mechctl.from_model import Options, Spelled, options_from_models
+from mechctl.from_model import LeftOut, Options, Spelled, options_from_models
 
 STRICT = ConfigDict(use_attribute_docstrings=True, extra="forbid")
 
@@ -88,9 +88,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ],
         other: Annotated[Other, Options()],
         fill: bool = False,
+        left_out: LeftOut,
     ) -> None:
         """Prints."""
-        print(own, replace(chosen, count=0) if fill else chosen, other, sep="\n")
+        print(own, replace(chosen, count=0) if fill else chosen, other, sorted(left_out), sep="\n")
 
     monkeypatch.setattr(main, "app", app)
 
@@ -105,10 +106,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_is_not_given_keeps_the_models_default(run: Run) -> None:
-    """The function receives both models, and its own parameters as they are."""
+    """The function receives both models, its own parameters, and what the line left out."""
     status, out, _ = run("--in", "here")
+    left_out = ["cache", "layers", "limit", "strengths", "weights", "words"]
     assert status == 0
-    assert out == f"mine\n{Model(Path('here'))}\n{Other()}\n"
+    assert out == f"mine\n{Model(Path('here'))}\n{Other()}\n{left_out}\n"
 
 
 def test_every_kind_of_field_is_read(run: Run) -> None:
@@ -132,7 +134,7 @@ def test_every_kind_of_field_is_read(run: Run) -> None:
         inner=Inner(share=1.0),
     )
     assert status == 0, err
-    assert out == f"yours\n{expected}\n{Other(count=5)}\n"
+    assert out == f"yours\n{expected}\n{Other(count=5)}\n[]\n"
 
 
 def test_help_is_the_first_sentence_of_the_docstring(run: Run) -> None:

@@ -10,7 +10,8 @@ from discovery.circuits.attribution import edge_scores, node_scores, patching_ef
 from discovery.circuits.decoder import GraphDecoder
 from discovery.circuits.faithfulness import Evaluator
 from discovery.circuits.graph import growth_order, prune, random_order
-from discovery.circuits.pairs import Reading, TextPair, encode_pairs
+from discovery.circuits.pairs import TextPair, encode_pairs
+from discovery.circuits.search_settings import Reading
 from discovery.frozen_model import FrozenModel
 
 SENTENCES = (

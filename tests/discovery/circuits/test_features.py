@@ -154,7 +154,7 @@ def test_features_go_on_where_they_stopped(  # type: ignore[no-untyped-def]
     [
         (("--dictionary", "gone"), "--dictionary gone: there is no such dictionary"),
         (("--dictionary", "heads"), "dictionary heads: point = attn_z, but features are searched"),
-        (("--dictionary", "words", "--features", 0), "features = 0, but must be at least 1"),
+        (("--dictionary", "words", "--features", 0), "--features = 0, but must be at least 1"),
     ],
 )
 def test_unfit_dictionary_is_one_line(  # type: ignore[no-untyped-def]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from discovery.circuits.matching import PROMPTS, match_prompts
-from discovery.circuits.pairs import Reading, encode_pairs
+from discovery.circuits.pairs import encode_pairs
+from discovery.circuits.search_settings import Reading
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 

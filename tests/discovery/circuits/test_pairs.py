@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from discovery.circuits.metric import measure
-from discovery.circuits.pairs import Pair, Reading, batches, encode_pairs, read_pairs, split_pairs
+from discovery.circuits.pairs import Pair, batches, encode_pairs, read_pairs, split_pairs
+from discovery.circuits.search_settings import Reading
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 
