@@ -228,7 +228,8 @@ def start(folder: Path) -> Soak:
     with (folder / "gateway.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     urls = [f"http://127.0.0.1:{port}" for port in ports]
-    return Soak(Load(*urls, {name: key for name, (key, _) in made.items()}, policies), process)
+    url, admin = urls
+    return Soak(Load(url, admin, {name: key for name, (key, _) in made.items()}, policies), process)
 
 
 async def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

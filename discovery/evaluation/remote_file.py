@@ -15,7 +15,7 @@ def fetch(url: str, most_bytes: int, s3_endpoint: str | None = None) -> bytes:
 
     s3_endpoint  the service that `s3://` URLs are of; None: as the environment says, else Amazon's
     """
-    import fsspec  # type: ignore[import-untyped]  # ships no types
+    import fsspec
 
     shown = url.split("?", 1)[0]
     is_s3 = url.startswith(("s3://", "s3a://"))

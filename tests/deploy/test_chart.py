@@ -88,7 +88,8 @@ def test_documents_fit_kubernetes_schemas(values, render, tools) -> None:
     for path in sorted(tools.glob("schemas-*.json")):
         schema = json.loads(path.read_bytes())
         known = Registry().with_resource(
-            "/api/_definitions.json", Resource(contents=schema, specification=DRAFT202012)
+            "/api/_definitions.json",
+            Resource(contents=schema, specification=DRAFT202012),  # type: ignore[call-arg]  # of attrs
         )
         kinds = {
             (each.get("group", ""), each["version"], each["kind"]): name

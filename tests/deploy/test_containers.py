@@ -246,7 +246,7 @@ def test_every_variable_named_is_a_setting() -> None:
 
 def test_every_flag_of_mechctl_is_one() -> None:
     """Commands and flags that containers and unit give to mechctl exist."""
-    serve = typer.main.get_command(app).get_command(None, "serve")  # type: ignore[attr-defined, arg-type]
+    serve = typer.main.get_command(app).get_command(None, "serve")  # type: ignore[attr-defined]
     flags = {option for parameter in serve.params for option in parameter.opts}
     seen = set()
     for text in texts().values():
@@ -266,7 +266,7 @@ def test_unit_is_one_that_systemd_takes_and_calls_safe(tmp_path: Path) -> None:
     unit.write_text(UNIT.read_text().replace(started, "/bin/true"))
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    judged = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", unit]
+    judged = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", str(unit)]
     done = subprocess.run(judged, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

@@ -91,6 +91,7 @@ def test_shipped_circuit_is_of_the_default_model(path: Path, spec: ModelSpec) ->
     assert circuit.stability is not None
     assert circuit.stability.circuits >= 5
     for measured in circuit.faithfulness:
+        assert measured.random is not None
         assert measured.random.count >= 20
         assert measured.cpr > measured.random.cpr_best
 

@@ -406,7 +406,7 @@ async def start(tmp_path: Path, engine: FakeEngine) -> AsyncIterator[Start]:
         capture = structlog.testing.LogCapture()
         capture.entries = log
         logger = structlog.wrap_logger(None, processors=[capture])
-        apps = make_app(settings, RemoteEngine, logger)
+        apps = make_app(settings, lambda url: RemoteEngine(url or ""), logger)
         runners = [
             Runner(
                 app,

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import structlog
 
 from interpretops.artifacts.dictionary.manifest import read_manifest, sha256_of
 from interpretops.errors import ConfigError
@@ -96,6 +97,7 @@ async def test_odd_file_among_policies_keeps_only_itself_from_serving(start, eng
     assert (await front.chat(model="tiny-model+calm"))[0] == 200
 
 
+LOG = structlog.get_logger()
 READERS = {
     "policies": file_digest,
     "settings": load_settings,
@@ -109,8 +111,8 @@ READERS = {
     "transcripts": lambda path: Vault("acme", f"file:{path}"),
     "budgets": read_budgets,
     "baselines": read_baselines,
-    "audit": lambda path: AuditLog(path, AuditSettings(path=path), Metrics(), None),
-    "head": lambda path: AuditLog(path.with_suffix(""), AuditSettings(path=path), Metrics(), None),
+    "audit": lambda path: AuditLog(path, AuditSettings(path=path), Metrics(), LOG),
+    "head": lambda path: AuditLog(path.with_suffix(""), AuditSettings(path=path), Metrics(), LOG),
 }
 
 

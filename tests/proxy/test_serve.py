@@ -317,7 +317,9 @@ async def test_edit_under_load_breaks_no_stream(served):
     served.write("loud", 2.0)
 
 
-@pytest.mark.parametrize("victim", ["keeper", "server", "core"])
+@pytest.mark.parametrize(
+    "victim", ["core", *(pytest.param(part, marks=pytest.mark.long) for part in ("keeper", "server"))]
+)
 async def test_engine_killed_in_mid_stream(served, victim):
     """The stream ends in an error without end marker; until the engine is proven again nobody is served."""
     await asyncio.to_thread(wait_for, served.ready, 120, "ready")

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import structlog
@@ -57,5 +58,5 @@ def test_audit_log_outlives_all_and_accounts_are_settled_before_the_engines_go(t
     assert names.index("engines") < names.index("usage_counters")
 
 
-def _no_engine(_address: str | None) -> None:
+def _no_engine(_address: str | None) -> NoReturn:
     raise AssertionError("no engine is started here")

@@ -146,7 +146,7 @@ def _site_edits(spec: ModelSpec, site: Site, rng: np.random.Generator) -> SiteEd
         "high": np.where(kind == 1, 0.2, infinite),
         "max_norm": np.where(np.arange(count) == 2, 1e-3, infinite),
     }
-    indices = {"gate": np.array([0, 0, 0, 0, 1, 1, 2, 3]), "topk": np.full(count, -1)}
+    indices: dict[str, Any] = {"gate": np.array([0, 0, 0, 0, 1, 1, 2, 3]), "topk": np.full(count, -1)}
     units = Units(
         **{name: value.astype(np.float32) for name, value in values.items()},
         **{name: value.astype(np.int32) for name, value in indices.items()},

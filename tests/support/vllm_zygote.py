@@ -78,7 +78,8 @@ def main(orders: Connection) -> None:
     running: dict[int, int] = {}
     """Process id by its pidfd."""
     while True:
-        ready, _, _ = select.select([orders, *running], [], [])
+        watched: list[Any] = [orders, *running]
+        ready, _, _ = select.select(watched, [], [])
         for ended in (fd for fd in ready if isinstance(fd, int)):
             pid = running.pop(ended)
             os.close(ended)

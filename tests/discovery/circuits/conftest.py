@@ -151,6 +151,7 @@ def artifacts(known_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """Dictionaries of the known model: `words` (a feature for each word that was copied), `late`, `heads`."""
     root = tmp_path_factory.mktemp("artifacts")
     spec = read_model_spec(known_folder)
+    point: Point
     for name, layer, point in (("words", 0, "resid_post"), ("late", 1, "resid_post"), ("heads", 0, "attn_z")):
         save_words(root / spec.name / name, spec, layer, point)
     return root
@@ -164,7 +165,7 @@ def save_words(folder: Path, spec: ModelSpec, layer: int, point: Point) -> Path:
     weights = {
         "W_enc": np.ascontiguousarray(eye.T),
         "W_dec": eye,
-        "b_enc": np.repeat(np.float32([0, -100]), [WORDS, 4]),
+        "b_enc": np.repeat(np.array([0, -100], np.float32), [WORDS, 4]),
         "b_dec": np.zeros(3 * WORDS, np.float32),
         "threshold": np.full(WORDS + 4, 0.05, np.float32),
     }

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,17 +127,17 @@ def test_features_go_on_where_they_stopped(  # type: ignore[no-untyped-def]
 ) -> None:
     """Scores that were finished before an interruption are read, and the file is that of an unbroken run."""
     calls = []
-    real = feature_search.feature_scores
+    real: Any = feature_search.feature_scores  # type: ignore[attr-defined]
 
     def stopping(*arguments: object) -> object:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(*arguments)
 
     monkeypatch.setattr(feature_search, "feature_scores", stopping)
-    common = ("--pairs", pairs_file, "--edges", 3, "--batch", 2, "--artifacts", artifacts)
-    common = (*common, "--dictionary", "words")
+    inputs = ("--pairs", pairs_file, "--artifacts", artifacts, "--dictionary", "words")
+    common = (*inputs, "--edges", 3, "--batch", 2)
     assert mechctl(*common, "--out", tmp_path / "a.json", "--work", tmp_path / "work")[0] == 2
     assert mechctl(*common, "--out", tmp_path / "a.json", "--work", tmp_path / "work")[0] == 0
     resumed = len(calls) - 2

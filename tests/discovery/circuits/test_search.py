@@ -58,7 +58,7 @@ def test_stopped_run_goes_on_and_ends_the_same(  # type: ignore[no-untyped-def]
     """Stopped amid attribution, the rest alone is computed, and the file is that of an unbroken run but for
     the id; once finished, the same command ends in the same file, id included."""
     calls = []
-    real = search_module.edge_scores
+    real = search_module.edge_scores  # type: ignore[attr-defined]
 
     def stopping(*arguments: object) -> object:
         calls.append(1)
@@ -88,7 +88,7 @@ def test_search_is_in_float32_whatever_is_served(  # type: ignore[no-untyped-def
 ) -> None:
     """The settings' number format is the engine's; in bfloat16, small effects would drown in rounding."""
     seen = []
-    real = command.FrozenModel
+    real = command.FrozenModel  # type: ignore[attr-defined]
 
     def noting(folder: Path, dtype: torch.dtype, device: str) -> FrozenModel:
         seen.append(dtype)

@@ -78,7 +78,8 @@ def test_edge_scores_are_transformer_lens(folder: Path) -> None:
         caches = [lens.run_with_cache(tokens)[1] for tokens in (clean, corrupted)]
     change = [caches[0]["hook_embed"] - caches[1]["hook_embed"]]
     for layer, block in enumerate(decoder.layers):
-        weight = block.self_attn.o_proj.weight.view(-1, graph.heads, decoder.head_dim)
+        attention: Any = block.self_attn
+        weight = attention.o_proj.weight.view(-1, graph.heads, decoder.head_dim)
         z = caches[0][f"blocks.{layer}.attn.hook_z"] - caches[1][f"blocks.{layer}.attn.hook_z"]
         change += [torch.einsum("btf,df->btd", z[:, :, h], weight[:, h]) for h in range(graph.heads)]
         change.append(caches[0][f"blocks.{layer}.hook_mlp_out"] - caches[1][f"blocks.{layer}.hook_mlp_out"])

@@ -130,6 +130,7 @@ async def test_loss_on_tasks_is_against_the_unsteered_run(subject: Subject, tmp_
     assert after is not None
     assert score.value == pytest.approx(1 - after / before)
     assert score.interval is not None
+    assert score.value is not None
     assert score.interval.low < score.value < score.interval.high
     same = (await evaluated(loaded, subject, Gateway(), tmp_path / "same")).measures
     for name, high in (
@@ -235,8 +236,8 @@ def test_options_of_facts_and_pairs_follow_their_rows(tmp_path: Path) -> None:
     """True option first, then those of the row, or right answers of others; shuffled rows stay together."""
     rows = [{"q": f"q{i}", "yes": f"yes{i}", "no": f"no{i}; never{i}"} for i in range(12)]
     path = write_prompts(tmp_path, "f.json", rows)
-    fact = {"path": path, "role": "factual", "field": "q", "answer": "yes", "limit": 5}
-    sources = [
+    fact: dict[str, Any] = {"path": path, "role": "factual", "field": "q", "answer": "yes", "limit": 5}
+    sources: list[dict[str, Any]] = [
         {**fact, "against": "no"},
         {**fact, "name": "drawn"},
         {"path": path, "name": "pairs", "role": "bias", "field": "yes", "against": "no", "part": [0.0, 0.5]},

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec  # type: ignore[import-untyped]  # noqa: F401 (its registry is emptied)
+import fsspec  # noqa: F401 (its registry is emptied)
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer

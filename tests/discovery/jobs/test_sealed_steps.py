@@ -2,6 +2,10 @@
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,20 +19,20 @@ from discovery.proposals.step_cache import Kept
 from discovery.sae.checkpoint import restore_checkpoint, save_checkpoint
 
 
-def training(seed=0, width=3):
+def training(seed: int = 0, width: int = 3) -> tuple[nn.Linear, torch.optim.Adam]:
     torch.manual_seed(seed)
     module = nn.Linear(width, 2)
     return module, torch.optim.Adam(module.parameters())
 
 
-def step(module, optimizer):
+def step(module: Any, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     module(torch.ones(1, module.in_features)).sum().backward()
     optimizer.step()
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path: Path) -> Path:
     """A checkpoint of the run `mine`, after two steps."""
     module, optimizer = training()
     step(module, optimizer)
@@ -38,25 +42,25 @@ def checkpoint(tmp_path):
     return path
 
 
-def restore(path, identity=None, **shape):
+def restore(path: Path, identity: dict[str, str] | None = None, **shape: int) -> Any:
     return restore_checkpoint(*training(1, **shape), path, identity or {"run": "mine"})
 
 
-def cut(path):
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
-def flip_a_weight(path):
+def flip_a_weight(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(bytes(content))
 
 
-def without_metadata(path):
+def without_metadata(path: Path) -> None:
     save_file(load_file(path), path)
 
 
-def another_step(path):
+def another_step(path: Path) -> None:
     content = path.read_bytes()
     assert b'"step":"2"' in content
     path.write_bytes(content.replace(b'"step":"2"', b'"step":"9"'))
@@ -74,7 +78,9 @@ DAMAGE = (
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_checkpoint_is_one_line_with_its_remedy(checkpoint, damage):
+def test_damaged_checkpoint_is_one_line_with_its_remedy(
+    checkpoint: Path, damage: Callable[[Path], object]
+) -> None:
     """Cut, flipped by one bit, stripped or replaced: nothing of it is taken up."""
     assert restore(checkpoint) == 2
     damage(checkpoint)
@@ -85,7 +91,7 @@ def test_damaged_checkpoint_is_one_line_with_its_remedy(checkpoint, damage):
     assert "\n" not in str(told.value)
 
 
-def test_checkpoint_of_another_run_is_not_taken_up(checkpoint):
+def test_checkpoint_of_another_run_is_not_taken_up(checkpoint: Path) -> None:
     """Other settings, data or model, or another shape under the same name: one line, and the remedy."""
     with pytest.raises(DiscoveryError, match=r"is of another run: .*; delete it, .* or give another --work"):
         restore(checkpoint, {"run": "yours"})
@@ -94,7 +100,7 @@ def test_checkpoint_of_another_run_is_not_taken_up(checkpoint):
 
 
 @pytest.mark.parametrize("kind", ["json", "tensors"])
-def test_step_is_read_back_only_as_it_was_written(tmp_path, kind):
+def test_step_is_read_back_only_as_it_was_written(tmp_path: Path, kind: str) -> None:
     """Values return whole, keys of numbers and empty ones too; every byte that is changed is noticed."""
     path = tmp_path / "step"
     if kind == "json":
@@ -129,11 +135,11 @@ def test_step_is_read_back_only_as_it_was_written(tmp_path, kind):
             assert re.match(rf"{re.escape(str(path))}: is (no finished step|of another run)", told)
 
 
-def test_steps_of_another_run_are_not_read(tmp_path):
+def test_steps_of_another_run_are_not_read(tmp_path: Path) -> None:
     """A file that was copied from another run's folder, or bears another step's name, is named."""
     for run in ("one", "two"):
         kept = Kept(tmp_path / run, {"run": run})
-        assert kept.json("drawn", lambda run=run: [run]) == [run]
+        assert kept.json("drawn", partial(list, [run])) == [run]
         kept.tensors("words", lambda: {"x": torch.ones(2)})
         Steps(tmp_path / f"steps-{run}").tensor("scores", lambda: torch.ones(2))
         Steps(tmp_path / f"steps-{run}").numbers("found", lambda: [1.0])

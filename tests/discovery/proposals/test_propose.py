@@ -102,7 +102,7 @@ def test_full_disk_is_one_line_and_the_next_run_goes_on(
 ) -> None:
     """No space left ends in one line that names the file; what was finished is read by the next run."""
     arguments = _arguments(class_file(), tiny, tmp_path)
-    real = sealed.write_atomically
+    real = sealed.write_atomically  # type: ignore[attr-defined]
 
     def full(path: Path, data: bytes) -> None:
         if "points" in path.parts:
@@ -131,7 +131,7 @@ def test_terminated_run_is_one_line_and_keeps_its_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SIGTERM in the middle ends in one line that names the folder of finished steps."""
-    real = sealed.write_atomically
+    real = sealed.write_atomically  # type: ignore[attr-defined]
 
     def terminate(path: Path, data: bytes) -> None:
         if "points" in path.parts:
@@ -284,8 +284,8 @@ def test_learned_edit_is_fitted_by_fit_gate_on_the_same_split(
     """`gated-edit` ends in a policy that compiles, and fit-gate's lists hold the contrast's own two parts."""
     path = class_file(judge={"kind": "refusal"}, wanted=[])
     out = tmp_path / "p" / "x.yaml"
-    chosen = ("--method", "gated-edit", "--policy-id", "x", "--out", out, "--steps", 2, "--rank", 2)
-    chosen = (*chosen, "--suite", "shouts", "--defense-efficacy-min", 0.4)
+    edit = ("--method", "gated-edit", "--policy-id", "x", "--out", out, "--steps", 2, "--rank", 2)
+    chosen = (*edit, "--suite", "shouts", "--defense-efficacy-min", 0.4)
     fixed = ("--contrast", path, "--model", tiny.folder, "--artifacts", tmp_path / "artifacts")
     status, _, errors = mechctl("propose", *fixed, *chosen, "--work", tmp_path / "work")
     assert status == 0, errors

@@ -17,6 +17,12 @@ from discovery.gates.contrast import read_contrast
 
 MECHCTL = [sys.executable, "-m", "mechctl.main"]
 WALK_S = 900
+SMALLER = {
+    "search": ["--limit", "2", "--edges", "20", "--resamples", "1"],
+    "propose": ["--layers", "15", "--strengths", "2"],
+    "eval": ["--max-tokens", "16"],
+}
+"""After what is printed, for a shorter walk: fewer pairs, one point of the grid, short answers."""
 
 
 def commands(repository: Path) -> list[str]:
@@ -65,10 +71,13 @@ def served(command: list[str], folder: Path) -> Iterator[str]:
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.timeout(2 * WALK_S)
+@pytest.mark.parametrize(
+    "more", [pytest.param({}, id="as printed", marks=pytest.mark.long), pytest.param(SMALLER, id="smaller")]
+)
 def test_the_walk_ends_in_a_served_policy_that_acts(
-    repository: Path, tmp_path: Path, default_model_dir: Path
+    repository: Path, tmp_path: Path, default_model_dir: Path, more: dict[str, list[str]]
 ) -> None:
-    """Search, propose, compile, serve and eval run as printed; the policy refuses doses that it never saw."""
+    """Search, propose, compile, serve and eval run; the policy refuses doses that it never saw."""
     (tmp_path / "docs").symlink_to(repository / "docs")
     del default_model_dir
     typed = [shlex.split(line) for line in commands(repository)]
@@ -77,9 +86,8 @@ def test_the_walk_ends_in_a_served_policy_that_acts(
 
     def run(words: list[str]) -> str:
         program = MECHCTL if words[0] == "mechctl" else [words[0]]
-        done = subprocess.run(
-            [*program, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=WALK_S
-        )
+        command = [*program, *words[1:], *more.get(words[1], [])]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=WALK_S)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -133,7 +133,7 @@ def test_gemma_scope_folder_reads_as_sae_lens_reads_it(
     from sae_lens.registry import get_sae_class
 
     if release == "npz":
-        np.savez(tmp_path / "params.npz", **saelens_weights)
+        np.savez(tmp_path / "params.npz", **saelens_weights)  # type: ignore[arg-type]
     else:
         save_file({name.lower(): a for name, a in saelens_weights.items()}, tmp_path / "params.safetensors")
     manifest_for(tmp_path, f"params.{release}", id="g", layout="gemma_scope")
@@ -204,7 +204,7 @@ def dictionary_learning_case(kind: str, w: Arrays) -> tuple[Arrays, np.ndarray, 
         return w, a, a @ w["W_dec"] + w["b_dec"], "jumprelu"
     if kind == "AutoEncoderTopK":
         a = top(np.maximum(centred + w["b_enc"], 0), 6)
-        tensors = linear | {"b_dec": w["b_dec"], "k": np.array(6), "threshold": np.float32([-1])}
+        tensors = linear | {"b_dec": w["b_dec"], "k": np.array(6), "threshold": np.array([-1], np.float32)}
         return tensors, a, a @ w["W_dec"] + w["b_dec"], "topk"
     u = np.maximum(centred + w["b_enc"], 0)
     a = u * (u > 1.5)

@@ -186,7 +186,8 @@ def test_initialisation_that_changes_the_base_weights_is_refused(
     before = network.model.layers[1].self_attn.o_proj.weight.detach().clone()
     options = options if isinstance(options, dict) else options()
     wrapped = write_peft_adapter(network, "o_proj", model.folder, tmp_path / "artifacts", **options)
-    base = wrapped.base_model.model.model.layers[1].self_attn.o_proj.base_layer.weight
+    inner: Any = wrapped.base_model
+    base = inner.model.model.layers[1].self_attn.o_proj.base_layer.weight
     assert torch.equal(base, before) == accepted
     if accepted:
         assert torch.allclose(steered(model, tmp_path), own(wrapped), atol=1e-4)
@@ -295,6 +296,7 @@ def test_field_that_changes_the_numbers_is_refused_by_name(field: str) -> None:
         AdapterError, match=rf"adapter_config.json: {field} = .*, which is not supported: \w+"
     ):
         check_lora_config(path, plain | {field: REFUSED[field]})
+    unset: Any
     for unset in (None, False, [], {}, "none" if field == "bias" else None):
         check_lora_config(path, plain | {field: unset})
 

@@ -289,7 +289,8 @@ def test_head_scale_touches_the_named_heads_only(compile_text: Callable[[str], P
 def adapter(artifacts: Path, model: ModelSpec, name: str, site: Site) -> AdapterSite:
     rng = np.random.default_rng(2)
     width = model.width(site.point)
-    part = AdapterSite(*rng.normal(size=(2, 4, width)).astype(np.float32), np.ones(4, np.float32), "relu")
+    read, write = rng.normal(size=(2, 4, width)).astype(np.float32)
+    part = AdapterSite(read, write, np.ones(4, np.float32), "relu")
     write_adapter(
         artifacts / model.name / "adapters" / name, {site: part}, target_class="jailbreak", model=model
     )

@@ -24,10 +24,8 @@ CONFIG = {
 def write(folder: Path, weights: dict[str, np.ndarray] | None = None, **config: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
-    save_file(
-        {"a": np.arange(600, dtype=np.float32), "b": np.ones(3, np.float16)} | (weights or {}),
-        folder / "model.safetensors",
-    )
+    tensors: dict[str, np.ndarray] = {"a": np.arange(600, dtype=np.float32), "b": np.ones(3, np.float16)}
+    save_file(tensors | (weights or {}), folder / "model.safetensors")
     return folder
 
 

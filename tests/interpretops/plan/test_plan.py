@@ -1,6 +1,7 @@
 """The plan file: the same bytes for the same plan, all of it back, and only `PlanError` for damage."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def plans(draw: st.DrawFn) -> Plan:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     gates = [ALWAYS]
     for _ in range(draw(st.integers(0, 3))):
-        phase = draw(st.sampled_from(("both", "prefill", "decode")))
+        phase: Any = draw(st.sampled_from(("both", "prefill", "decode")))
         count = draw(st.integers(0, 3))
         if count == 0:
             gates.append(Gate(None, ALWAYS.read, ALWAYS.bias, ALWAYS.cut, phase=phase))
@@ -157,10 +158,11 @@ def test_same_numbers_written_otherwise_are_refused() -> None:
 
 def test_gate_that_reads_after_its_edit_is_refused() -> None:
     """An edit cannot wait for what the model computes later."""
-    units = Units(
-        **{name: np.zeros((1, 12) if name in ("read", "write") else 1, np.float32) for name in UNIT_FIELDS}
-        | {"gate": np.ones(1, np.int32), "topk": -np.ones(1, np.int32), "max_norm": np.ones(1, np.float32)}
-    )
+    fields: dict[str, Any] = {
+        name: np.zeros((1, 12) if name in ("read", "write") else 1, np.float32) for name in UNIT_FIELDS
+    }
+    fields |= {"gate": np.ones(1, np.int32), "topk": -np.ones(1, np.int32)}
+    units = Units(**fields | {"max_norm": np.ones(1, np.float32)})
     one = np.zeros(1, np.float32)
     gate = Gate(Site(3, "resid_post"), np.zeros((1, 12), np.float32), one, one)
     plan = Plan("p", "c", MODEL, {Site(2, "resid_post"): SiteEdits(units)}, (ALWAYS, gate))

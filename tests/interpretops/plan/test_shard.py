@@ -53,7 +53,8 @@ def make_plan(rng: np.random.Generator) -> Plan:
             "high": np.array([np.inf, np.inf, 0.2, np.inf, np.inf, np.inf]),
             "max_norm": np.where(np.arange(count) % 2 == 0, 4.8, infinite),
         }
-        topk = TopK(*(rng.normal(size=size).astype(np.float32) for size in ((5, read_width), (5,))), 2)
+        rows, bias = (rng.normal(size=size).astype(np.float32) for size in ((5, read_width), (5,)))
+        topk = TopK(rows, bias, 2)
         return SiteEdits(
             Units(
                 **{name: value.astype(np.float32) for name, value in values.items()},

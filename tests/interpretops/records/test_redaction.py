@@ -7,7 +7,7 @@ from interpretops.records.redaction import Redactor
 
 
 @pytest.fixture(scope="module")
-def redactor():
+def redactor() -> Redactor:
     return Redactor(("US", "DE"))
 
 
@@ -28,7 +28,9 @@ def redactor():
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----!", "[SECRET]!"),
     ],
 )
-def test_what_names_a_person_or_opens_a_door_is_replaced(redactor, text, expected):
+def test_what_names_a_person_or_opens_a_door_is_replaced(
+    redactor: Redactor, text: str, expected: str
+) -> None:
     """Each kind becomes its name in brackets, and the text around it stays."""
     assert redactor.text(text) == expected
 
@@ -42,35 +44,35 @@ def test_what_names_a_person_or_opens_a_door_is_replaced(redactor, text, expecte
         "Adam said: be kind @ home",
     ],
 )
-def test_what_only_looks_like_it_stays(redactor, text):
+def test_what_only_looks_like_it_stays(redactor: Redactor, text: str) -> None:
     """Dates, code, and numbers whose check digits are wrong are left alone."""
     assert redactor.text(text) == text
 
 
-def test_every_text_of_a_value_is_looked_at(redactor):
+def test_every_text_of_a_value_is_looked_at(redactor: Redactor) -> None:
     """Nested lists, objects and their keys; numbers and words that are no text stay what they are."""
     value = {"a@b.example": [{"content": "x a@b.example"}, 3, None, True]}
     assert redactor.value(value) == {"[EMAIL]": [{"content": "x [EMAIL]"}, 3, None, True]}
 
 
-def test_whole_numbers_are_looked_at_as_texts_are(redactor):
+def test_whole_numbers_are_looked_at_as_texts_are(redactor: Redactor) -> None:
     """As where a tool's arguments are an object: a card's digits need no quotes."""
     value = {"card": 4111111111111111, "phone": 2125551234, "no card": 4111111111111112, "n": 12345678}
     assert redactor.value(value) == {**value, "card": "[CARD]", "phone": "[PHONE]"}
 
 
-def test_names_of_people_are_not_found(redactor):
+def test_names_of_people_are_not_found(redactor: Redactor) -> None:
     """A limit that the documentation states: no model of language reads the text."""
     assert redactor.text("John Smith lives here.") == "John Smith lives here."
 
 
-def test_long_texts_of_any_kind_take_no_time_without_bound(redactor):
+def test_long_texts_of_any_kind_take_no_time_without_bound(redactor: Redactor) -> None:
     """Repetitions that would lead a careless pattern astray end soon."""
     for part in ("a@", "1", "DE89 ", "a.b", "1 2 ", "-----BEGIN PRIVATE KEY-----"):
         redactor.text(part * 100)
 
 
-def test_unknown_country_is_named():
+def test_unknown_country_is_named() -> None:
     """A region that libphonenumber does not have stops the start."""
     with pytest.raises(ConfigError, match="phone_regions: 'XX'"):
         Redactor(("XX",))

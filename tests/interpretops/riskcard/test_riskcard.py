@@ -368,7 +368,7 @@ def test_card_of_the_first_layout_still_loads(tmp_path: Path) -> None:
     assert raw["measures"]["latency_cost_overhead"]["value"] is not None
     card = load_card(FIRST_LAYOUT)
     for name in ("causal_contribution", "circuit_stability", "latency_cost_overhead", "bleu_loss"):
-        assert "measure the policy anew" in str(card.measures[name].absent)  # type: ignore[index]
+        assert "measure the policy anew" in str(card.measures[name].absent)
     assert card.measures["defense_efficacy"].value == raw["measures"]["defense_efficacy"]["value"]
     assert (card.latency, card.contributions) == (None, ())
     assert "make bench" not in " ".join(card.notes)

@@ -94,7 +94,7 @@ def test_keys_that_are_missing_and_redis_that_is_away_are_faults(
     tmp_path: Path, default_model_dir: Path
 ) -> None:
     """The address of Redis is not shown: it may hold a password."""
-    settings = {
+    settings: dict[str, object] = {
         "paths": {"keys": "keys.yaml"},
         "limits": {"redis_url": f"redis://user:geheim@127.0.0.1:{free_port()}/0"},
     }

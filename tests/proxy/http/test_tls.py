@@ -117,7 +117,7 @@ BROKEN = {
     "no certificate": lambda folder: (folder / "cert.pem").unlink(),
     "no key": lambda folder: (folder / "key.pem").unlink(),
     "a folder": lambda folder: ((folder / "key.pem").unlink(), (folder / "key.pem").mkdir()),
-    "a pipe": lambda folder: ((folder / "key.pem").unlink(), os.mkfifo(folder / "key.pem")),
+    "a pipe": lambda folder: ((folder / "key.pem").unlink(), os.mkfifo(folder / "key.pem")),  # type: ignore[func-returns-value]
     "expired": lambda folder: write_certificate(folder, -2 * DAY, -DAY),
 }
 

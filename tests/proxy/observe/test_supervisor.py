@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+import watchfiles
 
 import proxy
 from interpretops.errors import EngineError
@@ -33,7 +34,7 @@ SECRET = "a-prompt-7c1d"
 PLACES = {
     "readiness": (Readiness, "log_changes"),
     "policies": (Intake, "reload"),
-    "policy notifications": (watch.watchfiles, "awatch"),
+    "policy notifications": (watchfiles, "awatch"),
     "keys": (Access, "refresh"),
     "certificates": (TlsListeners, "refresh"),
     "reloads": (reload, "reload_everything"),

@@ -26,7 +26,7 @@ def fuzz():
         pytest.skip("schemathesis: tests/clients/install.sh has not run, or failed")
 
     async def run(document: Path, url: str, *flags: str) -> tuple[int, str]:
-        command = [PYTHON, "-m", "schemathesis.cli", "run", str(document), "--url", url, *flags]
+        command = [str(PYTHON), "-m", "schemathesis.cli", "run", str(document), "--url", url, *flags]
         command += ["--seed", "1", "--generation-database", "none", "--suppress-health-check", "all"]
         command += ["--no-color", "--continue-on-failure", "--no-shrink", "--output-truncate", "true"]
         process = await asyncio.create_subprocess_exec(

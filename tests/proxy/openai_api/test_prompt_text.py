@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ SAID = [
     CALL,
     {"role": "tool", "content": END, "tool_call_id": END},
 ]
-WRITTEN = {
+WRITTEN: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
         "messages": SAID,
         "tools": [TOOL],
@@ -241,7 +242,7 @@ async def test_engine_gets_inert_text_on_every_kind_of_route(start, engine):
     [
         (None, "does not list the tokenizer's special tokens"),
         (SpecialTokenList(ids={END: 0}, fault="it folds"), "it folds"),
-        (SpecialTokenList.model_construct(ids=["x"]), "malformed"),
+        (SpecialTokenList.model_construct(ids=["x"]), "malformed"),  # type: ignore[arg-type]
     ],
 )
 async def test_engine_that_lists_no_special_tokens_serves_nobody(start, engine, special, why):

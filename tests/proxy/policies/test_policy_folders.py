@@ -52,9 +52,9 @@ async def serves(front):
 
 VANISH = {
     "gone": shutil.rmtree,
-    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("no folder")),
-    "a link to itself": lambda folder: (shutil.rmtree(folder), folder.symlink_to(folder)),
-    "a link to nothing": lambda folder: (shutil.rmtree(folder), folder.symlink_to(folder / "nothing")),
+    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("no folder")),  # type: ignore[func-returns-value]
+    "a link to itself": lambda folder: (shutil.rmtree(folder), folder.symlink_to(folder)),  # type: ignore[func-returns-value]
+    "a link to nothing": lambda folder: (shutil.rmtree(folder), folder.symlink_to(folder / "nothing")),  # type: ignore[func-returns-value]
 }
 
 

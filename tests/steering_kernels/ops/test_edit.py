@@ -28,7 +28,7 @@ BACKENDS = ["grouped", *KERNELS]
 
 
 def apply_edits(
-    hidden: Tensor, table: SiteTable, step: StepMap, *others: Tensor | None, backend: str | None = None
+    hidden: Tensor, table: SiteTable, step: StepMap, *others: Tensor | None, backend: Any = None
 ) -> Tensor:
     """The edited activation, and the one handed in as it was. What it lies in is poisoned around it."""
     room = torch.full(
@@ -284,7 +284,7 @@ def test_result_of_a_token_does_not_depend_on_its_batch(backend: str, tokens: in
         assert torch.equal(alone[0], together[token])
 
 
-def splice(x: Tensor, encoder: Tensor, bias: Tensor, decoder: Tensor, theta: Tensor, change) -> Tensor:
+def splice(x: Tensor, encoder: Tensor, bias: Tensor, decoder: Tensor, theta: Tensor, change: Any) -> Tensor:
     """Encode the whole dictionary, change some features, decode both, add the difference: the delta form."""
     u = encoder @ x + bias
     a = torch.where(u > theta, u, 0.0)
@@ -323,10 +323,8 @@ def test_feature_edits_are_an_sae_splice_in_delta_form(kind: str, theta: float) 
         return a
 
     out = apply_edits(x, make_table(width, [row]), make_step([1] * 19))
-    wide = [t.double() for t in (encoder, bias, decoder)]
-    expected = torch.stack(
-        [splice(t.double(), *wide, torch.full((features,), theta).double(), change) for t in x]
-    )
+    wide = (encoder.double(), bias.double(), decoder.double(), torch.full((features,), theta).double())
+    expected = torch.stack([splice(t.double(), *wide, change) for t in x])
     assert torch.allclose(out.double(), expected, atol=1e-5)
     assert not torch.allclose(out, x)
 

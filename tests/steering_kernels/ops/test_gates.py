@@ -1,5 +1,7 @@
 """Gates: the same verdict for the same tokens, however the scheduler cuts, mixes and repeats them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -130,6 +132,7 @@ def test_pass_that_was_not_laid_out_is_stopped() -> None:
     table = SiteTable(2, rows=2, units=1, scales=0, device=CPU)
     step = StepMap(requests=1, gates=2, device=CPU)
     hidden = torch.ones(1, 2)
+    undo: Callable[[], None]
     for undo in (lambda: None, step.end):
         undo()
         with pytest.raises(RuntimeError, match="before its batch was laid out"):

@@ -20,7 +20,8 @@ def main(cases: str, result: str) -> None:
     from steering_kernels.vllm_plugin import register
 
     told: dict[str, object] = {}
-    real, versions = vllm.__version__, {}
+    real = vllm.__version__
+    versions: dict[str, str | None] = {}
     for version in VERSIONS:
         vllm.__version__ = version
         try:

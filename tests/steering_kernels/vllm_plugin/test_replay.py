@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import vector_plan
@@ -51,9 +52,9 @@ def plan_with(runtime: SteeringRuntime, **gate: Any) -> Plan:
     if not gate:
         return vector_plan(runtime.spec, 1.0, layer=1)
     read = torch.zeros(1, runtime.spec.hidden_size).numpy()
-    one = read[0, :1] + 1.0
+    one = read[0, :1] + np.float32(1)
     return vector_plan(
-        runtime.spec, 1.0, layer=1, gate=Gate(Site(0, "resid_post"), read, one, 0 * one, **gate)
+        runtime.spec, 1.0, layer=1, gate=Gate(Site(0, "resid_post"), read, one, one - one, **gate)
     )
 
 

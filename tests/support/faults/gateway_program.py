@@ -23,7 +23,7 @@ def state() -> dict[str, Any]:
     # A thread that does something has further calls above the pool's own loop.
     idle = [ident for ident in pool if ident in frames and frames[ident].f_code.co_name == "_worker"]
     return {
-        "tasks": sorted(task.get_coro().__qualname__ for task in asyncio.all_tasks()),
+        "tasks": sorted(getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks()),
         "threads": len([*Path("/proc/self/task").iterdir()]),
         "pool_idle": min(len(idle), POOL_THREADS),
     }

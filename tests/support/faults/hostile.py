@@ -7,8 +7,9 @@ import contextlib
 import json
 import random
 import re
+from collections.abc import Coroutine
 from email.parser import BytesParser
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from faults.answers import Judgement, judge
@@ -85,10 +86,10 @@ async def _connect(stand: Stand) -> tuple[asyncio.StreamReader, asyncio.StreamWr
     return await asyncio.open_connection(where.hostname, where.port)
 
 
-async def _in_turn(work: list) -> None:
+async def _in_turn(work: list[Coroutine[Any, Any, None]]) -> None:
     free = asyncio.Semaphore(_AT_ONCE)
 
-    async def one(part) -> None:
+    async def one(part: Coroutine[Any, Any, None]) -> None:
         async with free:
             await part
 
@@ -111,4 +112,4 @@ async def _read_body(reader: asyncio.StreamReader, head: bytes) -> Judgement:
     body = await reader.readexactly(int(headers["Content-Length"]))
     if status[1] == b"200" and b'"object": "list"' in body[:32]:
         return Judgement("listed")
-    return judge(int(status[1]), headers, body.decode())
+    return judge(int(status[1]), dict(headers), body.decode())
