@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,15 @@ def test_commands_stand_in_shell_blocks(document: Path) -> None:
     assert known.isdisjoint(indented)
 
 
+def check_options(words: list[str]) -> None:
+    """Raise click's `UsageError` when a command line of `mechctl` names what there is not."""
+    rest = [word for word in words[1:] if word not in ("&", ">", "…")]
+    part = typer.main.get_command(app)
+    while rest and hasattr(part, "commands"):
+        part = part.commands[rest.pop(0)]
+    part.make_parser(part.context_class(part)).parse_args(rest)
+
+
 @pytest.mark.parametrize(
     "command",
     [command for command in ALL if command.words[0] == "mechctl"],
@@ -153,12 +163,16 @@ def test_commands_stand_in_shell_blocks(document: Path) -> None:
 )
 def test_options_of_mechctl_exist(command: Command) -> None:
     """Each `mechctl` command names commands and options that there are, run or not."""
-    words = [word for word in command.words[1:] if word not in ("&", ">")]
-    part = typer.main.get_command(app)
-    while hasattr(part, "commands"):
-        part = part.commands[words.pop(0)]
-    with part.make_context("mechctl", [], resilient_parsing=True) as context:
-        part.make_parser(context).parse_args(words)
+    check_options(command.words)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_mechctl_named_in_a_sentence_exists(document: Path) -> None:
+    """What a page's sentences name, as `mechctl keys rotate`, are commands and options that there are."""
+    named = re.findall(r"`(mechctl [^`]+)`", document.read_text(encoding="utf-8"))
+    for words in map(shlex.split, named):
+        value = ["value"] if words[-1].startswith("--") else []  # an option that is named without one
+        check_options([*words, *value])
 
 
 @pytest.mark.parametrize(
