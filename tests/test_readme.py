@@ -4,8 +4,9 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from documents import ROOT, blocks, commands
@@ -51,13 +52,23 @@ def test_quick_start_answers_as_the_readme_says(url: str, capsys: pytest.Capture
     assert "Paris" in capsys.readouterr().out
 
 
+def columns(lines: list[Any], cut: Callable[[Any], tuple[str, str]]) -> tuple[str, str]:
+    """The texts of two columns, each in one line."""
+    left, right = zip(*map(cut, lines), strict=True)
+    return " ".join(" ".join(left).split()), " ".join(" ".join(right).split())
+
+
 def test_readme_shows_what_steer_prints() -> None:
-    """`mechctl steer` refuses the README's prompt under the policy, and prints the revision that it shows."""
+    """The README's sample is what `mechctl steer` prints: revision, receipt and both answers, cut short."""
     (steer,) = (command for command in commands(README) if command.words[:2] == ["mechctl", "steer"])
     done = subprocess.run([*MECHCTL, *steer.words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
-    text = README.read_text(encoding="utf-8")
-    (sample,) = re.findall(r"^(    without .*(?:\n    .+)+)", text, re.MULTILINE)
-    shown = set(re.findall(r"jailbreak@[0-9a-f]{12}|I'm sorry, but I can't help with that", sample))
-    assert len(shown) == 2
-    printed = " ".join(done.stdout.split())
-    assert all(piece in printed for piece in shown), done.stdout
+    *table, receipt = done.stdout.strip().splitlines()
+    rows = [row.replace("┃", "│").split("│") for row in table if row[0] in "┃│"]
+    printed = [columns(part, lambda row: (row[1], row[2])) for part in (rows[:1], rows[1:])]
+    (sample,) = blocks(README, "text")
+    *shown, last = sample.strip().splitlines()
+    place = shown[0].index("with jailbreak")
+    head, answers = (columns(part, lambda row: (row[:place], row[place:])) for part in (shown[:1], shown[1:]))
+    assert head == printed[0]
+    assert all(whole.startswith(text.rstrip("… ")) for whole, text in zip(printed[1], answers, strict=True))
+    assert receipt.strip() == last
