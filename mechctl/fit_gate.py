@@ -28,6 +28,7 @@ def fit_gate(
         list[Path] | None,
         typer.Option(
             "--join",
+            metavar="<path>",
             help="Probe file trained before; counts as one probe more. May be repeated.",
             show_default=False,
         ),

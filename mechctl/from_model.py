@@ -30,8 +30,11 @@ class Spelled:
 
     names: tuple[str, ...] = ()
     default: str | None = None
-    """What is shown as the default of an option that is left out when the model, or the command, decides."""
+    """What is shown as the default of an option that is left out when the model, or the command, decides;
+    empty shows none."""
     metavar: str | None = None
+    variable: str | None = None
+    """Environment variable that gives the value when the line does not."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Options:
     spelled: Mapping[str, str | Spelled] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     """Fields that keep their default, or that the command fills in itself."""
+    only: tuple[str, ...] = ()
+    """If any are named, these fields alone have options."""
 
 
 class LeftOut(frozenset[str]):
@@ -87,7 +92,7 @@ class _Field:
         """The option as typer declares it."""
         default: Any = self.info.get_default(call_default_factory=True)
         kind, names, metavar = self.kind, self.names, self.spelled.metavar
-        shown: bool | str = self.spelled.default or True
+        shown = True if self.spelled.default is None else self.spelled.default or False
         required = self.info.is_required()
         if get_origin(kind) is Literal:
             kind = str
@@ -97,13 +102,20 @@ class _Field:
         elif self.repeated:
             each = str if get_origin(self._each) is tuple else self._each
             kind, default = list[each], None  # type: ignore[valid-type]
+            metavar = metavar or f"<{each.__name__.lower()}>"
         elif kind is bool and self.may_be_none:
             names = (f"{names[0]}/--no-{names[0].removeprefix('--')}",)
         if self.spelled.default is not None:
             default = None
         if default is None and not required:
             kind = kind | None
-        option = typer.Option(*names, help=self._help(), metavar=metavar, show_default=shown)
+        option = typer.Option(
+            *names,
+            help=self._help(),
+            metavar=metavar,
+            show_default=shown,
+            envvar=self.spelled.variable,
+        )
         return inspect.Parameter(
             self.parameter,
             inspect.Parameter.KEYWORD_ONLY,
@@ -195,7 +207,7 @@ def options_from_models(command: Callable[..., None]) -> Callable[..., None]:
 def _fields(model: Any, options: Options, prefix: str = "") -> Iterator[_Field]:
     for name, info in model.__pydantic_fields__.items():
         path = f"{prefix}{name}"
-        if path in options.without:
+        if path in options.without or (options.only and path not in options.only):
             continue
         if is_pydantic_dataclass(info.annotation):
             yield from _fields(info.annotation, options, f"{path}.")

@@ -9,15 +9,17 @@ import typer
 from interpretops import __version__
 from interpretops.errors import ConfigError, InterpretOpsError
 from mechctl.audit import audit_app
+from mechctl.baselines import baselines
 from mechctl.circuits import circuits
 from mechctl.config import config_app
 from mechctl.doctor import doctor
-from mechctl.evaluation import add_eval_commands
+from mechctl.evaluate import evaluate
 from mechctl.fit_gate import fit_gate
 from mechctl.keys import keys_app
 from mechctl.options import Artifacts, Config, Model
 from mechctl.policy import policy_app
 from mechctl.propose import propose
+from mechctl.report import report
 from mechctl.sae_eval import sae_eval
 from mechctl.sae_train import sae_train
 from mechctl.search import search
@@ -51,7 +53,9 @@ app.command("trace")(trace)
 app.command("sae-train")(sae_train)
 app.command("sae-eval")(sae_eval)
 app.command("fit-gate")(fit_gate)
-add_eval_commands(app)
+app.command("eval")(evaluate)
+app.command("baselines")(baselines)
+app.command("report")(report)
 
 
 def _show_version(asked: bool) -> None:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from mechctl.from_model import Spelled
+
 Config = Annotated[
     Path | None, typer.Option("--config", help="YAML settings; everything has a default.", show_default=False)
 ]
@@ -29,3 +31,5 @@ MeasuredText = Annotated[
     typer.Option("--text", help="Text to measure on besides; never trained on.", show_default=False),
 ]
 MeasuredTokens = Annotated[int, typer.Option(help="Held-out tokens to measure on, and as many of --text.")]
+SUITE_FILES = Spelled(variable="INTERPRETOPS_DATA")
+"""Of the field that says where the files of suites lie."""

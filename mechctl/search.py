@@ -58,6 +58,7 @@ def search(
         typer.Option(
             "--dictionary",
             "--sae",
+            metavar="<str>",
             help="Dictionary whose features are scored too, by id or folder. May be repeated.",
         ),
     ] = None,

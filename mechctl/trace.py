@@ -16,10 +16,15 @@ def trace(
     out: Annotated[Path, typer.Option("--out", help="Folder of the trace; an unfinished one goes on.")],
     prompts: Annotated[
         list[Path] | None,
-        typer.Option("--prompts", help="File of prompts: json, jsonl, csv, txt, yaml. May be repeated."),
+        typer.Option(
+            "--prompts",
+            metavar="<path>",
+            help="File of prompts: json, jsonl, csv, txt, yaml. May be repeated.",
+        ),
     ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option("--text", help="File of plain text. May be repeated.")
+        list[Path] | None,
+        typer.Option("--text", metavar="<path>", help="File of plain text. May be repeated."),
     ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="YAML list of files with licences.")] = None,
     data_folder: DataFolder = None,

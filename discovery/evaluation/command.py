@@ -23,7 +23,6 @@ Say = Callable[[str], None]
 
 def run_eval(settings: Settings, options: JobOptions, report: Path | None, say: Say) -> list[Evaluation]:
     """Measure the policy of the options, or every active one, and write ``report`` if one is wanted."""
-    options.check()
     found = [evaluate(settings, options, say=say)] if options.policy else _active(settings, options, say)
     if report is not None:
         write_report(report, [(one.card, one.suites) for one in found])

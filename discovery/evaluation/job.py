@@ -64,7 +64,6 @@ def evaluate(
 
     unsteered: what the same gateway has answered already; taken where the prompts are the same
     """
-    options.check()
     subject = open_subject(options.policy, settings, say)
     loaded = open_suites(options.suites, subject.policy, options.data_folder, settings.store.s3_endpoint)
     loaded = loaded if options.limit is None else cut(loaded, options.limit)

@@ -1,62 +1,67 @@
 """What the command line of `mechctl eval` says."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from discovery.errors import DiscoveryError
-from discovery.evaluation.measures.contributions import MOST_PARTS
-from discovery.evaluation.measures.latency import ROUNDS
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from discovery.jobs.job_settings import STRICT
+
+ROUNDS = 12
+"""Rounds of timing, unless the options say otherwise."""
+MOST_PARTS = 32
+"""Of a policy with more parts, so many are drawn."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class JobOptions:
     """One evaluation."""
 
-    policy: str
-    """Id or file; empty: every active one."""
+    policy: str = ""
+    """Id of the policy, or its file. Empty: every active one."""
     suites: tuple[str, ...] = ()
-    """Files, URLs or names of shipped suites; empty: those that the policy names."""
+    """File, URL or name of a suite; else those that the policy names."""
     url: str | None = None
-    """A running gateway; None starts one for this run, with baselines."""
+    """A running gateway; else one is started for this run. Only then are baselines made for it."""
     out: Path | None = None
-    """None: `runs/eval-<policy id>`."""
+    """Folder of answers and card; an unfinished run goes on."""
     data_folder: str | None = None
-    max_tokens: int = 40
-    concurrency: int = 32
+    """Folder or URL of the suites' files, if not beside them."""
+    max_tokens: int = Field(default=40, ge=1)
+    """Longest answer."""
+    concurrency: int = Field(default=32, ge=1)
+    """Requests in flight."""
     seed: int = 0
-    limit: int | None = None
-    """Most prompts of each role."""
-    baseline_limit: int = 40
-    """Most prompts of each role that served baselines are asked; 0 leaves them out."""
-    answer_limit: int = 60
+    """Seed of sampling, resampling and random directions."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Most prompts of each role, for a quick look."""
+    baseline_limit: int = Field(default=40, ge=0)
+    """Most prompts of each role that served baselines are asked; 0: none."""
+    answer_limit: int = Field(default=60, ge=0)
     """Most own answers whose likelihood is read."""
     contrast: Path | None = None
-    """Prompts that the DiffMean direction is made of."""
+    """Prompts that the DiffMean baseline is made of; else those that we bring for the class."""
     judge_url: str | None = None
+    """OpenAI-compatible model that judges refusals instead of the phrase list."""
     judge_model: str | None = None
+    """Name of the judge; OPENAI_API_KEY is its key."""
     moderation_url: str | None = None
+    """OpenAI-compatible moderation: an attack succeeds when it flags the answer."""
     moderation_model: str | None = None
+    """Model of the moderation; else its default."""
     circuit: Path | None = None
-    """The circuit file that the policy names; None: the one among the artifacts."""
-    latency_rounds: int = ROUNDS
-    """Rounds of timing; 0 measures no LCO."""
-    parts: int = MOST_PARTS
-    """Most parts of the policy that are ablated; 0 measures no CCS."""
+    """Gives the card CS: the circuit file that the policy names; else that among the artifacts."""
+    latency_rounds: int = Field(default=ROUNDS, ge=0)
+    """Rounds of timing for LCO, a minute at most; 0: none."""
+    parts: int = Field(default=MOST_PARTS, ge=0)
+    """Most parts of the policy that are ablated for CCS; 0: none."""
     baselines: tuple[str, ...] = ()
-    """``<kind>=<policy id>`` each."""
+    """A served policy as baseline of a kind: random_direction, ungated or diffmean."""
     prefix_cache: bool | None = None
-    """Switch the prefix cache of this run's own engine on or off; None: vLLM's default."""
+    """Prefix cache of this run's own engine; else as the engine likes."""
     publish: bool = False
-    """Put the card into the folder of cards beside the policies."""
-
-    def check(self) -> None:
-        """Raise `DiscoveryError` for an option that cannot be, before anything is asked."""
-        lowest = {"max_tokens": 1, "concurrency": 1, "limit": 1}
-        lowest |= {"baseline_limit": 0, "answer_limit": 0, "latency_rounds": 0, "parts": 0}
-        for name, least in lowest.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise DiscoveryError(f"--{name.replace('_', '-')} = {value}, but must be at least {least}")
+    """Put the card into `cards/` of the folder of policies."""
 
     @property
     def command(self) -> str:

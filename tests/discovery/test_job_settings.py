@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from discovery.circuits.search_settings import Reading, SearchSettings, Taking
 from discovery.data.trace_settings import TraceSettings
+from discovery.evaluation.options import JobOptions
 from discovery.gates.gate_settings import EditSettings, GateSettings
 from discovery.jobs.job_settings import faults
 from discovery.proposals.answering import _that_decide
@@ -83,6 +84,8 @@ TRACED: Any = SimpleNamespace(record={"shards": [{"sha256": "0" * 64}]})
         (EditSettings, {"layers": ()}, "layers = (), but must be at least one layer"),
         (Taking, {"held_out": 1.0}, "held_out = 1.0, but must be less than 1"),
         (SearchSettings, {"seeds": 4}, "seeds = 4, but must be at least 5"),
+        (JobOptions, {"limit": 0}, "limit = 0, but must be at least 1"),
+        (JobOptions, {"latency_rounds": -1}, "latency_rounds = -1, but must be at least 0"),
         (Propose, {"counts": (1, 0)}, "counts = 0, but must be at least 1"),
         (Propose, {"counts": ()}, "counts = (), but must be at least 1 value"),
         (Propose, {"budgets": {"benign": 2}}, "budgets.benign = 2, but must be at most 1"),
@@ -129,6 +132,7 @@ def test_every_field_says_what_it_is(settings: Any) -> None:
         (GateSettings(layers=(9, 12, 15)).trained(), "7d76983f44be35b7"),
         (asdict(EditSettings(layers=(16, 19, 22))), "7aef71ca6ee699f2"),
         (asdict(SearchSettings()), "f7bd97ff5e3be9d5"),
+        (asdict(JobOptions("jailbreak")), "8a31cebb27a7ed48"),
         (_that_decide(ProposeSettings(contrast=Path("a/class.yaml"))), "da354f8073d74eea"),
     ],
 )

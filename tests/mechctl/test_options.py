@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from mechctl.main import app
 
@@ -47,3 +49,12 @@ def option_lines() -> list[str]:
 def test_options_of_every_command_are_those_listed() -> None:
     """Names, aliases, defaults, and which are required: a script that ran before runs now."""
     assert option_lines() == LISTED.read_text(encoding="utf-8").splitlines()
+
+
+def test_help_of_every_command_fits_a_small_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 80 columns no name, type or default is cut off."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, _ in _commands(typer.main.get_command(app)):
+        shown = CliRunner().invoke(app, [*name.split(), "--help"])
+        assert shown.exit_code == 0
+        assert [line for line in shown.output.splitlines() if "…" in line] == [], name

@@ -9,6 +9,7 @@ import numpy as np
 from discovery.evaluation.answers import Answer
 from discovery.evaluation.forced import Item, Scores, score_answers
 from discovery.evaluation.measures.policy_parts import Part, parts_of, without_part
+from discovery.evaluation.options import MOST_PARTS
 from discovery.evaluation.suite import ASKED, LoadedSuite, Prompt, spread
 from discovery.jobs.progress import meter
 from interpretops.plan import Plan
@@ -16,8 +17,6 @@ from interpretops.policy import Policy
 from interpretops.riskcard.card import Contribution, Measure, Source
 from interpretops.riskcard.measures import absent, causal_contribution
 
-MOST_PARTS = 32
-"""Of a policy with more, so many are drawn."""
 MOST_PROMPTS = 16
 FEWEST_PROMPTS = 3
 OFF, ON = "off", "on"

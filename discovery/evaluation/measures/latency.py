@@ -25,7 +25,6 @@ REQUESTS = 8
 """Requests of a batch."""
 TOKENS = 32
 """Tokens generated for each."""
-ROUNDS = 12
 FEWEST_ROUNDS = 5
 """With fewer, a median's interval means nothing."""
 MOST_S = 60.0

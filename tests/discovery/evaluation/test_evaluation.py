@@ -319,22 +319,6 @@ def test_faulty_suite_is_one_clear_line(suite: Path, source: dict[str, Any], exp
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"limit": 0}, "--limit = 0, but must be at least 1"),
-        ({"max_tokens": 0}, "--max-tokens = 0, but must be at least 1"),
-        ({"latency_rounds": -1}, "--latency-rounds = -1, but must be at least 0"),
-    ],
-)
-def test_impossible_option_is_told_before_anything_is_asked(
-    tmp_path: Path, options: dict[str, Any], expected: str
-) -> None:
-    """An option that cannot be ends the job before a model, a suite or a gateway is opened."""
-    with pytest.raises(DiscoveryError, match=expected):
-        evaluate_policy(load_settings(None, environ={}), JobOptions("gone", **options), say=lambda line: None)
-
-
 def test_suite_reads_urls_and_takes_the_same_part_as_discovery(suite: Path) -> None:
     """A file behind a URL gives the same prompts as on disk, and parts of it do not overlap."""
     import fsspec

@@ -11,13 +11,13 @@ from safetensors.numpy import save_file
 
 from discovery.evaluation.answers import Answer
 from discovery.evaluation.measures.contributions import (
-    MOST_PARTS,
     changed_items,
     contribution_measure,
     effect_of,
     score_effect,
 )
 from discovery.evaluation.measures.policy_parts import parts_of, without_part
+from discovery.evaluation.options import MOST_PARTS
 from discovery.evaluation.suite import LoadedSuite, spread
 from discovery.evaluation.suite_files import load_suite
 from discovery.frozen_model import FrozenModel
