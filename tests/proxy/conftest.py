@@ -1,4 +1,4 @@
-"""A small fake engine for what cannot be provoked on a real one, and a gateway in front of it."""
+"""A small fake engine for what cannot be provoked on a real one, and a gateway connected to it."""
 
 import asyncio
 import hashlib
@@ -57,17 +57,17 @@ SPECIAL = SpecialTokenList(ids={"<|end|>": 0, "<|begin|>": 1}, first=1)
 
 @dataclass
 class FakeEngine:
-    """The contract between gateway and engine in memory; `trick` names the one thing it does wrong."""
+    """An in-memory engine that follows the plugin's contract; `trick` names the one thing it does wrong."""
 
     socket: Path
     trick: str = ""
     sick: int = 0
-    """How often its health route will still refuse."""
+    """How many more health checks it will fail."""
     silences: int = 0
-    """How often it was asked while its workers hung."""
+    """Number of calls while its workers hung."""
     plans: dict[str, Plan] = field(default_factory=dict)
     room: int = 1000
-    """Most plans that it takes."""
+    """Most plans that it accepts."""
     retired: list[str] = field(default_factory=list)
     seen: list[dict[str, Any]] = field(default_factory=list)
     plain: list[dict[str, Any]] = field(default_factory=list)
@@ -77,21 +77,21 @@ class FakeEngine:
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     receipts: dict[str, Receipt] = field(default_factory=dict)
     traced: list[str] = field(default_factory=list)
-    """`traceparent` of the requests."""
+    """`traceparent` headers of its requests."""
     script: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None
-    """What it answers instead: one body, or the events of a stream."""
+    """Replaces its answers: one body, or the events of a stream."""
     refusal: str | None = None
-    """Refuses every request with this code; a newer plugin may have one of its own."""
+    """Refuses every request with this code; a newer plugin may have unknown codes."""
     more: dict[str, int] = field(default_factory=dict)
-    """Further fields of its receipts."""
+    """Extra fields of its receipts."""
     tcp: tuple[str, int] | None = None
-    """Listen there instead of on the socket."""
+    """TCP address to listen on instead of the socket."""
     huge: int = 0
-    """MiB of its whole answers, when not 0."""
+    """Size of its unstreamed answers in MiB, when not 0."""
     written: int = 0
-    """MiB of them that it could write."""
+    """MiB of them written before the connection closed."""
     special: SpecialTokenList | None = SPECIAL
-    """What it says of its tokenizer's special tokens."""
+    """The special tokens it reports."""
     boot_id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
@@ -99,7 +99,7 @@ class FakeEngine:
         return f"unix://{self.socket}"
 
     async def restart(self) -> None:
-        """Be another process at the same address."""
+        """Act as another process at the same address."""
         await self.runner.cleanup()
         self.boot_id = secrets.token_hex(8)
         await self._listen()
@@ -292,7 +292,7 @@ class FakeEngine:
         return response
 
     def _take(self, request: web.Request) -> str:
-        """The receipt, as it travels with an answer that has come to its end."""
+        """The receipt, as sent along with a finished answer."""
         if self.trick == "older_plugin":
             return ""
         receipt = self.receipts.pop(request.headers.get(NONCE_HEADER, ""), None)
@@ -307,7 +307,7 @@ class FakeEngine:
 
 
 def _refuse(code: str, message: str) -> web.Response:
-    """As the plugin does; `test_engine_schemas.py` compares the two."""
+    """Matches the plugin; `test_engine_schemas.py` compares the two."""
     refusal = Refusal(error=Refusal.Error(message=message, code=str(code)))
     return answer(refusal, refusal.code.status, {REFUSAL_HEADER: str(code)})
 
@@ -318,7 +318,7 @@ def answer(message: EngineMessage, status: int = 200, headers: dict[str, str] | 
 
 
 def _engine_requests(body: dict[str, Any]) -> int:
-    """How many requests vLLM makes of one."""
+    """How many engine requests vLLM makes of one HTTP request."""
     prompt = body.get("prompt", "")
     lists = isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt)
     return (len(prompt) if lists else 1) * body.get("n", 1)
@@ -326,7 +326,7 @@ def _engine_requests(body: dict[str, Any]) -> int:
 
 @dataclass
 class Front:
-    """A running gateway: an HTTP session for each of its listeners, and its insides."""
+    """A running gateway: an HTTP session for each listener, and access to its internals."""
 
     public: ClientSession
     admin: ClientSession
@@ -355,7 +355,7 @@ class Front:
 
 
 def write_policy(folder: Path, name: str, scale: float = 0.5, heads: str = "[0]") -> Path:
-    """A policy that needs no dictionary."""
+    """Write a policy that needs no dictionary."""
     path = folder / f"{name}.yaml"
     path.write_text(
         f"meta: {{id: {name}}}\ninterventions:\n"
@@ -377,7 +377,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[FakeEngine]:
 
 @pytest.fixture
 def until() -> Callable[..., Any]:
-    """Waits until an asynchronous condition holds; for what no event tells of, as another process's state."""
+    """Wait until an async condition holds, for states that no event announces, such as another process's."""
 
     async def wait(condition: Callable[[], Any], timeout_s: float = 10) -> None:
         async with asyncio.timeout(timeout_s):
@@ -392,7 +392,7 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 async def start(tmp_path: Path, engine: FakeEngine) -> AsyncIterator[Start]:
-    """Starts a gateway before the fake engine; ``bindings`` and ``gateway`` are sections of the settings."""
+    """Start a gateway connected to the fake engine; ``bindings`` and ``gateway`` are settings sections."""
     stack: list[Any] = []
 
     async def run(*policies: str, wait: bool = True, **sections: Any) -> Front:

@@ -68,7 +68,7 @@ WAYS = {
 
 
 def check(answer, text, steered):
-    """Either steered, or refused in OpenAI's shape."""
+    """The answer must be steered, or an error in OpenAI's format."""
     assert answer.status in (200, 400, 403, 404), text
     if answer.status == 200:
         assert steered.startswith("calm@"), text
@@ -80,7 +80,7 @@ def check(answer, text, steered):
 @pytest.mark.parametrize("route", CONTENT)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_no_way_past_a_mandatory_policy(start, engine, route, stream):
-    """Of all answers to all attempts none was unsteered, and the engine ran nothing under anything else."""
+    """No answer to any attempt is unsteered, and the engine runs nothing under another revision."""
     front = await start("calm", "other", bindings=BINDINGS)
     active = front.apps.gateway.catalogue.entries["calm"].active.revision
     steered = 0
@@ -111,7 +111,7 @@ async def test_no_way_past_a_mandatory_policy(start, engine, route, stream):
 
 
 def test_matrix_knows_every_route_on_which_the_model_runs():
-    """A new route cannot be served without standing in the matrix above, or in the settings."""
+    """A new route must be added to the matrix above, or to the settings."""
     assert {path for path, route in ROUTES.items() if route.generates} == CONTENT.keys()
     assert set(ROUTES) == set(typing.get_args(Route))
     assert not set(ROUTES) & set(UNGUARDED)
@@ -140,7 +140,7 @@ async def test_routes_without_a_model_run_generate_nothing(start, engine, path, 
 
 
 async def test_unproven_engine_counts_no_tokens_either(start, engine):
-    """What a restarted engine says reaches nobody before it is proven, on any route."""
+    """On no route does a restarted engine's answer reach anyone before it is proven."""
     front = await start("calm")
     await engine.restart()
     async with front.public.post("/tokenize", json={"model": "tiny-model", "prompt": "hi"}) as answer:
@@ -167,7 +167,7 @@ async def test_unproven_engine_counts_no_tokens_either(start, engine):
     ],
 )
 async def test_all_else_is_refused_in_openai_shape(start, engine, method, path, status, code):
-    """Default deny: the engine's other routes, its plugin's and the admin's are not to be had here."""
+    """Default deny: other engine routes, plugin routes and admin routes are not available here."""
     front = await start("calm")
     async with front.public.request(method, path, json={"model": "tiny-model", "input": "hi"}) as answer:
         body = await answer.json()
@@ -204,8 +204,8 @@ async def test_all_else_is_refused_in_openai_shape(start, engine, method, path, 
         ("/v1/messages", {"mcp_servers": [{"url": "http://x"}]}),
     ],
 )
-async def test_what_makes_the_engine_reach_out_is_refused(start, engine, route, fields):
-    """No address, stored item or remote tool of a client's is ever followed."""
+async def test_content_that_makes_the_engine_fetch_is_refused(start, engine, route, fields):
+    """No URL, stored item or remote tool of a client is ever followed."""
     front = await start()
     body = {"model": "tiny-model", **CONTENT[route], **fields}
     async with front.public.post(route, json=body) as answer:
@@ -216,7 +216,7 @@ async def test_what_makes_the_engine_reach_out_is_refused(start, engine, route, 
 
 
 async def test_answers_are_never_stored_by_the_engine(start, engine):
-    """Whatever the client says, the engine is told to keep nothing of a response."""
+    """Whatever the client says, the engine is told not to store the response."""
     front = await start()
     body = {"model": "tiny-model", "input": "hi", "store": True}
     async with front.public.post("/v1/responses", json=body) as answer:
@@ -227,7 +227,7 @@ async def test_answers_are_never_stored_by_the_engine(start, engine):
 @pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages"])
 @pytest.mark.parametrize("trick", ["", "wrong_revision", "no_done", "dies"])
 async def test_named_streams_end_only_when_proven(start, engine, route, trick):
-    """The event that ends the stream comes after the receipt; without proof an error event comes instead."""
+    """The end event follows the receipt; without proof, an error event is sent instead."""
     front = await start("calm")
     engine.trick = trick
     body = {"model": "tiny-model+calm", "stream": True, **CONTENT[route]}
@@ -245,7 +245,7 @@ async def test_named_streams_end_only_when_proven(start, engine, route, trick):
 
 
 async def test_tenants_share_no_cache(start, engine, tmp_path):
-    """Prompts of one tenant are not found in the prefix cache by another, whatever salt it names."""
+    """One tenant never gets prefix-cache hits on another's prompts, whatever salt it sends."""
     from interpretops.records.api_keys import make_key, write_keys
 
     made = {name: make_key(tenant=name) for name in ("a", "b")}

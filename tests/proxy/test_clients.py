@@ -1,4 +1,4 @@
-"""The clients that people use work unchanged: answers, streams, tools, and errors of the kinds they know."""
+"""Popular clients work unchanged: answers, streams, tools, and errors of the types they know."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arg
 
 @pytest.fixture(params=(*PYTHON_CLIENTS, *NPM_CLIENTS))
 def tour(request):
-    """The command of one client's tour; skipped where the programs are not installed."""
+    """The command of one client's test program; skipped where the programs are not installed."""
     client = request.param
     if client in NPM_CLIENTS:
         stamp, command = CLIENTS / "node_modules/stamp", [shutil.which("node"), "programs.mjs"]
@@ -46,7 +46,7 @@ async def line_of(process):
 
 
 def script(body):
-    """What vLLM answers to a chat, whole or streamed, with a tool's call where there are tools."""
+    """vLLM's answer to a chat, streamed or not, with a tool call if there are tools."""
     head = {"id": "chatcmpl-1", "created": 1, "model": body["model"]}
     usage = {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
     if body.get("stream"):
@@ -65,7 +65,7 @@ def script(body):
 
 
 async def test_client_gets_answers_and_the_errors_it_knows(start, engine, until, tour):
-    """Whole, streamed and tools arrive; a mandatory policy is 403, an unknown model 404, no engine 503."""
+    """Answers, streams and tools work; a mandatory policy gives 403, an unknown model 404, no engine 503."""
     engine.script = script
     front = await start("calm", bindings=[{"policy": "calm", "mode": "mandatory"}])
     process = await take(tour, f"{front.public._base_url}v1", "tiny-model", "tools", "away")
@@ -92,7 +92,7 @@ async def test_client_gets_answers_and_the_errors_it_knows(start, engine, until,
 
 @pytest.fixture
 async def stand(engine_server, default_model_dir, tmp_path):
-    """A real gateway and engine under a policy that lets the model say one word only."""
+    """A real gateway and engine under a policy that allows only one word."""
     engine = {"engine_socket": str(engine_server.socket), "engine_pid": engine_server.process.pid}
     async with make_stand(tmp_path, default_model_dir, **engine) as running:
         yield running
@@ -100,7 +100,7 @@ async def stand(engine_server, default_model_dir, tmp_path):
 
 @pytest.mark.engine
 async def test_client_is_steered_by_a_real_engine(stand, tour):
-    """What the client's user reads are the policy's words, whole and streamed."""
+    """The client's user reads the policy's words, streamed or not."""
     process = await take(tour, f"{stand.url}/v1", stand.model)
     seen = await line_of(process)
     assert (seen["mandatory"], seen["unknown"]) == (403, 404)
@@ -111,6 +111,6 @@ async def test_client_is_steered_by_a_real_engine(stand, tour):
 
 
 def test_lock_of_npm_programs_names_no_registry():
-    """The lock works with whatever registry npm is configured for."""
+    """The lock file works with any registry that npm is configured for."""
     lock = json.loads((CLIENTS / "package-lock.json").read_text())
     assert [name for name, package in lock["packages"].items() if "resolved" in package] == []

@@ -1,4 +1,4 @@
-"""The short fault run: what can be broken around an engine that other tests use too."""
+"""The short fault run: everything that can be broken around an engine shared with other tests."""
 
 import asyncio
 import json
@@ -58,12 +58,12 @@ def stream(*events, word=WORD):
     ],
 )
 def test_answers_are_judged_by_receipt_and_by_words(kind, status, headers, text):
-    """Only what is proven and says nothing but the policy's word counts as steered."""
+    """Only a proven answer with nothing but the policy's word counts as steered."""
     assert judge(status, headers, text).kind == kind
 
 
-def test_failure_of_the_engine_is_told_with_its_cause():
-    """A caller's refusal for it and a stream's last event say why; other refusals are the guard's own."""
+def test_engine_failure_is_reported_with_its_cause():
+    """The error response or a stream's last event gives the cause; other refusals are the guard's own."""
     error = {**json.loads(ERROR)["error"], "code": "engine_failed", "message": "too slow"}
     failed = json.dumps({"error": error})
     assert judge(502, {"X-Request-Id": "r"}, failed).told == "engine_failed: too slow"
@@ -89,14 +89,14 @@ FIGURES = Figures(3, 20, 6, 4, 1, 0, 1, 0, 80.0, Counter(["a", "b", "b"]))
     ],
 )
 def test_growth_is_reported_as_a_leak(changed, leaks):
-    """Whatever is more after a fault is one, but for a pool that fills up and memory within its tolerance."""
+    """Any growth after a fault is a leak, except a pool that fills up and memory within its tolerance."""
     outcome = Outcome(counts=Counter(), before=FIGURES, after=replace(FIGURES, **changed))
     assert outcome.leaks == leaks
     assert outcome.summary()["leaks"] == len(leaks)
 
 
-def test_pool_that_fills_up_adds_no_thread_and_any_other_does():
-    """Threads of the gateway's pool count only while they do not come back from their work."""
+def test_pool_threads_count_only_while_busy():
+    """Threads of the gateway's pool count only while they do not return from their work."""
     release, all_there = threading.Event(), threading.Barrier(POOL_THREADS)
 
     def counted(pool_idle):
@@ -129,7 +129,7 @@ def test_pool_that_fills_up_adds_no_thread_and_any_other_does():
 
 @pytest.fixture
 async def scripted_stand(start, engine):
-    """A gateway before the scripted engine, of which nothing is broken, and that cuts what does not move."""
+    """A gateway with the scripted engine, fault-free, and short stall timeouts."""
     front = await start("calm", **{"gateway.body_timeout_s": 1})
     runner = front.runners[0]
     watch = asyncio.create_task(front.apps.gateway.stall_guard.run(lambda: runner.server.connections))
@@ -138,18 +138,19 @@ async def scripted_stand(start, engine):
 
 
 async def test_only_requests_without_an_end_of_headers_get_no_answer(scripted_stand):
-    """Of all that is malformed each gets an answer, or is one that was cut before it was a request."""
+    """Every malformed request gets a response, except one that was closed before it was complete."""
     traffic = Traffic(scripted_stand)
     await send_malformed(scripted_stand, traffic, 300)
     assert [line for line in traffic.faults if "no answer" in line or "misshapen" in line] == []
-    # Some of them are refused for what had come until then.
+    # Some are refused for the part received so far.
     without_end = [data for data in malformed(300, scripted_stand.model) if not is_whole(data)]
     assert 0 < traffic.counts["unfinished"] <= len(without_end) < 15
     assert traffic.counts["refused"] > 250
 
 
-async def test_whenever_a_client_leaves_the_engine_is_stopped(scripted_stand, engine, until):
-    """Before headers, before a token, in mid-stream, without a stream: nothing goes on for who is gone."""
+async def test_client_disconnect_always_stops_the_engine(scripted_stand, engine, until):
+    """Before headers, before a token, midway, or unstreamed: nothing keeps running for a disconnected
+    client."""
     ended = []
 
     async def answer(request, body, revision):
@@ -178,7 +179,7 @@ async def test_whenever_a_client_leaves_the_engine_is_stopped(scripted_stand, en
 @pytest.mark.engine
 @pytest.mark.timeout(1200)
 async def test_faults_end_in_no_unsteered_answer_and_no_leak(engine_server, default_model_dir, tmp_path):
-    """Whatever breaks: answers are steered or refused, nothing is left behind, the audit log is whole."""
+    """Whatever breaks: answers are steered or refused, nothing leaks, and the audit log is intact."""
     faults = [fault for fault in breakages(malformed=90, disconnects=24) if not fault.needs_own_engine]
     assert FAKETIME.exists() or not os.environ.get("CI")
     async with make_stand(

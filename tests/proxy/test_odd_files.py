@@ -1,4 +1,4 @@
-"""What is no plain file, or hangs, in the place of a file that a running gateway reads, holds nothing up."""
+"""A special or hanging file, in place of one that a running gateway reads, blocks nothing."""
 
 import ast
 import asyncio
@@ -72,8 +72,8 @@ async def reload(front):
 
 
 @pytest.mark.parametrize("odd", ODD)
-async def test_odd_file_among_policies_keeps_only_itself_from_serving(start, engine, policy_writer, odd):
-    """It is named in the report; every other policy is reloaded, and nothing waits for it."""
+async def test_special_file_among_policies_affects_only_itself(start, engine, policy_writer, odd):
+    """The report names it; all other policies are reloaded, and nothing waits for it."""
     front = await start("calm", **{"gateway.watch_policies": False})
     (front.policies / "sub").mkdir()
     (front.policies / "cards").mkdir()
@@ -86,7 +86,7 @@ async def test_odd_file_among_policies_keeps_only_itself_from_serving(start, eng
         text + "evaluation: {success_criteria: {collateral_damage_max: 0.05}}\n"
     )
     report = await reload(front)
-    # A folder has no content: one of these names is passed over or named, and never anything else.
+    # A folder has no content: it is skipped or reported, and nothing else happens.
     assert set(report["failed"]) <= {*map(str, places)}
     assert odd is a_folder or set(report["failed"]) == {*map(str, places)}
     assert len(report["waiting"]) == 1
@@ -117,7 +117,7 @@ READERS = {
 
 
 def test_every_file_that_a_gateway_reads_is_refused_at_once(tmp_path):
-    """Nothing that is read opens a pipe or device and waits: each says that it cannot be read."""
+    """No reader opens a pipe or device and waits: each raises at once."""
     program = "\n".join(
         [
             "import faulthandler, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])",
@@ -153,11 +153,11 @@ OWN = {
     "proxy.verification.canary": "the suite that is part of the package",
     "proxy.process.signals": "the terminal",
 }
-"""Modules of a gateway that open files by themselves, and why they may."""
+"""Modules of a gateway that open files directly, and why they may."""
 
 
 def test_nothing_else_in_a_gateway_opens_files():
-    """A new place that opens a file which others wrote does so as all do."""
+    """New code that opens files written by others must use the same function."""
     program = (
         "import sys, proxy.serve, interpretops.artifacts.adapter, interpretops.compile\n"
         "import interpretops.artifacts.dictionary\n"
@@ -179,8 +179,8 @@ def test_nothing_else_in_a_gateway_opens_files():
 
 
 async def test_rollback_does_not_wait_for_a_file_that_hangs(start, policy_writer, monkeypatch, until):
-    """While a reload hangs in the file system the catalogue's lock is free: requests are answered, a rollback
-    is done at once; the reload ends with an error that names the folder, and the watch goes on."""
+    """While a reload hangs in the file system the catalogue's lock is free: requests are answered and a
+    rollback works at once. The reload ends with an error that names the folder, and the watch continues."""
     front = await start("calm", **{"gateway.watch_policies": False})
     policy_writer(front.policies, "calm", 0.25)
     await reload(front)
@@ -210,11 +210,9 @@ async def test_rollback_does_not_wait_for_a_file_that_hangs(start, policy_writer
     await until(well)
 
 
-async def test_file_that_hangs_or_fails_unforeseen_keeps_only_itself_from_serving(
-    start, engine, policy_writer, monkeypatch
-):
-    """One file whose compiling hangs, and one that raises what nobody foresaw, stand in the report; the
-    others are loaded, and the error's text is not told."""
+async def test_hanging_or_crashing_file_affects_only_itself(start, engine, policy_writer, monkeypatch):
+    """A file whose compilation hangs, and one that raises an unexpected error, are reported without the
+    error's text; the others are loaded."""
     front = await start("calm", **{"gateway.watch_policies": False})
     held, compile_file = threading.Event(), policy_reading.compile_file
 

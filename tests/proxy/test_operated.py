@@ -1,4 +1,4 @@
-"""`mechctl serve` as an operator runs it: TLS on both listeners, keys, an audit log, signals under load."""
+"""`mechctl serve` in operation: TLS on both listeners, keys, an audit log, and signals under load."""
 
 import asyncio
 import contextlib
@@ -42,9 +42,9 @@ PROGRAM = "from mechctl.main import app; app()"
 
 @asynccontextmanager
 async def serving(engine, tmp_path, policy_writer, config=CONFIG, before="", **how):
-    """A gateway in a process of its own before the fake engine; its URLs, keys and trust.
+    """A gateway in its own process with the fake engine; its URLs, keys and trust.
 
-    before  what the process executes before it is `mechctl`
+    before  code that the process runs before `mechctl`
     """
     cert, _ = write_certificate(tmp_path)
     (tmp_path / "policies").mkdir()
@@ -90,20 +90,20 @@ def _allow_few_files():
 
 @pytest.fixture
 async def served(engine, tmp_path, policy_writer):
-    """One as configured above."""
+    """A gateway as configured above."""
     async with serving(engine, tmp_path, policy_writer) as running:
         yield running
 
 
 async def test_serve_raises_its_limit_of_open_files(served):
-    """With a shell's soft limit a few hundred requests in flight reset connections."""
+    """With a shell's soft limit, a few hundred requests in progress reset connections."""
     process, *_ = served
     soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
     assert soft == min(open_files.MAX_OPEN_FILES, hard) > FEW_FILES
 
 
-async def test_stop_under_load_finishes_what_runs_and_leaves_whole_records(served, engine, tmp_path):
-    """After SIGTERM no new connection is taken, a running stream ends whole, and the process ends with 0."""
+async def test_stop_under_load_completes_requests_and_records(served, engine, tmp_path):
+    """After SIGTERM no new connection is accepted, a running stream completes, and the exit status is 0."""
     process, url, admin, headers, trust = served
     assert url.startswith("https://127.0.0.1:")
     assert admin.startswith("https://127.0.0.1:")
@@ -142,8 +142,8 @@ async def test_stop_under_load_finishes_what_runs_and_leaves_whole_records(serve
 QUIET = CONFIG.replace("  port: 0\n", "  port: 0\n  watch_policies: false\n", 1)
 
 
-async def test_hangup_reloads_everything_and_cuts_nothing(engine, tmp_path, policy_writer, until):
-    """SIGHUP does what the admin's reload does, policies and the audit log's place; a stream goes on."""
+async def test_sighup_reloads_everything_and_interrupts_nothing(engine, tmp_path, policy_writer, until):
+    """SIGHUP reloads like the admin API, policies and audit file included; a stream continues."""
     async with serving(engine, tmp_path, policy_writer, QUIET) as (process, url, admin, headers, trust):
         body = {"model": "tiny-model", "messages": [], "stream": True}
         route, engine.trick = f"{url}/v1/chat/completions", "hold_stream"
@@ -172,7 +172,7 @@ async def test_hangup_reloads_everything_and_cuts_nothing(engine, tmp_path, poli
 
 
 async def test_renewed_certificate_is_taken_while_running(served, tmp_path, until):
-    """Both listeners show it within seconds, and say when it expires."""
+    """Both listeners use it within seconds, and the metric shows its expiry."""
     _, url, admin, headers, _ = served
     cert, _ = write_certificate(tmp_path, ends=timedelta(days=90))
     trust = ssl.create_default_context(cafile=cert)
@@ -197,8 +197,8 @@ async def test_renewed_certificate_is_taken_while_running(served, tmp_path, unti
     assert all(float(value) == pytest.approx(time.time() + 90 * 86400, abs=60) for _, value in found)
 
 
-async def test_connections_that_never_begin_tls_obey_the_timeout_of_bodies(engine, tmp_path, policy_writer):
-    """On both listeners, under the event loop that serves: cut after `gateway.body_timeout_s`."""
+async def test_connections_that_never_start_tls_time_out(engine, tmp_path, policy_writer):
+    """On both listeners, under the production event loop: closed after `gateway.body_timeout_s`."""
     config = CONFIG + "  body_timeout_s: 1\n"
     async with serving(engine, tmp_path, policy_writer, config) as (_, *urls, _, _):
         for url in urls:
@@ -237,8 +237,8 @@ def loop():
 """
 
 
-async def test_stop_with_nothing_hanging_says_so_and_is_quick(engine, tmp_path, policy_writer):
-    """Idle threads of the pool end with the gateway; no operator reads that something hangs."""
+async def test_stop_with_idle_threads_is_quick_and_silent(engine, tmp_path, policy_writer):
+    """Idle pool threads end with the gateway; nothing is reported as hanging."""
     async with serving(engine, tmp_path, policy_writer) as (process, *_):
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 20) == 0
@@ -248,7 +248,7 @@ async def test_stop_with_nothing_hanging_says_so_and_is_quick(engine, tmp_path, 
 
 @pytest.mark.parametrize(("where", "status"), [("thread", 0), ("pool", 0), ("loop", 130)])
 async def test_stop_is_bounded_whatever_hangs(engine, tmp_path, policy_writer, where, status, until):
-    """A thread that hangs is left behind; when the event loop hangs the process ends; both are told."""
+    """A hanging thread is abandoned; a hanging event loop is killed; both are reported."""
     os.mkfifo(tmp_path / "pipe")
     before = HANGING + f"{where}()\n"
     async with serving(engine, tmp_path, policy_writer, SHORT, before, cwd=tmp_path) as (process, *_):
@@ -268,7 +268,7 @@ async def test_stop_is_bounded_whatever_hangs(engine, tmp_path, policy_writer, w
 
 
 async def test_closing_the_terminal_ends_the_gateway(engine, tmp_path, policy_writer):
-    """That hangup is no wish to reload: nobody is there to stop it otherwise."""
+    """A hangup because the terminal closed is not a reload: nobody could stop the gateway otherwise."""
     master, slave = os.openpty()
 
     def own_terminal():

@@ -1,4 +1,4 @@
-"""`mechctl serve` as users run it: the real engine, the official client, edits and deaths under load."""
+"""`mechctl serve` as users run it: the real engine, the official client, edits and crashes under load."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ class Served:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def engine_process(self, part: str) -> psutil.Process:
-        """The keeper, the API server it started, or the engine core that the server started."""
+        """The reaper, the API server it started, or the engine core that the server started."""
         (keeper,) = psutil.Process(self.process.pid).children()
         (server,) = keeper.children()
         core = next(p for p in server.children() if "EngineCore" in " ".join(p.cmdline()))
@@ -126,7 +126,7 @@ def test_official_client_works_unchanged(served):
 
 
 def test_policy_changes_the_answer_repeatably(served):
-    """The same prompt answers differently under `none` and a policy, and the same again each time."""
+    """The same prompt gets different answers under `none` and a policy, each repeatable."""
     answers = [
         [served.say(model=model).choices[0].message.content for _ in range(2)]
         for model in (MODEL, f"{MODEL}+none", f"{MODEL}+silent", f"{MODEL}+loud")
@@ -137,8 +137,8 @@ def test_policy_changes_the_answer_repeatably(served):
     assert len({plain, silent, loud}) == 3
 
 
-def test_receipt_tells_what_the_engine_did(served):
-    """Header and alias choose the same revision; the receipt counts tokens and edits."""
+def test_receipt_reports_what_the_engine_did(served):
+    """Header and alias select the same revision; the receipt counts tokens and edits."""
     raw = served.client.chat.completions.with_raw_response
     asked = {"messages": PROMPT, "max_tokens": 8, "temperature": 0}
     by_header = raw.create(model=MODEL, extra_headers={"X-Steering-Policy": "loud"}, **asked)
@@ -155,7 +155,7 @@ def test_receipt_tells_what_the_engine_did(served):
 
 
 def test_several_choices_are_all_steered(served):
-    """With `n` choices every one of them stands in the receipt."""
+    """With `n` choices, the receipt covers all of them."""
     raw = served.client.chat.completions.with_raw_response
     answer = raw.create(model=f"{MODEL}+loud", messages=PROMPT, max_tokens=4, n=3)
     assert json.loads(answer.headers["X-Steering-Receipt"])["requests"] == 3
@@ -184,8 +184,8 @@ STREAMS = (
 
 
 @pytest.mark.parametrize("name", COMPLETIONS)
-def test_every_honest_answer_is_proven(served, name):
-    """However it is asked, streamed or not, read from the cache or not: no honest answer is withheld."""
+def test_every_correct_answer_is_proven(served, name):
+    """Streamed or not, cached or not: no correct answer is withheld."""
     for stream in (*STREAMS, *STREAMS):
         body = {"model": f"{MODEL}+silent", "temperature": 0, **COMPLETIONS[name], **stream}
         answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=120)
@@ -196,7 +196,8 @@ def test_every_honest_answer_is_proven(served, name):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("route", ["completions", "responses", "messages"])
 def test_every_route_is_steered_and_proven(served, route, stream):
-    """On every route the real engine's receipt proves the policy, and its text differs from the unsteered."""
+    """On every route the real engine's receipt proves the policy, and the text differs from the unsteered
+    one."""
     fields = {
         "completions": {"prompt": "The sky is", "max_tokens": 24},
         "responses": {"input": PROMPT[0]["content"], "max_output_tokens": 24},
@@ -217,14 +218,14 @@ def test_every_route_is_steered_and_proven(served, route, stream):
         assert receipt["requests"] == 1
         assert receipt["tokens_evaluated"] >= 8
         assert (receipt["edits_applied"] > 0) == (policy == "silent")
-        # The texts of the answer alone: ids and times differ anyway.
+        # Only the generated text: ids and times always differ.
         texts.append(re.findall(r'"(?:text|delta)":\s*"((?:[^"\\]|\\.)*)"', answer.text))
     assert texts[0]
     assert texts[0] != texts[1]
 
 
 def test_tokens_are_counted_without_a_policy(served):
-    """Tokenizing, detokenizing and counting go through to the engine and run no model."""
+    """Tokenizing, detokenizing and counting are passed to the engine and run no model."""
 
     def post(path: str, **body: Any) -> Any:
         answer = httpx.post(f"{served.url}{path}", json={"model": MODEL, **body}, timeout=60)
@@ -237,7 +238,7 @@ def test_tokens_are_counted_without_a_policy(served):
 
 
 def test_anthropics_client_works_unchanged(served):
-    """The `anthropic` package gets a message, a stream and errors of the kind it knows."""
+    """The `anthropic` package gets a message, a stream and errors of the types it knows."""
     import anthropic
 
     client = anthropic.Anthropic(base_url=served.url, api_key="unused", max_retries=0)
@@ -250,7 +251,7 @@ def test_anthropics_client_works_unchanged(served):
 
 
 def test_clients_cannot_reach_the_engines_own_switches(served):
-    """What a client sends in `extra_body` never decides the revision; its mistakes are told."""
+    """A client's `extra_body` never decides the revision; its mistakes get an error."""
     with pytest.raises(openai.BadRequestError, match="vllm_xargs") as refused:
         served.say(extra_body={"vllm_xargs": {"interpretops_revision": "none"}})
     assert refused.value.response.headers["x-should-retry"] == "false"
@@ -273,8 +274,9 @@ async def stream(
         return answer.headers["X-Steering-Policy"], text.decode()
 
 
-async def test_edit_under_load_breaks_no_stream(served):
-    """Eight streams run on under their revision while new requests get the edited one, then a broken one."""
+async def test_edit_under_load_interrupts_no_stream(served):
+    """Eight streams continue under their revision while new requests get the edited one, then a broken
+    one."""
     path = served.policies / "loud.yaml"
     async with (
         aiohttp.ClientSession() as session,
@@ -321,7 +323,7 @@ async def test_edit_under_load_breaks_no_stream(served):
     "victim", ["core", *(pytest.param(part, marks=pytest.mark.long) for part in ("keeper", "server"))]
 )
 async def test_engine_killed_in_mid_stream(served, victim):
-    """The stream ends in an error without end marker; until the engine is proven again nobody is served."""
+    """The stream ends in an error without end marker; nobody is served until the engine is proven again."""
     await asyncio.to_thread(wait_for, served.ready, 120, "ready")
     async with aiohttp.ClientSession() as session:
         began = asyncio.Event()
@@ -355,7 +357,7 @@ async def test_engine_killed_in_mid_stream(served, victim):
 
 
 def test_interrupt_leaves_nothing_behind(served):
-    """Ctrl-C ends gateway and engine, all of their processes, with status 0."""
+    """Ctrl-C ends the gateway and all engine processes, with status 0."""
     wait_for(served.ready, 180, "ready")
     processes = [psutil.Process(served.process.pid), *served.engine_processes()]
     assert len(processes) >= 3
@@ -365,7 +367,7 @@ def test_interrupt_leaves_nothing_behind(served):
 
 
 def test_killed_gateway_leaves_nothing_behind(tmp_path, default_model_dir):
-    """Also a gateway that is killed outright, here while its engine starts, leaves no process."""
+    """A gateway that is killed, here while its engine starts, leaves no process behind."""
     process = start_serve(tmp_path, stderr=tmp_path / "stderr.txt")
     mine = psutil.Process(process.pid)
 
@@ -380,7 +382,7 @@ def test_killed_gateway_leaves_nothing_behind(tmp_path, default_model_dir):
 
 
 def fail(tmp_path: Path, *flags: str, config: str = "{}", timeout_s: float = 60) -> str:
-    """The error of a start that fails: one line, status 2, no traceback."""
+    """The error of a failed start: one line, status 2, no traceback."""
     file = tmp_path / "config.yaml"
     file.write_text(config)
     command = [*MECHCTL, "serve", "--config", str(file), "--policies", str(tmp_path), *flags]
@@ -392,7 +394,7 @@ def fail(tmp_path: Path, *flags: str, config: str = "{}", timeout_s: float = 60)
 
 
 def test_port_in_use_is_one_line(tmp_path):
-    """A port that is taken is named, with the flag that changes it, before anything slow begins."""
+    """A port in use is reported, with the flag that changes it, before anything slow."""
     import socket
 
     with socket.socket() as taken:
@@ -405,20 +407,20 @@ def test_port_in_use_is_one_line(tmp_path):
 
 
 def test_missing_model_is_one_line(tmp_path):
-    """A model that is nowhere is named."""
+    """A model that cannot be found is named."""
     told = fail(tmp_path, "--model", "no-such-model", "--port", "0", "--admin-port", "0")
     assert told.startswith("model.name = 'no-such-model', but that is no folder here")
 
 
 def test_too_little_memory_is_one_line(tmp_path, default_model_dir):
-    """What would not fit is refused before the engine starts."""
+    """An engine that would not fit in memory is refused before it starts."""
     config = "engine: {kv_cache_gib: 900000}"
     told = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config)
     assert re.match(r"engine.kv_cache_gib = 900000: .* needs about 9\d+\.\d GiB, but", told)
 
 
 def test_engine_that_dies_while_starting_is_one_line(tmp_path, default_model_dir):
-    """The engine's own reason stands in the error, and no process is left."""
+    """The error gives the engine's own reason, and no process is left."""
     config = "engine: {extra_args: ['--max-num-batched-tokens=1']}"
     told = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config, timeout_s=180)
     assert told.startswith("engine exited with status 1: max_num_batched_tokens (1) must be")

@@ -8,7 +8,7 @@ from interpretops.settings import load_settings
 from interpretops.settings.reference import settings_reference
 
 
-def test_page_in_docs_is_the_current_one(repository: Path) -> None:
+def test_page_in_docs_is_current(repository: Path) -> None:
     """docs/configuration.md is what `make docs` writes."""
     assert (repository / "docs" / "configuration.md").read_text(encoding="utf-8") == settings_reference()
 

@@ -1,4 +1,4 @@
-"""Bodies of the admin calls: what is wrong is told in one line, with the field."""
+"""Bodies of admin requests: each error is one line that names the field."""
 
 import pytest
 
@@ -42,8 +42,8 @@ NAMED = "0123456789ab"
         (Question, {"model": 1}, "model", "model = 1, but must be a valid string"),
     ],
 )
-def test_fault_is_one_line_that_names_the_field(kind, body, param, told):
-    """Unknown, missing, ill-typed and too long: the operator reads what would be right."""
+def test_error_is_one_line_that_names_the_field(kind, body, param, told):
+    """Unknown, missing, ill-typed or too long fields: the message says what would be valid."""
     with pytest.raises(InvalidRequest) as raised:
         kind.read(body)
     assert raised.value.param == param
@@ -51,8 +51,8 @@ def test_fault_is_one_line_that_names_the_field(kind, body, param, told):
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_left_out_has_its_meaning():
-    """A promotion serves, a rollback goes to the revision before, a question is about a chat."""
+def test_missing_fields_have_defaults():
+    """Defaults: promote to active, roll back to the previous revision, resolve a chat request."""
     promotion = Promotion.read({"revision": NAMED, "override": {"by": "ada", "why": "outage"}})
     assert promotion.to == "active"
     assert promotion.override.model_dump() == {"by": "ada", "why": "outage"}

@@ -1,4 +1,4 @@
-"""`mechctl doctor` names what keeps the gateway from serving, and what to do about it."""
+"""`mechctl doctor` reports what prevents the gateway from serving, and the remedy."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def doctor(
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """An unused port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -53,7 +53,7 @@ def write_policy(folder: Path, **changes: object) -> None:
 
 
 def test_healthy_setup_has_no_fault(tmp_path: Path, default_model_dir: Path) -> None:
-    """Model, memory, engine, plugin, listeners, policy and folders are looked at; all can serve."""
+    """Model, memory, engine, plugin, listeners, policy and folders are checked, and all pass."""
     write_policy(tmp_path)
     status, found, printed = doctor({}, tmp_path, default_model_dir)
     assert (status, {state for state, _ in found.values()}) == (0, {"ok"}), printed
@@ -63,7 +63,7 @@ def test_healthy_setup_has_no_fault(tmp_path: Path, default_model_dir: Path) -> 
 
 
 def test_port_that_is_taken_and_host_without_keys_are_faults(tmp_path: Path, default_model_dir: Path) -> None:
-    """Each names the setting, its value and the remedy."""
+    """Each fault names the setting, its value and the remedy."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -79,7 +79,7 @@ def test_port_that_is_taken_and_host_without_keys_are_faults(tmp_path: Path, def
 def test_policy_that_does_not_compile_and_binding_without_policy_are_faults(
     tmp_path: Path, default_model_dir: Path
 ) -> None:
-    """The fault is the compiler's own line; a misspelt binding names the policy that was meant."""
+    """The fault is the compiler's message; a misspelt binding suggests the right policy."""
     interventions = [{"type": "head_scale", "selector": {"layer": 99, "heads": [0]}, "scale": 0.5}]
     write_policy(tmp_path, interventions=interventions)
     bindings = [{"policy": "clam", "mode": "mandatory"}]
@@ -90,10 +90,8 @@ def test_policy_that_does_not_compile_and_binding_without_policy_are_faults(
     assert "calm" in found["bindings"][1]
 
 
-def test_keys_that_are_missing_and_redis_that_is_away_are_faults(
-    tmp_path: Path, default_model_dir: Path
-) -> None:
-    """The address of Redis is not shown: it may hold a password."""
+def test_missing_keys_and_unreachable_redis_are_faults(tmp_path: Path, default_model_dir: Path) -> None:
+    """Redis' address is not printed: it may contain a password."""
     settings: dict[str, object] = {
         "paths": {"keys": "keys.yaml"},
         "limits": {"redis_url": f"redis://user:geheim@127.0.0.1:{free_port()}/0"},
@@ -106,7 +104,7 @@ def test_keys_that_are_missing_and_redis_that_is_away_are_faults(
 
 
 def test_audit_log_that_was_changed_is_a_fault(tmp_path: Path, default_model_dir: Path) -> None:
-    """The chain is verified, and the first line that is not as it was written is named."""
+    """The hash chain is verified, and the first altered line is named."""
     (tmp_path / "audit.jsonl").write_text('{"seq":1,"prev":"' + "0" * 64 + '"}\n')
     status, found, _ = doctor({"audit": {"path": "audit.jsonl"}}, tmp_path, default_model_dir)
     assert (status, found["audit log"][0]) == (1, "fault")
@@ -116,7 +114,7 @@ def test_audit_log_that_was_changed_is_a_fault(tmp_path: Path, default_model_dir
 def test_file_in_the_place_of_a_folder_is_a_fault(
     folder: str, tmp_path: Path, default_model_dir: Path
 ) -> None:
-    """What must be written is tried before anybody depends on it."""
+    """Folders that must be writable are checked."""
     (tmp_path / folder).write_text("")
     status, found, _ = doctor({}, tmp_path, default_model_dir)
     field = {"state": "paths.state", "cache": "cache.dir"}[folder]
@@ -124,8 +122,8 @@ def test_file_in_the_place_of_a_folder_is_a_fault(
     assert "is not a folder" in found[field][1]
 
 
-def test_engine_elsewhere_that_is_away_is_a_fault(tmp_path: Path, default_model_dir: Path) -> None:
-    """It is asked what it is; without an answer nothing else of it can be known."""
+def test_unreachable_remote_engine_is_a_fault(tmp_path: Path, default_model_dir: Path) -> None:
+    """An engine that does not answer is a fault; nothing else about it can be checked."""
     url = f"http://127.0.0.1:{free_port()}"
     status, found, _ = doctor({"engine": {"url": url}}, tmp_path, default_model_dir)
     assert (status, found[f"engine {url}"][0]) == (1, "fault")

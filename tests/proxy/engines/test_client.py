@@ -1,4 +1,4 @@
-"""The gateway's calls to an engine end when the engine is given up."""
+"""Calls to an engine end when its client is closed."""
 
 import asyncio
 from pathlib import Path
@@ -12,8 +12,8 @@ HEADERS = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length:
 
 
 @pytest.mark.parametrize("came", [b"", HEADERS, HEADERS + b'{"a":'], ids=["nothing", "headers", "half"])
-async def test_call_under_way_fails_when_the_client_is_closed(tmp_path: Path, came: bytes) -> None:
-    """However much of an answer has come, who waits for the rest learns at once that it never will."""
+async def test_call_in_progress_fails_when_the_client_is_closed(tmp_path: Path, came: bytes) -> None:
+    """However much of the answer has arrived, the caller learns at once that no more will come."""
     sent = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -28,7 +28,7 @@ async def test_call_under_way_fails_when_the_client_is_closed(tmp_path: Path, ca
     client = EngineClient(f"unix://{tmp_path / 'engine.sock'}", connect_timeout_s=5.0)
     call = asyncio.create_task(client.attest())
     await sent.wait()
-    # The client has taken what came once it has had a turn for each step of reading it.
+    # The client has read what has arrived after one event-loop turn per read step.
     for _ in range(20):
         await asyncio.sleep(0)
     await client.close()

@@ -1,4 +1,4 @@
-"""How the local engine is started, and when it is not."""
+"""How the local engine is started, and when it is refused."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ def option(command: list[str], name: str) -> str:
 
 
 def test_engine_listens_on_its_private_socket_only(model):
-    """The engine gets a unix socket, and neither host nor port."""
+    """The engine gets a unix socket, but no host and no port."""
     settings = load_settings(overrides={"model.name": str(model), "model.device": "cpu"}, environ={})
     command = engine_command(settings, model, Path("/run/e.sock"))
     assert option(command, "--model") == str(model)
@@ -52,7 +52,7 @@ def test_engine_listens_on_its_private_socket_only(model):
     ],
 )
 def test_step_on_a_cpu_is_short_unless_the_operator_says_otherwise(model, set_to, steps):
-    """A step holds few tokens, at least one of each sequence; the operator's own word stands."""
+    """A step has few tokens, but at least one per sequence. The operator's own setting wins."""
     settings = load_settings(
         overrides={"model.name": str(model), "model.device": "cpu", **set_to}, environ={}
     )
@@ -73,8 +73,8 @@ def test_step_on_a_cpu_is_short_unless_the_operator_says_otherwise(model, set_to
         ("", "bfloat16", False),
     ],
 )
-def test_cpu_without_bfloat16_is_told(tmp_path, flags, dtype, told):
-    """Whoever serves in a format that the CPU does not know hears of the faster one."""
+def test_cpu_without_bfloat16_is_reported(tmp_path, flags, dtype, told):
+    """On a CPU without bfloat16 instructions, the operator is told that float32 is faster."""
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor : 0\n{flags}\n")
     settings = load_settings(overrides={"model.dtype": dtype, "model.device": "cpu"}, environ={})
@@ -84,8 +84,8 @@ def test_cpu_without_bfloat16_is_told(tmp_path, flags, dtype, told):
 
 
 @pytest.mark.parametrize("cpu_build", [True, False])
-def test_gpu_that_cannot_be_had_is_refused(tmp_path, model, monkeypatch, cpu_build):
-    """`device: cuda` with the CPU's engine, or without a device, says what to write; it ran on the CPU."""
+def test_unavailable_gpu_is_refused(tmp_path, model, monkeypatch, cpu_build):
+    """`device: cuda` with the CPU engine or without a device is an error that says what to write instead."""
     monkeypatch.setattr(command_module, "_is_cpu_build", lambda: cpu_build)
     monkeypatch.setattr(command_module, "_GPU_DEVICES", (tmp_path / "nvidiactl",))
     asked = {"model.name": str(model), "model.device": "cuda"}
@@ -96,16 +96,16 @@ def test_gpu_that_cannot_be_had_is_refused(tmp_path, model, monkeypatch, cpu_bui
     engine_command(load_settings(overrides=asked | {"model.device": "auto"}, environ={}), model, Path("e"))
 
 
-def test_gpu_that_is_there_is_taken(tmp_path, model, monkeypatch):
-    """With the engine for GPUs and a device that the driver shows, nothing is said."""
+def test_available_gpu_is_accepted(tmp_path, model, monkeypatch):
+    """With the GPU engine and a device that the driver reports, there is no error."""
     monkeypatch.setattr(command_module, "_is_cpu_build", lambda: False)
     monkeypatch.setattr(command_module, "_GPU_DEVICES", (tmp_path,))
     asked = {"model.name": str(model), "model.device": "cuda:0"}
     assert "--enforce-eager" not in engine_command(load_settings(None, asked, environ={}), model, Path("e"))
 
 
-def test_surroundings_cannot_take_the_plugin_away():
-    """Whatever the environment says, the plugin is named and development routes stay shut."""
+def test_environment_cannot_disable_the_plugin():
+    """Whatever the environment holds, the plugin is named and development routes stay off."""
     hostile = {"VLLM_PLUGINS": "", "VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": "k", "HOME": "/h"}
     settings = load_settings(overrides={"model.device": "cpu", "engine.kv_cache_gib": 3}, environ={})
     environment = engine_environment(settings, Path("/private"), hostile)
@@ -129,7 +129,7 @@ SECRETS = {
 
 
 def test_engine_sees_what_it_needs_and_nothing_else():
-    """Names of vLLM, torch and the devices pass, others only when the operator names them."""
+    """vLLM, torch and device variables pass; others only if the operator names them."""
     needed = {
         "PATH": "/bin",
         "PYTHONPATH": "/code",
@@ -155,8 +155,8 @@ def test_engine_sees_what_it_needs_and_nothing_else():
 @pytest.mark.parametrize(
     "name", ["VLLM_PLUGINS", "VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "VLLM_RPC_BASE_PATH"]
 )
-def test_operator_cannot_take_the_plugin_away_either(name):
-    """What the guard sets itself is refused by name, and no value is quoted."""
+def test_operator_cannot_disable_the_plugin_either(name):
+    """Variables that the guard sets itself are refused by name, without quoting values."""
     with pytest.raises(
         ConfigError, match=f"environment.{name} is given, but the guard sets it itself"
     ) as refused:
@@ -183,7 +183,7 @@ time.sleep(600)
 
 
 async def test_processes_of_the_engine_hold_no_secret_and_are_private(tmp_path, model, monkeypatch, until):
-    """Neither the reaper nor what it starts has our secrets; folder and sockets are for our user alone."""
+    """The reaper and its children get none of our secrets; folder and sockets are private to our user."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     settings = load_settings(overrides={"model.device": "cpu"}, environ={})
@@ -217,7 +217,7 @@ async def test_processes_of_the_engine_hold_no_secret_and_are_private(tmp_path, 
 
 
 async def test_process_that_finds_the_model_holds_only_the_key_for_that(tmp_path, monkeypatch):
-    """It may fetch from Hugging Face, and sees nothing else of what is secret here."""
+    """It may download from Hugging Face, but sees none of our other secrets."""
     program = tmp_path / "program.py"
     program.write_text("import os\nfor item in sorted(os.environ.items()): print(*item)\nprint('folder: /f')")
     for name, value in {**SECRETS, "HF_TOKEN": "hf_1", "https_proxy": "http://proxy"}.items():
@@ -230,7 +230,7 @@ async def test_process_that_finds_the_model_holds_only_the_key_for_that(tmp_path
 
 
 def test_memory_is_checked_against_weights_and_cache(model):
-    """The bound counts weights, cache and the engine itself."""
+    """The check counts weights, KV cache and the engine's own memory."""
     settings = load_settings(overrides={"model.device": "cpu", "engine.kv_cache_gib": 3}, environ={})
     check_memory(settings, model, available_bytes=6 * GIB)
     with pytest.raises(ConfigError, match=r"kv_cache_gib = 3: .*needs about 5\.0 GiB, but 4\.0 GiB are free"):
@@ -258,8 +258,8 @@ def test_memory_is_checked_against_weights_and_cache(model):
         ("WARNING [x.py:1] this may raise `OSError: too many files`\nKilled\n", None),
     ],
 )
-def test_cause_of_death_is_the_first_error_of_the_log(tmp_path, model, log, cause):
-    """Of a long log the words that say why are shown."""
+def test_reason_for_exit_is_the_first_error_in_the_log(tmp_path, model, log, cause):
+    """From a long log, the line that gives the reason is shown."""
     engine = LocalEngine(load_settings(environ={}), model, tmp_path / "engine.log")
     assert engine._cause() is None
     engine.log_file.write_text(log)

@@ -1,4 +1,4 @@
-"""An engine must prove itself before anyone is served, and again whenever it was lost."""
+"""An engine must be proven before it serves anyone, and again after it was lost."""
 
 import asyncio
 import json
@@ -12,8 +12,8 @@ from proxy.engines import loop as engine_loop
 @pytest.mark.parametrize(
     ("trick", "why"), [("no_plugin", "VLLM_PLUGINS=interpretops"), ("selftest_fails", "nothing changed")]
 )
-async def test_engine_that_does_not_prove_itself_serves_nobody(start, engine, trick, why):
-    """Without plugin or a passed self-test the start fails, and not even unsteered requests are served."""
+async def test_unproven_engine_serves_nobody(start, engine, trick, why):
+    """Without the plugin or a passed self-test, start-up fails and even unsteered requests are refused."""
     engine.trick = trick
     front = await start("calm", wait=False)
     task = front.apps.engine_loop.task
@@ -29,7 +29,8 @@ async def test_engine_that_does_not_prove_itself_serves_nobody(start, engine, tr
 
 
 async def test_plans_are_loaded_again_into_a_restarted_engine(start, engine, until):
-    """After a restart the gateway is not ready until the engine is proven and holds every plan again."""
+    """After an engine restart the gateway is not ready until the engine is proven and holds every plan
+    again."""
     front = await start("calm")
     assert await front.engine_ready()
     engine.boot_id, engine.trick = "second", "unhealthy"
@@ -47,8 +48,8 @@ async def test_plans_are_loaded_again_into_a_restarted_engine(start, engine, unt
     assert len(engine.plans) == 1
 
 
-async def test_engine_that_was_replaced_unseen_is_proven_again(start, engine, until):
-    """An engine that is healthy at every look, but not the one before, gets its plans before requests."""
+async def test_engine_replaced_unnoticed_is_proven_again(start, engine, until):
+    """An engine replaced between health checks gets its plans again before any request."""
     front = await start("calm")
     engine.boot_id = "second"
     engine.plans.clear()
@@ -61,8 +62,9 @@ async def test_engine_that_was_replaced_unseen_is_proven_again(start, engine, un
     assert [line["boot_id"] for line in front.log if line["event"] == "engine_ready"][1:] == ["second"]
 
 
-async def test_stream_under_way_ends_when_its_engine_is_lost(start, engine):
-    """A stream whose engine is given up ends in an error at once, even if the engine holds the connection."""
+async def test_stream_in_progress_ends_when_its_engine_is_lost(start, engine):
+    """A stream whose engine is lost ends in an error at once, even if the engine keeps the connection
+    open."""
     front = await start("calm")
     engine.trick = "hold_stream"
     body = {"model": "tiny-model+calm", "messages": [], "stream": True}
@@ -74,8 +76,8 @@ async def test_stream_under_way_ends_when_its_engine_is_lost(start, engine):
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
 
 
-async def test_request_under_way_ends_when_its_engine_is_lost(start, engine):
-    """So does a request without stream."""
+async def test_request_in_progress_ends_when_its_engine_is_lost(start, engine):
+    """An unstreamed request fails at once too."""
     front = await start("calm")
     engine.trick = "hold"
     request = asyncio.create_task(front.chat(model="tiny-model+calm"))
@@ -86,7 +88,7 @@ async def test_request_under_way_ends_when_its_engine_is_lost(start, engine):
 
 
 async def test_engine_in_a_long_step_is_kept(start, engine, until, monkeypatch):
-    """Workers that are silent for less than `engine.silence_timeout_s` are at work: nothing is lost."""
+    """Workers that are silent for less than `engine.silence_timeout_s` are busy: the engine is not lost."""
     monkeypatch.setattr(engine_loop, "_ATTEST_S", 0.1)
     front = await start("calm")
     engine.trick = "workers_hang"
@@ -99,8 +101,8 @@ async def test_engine_in_a_long_step_is_kept(start, engine, until, monkeypatch):
     assert not [line for line in front.log if line["event"] == "engine_lost"]
 
 
-async def test_single_misses_in_a_long_step_do_not_add_up(start, engine, until, monkeypatch):
-    """An engine whose health route fails now and then, and answers in between, is not given up."""
+async def test_single_failed_health_checks_do_not_add_up(start, engine, until, monkeypatch):
+    """Occasional failed health checks with successful ones in between do not lose the engine."""
     monkeypatch.setattr(engine_loop, "_ATTEST_S", 0.1)
     monkeypatch.setattr(engine_loop, "_WATCH_EVERY_S", 0.1)
     front = await start("calm")
@@ -116,8 +118,8 @@ async def test_single_misses_in_a_long_step_do_not_add_up(start, engine, until, 
     assert not [line for line in front.log if line["event"] == "engine_lost"]
 
 
-async def test_engine_whose_workers_hang_is_given_up(start, engine, until, monkeypatch):
-    """An engine that says it is healthy, but whose workers are silent, serves nobody for long."""
+async def test_engine_with_hanging_workers_is_lost(start, engine, until, monkeypatch):
+    """An engine that reports itself healthy while its workers hang is lost after the silence timeout."""
     monkeypatch.setattr(engine_loop, "_ATTEST_S", 0.1)
     front = await start("calm", **{"engine.silence_timeout_s": 3})
     engine.trick = "workers_hang"
@@ -132,7 +134,7 @@ async def test_engine_whose_workers_hang_is_given_up(start, engine, until, monke
 
 
 async def test_health_is_not_readiness(start, engine):
-    """The gateway's own health is independent of the engine's."""
+    """The gateway's liveness does not depend on the engine."""
     engine.trick = "unhealthy"
     front = await start("calm", wait=False)
     async with front.public.get("/healthz") as answer:

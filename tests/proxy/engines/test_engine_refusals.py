@@ -1,4 +1,4 @@
-"""What the plugin refuses reaches the caller with the right status, and the gateway mends what it can."""
+"""Plugin refusals reach the caller with the right status, and the gateway repairs what it can."""
 
 import json
 
@@ -12,7 +12,8 @@ UNWATCHED = {"bindings": MANDATORY, "gateway.watch_policies": False, "gateway.br
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_revision_that_is_no_longer_resident_is_503_and_loaded_again(start, engine, until, stream):
-    """`policy_unavailable`, no blame for the engine, and the plan is back without anybody's doing."""
+    """The caller gets `policy_unavailable`, the breaker stays closed, and the plan is reloaded
+    automatically."""
     front = await start("calm", **UNWATCHED)
     for _ in range(3):
         engine.plans.clear()
@@ -40,7 +41,7 @@ async def test_revision_that_is_no_longer_resident_is_503_and_loaded_again(start
     ],
 )
 async def test_every_refusal_of_a_request_has_its_status(start, engine, code, answer):
-    """None is taken for the caller's mistake, none quotes the engine, none opens the breaker."""
+    """No refusal is blamed on the caller, quotes the engine, or opens the breaker."""
     front = await start("calm", **UNWATCHED)
     engine.refusal = code
     for _ in range(3):
@@ -53,14 +54,14 @@ async def test_every_refusal_of_a_request_has_its_status(start, engine, code, an
 
 
 def test_every_code_has_a_status():
-    """The contract is whole."""
+    """Every engine code maps to a status."""
     assert STATUS.keys() == set(EngineCode)
     assert EngineCode.of("table_full") is EngineCode.TABLE_FULL
     assert EngineCode.of("strange") is EngineCode.FAILED
 
 
 async def test_own_requests_notice_a_lost_revision_too(start, engine, until):
-    """A canary is often the first to ask: it fails, and the plan is loaded again."""
+    """A canary may notice first: it fails, and the plan is loaded again."""
     front = await start("calm", **UNWATCHED, **{"canary.interval_s": 3600})
     engine.plans.clear()
     await front.apps.gateway.canary.step("calm")

@@ -1,4 +1,4 @@
-"""The engine's own request classes read what we send: every field is known, and the seal arrives."""
+"""The engine's request classes read every field that we send, including the seal."""
 
 import hashlib
 
@@ -43,7 +43,7 @@ BODIES = {
 
 @pytest.fixture(scope="module")
 def schemas():
-    """The engine's class for the requests of each route; several where the body decides."""
+    """The engine's request class for each route; several where the body decides."""
     from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -63,7 +63,7 @@ def schemas():
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_every_field_that_passes_is_one_the_engine_reads(schemas, path):
-    """A field of our lists that the engine does not know would be dropped there without a word."""
+    """The engine would silently drop a listed field that it does not know."""
     known = set().union(*(schema.model_fields for schema in schemas[path]))
     assert ROUTES[path].fields.keys() - known == set()
 
@@ -71,7 +71,7 @@ def test_every_field_that_passes_is_one_the_engine_reads(schemas, path):
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("stream", [False, True])
 def test_seal_reaches_the_sampling_parameters(schemas, path, stream):
-    """What the plugin reads to admit a request is, on every route, exactly what the gateway set."""
+    """On every route the plugin sees exactly the seal that the gateway set."""
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 
     from steering_kernels.vllm_plugin.request_args import RequestArgs
@@ -88,13 +88,13 @@ def test_seal_reaches_the_sampling_parameters(schemas, path, stream):
 
 
 def test_every_generating_route_is_read(schemas):
-    """No route that runs the model is missing here."""
+    """Every generating route is covered here."""
     assert {path for path, route in ROUTES.items() if route.generates} == BODIES.keys()
     assert schemas.keys() == ROUTES.keys()
 
 
 def refused_calls():
-    """What the plugin refuses, by name: method, path and what is sent."""
+    """Refused calls, by name: method, path and payload."""
     lost, sealed = {**SEAL, REVISION_KEY: "f" * 64}, {NONCE_HEADER: SEAL[NONCE_KEY]}
     chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     text = {"model": "m", "prompt": "hi", "max_tokens": 2}
@@ -121,7 +121,7 @@ def refused_calls():
 
 
 def whole(kind, told):
-    """The message in ``told``, whose fields are the declared ones, all of them and no others."""
+    """Parse a message, and check that it has exactly the declared fields."""
     message = kind.parse(told)
     assert message.body() == told
     return message
@@ -130,9 +130,8 @@ def whole(kind, told):
 @pytest.mark.engine
 @pytest.mark.slow
 async def test_fake_engine_answers_as_the_real_one_does(engine_server, engine):
-    """Every field that either sends is declared, and none that is declared is missing: no test on the fake
-    reads what the real engine does not send, or the other way round.
-    """
+    """Both send exactly the declared fields, so tests on the fake read nothing that the real engine does not
+    send."""
     for socket in (engine_server.socket, engine.socket):
         transport = httpx.AsyncHTTPTransport(uds=str(socket))
         async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=120) as client:
@@ -156,7 +155,8 @@ async def test_fake_engine_answers_as_the_real_one_does(engine_server, engine):
 @pytest.mark.engine
 @pytest.mark.slow
 async def test_fake_engine_refuses_as_the_real_one_does(engine_server, engine):
-    """Status, code and shape of every refusal are the real plugin's: tests on the fake say what is."""
+    """The fake's refusals match the real plugin's in status, code and format, so tests on the fake are
+    valid."""
 
     async def answers(socket):
         found = {}

@@ -1,4 +1,4 @@
-"""Several engines: each proven before it is asked, each asked only for what it attests."""
+"""Several engines: each is proven first, and gets only requests whose revision it attests."""
 
 import asyncio
 import socket
@@ -24,7 +24,7 @@ async def other(engine, tmp_path):
 
 @pytest.fixture
 async def pair(start, engine, other, until):
-    """A gateway before two engines that are both ready."""
+    """A gateway with two ready engines."""
     await other.up()
 
     async def run(**sections):
@@ -62,7 +62,7 @@ def metric(front, text):
 
 
 async def test_least_busy_engine_is_asked(pair, engine, other, until):
-    """Requests spread by what each engine is doing, and in turns where they do the same."""
+    """Requests go to the engine with fewer in progress, and alternate when equal."""
     front = await pair()
     for _ in range(4):
         assert await served(front) != 503
@@ -83,8 +83,8 @@ async def test_least_busy_engine_is_asked(pair, engine, other, until):
     assert [shown["outstanding"] for shown in await engines(front)] == [0, 0]
 
 
-async def test_revision_that_one_engine_cannot_take_serves_nowhere(pair, engine, other, policy_writer):
-    """A full table at one engine stops the change at all: what served goes on serving, on both."""
+async def test_revision_that_one_engine_cannot_hold_serves_nowhere(pair, engine, other, policy_writer):
+    """A full table at one engine cancels the change: the old revision keeps serving on both."""
     front = await pair(**{"gateway.watch_policies": False})
     first = await served(front)
     other.trick = "table_full"
@@ -97,10 +97,10 @@ async def test_revision_that_one_engine_cannot_take_serves_nowhere(pair, engine,
     assert first not in {await served(front) for _ in range(4)}
 
 
-async def test_engine_that_attests_other_numbers_gets_no_request_of_them(
+async def test_engine_that_attests_another_digest_gets_no_requests_of_it(
     pair, engine, other, policy_writer, until
 ):
-    """The change goes through where it is attested; the other engine is left out until it attests it too."""
+    """The change applies where it is attested; the other engine is skipped until it attests it too."""
     front = await pair(**{"gateway.watch_policies": False})
     first = await served(front)
     other.trick = "wrong_digest"
@@ -117,8 +117,8 @@ async def test_engine_that_attests_other_numbers_gets_no_request_of_them(
     assert other.seen
 
 
-async def test_engine_that_forgot_a_plan_is_asked_again_only_when_it_holds_it(pair, engine, other, until):
-    """What an engine attests no more is loaded again, whether or not files are watched."""
+async def test_engine_that_lost_a_plan_gets_its_requests_only_after_reloading(pair, engine, other, until):
+    """A plan that an engine no longer attests is loaded again, with or without a file watch."""
     front = await pair(**{"gateway.watch_policies": False})
     other.plans.clear()
 
@@ -130,7 +130,7 @@ async def test_engine_that_forgot_a_plan_is_asked_again_only_when_it_holds_it(pa
 
 
 async def test_request_goes_to_another_engine_when_the_first_cannot_be_reached(pair, engine, other):
-    """Nothing has begun there, so nothing can happen twice; the client sees no fault."""
+    """Nothing has started there, so nothing runs twice; the client sees no error."""
     front = await pair()
     await other.runner.cleanup()
     assert 503 not in {await served(front) for _ in range(4)}
@@ -138,8 +138,8 @@ async def test_request_goes_to_another_engine_when_the_first_cannot_be_reached(p
     assert metric(front, "interpretops_engine_retries_total{")
 
 
-async def test_request_goes_to_another_engine_when_the_first_takes_none(pair, engine, other):
-    """503 before anything was begun; with no engine left the caller is told."""
+async def test_request_goes_to_another_engine_when_the_first_refuses_it(pair, engine, other):
+    """503 before any work: another engine is tried. With none left, the caller gets an error."""
     front = await pair()
     other.trick = "busy"
     assert 503 not in {await served(front) for _ in range(4)}
@@ -148,8 +148,8 @@ async def test_request_goes_to_another_engine_when_the_first_takes_none(pair, en
     assert (await front.chat(model=STEERED))[0] in (502, 503)
 
 
-async def test_answer_that_has_begun_is_not_tried_elsewhere(pair, engine, other):
-    """An engine that dies within a stream ends it with an error, and no other is asked."""
+async def test_started_answer_is_not_retried_elsewhere(pair, engine, other):
+    """If an engine dies during a stream, the stream ends in an error and no other engine is asked."""
     front = await pair()
     engine.trick = other.trick = "dies"
     status, _, text = await front.chat(model=STEERED, stream=True)
@@ -157,8 +157,8 @@ async def test_answer_that_has_begun_is_not_tried_elsewhere(pair, engine, other)
     assert len(engine.seen) + len(other.seen) == 1
 
 
-async def test_failing_engine_is_left_alone_and_tried_again(pair, engine, other, until):
-    """After failures in a row its breaker opens, and one request shows that it is well again."""
+async def test_failing_engine_is_skipped_and_tried_again(pair, engine, other, until):
+    """After several failures in a row its breaker opens; one successful request closes it again."""
     front = await pair(**{"gateway.breaker_failures": 2, "gateway.breaker_open_s": 0.2})
     other.trick = "busy"
 
@@ -177,8 +177,8 @@ async def test_failing_engine_is_left_alone_and_tried_again(pair, engine, other,
     assert other.seen
 
 
-def test_breaker_lets_one_request_through_to_see():
-    """Closed, open, half open: one request, and its end decides."""
+def test_half_open_breaker_lets_one_request_through():
+    """Closed, open, half open: one request passes, and its result decides."""
     now = [0.0]
     breaker = Breaker(2, 5.0, lambda: now[0])
     breaker.failed()
@@ -203,7 +203,7 @@ def test_breaker_lets_one_request_through_to_see():
 
 
 async def test_engine_that_joins_is_proven_and_loaded_before_it_is_asked(start, engine, other, until):
-    """While the other one serves; an engine that fails its self-test stays outside."""
+    """While the other engine serves. An engine that fails its self-test does not join."""
     front = await start("calm", **{"engine.url": [engine.url, other.url]})
     first = await served(front)
     other.trick = "selftest_fails"
@@ -223,7 +223,7 @@ async def test_engine_that_joins_is_proven_and_loaded_before_it_is_asked(start, 
 
 
 async def test_engine_with_other_special_tokens_does_not_join(start, engine, other, until):
-    """What a caller wrote must be as harmless on each engine as on the other."""
+    """All engines must neutralize the caller's text in the same way."""
     front = await start("calm", **{"engine.url": [engine.url, other.url]})
     other.special = SpecialTokenList(ids={"<|other|>": 0})
     await other.up()
@@ -236,8 +236,8 @@ async def test_engine_with_other_special_tokens_does_not_join(start, engine, oth
     assert other.seen == []
 
 
-async def test_engine_of_another_model_stays_outside(start, engine, other, until):
-    """One gateway serves one model, and says which engine serves another."""
+async def test_engine_of_another_model_does_not_join(start, engine, other, until):
+    """All engines must serve one model; the error names the engine that serves another."""
     front = await start("calm", **{"engine.url": [engine.url, other.url]})
     other.trick = "other_model"
     await other.up()
@@ -251,7 +251,7 @@ async def test_engine_of_another_model_stays_outside(start, engine, other, until
 
 
 async def test_gateway_is_ready_while_one_engine_is(pair, engine, other, until):
-    """Readiness is lost with the last engine."""
+    """The gateway becomes not ready only when the last engine is lost."""
     front = await pair()
     other.trick = "unhealthy"
     await until(ready(front, 1))
@@ -264,7 +264,7 @@ async def test_gateway_is_ready_while_one_engine_is(pair, engine, other, until):
 
 
 async def test_engines_follow_a_dns_name(start, engine, other, until, monkeypatch):
-    """Each address of the name is an engine; one that is listed no more ends what it has begun."""
+    """Each address of the DNS name is an engine; a removed one finishes its requests."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     listed = ["127.0.0.1"]
@@ -319,7 +319,7 @@ async def test_engines_follow_a_dns_name(start, engine, other, until, monkeypatc
 
 
 async def test_engine_that_lost_a_revision_leaves_its_requests_to_the_other(pair, engine, other, until):
-    """No request fails: the other engine answers, none is blamed, and the plan is loaded again."""
+    """No request fails: the other engine answers, neither breaker opens, and the plan is loaded again."""
     front = await pair(**{"gateway.watch_policies": False, "gateway.breaker_failures": 1})
     engine.plans.clear()
     for _ in range(4):
@@ -333,8 +333,8 @@ async def test_engine_that_lost_a_revision_leaves_its_requests_to_the_other(pair
     await until(loaded)
 
 
-async def test_engine_that_cannot_take_a_plan_joins_without_it(start, engine, other, until):
-    """A full table keeps an engine from one revision, not from all others: they do not wait for that."""
+async def test_engine_that_cannot_hold_a_plan_joins_without_it(start, engine, other, until):
+    """A full table keeps an engine from serving one revision, but not the others."""
     front = await start("calm", **{"engine.url": [engine.url, other.url]})
     other.trick = "table_full"
     await other.up()

@@ -1,4 +1,4 @@
-"""Two real engines behind two gateways: one dies under load and returns, and nothing goes unsteered."""
+"""Two real engines behind two gateways: one dies under load and returns, and no answer is unsteered."""
 
 import asyncio
 import json
@@ -14,14 +14,14 @@ from tiny_families import save_family
 
 pytestmark = pytest.mark.engine
 WORKERS = 4
-"""Requests at a time at each gateway."""
+"""Concurrent requests per gateway."""
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-"""By itself vLLM binds every engine's worker to the same core, where a busy one starves one that starts."""
+"""By default vLLM binds every engine's worker to the same core, where a busy one starves a starting one."""
 
 
 @pytest.fixture(scope="module")
 def model(default_model_dir, tmp_path_factory):
-    """A tiny model of random weights that speaks through the default model's tokenizer."""
+    """A tiny model with random weights and the default model's tokenizer."""
     folder = save_family(
         "LlamaForCausalLM", tmp_path_factory.mktemp("model"), vocab_size=49152, max_position_embeddings=256
     )
@@ -46,7 +46,7 @@ def servers(model, tmp_path_factory):
 
 
 class Load:
-    """Asks without pause, and notes of each answer under which label it came and what it said."""
+    """Sends requests continuously, and records label and text of each answer."""
 
     def __init__(self, fronts):
         self.answers = Counter()
@@ -76,7 +76,7 @@ async def ask(front, model="tiny-model+calm", **fields):
 
 
 def text_of(body, stream):
-    """What an answer says; None for a stream that did not end well."""
+    """The text of an answer; None for a stream that did not end properly."""
     if not stream:
         return body["choices"][0]["message"]["content"]
     if "data: [DONE]" not in body or ": steering-receipt" not in body:
@@ -91,7 +91,7 @@ async def ready(front):
 
 
 async def test_nothing_goes_unsteered_while_an_engine_dies_and_returns(start, servers, until, policy_writer):
-    """Lost is what the dead engine was answering; it takes requests again when it attests the policy."""
+    """Only requests at the dead engine fail; it takes requests again once it attests the policy."""
     urls = [server.url for server in servers]
     wish = {"engine.url": urls, "gateway.shutdown_grace_s": 5}
     fronts = [await start("calm", wait=False, **wish), await start(wait=False, **wish)]

@@ -1,4 +1,4 @@
-"""The engine's answers are read whole or fail, whatever comes over the connection and however it is cut."""
+"""The engine's answers are read completely or fail, however the bytes arrive."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -15,7 +15,7 @@ CHUNKED = (
 
 
 class Script:
-    """An engine that sends what it is told, and notes what it got."""
+    """An engine that sends a script, and records what it received."""
 
     def __init__(self):
         self.requests = []
@@ -57,8 +57,8 @@ async def post(http, body=b"{}", *, total=LONG, idle=None, headers=None):
     return await http.post("/v1/x", body, headers or {}, total_timeout_s=total, idle_timeout_s=idle)
 
 
-async def test_connection_is_used_again(tmp_path):
-    """One connection serves requests one after the other; each gets its own whole answer."""
+async def test_connection_is_reused(tmp_path):
+    """One connection serves successive requests; each gets its own complete answer."""
     async with engine(tmp_path) as (script, http, made):
         for body in (b'{"a":1}', b"{}"):
             answer = await post(http, body, headers={"X-Trace": "t"})
@@ -72,7 +72,7 @@ async def test_connection_is_used_again(tmp_path):
 
 
 async def test_answer_in_single_bytes_is_the_same(tmp_path):
-    """How the bytes are cut on their way makes no difference."""
+    """How the bytes are split in transit makes no difference."""
 
     async def drip(_reader, writer):
         for byte in CHUNKED + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n":
@@ -109,8 +109,8 @@ async def test_requests_at_once_have_connections_of_their_own(tmp_path):
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", b"abc"),
     ],
 )
-async def test_answer_that_is_broken_off_is_an_error_after_what_came(tmp_path, sent, before):
-    """What came of a broken answer is handed on, and then an error; it never looks whole."""
+async def test_truncated_answer_is_an_error_after_the_received_part(tmp_path, sent, before):
+    """The received part of a broken answer is passed on, then an error; it never looks complete."""
 
     async def die(_reader, writer):
         writer.write(sent)
@@ -134,8 +134,8 @@ async def test_answer_that_is_broken_off_is_an_error_after_what_came(tmp_path, s
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000,
     ],
 )
-async def test_answer_whose_end_could_not_be_told_is_refused(tmp_path, sent):
-    """No HTTP, no length, an upgrade, headers without end: an error before anything is handed on."""
+async def test_answer_without_a_definite_end_is_refused(tmp_path, sent):
+    """Not HTTP, no length, an upgrade, endless headers: an error before anything is passed on."""
 
     async def speak(_reader, writer):
         writer.write(sent)
@@ -147,8 +147,8 @@ async def test_answer_whose_end_could_not_be_told_is_refused(tmp_path, sent):
             await post(http)
 
 
-async def test_connection_with_more_than_was_asked_for_is_not_used_again(tmp_path):
-    """Bytes after an answer are nobody's: they could be taken for the next one."""
+async def test_connection_with_extra_bytes_is_not_reused(tmp_path):
+    """Extra bytes after an answer could be mistaken for the next one, so the connection is dropped."""
 
     async def twice(_reader, writer):
         writer.write(WHOLE + WHOLE)
@@ -160,7 +160,8 @@ async def test_connection_with_more_than_was_asked_for_is_not_used_again(tmp_pat
 
 
 async def test_silence_is_noticed_and_ends_the_connection(tmp_path):
-    """A total limit ends the whole exchange, an idle limit only a silence; the engine sees us leave."""
+    """The total timeout ends any exchange, the idle timeout only a silent one; the engine sees the
+    disconnect."""
 
     async def begin(reader, writer):
         writer.write(CHUNKED)
@@ -182,7 +183,7 @@ async def test_silence_is_noticed_and_ends_the_connection(tmp_path):
 
 
 async def test_closing_an_answer_tells_the_engine(tmp_path):
-    """An answer that is closed before its end closes its connection."""
+    """Closing an answer early closes its connection."""
 
     async def hold(reader, writer):
         writer.write(CHUNKED)
@@ -195,7 +196,7 @@ async def test_closing_an_answer_tells_the_engine(tmp_path):
 
 
 async def test_request_that_is_cancelled_tells_the_engine(tmp_path):
-    """A request that is given up before its headers have come closes its connection."""
+    """Cancelling a request before its headers arrive closes its connection."""
     asked = asyncio.Event()
 
     async def hold(reader, _writer):
@@ -211,7 +212,7 @@ async def test_request_that_is_cancelled_tells_the_engine(tmp_path):
 
 
 async def test_reader_that_does_not_read_stops_the_engine_from_sending(tmp_path):
-    """Of an answer that nobody reads, no more than a bounded part is held."""
+    """At most a bounded part of an unread answer is buffered."""
     sent = 0
     size = 64 * 1024 * 1024
 
@@ -236,7 +237,7 @@ async def test_reader_that_does_not_read_stops_the_engine_from_sending(tmp_path)
 
 
 async def test_closed_pool_fails_its_readers_and_serves_nobody(tmp_path):
-    """Closing ends every answer under way, and no request goes out after it."""
+    """Closing fails every answer in progress, and no further request is sent."""
 
     async def hold(reader, writer):
         writer.write(CHUNKED)
@@ -253,8 +254,8 @@ async def test_closed_pool_fails_its_readers_and_serves_nobody(tmp_path):
             await post(http)
 
 
-async def test_nobody_there_is_told_apart_from_a_broken_answer(tmp_path):
-    """Where nobody listens, the request was surely not begun."""
+async def test_unreachable_engine_is_distinguished_from_a_broken_answer(tmp_path):
+    """If nothing listens at the address, the request was certainly not started."""
     for address in (f"unix://{tmp_path}/none.sock", "http://127.0.0.1:1"):
         http = EngineHttp(address, connect_timeout_s=5, made=lambda: None)
         with pytest.raises(EngineUnreachableError):
@@ -262,7 +263,7 @@ async def test_nobody_there_is_told_apart_from_a_broken_answer(tmp_path):
 
 
 async def test_header_with_a_line_end_is_refused(tmp_path):
-    """No value can begin a header of its own."""
+    """A header value cannot start another header."""
     async with engine(tmp_path) as (script, http, _):
         with pytest.raises(ValueError, match="line end"):
             await post(http, headers={"X-Trace": "a\r\nX-Interpretops-Nonce: b"})

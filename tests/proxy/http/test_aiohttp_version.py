@@ -1,4 +1,4 @@
-"""The gateway starts on no aiohttp whose server it does not know."""
+"""The gateway refuses versions of aiohttp whose server internals it does not know."""
 
 import tomllib
 from pathlib import Path
@@ -16,20 +16,20 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.mark.parametrize("version", ["3.14.3", "3.14.5", "3.14.10", aiohttp.__version__])
 def test_known_versions_start(version):
-    """The one that is locked, and every patch of its minor version."""
+    """The locked version and all its patch releases."""
     check_aiohttp(version)
 
 
 @pytest.mark.parametrize("version", ["3.14.2", "3.15.0", "3.15.0a1", "4.0.0", "2.3"])
 def test_other_versions_are_refused_in_one_line(version):
-    """Older or newer: the line names what is installed and what to install."""
+    """Older or newer versions: the message names the installed version and what to install."""
     with pytest.raises(ConfigError, match=r'^aiohttp = .*install "aiohttp>=3\.14\.3,<3\.15"$') as raised:
         check_aiohttp(version)
     assert version in str(raised.value)
 
 
-def test_serve_asks_before_it_begins(monkeypatch):
-    """`mechctl serve` stops on it before a port is opened."""
+def test_serve_checks_the_version_first(monkeypatch):
+    """`mechctl serve` checks this before it opens a port."""
     monkeypatch.setattr(check_aiohttp, "__defaults__", ("3.15.0",))
     done = CliRunner().invoke(app, ["serve"])
     assert isinstance(done.exception, ConfigError)
@@ -37,7 +37,7 @@ def test_serve_asks_before_it_begins(monkeypatch):
 
 
 def test_package_is_installed_with_the_same_bounds():
-    """What a resolver may choose is what the gateway starts on."""
+    """The package requires the same versions that the gateway accepts."""
     told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     wanted = ".".join(map(str, LEAST)), ".".join(map(str, BELOW))
     assert f"aiohttp>={wanted[0]},<{wanted[1]}" in told

@@ -1,4 +1,4 @@
-"""Bytes that are no HTTP, or that two parsers would read differently, over raw sockets."""
+"""Malformed HTTP, and requests that two parsers would read differently, over raw sockets."""
 
 import asyncio
 import json
@@ -27,10 +27,10 @@ async def _exchange(front, data: bytes, listener: str = "public") -> bytes:
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
 async def test_bytes_that_could_smuggle_reach_no_engine(start, engine, caplog, capfd, name):
-    """One refusal of OpenAI's shape, then the connection ends; nothing of it reaches the engine or a log."""
+    """One error in OpenAI's format, then the connection closes; nothing reaches the engine or a log."""
     front = await start("calm")
     caplog.set_level(logging.DEBUG)
-    # What follows would be a request of its own, were the first one read in another way.
+    # If the first request were read differently, the rest would be a request of its own.
     answer = await _exchange(front, AMBIGUOUS[name] + POST + LENGTH + b"\r\n" + BODY)
     assert len(re.findall(rb"HTTP/1\.[01] [1-5]\d\d ", answer)) == 1, answer
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -42,8 +42,8 @@ async def test_bytes_that_could_smuggle_reach_no_engine(start, engine, caplog, c
     assert CANARY not in shown
 
 
-async def test_line_without_a_version_is_refused_in_our_own(start, engine):
-    """Others would take it for HTTP/0.9, which has no headers; it is refused alone on its connection too."""
+async def test_request_line_without_a_version_gets_an_http_1_1_error(start, engine):
+    """aiohttp would treat it as HTTP/0.9. It is refused, also as the only request on its connection."""
     front = await start("calm")
     answer = await _exchange(front, AMBIGUOUS["no version"])
     assert answer.startswith(b"HTTP/1.1 400 ")
@@ -51,8 +51,8 @@ async def test_line_without_a_version_is_refused_in_our_own(start, engine):
     assert not engine.seen
 
 
-async def test_connections_that_are_no_http_are_counted(start):
-    """Each adds to the refusals by its code."""
+async def test_connections_without_valid_http_are_counted(start):
+    """Each is counted as a refusal by its code."""
     front = await start("calm")
     await _exchange(front, AMBIGUOUS["no HTTP"])
     shown = front.apps.gateway.metrics.render().decode()
@@ -91,7 +91,7 @@ def _chat(*, model: bytes = b"tiny-model+calm", stream: bytes = b"false") -> byt
     ids=lambda value: value[:40] if isinstance(value, bytes) else value,
 )
 async def test_server_header_names_no_version(start, listeners, status, data):
-    """Answers, streams, refusals, errors below the app: `Server` says whose it is, not what it runs on."""
+    """Answers, streams, refusals and low-level errors: `Server` names the product but no version."""
     front = await start("calm")
     for listener in listeners.split():
         answer = await _exchange(front, data, listener)
@@ -102,7 +102,7 @@ async def test_server_header_names_no_version(start, listeners, status, data):
 
 
 async def test_unforeseen_error_names_no_version(start, monkeypatch):
-    """Neither does an error that nobody thought of, in a route or above all routes."""
+    """An unexpected error, in a route or outside all routes, names no version either."""
     front = await start("calm")
 
     def fail(*_told, **_named):

@@ -1,4 +1,4 @@
-"""Connections that do not move are cut, on real sockets; those that move are left alone."""
+"""Stalled connections are closed, on real sockets; others are left alone."""
 
 import asyncio
 import socket
@@ -16,7 +16,7 @@ SMALL = 8192
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that the test advances."""
 
     now = 0.0
 
@@ -26,7 +26,7 @@ class Clock:
 
 @pytest.fixture
 async def site():
-    """A listener whose one route sends without end, its watch, and the clock of the watch."""
+    """A listener whose only route sends endlessly, its stall guard, and the guard's clock."""
     clock, metrics = Clock(), Metrics()
     settings = load_settings(
         overrides={"gateway.body_timeout_s": 5.0, "gateway.client_idle_timeout_s": 7.0}, environ={}
@@ -77,8 +77,8 @@ async def closed(reader):
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
-async def test_request_that_never_becomes_whole_is_cut(site, until, sent):
-    """A connection that sends nothing, or headers without end, is closed; not before its time."""
+async def test_request_that_never_completes_is_closed(site, until, sent):
+    """A connection that sends nothing, or endless headers, is closed, but not before the timeout."""
     address, look, clock, metrics, _ = site
     reader, writer = await connect(address, until, look, sent)
 
@@ -97,8 +97,8 @@ async def test_request_that_never_becomes_whole_is_cut(site, until, sent):
     writer.close()
 
 
-async def test_answer_that_nobody_reads_is_cut(site, until):
-    """A client that stops reading loses its connection and its request; one that reads on keeps both."""
+async def test_unread_answer_is_closed(site, until):
+    """A client that stops reading loses its connection and request; one that keeps reading keeps both."""
     address, look, clock, metrics, ended = site
     reader, writer = await connect(address, until, look, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
     for _ in range(4):
@@ -117,7 +117,8 @@ async def test_answer_that_nobody_reads_is_cut(site, until):
 
 
 async def test_connection_that_was_used_waits_longer_for_its_next_request(start, until):
-    """Longer than load balancers keep theirs: they would send on one that is just being closed."""
+    """The keep-alive time exceeds that of load balancers, which could otherwise send on a closing
+    connection."""
     front = await start("calm")
     watch = front.apps.gateway.stall_guard
     clock = Clock()

@@ -1,4 +1,4 @@
-"""Certificates of the listeners: renewed while connections last, kept when the new one is broken, watched."""
+"""Listener certificates: renewal with open connections, broken replacements, and the file watch."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where `cert.pem` and `key.pem` are, valid for ten days."""
+    """A folder with `cert.pem` and `key.pem`, valid for ten days."""
     write_certificate(tmp_path, ends=10 * DAY)
     return tmp_path
 
@@ -41,7 +41,7 @@ def doors(folder):
 
 @asynccontextmanager
 async def listening(made, timeout_s=5.0):
-    """A listener behind the doorway: its port, and what connects to it and is cut off at the end."""
+    """A TLS listener: its port, and a connect function whose connections are closed at the end."""
     runner = web.AppRunner(web.Application(), shutdown_timeout=0)
     await runner.setup()
     sock = socket.create_server(("127.0.0.1", 0))
@@ -61,7 +61,7 @@ async def listening(made, timeout_s=5.0):
 
 
 class Client:
-    """A connection that stays."""
+    """A persistent connection."""
 
     def __init__(self, reader, writer):
         self.reader, self.writer = reader, writer
@@ -70,7 +70,7 @@ class Client:
     async def connect(cls, port, name=None):
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        # Without a name the handshake carries none.
+        # Without a name the handshake carries no SNI.
         host = {} if name is None else {"server_hostname": name}
         return cls(*await asyncio.open_connection("127.0.0.1", port, ssl=context, **host))
 
@@ -94,8 +94,8 @@ def sample(metrics, name):
 
 
 @pytest.mark.parametrize("name", [None, "localhost"])
-async def test_renewed_certificate_is_shown_to_new_connections_and_old_ones_stay(folder, name):
-    """After the files change, without a restart; a connection of before goes on under its own certificate."""
+async def test_new_connections_get_the_renewed_certificate_and_open_ones_stay(folder, name):
+    """New connections use the new certificate without a restart; open ones keep the old one."""
     made, metrics, log = doors(folder), Metrics(), structlog.get_logger()
     made.refresh(metrics, log)
     first = on_disk(folder)
@@ -123,8 +123,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-async def test_pair_that_cannot_be_used_leaves_the_old_one(folder, how):
-    """It is told by log and metric until a good pair is there; clients never notice."""
+async def test_unusable_pair_leaves_the_old_one(folder, how):
+    """Log and metric report it until a valid pair is there; clients notice nothing."""
     made, metrics, capture = doors(folder), Metrics(), structlog.testing.LogCapture()
     log = structlog.wrap_logger(None, processors=[capture])
     made.refresh(metrics, log)
@@ -147,8 +147,8 @@ async def test_pair_that_cannot_be_used_leaves_the_old_one(folder, how):
     assert sample(metrics, "broken") == 0
 
 
-async def test_pair_that_cannot_be_used_stops_the_start(folder):
-    """With field and file; a pipe does not make it wait for ever."""
+async def test_unusable_pair_prevents_start_up(folder):
+    """The error names field and file; a pipe does not block it."""
     (folder / "key.pem").unlink()
     os.mkfifo(folder / "key.pem")
     with pytest.raises(
@@ -158,8 +158,8 @@ async def test_pair_that_cannot_be_used_stops_the_start(folder):
 
 
 @pytest.mark.parametrize("first", [b"", b"\x16\x03\x01\x02\x00\x01"])
-async def test_connection_that_never_begins_tls_is_cut(folder, first):
-    """One that sends nothing, or half a greeting, is closed in time; others are served meanwhile."""
+async def test_connection_that_never_starts_tls_is_closed(folder, first):
+    """A connection that sends nothing or half a handshake is closed in time; others are served meanwhile."""
     async with listening(doors(folder), timeout_s=0.5) as (port, connect):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(first)
@@ -174,7 +174,7 @@ async def test_connection_that_never_begins_tls_is_cut(folder, first):
 
 @pytest.mark.parametrize(("begins", "ends"), [(-DAY, DAY), (-3 * DAY, -DAY), (DAY, 20_000 * DAY)])
 def test_validity_is_what_the_certificate_says(tmp_path, begins, ends):
-    """Of a chain it is what all its certificates share; dates beyond 2049 are written in another form."""
+    """A chain is valid while all its certificates are; dates after 2049 use another encoding."""
     pem = write_certificate(tmp_path, begins, ends)[0].read_bytes()
     meant = x509.load_pem_x509_certificate(pem)
     found = validity(pem)
@@ -185,8 +185,8 @@ def test_validity_is_what_the_certificate_says(tmp_path, begins, ends):
 
 
 @pytest.mark.parametrize("cut", [20, 60, 100])
-def test_certificate_that_is_none_has_no_validity(tmp_path, cut):
-    """Bytes that end too early are refused as such, and not by an accident."""
+def test_truncated_certificate_has_no_validity(tmp_path, cut):
+    """Truncated bytes raise the intended error."""
     der = ssl.PEM_cert_to_DER_cert(write_certificate(tmp_path)[0].read_text())
     with pytest.raises(ValueError, match="cannot be read"):
         validity(ssl.DER_cert_to_PEM_cert(der[:cut]).encode())

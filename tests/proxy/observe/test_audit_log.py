@@ -1,4 +1,4 @@
-"""The audit log: nothing is taken from it unseen, nothing happens without it, it tells nothing private."""
+"""The audit log: tampering is detected, nothing happens without a record, and nothing private is recorded."""
 
 import json
 import os
@@ -48,8 +48,8 @@ async def log(tmp_path):
     return path
 
 
-async def test_log_is_verified_whole(log):
-    """What was written is found intact, across a restart, by library and command line."""
+async def test_intact_log_is_verified(log):
+    """A written log verifies as intact, across a restart, by library and command line."""
     await write(log, 3)
     found = verify(log)
     assert (found.intact, found.records, found.first, found.last.seq) == (True, 12, 1, 12)
@@ -78,8 +78,8 @@ def forged(lines, seq, prev=None):
         (lambda rows: rows[1:], 1, "record 1 was removed before record 2"),
     ],
 )
-async def test_spoiled_line_is_named(log, spoil, line, told):
-    """A line that was changed, removed, inserted, forged or exchanged is named with file and line."""
+async def test_altered_line_is_reported(log, spoil, line, told):
+    """A line that was changed, removed, inserted, forged or swapped is reported with file and line."""
     rows = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(spoil(rows)))
     found = verify(log)
@@ -90,8 +90,8 @@ async def test_spoiled_line_is_named(log, spoil, line, told):
     assert (ended.exit_code, ended.stdout.splitlines()[0]) == (1, found.faults[0])
 
 
-async def test_log_that_was_cut_off_is_named_and_not_continued(log):
-    """Without its last lines a log is not whole, and no gateway writes on as if it were."""
+async def test_truncated_log_is_reported_and_not_continued(log):
+    """A truncated log is not intact, and no gateway continues it."""
     rows = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(rows[:6]))
     assert verify(log).faults == [f"{log}: was cut off: ends with record 6, but 9 had been written"]
@@ -107,8 +107,8 @@ async def test_log_that_was_cut_off_is_named_and_not_continued(log):
     assert verify(log).intact
 
 
-async def test_log_without_its_head_is_not_called_whole(log):
-    """Who removes the note of the newest record hides a cut-off end, so that is a fault."""
+async def test_log_without_its_head_is_not_intact(log):
+    """Without the head file a truncated end would not show, so its absence is a fault."""
     head_path(log).unlink()
     assert "is missing or unreadable" in verify(log).faults[0]
     head_path(log).write_text(json.dumps({"seq": 9, "hash": "0" * 64}))
@@ -126,8 +126,8 @@ async def test_log_without_its_head_is_not_called_whole(log):
     ],
 )
 async def test_log_without_its_readable_head_is_not_continued(log, spoil, kept_rows):
-    """A start would note a new head, and a cut-off end would be healed for good: it is refused, with the way
-    out, whether lines are missing or not. Only where neither log nor note holds anything a new one begins."""
+    """Continuing would store a new head and hide a truncated end. So start-up is refused, with the remedy,
+    whether or not lines are missing. A new log starts only if log and head file are both empty."""
     rows = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(rows[:kept_rows]))
     spoil(head_path(log))
@@ -148,9 +148,9 @@ async def test_log_without_its_readable_head_is_not_continued(log, spoil, kept_r
     assert verify(log).intact
 
 
-async def test_records_are_noted_before_a_crash_could_leave_them_unnoted(tmp_path):
-    """The note is there before the first record: a process killed at any moment after leaves a log that the
-    next one continues, with all that was written."""
+async def test_log_of_a_killed_process_can_always_be_continued(tmp_path):
+    """The head file exists before the first record: a process killed at any later moment leaves a log that
+    the next one continues, with everything that was written."""
     path = tmp_path / "audit.jsonl"
     killed = open_log(path)
     assert read_head(path) == Head(0, GENESIS)
@@ -169,16 +169,16 @@ async def test_records_are_noted_before_a_crash_could_leave_them_unnoted(tmp_pat
 
 
 def abandon(log):
-    """End as a process that is killed does: nothing is flushed, what it held is free."""
+    """End like a killed process: flush nothing, release all locks."""
     os.close(log._file.descriptor)
     log._note.close()
     log._lock.close()
 
 
 @pytest.mark.parametrize("cut", [6, 9])
-async def test_lines_that_replace_those_noted_are_not_continued(log, cut):
-    """Who cuts the end off and writes other records up to the noted number is found by the noted hash, and
-    who changes what follows the noted record by the chain."""
+async def test_replaced_lines_are_detected_and_not_continued(log, cut):
+    """A forged end with the right number of records is detected by the stored hash, and changes after the
+    stored head by the chain."""
     rows = log.read_bytes().splitlines(keepends=True)[:cut]
     for seq in range(cut + 1, 13):
         rows.append(forged(rows, seq, prev=None if cut == 6 or seq != 11 else "0" * 64))
@@ -190,8 +190,8 @@ async def test_lines_that_replace_those_noted_are_not_continued(log, cut):
 
 
 async def test_head_kept_elsewhere_proves_what_the_files_cannot(log):
-    """Who has all files can cut the log and note another head; against a head that was kept elsewhere it
-    shows, by library and command line. A head of the log as it is passes, and stands for a lost note."""
+    """Someone with all files can truncate the log and store another head. A head kept elsewhere reveals it,
+    by library and command line. A matching head passes, and replaces a lost head file."""
     rows = log.read_bytes().splitlines(keepends=True)
     kept = Head(9, json.loads(rows[8])["hash"])
 
@@ -219,8 +219,8 @@ async def test_head_kept_elsewhere_proves_what_the_files_cannot(log):
         assert ended.exit_code != 0
 
 
-async def test_chain_goes_on_in_the_next_file(tmp_path):
-    """Full files are set aside; all of them are verified as one, and one that is gone is missed."""
+async def test_chain_continues_in_the_next_file(tmp_path):
+    """Full files are rotated; all are verified as one log, and a missing one is noticed."""
     path = tmp_path / "audit.jsonl"
     await write(path, 100, rotate_bytes=4096)
     files = log_files(path)
@@ -236,8 +236,8 @@ async def test_chain_goes_on_in_the_next_file(tmp_path):
     assert len(verify(path, first=first_of_second).faults) == 1
 
 
-async def test_line_broken_off_by_a_crash_is_told_not_hidden(log):
-    """Half a last line stays where it is, and the next record says that it was found."""
+async def test_line_truncated_by_a_crash_is_reported(log):
+    """A partial last line stays in place, and the next record reports it."""
     with log.open("ab") as file:
         file.write(b'{"seq":10,"prev":"')
     await write(log, 1)
@@ -246,8 +246,8 @@ async def test_line_broken_off_by_a_crash_is_told_not_hidden(log):
     assert found.notes == [f"{log}:10: was broken off by a crash, and recorded as such"]
 
 
-async def test_one_gateway_alone_writes(log):
-    """A second writer of the same log is refused at its start."""
+async def test_only_one_gateway_may_write(log):
+    """A second writer of the same log is refused at start-up."""
     first = open_log(log)
     with pytest.raises(ConfigError, match="another gateway writes"):
         open_log(log)
@@ -259,7 +259,7 @@ def displaced(metrics, how):
 
 
 class Written:
-    """A log that is being written, and what it counts and logs."""
+    """A log being written, with its metrics and log lines."""
 
     def __init__(self, path, **settings):
         self.path, self.metrics, capture = path, Metrics(), structlog.testing.LogCapture()
@@ -276,8 +276,9 @@ class Written:
 
 
 @pytest.mark.parametrize("seconds_first", [True, False])
-async def test_removed_log_is_noticed_and_the_chain_goes_on_in_a_new_file(tmp_path, seconds_first):
-    """With or without traffic: the new file's first record names the newest one before; it is counted."""
+async def test_removed_log_is_noticed_and_the_chain_continues_in_a_new_file(tmp_path, seconds_first):
+    """With or without traffic: the new file's first record names the last record before it; the metric counts
+    it."""
     log = Written(tmp_path / "audit.jsonl")
     assert displaced(log.metrics, "removed") == 0
     log.append(3)
@@ -303,8 +304,8 @@ async def test_removed_log_is_noticed_and_the_chain_goes_on_in_a_new_file(tmp_pa
 @pytest.mark.parametrize("made_anew", [False, True])
 @pytest.mark.parametrize("name", ["audit.jsonl.1", "audit.jsonl-20261130"])
 async def test_log_is_rotated_by_another_program(tmp_path, name, made_anew):
-    """Renamed as logrotate does it, with or without an empty file in its place: nothing is lost or refused,
-    verification follows, and so does the next start."""
+    """Renamed as logrotate does, with or without an empty new file: nothing is lost or refused, and
+    verification and the next start succeed."""
     log = Written(tmp_path / "audit.jsonl")
     log.append(3)
     log.path.rename(tmp_path / name)
@@ -327,7 +328,7 @@ async def test_log_is_rotated_by_another_program(tmp_path, name, made_anew):
 
 
 async def test_log_moved_elsewhere_is_verified_by_naming_both(tmp_path):
-    """In any order; the fault without the older file says so."""
+    """In any order. Without the older file, the fault says so."""
     log = Written(tmp_path / "audit.jsonl")
     log.append(3)
     (tmp_path / "kept").mkdir()
@@ -351,8 +352,8 @@ async def test_log_moved_elsewhere_is_verified_by_naming_both(tmp_path):
         lambda path: path.write_bytes(path.read_bytes() + b"not ours"),
     ],
 )
-async def test_log_that_another_program_changed_is_set_aside(tmp_path, spoil):
-    """Cut short or written to: no record of ours is appended to it, and verification names it."""
+async def test_log_changed_by_another_program_is_renamed(tmp_path, spoil):
+    """Truncated or appended to by another program: we append nothing to it, and verification reports it."""
     log = Written(tmp_path / "audit.jsonl")
     log.append(3)
     spoil(log.path)
@@ -365,7 +366,7 @@ async def test_log_that_another_program_changed_is_set_aside(tmp_path, spoil):
 
 
 async def test_foreign_file_in_the_logs_place_is_neither_overwritten_nor_appended_to(tmp_path):
-    """It is moved beside the log."""
+    """It is renamed next to the log."""
     log = Written(tmp_path / "audit.jsonl")
     log.append(3)
     log.path.rename(tmp_path / "audit.jsonl.1")
@@ -377,7 +378,7 @@ async def test_foreign_file_in_the_logs_place_is_neither_overwritten_nor_appende
 
 
 async def test_requests_are_refused_while_the_log_has_no_folder(tmp_path):
-    """A log that cannot be begun anew is one that cannot be written; it goes on when it can."""
+    """While no new file can be created, requests are refused; recording resumes when it can."""
     log = Written(tmp_path / "log" / "audit.jsonl")
     log.append(3)
     (tmp_path / "log").rename(tmp_path / "gone")
@@ -405,8 +406,8 @@ async def test_requests_are_refused_while_the_log_has_no_folder(tmp_path):
         lambda head: head.write_bytes(head.read_bytes() + b"}"),
     ],
 )
-async def test_note_of_the_newest_record_is_written_again(log, spoil):
-    """Removed, moved or garbled while the gateway runs: it is whole a second later, and that is counted."""
+async def test_head_file_is_restored(log, spoil):
+    """Removed, moved or corrupted while the gateway runs: it is restored within a second, and counted."""
     written = Written(log)
     written.append()
     await written.audit.sync()
@@ -420,8 +421,8 @@ async def test_note_of_the_newest_record_is_written_again(log, spoil):
     assert verify(log).intact
 
 
-async def test_lock_is_taken_again_or_nothing_is_written(log):
-    """Without its lock file a second gateway could write the same log: then this one stops."""
+async def test_lost_lock_is_retaken_or_writing_stops(log):
+    """Without its lock file a second gateway could write the same log, so this one stops writing."""
     written = Written(log)
     lock = log.with_name(log.name + ".lock")
     lock.unlink()
@@ -482,7 +483,8 @@ asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
 
 @pytest.mark.parametrize(("on_failure", "told"), [("refuse", "refused 503"), ("continue", "served")])
 def test_full_disk(tmp_path, on_failure, told):
-    """When no line can be written requests are refused or served as set, nothing is lost, the chain holds."""
+    """While nothing can be written, requests are refused or served as set, no record is lost, and the chain
+    holds."""
     path = tmp_path / "audit.jsonl"
     command = [sys.executable, "-c", FULL_DISK, str(path), on_failure]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -493,8 +495,8 @@ def test_full_disk(tmp_path, on_failure, told):
     assert (found.intact, found.records) == (True, 4)
 
 
-async def test_requests_are_recorded_and_nothing_of_what_they_said(start, engine, tmp_path):
-    """Each request's caller, policy, revision and outcome stand in the log; no prompt, answer or key does."""
+async def test_requests_are_recorded_without_their_content(start, engine, tmp_path):
+    """Each request's caller, policy, revision and outcome are recorded; no prompt, answer or key is."""
     path = tmp_path / "log" / "audit.jsonl"
     front = await start("calm", **{"audit.path": path})
     secret = "canary-7c1d"
@@ -517,7 +519,7 @@ async def test_requests_are_recorded_and_nothing_of_what_they_said(start, engine
 
 
 async def test_no_answer_goes_unrecorded_when_the_log_is_removed(start, tmp_path):
-    """The next request stands in a new file, after a record that tells of it; the metric is there before."""
+    """The next request goes to a new file, after a record that explains it; the metric exists beforehand."""
     path = tmp_path / "audit.jsonl"
     front = await start("calm", **{"audit.path": path})
     metrics = front.apps.gateway.metrics
@@ -531,7 +533,7 @@ async def test_no_answer_goes_unrecorded_when_the_log_is_removed(start, tmp_path
 
 
 async def test_request_that_could_not_be_recorded_is_refused(start, engine, tmp_path):
-    """While the log fails nobody is served, and no request reaches the engine."""
+    """While the log fails, no request reaches the engine."""
     front = await start("calm", **{"audit.path": tmp_path / "audit.jsonl"})
     front.apps.gateway.audit.failing = "No space left on device"
     status, headers, body = await front.chat()

@@ -1,4 +1,4 @@
-"""What operators see: metrics of the steering, alert rules and dashboard, against a real Prometheus."""
+"""What operators see: metrics, alert rules and dashboard, checked with a real Prometheus."""
 
 import asyncio
 import itertools
@@ -39,7 +39,7 @@ needs_prometheus = pytest.mark.skipif(
 
 
 def _exposed() -> set[str]:
-    """Names of all series that the gateway can show."""
+    """Names of all series that the gateway can expose."""
     names = {family.name for family in text_string_to_metric_families(Metrics().render().decode())}
     return {name + suffix for name in names for suffix in ("", "_total", "_bucket", "_count", "_sum")}
 
@@ -58,7 +58,7 @@ def _rules() -> list[dict[str, Any]]:
 
 
 async def test_receipts_count_by_policy(start, engine):
-    """Tokens evaluated, edits and open gates of a policy are what the engine's receipts say."""
+    """A policy's tokens, edits and gate counts equal those in the engine's receipts."""
     front = await start("calm")
     for receipt in ({"edits_applied": 5, "gates_fired": 2}, {"edits_applied": 1}):
         engine.more = receipt
@@ -75,7 +75,7 @@ async def test_receipts_count_by_policy(start, engine):
 
 
 async def test_time_between_streamed_events_is_observed(start, engine):
-    """Every batch of streamed events but the first adds to the inter-token latency of its policy."""
+    """Every batch of streamed events after the first adds to its policy's inter-token latency."""
     front = await start("calm")
     engine.trick = "hold_stream"
     body = {"model": "tiny-model+calm", "messages": [], "stream": True}
@@ -92,8 +92,8 @@ async def test_time_between_streamed_events_is_observed(start, engine):
 
 
 @needs_prometheus
-def test_alerts_fire_on_what_they_are_for() -> None:
-    """promtool's unit tests of the rules pass; each rule has one that makes it fire."""
+def test_every_alert_fires_in_its_rule_tests() -> None:
+    """promtool's unit tests of the rules pass; each rule has a test in which it fires."""
     done = subprocess.run(
         ["promtool", "test", "rules", "rules.test.yaml"], cwd=RULES.parent, capture_output=True, text=True
     )
@@ -107,21 +107,21 @@ def test_alerts_fire_on_what_they_are_for() -> None:
 
 @needs_prometheus
 def test_example_configuration_loads() -> None:
-    """The example of Prometheus' configuration is one that Prometheus takes."""
+    """Prometheus accepts the example configuration."""
     example = RULES.parent / "prometheus.yaml"
     done = subprocess.run(["promtool", "check", "config", str(example)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_alerts_and_panels_name_metrics_that_exist() -> None:
-    """No alert and no panel waits for a series that the gateway never shows."""
+    """No alert or panel uses a series that the gateway never exposes."""
     asked = {name for rule in _rules() for name in NAME.findall(rule["expr"])}
     asked |= {name for query in _queries().values() for name in NAME.findall(query)}
     assert asked - _exposed() == set()
 
 
-async def test_what_alerts_count_is_there_before_it_happens(start, engine, tmp_path, monkeypatch):
-    """Every counter of an alert shows 0 from the start, for whatever it may count.
+async def test_alert_counters_exist_before_their_first_event(start, engine, tmp_path, monkeypatch):
+    """Every counter that an alert uses exists with 0 from the start, for all label values.
 
     Prometheus sees no increase in a series that appears with its first event.
     """
@@ -169,24 +169,24 @@ def _identity(sample: Sample) -> tuple[str, frozenset[tuple[str, str]]]:
     return sample.name, frozenset(item for item in sample.labels.items() if item[0] != "le")
 
 
-def test_rule_tests_start_from_absence() -> None:
-    """In the tests of the rules every counter is absent at first, as before a gateway starts, or is old."""
+def test_rule_tests_start_without_the_counters() -> None:
+    """In the rule tests every counter is absent at first, as before a gateway starts, or is old."""
     tests = yaml.safe_load((RULES.parent / "rules.test.yaml").read_bytes())["tests"]
     for series in (series for test in tests for series in test["input_series"]):
         if re.match(r"\w+_(total|bucket)\{", series["series"]):
             assert re.match(r"_|[1-9]\d*x\d+$|(\d+) (\1 ?)+$", series["values"]), series
 
 
-def test_every_alert_has_a_page_to_turn_to() -> None:
-    """The runbook has a heading for each alert, and each alert points at its own."""
+def test_every_alert_has_a_runbook_entry() -> None:
+    """The runbook has a heading for each alert, and each alert links to its own."""
     headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "alerts.md").read_text(), re.MULTILINE)
     assert headings == [rule["alert"] for rule in _rules()]
     for rule in _rules():
         assert rule["annotations"]["runbook_url"] == f"docs/alerts.md#{rule['alert'].lower()}"
 
 
-def test_dashboard_is_what_its_generator_writes() -> None:
-    """The committed dashboard is the generated one; no two panels share an id or a place."""
+def test_committed_dashboard_is_the_generated_one() -> None:
+    """The committed dashboard matches the generator; no two panels share an id or a position."""
     script = DASHBOARD.parent / "generate.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
     assert done.stdout == DASHBOARD.read_text()
@@ -197,7 +197,7 @@ def test_dashboard_is_what_its_generator_writes() -> None:
 
 @pytest.fixture
 async def prometheus(tmp_path: Path, until: Any) -> AsyncIterator[Any]:
-    """Starts a real Prometheus that scrapes one address once a second; gives a function that asks it."""
+    """Start a real Prometheus that scrapes one address every second; returns a query function."""
     running: list[asyncio.subprocess.Process] = []
 
     async def scrape(target: str) -> Any:
@@ -242,10 +242,10 @@ async def prometheus(tmp_path: Path, until: Any) -> AsyncIterator[Any]:
 
 
 @needs_prometheus
-async def test_every_panel_answers_from_a_real_prometheus(
+async def test_every_panel_query_works_in_a_real_prometheus(
     start, engine, prometheus, until, tmp_path, monkeypatch
 ):
-    """Prometheus scrapes the gateway, understands every query, and has an answer where there was traffic."""
+    """Prometheus scrapes the gateway, accepts every query, and returns data where there was traffic."""
     monkeypatch.setenv("KEPT", make_key())
     tenant = {"id": "anonymous", "transcripts": {"key": "env:KEPT"}}
     front = await start(

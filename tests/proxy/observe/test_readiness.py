@@ -1,4 +1,4 @@
-"""Readiness is one answer: `/readyz`, gauge, log and what requests really get never contradict each other."""
+"""Readiness is consistent: `/readyz`, metrics, log and actual responses never contradict each other."""
 
 import errno
 import os
@@ -16,11 +16,11 @@ CAUSES = {
     "limits_unavailable": {"limits_away"},
     "policy_unavailable": {"policy_missing", "policy_suspended"},
 }
-"""Refusals that can meet everybody, and the reasons by which readiness tells of them."""
+"""Errors that can affect every request, and the readiness reasons that report them."""
 
 
 async def readiness(front):
-    """What an orchestrator is told, when log and both gauges tell the same."""
+    """The readiness codes, after checking that log and both gauges agree."""
     async with front.public.get("/readyz") as answer:
         told = await answer.json()
         assert (answer.status == 200) is told["ready"] is (not told["reasons"])
@@ -40,8 +40,8 @@ async def refused(front):
     return None if status == 200 else body["error"]["code"]
 
 
-def test_every_refusal_that_can_meet_everybody_has_a_reason():
-    """A refusal with 503 that is added without a reason in readiness fails here."""
+def test_every_error_that_can_affect_all_requests_has_a_reason():
+    """A new 503 error without a readiness reason fails here."""
     kinds = list(Refusal.__subclasses__())
     for kind in kinds:
         kinds += kind.__subclasses__()
@@ -49,8 +49,8 @@ def test_every_refusal_that_can_meet_everybody_has_a_reason():
     assert set().union(*CAUSES.values()) <= set(CODES)
 
 
-async def test_wrong_name_of_a_mandatory_policy_is_told_everywhere(start):
-    """A binding names a policy that does not exist: not ready, whichever way one asks, with the reason."""
+async def test_wrong_name_of_a_mandatory_policy_is_reported_everywhere(start):
+    """A binding names a policy that does not exist: every source reports not ready, with the reason."""
     front = await start("calm", bindings=[{"policy": "clam", "mode": "mandatory"}])
     assert await refused(front) == "policy_unavailable"
     assert await readiness(front) == ["policy_missing"]
@@ -64,7 +64,7 @@ async def test_wrong_name_of_a_mandatory_policy_is_told_everywhere(start):
 
 
 async def test_change_is_logged_once(start, engine, until):
-    """One line when requests can be served no more, one when they can again, none in between."""
+    """One line when the gateway becomes not ready, one when it is ready again, none in between."""
     front = await start("calm", bindings=MANDATORY)
     assert await readiness(front) == []
     engine.trick = "unhealthy"
@@ -91,7 +91,7 @@ async def test_change_is_logged_once(start, engine, until):
 
 @pytest.fixture
 def disk(monkeypatch):
-    """A disk that is full while the list holds something."""
+    """A disk that is full while the list is not empty."""
     full = []
     real = os.write
 
@@ -106,7 +106,7 @@ def disk(monkeypatch):
 
 @pytest.mark.parametrize("on_failure", ["refuse", "continue"])
 async def test_audit_log_that_cannot_be_written(start, tmp_path, disk, until, on_failure):
-    """Not ready while every request is refused for it, and ready again by itself; else ready all the time."""
+    """Not ready while every request is refused for it, and ready again by itself; otherwise always ready."""
     settings = {"audit.path": tmp_path / "audit.jsonl", "audit.on_failure": on_failure}
     front = await start("calm", **settings)
     assert await readiness(front) == []
@@ -116,13 +116,14 @@ async def test_audit_log_that_cannot_be_written(start, tmp_path, disk, until, on
     assert await refused(front) == ("audit_unavailable" if strict else None)
     assert await readiness(front) == (["audit_failing"] if strict else [])
     disk.clear()
-    # Nobody asks an endpoint that is not ready: it must find out by itself.
+    # A not-ready endpoint gets no requests, so it must detect recovery by itself.
     await until(front.engine_ready)
     assert await refused(front) is None
 
 
-async def test_audit_log_that_nobody_writes_is_tried_again(start, tmp_path, disk, until):
-    """A change that was refused for want of a record is not recorded later; the log recovers without it."""
+async def test_failed_audit_log_recovers_without_requests(start, tmp_path, disk, until):
+    """A change refused because it could not be recorded is not recorded later; the log recovers on its
+    own."""
     front = await start("calm", **{"audit.path": tmp_path / "audit.jsonl"})
     audit = front.apps.gateway.audit
     await audit.sync()
@@ -136,8 +137,8 @@ async def test_audit_log_that_nobody_writes_is_tried_again(start, tmp_path, disk
     assert '"event":"audit_recovered"' in (tmp_path / "audit.jsonl").read_text()
 
 
-async def test_engines_that_are_left_alone(start, engine, until):
-    """While every engine is left alone everybody is refused; then one request is tried."""
+async def test_not_ready_while_all_breakers_are_open(start, engine, until):
+    """While every engine is skipped, all requests are refused; then one request is tried."""
     front = await start("calm", **{"gateway.breaker_failures": 2, "gateway.breaker_open_s": 0.5})
     engine.trick = "busy"
     assert [await refused(front) for _ in range(3)] == ["engine_failed", "engine_failed", "engine_not_ready"]
@@ -148,8 +149,8 @@ async def test_engines_that_are_left_alone(start, engine, until):
     assert await readiness(front) == []
 
 
-async def test_mandatory_policy_that_is_suspended(start):
-    """A policy that is refused for what it costs refuses whom it is mandatory for, and readiness says so."""
+async def test_not_ready_while_a_mandatory_policy_is_suspended(start):
+    """A suspended policy refuses everyone for whom it is mandatory, and readiness reports it."""
     front = await start("calm", bindings=MANDATORY)
     catalogue = front.apps.gateway.catalogue
     catalogue.suspended["calm"] = catalogue.entries["calm"].active.revision

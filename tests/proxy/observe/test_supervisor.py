@@ -1,4 +1,4 @@
-"""No task of the gateway dies without a sound: each is logged, counted, started again, and missed."""
+"""No gateway task fails silently: failures are logged, counted, restarted and reported."""
 
 import ast
 import asyncio
@@ -48,11 +48,11 @@ PLACES = {
     "transcripts": (Transcripts, "_store_next"),
     "retention": (transcripts, "delete_old"),
 }
-"""What each kept task calls at every turn."""
+"""The function that each permanent task calls in every iteration."""
 
 
 class Gone:
-    """A connection that has ended."""
+    """A closed connection."""
 
     transport = None
 
@@ -68,13 +68,13 @@ def calls_in_the_gateway(*names):
 
 
 def test_every_task_is_started_by_the_supervisor():
-    """Nothing else in the gateway starts a task, so that none can fail unseen."""
+    """Nothing else in the gateway starts tasks, so none can fail unnoticed."""
     starters = ("create_task", "ensure_future", "TaskGroup", "run_coroutine_threadsafe", "Task")
     assert {file for file, _ in calls_in_the_gateway(*starters)} == {"supervisor.py"}
 
 
 def test_every_declared_task_is_started_and_tested():
-    """The names that metrics and readiness know are those of the tasks there are."""
+    """The declared task names match the tasks that exist."""
     started = {
         node.args[0].value
         for _, node in calls_in_the_gateway("keep", "spawn")
@@ -86,7 +86,7 @@ def test_every_declared_task_is_started_and_tested():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Pauses that are no part of what is tested."""
+    """Shorten pauses that are not under test."""
     for module, name in ((watch, "_POLL_S"), (budget, "_SAVE_EVERY_S"), (audit, "_SYNC_EVERY_S")):
         monkeypatch.setattr(module, name, 0.02)
     monkeypatch.setattr(supervisor, "_DELAYS_S", (0.02,))
@@ -98,7 +98,7 @@ def quick(monkeypatch):
 
 
 def break_on_demand(monkeypatch, owner, name):
-    """Makes a function raise while ``broken`` is set; the number of its calls that went well."""
+    """Make a function raise while ``broken`` is set; counts its successful calls."""
     original, state = getattr(owner, name), {"broken": False, "well": 0}
 
     def replaced(*args, **kwargs):
@@ -116,14 +116,14 @@ def break_on_demand(monkeypatch, owner, name):
 
 @pytest.mark.usefixtures("quick", "engine")
 @pytest.mark.parametrize("task", KEPT)
-async def test_task_that_fails_is_logged_counted_and_started_again(start, monkeypatch, tmp_path, until, task):
-    """Whatever a task raises: the log names task, kind and place, never the text; a metric counts; the task
-    goes on when it can; and while one that enforces something cannot, the gateway is not ready."""
+async def test_failed_task_is_logged_counted_and_restarted(start, monkeypatch, tmp_path, until, task):
+    """Whatever a task raises: the log names task, type and place, never the text; a metric counts it; the
+    task resumes when it can; and while an enforcing task keeps failing, the gateway is not ready."""
     write_keys(tmp_path / "keys.yaml", [make_key(role="viewer")[1]])
-    # As with a name to resolve: the list of engines is looked at again and again.
+    # As with a DNS name: the list of engines is checked again and again.
     monkeypatch.setattr(FleetLoop, "_grows", True)
     state = break_on_demand(monkeypatch, *PLACES[task])
-    # One call listens until something changes.
+    # One call waits until something changes.
     state["broken"] = task == "policy notifications"
     front = await start(
         "calm",
@@ -187,7 +187,7 @@ async def test_task_that_fails_is_logged_counted_and_started_again(start, monkey
 
 @pytest.fixture
 def watched():
-    """A supervisor whose pauses are over at once, its metrics and its log."""
+    """A supervisor with no pauses, its metrics and its log."""
     log = structlog.testing.LogCapture()
     metrics = Metrics()
     pauses = []
@@ -200,8 +200,9 @@ def watched():
 
 
 @pytest.mark.parametrize("ending", ["raises", "returns", "group", "cancelled inside"])
-async def test_task_goes_on_however_it_ends(watched, ending):
-    """An exception, a group of them, a return, and a cancellation of what it waits for are all failures."""
+async def test_task_is_restarted_however_it_ends(watched, ending):
+    """An exception, an exception group, a return, and a cancellation of what it awaits all count as
+    failures."""
     tasks, log, pauses = watched
     turns, over = [], asyncio.Event()
 
@@ -232,8 +233,8 @@ async def test_task_goes_on_however_it_ends(watched, ending):
     assert task.cancelled()
 
 
-async def test_task_is_down_only_while_no_turn_goes_well(watched):
-    """Two failures in a row are a hiccup, three are an outage; one good turn ends it."""
+async def test_task_is_down_only_while_no_iteration_succeeds(watched):
+    """Two failures in a row are tolerated, three mean down; one successful iteration ends it."""
     tasks, _, _ = watched
     seen, over = [], asyncio.Event()
 
@@ -252,8 +253,8 @@ async def test_task_is_down_only_while_no_turn_goes_well(watched):
     await end(task)
 
 
-async def test_failure_that_is_meant_ends_the_task(watched):
-    """What whoever started the gateway must hear is raised to it, and not tried again."""
+async def test_expected_exception_ends_the_task(watched):
+    """Exceptions meant for the starter are raised to it, without a retry."""
     tasks, log, _ = watched
 
     async def run(_alive):
@@ -264,8 +265,8 @@ async def test_failure_that_is_meant_ends_the_task(watched):
     assert log == []
 
 
-async def test_brief_task_fails_with_a_sound(watched):
-    """The exception of a task that nobody awaits is logged and counted; a cancelled one is none."""
+async def test_failure_of_a_short_task_is_logged(watched):
+    """The exception of an unawaited task is logged and counted; cancellation is not a failure."""
     tasks, log, _ = watched
 
     async def fail():
@@ -281,8 +282,8 @@ async def test_brief_task_fails_with_a_sound(watched):
 
 
 @pytest.mark.usefixtures("engine")
-async def test_what_the_event_loop_reports_is_told_without_its_text(start, until):
-    """A callback of the loop that raises is logged and counted, and its arguments are not quoted."""
+async def test_event_loop_errors_are_logged_without_their_text(start, until):
+    """An event-loop callback that raises is logged and counted, without its arguments."""
     front = await start()
 
     def callback(_text):
@@ -299,7 +300,7 @@ async def test_what_the_event_loop_reports_is_told_without_its_text(start, until
 
 
 async def test_first_of_several_ends_the_others():
-    """The result is of the one that ended, or of the first given when several have; the others are over."""
+    """The result is that of the finished coroutine, or of the first in order; the others are cancelled."""
     ended = []
 
     async def slow():

@@ -18,7 +18,7 @@ PARENT = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
 
 @pytest.fixture
 async def collector() -> AsyncIterator[Any]:
-    """A collector of spans: its address, and a queue of what comes in."""
+    """A span collector: its address, and a queue of received spans."""
     spans: asyncio.Queue[Any] = asyncio.Queue()
 
     async def take(request: web.Request) -> web.Response:
@@ -44,8 +44,8 @@ def _attributes(span: Any) -> dict[str, Any]:
     }
 
 
-async def test_request_is_a_span_of_its_callers_trace(start, engine, collector, monkeypatch):
-    """The span continues the caller's trace, names model, policy and receipt, and no content."""
+async def test_request_is_a_span_in_its_callers_trace(start, engine, collector, monkeypatch):
+    """The span continues the caller's trace, and names model, policy and receipt but no content."""
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
     address, spans = collector
     front = await start("calm", **{"tracing.endpoint": address})
@@ -73,7 +73,7 @@ async def test_request_is_a_span_of_its_callers_trace(start, engine, collector, 
 
 
 async def test_refusal_is_an_error_of_its_span(start, engine, collector, monkeypatch):
-    """A withheld answer and a wrong request end their spans with the code of the refusal."""
+    """A withheld answer and an invalid request end their spans with the error code."""
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
     address, spans = collector
     front = await start("calm", **{"tracing.endpoint": address})
@@ -87,7 +87,7 @@ async def test_refusal_is_an_error_of_its_span(start, engine, collector, monkeyp
 
 
 async def test_request_that_is_not_traced_is_answered(start, engine, collector):
-    """A caller that asked for no trace, or a share of 0, gets its answer; no span is sent."""
+    """Requests of unsampled traces, or with share 0, are answered and send no span."""
     address, spans = collector
     front = await start("calm", **{"tracing.endpoint": address, "tracing.share": 0.0})
     for headers in ({}, {"traceparent": PARENT[:-1] + "0"}):
@@ -97,8 +97,8 @@ async def test_request_that_is_not_traced_is_answered(start, engine, collector):
     assert spans.empty()
 
 
-async def test_collector_that_is_away_costs_nobody_an_answer(start, monkeypatch):
-    """Without a collector at the address requests are answered, and the gateway stops in time."""
+async def test_unreachable_collector_costs_no_answer(start, monkeypatch):
+    """With no collector at the address, requests are answered and the gateway stops in time."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     front = await start("calm", **{"tracing.endpoint": "http://127.0.0.1:9"})
     status, _, _ = await front.chat(model="tiny-model+calm")
@@ -106,7 +106,7 @@ async def test_collector_that_is_away_costs_nobody_an_answer(start, monkeypatch)
 
 
 async def test_without_an_endpoint_the_library_is_not_needed(start, monkeypatch):
-    """OpenTelemetry is imported only where traces are wanted; missing then, it is named with its remedy."""
+    """OpenTelemetry is imported only if tracing is on; if it is missing then, the error names the remedy."""
     import builtins
     import sys
 

@@ -1,4 +1,4 @@
-"""Requests are kept only of tenants that ask for it: redacted, sealed with their key, deleted in time."""
+"""Transcripts are stored only for tenants that opt in: redacted, encrypted, and deleted on time."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from proxy.observe import transcripts as transcripts_module
 from proxy.openai_api.routes import ROUTES
 
 WORDS = ("write to a", "@b.exam", "ple or not")
-"""What the scripted engine says, in three pieces; personal data spans two of them."""
+"""The scripted answer, in three pieces; personal data spans two of them."""
 SECRET = "the canary sings at midnight, mail canary@birds.example"
 
 
@@ -48,8 +48,8 @@ async def kept(front, until, number):
     return [vault.open(line) for _, line in read(settings.transcripts_dir, "anonymous")]
 
 
-async def test_request_and_answer_are_kept_redacted_and_sealed(front, engine, until, tmp_path):
-    """With the key they read as they were, but for personal data; without it nothing of them can be read."""
+async def test_request_and_answer_are_stored_redacted_and_encrypted(front, engine, until, tmp_path):
+    """With the key they read as sent except for personal data; without it nothing can be read."""
     messages = [{"role": "user", "content": SECRET}]
     await front.chat(model="tiny-model+calm", messages=messages)
     await front.chat(messages=messages, stream=True)
@@ -75,7 +75,7 @@ ASKED = {
 
 
 def answer_of(path):
-    """What the engine answers on a route: one body, or events."""
+    """The engine's answer on a route: one body, or events."""
     text = "".join(WORDS)
     output = [{"type": "message", "content": [{"type": "output_text", "text": text}]}]
     at = {"output_index": 0, "content_index": 0}
@@ -109,8 +109,9 @@ def answer_of(path):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [path for path, route in ROUTES.items() if route.generates])
-async def test_every_route_that_generates_is_kept(front, engine, until, tmp_path, path, stream):
-    """On each, streamed or not: redacted over the pieces of a stream, sealed, in the file that is deleted."""
+async def test_every_generating_route_is_stored(front, engine, until, tmp_path, path, stream):
+    """On every route, streamed or not: redacted across stream pieces, encrypted, in the file due for
+    deletion."""
     engine.script = answer_of(path)
     asked = {"model": "tiny-model+calm", "stream": stream, **ASKED[path]}
     async with front.public.post(path, json=asked) as answer:
@@ -127,8 +128,8 @@ async def test_every_route_that_generates_is_kept(front, engine, until, tmp_path
 
 
 @pytest.mark.parametrize("path", ASKED)
-async def test_stream_that_breaks_off_is_kept_as_far_as_it_came(front, engine, until, path):
-    """With the engine gone in the middle, what was sent until then is kept, and why it ended."""
+async def test_truncated_stream_is_stored_up_to_its_end(front, engine, until, path):
+    """If the engine dies midway, what was sent until then is stored, with the reason."""
     engine.trick = "dies"
     async with front.public.post(path, json={"model": "tiny-model", "stream": True, **ASKED[path]}) as answer:
         await answer.text()
@@ -137,16 +138,16 @@ async def test_stream_that_breaks_off_is_kept_as_far_as_it_came(front, engine, u
 
 
 @pytest.mark.parametrize("prompt", [[5, 6], [[5, 6], [7]]])
-async def test_tokens_that_nobody_reads_are_not_kept(front, until, prompt):
-    """A prompt of token numbers would keep what redaction cannot see; that there was one is kept."""
+async def test_prompt_token_ids_are_not_stored(front, until, prompt):
+    """Token ids could hide text from redaction, so only the fact that there were some is stored."""
     async with front.public.post("/v1/completions", json={"model": "tiny-model", "prompt": prompt}) as answer:
         assert answer.status == 200
     (record,) = await kept(front, until, 1)
     assert record["request"]["prompt"] == ("[TOKENS]" if prompt == [5, 6] else ["[TOKENS]"] * 2)
 
 
-async def test_start_says_which_routes_are_kept(front, engine, until):
-    """Whose requests and on which routes; where no model runs nothing is answered that could be kept."""
+async def test_start_logs_which_routes_are_stored(front, engine, until):
+    """The log names tenants and routes. Routes that run no model are not stored."""
     (said,) = [line for line in front.log if line["event"] == "requests_are_kept"]
     assert (said["tenants"], said["routes"]) == (["anonymous"], [*ASKED])
     for path, body in (("/tokenize", {"prompt": SECRET}), ("/detokenize", {"tokens": [1]})):
@@ -157,8 +158,8 @@ async def test_start_says_which_routes_are_kept(front, engine, until):
     assert record["route"] == "/v1/chat/completions"
 
 
-async def test_nothing_that_was_said_leaves_by_another_way(front, engine, until):
-    """With requests being kept, log, metrics and answers of refusals still hold nothing of them."""
+async def test_content_appears_nowhere_but_in_transcripts(front, engine, until):
+    """With transcripts on, log, metrics and error responses still contain no content."""
     messages = [{"role": "user", "content": SECRET}]
     answers = [await front.chat(messages=messages, unknown=SECRET), await front.chat(model=SECRET)]
     engine.trick = "no_receipt"
@@ -170,8 +171,8 @@ async def test_nothing_that_was_said_leaves_by_another_way(front, engine, until)
     assert "canary sings" not in json.dumps([body for _, _, body in answers[::2]])
 
 
-async def test_tenant_that_does_not_ask_has_nothing_kept(start, tmp_path):
-    """By default no request is kept, and no folder made."""
+async def test_nothing_is_stored_without_opt_in(start, tmp_path):
+    """By default nothing is stored, and no folder is created."""
     front = await start("calm", **{"paths.state": tmp_path / "state"})
     await front.chat()
     assert front.apps.gateway.transcripts.begin("anonymous", "/v1/chat/completions", {}, 2) is None
@@ -179,7 +180,7 @@ async def test_tenant_that_does_not_ask_has_nothing_kept(start, tmp_path):
 
 
 async def test_full_disk_loses_the_record_and_not_the_answer(front, until, tmp_path):
-    """What cannot be kept is counted; the caller has its answer."""
+    """A transcript that cannot be stored is counted; the caller still gets the answer."""
     (tmp_path / "kept").write_text("no folder")
     assert (await front.chat())[0] == 200
 
@@ -191,7 +192,7 @@ async def test_full_disk_loses_the_record_and_not_the_answer(front, until, tmp_p
 
 
 def test_old_days_are_deleted(tmp_path):
-    """Of every tenant, also of one that is no tenant any more; nothing is older than the retention."""
+    """For every tenant, also former ones; nothing is kept beyond the retention time."""
     today = date(2026, 11, 25)
     for age in (0, 13, 14, 40):
         append(tmp_path, "acme", today - timedelta(days=age), b"{}\n")
@@ -201,7 +202,7 @@ def test_old_days_are_deleted(tmp_path):
 
 
 async def test_gateway_deletes_at_its_start(start, tmp_path, until):
-    """Old files go even where nobody has requests kept now."""
+    """Old files are deleted even if no tenant opts in any more."""
     old = (datetime.now(UTC) - timedelta(days=15)).date()
     append(tmp_path / "state" / "transcripts", "acme", old, b"{}\n")
     await start("calm", **{"paths.state": tmp_path / "state"})
@@ -212,8 +213,8 @@ async def test_gateway_deletes_at_its_start(start, tmp_path, until):
     await until(gone)
 
 
-def test_keys_are_rotated_and_tenants_kept_apart(monkeypatch):
-    """The first key seals; older ones still open; another key, another tenant or a changed line does not."""
+def test_keys_can_be_rotated_and_separate_tenants(monkeypatch):
+    """The first key encrypts; older ones still decrypt. Another key or tenant, or a changed line, fails."""
     old, new = make_key(), make_key()
     monkeypatch.setenv("OLD", old)
     monkeypatch.setenv("BOTH", f"{new}\n{old}\n")
@@ -231,8 +232,8 @@ def test_keys_are_rotated_and_tenants_kept_apart(monkeypatch):
         assert vault.open(spoiled) is None
 
 
-def test_half_a_line_spoils_no_other(tmp_path):
-    """After a record that was broken off, the next begins a line of its own."""
+def test_truncated_line_damages_no_other(tmp_path):
+    """After a truncated record, the next one starts on its own line."""
     append(tmp_path, "acme", date(2026, 11, 25), b'{"id": "ha')
     append(tmp_path, "acme", date(2026, 11, 25), b"{}\n")
     assert [line for _, line in read(tmp_path, "acme")] == [b'{"id": "ha\n', b"{}\n"]
@@ -248,8 +249,8 @@ def test_half_a_line_spoils_no_other(tmp_path):
         ),
     ],
 )
-def test_settings_that_cannot_hold_stop_the_start(sections, message):
-    """A retention of no days, and a key in place of where it stands."""
+def test_invalid_settings_prevent_start_up(sections, message):
+    """A retention of 0 days, and a key where a reference belongs."""
     tenants = [{"id": "acme", "transcripts": {"key": "env:ACME_KEYS"}}]
     with pytest.raises(ConfigError, match=message) as caught:
         load_settings(overrides={"tenants": tenants, **sections}, environ={})
@@ -257,7 +258,7 @@ def test_settings_that_cannot_hold_stop_the_start(sections, message):
 
 
 def test_missing_or_wrong_key_is_named_without_its_text(monkeypatch, tmp_path):
-    """The reference is named with the remedy; what the variable or file holds never is."""
+    """The reference is named with the remedy; the content of the variable or file never is."""
     monkeypatch.setenv("BAD", "hunter2")
     for reference, message in (
         ("env:NONE_HERE", "no such variable"),
@@ -270,8 +271,8 @@ def test_missing_or_wrong_key_is_named_without_its_text(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "phonenumbers", "stdnum"])
-async def test_missing_package_stops_the_start_and_is_named(start, key, monkeypatch, missing):
-    """A gateway without what keeps requests does not start for a tenant that asks, and does for others."""
+async def test_missing_package_prevents_start_up_and_is_named(start, key, monkeypatch, missing):
+    """Without the packages, a gateway with opted-in tenants refuses to start; others start."""
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ConfigError, match=rf"needs? {missing}.*; pip install 'interpretops\[transcripts\]'"):
         await start("calm", tenants=[{"id": "anonymous", "transcripts": {"key": key}}])
@@ -286,7 +287,8 @@ def test_key_cannot_be_made_without_the_package(monkeypatch):
 
 
 def test_command_makes_keys_and_reads_back(tmp_path, monkeypatch):
-    """`mechctl transcripts key` and `read`: by day, by request; a line it cannot open makes its status 1."""
+    """`mechctl transcripts key` and `read`: by day, by request; a line that cannot be decrypted gives status
+    1."""
     runner = CliRunner()
     key = runner.invoke(app, ["transcripts", "key"]).output.strip()
     monkeypatch.setenv("ACME_KEYS", key)
@@ -308,15 +310,15 @@ def test_command_makes_keys_and_reads_back(tmp_path, monkeypatch):
     assert runner.invoke(app, ask).exit_code == 1
 
 
-async def test_burst_is_kept(front, until):
-    """Requests that end at the same moment are all kept: what waits is bounded by size, not by number."""
+async def test_burst_is_stored(front, until):
+    """Requests that end simultaneously are all stored: the queue is bounded by size, not number."""
     await asyncio.gather(*(front.chat() for _ in range(300)))
     assert len(await kept(front, until, 300)) == 300
     assert not [line for line in front.log if line["event"] == "transcript_lost"]
 
 
 async def lost(front, until, number):
-    """The log's lines of requests that are lost, once the metric counts so many."""
+    """The log lines of lost transcripts, once the metric has counted that many."""
 
     async def counted():
         told = front.apps.gateway.metrics.render().decode()
@@ -326,8 +328,8 @@ async def lost(front, until, number):
     return [line for line in front.log if line["event"] == "transcript_lost"]
 
 
-async def test_no_request_is_lost_without_a_word(front, until, monkeypatch):
-    """Each that is counted as lost stands in the log too, by its id and why: also when too much waits."""
+async def test_every_lost_transcript_is_logged(front, until, monkeypatch):
+    """Each lost transcript is logged with id and reason, also when the queue is full."""
     monkeypatch.setattr(transcripts_module, "_MAX_WAITING_BYTES", 1000)
     release = threading.Event()
     real = front.apps.gateway.transcripts._write
@@ -347,8 +349,8 @@ async def test_no_request_is_lost_without_a_word(front, until, monkeypatch):
     assert len(await kept(front, until, 9 - len(lines))) == 9 - len(lines) > 1
 
 
-async def test_request_that_cannot_be_written_takes_no_other_along(front, until, monkeypatch):
-    """An error that nobody thought of costs one kept request, told and counted, and not those behind it."""
+async def test_failed_write_loses_no_other_transcript(front, until, monkeypatch):
+    """An unexpected error loses one transcript, which is logged and counted, but not those behind it."""
     real, called = front.apps.gateway.transcripts._write, []
 
     def fail(kept):
@@ -366,8 +368,8 @@ async def test_request_that_cannot_be_written_takes_no_other_along(front, until,
     assert SECRET not in str(front.log)
 
 
-async def test_stop_in_the_middle_of_writing_loses_nothing(front, until, monkeypatch):
-    """What a thread is writing when the gateway stops is written once, and what waits behind it too."""
+async def test_stop_during_a_write_loses_nothing(front, until, monkeypatch):
+    """What a thread is writing when the gateway stops is written once, and so is the queue behind it."""
     begun, release = threading.Event(), threading.Event()
     transcripts = front.apps.gateway.transcripts
     real = transcripts._write
@@ -387,8 +389,8 @@ async def test_stop_in_the_middle_of_writing_loses_nothing(front, until, monkeyp
     assert len(await kept(front, until, 2)) == 2
 
 
-async def test_request_that_finds_no_thread_takes_no_other_along(front, until, monkeypatch):
-    """Where no thread can be had one kept request is lost, told and counted, and not those behind it."""
+async def test_missing_thread_loses_only_one_transcript(front, until, monkeypatch):
+    """If no thread can be started, one transcript is lost, logged and counted, but not those behind it."""
     loop, transcripts = asyncio.get_running_loop(), front.apps.gateway.transcripts
     real, refused = loop.run_in_executor, []
 

@@ -1,4 +1,4 @@
-"""What the model wrote is found in the answers of every route, each text once, whole and in events."""
+"""The generated text of every route is found once, complete, streamed or not."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from proxy.openai_api.answer_text import answer_texts
 
 REQUEST = {"model": "m", "instructions": "be kind", "text": {"format": {"type": "text"}}}
-"""What a response repeats of its request."""
+"""Fields of a response that repeat the request."""
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,8 @@ REQUEST = {"model": "m", "instructions": "be kind", "text": {"format": {"type": 
         ([{"output_index": 0, "delta": "a"}, {"output_index": 0, "delta": "b"}], True, ["ab"]),
     ],
 )
-def test_texts_of_every_route_are_put_together(answer, streamed, texts):
-    """Chat, completions, responses and messages, whole and in events; personal data may span events."""
+def test_text_pieces_of_every_route_are_joined(answer, streamed, texts):
+    """Chat, completions, responses and messages, streamed or not; personal data may span events."""
     raw = json.dumps(answer).encode()
     if streamed:
         raw = b"".join(b"event: x\ndata: " + json.dumps(event).encode() + b"\n\n" for event in answer)
@@ -43,8 +43,8 @@ def lines(events):
     return b"".join(b"data: %s\n\n" % event.model_dump_json().encode() for event in events)
 
 
-def test_streamed_response_of_the_engine_says_each_text_once():
-    """Its events end in some that repeat the whole text, and begin with some that repeat the request."""
+def test_streamed_response_yields_each_text_once():
+    """Its last events repeat the whole text, and its first ones repeat the request."""
     from vllm.entrypoints.openai.responses import streaming_events as engine
 
     state = engine.SimpleStreamingState()
@@ -59,8 +59,8 @@ def test_streamed_response_of_the_engine_says_each_text_once():
     assert answer_texts(stream, streamed=True) == ["hmm", "ice cream"]
 
 
-async def test_streamed_message_of_the_engine_says_each_text_once():
-    """Its blocks begin with empty ones; a tool's arguments come in pieces, and whole they are an object."""
+async def test_streamed_message_yields_each_text_once():
+    """Its blocks start empty; tool arguments arrive in pieces, but are an object when not streamed."""
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 
@@ -87,7 +87,7 @@ async def test_streamed_message_of_the_engine_says_each_text_once():
         assert answer_texts(raw.encode(), streamed=streamed) == ["ice cream", '{"x": "a"}']
 
 
-def test_answer_of_odd_types_says_what_it_says():
-    """A type that is no text breaks nothing: what can be read is read."""
+def test_unexpected_types_break_nothing():
+    """A value of an unexpected type breaks nothing: the rest is read."""
     answer = json.dumps({"content": [{"type": ["tool_use"], "input": {"text": "a"}}]}).encode()
     assert answer_texts(answer, streamed=False) == ["a"]

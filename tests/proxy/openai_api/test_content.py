@@ -1,4 +1,4 @@
-"""What messages, inputs and tools may hold: text, in whatever shape the official clients send it."""
+"""Messages, inputs and tools may hold text, in every form that the official clients send."""
 
 import copy
 import json
@@ -62,7 +62,7 @@ def refusal_of(route, body):
 
 
 def places(value, path=()):
-    """Every place of a JSON value."""
+    """Every path in a JSON value."""
     yield path
     children = (
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -72,7 +72,7 @@ def places(value, path=()):
 
 
 def put(value, path, new):
-    """The value with another at one place."""
+    """A copy of the value with one path replaced."""
     if not path:
         return new
     value = copy.deepcopy(value)
@@ -87,8 +87,8 @@ def put(value, path, new):
 @pytest.mark.parametrize("path", ROUTES)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_any_json_anywhere_is_served_or_refused(path, data):
-    """Whatever JSON stands in whatever field, or anywhere within it: an answer or a refusal, never a 500."""
+def test_any_json_anywhere_is_answered_or_refused(path, data):
+    """Any JSON in any field, at any depth, gives an answer or an error, never a 500."""
     route = ROUTES[path]
     name = data.draw(st.sampled_from(sorted(route.fields)))
     value = data.draw(JSON)
@@ -102,8 +102,8 @@ def test_any_json_anywhere_is_served_or_refused(path, data):
         assert str(refused.param or name).split("[")[0].split(".")[0] in (name, "input")
 
 
-async def test_odd_types_are_no_internal_error(start, engine):
-    """Lists and objects where a type's name belongs are refused by the listener too, on every route."""
+async def test_unexpected_types_cause_no_internal_error(start, engine):
+    """A list or object in place of a type name is refused on every route of a listener."""
     front = await start("calm")
     odd = [["text"], {"text": 1}, None, 7, True, "\ud800"]
     for path, route in ROUTES.items():
@@ -151,21 +151,21 @@ async def test_odd_types_are_no_internal_error(start, engine):
         (RESPONSES, {"input": [{"role": "user", "content": "hi", "image_url": "http://x"}]}),
     ],
 )
-def test_what_is_not_text_cannot_ride_on_a_text(route, fields):
-    """A part holds nothing but text under any name that an engine reads, and so does a message."""
+def test_other_content_cannot_hide_in_a_text_part(route, fields):
+    """A content part or message with text holds no other content under any name that an engine reads."""
     with pytest.raises(FieldNotAllowed, match="only text is supported"):
         clean(route, {"model": "m", **fields})
 
 
 @pytest.mark.parametrize("note", [{"phase": "final_answer"}, {"state": "done"}, {"parsed": {"a": 1}}])
-def test_what_clients_note_on_a_part_is_taken_out(note):
-    """A part's keys are a closed list; what is not in it never reaches the engine, and refuses nobody."""
+def test_client_keys_on_a_part_are_removed(note):
+    """Unknown keys of a part are removed: they never reach the engine, and refuse no request."""
     kept = clean(CHAT, {"model": "m", **content_of({"type": "text", "text": "hi", **note})})
     assert kept["messages"] == content_of({"type": "text", "text": "hi"})["messages"]
 
 
-def test_names_that_apps_keep_on_a_message_are_taken_out():
-    """A row of a database may come with its `source`: as a plain value that is no content."""
+def test_app_labels_on_a_message_are_removed():
+    """A message may carry a `source` of the app's own, as a plain value that is not content."""
     messages = [{"role": "user", "content": "hi", "source": "slack", "document": 7}]
     assert clean(CHAT, {"model": "m", "messages": messages})["messages"] == [
         {"role": "user", "content": "hi"}
@@ -174,23 +174,23 @@ def test_names_that_apps_keep_on_a_message_are_taken_out():
         clean(CHAT, {"model": "m", "messages": [{"role": "user", "content": "hi", "source": {"url": "x"}}]})
 
 
-def test_field_that_is_null_is_as_if_it_were_not_there():
-    """Clients write out what they leave open; only a value is refused."""
+def test_null_field_is_ignored():
+    """Clients send unset fields as null; only values are refused."""
     body = {"model": "m", "messages": [], "functions": None, "best_of": None}
     assert clean(CHAT, body) == {"model": "m", "messages": []}
 
 
 @pytest.mark.parametrize("content", [7, True, {"type": "text"}])
 def test_content_is_text_or_a_list(content):
-    """Other kinds of content are refused with their place."""
+    """Other types of content are refused with their path."""
     messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": content}]
     with pytest.raises(InvalidRequest, match=r"messages\[1\].content must be"):
         clean(CHAT, {"model": "m", "messages": messages})
 
 
-def test_notes_of_clients_stay_behind():
-    """Ids and times that a client keeps on its messages, and empty fields of any name, refuse nobody; they do
-    not reach the engine."""
+def test_client_keys_on_messages_are_removed():
+    """Ids and times that a client keeps on its messages, and empty fields of any name, are removed without an
+    error."""
     noted = {"id": "m1", "createdAt": "2026-01-01", "task": "action", "audio": None, "images": []}
     part = {"type": "text", "text": "hi", "image_url": None, "cache_control": {"type": "ephemeral"}}
     body = {"model": "m", "messages": [{"role": "user", "content": [part], **noted}]}
@@ -198,8 +198,8 @@ def test_notes_of_clients_stay_behind():
     assert clean(CHAT, body)["messages"] == [{"role": "user", "content": [sent]}]
 
 
-def test_what_official_clients_send_passes():
-    """Answers of the official packages, sent back as the next turn's history, are read as they are."""
+def test_official_clients_content_is_accepted():
+    """Answers of the official packages, sent back as history, are accepted unchanged."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     said = ChatCompletionMessage(role="assistant", content=None, tool_calls=[call], annotations=[])
     turn = [said.model_dump(), {"role": "tool", "tool_call_id": "c", "content": "1", "name": "f"}]

@@ -1,4 +1,4 @@
-"""The page of fields says what the routes let through, and why."""
+"""The field reference matches the routes."""
 
 import pytest
 
@@ -6,14 +6,14 @@ from proxy.openai_api.fields_reference import fields_reference
 from proxy.openai_api.routes import ROUTES
 
 
-def test_page_in_docs_is_the_current_one(repository):
-    """docs/fields.md is what `make docs` writes."""
+def test_page_in_docs_is_current(repository):
+    """docs/fields.md equals the output of `make docs`."""
     assert (repository / "docs" / "fields.md").read_text(encoding="utf-8") == fields_reference()
 
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_page_names_every_field_with_its_reason(path):
-    """No field of a route is left out."""
+    """No field of a route is missing."""
     section = fields_reference().split(f"\n## {path}\n")[1].split("\n## ")[0]
     for name, field in ROUTES[path].fields.items():
         assert f"| `{name}` | {field.reason} |" in section

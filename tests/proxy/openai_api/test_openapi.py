@@ -1,4 +1,4 @@
-"""Our OpenAPI document is what is served, and no input that it or the engine's allows makes a 5xx."""
+"""Our OpenAPI document matches what is served, and no input allowed by it or the engine's causes a 5xx."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ STRICT = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 @pytest.fixture
 def fuzz():
-    """Runs schemathesis with a document against a URL; skipped where it is not installed."""
+    """Run schemathesis with a document against a URL; skipped if it is not installed."""
     if not (CLIENTS / ".venv/stamp").exists() and "CI" not in os.environ:
         pytest.skip("schemathesis: tests/clients/install.sh has not run, or failed")
 
@@ -43,7 +43,7 @@ def fuzz():
 
 
 async def test_document_names_what_is_served_and_nothing_else(start):
-    """Each route of the app stands in the document served by it, and each of the document's in the app."""
+    """Every route of the app is in the served document, and every documented route is in the app."""
     front = await start()
     async with front.public.get("/openapi.json") as answer:
         document = await answer.json()
@@ -57,20 +57,20 @@ async def test_document_names_what_is_served_and_nothing_else(start):
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_every_field_of_the_document_passes(path):
-    """A field that the document names is never refused as one that may not be set."""
+    """No documented field is refused as not allowed."""
     told = openapi_document()["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     body = dict.fromkeys(told["properties"]) | {"model": "m", "input": "hi"}
     route = ROUTES[path]
     clean(route, {name: value for name, value in body.items() if name in told["properties"]})
 
 
-async def test_our_document_holds_for_any_input(start, engine, fuzz, tmp_path):
-    """Whatever the document allows or forbids: an answer that it tells of, in its shape, and never a 5xx."""
+async def test_our_document_describes_every_response(start, engine, fuzz, tmp_path):
+    """Any input, valid or not, gets a documented response in its documented format, and never a 5xx."""
     front = await start("calm", bindings=[{"policy": "calm", "mode": "mandatory"}])
     file = tmp_path / "ours.json"
     document = openapi_document()
     for told in (document["paths"][path]["post"] for path in ROUTES):
-        # Else each would name another model, and be refused for that alone.
+        # Otherwise each request would name another model and be refused for that alone.
         fields = told["requestBody"]["content"]["application/json"]["schema"]["properties"]
         fields["model"] = {"enum": ["tiny-model", "tiny-model+calm", "tiny-model+none"]}
     file.write_text(json.dumps(document))
@@ -84,7 +84,7 @@ async def test_our_document_holds_for_any_input(start, engine, fuzz, tmp_path):
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 async def test_engines_document_makes_no_5xx(engine_server, default_model_dir, fuzz, tmp_path):
-    """What the engine's own document allows and forbids, sent to the gateway before a real engine."""
+    """Input allowed or forbidden by the engine's own document, sent to the gateway with a real engine."""
     with engine_server.client() as client:
         document = client.get("/openapi.json").json()
     document["paths"] = {path: told for path, told in document["paths"].items() if path in ROUTES}

@@ -1,4 +1,4 @@
-"""What a caller wrote reaches the engine as text: no special tokens, on any route, in any field."""
+"""The caller's text reaches the engine as text: no special tokens, on any route, in any field."""
 
 import asyncio
 import copy
@@ -80,8 +80,8 @@ PASSED = {"stop": [END], "model": END, "cache_salt": END, "bad_words": [END], "s
 
 
 @pytest.mark.parametrize("path", [path for path in ROUTES if path != "/detokenize"])
-def test_every_string_of_the_prompt_is_made_inert(path):
-    """On every route, in every field whose strings become text of the prompt, at any depth, keys included."""
+def test_every_string_of_the_prompt_is_neutralized(path):
+    """On every route, in every field that becomes part of the prompt, at any depth, keys included."""
     route, body = ROUTES[path], WRITTEN[path]
     assert set(body) == {name for name, field in route.fields.items() if field.text}
     passed = {name: value for name, value in PASSED.items() if name in route.fields}
@@ -95,14 +95,14 @@ def test_every_string_of_the_prompt_is_made_inert(path):
 
 
 @pytest.mark.parametrize("path", WRITTEN)
-def test_other_content_passes_as_it_is(path):
-    """Where nothing spells a special token, the engine gets what the caller wrote."""
+def test_other_content_passes_unchanged(path):
+    """Text without special tokens reaches the engine unchanged."""
     plain = json.loads(json.dumps(WRITTEN[path]).replace(END, "if a < b: <b>x</b> \u2060"))
     assert neutralize_special_tokens(ROUTES[path], plain, SPECIAL) == plain
 
 
-def test_operators_in_schemas_reach_the_grammar_as_they_are():
-    """`<` begins every special token; in a schema and in the arguments of a call it stands in quotes."""
+def test_operators_in_schemas_reach_the_grammar_unchanged():
+    """`<` starts every special token, but in schemas and tool arguments it is quoted."""
     schema = {"properties": {"op": {"enum": ["=", "<", ">", "<=", "|"]}}, "required": ["op"]}
     chat = {
         "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
@@ -117,7 +117,7 @@ def test_operators_in_schemas_reach_the_grammar_as_they_are():
         ("/v1/messages", {"tools": [{"name": "f", "input_schema": schema}]}),
     ):
         assert neutralize_special_tokens(ROUTES[path], body, SPECIAL) == body
-    # Nobody knows how a template writes its own variables, or documents.
+    # It is unknown how templates write their own variables, or documents.
     bare = {"documents": [{"parameters": {"a": "<"}}], "chat_template_kwargs": {"input": {"a": "<"}}}
     assert f"<{JOINER}" in json.dumps(
         neutralize_special_tokens(ROUTES["/v1/chat/completions"], bare, SPECIAL), ensure_ascii=False
@@ -130,7 +130,7 @@ def test_operators_in_schemas_reach_the_grammar_as_they_are():
     "escaped", [r"\u003c|end|>", r"<\u007cend|>", r"\u003c\u007c\u0065nd|>", r"<|end|\u003e"]
 )
 def test_escapes_in_arguments_spell_no_special_token(escaped):
-    """The engine reads a call's arguments as JSON, and a template writes what they mean."""
+    """The engine parses tool arguments as JSON, and templates write the parsed value."""
     call = {
         "role": "assistant",
         "tool_calls": [{"function": {"name": "f", "arguments": f'{{"a": "{escaped}"}}'}}],
@@ -158,7 +158,7 @@ def test_escapes_in_arguments_spell_no_special_token(escaped):
 @pytest.mark.parametrize("blank", ["", " ", "\n\t ", "\u00a0"])
 @pytest.mark.parametrize("cut", range(1, len(END)))
 def test_parts_that_a_template_trims_join_into_no_special_token(blank, cut):
-    """Some templates trim every part and write it behind the one before."""
+    """Some templates trim every part and append it to the one before."""
     parts = [f"hello {END[:cut]}{blank}", f"{blank}{END[cut:]} there"]
     messages = [{"role": "user", "content": [{"type": "text", "text": part} for part in parts]}]
     found = neutralize_special_tokens(ROUTES["/v1/chat/completions"], {"messages": messages}, SPECIAL)
@@ -166,8 +166,8 @@ def test_parts_that_a_template_trims_join_into_no_special_token(blank, cut):
     assert END not in rendered
 
 
-def test_text_that_the_answer_goes_on_with_keeps_its_end():
-    """With `continue_final_message` nothing stands behind the last text."""
+def test_text_that_the_answer_continues_keeps_its_end():
+    """With `continue_final_message` no text follows the last message."""
     body = {"messages": [{"role": "assistant", "content": "Here it is: <"}], "continue_final_message": True}
     assert neutralize_special_tokens(ROUTES["/v1/chat/completions"], body, SPECIAL) == body
     body["messages"] = [{"role": "assistant", "content": f"a {END}"}]
@@ -183,8 +183,8 @@ def test_text_that_the_answer_goes_on_with_keeps_its_end():
         ([[5], [1, 7, 1]], "prompt[1][2]"),
     ],
 )
-def test_special_tokens_among_token_numbers_are_refused_by_name(prompt, param):
-    """By place, number and text; only what the tokenizer itself puts first may stand first."""
+def test_special_tokens_among_token_ids_are_refused_by_name(prompt, param):
+    """The error gives index, id and text. Only the tokenizer's own first token may come first."""
     with pytest.raises(FieldNotAllowed, match=r"is the special token '<\|") as refused:
         neutralize_special_tokens(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL)
     assert refused.value.param == param
@@ -193,15 +193,15 @@ def test_special_tokens_among_token_numbers_are_refused_by_name(prompt, param):
 @pytest.mark.parametrize(
     "prompt", [[0.0], [False], [[5], ["0"]], [[5, 0.0]], [5, "0"], ["a", 0], [[5], 0], [[[0]]], {"a": 0}, 0]
 )
-def test_what_the_engine_could_take_for_token_numbers_is_refused(prompt):
-    """Its parser makes token 0 of 0.0, false and "0"; only whole numbers pass."""
+def test_values_the_engine_would_read_as_token_ids_are_refused(prompt):
+    """The engine's parser turns 0.0, false and "0" into token 0; only integers pass."""
     with pytest.raises(InvalidRequest, match="prompt"):
         neutralize_special_tokens(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL)
 
 
 @pytest.mark.parametrize("prompt", ["x", ["x", "y"], [1, 5, 7], [[1, 5], [7]], []])
-def test_texts_and_ordinary_token_numbers_pass(prompt):
-    """The four kinds of prompt that OpenAI has."""
+def test_texts_and_ordinary_token_ids_pass(prompt):
+    """OpenAI's four kinds of prompt."""
     assert neutralize_special_tokens(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL) == {
         "prompt": prompt
     }
@@ -210,7 +210,7 @@ def test_texts_and_ordinary_token_numbers_pass(prompt):
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize"])
 @pytest.mark.parametrize("role", ["end", "|end|", "assistant\n", ["user"], {"a": 1}, 7, "User"])
 def test_role_that_no_template_knows_is_refused(path, role):
-    """Templates build special tokens of roles: any other could spell one."""
+    """Templates build special tokens from roles, so an unknown role could spell one."""
     name = "input" if path == "/v1/responses" else "messages"
     with pytest.raises(Refusal, match=rf"{name}\[1\].role") as refused:
         neutralize_special_tokens(ROUTES[path], {name: [{"role": "user"}, {"role": role}]}, SPECIAL)
@@ -218,13 +218,13 @@ def test_role_that_no_template_knows_is_refused(path, role):
 
 
 def test_field_without_a_reason_cannot_be_declared():
-    """The page of fields says of each why it is safe."""
+    """The field reference gives a reason for every field."""
     with pytest.raises(ValueError, match="reason"):
         Field("  ")
 
 
-async def test_engine_gets_inert_text_on_every_kind_of_route(start, engine):
-    """What generates, what counts, and token numbers, which are refused before the engine is asked."""
+async def test_engine_gets_neutralized_text_on_every_kind_of_route(start, engine):
+    """Generating and counting routes, and token ids, which are refused before the engine is called."""
     front = await start("calm")
     await front.chat(messages=[{"role": "user", "content": END}])
     assert engine.seen[-1]["messages"][0]["content"] == INERT
@@ -246,7 +246,8 @@ async def test_engine_gets_inert_text_on_every_kind_of_route(start, engine):
     ],
 )
 async def test_engine_that_lists_no_special_tokens_serves_nobody(start, engine, special, why):
-    """An older plugin, or a tokenizer whose special tokens cannot be kept out, is not proven; it says why."""
+    """An older plugin, or a tokenizer whose special tokens cannot be neutralized, is not proven; the reason
+    is given."""
     engine.special = special
     front = await start("calm", wait=False)
     task = front.apps.engine_loop.task

@@ -37,7 +37,7 @@ FORBIDDEN = [
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
 @pytest.mark.parametrize("name", FORBIDDEN)
 def test_field_that_clients_may_not_set_is_refused_by_name(route, name):
-    """What is not known to be safe is refused, however it is spelled."""
+    """Fields that are not known to be safe are refused, however they are spelled."""
     with pytest.raises(FieldNotAllowed, match="may not be set") as refused:
         clean(route, {"model": "m", name: {"interpretops_revision": "none"}})
     assert refused.value.param == name
@@ -65,19 +65,19 @@ def test_field_that_clients_may_not_set_is_refused_by_name(route, name):
     ],
 )
 def test_what_two_parsers_could_read_differently_is_refused(text):
-    """Duplicate keys, numbers that are none, half characters, bottomless nesting: refused, never guessed."""
+    """Duplicate keys, NaN, infinity, half characters and deep nesting are refused, never guessed."""
     with pytest.raises((InvalidRequest, TooLarge)):
         serialize(parse_strict(text.encode("utf-8", "surrogatepass")))
 
 
 def test_utf16_is_refused():
-    """A body in another encoding is no JSON of ours, though Python's parser would read it."""
+    """A body in another encoding is refused, although Python's parser would read it."""
     with pytest.raises(InvalidRequest):
         parse_strict('{"model": "a"}'.encode("utf-16"))
 
 
 def test_nesting_within_the_bound_is_read():
-    """The bound is on depth alone."""
+    """The limit is on depth alone."""
     text = '{"tools": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}"
     assert "tools" in parse_strict(text.encode())
 
@@ -99,7 +99,7 @@ def many(part, number, head='{"tools": [', tail="]}"):
     ],
 )
 def test_body_of_too_many_values_is_not_parsed(data, monkeypatch):
-    """What would hold up every other request is refused by counting, before anything of it is read."""
+    """A body that would block other requests is refused by counting, before it is parsed."""
     monkeypatch.setattr(sanitize, "_DECODER", None)
     with pytest.raises(TooLarge, match=r"more than 200000 values \(gateway.max_body_values"):
         parse_strict(data)
@@ -115,7 +115,7 @@ def test_body_of_too_many_values_is_not_parsed(data, monkeypatch):
     ],
 )
 def test_body_of_many_texts_or_tokens_is_read(body):
-    """Long prompts pass, and what stands within a text counts for nothing, however it is quoted."""
+    """Long prompts pass; characters inside strings do not count, however they are quoted."""
     assert parse_strict(json.dumps(body).encode()) == body
 
 
@@ -123,8 +123,8 @@ def test_body_of_many_texts_or_tokens_is_read(body):
     value=st.recursive(st.integers(0, 9) | st.text('\\"[{,:', max_size=5), st.lists, max_leaves=20),
     quoted=st.booleans(),
 )
-def test_count_is_that_of_the_parser(value, quoted):
-    """Counting sees as many values as parsing finds."""
+def test_count_equals_the_parsers(value, quoted):
+    """The count equals the number of values found by parsing."""
     data = json.dumps({"stop": json.dumps(value) if quoted else value}, separators=(",", ":")).encode()
 
     def values(part):
@@ -142,7 +142,7 @@ def test_count_is_that_of_the_parser(value, quoted):
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=20))
 def test_values_reach_the_engine_as_sent(value):
-    """Reading and writing a body changes no value."""
+    """Parsing and encoding a body changes no value."""
     raw = json.dumps({"model": "m", "stop": value}).encode()
     if value is not None and "\\ud" not in raw.decode():
         assert json.loads(serialize(clean(CHAT, parse_strict(raw)))) == {"model": "m", "stop": value}
@@ -169,15 +169,15 @@ def test_values_reach_the_engine_as_sent(value):
     ],
 )
 def test_wrong_value_names_its_field(field, value):
-    """A value of the wrong kind is refused with the field's name."""
+    """A value of the wrong type is refused with the field's name."""
     with pytest.raises(Refusal) as refused:
         clean(CHAT, {"model": "m", field: value})
     assert refused.value.param.startswith(field)
     assert refused.value.status == 400
 
 
-def test_fields_that_say_nothing_to_the_engine_are_dropped():
-    """OpenAI's bookkeeping fields are accepted and go no further."""
+def test_fields_meaningless_to_the_engine_are_dropped():
+    """OpenAI's bookkeeping fields are accepted but not passed on."""
     body = {"model": "m", "messages": [], "user": "u", "metadata": {}, "store": False, "cache_salt": "s-1"}
     assert clean(CHAT, body) == {"model": "m", "messages": [], "cache_salt": "s-1"}
 
@@ -191,8 +191,8 @@ def test_fields_that_say_nothing_to_the_engine_are_dropped():
         ({"Content-Type": "application/json", "x-INTERPRETOPS-nonce": "0"}, 400),
     ],
 )
-async def test_headers_that_are_not_a_clients(start, engine, headers, status):
-    """Internal headers and bodies that are not plain JSON are refused before anything is read."""
+async def test_internal_headers_are_refused(start, engine, headers, status):
+    """Internal headers, and bodies that are not plain JSON, are refused before the body is read."""
     front = await start("calm")
     body = b'{"model": "tiny-model", "messages": []}'
     async with front.public.post(CHAT.path, data=body, headers=headers) as answer:
@@ -202,7 +202,7 @@ async def test_headers_that_are_not_a_clients(start, engine, headers, status):
 
 
 async def test_body_over_the_bound_is_refused(start, engine):
-    """Declared or not, a body larger than the bound is never read to its end."""
+    """A body over the limit is never read to its end, with or without Content-Length."""
     front = await start(**{"gateway.max_body_bytes": 2000})
 
     async def endless():
@@ -217,8 +217,8 @@ async def test_body_over_the_bound_is_refused(start, engine):
             assert (await answer.json())["error"]["code"] == "request_too_large"
 
 
-async def test_slow_body_is_given_up(start, engine):
-    """A client that does not finish its body is told so, and holds nothing."""
+async def test_slow_body_is_refused(start, engine):
+    """A client that does not finish its body gets an error and holds no resources."""
     front = await start(**{"gateway.body_timeout_s": 0.2})
     done = asyncio.Event()
 
@@ -264,7 +264,7 @@ async def test_engine_sees_only_our_seal(start, engine):
     ],
 )
 async def test_what_is_not_guarded_is_not_served(start, engine, method, path, status):
-    """Every other route is refused by the gateway in OpenAI's shape, and never forwarded."""
+    """All other routes are refused in OpenAI's format, and never forwarded."""
     front = await start("calm")
     async with front.public.request(method, path, json={}) as answer:
         assert answer.status == status

@@ -14,7 +14,8 @@ EVENTS = [b'data: {"text":"[DONE]"}\n\n', b'data: {"text":"\\n\\n error"}\n\n', 
 
 @given(st.lists(st.sampled_from(EVENTS), max_size=8), st.data())
 def test_events_survive_any_cut_of_the_bytes(events, data):
-    """However the bytes are cut, all events come out whole, in order; only the end marker is kept back."""
+    """However the bytes are split, all events come out complete and in order; only the end marker is held
+    back."""
     whole = b"".join(events) + DONE
     splitter, out, at = SseSplitter(b"data: [DONE]"), b"", 0
     while at < len(whole):
@@ -29,7 +30,7 @@ def test_events_survive_any_cut_of_the_bytes(events, data):
 
 @given(st.integers(1, 20))
 def test_error_event_is_seen_in_any_cut(size):
-    """An error event is passed on and remembered."""
+    """An error event is passed on and noted."""
     whole = b'data: {"a":1}\n\ndata: {"error": {"message": "x"}}\n\ndata: [DONE]\n\n'
     splitter = SseSplitter(b"data: [DONE]")
     out = b"".join(splitter.feed(whole[at : at + size]) for at in range(0, len(whole), size))
@@ -39,8 +40,8 @@ def test_error_event_is_seen_in_any_cut(size):
 
 
 @pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages"])
-def test_named_end_is_kept_back_and_others_of_its_kind_are_not(route):
-    """The event that ends a stream waits for the receipt; its name inside a text is only a text."""
+def test_only_the_end_event_is_held_back(route):
+    """The end event waits for the receipt; its name inside a text has no effect."""
     end = ROUTES[route].end
     text = b"event: x\ndata: " + end.strip() + b"\n\n"
     last = end + b'data: {"all": 1}\n\n'
@@ -52,7 +53,7 @@ def test_named_end_is_kept_back_and_others_of_its_kind_are_not(route):
     assert failed.failed
 
 
-def test_event_without_end_is_refused(monkeypatch):
+def test_endless_event_is_refused(monkeypatch):
     """An engine that never ends an event cannot fill the gateway's memory."""
     monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 10)
     with pytest.raises(SseOverflowError):

@@ -1,4 +1,4 @@
-"""A caller's variables reach the chat template, and never the function that renders and tokenizes it."""
+"""A caller's variables reach the chat template, but never the arguments of the function that renders it."""
 
 import inspect
 
@@ -24,7 +24,7 @@ def asked(path: str, variables: object) -> dict[str, object]:
 
 
 def test_every_argument_of_the_renderer_is_refused() -> None:
-    """A new argument of transformers' `apply_chat_template` cannot be reached by name unnoticed."""
+    """A new argument of transformers' `apply_chat_template` fails this test."""
     parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.values()
     named = {one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
     assert named <= RESERVED
@@ -32,15 +32,16 @@ def test_every_argument_of_the_renderer_is_refused() -> None:
 
 @pytest.mark.parametrize("path", TAKING)
 @pytest.mark.parametrize("name", [*sorted(RESERVED), "eos_token", "additional_special_tokens"])
-def test_variable_that_decides_how_the_prompt_is_made_is_refused(path: str, name: str) -> None:
-    """`padding` would put special tokens behind the prompt; each such name is refused on every route."""
+def test_variable_that_controls_the_prompt_is_refused(path: str, name: str) -> None:
+    """`padding`, for example, would append special tokens to the prompt; such names are refused on every
+    route."""
     with pytest.raises(FieldNotAllowed, match=name):
         asked(path, {"enable_thinking": False, name: True})
 
 
 @pytest.mark.parametrize("path", TAKING)
 def test_variables_of_templates_pass(path: str) -> None:
-    """What templates themselves ask for stays as it is."""
+    """Variables of templates pass unchanged."""
     variables = {"enable_thinking": False, "thinking_budget": 100, "date_string": "today", "max_tokens": 3}
     assert asked(path, variables)[FIELD] == variables
     with pytest.raises(InvalidRequest, match="must be an object"):

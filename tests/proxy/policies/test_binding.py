@@ -1,4 +1,4 @@
-"""Which policy applies: what bindings demand, what callers may choose, and no way around either."""
+"""Which policy applies: what bindings require, what callers may choose, and no way around either."""
 
 import json
 
@@ -43,14 +43,15 @@ def caller(choice=None, **fields):
     ],
 )
 def test_decision(bindings, choice, policy, mode):
-    """Mandatory before the caller's choice before default; without any, nothing applies."""
+    """Mandatory comes before the caller's choice, and that before default; without bindings nothing
+    applies."""
     decision = decide(bindings, caller(choice), KNOWN)
     assert (decision.policy, decision.mode) == (policy, mode)
 
 
 @pytest.mark.parametrize("choice", ["none", "calm", "other", "unknown"])
-def test_mandatory_policy_cannot_be_chosen_away(choice):
-    """A caller who asks for anything else than the mandatory policy gets nothing."""
+def test_mandatory_policy_cannot_be_overridden_by_choice(choice):
+    """A caller who asks for anything but the mandatory policy is refused."""
     with pytest.raises(PolicyForbidden) as refused:
         decide(MANDATORY, caller(choice), KNOWN)
     assert (refused.value.status, refused.value.retry) == (403, False)
@@ -59,8 +60,8 @@ def test_mandatory_policy_cannot_be_chosen_away(choice):
 @pytest.mark.parametrize(
     ("bindings", "choice"), [(ANY, "unknown"), ((Binding(policy="calm"),), "other"), ((), "calm")]
 )
-def test_policy_that_is_not_open_is_unknown(bindings, choice):
-    """A policy that does not exist and one that is not open to the caller look the same."""
+def test_policy_that_may_not_be_chosen_looks_unknown(bindings, choice):
+    """A policy that does not exist and one that the caller may not choose get the same error."""
     with pytest.raises(UnknownPolicy):
         decide(bindings, caller(choice), KNOWN)
 
@@ -80,7 +81,7 @@ def headers(*pairs):
 
 
 def test_header_and_alias_must_agree():
-    """The same policy twice is fine, two policies are a conflict."""
+    """Naming the same policy twice is fine; two policies are a conflict."""
     assert read_caller(CHAT, headers((POLICY_HEADER, "calm")), "m+calm", {"m"}).choice == "calm"
     for given, model in (("none", "m+calm"), ("calm", "m+none"), ("calm", "m+other")):
         with pytest.raises(PolicyConflict):
@@ -92,21 +93,21 @@ def test_header_and_alias_must_agree():
 @pytest.mark.parametrize(
     "value", ["", "calm,none", "calm none", "*", "../calm", "cälm", "calm@0123", "a" * 200]
 )
-def test_header_that_is_no_policy_id_is_refused(value):
-    """Only a plain id is read."""
+def test_malformed_policy_header_is_refused(value):
+    """Only a plain policy id is accepted."""
     with pytest.raises(UnknownPolicy):
         read_caller(CHAT, headers((POLICY_HEADER, value)), "m", {"m"})
 
 
 @pytest.mark.parametrize("model", ["x", "m+", "m+a+b", "+calm", "M", "m ", "m+../x", "m+calm+"])
 def test_model_that_is_not_served_is_unknown(model):
-    """A model's name is matched exactly, with at most one policy behind it."""
+    """Model names match exactly, with at most one policy appended."""
     with pytest.raises(UnknownModel):
         read_caller(CHAT, headers(), model, {"m"})
 
 
 def test_model_name_with_a_plus_is_served():
-    """A model whose own name holds a plus can be named, with and without a policy."""
+    """A model whose own name contains a plus can be used, with and without a policy."""
     assert read_caller(CHAT, headers(), "m+x", {"m+x"}).choice is None
     assert read_caller(CHAT, headers(), "m+x+calm", {"m+x"}).choice == "calm"
 
@@ -128,7 +129,7 @@ def mandatory(policy, **match):
     ],
 )
 def test_policies_are_mandatory_together_where_one_request_could_match_both(one, other, joint):
-    """Bindings of different kinds meet when some caller falls under both; the same policy is always one."""
+    """Bindings overlap if some request matches both; the same policy is always single."""
     assert joint_mandatory([mandatory("a", **one), mandatory("a", **other)]) == []
     found = joint_mandatory([mandatory("a", **one), mandatory("b", **other)])
     assert found == ([frozenset("ab")] if joint else [])
@@ -137,22 +138,23 @@ def test_policies_are_mandatory_together_where_one_request_could_match_both(one,
     assert (decided.policy, decided.mode) == ("a+b", "mandatory")
 
 
-def test_every_set_that_could_meet_is_known():
-    """Of three bindings that meet in pairs and all together, every combination has a plan of its own."""
+def test_every_overlapping_set_is_known():
+    """For three bindings that overlap in pairs and all together, every combination has its own plan."""
     three = [mandatory("a", tenant="x"), mandatory("b", route=CHAT), mandatory("c")]
     assert joint_mandatory(three) == [frozenset(s) for s in ("ab", "abc", "ac", "bc")]
     with pytest.raises(ConfigError, match="more than 8 sets of policies"):
         joint_mandatory([mandatory(name) for name in "abcdefgh"])
 
 
-def test_steering_and_its_absence_cannot_both_be_demanded():
-    """A mandatory policy and a mandatory `none` for one request stop the start, and say where."""
+def test_mandatory_policy_and_mandatory_none_conflict():
+    """A mandatory policy and a mandatory `none` for the same request prevent start-up; the error says
+    where."""
     with pytest.raises(ConfigError, match=r"\[1\].policy = 'none', but bindings\[0\] makes 'a' mandatory"):
         joint_mandatory([mandatory("a"), mandatory("none", route=CHAT)])
 
 
 async def test_mandatory_policy_that_cannot_be_loaded_refuses_everyone(start, engine):
-    """Without the demanded policy there are no answers, and the gateway says that it is not ready."""
+    """Without the required policy nobody is answered, and the gateway is not ready."""
     front = await start(bindings=[{"policy": "absent", "mode": "mandatory"}])
     status, _, body = await front.chat()
     assert (status, body["error"]["code"]) == (503, "policy_unavailable")
@@ -162,7 +164,7 @@ async def test_mandatory_policy_that_cannot_be_loaded_refuses_everyone(start, en
 
 
 async def test_model_list_offers_what_may_be_chosen(start, engine):
-    """The model list holds the model and one alias for every open policy, and no path of the server."""
+    """The model list holds the model and an alias for each policy that may be chosen, and no server paths."""
     front = await start("calm", "other")
     async with front.public.get("/v1/models") as answer:
         listed = await answer.json()
@@ -175,7 +177,7 @@ async def test_model_list_offers_what_may_be_chosen(start, engine):
 
 
 async def test_dry_run_explains_without_running(start, engine):
-    """`POST /admin/resolve` says which policy would apply and why, and runs nothing."""
+    """`POST /admin/resolve` returns which policy would apply and why, and runs nothing."""
     front = await start("calm")
     async with front.admin.post("/admin/resolve", json={"model": "tiny-model", "policy": "calm"}) as answer:
         told = await answer.json()

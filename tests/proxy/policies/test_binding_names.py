@@ -1,4 +1,4 @@
-"""Every name in the settings stands for something: a binding that can match nobody guards nobody."""
+"""Every name in the settings must match something: a binding that never matches guards nobody."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -13,7 +13,8 @@ NOW = datetime.now(UTC).replace(microsecond=0)
 
 @pytest.fixture
 def keys(tmp_path):
-    """A file of two tenants' keys and a viewer's, as they are kept, by holder; and how it is written anew."""
+    """A key file with two tenants' keys and a viewer's: stored keys by holder, and a function to rewrite
+    it."""
     made = {
         "acme": make_key(tenant="acme"),
         "other": make_key(tenant="other"),
@@ -26,7 +27,7 @@ def keys(tmp_path):
 
 @pytest.fixture
 def guarded(start, tmp_path, keys):
-    """Starts a gateway that asks for keys."""
+    """Start a gateway that requires keys."""
     tenants = [{"id": "acme"}, {"id": "other"}]
 
     async def run(**sections):
@@ -49,8 +50,8 @@ async def reasons(front):
 
 
 @pytest.mark.parametrize("mode", ["mandatory", "default", "optional"])
-async def test_binding_by_an_unknown_key_stops_the_start(guarded, keys, mode):
-    """A typing error in `match.key` is named with its place and the nearest key."""
+async def test_binding_on_an_unknown_key_prevents_start_up(guarded, keys, mode):
+    """A typo in `match.key` is reported with its location and the nearest key."""
     key = keys["acme"][1].id
     wrong = key[:-1] + ("0" if key[-1] != "0" else "1")
     told = rf"bindings\[0\]\.match\.key = '{wrong}', but .* no such key; did you mean '{key}'\?"
@@ -65,22 +66,22 @@ async def test_binding_by_an_unknown_key_stops_the_start(guarded, keys, mode):
         ("other", {"tenant": "acme"}, "a key of tenant 'other', and match.tenant is 'acme'"),
     ],
 )
-async def test_binding_by_a_key_that_cannot_ask_stops_the_start(guarded, keys, holder, match, told):
-    """An admin's key, another tenant's: none of them ever makes a request that matches."""
+async def test_binding_on_a_key_that_can_never_match_prevents_start_up(guarded, keys, holder, match, told):
+    """Keys of an admin or another tenant can never make a matching request."""
     with pytest.raises(ConfigError, match=told):
         await guarded(bindings=bound(key=keys[holder][1].id, **match))
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("mandatory", ["binding_unmatched"]), ("optional", [])])
-async def test_key_that_has_expired_does_not_keep_the_gateway_down(guarded, keys, mode, expected):
-    """What was right once must not stop a restart: it is counted, and not ready where it enforces."""
+async def test_expired_key_does_not_prevent_start_up(guarded, keys, mode, expected):
+    """An expired key must not prevent a restart: it is counted, and not ready if its binding enforces."""
     front = await guarded(bindings=bound(mode=mode, key=keys["old"][1].id))
     assert await reasons(front) == expected
     assert 'interpretops_names_unmatched{place="bindings"} 1.0' in metrics_of(front)
 
 
 async def test_gateway_is_not_ready_while_a_mandatory_binding_has_lost_its_key(guarded, keys, tmp_path):
-    """Revoked while it runs: not ready, and counted. A new secret under the same id mends it."""
+    """Revoked while running: not ready, and counted. A new secret under the same id fixes it."""
     _, kept = keys["acme"]
     front = await guarded(bindings=bound(key=kept.id))
     assert await reasons(front) == []
@@ -100,7 +101,7 @@ async def test_gateway_is_not_ready_while_a_mandatory_binding_has_lost_its_key(g
 
 
 async def test_optional_binding_that_lost_its_key_is_counted_only(guarded, keys, tmp_path):
-    """Nobody relies on a choice that nobody can make."""
+    """Nobody relies on a choice that cannot be made."""
     front = await guarded(bindings=bound(mode="optional", key=keys["acme"][1].id))
     write_keys(tmp_path / "keys.yaml", [keys["other"][1]])
     front.apps.gateway.access.refresh()
@@ -129,15 +130,15 @@ async def test_optional_binding_that_lost_its_key_is_counted_only(guarded, keys,
         ),
     ],
 )
-async def test_model_that_nobody_serves_stops_the_start_of_an_own_engine(start, sections, told):
-    """The name of an engine that is started here is known before it starts."""
+async def test_unknown_model_prevents_start_up_of_a_local_engine(start, sections, told):
+    """The model name of a local engine is known before it starts."""
     own = {"engine.url": [], "model.name": "tiny-model"}
     with pytest.raises(ConfigError, match=told):
         await start(**own, **sections)
 
 
-async def test_engine_under_names_that_bindings_do_not_know_never_joins(start, engine):
-    """An engine elsewhere tells its names when it is proven: the binding is named, and nobody is served."""
+async def test_engine_without_the_bound_model_names_never_joins(start, engine):
+    """A remote engine's names are known once it is proven: the binding is reported, and nobody is served."""
     front = await start(
         *("calm",),
         bindings=bound(model_alias="tiny-modle"),
@@ -151,8 +152,9 @@ async def test_engine_under_names_that_bindings_do_not_know_never_joins(start, e
     assert engine.seen == []
 
 
-async def test_broken_alias_takes_no_other_model_from_the_list(start, engine):
-    """The alias alone is missing and 404; it is logged and counted, and all else is served and listed."""
+async def test_broken_alias_removes_no_other_model_from_the_list(start, engine):
+    """Only the alias is missing and gives 404; it is logged and counted, and all else is served and
+    listed."""
     front = await start("calm", aliases=[{"name": "broken", "model": "gone"}, {"name": "bot"}])
     async with front.public.get("/v1/models") as answer:
         listed = [model["id"] for model in (await answer.json())["data"]]
@@ -169,8 +171,8 @@ async def test_broken_alias_takes_no_other_model_from_the_list(start, engine):
     assert 'interpretops_names_unmatched{place="aliases"} 1.0' in metrics_of(front)
 
 
-async def test_optional_binding_of_an_unknown_policy_is_told(start, policy_writer):
-    """A choice that does not exist is logged with the nearest id, and counted until its file is there."""
+async def test_optional_binding_of_an_unknown_policy_is_reported(start, policy_writer):
+    """An unknown policy is logged with the nearest id, and counted until its file exists."""
     front = await start("calm", bindings=bound("clam", "optional"))
     assert [line["why"] for line in front.log if line["event"] == "name_unmatched"] == [
         "bindings[0].policy = 'clam', but no policy has that id; did you mean 'calm'?"

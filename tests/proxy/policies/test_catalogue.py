@@ -1,4 +1,4 @@
-"""Loading, reloading and taking back of policies, with requests in flight."""
+"""Loading, reloading and withdrawing policies, with requests in progress."""
 
 import asyncio
 import shutil
@@ -23,8 +23,8 @@ async def revision_of(front, policy):
     )
 
 
-async def test_reload_takes_effect_with_its_acknowledgement(start, engine, policy_writer):
-    """Every request sent after the answer to a reload gets the new revision."""
+async def test_reload_has_taken_effect_when_it_responds(start, engine, policy_writer):
+    """Every request sent after the reload's response gets the new revision."""
     front = await start("calm", **{"gateway.watch_policies": False})
     old = await revision_of(front, "calm")
     policy_writer(front.policies, "calm", CHANGED)
@@ -37,7 +37,7 @@ async def test_reload_takes_effect_with_its_acknowledgement(start, engine, polic
 
 
 async def test_requests_in_flight_keep_their_revision(start, engine, policy_writer):
-    """A request that was accepted before a reload ends under its revision, which is retired only then."""
+    """A request accepted before a reload finishes under its revision, which is retired only then."""
     front = await start("calm", **{"gateway.watch_policies": False})
     old = await revision_of(front, "calm")
     engine.trick = "hold"
@@ -66,7 +66,7 @@ async def test_requests_in_flight_keep_their_revision(start, engine, policy_writ
     ],
 )
 async def test_broken_edit_keeps_the_old_revision(start, engine, damage):
-    """A file that cannot be loaded changes nothing, and shows in the list, the log and a metric."""
+    """A broken file changes nothing, and is reported in the list, the log and a metric."""
     front = await start("calm", **{"gateway.watch_policies": False})
     old = await revision_of(front, "calm")
     (front.policies / "calm.yaml").write_text(damage)
@@ -84,8 +84,8 @@ async def test_broken_edit_keeps_the_old_revision(start, engine, damage):
 
 @pytest.mark.parametrize("trick", ["table_full", "wrong_digest", "same_half", "one_half"])
 async def test_revision_that_the_engine_does_not_attest_never_serves(start, engine, policy_writer, trick):
-    """An engine that cannot hold a plan, or holds other numbers (of two halves one twice, or none), leaves
-    the old revision in place."""
+    """If the engine cannot hold a plan or attests a wrong digest (or of two shards one twice, or none), the
+    old revision stays."""
     front = await start("calm", **{"gateway.watch_policies": False})
     old = await revision_of(front, "calm")
     engine.trick = trick
@@ -98,7 +98,7 @@ async def test_revision_that_the_engine_does_not_attest_never_serves(start, engi
 
 
 async def test_new_file_that_does_not_compile_is_known_but_unavailable(start, engine, policy_writer):
-    """A policy without any good revision answers 503, another one with the same id changes nothing."""
+    """A policy without a valid revision answers 503; a second file with its id changes nothing."""
     front = await start("calm", **{"gateway.watch_policies": False})
     policy_writer(front.policies, "bad", heads="[9]")
     (front.policies / "copy.yaml").write_text((front.policies / "calm.yaml").read_text())
@@ -111,15 +111,15 @@ async def test_new_file_that_does_not_compile_is_known_but_unavailable(start, en
 
 
 async def test_policy_named_none_is_refused(start, engine, policy_writer):
-    """No policy may bear the name that asks for an unsteered answer."""
+    """No policy may use the name that requests an unsteered answer."""
     front = await start(**{"gateway.watch_policies": False})
     policy_writer(front.policies, "none")
     assert not (await reload(front))["ok"]
     assert engine.plans == {}
 
 
-async def test_deleted_file_withdraws_its_policy_unless_bindings_demand_it(start, engine):
-    """A deleted optional policy is gone; a demanded one keeps serving, as do all when the folder is gone."""
+async def test_deleted_file_withdraws_its_policy_unless_bindings_require_it(start, engine):
+    """A deleted optional policy is gone; a required one keeps serving, as do all if the folder disappears."""
     bindings = [{"policy": "strict", "mode": "default"}, {"policy": "*"}]
     front = await start("calm", "strict", bindings=bindings, **{"gateway.watch_policies": False})
     strict = await revision_of(front, "strict")
@@ -135,8 +135,8 @@ async def test_deleted_file_withdraws_its_policy_unless_bindings_demand_it(start
     assert headers["X-Steering-Policy"] == f"strict@{strict[:12]}"
 
 
-async def test_policy_that_bindings_demand_is_not_renamed_away(start, engine, policy_writer):
-    """Another id in the file of a demanded policy is a mistake; of an optional one it is another policy."""
+async def test_required_policy_cannot_be_renamed(start, engine, policy_writer):
+    """A new id in the file of a required policy is an error; of an optional one, it is another policy."""
     bindings = [{"policy": "strict", "mode": "default"}, {"policy": "*"}]
     front = await start("calm", "strict", bindings=bindings, **{"gateway.watch_policies": False})
     strict = await revision_of(front, "strict")
@@ -150,8 +150,8 @@ async def test_policy_that_bindings_demand_is_not_renamed_away(start, engine, po
     assert await revision_of(front, "strict") == strict
 
 
-async def test_engine_that_cannot_hold_a_plan_again_gets_it_later(start, engine, until):
-    """After a restart a policy that the engine does not take is unavailable, until it takes it."""
+async def test_plan_refused_after_a_restart_is_loaded_later(start, engine, until):
+    """After a restart a policy that the engine refuses is unavailable until the engine accepts it."""
     front = await start("calm", **{"gateway.watch_policies": False})
     engine.plans.clear()
     engine.trick, engine.boot_id = "table_full", "second"
@@ -172,7 +172,7 @@ async def test_engine_that_cannot_hold_a_plan_again_gets_it_later(start, engine,
 
 
 async def test_rollback_and_promote(start, engine, policy_writer):
-    """Rollback serves the revision before, keeps the newer one aside, and promote brings it back."""
+    """Rollback serves the previous revision and keeps the newer one as candidate; promote restores it."""
     front = await start("calm", **{"gateway.watch_policies": False})
     old = await revision_of(front, "calm")
     policy_writer(front.policies, "calm", CHANGED)
@@ -200,7 +200,7 @@ async def test_rollback_and_promote(start, engine, policy_writer):
 
 
 async def test_half_written_file_is_read_again(start, engine, monkeypatch):
-    """A file that grows while it is read is no broken file."""
+    """A file that changes while it is read is not reported as broken."""
     front = await start("calm", **{"gateway.watch_policies": False})
     path = front.policies / "calm.yaml"
     whole = path.read_text().replace("0.5", "0.125")
@@ -218,8 +218,8 @@ async def test_half_written_file_is_read_again(start, engine, monkeypatch):
     assert (report["ok"], len(report["loaded"])) == (True, 1)
 
 
-async def test_edit_is_noticed_without_being_asked(start, engine, policy_writer, until):
-    """Writing a file is enough; a file of equal content is not loaded again."""
+async def test_edit_is_noticed_without_a_reload_call(start, engine, policy_writer, until):
+    """Writing a file is enough; a file with unchanged content is not loaded again."""
     front = await start("calm")
     old = await revision_of(front, "calm")
     policy_writer(front.policies, "calm", CHANGED)
@@ -240,7 +240,7 @@ async def test_edit_is_noticed_without_being_asked(start, engine, policy_writer,
 
 
 async def test_unloaded_policy_cannot_be_pinned(start, engine):
-    """A revision that is not resident in the engine is never handed out."""
+    """A revision that is not resident in the engine is never used."""
     front = await start("calm")
     held = front.apps.gateway.catalogue
     front.apps.gateway.fleet.current.resident.clear()
@@ -248,8 +248,8 @@ async def test_unloaded_policy_cannot_be_pinned(start, engine):
         pass
 
 
-async def test_file_that_breaks_the_compiler_keeps_no_other_away(start, engine, policy_writer, monkeypatch):
-    """An error that nobody foresaw is told of its file by kind and place; files after it are served."""
+async def test_file_that_crashes_the_compiler_affects_no_other(start, engine, policy_writer, monkeypatch):
+    """An unexpected error is reported with file, type and place; later files are still served."""
     compile_policy = policy_files.compile_policy
 
     def breaks(policy, **fields):

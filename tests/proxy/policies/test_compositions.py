@@ -1,4 +1,4 @@
-"""Several policies that are mandatory together: one plan, swapped with its members, or nobody is served."""
+"""Several policies mandatory together: one plan, swapped with its members, or nobody is served."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def sites(engine, revision):
 
 
 async def test_request_under_two_mandatory_policies_gets_both(start, engine, folder):
-    """One compiled plan holds the edits of both; where only one is demanded, that one applies alone."""
+    """One joint plan holds the edits of both; where only one is required, that one applies alone."""
     front = await start(bindings=BOTH)
     _, headers, _ = await front.chat()
     assert headers["X-Steering-Policy"].startswith("calm+strict@")
@@ -51,8 +51,8 @@ async def test_request_under_two_mandatory_policies_gets_both(start, engine, fol
         assert status == 403 or headers["X-Steering-Policy"].startswith("calm+strict@")
 
 
-async def test_edit_of_one_member_reaches_the_whole_at_once(start, engine, folder):
-    """After a reload both the member alone and the composed plan hold the edit, and old rows are freed."""
+async def test_edit_of_one_member_updates_the_joint_plan_at_once(start, engine, folder):
+    """After a reload both the single and the joint plan hold the edit, and old rows are freed."""
     front = await start(bindings=BOTH, **{"gateway.watch_policies": False})
     before = set(engine.plans)
     write(folder, "strict", 3)
@@ -64,8 +64,9 @@ async def test_edit_of_one_member_reaches_the_whole_at_once(start, engine, folde
     assert len(before & set(engine.plans)) == 1
 
 
-async def test_edit_that_makes_them_clash_changes_nothing(start, engine, folder):
-    """Policies that edit the same place are not composed: the last good plans serve on, the fault is told."""
+async def test_conflicting_edit_changes_nothing(start, engine, folder):
+    """Policies that edit the same place are not composed: the last good plans keep serving, and the error is
+    reported."""
     front = await start(bindings=BOTH, **{"gateway.watch_policies": False})
     _, before, _ = await front.chat()
     write(folder, "strict", 1)
@@ -78,9 +79,9 @@ async def test_edit_that_makes_them_clash_changes_nothing(start, engine, folder)
 
 
 @pytest.mark.parametrize("trick", ["full", "silent"])
-async def test_composition_that_fails_half_way_leaves_no_rows(start, engine, folder, until, trick):
-    """Of several plans that a change needs the last one is not taken, or its loading gets no answer: what was
-    loaded before it is freed again, the engine holds what it held, and all goes on as it was."""
+async def test_partly_failed_composition_leaves_no_rows(start, engine, folder, until, trick):
+    """If the last of several plans is refused or its load times out, those loaded before are freed, and
+    everything continues as before."""
     write(folder, "third", 3)
     third = {"policy": "third", "mode": "mandatory", "match": {"route": "/v1/completions"}}
     front = await start(bindings=[*BOTH, third], **{"gateway.watch_policies": False})
@@ -112,8 +113,8 @@ async def held(engine, plans):
     return len(engine.plans) == plans
 
 
-async def test_policies_that_clash_from_the_start_serve_nobody(start, engine, folder):
-    """Nothing is served in place of what cannot be composed; readiness and the list say so."""
+async def test_conflicting_policies_serve_nobody(start, engine, folder):
+    """If the policies cannot be composed, nothing is served; readiness and the list report it."""
     write(folder, "strict", 1)
     front = await start(bindings=BOTH)
     status, _, body = await front.chat()
@@ -125,7 +126,7 @@ async def test_policies_that_clash_from_the_start_serve_nobody(start, engine, fo
 
 
 async def test_restarted_engine_gets_the_composed_plan_again(start, engine, folder, until):
-    """After a restart nobody is served before the engine holds the composed plan too."""
+    """After a restart nobody is served before the engine also holds the joint plan."""
     front = await start(bindings=BOTH)
     engine.plans.clear()
     engine.boot_id = "second"
@@ -140,8 +141,8 @@ async def test_restarted_engine_gets_the_composed_plan_again(start, engine, fold
     assert seen <= {(200, "calm+strict"), (502, ""), (503, "")}
 
 
-async def test_composition_that_cannot_be_restored_keeps_no_other_away(start, engine, folder, monkeypatch):
-    """Of two composed plans that an engine lost, one is refused: the other serves again."""
+async def test_failed_restore_of_one_composition_affects_no_other(start, engine, folder, monkeypatch):
+    """If one of two lost joint plans is refused, the other serves again."""
     write(folder, "mild", 3)
     completions = {"policy": "mild", "mode": "mandatory", "match": {"route": "/v1/completions"}}
     front = await start(bindings=[*BOTH, completions], **{"gateway.watch_policies": False})

@@ -1,4 +1,4 @@
-"""Drift is told from a window of the gateway's own traffic that an operator has pinned."""
+"""Drift compares live traffic with a window that an operator pinned."""
 
 import json
 import math
@@ -17,7 +17,7 @@ async def front(start, tmp_path):
 
 
 def note(front, edits, times, policy="calm"):
-    """Requests of which ten tokens were evaluated, as the hook at their end sees them."""
+    """Record requests with ten evaluated tokens each, as `record_request` does."""
     revision = front.apps.gateway.catalogue.entries["calm"].active.revision
     for _ in range(times):
         front.apps.gateway.drift.note(
@@ -35,7 +35,7 @@ async def pin(front):
 
 
 def test_psi_is_the_known_formula():
-    """Against the textbook sum; equal histograms of different size are 0 but for the half requests."""
+    """Matches the textbook sum; equal histograms of different sizes give 0 apart from the half requests."""
     before, now = [80, 20], [50, 50]
     p, q = [80.5 / 101, 20.5 / 101], [50.5 / 101, 50.5 / 101]
     assert psi(before, now) == pytest.approx(
@@ -44,8 +44,8 @@ def test_psi_is_the_known_formula():
     assert psi([500, 100], [1000, 200]) < 1e-5
 
 
-async def test_shift_of_firing_shows_and_is_gone_when_pinned_anew(front):
-    """Requests that fire otherwise raise the gauge; a new baseline of the same traffic takes it back."""
+async def test_drift_shows_and_ends_with_a_new_baseline(front):
+    """Changed firing raises the gauge; pinning a new baseline of the same traffic resets it."""
     note(front, 0, MIN_REQUESTS - 1)
     assert (await pin(front))[0] == 409
     note(front, 0, 1)
@@ -61,8 +61,8 @@ async def test_shift_of_firing_shows_and_is_gone_when_pinned_anew(front):
     assert 'interpretops_policy_drift_psi{policy="calm"} 0.0' in shown(front)
 
 
-async def test_answered_requests_are_noted(front, engine):
-    """Every answer with a receipt adds to the window of its policy, pass-through and others to none."""
+async def test_answered_requests_are_counted(front, engine):
+    """Every answer with a receipt counts for its own policy only; pass-through counts for none."""
     engine.more = {"edits_applied": 1}
     await front.chat(model="tiny-model+calm")
     await front.chat()
@@ -73,7 +73,7 @@ async def test_answered_requests_are_noted(front, engine):
 
 
 async def test_baseline_outlasts_a_restart_and_belongs_to_its_revision(front, start, tmp_path):
-    """Another gateway finds it in the state folder; for another revision it says nothing."""
+    """Another gateway finds it in the state folder; it does not apply to another revision."""
     note(front, 0, MIN_REQUESTS)
     await pin(front)
     again = await start("calm", **{"paths.state": tmp_path / "state"})
@@ -86,8 +86,8 @@ async def test_baseline_outlasts_a_restart_and_belongs_to_its_revision(front, st
     assert 'drift_psi{policy="calm"}' not in shown(again)
 
 
-async def test_pinning_is_recorded_and_a_spoiled_file_named(front, start, tmp_path):
-    """Who pinned stands in the audit log; a file that not a valid baselines file stops the start."""
+async def test_pinning_is_recorded_and_a_malformed_file_is_reported(front, start, tmp_path):
+    """The audit log records who pinned; a malformed baselines file prevents start-up."""
     note(front, 0, MIN_REQUESTS)
     await pin(front)
     log = (tmp_path / "audit.jsonl").read_bytes().splitlines()

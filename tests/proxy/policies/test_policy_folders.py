@@ -1,4 +1,4 @@
-"""Folders and files of policies that cannot be taken: list, log and metric tell each, and nothing is lost."""
+"""Unreadable policy folders and files: list, log and metric report each, and nothing is lost."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ MODEL = ModelSpec("tiny-model", "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
 
 
 def broken(front):
-    """What the metric counts, without what is well."""
+    """The metric's values other than 0."""
     sample = front.apps.gateway.metrics.registry.get_sample_value
     counted = {source: sample("interpretops_policy_sources_broken", {"source": source}) for source in SOURCES}
     assert None not in counted.values(), "every source is there from the start"
@@ -26,7 +26,7 @@ def broken(front):
 
 
 async def told(front, path):
-    """What operators are told of a file or folder: in the list and, once, in the log."""
+    """The error of a file or folder in the list and, once, in the log."""
     listed = (await front.policy_list())["file_errors"].get(str(path))
     logged = [
         line["error"] for line in front.log if line["event"] == "policy_refused" and line["file"] == str(path)
@@ -35,7 +35,7 @@ async def told(front, path):
 
 
 async def look(front, times=3):
-    """As the watch does again and again."""
+    """Reload repeatedly, as the watch does."""
     for _ in range(times):
         report = await front.apps.gateway.intake.reload()
     return report
@@ -45,7 +45,7 @@ QUIET = {"gateway.watch_policies": False, "bindings": [{"policy": "calm", "mode"
 
 
 async def serves(front):
-    """Mandatory and optional policies answer as before."""
+    """Mandatory and optional policies still answer."""
     status, headers, _ = await front.chat()
     return status == 200 and headers["X-Steering-Policy"].startswith("calm@")
 
@@ -59,8 +59,9 @@ VANISH = {
 
 
 @pytest.mark.parametrize("how", VANISH)
-async def test_policies_folder_that_vanishes_is_told_and_takes_nothing_along(start, policy_writer, how):
-    """Everything serves on, mandatory or not; list, log and metric say what is wrong until it is back."""
+async def test_lost_policy_folder_is_reported_and_withdraws_nothing(start, policy_writer, how):
+    """All policies keep serving, mandatory or not; list, log and metric report the error until the folder is
+    back."""
     front = await start("calm", "other", **QUIET)
     assert broken(front) == {}
     VANISH[how](front.policies)
@@ -83,7 +84,7 @@ async def test_policies_folder_that_vanishes_is_told_and_takes_nothing_along(sta
 
 @contextlib.contextmanager
 def without_rights(*folders):
-    """As somebody who may not look into the folders; the superuser looks with another's eyes meanwhile."""
+    """Run without read permission on the folders; root temporarily uses another uid."""
     for folder in folders:
         folder.chmod(0)
     libc = ctypes.CDLL(None)
@@ -98,14 +99,14 @@ def without_rights(*folders):
 
 @pytest.fixture
 def open_folder():
-    """A folder that everybody may reach, unlike pytest's own."""
+    """A folder accessible to all users, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
-def test_folder_without_rights_is_not_an_empty_one(open_folder, policy_writer):
-    """A folder, or one in it, that may not be looked into hides its files; they are not taken for deleted."""
+def test_unreadable_folder_is_not_an_empty_one(open_folder, policy_writer):
+    """Files in an unreadable folder are hidden, not treated as deleted."""
     policies, artifacts = open_folder / "policies", open_folder / "artifacts"
     for folder in (policies / "nested", policies / "cards", artifacts / "model"):
         folder.mkdir(parents=True)
@@ -137,8 +138,8 @@ def test_folder_without_rights_is_not_an_empty_one(open_folder, policy_writer):
         assert text in Artifacts(artifacts, MODEL)._what_there_is()
 
 
-async def test_policy_in_a_hidden_folder_goes_on(start, monkeypatch, policy_writer):
-    """It is not taken out of service, though its file cannot be seen."""
+async def test_policy_in_an_unreadable_folder_keeps_serving(start, monkeypatch, policy_writer):
+    """The policy stays active although its file cannot be seen."""
     front = await start(**{"gateway.watch_policies": False})
     nested = front.policies / "nested"
     nested.mkdir()
@@ -170,8 +171,8 @@ async def test_policy_in_a_hidden_folder_goes_on(start, monkeypatch, policy_writ
         ),
     ],
 )
-async def test_new_file_that_serves_nothing_is_told(start, content, source):
-    """One that is no policy, and one whose id is taken: counted until it is mended or deleted."""
+async def test_new_unusable_file_is_reported(start, content, source):
+    """A file that is not a policy, or whose id is taken, is counted until it is fixed or deleted."""
     front = await start("calm", **QUIET)
     new = front.policies / "new.yaml"
     new.write_text(content.replace("[0]}}", "[0]}, scale: 0.5}"))
@@ -186,8 +187,8 @@ async def test_new_file_that_serves_nothing_is_told(start, content, source):
     assert broken(front) == {}
 
 
-async def test_file_that_cannot_be_read_is_told(start):
-    """A new one is counted; a known one is the policy's own metric, and its revision serves on."""
+async def test_unreadable_file_is_reported(start):
+    """A new file is counted; a known one sets its policy's own metric, and its revision keeps serving."""
     front = await start("calm", **QUIET)
     (front.policies / "new.yaml").mkdir()
     (front.policies / "calm.yaml").unlink()
@@ -199,7 +200,7 @@ async def test_file_that_cannot_be_read_is_told(start):
 
 
 async def test_file_whose_id_was_taken_serves_when_the_other_is_deleted(start, policy_writer):
-    """It is tried again without being touched."""
+    """It is tried again without being changed."""
     front = await start("other", **QUIET | {"bindings": [{"policy": "*"}]})
     policy_writer(front.policies, "other", scale=0.25).rename(front.policies / "second.yaml")
     policy_writer(front.policies, "other")
@@ -212,8 +213,8 @@ async def test_file_whose_id_was_taken_serves_when_the_other_is_deleted(start, p
     assert (entry["file"], entry["error"]) == (str(front.policies / "second.yaml"), None)
 
 
-async def test_file_of_a_demanded_policy_may_be_renamed(start):
-    """The new file takes the place of the one that is gone, and nothing is refused meanwhile."""
+async def test_file_of_a_required_policy_may_be_renamed(start):
+    """The new file replaces the deleted one, and no request is refused meanwhile."""
     front = await start("calm", **QUIET)
     (front.policies / "calm.yaml").rename(front.policies / "renamed.yaml")
     await look(front)
@@ -224,8 +225,8 @@ async def test_file_of_a_demanded_policy_may_be_renamed(start):
 
 
 @pytest.mark.parametrize("source", ["artifacts", "cards"])
-async def test_folders_beside_the_policies_are_missed_when_they_vanish(start, tmp_path, source):
-    """One that never was is not needed; one that is gone is told, and what was loaded serves on."""
+async def test_lost_artifact_and_card_folders_are_reported(start, tmp_path, source):
+    """A folder that never existed is optional; a lost one is reported, and loaded policies keep serving."""
     folder = tmp_path / ("policies/cards" if source == "cards" else "artifacts")
     front = await start("calm", **QUIET, **{"paths.artifacts": tmp_path / "artifacts"})
     await look(front)

@@ -31,7 +31,7 @@ def write_strict(front, scale):
 
 
 def write_card(front, revision, harmed, **more):
-    """A card that found ``harmed`` of 400 benign prompts harmed, and more measures."""
+    """Write a Risk Card with ``harmed`` of 400 benign prompts harmed, and further measures."""
     measures = {name: absent("not asked for") for name in MEASURES}
     measures |= {"collateral_damage": rate(harmed, 400), **more}
     card = RiskCard(
@@ -75,7 +75,8 @@ async def served(front):
 
 @pytest.fixture
 async def front(start, engine, tmp_path):
-    """A gateway whose policy serves, and a changed file of it that states criteria and has no card."""
+    """A gateway with an active policy whose file has been changed to state criteria, and that has no Risk
+    Card."""
     front = await start(
         "calm", **{"gateway.watch_policies": False, "audit.path": tmp_path / "audit" / "audit.jsonl"}
     )
@@ -86,7 +87,7 @@ async def front(start, engine, tmp_path):
 
 
 async def test_revision_without_a_card_waits(front):
-    """What serves goes on serving; the new revision is a candidate, and says what it waits for."""
+    """The active revision keeps serving; the new one is a candidate and reports what it waits for."""
     found = await entry(front)
     assert (found["revision"], found["error"]) == (front.first, None)
     assert [listed["state"] for listed in found["revisions"]] == ["active", "candidate"]
@@ -99,8 +100,8 @@ async def test_revision_without_a_card_waits(front):
     assert await served(front) == front.first[:12]
 
 
-async def test_card_that_meets_the_criteria_makes_it_serve(front):
-    """The card of exactly this revision is enough; one of another revision or below the bar is not."""
+async def test_passing_card_activates_the_candidate(front):
+    """A passing card of exactly this revision is needed; other revisions' or failing ones do not count."""
     waiting = (await entry(front))["candidate"]
     write_card(front, front.first, 0)
     assert (await reload(front))["loaded"] == []
@@ -116,8 +117,8 @@ async def test_card_that_meets_the_criteria_makes_it_serve(front):
 
 
 async def test_promised_benign_loss_gates_a_revision(front):
-    """`constraints.max_benign_loss_pct` alone, without any criterion, keeps a revision waiting until a card
-    shows that neither answers, exact matches nor BLEU are lost."""
+    """`constraints.max_benign_loss_pct` alone, without other criteria, keeps a revision waiting until a card
+    shows that answers, exact matches and BLEU are not lost."""
     path = front.policies / "calm.yaml"
     promise = "constraints: {max_benign_loss_pct: 5}\n"
     path.write_text(path.read_text().replace(CRITERIA, promise).replace("0.25", "0.125"))
@@ -135,7 +136,7 @@ async def test_promised_benign_loss_gates_a_revision(front):
 
 
 async def test_override_is_recorded_before_it_is_done(front, tmp_path):
-    """Who promoted without a card and why stands in the audit log, and the policy is shown as unproven."""
+    """The audit log records who overrode and why, and the policy is shown as unproven."""
     waiting = (await entry(front))["candidate"]
     for wrong in ({"override": {}}, {"override": {"by": "x", "why": " "}}, {"override": 1}, {"force": True}):
         assert (await promote(front, **wrong))[0] == 400
@@ -158,7 +159,7 @@ async def test_override_is_recorded_before_it_is_done(front, tmp_path):
 
 
 async def test_override_that_cannot_be_recorded_is_not_done(front, monkeypatch):
-    """Neither on a full disk nor without an audit log is anything served that its card does not allow."""
+    """With a full disk or no audit log, an override activates nothing."""
     audit = front.apps.gateway.audit
 
     def full(*_):
@@ -174,8 +175,8 @@ async def test_override_that_cannot_be_recorded_is_not_done(front, monkeypatch):
     assert (await entry(front))["revision"] == front.first
 
 
-async def test_rolled_back_revision_waits_for_a_person(front):
-    """A card does not bring back what a person took back; promoting it does."""
+async def test_rolled_back_revision_needs_a_promotion(front):
+    """A passing card does not reactivate a rolled-back revision; a promotion does."""
     waiting = (await entry(front))["candidate"]
     write_card(front, waiting, 2)
     await reload(front)
@@ -188,14 +189,14 @@ async def test_rolled_back_revision_waits_for_a_person(front):
 
 
 async def test_file_changed_back_leaves_no_candidate(front, policy_writer):
-    """What waited is forgotten when the file holds again what serves."""
+    """The candidate is dropped when the file is changed back to the active content."""
     policy_writer(front.policies, "calm")
     await reload(front)
     assert (await entry(front))["candidate"] is None
 
 
-async def test_first_start_serves_unproven_and_says_so(start, engine, tmp_path):
-    """Out of the box a policy without its card works, with a warning and a metric."""
+async def test_first_start_serves_without_a_card_and_warns(start, engine, tmp_path):
+    """By default a policy without a Risk Card is served, with a warning and a metric."""
     folder = tmp_path / "policies"
     folder.mkdir()
     (folder / "calm.yaml").write_text(
@@ -209,8 +210,8 @@ async def test_first_start_serves_unproven_and_says_so(start, engine, tmp_path):
     assert b'interpretops_policy_unproven{policy="calm"} 1.0' in front.apps.gateway.metrics.render()
 
 
-async def test_cards_can_be_demanded_from_the_first_start(start, engine, tmp_path):
-    """With `policies.require_cards` nothing serves that its card does not allow, also at the start."""
+async def test_cards_can_be_required_from_the_first_start(start, engine, tmp_path):
+    """With `policies.require_cards` nothing is served without a passing card, even at the first start."""
     folder = tmp_path / "policies"
     folder.mkdir()
     (folder / "calm.yaml").write_text(
@@ -224,8 +225,8 @@ async def test_cards_can_be_demanded_from_the_first_start(start, engine, tmp_pat
     assert await served(front) == (await entry(front))["revision"][:12]
 
 
-async def test_promotion_serves_the_revision_that_was_reviewed_or_none(front, tmp_path):
-    """The candidate moved after it was looked at: an override of the old one makes nothing else active."""
+async def test_promotion_activates_the_reviewed_revision_or_nothing(front, tmp_path):
+    """If the candidate changed after the review, an override of the old one activates nothing."""
     reviewed = (await entry(front))["candidate"]
     write_strict(front, 0.125)
     await reload(front)
@@ -253,8 +254,8 @@ async def test_promotion_serves_the_revision_that_was_reviewed_or_none(front, tm
     assert reviewed not in became
 
 
-async def test_candidate_that_moves_while_the_promotion_is_recorded_is_not_served(front, monkeypatch):
-    """The file changes between the record on the disk and the change: refused, and recorded as failed."""
+async def test_candidate_that_changes_during_the_promotion_is_not_served(front, monkeypatch):
+    """The file changes between the audit record and the activation: refused, and recorded as failed."""
     reviewed = (await entry(front))["candidate"]
     audit, recorded = front.apps.gateway.audit, []
 
@@ -272,7 +273,7 @@ async def test_candidate_that_moves_while_the_promotion_is_recorded_is_not_serve
 
 
 async def test_rollback_may_name_its_target_and_records_both_ends(front, tmp_path):
-    """Whoever names what to go back to never gets another; the audit log says from what to what."""
+    """A rollback that names its target never activates another; the audit log records both revisions."""
     waiting = (await entry(front))["candidate"]
     write_card(front, waiting, 2)
     await reload(front)

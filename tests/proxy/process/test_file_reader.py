@@ -1,4 +1,4 @@
-"""What hangs while it is read holds up nothing else."""
+"""A read that hangs blocks nothing else."""
 
 import asyncio
 import subprocess
@@ -11,7 +11,7 @@ from proxy.process.file_reader import Reader, StuckError
 
 
 async def test_result_or_error_of_the_work_is_given():
-    """Work that ends is as if it had been called."""
+    """Finished work behaves as if it had been called directly."""
     reader = Reader("the folder")
     assert await reader.run(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
@@ -19,8 +19,8 @@ async def test_result_or_error_of_the_work_is_given():
     assert await reader.run(divmod, 7, 2) == (3, 1)
 
 
-async def test_work_that_hangs_is_given_up_and_not_begun_again():
-    """One thread at most hangs; while it does the answer is an error at once; when it ends, all is well."""
+async def test_hanging_work_times_out_and_is_not_repeated():
+    """At most one thread hangs; meanwhile calls fail at once; after it ends, calls work again."""
     reader, held, begun = Reader("the folder", 0.05), threading.Event(), []
 
     def hang():
@@ -37,8 +37,8 @@ async def test_work_that_hangs_is_given_up_and_not_begun_again():
     assert await reader.run(divmod, 7, 2) == (3, 1)
 
 
-async def test_work_whose_waiter_was_cancelled_is_waited_for_by_the_next():
-    """Two pieces of work never run at the same time, and one that nobody waits for disturbs nobody."""
+async def test_next_call_waits_for_abandoned_work():
+    """Two pieces of work never run concurrently, and abandoned work disturbs nobody."""
     reader, held, running = Reader("the folder"), threading.Event(), []
 
     def work():
@@ -72,7 +72,7 @@ asyncio.run(main())
 
 
 def test_process_ends_although_a_read_hangs():
-    """A hanging read is waited for neither by the event loop nor by Python's exit."""
+    """Neither the event loop nor Python's exit waits for a hanging read."""
     ended = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=20)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "could not be read" in ended.stdout

@@ -1,4 +1,4 @@
-"""A gateway that finds no thread still forces its records out and ends."""
+"""A gateway that cannot start threads still syncs its records and exits."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ from proxy.process.off_loop import off_loop
 
 
 class NoThreads(ThreadPoolExecutor):
-    """A pool on a machine whose threads are used up."""
+    """A thread pool on a machine that cannot start more threads."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         raise RuntimeError("can't start new thread")
@@ -29,23 +29,23 @@ class NoThreads(ThreadPoolExecutor):
 
 @pytest.fixture
 async def no_threads() -> None:
-    """The test's event loop finds no thread."""
+    """The test's event loop cannot start threads."""
     asyncio.get_running_loop().set_default_executor(NoThreads())
 
 
 async def test_work_is_done_in_a_thread() -> None:
-    """Ordinarily the event loop goes on while the work is done."""
+    """Normally the event loop keeps running during the work."""
     assert await off_loop(threading.get_ident) != threading.get_ident()
 
 
 @pytest.mark.usefixtures("no_threads")
 async def test_work_is_done_without_a_thread() -> None:
-    """Where no thread can be had the work is done all the same."""
+    """Without threads the work is done on the event loop."""
     assert await off_loop(threading.get_ident) == threading.get_ident()
 
 
 async def test_work_that_fails_is_not_done_twice() -> None:
-    """An error of the work itself, of whatever kind, is raised and not taken for a missing thread."""
+    """An error of the work itself, of any type, is raised and not mistaken for a missing thread."""
     calls = []
 
     def fail() -> None:
@@ -58,10 +58,10 @@ async def test_work_that_fails_is_not_done_twice() -> None:
 
 
 @pytest.mark.usefixtures("no_threads")
-async def test_audit_log_is_forced_out_and_closed_without_a_thread(
+async def test_audit_log_is_synced_and_closed_without_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last records are on the disk, and the note of the newest with them, before the gateway ends."""
+    """The last records and the head are on disk before the gateway exits."""
     forced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: forced.append(os.fstat(descriptor).st_ino))
     path = tmp_path / "audit.jsonl"
@@ -76,7 +76,7 @@ async def test_audit_log_is_forced_out_and_closed_without_a_thread(
 
 @pytest.mark.usefixtures("no_threads")
 async def test_last_spans_are_sent_without_a_thread() -> None:
-    """What is left of the spans is sent when the gateway ends."""
+    """Remaining spans are exported when the gateway exits."""
 
     class Provider:
         shut_down = False

@@ -13,7 +13,7 @@ import pytest
 
 from proxy.process import process_reaper as reaper
 
-# A main process, a child, and a grandchild that leaves the process group, each deaf to SIGTERM.
+# A main process, a child, and a grandchild outside the process group, all ignoring SIGTERM.
 FAMILY = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -28,7 +28,7 @@ time.sleep(600)
 
 @pytest.fixture
 def family(tmp_path):
-    """A reaper over three stubborn generations; yields the reaper and everybody's process ids."""
+    """A reaper with three generations of processes that ignore SIGTERM; yields it and all process ids."""
     command = [sys.executable, "-c", FAMILY, "2", FAMILY]
     (tmp_path / "own").mkdir()
     process = subprocess.Popen(
@@ -55,8 +55,8 @@ def assert_gone(pids, timeout_s=5.0):
             os.close(ends)
 
 
-def test_all_end_when_the_parent_lets_go(family, tmp_path):
-    """The end of the pipe, which also a killed parent leaves behind, ends three stubborn generations."""
+def test_all_end_when_the_parent_closes_the_pipe(family, tmp_path):
+    """Closing the pipe, which also happens when the parent is killed, ends all three generations."""
     process, pids = family
     process.stdin.close()
     assert_gone(pids)
@@ -64,7 +64,7 @@ def test_all_end_when_the_parent_lets_go(family, tmp_path):
     assert not (tmp_path / "own").exists()
 
 
-def test_all_end_when_the_keeper_is_told_to_stop(family):
+def test_all_end_on_sigterm(family):
     """SIGTERM does the same."""
     process, pids = family
     process.terminate()
@@ -72,7 +72,7 @@ def test_all_end_when_the_keeper_is_told_to_stop(family):
 
 
 def test_children_end_with_the_main_process(family):
-    """When the main process is killed, its orphans go too, and the reaper says how it ended."""
+    """When the main process is killed, its orphans are killed too, and the reaper returns its status."""
     process, (main, *others) = family
     mother = psutil.Process(process.pid).children()[0].pid
     os.kill(mother, signal.SIGKILL)
@@ -81,23 +81,23 @@ def test_children_end_with_the_main_process(family):
 
 
 def test_status_of_the_command_is_passed_on():
-    """The reaper ends as its command ended."""
+    """The reaper exits with the command's status."""
     command = [sys.executable, "-c", "raise SystemExit(7)"]
     command = [sys.executable, "-I", reaper.__file__, "1", "/nowhere", *command]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.wait(10) == 7
 
 
-def test_main_process_ends_when_the_keeper_is_killed(family):
-    """A killed reaper takes the engine's main process along."""
+def test_main_process_ends_when_the_reaper_is_killed(family):
+    """Killing the reaper kills the engine's main process too."""
     process, _ = family
     mother = psutil.Process(process.pid).children()[0].pid
     process.kill()
     assert_gone([mother])
 
 
-def test_keeper_imports_only_the_standard_library():
-    """It runs isolated, by its file."""
+def test_reaper_imports_only_the_standard_library():
+    """It runs isolated, as a file."""
     text = Path(reaper.__file__).read_text()
     assert "from proxy" not in text
     assert "import interpretops" not in text

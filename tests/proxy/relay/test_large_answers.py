@@ -1,4 +1,4 @@
-"""What the gateway holds of an answer is bounded: an engine that writes without end is cut, whoever asked."""
+"""The gateway's buffer for an answer is bounded: an engine that never stops sending is cut off."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from proxy.verification.internal_request import ask
 
 BOUND = {"gateway.max_answer_bytes": 8 * 2**20}
 MOST_WRITTEN = 16
-"""MiB: the bound, and what sockets and buffers between take."""
+"""MiB: the limit, plus what sockets and buffers in between hold."""
 PLAIN = {"/tokenize": {"prompt": "a"}, "/detokenize": {"tokens": [1]}}
 ASKED = {
     "/v1/chat/completions": {"messages": []},
@@ -22,8 +22,8 @@ ASKED = {
 
 @pytest.mark.parametrize("path", ASKED)
 @pytest.mark.parametrize("trick", ["", "huge_stated"])
-async def test_whole_answer_is_held_up_to_a_bound(start, engine, until, path, trick):
-    """Of 200 MiB no more than the bound is read; the caller is told, and the engine is stopped."""
+async def test_answer_buffer_is_bounded(start, engine, until, path, trick):
+    """Of 200 MiB at most the limit is read; the caller gets an error, and the engine is stopped."""
     front = await start("calm", **BOUND, tenants=[{"id": "anonymous", "limits": {"tokens_per_minute": 99}}])
     engine.huge, engine.trick, engine.more = 200, trick, {"cached_tokens": 40}
     async with front.public.post(path, json={"model": "tiny-model", **ASKED[path]}) as answer:
@@ -32,7 +32,7 @@ async def test_whole_answer_is_held_up_to_a_bound(start, engine, until, path, tr
     assert "gateway.max_answer_bytes" in error["message"]
     assert ("stream" in error["message"]) == (path not in PLAIN)
     if path not in PLAIN:
-        # It went through the model, and is paid for.
+        # The tokens were processed, so they are billed.
         assert 'tenant_tokens_total{tenant="anonymous"} 43.0' in front.apps.gateway.metrics.render().decode()
         await until(lambda: gone(engine))
     assert engine.written <= MOST_WRITTEN
@@ -43,7 +43,7 @@ async def gone(engine):
 
 
 async def test_answer_within_the_bound_arrives(start, engine):
-    """As long as it fits, and whatever its headers say of its length."""
+    """An answer within the limit arrives, whatever its headers say about its length."""
     front = await start("calm", **BOUND)
     engine.huge = 7
     for engine.trick in ("", "huge_stated"):
@@ -52,7 +52,7 @@ async def test_answer_within_the_bound_arrives(start, engine):
 
 
 async def test_stream_has_no_bound(start, engine):
-    """What can be sent on as it comes is not held, however long it is."""
+    """Streamed data is passed on without buffering, however long the stream."""
     front = await start("calm", **{"gateway.max_answer_bytes": 64 * 1024})
     event = {"choices": [{"text": "a" * 100_000}]}
     engine.script = lambda body: [event] * 20
@@ -60,8 +60,8 @@ async def test_stream_has_no_bound(start, engine):
     assert (status, text.count('"choices"')) == (200, 20)
 
 
-async def test_error_of_the_engine_is_held_up_to_a_bound(start, engine, until):
-    """An error without end is a failure of the engine, and no memory of ours."""
+async def test_engine_error_buffer_is_bounded(start, engine, until):
+    """An endless error body is a failure of the engine, and does not fill our memory."""
     front = await start("calm")
     engine.huge, engine.trick = 200, "huge_error"
     status, _, body = await front.chat()
@@ -69,8 +69,8 @@ async def test_error_of_the_engine_is_held_up_to_a_bound(start, engine, until):
     assert engine.written <= MOST_WRITTEN
 
 
-async def test_own_requests_hold_no_more(start, engine):
-    """The gateway's own questions, of canary and shadows, are bounded too."""
+async def test_internal_requests_are_bounded_too(start, engine):
+    """The gateway's own requests, of canary and shadows, are bounded too."""
     front = await start("calm")
     engine.huge = 200
     proven = front.apps.gateway.fleet.current
@@ -79,8 +79,8 @@ async def test_own_requests_hold_no_more(start, engine):
     assert engine.written <= MOST_WRITTEN
 
 
-async def test_long_stream_is_not_held_to_be_kept(start, engine, until, tmp_path, monkeypatch):
-    """A stream that is too long to be kept, of a tenant who asks for it, is lost: told and counted."""
+async def test_long_stream_is_not_buffered_for_its_transcript(start, engine, until, tmp_path, monkeypatch):
+    """A stream too long to store, of an opted-in tenant, is logged and counted as a lost transcript."""
     monkeypatch.setenv("KEPT", make_key())
     monkeypatch.setattr("proxy.observe.request_context._MAX_HELD", 1000)
     tenants = [{"id": "anonymous", "transcripts": {"key": "env:KEPT"}}]

@@ -1,4 +1,4 @@
-"""Nothing is told of a prompt that the bound policy would have changed, had it been generated."""
+"""Nothing computed at prompt positions is returned if the policy would have changed it in an answer."""
 
 import json
 
@@ -40,7 +40,7 @@ interventions:
 
 
 def write_late(folder, name="late", layer=2):
-    """A policy that acts on generated positions alone."""
+    """Write a policy that acts on generated tokens only."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.yaml").write_text(LATE.format(name=name, layer=layer))
 
@@ -64,10 +64,10 @@ def is_refused(told, policy):
 
 @pytest.mark.parametrize(("path", "fields"), READS, ids=str)
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_reads_the_prompt_is_refused_under_a_policy_that_waits(
+async def test_prompt_readings_are_refused_under_a_policy_that_edits_only_answers(
     start, engine, tmp_path, path, fields, stream
 ):
-    """Every way to have them told is refused by field and policy, and the engine is not asked."""
+    """Every way to request them is refused, naming field and policy, and the engine is not called."""
     write_late(tmp_path / "policies")
     front = await start(bindings=[{"policy": "late", "mode": "mandatory"}])
     assert is_refused(await ask(front, path, fields, stream), "late")
@@ -75,8 +75,8 @@ async def test_what_reads_the_prompt_is_refused_under_a_policy_that_waits(
 
 
 @pytest.mark.parametrize(("path", "fields"), READS_NOT, ids=str)
-async def test_what_tells_of_the_answer_alone_is_served(start, engine, tmp_path, path, fields):
-    """Log-probabilities of the answer, token ids and the echo of a text are the caller's to have."""
+async def test_readings_of_the_answer_are_allowed(start, engine, tmp_path, path, fields):
+    """Log-probabilities of the answer, token ids and echoed text are allowed."""
     write_late(tmp_path / "policies")
     front = await start(bindings=[{"policy": "late", "mode": "mandatory"}])
     assert (await ask(front, path, fields))[0] == 200
@@ -84,8 +84,8 @@ async def test_what_tells_of_the_answer_alone_is_served(start, engine, tmp_path,
 
 
 @pytest.mark.parametrize(("path", "fields"), READS, ids=str)
-async def test_prompts_are_read_without_a_policy_and_under_unconditional_ones(start, engine, path, fields):
-    """`mechctl eval` measures so; the engine is asked what the caller asked."""
+async def test_prompt_readings_are_allowed_under_none_and_unconditional_policies(start, engine, path, fields):
+    """`mechctl eval` needs this; the engine gets the caller's request unchanged."""
     front = await start("calm")
     for policy in ("none", "calm"):
         status, _ = await ask(front, path, fields, headers={"X-Steering-Policy": policy})
@@ -93,8 +93,8 @@ async def test_prompts_are_read_without_a_policy_and_under_unconditional_ones(st
         assert engine.seen[-1].items() >= fields.items()
 
 
-async def test_policy_that_waits_is_found_however_it_is_bound(start, engine, tmp_path):
-    """By header, by alias, as a default and as one part of a composition: the revision decides."""
+async def test_prompt_readings_are_refused_however_the_policy_is_bound(start, engine, tmp_path):
+    """By header, by alias, as default and as part of a composition: the revision decides."""
     write_late(tmp_path / "policies")
     fields = {"prompt_logprobs": 1}
     front = await start("calm")
@@ -108,8 +108,8 @@ async def test_policy_that_waits_is_found_however_it_is_bound(start, engine, tmp
     assert (await ask(front, CHAT.path, {}))[0] == 200
 
 
-async def test_shadow_that_waits_reads_no_prompt_either(start, engine, until):
-    """A waiting revision that could not be asked for it is not asked in the dark."""
+async def test_shadow_gets_no_prompt_readings_either(start, engine, until):
+    """A shadow revision that would refuse the field is not run with it either."""
     front = await start("calm", **{"gateway.watch_policies": False, "policies.shadow_share": 1.0})
     write_late(front.policies, "calm", 1)
     path = front.policies / "calm.yaml"

@@ -7,7 +7,7 @@ import pytest
 
 
 async def test_answer_carries_revision_and_receipt(start, engine):
-    """A steered answer names the revision that steered it, and shows the engine's receipt."""
+    """A steered answer names its revision and carries the engine's receipt."""
     front = await start("calm")
     status, headers, body = await front.chat(headers={"X-Steering-Policy": "calm", "X-Request-Id": "abc"})
     (revision,) = engine.plans
@@ -20,15 +20,15 @@ async def test_answer_carries_revision_and_receipt(start, engine):
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"model": "gone"}])
 async def test_answer_says_how_long_it_took(start, fields):
-    """OpenAI's header, on whole answers, streams and refusals."""
+    """OpenAI's timing header is on answers, streams and errors."""
     front = await start("calm")
     _, headers, _ = await front.chat(**{"model": "tiny-model+calm", **fields})
     assert 0 <= int(headers["openai-processing-ms"]) < 30_000
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_receipt_that_does_not_come_with_its_answer_is_asked_for(start, engine, stream):
-    """An engine with an older plugin proves its answers as before: when it is asked."""
+async def test_missing_receipt_is_fetched_separately(start, engine, stream):
+    """For an engine with an older plugin, the gateway fetches the receipt separately."""
     front = await start("calm")
     engine.trick = "older_plugin"
     status, headers, body = await front.chat(model="tiny-model+calm", stream=stream)
@@ -40,7 +40,7 @@ async def test_receipt_that_does_not_come_with_its_answer_is_asked_for(start, en
 
 @pytest.mark.parametrize("trick", ["no_receipt", "wrong_revision", "nothing_evaluated"])
 async def test_answer_without_proof_is_withheld(start, engine, trick):
-    """Without a receipt for the demanded revision nothing of the answer reaches the client."""
+    """Without a receipt for the required revision no part of the answer reaches the client."""
     front = await start("calm")
     engine.trick = trick
     status, headers, body = await front.chat(model="tiny-model+calm")
@@ -52,7 +52,7 @@ async def test_answer_without_proof_is_withheld(start, engine, trick):
 
 
 async def test_stream_is_relayed_and_ends_with_its_receipt(start, engine):
-    """A stream's events arrive untouched, then the receipt as a comment, then the end marker, once."""
+    """A stream's events arrive unchanged, then the receipt as a comment, then the end marker, once."""
     front = await start("calm")
     status, headers, text = await front.chat(model="tiny-model+calm", stream=True)
     events = text.split("\n\n")
@@ -74,7 +74,7 @@ async def test_stream_is_relayed_and_ends_with_its_receipt(start, engine):
     ],
 )
 async def test_broken_stream_ends_in_an_error_without_end_marker(start, engine, trick, code):
-    """A stream that is cut or not proven ends in an error of OpenAI's shape, with whole events before it."""
+    """A truncated or unproven stream ends in an error in OpenAI's format, after complete events."""
     front = await start("calm")
     engine.trick = trick
     _, _, text = await front.chat(model="tiny-model+calm", stream=True)
@@ -84,8 +84,8 @@ async def test_broken_stream_ends_in_an_error_without_end_marker(start, engine, 
     assert "data: [DONE]\n" not in text
 
 
-async def test_engine_error_event_takes_the_end_marker_away(start, engine):
-    """The engine sends its end marker even after an error; the client must not take that for a clean end."""
+async def test_engine_error_event_suppresses_the_end_marker(start, engine):
+    """The engine sends its end marker even after an error; the client must not take it for success."""
     front = await start("calm")
     engine.trick = "error_event"
     _, _, text = await front.chat(model="tiny-model+calm", stream=True)
@@ -101,8 +101,8 @@ async def test_engine_error_event_takes_the_end_marker_away(start, engine):
         ("hold_stream", True, "gateway.stream_idle_timeout_s"),
     ],
 )
-async def test_engine_that_takes_too_long_is_told_from_one_that_failed(start, engine, trick, stream, limit):
-    """A 504 of its own, or an error event once the stream has begun; the engine's request is closed."""
+async def test_timeout_is_distinguished_from_failure(start, engine, trick, stream, limit):
+    """A 504, or an error event if the stream has started; the engine's request is closed."""
     front = await start("calm", **{limit: 0.3})
     engine.trick = trick
     status, _, body = await front.chat(model="tiny-model", stream=stream)
@@ -116,7 +116,7 @@ async def test_engine_that_takes_too_long_is_told_from_one_that_failed(start, en
 
 @pytest.mark.parametrize(("trick", "stream"), [("hold", False), ("hold", True), ("hold_stream", True)])
 async def test_client_that_leaves_stops_the_engine(start, engine, trick, stream):
-    """When a client goes away, before the first byte or in mid-stream, the engine's request is closed."""
+    """When a client disconnects, before the first byte or midway, the engine's request is closed."""
     front = await start("calm")
     engine.trick = trick
     body = {"model": "tiny-model", "messages": [], "stream": stream}
@@ -132,7 +132,7 @@ async def test_client_that_leaves_stops_the_engine(start, engine, trick, stream)
 
 
 async def test_engine_refusals_keep_openai_shape(start, engine):
-    """The engine's inner failures arrive as one of our codes, without its text."""
+    """The engine's internal errors arrive as one of our codes, without their text."""
     front = await start("calm")
     engine.trick = "inner_failure"
     status, _, body = await front.chat(model="tiny-model+calm")
@@ -141,7 +141,7 @@ async def test_engine_refusals_keep_openai_shape(start, engine):
 
 
 async def test_restarted_engine_is_noticed_before_its_first_byte(start, engine):
-    """An engine that was restarted behind the same address answers nobody before it is proven again."""
+    """An engine restarted behind the same address answers nobody before it is proven again."""
     front = await start("calm")
     await engine.restart()
     for stream in (True, False):

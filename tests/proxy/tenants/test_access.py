@@ -1,4 +1,4 @@
-"""Who gets in: keys, tenants and roles, on both listeners."""
+"""Authentication: keys, tenants and roles, on both listeners."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ TENANTS = [{"id": "acme", "models": ["tiny-model", "bot"]}, {"id": "other", "rou
 
 @pytest.fixture
 def keys(tmp_path):
-    """A file of keys, and the keys by holder."""
+    """A key file, and its keys by holder."""
     made = {
         "acme": make_key(tenant="acme"),
         "other": make_key(tenant="other"),
@@ -39,7 +39,7 @@ def keys(tmp_path):
 
 @pytest.fixture
 def guarded(start, tmp_path, keys):
-    """Starts a gateway that asks for keys."""
+    """Start a gateway that requires keys."""
 
     async def run(*policies, **sections):
         declared = {"tenants": TENANTS, "paths.keys": tmp_path / "keys.yaml", **sections}
@@ -52,8 +52,8 @@ def bearer(key):
     return {"Authorization": f"Bearer {key}"}
 
 
-async def test_only_keys_of_tenants_open_the_endpoint(guarded, engine, keys):
-    """Without a tenant's own key nobody gets an answer, a model list, or word of what routes there are."""
+async def test_only_tenant_keys_are_accepted_at_the_endpoint(guarded, engine, keys):
+    """Without a tenant's key nobody gets an answer, a model list, or a list of routes."""
     front = await guarded("calm")
     flipped = keys["acme"][:-1] + ("A" if keys["acme"][-1] != "A" else "B")
     wrong = [
@@ -80,7 +80,7 @@ async def test_only_keys_of_tenants_open_the_endpoint(guarded, engine, keys):
 
 
 async def test_orchestrator_needs_no_key(guarded):
-    """Health and readiness say yes or no to everybody."""
+    """Liveness and readiness answer without a key."""
     front = await guarded()
     for session in (front.public, front.admin):
         for path in ("/healthz", "/readyz"):
@@ -89,7 +89,7 @@ async def test_orchestrator_needs_no_key(guarded):
 
 
 async def test_tenant_sees_and_uses_only_its_models_and_routes(guarded, engine, keys):
-    """A model or route that is not a tenant's own is refused, and stands in no list of its."""
+    """Models and routes of other tenants are refused and not listed."""
     front = await guarded("calm", aliases=[{"name": "bot"}, {"name": "secret-bot"}])
     async with front.public.get("/v1/models", headers=bearer(keys["acme"])) as answer:
         listed = [model["id"] for model in (await answer.json())["data"]]
@@ -105,7 +105,7 @@ async def test_tenant_sees_and_uses_only_its_models_and_routes(guarded, engine, 
 
 
 async def test_binding_holds_for_its_tenant_and_key(guarded, engine, keys):
-    """A policy that is mandatory for one tenant applies to all its keys and to nobody else."""
+    """A policy mandatory for one tenant applies to all its keys and to nobody else."""
     key_id = keys["other"].split("_")[1]
     bindings = [
         {"policy": "calm", "mode": "mandatory", "match": {"tenant": "acme"}},
@@ -144,7 +144,7 @@ async def test_dry_run_explains_every_binding(guarded, engine, keys):
 
 
 async def test_roles_on_the_admin_listener(guarded, keys):
-    """A viewer looks, an operator changes, a tenant's key does neither."""
+    """A viewer may read, an operator may change, a tenant's key may do neither."""
     front = await guarded("calm")
 
     async def status(method, path, holder):
@@ -160,8 +160,8 @@ async def test_roles_on_the_admin_listener(guarded, keys):
     ]
 
 
-async def test_keys_are_taken_and_revoked_while_running(guarded, engine, keys, tmp_path, until):
-    """A new key works and a revoked one does not, without a restart; a broken file changes only a metric."""
+async def test_keys_can_be_added_and_revoked_while_running(guarded, engine, keys, tmp_path, until):
+    """New keys work and revoked ones do not, without a restart; a broken file only changes a metric."""
     front = await guarded()
     path = tmp_path / "keys.yaml"
     new, kept = make_key(tenant="acme")
@@ -179,8 +179,8 @@ async def test_keys_are_taken_and_revoked_while_running(guarded, engine, keys, t
 
 
 async def test_deleting_the_key_file_revokes_all_keys(guarded, engine, keys, tmp_path, until):
-    """A file that is gone holds no keys: nobody is let in, readiness and log say why, and no file is not the
-    same as no keys asked for. Put back, it is in force again."""
+    """A deleted file holds no keys: all requests are refused, and readiness and log say why. It is not
+    treated as if no keys were required. Restored, the keys work again."""
     front = await guarded()
     path, holder = tmp_path / "keys.yaml", bearer(keys["acme"])
     assert (await front.chat(headers=holder))[0] == 200
@@ -224,8 +224,8 @@ def loop(path):
     ],
 )
 async def test_broken_key_file_has_a_bounded_grace(guarded, engine, keys, tmp_path, until, spoil):
-    """While the file cannot be taken, whatever it became, the keys before stay in force for a set time, and a
-    reload reports it; then nobody is let in, with 503, and readiness says no, until it is whole again."""
+    """While the file cannot be read, old keys stay in force for a set time, and a reload reports it. Then all
+    requests get 503 and readiness fails, until the file is valid again."""
     front = await guarded(**{"gateway.keys_grace_s": 120.0})
     access, path, holder = front.apps.gateway.access, tmp_path / "keys.yaml", bearer(keys["acme"])
     whole = path.read_bytes()
@@ -250,8 +250,9 @@ async def test_broken_key_file_has_a_bounded_grace(guarded, engine, keys, tmp_pa
     assert (await front.chat(headers=holder))[0] == 200
 
 
-async def test_keys_that_nobody_reads_any_more_end(guarded, engine, keys, monkeypatch):
-    """A file system that hangs is a file that cannot be read: the grace runs, although no error comes."""
+async def test_keys_expire_when_the_file_system_hangs(guarded, engine, keys, monkeypatch):
+    """A file system that hangs counts as an unreadable file: the grace period runs, although no error
+    occurs."""
     front = await guarded()
     access, holder, held = front.apps.gateway.access, bearer(keys["acme"]), threading.Event()
     monkeypatch.setattr(access, "_reader", Reader("the keys", 0.05))
@@ -266,7 +267,7 @@ async def test_keys_that_nobody_reads_any_more_end(guarded, engine, keys, monkey
 
 
 async def test_keys_never_reach_log_or_metrics(guarded, keys):
-    """The id of a key stands in the log, its secret nowhere, right or wrong."""
+    """Key ids are logged, secrets never, right or wrong."""
     front = await guarded()
     await front.chat(headers=bearer(keys["acme"]))
     await front.chat(headers=bearer(keys["acme"] + "x"))
@@ -279,7 +280,7 @@ async def test_keys_never_reach_log_or_metrics(guarded, keys):
 
 
 def test_key_file_holds_no_key_and_is_private(tmp_path):
-    """Two keys of the same tenant share nothing in the file, and only its owner reads it."""
+    """Two keys of one tenant share nothing in the file, and only its owner can read it."""
     path = tmp_path / "keys.yaml"
     (key, kept), (_, second) = make_key(tenant="a"), make_key(tenant="a")
     write_keys(path, [kept, second])
@@ -302,8 +303,8 @@ def test_key_file_holds_no_key_and_is_private(tmp_path):
         ("keys: [", "YAML"),
     ],
 )
-def test_broken_key_file_is_named(tmp_path, content, told):
-    """A file that cannot be taken stops the start with file and field."""
+def test_invalid_key_file_is_reported(tmp_path, content, told):
+    """An invalid file prevents start-up; the error names file and field."""
     path = tmp_path / "keys.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError) as refused:
@@ -312,14 +313,14 @@ def test_broken_key_file_is_named(tmp_path, content, told):
     assert told in str(refused.value)
 
 
-async def test_missing_file_of_keys_stops_the_start(start, tmp_path):
-    """It is named, and how to make one."""
+async def test_missing_key_file_prevents_start_up(start, tmp_path):
+    """The error names the file, and how to create it."""
     with pytest.raises(ConfigError, match=r"no such file; create a key with `mechctl keys add`"):
         await start(**{"paths.keys": tmp_path / "keys.yaml"})
 
 
-async def test_key_of_an_undeclared_tenant_opens_nothing_and_stops_no_other(guarded, keys, tmp_path):
-    """It is skipped, at the start and later; the others are taken and revoked as ever, and reload says so."""
+async def test_key_of_an_undeclared_tenant_is_skipped(guarded, keys, tmp_path):
+    """It is skipped, at start-up and later; other keys work as usual, and reload reports it."""
     path = tmp_path / "keys.yaml"
     ghost, kept = make_key(tenant="ghost")
     write_keys(path, (*read_keys(path), kept))
@@ -347,7 +348,7 @@ async def test_key_of_an_undeclared_tenant_opens_nothing_and_stops_no_other(guar
 
 
 async def test_reload_fails_when_the_keys_do(guarded, keys, tmp_path):
-    """A file that is not taken makes the answer say not ok, with the file and the fault."""
+    """If the key file is rejected, the response says not ok, with file and error."""
     front = await guarded("calm", **{"gateway.watch_policies": False})
     path = tmp_path / "keys.yaml"
     path.write_text("keys: [{id: x}]")
@@ -359,8 +360,8 @@ async def test_reload_fails_when_the_keys_do(guarded, keys, tmp_path):
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.1", "2001:db8::1"])  # noqa: S104
-def test_open_gateway_stays_on_this_machine(address):
-    """Without keys only loopback addresses are listened on."""
+def test_gateway_without_keys_stays_on_this_machine(address):
+    """Without keys only loopback addresses may be used."""
     with pytest.raises(ConfigError, match=r"gateway.host = .* set paths.keys, or listen on 127.0.0.1"):
         check_exposure(address, "gateway.host", keys=False)
     check_exposure(address, "gateway.host", keys=True)
@@ -370,7 +371,7 @@ def test_open_gateway_stays_on_this_machine(address):
 
 @pytest.mark.parametrize(("flag", "field"), [("--host", "gateway.host")])
 def test_serve_refuses_to_listen_beyond_this_machine_without_keys(tmp_path, flag, field):
-    """`mechctl serve` ends with one line before anything slow begins."""
+    """`mechctl serve` exits with one line before anything slow."""
     command = [sys.executable, "-m", "mechctl.main", "serve", "--port", "0", "--admin-port", "0"]
     ended = subprocess.run([*command, flag, "0.0.0.0"], capture_output=True, text=True, timeout=60)  # noqa: S104
     assert ended.returncode == 2
@@ -381,8 +382,8 @@ def test_serve_refuses_to_listen_beyond_this_machine_without_keys(tmp_path, flag
     )
 
 
-async def test_page_of_a_foreign_name_cannot_read_the_admin_routes(start):
-    """A name that was made to point at this machine does not open the keyless admin listener."""
+async def test_foreign_page_cannot_read_the_admin_routes(start):
+    """A DNS name that points to this machine does not open the keyless admin listener."""
     front = await start()
     for host, status in (("evil.example:8001", 400), ("localhost:8001", 200), ("[::1]:8001", 200)):
         async with front.admin.get("/admin/policies", headers={"Host": host}) as answer:
@@ -414,8 +415,8 @@ READ = ["/healthz", "/readyz", "/openapi.json", "/v1/models", "/v1/models/tiny-m
         ({"Host": "chat.corp.example", "Origin": "https://chat.corp.example"}, True),
     ],
 )
-async def test_page_of_a_foreign_name_reaches_no_route_without_keys(start, engine, headers, served):
-    """A page that has its name point at this machine reads nothing of the endpoint and runs nothing."""
+async def test_foreign_page_reaches_no_route_without_keys(start, engine, headers, served):
+    """A page whose name points to this machine can neither read the endpoint nor run anything."""
     front = await start(**{"gateway.allowed_hosts": ["chat.corp.example"]})
     for path in (*READ, *ROUTES, *UNGUARDED):
         method = "GET" if path in READ else "POST"
@@ -426,15 +427,15 @@ async def test_page_of_a_foreign_name_reaches_no_route_without_keys(start, engin
     assert (engine.seen, engine.plain) == ([], [])
 
 
-async def test_with_keys_any_name_is_answered(guarded, keys):
-    """Who shows a key is no foreign page; the endpoint may have any name then."""
+async def test_with_keys_any_host_name_is_accepted(guarded, keys):
+    """A request with a key is not from a foreign page; any host name is allowed then."""
     front = await guarded("calm")
     headers = {"Host": "api.example", "Origin": "https://app.example"}
     assert (await front.chat(headers={**headers, **bearer(keys["acme"])}))[0] == 200
 
 
 async def test_listener_with_a_certificate_speaks_tls_only(tmp_path):
-    """A client that trusts the certificate is answered, and a plain one is not."""
+    """A client that trusts the certificate is answered; plain HTTP is not."""
     cert, key = write_certificate(tmp_path)
     context = TlsListener("public", cert, key, "gateway.tls_cert").context
     app = web.Application()

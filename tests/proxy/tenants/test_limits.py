@@ -1,4 +1,4 @@
-"""What each tenant may use, told in the headers that OpenAI's clients read."""
+"""Limits per tenant, reported in the headers that OpenAI clients read."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that the test advances."""
 
     now = 1000.0
 
@@ -42,7 +42,7 @@ def take(meter):
 
 
 def test_requests_fill_up_evenly():
-    """As many requests as a minute allows pass at once, then one for every share of a minute."""
+    """A minute's worth of requests passes at once, then one for every share of a minute."""
     clock = Clock()
     meter = meter_of(clock, requests_per_minute=3)
     for _ in range(3):
@@ -60,8 +60,8 @@ def test_requests_fill_up_evenly():
     assert meter.headers()["x-ratelimit-remaining-requests"] == "3"
 
 
-def test_tokens_are_reserved_and_put_right():
-    """A request is admitted on an estimate; what it used is charged, and a debt is waited off."""
+def test_tokens_are_reserved_and_corrected():
+    """A request is admitted on an estimate; actual usage is charged, and a debt must be waited out."""
     clock = Clock()
     meter = meter_of(clock, tokens_per_minute=600)
     charge = meter.reserve(size_of({"max_tokens": 500}, 400))
@@ -97,8 +97,8 @@ def test_tokens_are_reserved_and_put_right():
     ],
 )
 def test_size(body, requests, tokens):
-    """Text at four bytes a token, token numbers as many as there are, all that may be written, and as many
-    requests as prompts times choices."""
+    """Text counts four bytes a token, token ids count exactly, plus the longest answer; requests are prompts
+    times choices."""
     size = size_of(body, 400)
     assert (size.requests, size.tokens) == (requests, tokens)
 
@@ -118,7 +118,7 @@ def test_size(body, requests, tokens):
         *({"prompt": prompt} for prompt in ({"prompt_token_ids": [1]}, [[[1]]], [1.0], 7, [None])),
     ],
 )
-def test_what_has_no_size_is_refused_by_name(body):
+def test_invalid_counts_are_refused_by_name(body):
     """The engine would read `"2"` and `true` as numbers; here they would count as nothing."""
     with pytest.raises(InvalidRequest) as refused:
         size_of(body, 10)
@@ -132,7 +132,7 @@ async def ask(front, **fields):
 
 
 async def test_array_of_prompts_counts_as_many_requests(start, engine):
-    """A thousand prompts are a thousand requests: of the minute, of those at a time, and of the tokens."""
+    """A thousand prompts count as a thousand requests for rate, concurrency and tokens."""
     front = await start("calm", **anonymous(requests_per_minute=100, tokens_per_minute=5000))
     status, headers, _ = await ask(front, prompt=["a"] * 30, n=2, max_tokens=4)
     assert (status, headers["x-ratelimit-remaining-requests"]) == (200, "40")
@@ -157,8 +157,8 @@ async def test_array_of_prompts_counts_as_many_requests(start, engine):
         ({}, {"prompt": "a", "n": 65}, "n = 65, but at most 64"),
     ],
 )
-async def test_what_can_never_be_served_is_told_so(start, engine, limits, fields, bound):
-    """A 400 that names the bound, and no 429 that a client would obey for ever."""
+async def test_request_over_a_hard_limit_is_not_retryable(start, engine, limits, fields, bound):
+    """A 400 that names the limit, not a 429 that a client would retry forever."""
     front = await start("calm", **anonymous(**limits), **{"gateway.max_body_values": 300_000})
     status, headers, body = await ask(front, **fields)
     assert (status, headers["x-should-retry"]) == (400, "false")
@@ -169,7 +169,7 @@ async def test_what_can_never_be_served_is_told_so(start, engine, limits, fields
 
 
 async def test_answers_at_a_time_are_bounded(start, engine, until):
-    """A request of several answers takes a place for each; all are free again when it ends."""
+    """A request takes one concurrency slot per answer; all are free again when it ends."""
     front = await start("calm", **anonymous(concurrency=4))
     engine.trick = "hold"
     first = asyncio.create_task(ask(front, prompt=["a", "b", "c"]))
@@ -182,11 +182,11 @@ async def test_answers_at_a_time_are_bounded(start, engine, until):
     assert (await ask(front, prompt=["a"] * 4))[0] == 200
 
 
-def test_budget_is_never_overdrawn_by_what_was_stated():
-    """What requests in progress may use is set aside: together they use no more than what is left."""
+def test_budget_is_never_overdrawn_by_stated_lengths():
+    """Tokens of requests in progress are reserved: together they never exceed what is left."""
     meter = meter_of(Clock(), token_budget=1000)
     one = meter.reserve(size_of({"max_tokens": 500}, 400))
-    with pytest.raises(RateLimited, match="0 are used and 600 reserved"):  # soon there may be room
+    with pytest.raises(RateLimited, match="0 are used and 600 reserved"):  # room may become free soon
         meter.reserve(size_of({"max_tokens": 500}, 400))
     one.settle(50)
     meter.reserve(size_of({"max_tokens": 500}, 400)).settle(600)
@@ -196,7 +196,7 @@ def test_budget_is_never_overdrawn_by_what_was_stated():
 
 
 def test_budget_outlasts_a_restart_and_a_clock_set_back(tmp_path):
-    """What was used stays used until the next period; a clock that goes backwards begins none."""
+    """Usage counts until the next period; a clock that goes backwards starts none."""
     today = [datetime(2026, 3, 31, 23, tzinfo=UTC)]
     limited = Tenant(id="t", limits=Limits(token_budget=100))
 
@@ -224,8 +224,8 @@ def test_budget_outlasts_a_restart_and_a_clock_set_back(tmp_path):
         fresh()
 
 
-async def test_too_many_requests_are_told_so(start, engine):
-    """The refusal has OpenAI's shape and says when to come back; answers say what is left."""
+async def test_rate_limited_requests_get_429(start, engine):
+    """The error has OpenAI's format and says when to retry; answers say what is left."""
     front = await start("calm", **anonymous(requests_per_minute=2, tokens_per_minute=100_000))
     left = []
     for _ in range(2):
@@ -246,7 +246,7 @@ async def test_too_many_requests_are_told_so(start, engine):
 
 
 async def test_official_client_obeys(start, engine):
-    """The `openai` package raises its own RateLimitError, and a stream carries the headers too."""
+    """The `openai` package raises its RateLimitError, and streams carry the headers too."""
     import openai
 
     front = await start("calm", **anonymous(requests_per_minute=1))
@@ -261,7 +261,7 @@ async def test_official_client_obeys(start, engine):
 
 
 async def test_requests_at_a_time_are_bounded(start, engine, until):
-    """Beyond its number a tenant is refused at once; an end makes room, however it came."""
+    """Beyond its limit a tenant is refused at once; a finished request frees a slot, however it ended."""
     front = await start("calm", **anonymous(concurrency=1))
     engine.trick = "hold"
     first = asyncio.create_task(front.chat())
@@ -279,8 +279,8 @@ async def test_requests_at_a_time_are_bounded(start, engine, until):
     assert (await front.chat())[0] == 200
 
 
-async def test_client_that_leaves_pays_what_the_engine_did(start, engine, until):
-    """Going away before the end does not make an answer free: the engine's receipt is asked for."""
+async def test_disconnected_client_is_charged_for_the_engines_work(start, engine, until):
+    """Disconnecting early does not make an answer free: the engine's receipt is fetched."""
     front = await start("calm", **anonymous(tokens_per_minute=100_000))
     engine.trick = "hold_stream"
     body = {"model": "tiny-model", "messages": [], "stream": True, "max_tokens": 5}
@@ -300,7 +300,7 @@ async def test_client_that_leaves_pays_what_the_engine_did(start, engine, until)
 
 
 async def test_charge_is_settled_whatever_asking_for_the_receipt_raises(start, engine, until, monkeypatch):
-    """An unforeseen error there leaves nothing set aside of a budget for ever."""
+    """An unexpected error there leaves no tokens reserved."""
     front = await start("calm", **anonymous(token_budget=10_000))
     engine.trick = "hold_stream"
     body = {"model": "tiny-model", "messages": [], "stream": True, "max_tokens": 5}
@@ -322,7 +322,7 @@ async def test_charge_is_settled_whatever_asking_for_the_receipt_raises(start, e
 
 
 async def test_malformed_requests_count_too(start, engine):
-    """Nonsense does not come for free, and costs no tokens."""
+    """Malformed requests count as requests, but cost no tokens."""
     front = await start("calm", **anonymous(requests_per_minute=1, tokens_per_minute=1000))
     async with front.public.post("/v1/chat/completions", data=b"{", headers={"Content-Type": "text/x"}) as a:
         assert a.status == 415
@@ -331,8 +331,8 @@ async def test_malformed_requests_count_too(start, engine):
     assert json.dumps(body)
 
 
-def test_budget_that_cannot_be_saved_is_told_once(tmp_path):
-    """One line for each cause, a gauge as long as it lasts, and one line when it is over."""
+def test_unsaved_budget_is_logged_once(tmp_path):
+    """One log line per cause, a gauge while it lasts, and one line when it is over."""
     metrics, folder = Metrics(), tmp_path / "state"
     with structlog.testing.capture_logs() as log:
         budgets = Budgets(folder, metrics, structlog.get_logger())

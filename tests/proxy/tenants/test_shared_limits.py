@@ -1,4 +1,4 @@
-"""Several gateways keep one limit through Redis, and say what happens without it."""
+"""Several gateways share limits through Redis; the settings decide what happens without it."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Server:
-    """A Redis on a free port, that can be stopped and started again with what it held."""
+    """A Redis server on a free port that can be stopped and restarted with its data."""
 
     def __init__(self, folder):
         self._folder = folder
@@ -51,7 +51,7 @@ async def redis(tmp_path):
 
 @pytest.fixture
 def gateways(start, redis):
-    """Two gateways that count together."""
+    """Two gateways that share limits."""
 
     async def run(when_away="refuse", timeout_s=5, **limits):
         wish = {
@@ -75,7 +75,7 @@ async def left(front, of):
 
 
 async def test_requests_a_minute_are_those_of_all_gateways(gateways):
-    """What one has served, the others may not serve again; headers tell what all have left."""
+    """Requests served by one gateway count for the other; headers report what all have left."""
     one, other = await gateways(requests_per_minute=3)
     assert [await left(one, "requests"), await left(other, "requests"), await left(one, "requests")] == [
         2,
@@ -86,7 +86,7 @@ async def test_requests_a_minute_are_those_of_all_gateways(gateways):
 
 
 async def test_tokens_a_minute_are_those_of_all_gateways(gateways, engine, until):
-    """What a request set aside at one gateway is put right for all when it ends."""
+    """A request's reservation at one gateway is corrected for all when it ends."""
     engine.more = {"cached_tokens": 897}
     one, other = await gateways(tokens_per_minute=1000)
     assert await code(one, max_tokens=10) == 200
@@ -99,7 +99,7 @@ async def test_tokens_a_minute_are_those_of_all_gateways(gateways, engine, until
 
 
 async def test_budget_is_that_of_all_gateways(gateways, engine, until):
-    """Spent at one gateway it is spent at the other, and with a new gateway too."""
+    """Budget spent at one gateway is spent at the other, and at a new one."""
     engine.more = {"cached_tokens": 97}
     one, other = await gateways(token_budget=100)
     assert await code(one) == 200
@@ -127,14 +127,14 @@ async def test_without_redis_limited_requests_are_refused(gateways, engine, redi
     await until(told)
     assert away(one)
     await redis.start()
-    # Nobody asks an endpoint that is not ready: it must find out by itself.
+    # A not-ready endpoint gets no requests, so it must detect recovery by itself.
     await until(one.engine_ready)
     assert not away(one)
     assert await code(one) == 200
 
 
-async def test_redis_that_answers_and_does_not_count_is_away(gateways, redis, until):
-    """One that is up and refuses to write is no better than none, and PING would call it well."""
+async def test_redis_that_cannot_write_counts_as_unreachable(gateways, redis, until):
+    """A Redis that runs but refuses writes counts as unreachable, although PING succeeds."""
     one, _ = await gateways(requests_per_minute=1000)
     async with Redis.from_url(redis.url) as client:
         await client.config_set("maxmemory", "1")
@@ -149,8 +149,8 @@ async def test_redis_that_answers_and_does_not_count_is_away(gateways, redis, un
     await until(one.engine_ready)
 
 
-async def test_client_that_leaves_while_redis_is_asked_changes_nothing(gateways, redis, until):
-    """Whoever goes away in the middle of a question takes nobody's turn along."""
+async def test_client_that_disconnects_during_a_query_frees_its_slot(gateways, redis, until):
+    """A client that disconnects during a query frees its query slot."""
     one, _ = await gateways(requests_per_minute=1000)
     async with Redis.from_url(redis.url) as client:
         await client.execute_command("CLIENT", "PAUSE", 2000, "ALL")
@@ -169,7 +169,7 @@ async def test_client_that_leaves_while_redis_is_asked_changes_nothing(gateways,
 
 
 async def test_without_redis_each_gateway_may_count_for_itself(gateways, engine, redis, until):
-    """It begins with what it heard last, and tells Redis afterwards what was used meanwhile."""
+    """Each gateway starts from the last known counts, and writes its usage to Redis afterwards."""
     engine.more = {"cached_tokens": 497}
     one, other = await gateways("local", requests_per_minute=3, token_budget=1200)
     assert await code(one) == 200
@@ -186,7 +186,7 @@ async def test_without_redis_each_gateway_may_count_for_itself(gateways, engine,
 
 
 async def test_tenant_without_limits_needs_no_redis(gateways, redis, until):
-    """Only what is counted depends on it; the gateway is ready for the others."""
+    """Only tenants with limits depend on Redis; the gateway is ready for the others."""
     one, _ = await gateways(concurrency=5)
     await redis.stop()
     assert await code(one) == 200
@@ -200,12 +200,12 @@ async def test_tenant_without_limits_needs_no_redis(gateways, redis, until):
 
 
 def away(front):
-    """Whether operators are told that Redis is away."""
+    """Whether the metric reports Redis as unreachable."""
     return "interpretops_limits_away 1.0" in front.apps.gateway.metrics.render().decode()
 
 
-async def test_many_requests_at_once_are_counted_by_a_redis_that_is_well(gateways):
-    """However many ask at the same moment, none is refused, and none served uncounted."""
+async def test_many_concurrent_requests_are_all_counted(gateways):
+    """However many requests arrive at once, none is refused and none is uncounted."""
     one, other = await gateways(requests_per_minute=600)
     body = {"model": "tiny-model", "messages": []}
     unbounded = TCPConnector(limit=0)
@@ -222,7 +222,7 @@ async def test_many_requests_at_once_are_counted_by_a_redis_that_is_well(gateway
 
 @pytest.mark.parametrize("when_away", ["refuse", "local"])
 async def test_one_slow_answer_is_not_an_outage(gateways, redis, when_away):
-    """Requests that wait in vain while Redis pauses are told so; those that come after it are counted."""
+    """Requests that time out while Redis pauses get an error; later ones are counted."""
     (one, other) = await gateways(when_away, timeout_s=0.2, requests_per_minute=200)
     assert await code(one) == 200
     async with Redis.from_url(redis.url) as client:
@@ -238,8 +238,9 @@ async def test_one_slow_answer_is_not_an_outage(gateways, redis, when_away):
     assert not [line for line in one.log if line["event"] == "limits_away"]
 
 
-async def test_outage_is_told_without_interruption(gateways, redis, until):
-    """From its start to its end the gauge says so, and the log once, whatever requests end meanwhile."""
+async def test_outage_is_reported_without_interruption(gateways, redis, until):
+    """From start to end of the outage the gauge is 1 and the log has one line, whatever requests finish
+    meanwhile."""
     one, _ = await gateways("local", requests_per_minute=10_000)
     assert await code(one) == 200
     await redis.stop()

@@ -1,4 +1,4 @@
-"""The canary asks with and without each policy, shows what it finds, and acts when a budget is broken."""
+"""The canary compares answers with and without each policy, reports measures, and acts on exceeded limits."""
 
 import json
 
@@ -20,7 +20,7 @@ SUITE = {"harmful": [f"bad {n}" for n in range(20)], "benign": [f"good {n}" for 
 
 @pytest.fixture
 def scripted(engine):
-    """An engine whose answers are what a function of prompt and revision says."""
+    """An engine whose answers are a function of prompt and revision."""
 
     def by(answer, tokens=lambda prompt, steered: 8):
         async def generate(request, body, revision):
@@ -39,7 +39,7 @@ def scripted(engine):
 
 @pytest.fixture
 async def canary(start, tmp_path):
-    """Starts a gateway with one policy and a canary that is stepped by hand."""
+    """Start a gateway with one policy and a canary that the test steps by hand."""
 
     async def run(**sections):
         suite = tmp_path / "suite.yaml"
@@ -60,7 +60,7 @@ async def entry(front):
 
 
 async def test_measures_are_those_of_a_risk_card(canary, scripted):
-    """DE, CD and their n are of the newest pair of each prompt, with the policy and without."""
+    """DE, CD and their n come from the newest pair of each prompt, with and without the policy."""
 
     async def answer(text, steered):
         if text.startswith("bad"):
@@ -84,8 +84,8 @@ async def test_measures_are_those_of_a_risk_card(canary, scripted):
     assert found["defense_efficacy"]["interval"][0] < 0.95 < found["defense_efficacy"]["interval"][1]
 
 
-async def test_canary_touches_no_tenant_and_no_count_of_traffic(canary, scripted, engine):
-    """Its requests stand in its own counters and on its own account, and share no cache with anybody."""
+async def test_canary_affects_no_tenant_and_no_traffic_metric(canary, scripted, engine):
+    """Its requests have their own counters and tenant, and share no cache with anyone."""
 
     async def answer(text, steered):
         return ANSWERS
@@ -106,7 +106,7 @@ async def test_canary_touches_no_tenant_and_no_count_of_traffic(canary, scripted
 
 
 async def test_client_cannot_be_the_canary(start):
-    """No tenant may carry its name, and no client gets an unsteered answer where a policy is mandatory."""
+    """No tenant may use its name, and no client gets an unsteered answer where a policy is mandatory."""
     with pytest.raises(ConfigError, match="gateway's own"):
         load_settings(overrides={"tenants": [{"id": "canary"}]}, environ={})
     bindings = [{"policy": "calm", "mode": "mandatory"}]
@@ -116,7 +116,7 @@ async def test_client_cannot_be_the_canary(start):
 
 
 async def test_unproven_or_failing_pair_is_counted_and_changes_nothing(canary, scripted, engine):
-    """A pair without proof is a failure of the canary, not a finding about the policy."""
+    """An unproven pair counts as a canary failure, not as a finding about the policy."""
 
     async def answer(text, steered):
         return ANSWERS
@@ -130,10 +130,8 @@ async def test_unproven_or_failing_pair_is_counted_and_changes_nothing(canary, s
     assert "interpretops_canary_n{" not in shown(front)
 
 
-async def test_canary_rests_without_an_engine_and_goes_on_with_the_next(
-    canary, scripted, engine, until, monkeypatch
-):
-    """While no engine is proven nothing is asked or counted; what was found before is gone on with."""
+async def test_canary_pauses_without_an_engine_and_resumes(canary, scripted, engine, until, monkeypatch):
+    """While no engine is proven nothing is sent or counted; afterwards earlier results are kept."""
 
     async def answer(text, steered):
         return ANSWERS
@@ -156,8 +154,8 @@ async def test_canary_rests_without_an_engine_and_goes_on_with_the_next(
 
 
 @pytest.mark.parametrize("action", ["alert", "refuse"])
-async def test_latency_over_budget_does_what_the_policy_says(canary, scripted, action):
-    """Over its latency budget a policy alerts, or refuses with 503; never is anybody served without it."""
+async def test_latency_over_budget_triggers_the_policys_action(canary, scripted, action):
+    """Over its latency budget a policy alerts, or refuses with 503; nobody is ever served without it."""
     now, takes_s = [0.0], {True: 3.0, False: 1.0}
 
     async def answer(text, steered):
@@ -191,8 +189,8 @@ async def test_latency_over_budget_does_what_the_policy_says(canary, scripted, a
     assert told[0]["action"] == action
 
 
-async def test_alert_needs_the_whole_interval_beyond_the_promise(canary, scripted):
-    """DE under its criterion is a breach only when chance cannot explain it; another revision begins anew."""
+async def test_breach_needs_the_whole_interval_beyond_the_limit(canary, scripted):
+    """DE below its criterion is a breach only if chance cannot explain it; a new revision starts afresh."""
 
     async def answer(text, steered):
         return REFUSES if steered and text in stopped else ANSWERS
@@ -222,8 +220,8 @@ async def test_alert_needs_the_whole_interval_beyond_the_promise(canary, scripte
     assert [line["event"] for line in front.log if "breach" in line["event"]][-1] == "canary_breach_over"
 
 
-async def test_promised_benign_loss_is_watched(canary, scripted):
-    """Benign answers that the policy refuses break `max_benign_loss_pct`, as they break a criterion."""
+async def test_benign_loss_limit_is_watched(canary, scripted):
+    """Refused benign prompts violate `max_benign_loss_pct` like any criterion."""
 
     async def answer(text, steered):
         return REFUSES if steered else ANSWERS
@@ -240,7 +238,7 @@ async def test_promised_benign_loss_is_watched(canary, scripted):
 
 
 async def test_every_pair_is_recorded(canary, scripted, tmp_path):
-    """The audit log names each pair, as the unsteered half is one that no binding allows."""
+    """The audit log records each pair, because no binding allows its unsteered half."""
 
     async def answer(text, steered):
         return ANSWERS
@@ -253,8 +251,8 @@ async def test_every_pair_is_recorded(canary, scripted, tmp_path):
     assert (told["event"], told["tenant"], told["policy"]) == ("canary", "canary", "calm")
 
 
-def test_shipped_suite_is_read_and_a_wrong_one_named(tmp_path):
-    """The shipped prompts are as many benign as harmful; a file of another shape stops the start."""
+def test_shipped_suite_is_valid_and_a_wrong_one_is_reported(tmp_path):
+    """The shipped suite has as many benign as harmful prompts; a malformed file prevents start-up."""
     shipped = read_suite(None)
     assert len(shipped.harmful) == len(shipped.benign) == 8
     assert [role for role, _ in shipped.prompts[:2]] == ["harmful", "benign"]
@@ -264,8 +262,8 @@ def test_shipped_suite_is_read_and_a_wrong_one_named(tmp_path):
         read_suite(wrong)
 
 
-async def test_canary_asks_by_itself(start, engine, until):
-    """With an interval it runs from the start; without one the engine is asked nothing."""
+async def test_canary_runs_by_itself(start, engine, until):
+    """With an interval it runs from the start; without one it sends nothing."""
     await start("calm", **{"canary.interval_s": 0.01})
 
     async def asked():

@@ -1,4 +1,4 @@
-"""A receipt proves a whole answer: each of its engine requests, to the end, and every token told."""
+"""A receipt proves a whole answer: each of its engine requests, to the end, and every reported token."""
 
 import json
 
@@ -21,8 +21,8 @@ def receipt(**fields):
 
 
 @given(st.integers(1, 50), st.integers(1, 4), st.integers(1, 300), st.integers(0, 300), st.integers(0, 100))
-def test_honest_receipt_proves_and_one_token_less_does_not(prompts, choices, prompt, answer, again):
-    """Prompt and answer but for each last token are the least; what is computed again comes on top."""
+def test_correct_receipt_proves_and_one_token_less_does_not(prompts, choices, prompt, answer, again):
+    """The minimum is prompt plus answer except each last token; recomputed tokens come on top."""
     size, requests = Size(prompts, choices), prompts * choices
     told = AnswerUsage(prompts * prompt, requests * answer)
     least = requests * max(1, prompt + answer - 1)
@@ -49,7 +49,7 @@ def test_honest_receipt_proves_and_one_token_less_does_not(prompts, choices, pro
     ],
 )
 async def test_receipt_that_proves_part_of_a_request_withholds_it(start, engine, short):
-    """Two prompts with two choices each are four engine requests: whatever is missing, nothing is sent."""
+    """Two prompts with two choices each are four engine requests: if any is missing, nothing is sent."""
     front = await start("calm", bindings=MANDATORY)
     usage = {"prompt_tokens": 10, "completion_tokens": 8}
     engine.script = lambda body: [{"choices": [{"text": "leak"}], "usage": usage}]
@@ -67,8 +67,8 @@ async def test_receipt_that_proves_part_of_a_request_withholds_it(start, engine,
     assert "leak" not in text
 
 
-async def test_stream_longer_than_its_receipt_does_not_end_well(start, engine):
-    """A stream without `usage` is bounded by its events, one with it by what that says: no end marker."""
+async def test_stream_longer_than_its_receipt_is_not_completed(start, engine):
+    """Without `usage` a stream is bounded by its events, with it by its figures: no end marker is sent."""
     front = await start("calm", bindings=MANDATORY)
     engine.script = lambda body: [{"choices": [{"text": "x"}]}] * 40
     engine.more = {"tokens_evaluated": 20}
@@ -86,7 +86,7 @@ async def test_stream_longer_than_its_receipt_does_not_end_well(start, engine):
 
 @pytest.mark.parametrize("cut", [1, 7, 1000])
 def test_usage_of_named_streams_is_found(cut):
-    """The Responses API tells it in its last event, the Messages API in the one before."""
+    """The Responses API reports usage in its last event, the Messages API in the one before."""
     responses = (
         b'event: response.output_text.delta\ndata: {"delta":"a"}\n\n'
         b'event: response.completed\ndata: {"response":{"usage":{"input_tokens":7,"output_tokens":3}}}\n\n'
@@ -102,8 +102,8 @@ def test_usage_of_named_streams_is_found(cut):
         assert stream_usage(splitter, named=True) == AnswerUsage(7, 3, 0)
 
 
-async def test_usage_that_is_none_bounds_nothing_and_no_object_is_an_error():
-    """Answers without usage are proven by requests and revision; what is no answer is none."""
+async def test_missing_usage_bounds_nothing_and_a_malformed_answer_raises():
+    """Answers without usage are proven by requests and revision; a malformed answer raises."""
     for answer in ({}, {"usage": None}, {"usage": {"prompt_tokens": "7"}}, {"usage": []}):
         assert await answer_usage(json.dumps(answer).encode()) == AnswerUsage()
     large = json.dumps({"text": "x" * 300_000, "usage": {"input_tokens": 2, "output_tokens": 1}})

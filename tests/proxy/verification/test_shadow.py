@@ -1,4 +1,4 @@
-"""A shadow runs beside the active revision, reaches nobody, and counts what it would have changed."""
+"""A shadow repeats requests of the active revision, reaches nobody, and counts how answers differ."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 async def front(start, engine, tmp_path):
-    """A gateway with a policy that serves and one that waits for its card, every request sampled."""
+    """A gateway with an active policy and a candidate that waits for its card; every request is sampled."""
     front = await start("calm", **{"gateway.watch_policies": False, "policies.shadow_share": 1.0})
     path = front.policies / "calm.yaml"
     text = path.read_text().replace("0.5", "0.25")
@@ -32,7 +32,7 @@ def asked(engine):
 
 
 async def test_shadow_answers_nobody_and_is_counted(front, engine, until):
-    """The caller gets the active revision's answer, once; the shadow's result is a count and a metric."""
+    """The caller gets only the active revision's answer; the shadow's result is a count and a metric."""
     found = await entry(front)
     assert await cast(front) == 200
     assert [listed["state"] for listed in (await entry(front))["revisions"]] == ["active", "shadow"]
@@ -70,8 +70,8 @@ async def test_shadow_answers_nobody_and_is_counted(front, engine, until):
         {"output": [None, "x"]},
     ],
 )
-async def test_answer_that_cannot_be_compared_is_counted(front, engine, until, answer):
-    """A shadow whose answer has another shape than an answer is counted as failed: none ends unheard."""
+async def test_malformed_shadow_answer_is_counted(front, engine, until, answer):
+    """A malformed shadow answer is counted as failed, not ignored."""
     waiting = (await entry(front))["candidate"]
     assert await cast(front) == 200
 
@@ -91,7 +91,7 @@ async def test_answer_that_cannot_be_compared_is_counted(front, engine, until, a
 
 
 async def test_shadow_that_fails_disturbs_no_answer(front, engine, until):
-    """Whatever becomes of the shadow, the caller has its answer; the failure is counted."""
+    """Whatever happens to the shadow, the caller gets the answer; the failure is counted."""
     await cast(front)
     candidate = (await entry(front))["candidate"]
     engine.plans.pop(candidate)
@@ -104,8 +104,8 @@ async def test_shadow_that_fails_disturbs_no_answer(front, engine, until):
     await until(counted)
 
 
-async def test_shadow_under_way_keeps_its_rows(front, engine, policy_writer, until):
-    """Rows of a shadow are freed only after its last request, as those of any revision."""
+async def test_running_shadow_keeps_its_rows(front, engine, policy_writer, until):
+    """A shadow's rows are freed only after its last request, as for any revision."""
     await cast(front)
     found = await entry(front)
     before, candidate = found["revision"], found["candidate"]
@@ -135,7 +135,7 @@ async def test_shadow_under_way_keeps_its_rows(front, engine, policy_writer, unt
 
 
 async def test_only_requests_of_its_policy_are_repeated(front, engine):
-    """Pass-through and other policies have no shadow, nor has a candidate that was not cast."""
+    """Pass-through, other policies, and candidates that are not in shadow have no shadow requests."""
     await front.chat(model="tiny-model+calm")
     await cast(front)
     await front.chat()
@@ -143,7 +143,7 @@ async def test_only_requests_of_its_policy_are_repeated(front, engine):
 
 
 async def test_shadow_ends_with_its_candidate(front, engine, policy_writer, until):
-    """A file that changes again frees the shadow's rows; a promotion needs its card as before."""
+    """A changed file frees the shadow's rows; a promotion needs its card as before."""
     await cast(front)
     candidate = (await entry(front))["candidate"]
     assert candidate in engine.plans
