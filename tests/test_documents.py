@@ -114,3 +114,10 @@ def test_architecture_names_every_room() -> None:
 def test_readme_is_at_most_a_few_screens() -> None:
     """The README has at most 150 lines: details have pages of their own."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_index_lists_every_page() -> None:
+    """docs/README.md links every page of docs (decisions by their folder)."""
+    index = ROOT / "docs" / "README.md"
+    linked = set(re.findall(r"\]\(([\w./-]+)\)", index.read_text(encoding="utf-8")))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {index.name} <= linked
