@@ -36,7 +36,7 @@ def url(tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path) -> It
 
 
 def test_quick_start_answers_as_the_readme_says(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The `curl` command and the Python program get the right answer, with the headers that the README names."""
+    """The `curl` command and the Python program get the right answer, with headers as the README says."""
     (curl,) = (command for command in commands(README) if command.words[0] == "curl")
     words = [word.replace("http://127.0.0.1:8000", url) for word in curl.words]
     done = subprocess.run([*words, "-s", "-i"], capture_output=True, text=True, check=True)
