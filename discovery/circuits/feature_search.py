@@ -13,8 +13,8 @@ from discovery.circuits.features import FeatureSite, feature_effects, feature_sc
 from discovery.circuits.metric import Metric
 from discovery.circuits.pairs import Pair, batches
 from discovery.circuits.stability import Members, mean_chance, mean_jaccard, resample
-from discovery.circuits.steps import Steps
 from discovery.errors import DiscoveryError
+from discovery.jobs.kept_steps import KeptSteps, numbers
 from discovery.jobs.progress import meter
 from interpretops.circuit import CircuitDictionary, CircuitNode
 
@@ -45,7 +45,7 @@ class FeatureSearch:
         discovery: Sequence[Pair],
         evaluation: Sequence[Pair],
         settings: FeatureSettings,
-        steps: Steps,
+        steps: KeptSteps,
     ) -> None:
         self.site, self.discovery, self.evaluation = site, discovery, evaluation
         self.settings, self.steps = settings, steps
@@ -135,7 +135,7 @@ class FeatureSearch:
                     progress.advance(len(indices))
             return [float(value) for value in total / len(self.evaluation)]
 
-        return self.steps.numbers(f"{self.name}-effects-{self.settings.most}-{len(random)}", compute)
+        return self.steps.json(f"{self.name}-effects-{self.settings.most}-{len(random)}", compute, numbers)
 
     def _random(self, active: npt.NDArray[np.int64], size: int, number: int) -> list[int]:
         drawn = np.random.default_rng([self.settings.seeds[0], number]).choice(active, size, replace=False)

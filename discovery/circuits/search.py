@@ -28,9 +28,9 @@ from discovery.circuits.stability import (
     mean_jaccard,
     resample,
 )
-from discovery.circuits.steps import Steps
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
+from discovery.jobs.kept_steps import KeptSteps, numbers, text
 from discovery.jobs.progress import meter
 from interpretops.artifacts.dictionary import Dictionary
 from interpretops.circuit import (
@@ -85,7 +85,8 @@ class CircuitSearch:
             {name: value for name, value in asdict(settings).items() if name != "features"},
         ]
         self.random = RandomCircuits(self.graph, settings.seed)
-        self.steps = Steps(work / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16])
+        run = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        self.steps = KeptSteps(work / run, run)
 
     def run(self, target_class: str, data: DataFile, record: dict[str, Any]) -> Circuit:
         """Do what is not done yet; give the circuit."""
@@ -131,7 +132,7 @@ class CircuitSearch:
         weights = [site.manifest.weights.sha256 for site in self.sites]
         of = json.dumps([target_class, data.model_dump(), weights, self.settings.features])
         name = f"id-{hashlib.sha256(of.encode()).hexdigest()[:16]}"
-        return self.steps.text(name, partial(new_id, "cx"))
+        return self.steps.json(name, partial(new_id, "cx"), text)
 
     def _seeds(self) -> tuple[int, ...]:
         return tuple(range(self.settings.seed, self.settings.seed + self.settings.seeds))
@@ -183,12 +184,12 @@ class CircuitSearch:
         count = self.settings.random_circuits
         pairs = len(self.evaluation)
         with meter(f"search: {ablation} ablation", (count + 1) * pairs, "pairs") as progress:
-            own = self.steps.numbers(f"{ablation}-found", lambda: evaluator.metrics([*circuits, edges]))
+            own = self.steps.json(f"{ablation}-found", lambda: evaluator.metrics([*circuits, edges]), numbers)
             progress.advance(pairs)
             others = []
             for number in range(count):
                 measured = partial(self._random_metrics, evaluator, number, (*actual, size))
-                others.append(self.steps.numbers(f"{ablation}-random-{number:03d}", measured))
+                others.append(self.steps.json(f"{ablation}-random-{number:03d}", measured, numbers))
                 progress.advance(pairs)
         curve = [evaluator.faithfulness(value) for value in own[:-1]] + [1.0]
         area = areas(SIZES, curve)
@@ -227,7 +228,7 @@ class CircuitSearch:
             return [float(value) for value in total / len(self.evaluation)]
 
         contrast = counterfactual.full_metric - counterfactual.empty_metric
-        effects = self.steps.numbers("contributions", compute) if nodes else []
+        effects = self.steps.json("contributions", compute, numbers) if nodes else []
         return {node: effect / contrast for node, effect in zip(nodes, effects, strict=True)}
 
     def _nodes(self, edges: Edges, mean: Scores, ccs: dict[int, float]) -> tuple[CircuitNode, ...]:

@@ -25,8 +25,9 @@ from discovery.data.trace_settings import TraceSettings
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, hook_name, norm_bound
 from discovery.jobs.progress import meter
-from discovery.jobs.run_record import run_record, write_file, write_json
+from discovery.jobs.run_record import run_record
 from discovery.jobs.stopping import stoppable
+from discovery.jobs.whole_file import write_json, write_whole
 from discovery.jobs.workers import ALONE, Team
 
 RECORD = "trace.json"
@@ -173,7 +174,7 @@ def _trace_shard(
         {k: torch.cat([rows[i][k] for i in range(len(full))]).contiguous() for k in names}
     )
     name = f"shard-{index:05d}.safetensors"
-    write_file(folder / name, data)
+    write_whole(folder / name, data)
     read = sum(map(len, full))
     return {
         "file": name,
@@ -204,7 +205,7 @@ def _write_held_out(
     tokens, mask = model.pad(full)
     kinds = torch.tensor([KINDS.index(s.kind) for s in sequences], dtype=torch.uint8)
     data = save_safetensors({"tokens": tokens.int().cpu(), "mask": mask.to(torch.uint8).cpu(), "kind": kinds})
-    write_file(folder / HELD_OUT, data)
+    write_whole(folder / HELD_OUT, data)
     record["held_out"] = {
         "sequences": len(sequences),
         "tokens": int(mask.sum()),

@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from pydantic import ValidationError
 
 from discovery.errors import DiscoveryError
-from interpretops.files.json_file import read_json_object
+from discovery.jobs.run_folder import claim_folder
+from discovery.jobs.sealed_lines import SealedLines
 from interpretops.policy.fields import Strictly
 
 
@@ -64,29 +63,14 @@ class AnswerFile:
         self.answers: dict[tuple[str, str], Answer] = {}
         self._revisions = dict(expected)
         folder.mkdir(parents=True, exist_ok=True)
-        self._claim(folder / "run.json", run)
+        claim_folder(folder, run, "name another --out", empty=False)
+        self._lines = SealedLines(self.path)
         self._read()
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
 
     def add(self, answer: Answer) -> None:
         """Keep an answer: it is on disk when this returns."""
         self._check(answer)
-        try:
-            self._file.write(answer.model_dump_json(exclude_none=True) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise DiscoveryError(
-                f"{self.path}: cannot be written ({error.strerror}); what was answered is kept, "
-                "the same command goes on"
-            ) from error
+        self._lines.append(answer.model_dump(mode="json", exclude_none=True))
         self.answers[answer.arm, answer.id] = answer
 
     def sha256(self) -> str:
@@ -112,34 +96,12 @@ class AnswerFile:
                 "another --out"
             )
 
-    def _claim(self, path: Path, run: dict[str, Any]) -> None:
-        if not path.exists():
-            from discovery.jobs.run_record import write_json
-
-            write_json(path, run)
-            return
-        found = read_json_object(path, DiscoveryError)
-        for key in sorted({*found, *run}):
-            if found.get(key) != run.get(key):
-                raise DiscoveryError(
-                    f"{path}: {key} = {found.get(key)!r}, but this run has {run.get(key)!r}; "
-                    "name another --out"
-                )
-
     def _read(self) -> None:
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # the last line was being written when the run was stopped
-            os.truncate(self.path, whole)
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
+        for number, line in enumerate(self._lines.read(), start=1):
             try:
-                answer = Answer.model_validate_json(line)
+                answer = Answer.model_validate(line)
             except ValidationError as error:
-                raise DiscoveryError(
-                    f"{self.path}: line {number} is no answer; delete that line to ask again"
-                ) from error
+                raise self._lines.damaged(number, "it is not an answer") from error
             self._check(answer)
             self.answers[answer.arm, answer.id] = answer
 

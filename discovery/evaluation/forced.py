@@ -5,17 +5,17 @@ what follows: here a given answer follows the prompt, token by token, and its pr
 of plain text the second half follows the first.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from discovery.errors import DiscoveryError
 from discovery.evaluation.metrics import merge
 from discovery.evaluation.suite import LoadedSuite, Prompt
 from discovery.jobs.progress import Meter, meter
+from discovery.jobs.sealed_lines import SealedLines
+from discovery.jobs.sealed_steps import digest
 from interpretops.plan import Plan
 from interpretops.plan.reach import steers_prompt_alike
 from interpretops.riskcard.card import Measure, MeasureName, Measures, Source
@@ -40,6 +40,10 @@ class Item:
     prompt: Prompt
     answers: tuple[str, ...]
 
+    def digest(self) -> str:
+        """Another one for another text under the same id."""
+        return digest([self.prompt.text, self.answers])
+
 
 def forced_items(
     loaded: LoadedSuite, own_answers: dict[str, str], most_answers: int, plan: Plan | None = None
@@ -60,7 +64,7 @@ def forced_items(
 
 def score_items(items: Sequence[Item], plan: Plan, folder: Path, dtype: str, out: Path) -> "Scores":
     """Score every item under both arms; what stands in ``out`` already is not scored again."""
-    scores = Scores(out)
+    scores = Scores(out, items)
     todo = [(arm, item) for arm in ARMS for item in items if (arm, item.prompt.id) not in scores.found]
     if not todo:
         return scores
@@ -172,34 +176,22 @@ def _score(
 class Scores:
     """Scores by (arm, prompt id), one line each in a file, so that a run that was stopped goes on."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, items: Sequence[Item]) -> None:
+        """Read what was scored of just these items: another prompt or answer under the same id is not."""
+        self._lines = SealedLines(path)
+        self._of = {item.prompt.id: item.digest() for item in items}
         self.found: dict[tuple[str, str], list[tuple[float, int]]] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
+        for number, row in enumerate(self._lines.read(), start=1):
+            try:
+                if row.get("of") == self._of.get(row["id"], ""):
                     self.found[row["arm"], row["id"]] = [(float(a), int(n)) for a, n in row["scores"]]
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line that was being written when the run was stopped is scored again
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._lines.damaged(number, "it holds no scores") from error
 
     def add(self, arm: str, key: str, scores: list[tuple[float, int]]) -> None:
         """Keep the scores of one item: on disk when this returns."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self._torn() + json.dumps({"arm": arm, "id": key, "scores": scores}) + "\n")
-        except OSError as error:
-            raise DiscoveryError(
-                f"{self.path}: cannot be written ({error.strerror}); the same command goes on"
-            ) from error
+        self._lines.append({"arm": arm, "id": key, "of": self._of[key], "scores": scores})
         self.found[arm, key] = scores
-
-    def _torn(self) -> bool:
-        if not self.path.exists() or not (size := self.path.stat().st_size):
-            return False
-        with self.path.open("rb") as file:
-            file.seek(size - 1)
-            return file.read(1) != b"\n"
 
 
 def _files(loaded: LoadedSuite, items: Sequence[Item]) -> list[Source]:

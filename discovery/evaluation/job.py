@@ -162,7 +162,7 @@ async def measure(run: Run, made: Derived | None, unsteered: Unsteered | None = 
             "system_prompt": loaded.suite.system_prompt,
         }
         expected = {NONE: NONE, subject.policy.meta.id: subject.revision}
-        answers = stack.enter_context(AnswerFile(run.out, identity, expected))
+        answers = AnswerFile(run.out, identity, expected)
         of = _asked(identity)
         for answer in unsteered.answers if unsteered is not None and unsteered.of == of else ():
             if (answer.arm, answer.id) not in answers.answers:

@@ -14,7 +14,8 @@ from discovery.data.sources import DataList, sha256_of_file
 from discovery.gates.fit_gate import GateFit
 from discovery.gates.gated_edit import settings_record
 from discovery.gates.low_rank import LowRankRows
-from discovery.jobs.run_record import run_record, write_json
+from discovery.jobs.run_record import run_record
+from discovery.jobs.whole_file import write_json
 from interpretops.artifacts.adapter import AdapterSite, write_adapter
 from interpretops.artifacts.dictionary.manifest import MetricsRecord, TrainingRecord, write_manifest
 from interpretops.artifacts.vectors import FINGERPRINT_KEY

@@ -22,7 +22,7 @@ from discovery.frozen_model import FrozenModel
 from discovery.gates.gate_settings import EditSettings
 from discovery.gates.low_rank import LowRankRows
 from discovery.jobs.progress import meter
-from discovery.sae.checkpoint import learning_rate, restore_checkpoint, save_checkpoint
+from discovery.jobs.training_checkpoint import learning_rate, restore_checkpoint, save_checkpoint
 from interpretops.steering.answer_loop import positions_of
 
 ANSWER_TOKENS = 28

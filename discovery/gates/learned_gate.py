@@ -23,7 +23,7 @@ from discovery.frozen_model import FrozenModel
 from discovery.gates.gate_settings import GateSettings
 from discovery.gates.prompt_activations import PromptActivations, stacked
 from discovery.jobs.progress import Meter, meter
-from discovery.sae.checkpoint import learning_rate, restore_checkpoint, save_checkpoint
+from discovery.jobs.training_checkpoint import learning_rate, restore_checkpoint, save_checkpoint
 
 SOFTENED = 0.01
 """Labels are 0.01 and 0.99: a probe that is certain of everything has learned its data by heart."""

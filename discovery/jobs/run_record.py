@@ -1,14 +1,10 @@
 """What a job writes down so that another can repeat it: commit, command, seeds, data, versions, machine."""
 
-import json
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from discovery.errors import DiscoveryError
-from interpretops.files.atomic_file import write_atomically
 
 PACKAGES = ("interpretops", "torch", "transformers", "sae-lens", "safetensors", "numpy")
 
@@ -56,19 +52,3 @@ def run_record(job: str, seed: int, settings: dict[str, Any], data: Any) -> dict
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; a full disk ends in one line."""
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise DiscoveryError(
-            f"{path}: cannot be written ({error.strerror or error}); what is finished stands: "
-            "free space, and run the same command again"
-        ) from error
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Write a record whole or not at all."""
-    write_file(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())

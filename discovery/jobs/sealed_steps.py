@@ -15,7 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from discovery.errors import DiscoveryError
-from interpretops.files.atomic_file import write_atomically
+from discovery.jobs.whole_file import write_whole
 
 OF, SUM = "of", "sha256"
 REMEDY = "delete it, and run the same again"
@@ -28,20 +28,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def write_step(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; a full disk ends in one line."""
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise DiscoveryError(
-            f"{path}: cannot be written ({error.strerror or error}); finished steps are kept: "
-            "free space or name another place, and run the same again"
-        ) from error
-
-
 def seal_json(path: Path, identity: Any, value: Any) -> None:
     """Keep a JSON value."""
-    write_step(path, json.dumps({OF: digest(identity), SUM: digest(value), "value": value}).encode())
+    write_whole(path, json.dumps({OF: digest(identity), SUM: digest(value), "value": value}).encode())
 
 
 def open_json(path: Path, identity: Any) -> Any:
@@ -77,7 +66,7 @@ def seal_tensors(
     """Keep tensors, and texts beside them."""
     whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {**(more or {}), OF: digest(identity)}
-    write_step(path, save_safetensors(whole, {**metadata, SUM: _digest_of(whole, metadata)}))
+    write_whole(path, save_safetensors(whole, {**metadata, SUM: _digest_of(whole, metadata)}))
 
 
 def open_tensors(path: Path, identity: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

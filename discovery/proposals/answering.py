@@ -13,8 +13,11 @@ from discovery.commands import frozen_model
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.gates.contrast import PARTS, SIDES, Contrast, subset
+from discovery.jobs.kept_steps import KeptSteps
 from discovery.jobs.progress import meter
+from discovery.jobs.run_folder import claim_folder
 from discovery.jobs.run_record import run_record
+from discovery.jobs.sealed_steps import digest
 from discovery.proposals.actions import (
     Action,
     direction_actions,
@@ -34,8 +37,7 @@ from discovery.proposals.evidence import Evidence
 from discovery.proposals.gates import GateChoice, feature_gates, probe_gates
 from discovery.proposals.grid import Grid, Point, best
 from discovery.proposals.origin import Origin, from_circuit, from_features
-from discovery.proposals.settings import ProposeSettings
-from discovery.proposals.step_cache import Kept, digest
+from discovery.proposals.settings import ANEW, ProposeSettings
 from interpretops.artifacts.dictionary import Dictionary
 from interpretops.settings import Settings
 from interpretops.steering.hooked_model import HookedModel
@@ -84,17 +86,16 @@ class Answering:
                 s: subset(contrast["selection", s], chosen.most_selection, chosen.seed) for s in SIDES
             },
         }
-        self.kept = Kept(
-            work,
-            {
-                "job": "propose",
-                "model": self.model.spec.fingerprint,
-                "prompts": digest(self.prompts),
-                "settings": _that_decide(chosen),
-                "origin": list(self.origin.record),
-                "dictionary": self.dictionary.manifest.weights.sha256 if self.dictionary else None,
-            },
-        )
+        identity = {
+            "job": "propose",
+            "model": self.model.spec.fingerprint,
+            "prompts": digest(self.prompts),
+            "settings": _that_decide(chosen),
+            "origin": list(self.origin.record),
+            "dictionary": self.dictionary.manifest.weights.sha256 if self.dictionary else None,
+        }
+        claim_folder(work, identity, ANEW)
+        self.kept = KeptSteps(work, identity)
         self.evidence = Evidence(self.model, self.prompts, contrast.wanted, chosen, self.kept)
 
     def run(self) -> None:

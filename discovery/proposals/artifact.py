@@ -13,8 +13,8 @@ from torch import Tensor
 from discovery.errors import DiscoveryError
 from discovery.gates.contrast import Contrast
 from discovery.jobs.run_record import commit
+from discovery.jobs.whole_file import write_whole
 from discovery.proposals.settings import ProposeSettings
-from discovery.proposals.step_cache import write_whole
 from interpretops.artifacts.adapter import AdapterSite, write_adapter
 from interpretops.artifacts.dictionary.manifest import TrainingRecord
 from interpretops.artifacts.vectors import FINGERPRINT_KEY

@@ -15,9 +15,9 @@ from discovery.errors import DiscoveryError
 from discovery.gates.contrast import PARTS, SIDES, Contrast
 from discovery.gates.gate_settings import EditSettings, GateSettings
 from discovery.jobs.run_record import run_record
+from discovery.jobs.whole_file import write_whole
 from discovery.proposals.artifact import Places, policy_yaml, write_policy
 from discovery.proposals.settings import ProposeSettings
-from discovery.proposals.step_cache import write_whole
 from interpretops.files.strict_yaml import read_yaml
 from interpretops.model.source import resolve_model
 from interpretops.model.spec import read_model_spec

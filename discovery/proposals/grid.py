@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from discovery.gates.contrast import SIDES, Judged
+from discovery.jobs.kept_steps import KeptSteps
 from discovery.jobs.progress import Meter, meter
+from discovery.jobs.sealed_steps import digest
 from discovery.proposals.actions import Action
 from discovery.proposals.gates import GateChoice
 from discovery.proposals.judging import fails, shows
 from discovery.proposals.settings import Budgets
-from discovery.proposals.step_cache import Kept, digest
 from interpretops.files.strict_yaml import Document
 from interpretops.policy import policy_from_document
 from interpretops.steering.hooked_model import HookedModel
@@ -60,7 +61,7 @@ class Grid:
         prompts: Mapping[str, Sequence[str]],
         judge: Judged,
         most: int,
-        kept: Kept,
+        kept: KeptSteps,
     ) -> None:
         self.model, self.artifacts, self.folder, self.judge, self.most, self.kept = (
             model, artifacts, folder, judge, most, kept,

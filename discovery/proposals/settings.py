@@ -13,6 +13,8 @@ Start = Literal["contrast", "features", "circuit"]
 MethodName = Literal["direction", "sae-feature", "gated-edit", "word-rows"]
 GateName = Literal["probe", "features"]
 Share = Annotated[float, Field(ge=0, le=1)]
+ANEW = "remove the folder or give another --work"
+"""What to do about a work folder of another proposal."""
 
 
 @dataclass(frozen=True, config=STRICT)

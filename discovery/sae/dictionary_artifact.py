@@ -7,7 +7,8 @@ from typing import Any
 from discovery.data.activations import HeldOut, TraceReader
 from discovery.data.sources import licence_of_weights
 from discovery.frozen_model import FrozenModel
-from discovery.jobs.run_record import run_record, write_json
+from discovery.jobs.run_record import run_record
+from discovery.jobs.whole_file import write_json
 from discovery.sae.sae_train import WEIGHTS, reconstruction
 from discovery.sae.saelens_metrics import saelens_metrics
 from discovery.sae.splice import splice_by_part

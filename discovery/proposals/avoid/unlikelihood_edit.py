@@ -20,8 +20,8 @@ from discovery.gates.gate_probe import Probe
 from discovery.gates.low_rank import LowRankRows
 from discovery.jobs.progress import meter
 from discovery.jobs.sealed_steps import digest
+from discovery.jobs.training_checkpoint import restore_checkpoint, save_checkpoint
 from discovery.proposals.avoid.answer_trait import Sampled
-from discovery.sae.checkpoint import restore_checkpoint, save_checkpoint
 
 STRIKE = 50.0
 TRAIT_WEIGHT = 8.0

@@ -11,7 +11,7 @@ import torch
 from discovery.circuits import command
 from discovery.circuits import search as search_module
 from discovery.frozen_model import FrozenModel
-from discovery.jobs import sealed_steps as sealed
+from discovery.jobs import whole_file
 from interpretops.circuit import load_circuit
 from interpretops.files.atomic_file import write_atomically
 
@@ -171,7 +171,7 @@ def test_full_disk_leaves_what_was_done(  # type: ignore[no-untyped-def]
             raise OSError(28, "No space left on device")
         write_atomically(path, data)
 
-    monkeypatch.setattr(sealed, "write_atomically", full)
+    monkeypatch.setattr(whole_file, "write_atomically", full)
     status, _, lines = mechctl(
         "--pairs", pairs_file, "--edges", 3, "--out", tmp_path / "c.json", "--work", tmp_path / "work"
     )
@@ -202,7 +202,7 @@ def test_terminated_run_is_one_line_and_keeps_its_steps(  # type: ignore[no-unty
             os.kill(os.getpid(), signal.SIGTERM)
         write_atomically(path, data)
 
-    monkeypatch.setattr(sealed, "write_atomically", terminate)
+    monkeypatch.setattr(whole_file, "write_atomically", terminate)
     status, _, lines = mechctl(
         "--pairs", pairs_file, "--edges", 3, "--out", tmp_path / "c.json", "--work", tmp_path / "work"
     )

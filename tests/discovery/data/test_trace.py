@@ -243,7 +243,7 @@ def test_full_disk_is_one_line_and_finished_shards_stand(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert "shard-00002.safetensors: cannot be written (File too large); what is finished stands" in str(
+    assert "shard-00002.safetensors: cannot be written (File too large); finished steps are kept" in str(
         caught.value
     )
     assert "\n" not in str(caught.value)

@@ -169,7 +169,7 @@ async def test_folder_of_another_run_is_refused(suite: Path, subject: Subject, t
     """Answers made with other settings are never mixed in."""
     out = tmp_path / "out"
     await run(suite, subject, Gateway(), out)
-    with pytest.raises(DiscoveryError, match=r"run\.json: sampling = .* name another --out"):
+    with pytest.raises(DiscoveryError, match=r"run\.json: .* run \(sampling: .* name another --out"):
         await run(suite, subject, Gateway(), out, max_tokens=8)
 
 

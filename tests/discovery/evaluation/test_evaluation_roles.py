@@ -269,11 +269,11 @@ def test_likelihoods_become_measures(tmp_path: Path) -> None:
     own = {prompt.id: "answer" for prompt in loaded.of("benign")}
     items = forced_items(loaded, own, 3)
     assert sum(item.prompt.role == "benign" for item in items) == 3
-    scores = Scores(tmp_path / "scores.jsonl")
+    scores = Scores(tmp_path / "scores.jsonl", items)
     for item in items:
         for arm, shift in (("off", 0.0), ("on", -1.0)):
             scores.add(arm, item.prompt.id, _scored(item, shift))
-    found = forced_measures(loaded, items, Scores(tmp_path / "scores.jsonl"), "on", 0)
+    found = forced_measures(loaded, items, Scores(tmp_path / "scores.jsonl", items), "on", 0)
     assert found["delta_ce_answers"].value == pytest.approx(0.5)
     assert found["factual_likelihood"].value == pytest.approx(1.0)
     assert found["bias_likelihood"].value == pytest.approx(0.0)

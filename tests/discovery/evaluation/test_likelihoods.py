@@ -74,7 +74,7 @@ def test_gate_at_the_prompts_end_shows_on_answers(plan: Plan, tiny_folder: Path,
     out.write_text(torn)
     again = score_items(ITEMS, plan, tiny_folder, "float32", out).found
     assert {key: [(pytest.approx(a, abs=1e-3), n) for a, n in rows] for key, rows in found.items()} == again
-    assert len(out.read_text().splitlines()) == len(lines.splitlines()) + 1
+    assert len(out.read_text().splitlines()) == len(lines.splitlines())
     out.write_text(lines)
     score_items(ITEMS, plan, Path("/nowhere"), "float32", out)
 

@@ -38,7 +38,7 @@ from discovery.gates.learned_gate import (
 from discovery.gates.low_rank import LowRankRows
 from discovery.gates.prompt_activations import PromptActivations
 from discovery.gates.refusal_sentences import targets
-from discovery.sae.checkpoint import save_checkpoint
+from discovery.jobs.training_checkpoint import save_checkpoint
 from interpretops.artifacts.adapter import open_adapter
 from interpretops.compile import compile_policy
 from interpretops.plan import Site

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from discovery.circuits.steps import Steps
 from discovery.errors import DiscoveryError
+from discovery.jobs.kept_steps import KeptSteps, numbers, text
+from discovery.jobs.run_folder import claim_folder
+from discovery.jobs.sealed_lines import SealedLines
 from discovery.jobs.sealed_steps import open_json, open_tensors, seal_json, seal_tensors
-from discovery.proposals.step_cache import Kept
-from discovery.sae.checkpoint import restore_checkpoint, save_checkpoint
+from discovery.jobs.training_checkpoint import restore_checkpoint, save_checkpoint
 
 
 def training(seed: int = 0, width: int = 3) -> tuple[nn.Linear, torch.optim.Adam]:
@@ -138,29 +139,83 @@ def test_step_is_read_back_only_as_it_was_written(tmp_path: Path, kind: str) -> 
 def test_steps_of_another_run_are_not_read(tmp_path: Path) -> None:
     """A file that was copied from another run's folder, or bears another step's name, is named."""
     for run in ("one", "two"):
-        kept = Kept(tmp_path / run, {"run": run})
+        kept = KeptSteps(tmp_path / run, {"run": run})
         assert kept.json("drawn", partial(list, [run])) == [run]
         kept.tensors("words", lambda: {"x": torch.ones(2)})
-        Steps(tmp_path / f"steps-{run}").tensor("scores", lambda: torch.ones(2))
-        Steps(tmp_path / f"steps-{run}").numbers("found", lambda: [1.0])
-    for name in ("drawn.json", "words.safetensors"):
+        kept.tensor("scores", lambda: torch.ones(2))
+    for name in ("drawn.json", "words.safetensors", "scores.safetensors"):
         (tmp_path / "one" / name).write_bytes((tmp_path / "two" / name).read_bytes())
-    for name in ("scores.safetensors", "found.json"):
-        (tmp_path / "steps-one" / name).write_bytes((tmp_path / "steps-two" / name).read_bytes())
-    kept, steps = Kept(tmp_path / "one", {"run": "one"}), Steps(tmp_path / "steps-one")
-    for read in (
+    kept = KeptSteps(tmp_path / "one", {"run": "one"})
+    reads: tuple[Callable[[], Any], ...] = (
         lambda: kept.json("drawn", list),
         lambda: kept.tensors("words", dict),
-        lambda: steps.tensor("scores", lambda: torch.ones(2)),
-        lambda: steps.numbers("found", list),
-    ):
+        lambda: kept.tensor("scores", lambda: torch.ones(2)),
+    )
+    for read in reads:
         with pytest.raises(DiscoveryError, match="is of another run"):
             read()
     (tmp_path / "two" / "other.json").write_bytes((tmp_path / "two" / "drawn.json").read_bytes())
     with pytest.raises(DiscoveryError, match=r"other\.json: is of another run"):
-        Kept(tmp_path / "two", {"run": "two"}).json("other", list)
-    (tmp_path / "two" / "run.json").write_text("[]")
+        KeptSteps(tmp_path / "two", {"run": "two"}).json("other", list)
+
+
+def test_finished_step_is_read_and_not_done_again(tmp_path: Path) -> None:
+    """Numbers, a text and a tensor come back as they were, and what has another form is named."""
+    kept = KeptSteps(tmp_path, "run")
+
+    def again() -> Any:
+        raise AssertionError("the step was done again")
+
+    assert kept.json("some", lambda: [1, 2.5], numbers) == [1.0, 2.5] == kept.json("some", again, numbers)
+    assert kept.json("name", lambda: "cx_1", text) == "cx_1" == kept.json("name", again, text)
+    kept.tensor("x", lambda: torch.arange(3))
+    assert kept.tensor("x", again).tolist() == [0, 1, 2]
+    assert kept.has("some")
+    assert not kept.has("x")
+    for name, read in (("some", text), ("name", numbers)):
+        with pytest.raises(DiscoveryError, match=rf"{name}\.json: is no finished step \(.*; delete it"):
+            kept.json(name, again, read)
+    kept.tensors("pair", lambda: {"y": torch.ones(1)})
+    with pytest.raises(DiscoveryError, match=r"pair\.safetensors: is no finished step"):
+        kept.tensor("pair", again)
+
+
+def test_folder_belongs_to_the_run_that_began_it(tmp_path: Path) -> None:
+    """The same run goes on; another one is told what differs, and a folder of other files is left alone."""
+    run = {"seed": 1, "layers": (2, 3)}
+    claim_folder(tmp_path / "run", run, "give another --work")
+    claim_folder(tmp_path / "run", run, "give another --work")
     with pytest.raises(
-        DiscoveryError, match=r"run\.json: does not tell which run this is; remove the folder"
+        DiscoveryError, match=r"run\.json: is of another run \(seed: 1 there, 2 here\); give another --work"
     ):
-        Kept(tmp_path / "two", {"run": "two"})
+        claim_folder(tmp_path / "run", {**run, "seed": 2}, "give another --work")
+    with pytest.raises(DiscoveryError, match=r"\(more: None there, 0 here\)"):
+        claim_folder(tmp_path / "run", {**run, "more": 0}, "x")
+    (tmp_path / "run" / "run.json").write_text("[]")
+    with pytest.raises(DiscoveryError, match=r"run\.json: must hold a JSON object"):
+        claim_folder(tmp_path / "run", run, "x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(DiscoveryError, match=r"mine: holds other files; give another --work"):
+        claim_folder(tmp_path / "mine", run, "give another --work")
+    claim_folder(tmp_path / "mine", run, "x", empty=False)
+
+
+def test_line_is_read_back_only_as_it_was_written(tmp_path: Path) -> None:
+    """What a stopped run left half written is cut off; every character that is changed is noticed."""
+    lines = SealedLines(tmp_path / "lines.jsonl")
+    written: list[dict[str, Any]] = [{"id": "a", "scores": [[-1.5, 2]]}, {"id": "b", "text": "ünï"}]
+    for line in written:
+        lines.append(line)
+    with lines.path.open("a") as file:
+        file.write('{"id": "c"')
+    assert list(lines.read()) == written
+    lines.append({"id": "c"})
+    assert list(lines.read()) == [*written, {"id": "c"}]
+    whole = lines.path.read_text()
+    for old, new in (("-1.5", "-1.6"), ('"b"', '"x"'), ("{", "["), ('"id": "c", ', "")):
+        lines.path.write_text(whole.replace(old, new))
+        with pytest.raises(
+            DiscoveryError, match=r"lines\.jsonl: line \d is damaged \(.*; delete that line to do it again"
+        ):
+            list(lines.read())

@@ -11,6 +11,7 @@ import pytest
 from discovery.frozen_model import FrozenModel
 from discovery.gates.contrast import read_contrast
 from discovery.jobs import sealed_steps as sealed
+from discovery.jobs import whole_file
 from interpretops.compile import compile_policy
 from interpretops.policy import load_policy
 
@@ -71,7 +72,7 @@ def test_second_run_reads_what_the_first_finished(
 ) -> None:
     """A run that dies at a grid point leaves the finished ones, and the next run does the rest alone."""
     arguments = _arguments(class_file(), tiny, tmp_path, "--policy-id", "shout")
-    real = sealed.write_step
+    real = sealed.write_whole  # type: ignore[attr-defined]
     written: list[str] = []
 
     def dies_at_the_second_point(path: Path, data: bytes) -> None:
@@ -80,12 +81,12 @@ def test_second_run_reads_what_the_first_finished(
         written.append(str(path))
         real(path, data)
 
-    monkeypatch.setattr(sealed, "write_step", dies_at_the_second_point)
+    monkeypatch.setattr(sealed, "write_whole", dies_at_the_second_point)
     assert mechctl(*arguments)[0] == 2
     points = tmp_path / "work" / "points"
     (first,) = points.glob("*.json")
     began = first.stat().st_mtime_ns
-    monkeypatch.setattr(sealed, "write_step", real)
+    monkeypatch.setattr(sealed, "write_whole", real)
     mechctl(*arguments)
     assert len(list(points.glob("*.json"))) == 2
     assert first.stat().st_mtime_ns == began
@@ -102,14 +103,14 @@ def test_full_disk_is_one_line_and_the_next_run_goes_on(
 ) -> None:
     """No space left ends in one line that names the file; what was finished is read by the next run."""
     arguments = _arguments(class_file(), tiny, tmp_path)
-    real = sealed.write_atomically  # type: ignore[attr-defined]
+    real = whole_file.write_atomically  # type: ignore[attr-defined]
 
     def full(path: Path, data: bytes) -> None:
         if "points" in path.parts:
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(sealed, "write_atomically", full)
+    monkeypatch.setattr(whole_file, "write_atomically", full)
     status, _, errors = mechctl(*arguments)
     (line,) = _lines(errors)
     assert status == 2
@@ -117,7 +118,7 @@ def test_full_disk_is_one_line_and_the_next_run_goes_on(
     assert "points" in line
     own = tmp_path / "work" / "own_answers.json"
     began = own.stat().st_mtime_ns
-    monkeypatch.setattr(sealed, "write_atomically", real)
+    monkeypatch.setattr(whole_file, "write_atomically", real)
     mechctl(*arguments)
     assert own.stat().st_mtime_ns == began
     assert len(list((tmp_path / "work" / "points").glob("*.json"))) == 2
@@ -131,14 +132,14 @@ def test_terminated_run_is_one_line_and_keeps_its_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SIGTERM in the middle ends in one line that names the folder of finished steps."""
-    real = sealed.write_atomically  # type: ignore[attr-defined]
+    real = whole_file.write_atomically  # type: ignore[attr-defined]
 
     def terminate(path: Path, data: bytes) -> None:
         if "points" in path.parts:
             os.kill(os.getpid(), signal.SIGTERM)
         real(path, data)
 
-    monkeypatch.setattr(sealed, "write_atomically", terminate)
+    monkeypatch.setattr(whole_file, "write_atomically", terminate)
     status, _, errors = mechctl(*_arguments(class_file(), tiny, tmp_path))
     (line,) = _lines(errors)
     assert status == 2
@@ -171,7 +172,7 @@ def test_folder_of_another_run_is_refused(
     status, _, errors = mechctl(*_arguments(other, tiny, tmp_path))
     (line,) = _lines(errors)
     assert status == 2
-    assert "is of another run (prompts differ)" in line
+    assert "is of another run (prompts: " in line
 
 
 def test_damaged_step_is_named(

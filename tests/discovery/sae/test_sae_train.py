@@ -118,9 +118,9 @@ def test_full_disk_leaves_the_checkpoint_before(traced: TraceReader, tmp_path: P
 def test_killed_while_checkpoints_change_places_it_goes_on(traced: TraceReader, tmp_path: Path) -> None:
     """A kill after the old checkpoint is gone and before the new one has its name loses no step."""
     train(traced, SETTINGS, tmp_path)
-    (tmp_path / "checkpoint").rename(tmp_path / ".checkpoint.new")
+    (tmp_path / "checkpoint").rename(tmp_path / ".checkpoint.old")
     assert train(traced, SETTINGS, tmp_path).n_training_steps == 40
-    assert not (tmp_path / ".checkpoint.new").exists()
+    assert not (tmp_path / ".checkpoint.old").exists()
 
 
 def test_damaged_checkpoint_is_named(traced: TraceReader, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_damaged_checkpoint_is_named(traced: TraceReader, tmp_path: Path) -> Non
     whole = path.read_bytes()
     for damaged in (whole[:1000], whole[:-1] + bytes([whole[-1] ^ 1])):
         path.write_bytes(damaged)
-        with pytest.raises(DiscoveryError, match=r"checkpoint: is damaged \(.*remove it and train again"):
+        with pytest.raises(DiscoveryError, match=r"checkpoint: is no finished step \(.*; delete it, and run"):
             train(traced, SETTINGS, tmp_path)
 
 

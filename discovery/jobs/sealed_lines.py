@@ -1,0 +1,53 @@
+"""Results one line each, appended as they come, so that a run that was stopped goes on without loss."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from discovery.errors import DiscoveryError
+from discovery.jobs.sealed_steps import SUM, digest
+
+
+class SealedLines:
+    """JSON objects in a file, each with its checksum. What a stopped run left of a last line is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Every object. Raises `DiscoveryError` that names a damaged line; one without a checksum counts."""
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(self.path, whole)
+        for number, line in enumerate(data[:whole].splitlines(), start=1):
+            try:
+                found = json.loads(line)
+                total = found.pop(SUM, None)
+            except (ValueError, RecursionError, AttributeError, TypeError) as error:
+                raise self.damaged(number, "it is not a JSON object") from error
+            if total is not None and total != digest(found):
+                raise self.damaged(number, "it has another checksum")
+            yield found
+
+    def append(self, value: dict[str, Any]) -> None:
+        """Keep an object: it is on disk when this returns. Raises `DiscoveryError` when it cannot be."""
+        line = json.dumps({**value, SUM: digest(value)})
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise DiscoveryError(
+                f"{self.path}: cannot be written ({error.strerror}); what stands there is kept, and the same "
+                "command goes on"
+            ) from error
+
+    def damaged(self, number: int, why: str) -> DiscoveryError:
+        """The error of a line, counted from 1."""
+        return DiscoveryError(
+            f"{self.path}: line {number} is damaged ({why}); delete that line to do it again"
+        )
