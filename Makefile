@@ -26,7 +26,7 @@ test: install ## Run the tests, real engine included (ARGS="-m 'not engine'" lea
 	@$(bin)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=10 -m "not long" $(ARGS)
 
 .PHONY: test-long
-test-long: install ## Run the tests that need minutes each, one after another
+test-long: install ## Run the tests that take minutes each, one after another
 	@$(bin)/python -m pytest --durations=10 -m long $(ARGS)
 
 .PHONY: check

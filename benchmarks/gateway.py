@@ -68,11 +68,11 @@ class Server:
     def cpu_s(self) -> float:
         """Processor time used so far."""
         used = psutil.Process(self.process.pid).cpu_times()
-        return used.user + used.system
+        return float(used.user + used.system)
 
     def rss_mb(self) -> float:
         """Memory in use."""
-        return psutil.Process(self.process.pid).memory_info().rss / 2**20
+        return float(psutil.Process(self.process.pid).memory_info().rss / 2**20)
 
 
 def free_port() -> int:

@@ -16,12 +16,12 @@ if not Path("/dev/nvidiactl").exists():  # Triton reads this when it is first im
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from engines import engine_server, make_plan, run_engine, spec, zygote
+from engines import engine_server, fork_server, make_plan, run_engine, spec
 
 from interpretops.model.default_model import ensure_default_model
 from interpretops.settings import load_settings
 
-__all__ = ["engine_server", "make_plan", "run_engine", "spec", "zygote"]
+__all__ = ["engine_server", "fork_server", "make_plan", "run_engine", "spec"]
 
 # What commands remember from run to run (found circuits, used budgets) is not the user's own.
 _state = tempfile.mkdtemp(prefix="interpretops-state-")

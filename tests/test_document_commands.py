@@ -69,6 +69,7 @@ NOT_RUN: Final = {
     "docs/scaling.md: python": "a quarter of an hour, and a figure only on a quiet machine",
     "docs/scaling.md: locust": "needs a deployed gateway",
     "docs/scaling.md: make soak": "half an hour",
+    "docs/testing.md: make": "they are the tests themselves",
     "docs/sdk.md: mechctl steer": "the page's programs make the policy; the README's `mechctl steer` is run",
 }
 """Why no test runs a command, in the same form."""

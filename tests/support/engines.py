@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from vllm_zygote import Zygote
+from vllm_fork_server import ForkServer
 
 from interpretops.model.spec import read_model_spec
 from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan, Site, SiteEdits, Units
@@ -68,21 +68,23 @@ def make_plan(spec: ModelSpec) -> Callable[..., Plan]:
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
+def fork_server() -> Iterator[ForkServer]:
     """One process for the whole run that has imported vLLM, and runs programs in forks of itself."""
-    running = Zygote()
+    running = ForkServer()
     yield running
     running.close()
 
 
 class BatchEngine:
-    """An in-process engine in a fork of the zygote; answers one job after another."""
+    """An engine in a fork of the fork server; answers one job after another."""
 
-    def __init__(self, zygote: Zygote, folder: Path, options: dict[str, Any], *, plugin: bool) -> None:
-        self._zygote, self._folder = zygote, folder
+    def __init__(
+        self, fork_server: ForkServer, folder: Path, options: dict[str, Any], *, plugin: bool
+    ) -> None:
+        self._fork_server, self._folder = fork_server, folder
         address = str(folder / "jobs.sock")
         with Listener(address, "AF_UNIX") as listener:
-            self._pid = zygote.start(
+            self._pid = fork_server.start(
                 *(PROGRAM, address),
                 log=folder / "log.txt",
                 VLLM_PLUGINS="interpretops" if plugin else "none",
@@ -92,22 +94,24 @@ class BatchEngine:
         self._jobs.send_bytes(json.dumps(options).encode())
 
     def answer(self, job: dict[str, Any]) -> dict[str, Any]:
-        self._jobs.send_bytes(json.dumps(job).encode())
+        """What came out. Fails with the end of the engine's log when it has ended or does not answer."""
         try:
-            assert self._jobs.poll(ANSWER_S), "no answer in time"
+            self._jobs.send_bytes(json.dumps(job).encode())
+            if not self._jobs.poll(ANSWER_S):
+                raise TimeoutError(f"no answer in {ANSWER_S} s")
             result: dict[str, Any] = json.loads(self._jobs.recv_bytes())
-        except (AssertionError, EOFError) as error:
+        except (EOFError, OSError) as error:
             raise AssertionError((self._folder / "log.txt").read_text()[-3000:]) from error
         return result
 
     def close(self) -> None:
         self._jobs.close()
-        self._zygote.wait(self._pid, 60)
+        self._fork_server.wait(self._pid, 60)
 
 
 @pytest.fixture(scope="session")
 def run_engine(
-    default_model_dir: Path, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
+    default_model_dir: Path, fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunEngine]:
     """Run batches through the engine of a given configuration; the last few are kept for later tests."""
     alive: dict[tuple[bool, str], BatchEngine] = {}
@@ -133,9 +137,11 @@ def run_engine(
         if found is None:
             while len(alive) >= KEPT_ENGINES:
                 alive.pop(next(iter(alive))).close()
-            found = BatchEngine(zygote, folder, options, plugin=plugin)
+            found = BatchEngine(fork_server, folder, options, plugin=plugin)
+        # Kept only once it has answered: one that failed is not asked again.
+        result = found.answer({"plans": [str(plan.save(folder)) for plan in plans or []], "batches": batches})
         alive[wanted] = found
-        return found.answer({"plans": [str(plan.save(folder)) for plan in plans or []], "batches": batches})
+        return result
 
     yield run
     for engine in alive.values():

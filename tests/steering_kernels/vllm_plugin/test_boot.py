@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 from tiny_families import save_family
-from vllm_zygote import Zygote
+from vllm_fork_server import ForkServer
 
 pytestmark = pytest.mark.engine
 
@@ -26,7 +26,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str, Any]:
+def told(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> dict[str, Any]:
     """What the plugin says to every configuration and version."""
     folder = tmp_path_factory.mktemp("boot")
     known = save_family("LlamaForCausalLM", folder)
@@ -42,7 +42,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str, 
     }
     (folder / "cases.json").write_text(json.dumps(cases))
     arguments, log = (folder / "cases.json", folder / "result.json"), folder / "log.txt"
-    status = zygote.run(PROGRAM, *arguments, log=log, VLLM_PLUGINS="interpretops")
+    status = fork_server.run(PROGRAM, *arguments, log=log, VLLM_PLUGINS="interpretops")
     assert status == 0, log.read_text()[-3000:]
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result

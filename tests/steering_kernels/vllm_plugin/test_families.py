@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from tiny_families import CONFIGS, FIRES_AT, PROMPT, gate_plan, save_family
-from vllm_zygote import Zygote
+from vllm_fork_server import ForkServer
 
 from interpretops import HookedModel, SteeringSession
 from interpretops.plan import ALWAYS, POINTS, Array, Gate, Plan, Site, SiteEdits, Units
@@ -125,7 +125,9 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path, zygote: Zygote) -> dict[str, Job]:
+def jobs(
+    tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path, fork_server: ForkServer
+) -> dict[str, Job]:
     """All jobs, by family or by number format of the default model, after their engines have run."""
     made = {}
     for architecture in CONFIGS:
@@ -139,19 +141,19 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path, zygo
         tokens = model.tokens(QUESTION)
         made[dtype] = Job(tmp_path_factory.mktemp(dtype), model, layered_plan(model, tokens), tokens, 16)
         made[dtype].write(logprobs=20)
-    answer(zygote, made)
+    answer(fork_server, made)
     return made
 
 
 @pytest.fixture(scope="module")
-def compiled_job(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Job:
+def compiled_job(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Job:
     """A plan at every point, loaded into an engine that has compiled its model before."""
     folder = tmp_path_factory.mktemp("compiled")
     model = HookedModel(save_family("LlamaForCausalLM", folder), dtype="float32")
     stream: Array = model.run_with_cache(PROMPT, ["0.resid_post"])[Site(0, "resid_post")].numpy()
     made = Job(folder, model, gate_plan(model.spec, stream), PROMPT, 6)
     made.write(logprobs=-1, **COMPILED)
-    answer(zygote, {"compiled": made}, VLLM_CACHE_ROOT=str(tmp_path_factory.mktemp("cache")))
+    answer(fork_server, {"compiled": made}, VLLM_CACHE_ROOT=str(tmp_path_factory.mktemp("cache")))
     return made
 
 
@@ -166,7 +168,7 @@ def test_compiled_engine_agrees_with_the_sdk(compiled_job: Job) -> None:
 
 
 @pytest.fixture(scope="module")
-def parallel_jobs(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str, Job]:
+def parallel_jobs(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> dict[str, Job]:
     """The same for `PARALLEL`, by name."""
     made = {}
     for name, architecture, settings, ranks in PARALLEL:
@@ -174,16 +176,17 @@ def parallel_jobs(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> d
         model = HookedModel(save_family(architecture, folder, **settings), dtype="float32")
         made[name] = Job(folder, model, parallel_plan(model), PROMPT, 6)
         made[name].write(logprobs=-1, tensor_parallel_size=ranks)
-    answer(zygote, made)
+    answer(fork_server, made)
     return made
 
 
-def answer(zygote: Zygote, jobs: dict[str, Job], **environment: str) -> None:
+def answer(fork_server: ForkServer, jobs: dict[str, Job], **environment: str) -> None:
     """Have engines answer all jobs."""
     folders = [job.folder for job in jobs.values()]
     log = folders[0] / "program.txt"
     settings = {"VLLM_PLUGINS": "interpretops", "VLLM_CPU_KVCACHE_SPACE": "1"} | environment
-    assert zygote.run(PROGRAM, *folders, log=log, timeout_s=900, **settings) == 0, log.read_text()[-3000:]
+    status = fork_server.run(PROGRAM, *folders, log=log, timeout_s=900, **settings)
+    assert status == 0, log.read_text()[-3000:]
 
 
 @pytest.mark.timeout(1200)

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from vllm_zygote import Zygote
+from vllm_fork_server import ForkServer
 
 from interpretops.plan import Plan
 
@@ -247,10 +247,10 @@ def test_receipt_of_a_request_that_failed_stays_behind(client: httpx.Client) -> 
     ],
 )
 def test_engine_that_would_break_the_row_map_does_not_boot(
-    default_model_dir: Path, zygote: Zygote, tmp_path: Path, flags: list[str], reason: str
+    default_model_dir: Path, fork_server: ForkServer, tmp_path: Path, flags: list[str], reason: str
 ) -> None:
     """Configurations that the plugin cannot follow stop the process, with the reason on one line."""
     server = ("-m", "vllm.entrypoints.openai.api_server", "--model", default_model_dir, "--enforce-eager")
     log = tmp_path / "log.txt"
-    assert zygote.run(*server, *flags, log=log, timeout_s=180, VLLM_PLUGINS="interpretops") != 0
+    assert fork_server.run(*server, *flags, log=log, timeout_s=180, VLLM_PLUGINS="interpretops") != 0
     assert reason in log.read_text()

@@ -1,8 +1,8 @@
 """A process that imports vLLM once and runs programs in forks of itself: the import takes many seconds.
 
-An order is JSON: `argv`, `environment`, `log`. `argv` names a file to run, or with `-m` before it a module.
-It is answered at once by `{"pid": …}`, and by `{"pid": …, "status": …}` when the program has ended. When
-orders end, so does what still runs. `Zygote` is the other side.
+An order is JSON: `argv`, `environment`, `log`. `argv` names a file to run, or `-m` and a module. The server
+answers `{"pid": …}` at once, and `{"pid": …, "status": …}` when the program has ended. When the connection
+closes, it ends the programs that still run. `ForkServer` is the client.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 
-class Zygote:
-    """A running zygote, for one thread at a time."""
+class ForkServer:
+    """A running fork server, for one thread at a time."""
 
     def __init__(self) -> None:
         self._connection, theirs = Pipe()
@@ -63,7 +63,7 @@ class Zygote:
 
     def _hear(self, timeout_s: float) -> dict[str, int]:
         if not self._connection.poll(max(timeout_s, 0)):
-            raise TimeoutError("a program in vLLM's zygote has not ended in time")
+            raise TimeoutError("a program in vLLM's fork server has not ended in time")
         told: dict[str, int] = json.loads(self._connection.recv_bytes())
         return told
 
