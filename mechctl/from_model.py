@@ -173,21 +173,36 @@ def options_from_models(command: Callable[..., None]) -> Callable[..., None]:
             continue
         model = get_args(hints[name])[0]
         models[name] = model, list(_fields(model, options))
+        unknown = {*options.spelled, *options.without, *options.only} - set(_paths(model))
+        assert not unknown, f"{command.__name__}: {model.__name__} has no {', '.join(sorted(unknown))}"
         for option in models[name][1]:
+            declared = option.declared()
             # Two models may share an option: the first of them says what it is.
-            parameters.setdefault(option.parameter, option.declared())
+            first = parameters.setdefault(option.parameter, declared)
+            alone = option.parameter not in hints and first.default == declared.default
+            assert alone, f"{command.__name__}: {option.names[0]} is declared twice"
 
     def run(**given: Any) -> None:
+        chosen: dict[str, Any] = {}
+        lines: list[str] = []
+        for name, (model, fields) in models.items():
+            try:
+                chosen[name] = _build(model, fields, given)
+            except ValidationError as error:
+                lines += _explain(error, fields)
+            except ConfigError as error:
+                lines.append(str(error))
+        if lines:
+            raise ConfigError("\n".join(dict.fromkeys(lines)))
+        own = {name: given[name] for name in hints if name in given and name not in models}
+        left_out = LeftOut(
+            option.path
+            for _, fields in models.values()
+            for option in fields
+            if given[option.parameter] is None
+        )
+        own |= {name: left_out for name, hint in hints.items() if hint is LeftOut}
         try:
-            chosen = {name: _build(model, fields, given) for name, (model, fields) in models.items()}
-            own = {name: given[name] for name in hints if name in given and name not in models}
-            left_out = LeftOut(
-                option.path
-                for _, fields in models.values()
-                for option in fields
-                if given[option.parameter] is None
-            )
-            own |= {name: left_out for name, hint in hints.items() if hint is LeftOut}
             command(**own, **chosen)
         except ValidationError as error:
             # A job may fill in what was left out: the model then speaks again.
@@ -217,6 +232,14 @@ def _fields(model: Any, options: Options, prefix: str = "") -> Iterator[_Field]:
         kind, may_be_none = _without_none(info.annotation)
         names = spelled.names or (f"--{name.replace('_', '-')}",)
         yield _Field(path, names, info, kind, may_be_none, spelled)
+
+
+def _paths(model: Any, prefix: str = "") -> Iterator[str]:
+    """Every field, those inside others included."""
+    for name, info in model.__pydantic_fields__.items():
+        yield f"{prefix}{name}"
+        if is_pydantic_dataclass(info.annotation):
+            yield from _paths(info.annotation, f"{prefix}{name}.")
 
 
 def _without_none(kind: Any) -> tuple[Any, bool]:

@@ -96,6 +96,7 @@ def serve(
         list[str] | None,
         typer.Option(
             "--engine-url",
+            metavar="<url>",
             help="A running `vllm serve` with our plugin; may be repeated. Else one is started here.",
             show_default=False,
         ),

@@ -17,6 +17,7 @@ def steer(
         list[str] | None,
         typer.Option(
             "--prompt",
+            metavar="<str>",
             help="What the user says; may be repeated.",
             show_default="examples beside the policy, else two of ours",
         ),

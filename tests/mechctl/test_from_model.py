@@ -60,6 +60,8 @@ class Other:
 
     count: int = 3
     """How many of these."""
+    size: int = Field(default=9, ge=5)
+    """How large."""
 
 
 Run = Callable[..., tuple[int, str, str]]
@@ -150,6 +152,7 @@ def test_help_is_the_first_sentence_of_the_docstring(run: Run) -> None:
     assert "N,N,... Layers. [default: (some)]" in text
     assert "--quick Be quick." in text
     assert "--cache / --no-cache With a cache." in text
+    assert "How large. At least 5." in text
     assert "--in" in text
     assert "[required]" in text
 
@@ -176,6 +179,32 @@ def test_refused_value_is_one_line_that_names_the_option(
 
 
 def test_two_faults_are_two_lines(run: Run) -> None:
-    """Each option that is wrong has its line."""
-    _, _, err = run("--in", "here", "--count", "0", "--kind", "ten")
-    assert [line.split()[0] for line in err.splitlines()] == ["--count", "--kind"]
+    """Each option that is wrong has its line, whichever model it is of."""
+    _, _, err = run("--in", "here", "--count", "0", "--kind", "ten", "--size", "1")
+    assert [line.split()[0] for line in err.splitlines()] == ["--count", "--kind", "--size"]
+
+
+def test_a_name_that_is_no_field_fails_when_the_command_is_declared() -> None:
+    """A field that was renamed does not silently lose its spelling, nor does a hidden one appear."""
+
+    def command(*, chosen: Annotated[Other, Options({"amount": "--count"}, without=("volume",))]) -> None: ...
+
+    with pytest.raises(AssertionError, match="command: Other has no amount, volume"):
+        options_from_models(command)
+
+
+def test_one_option_for_two_defaults_fails_when_the_command_is_declared() -> None:
+    """Two models may share an option only when both have the same default, and none is the command's own."""
+
+    def models(
+        *,
+        chosen: Annotated[Other, Options({"size": "--amount"})],
+        other: Annotated[Other, Options({"count": "--amount"}, without=("size",))],
+    ) -> None: ...
+
+    def own(*, chosen: Annotated[Other, Options()], count: int = 3) -> None: ...
+
+    with pytest.raises(AssertionError, match="models: --amount is declared twice"):
+        options_from_models(models)
+    with pytest.raises(AssertionError, match="own: --count is declared twice"):
+        options_from_models(own)
