@@ -15,6 +15,7 @@ from mechctl.main import main
         (("--policy", "own"), 12, 32),
         ((), 0, 0),
         (("--latency-rounds", "12"), 12, 0),
+        (("--parts", "32"), 0, 32),
         (("--policy", "own", "--parts", "0"), 12, 0),
     ],
 )

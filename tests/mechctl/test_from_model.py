@@ -4,17 +4,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pytest
 import typer
-from pydantic import ConfigDict, Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from discovery.jobs.job_settings import STRICT, out_of_range
 from mechctl import main
 from mechctl.from_model import LeftOut, Options, Spelled, options_from_models
-
-STRICT = ConfigDict(use_attribute_docstrings=True, extra="forbid")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -52,6 +51,12 @@ class Model:
     inner: Inner = Field(default_factory=Inner)
     hidden: int = 7
     """Not an option."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.count == 13:
+            raise out_of_range("count", self.count, f"another, as `where` is {self.where} and `x` unknown")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -140,7 +145,7 @@ def test_every_kind_of_field_is_read(run: Run) -> None:
 
 
 def test_help_is_the_first_sentence_of_the_docstring(run: Run) -> None:
-    """Choices and that an option may be repeated are added to it; a hidden field has no option."""
+    """Choices the least value and that it may be repeated are added; what must be given comes first."""
     status, out, _ = run("--help")
     text = " ".join(out.split())
     assert status == 0
@@ -153,7 +158,7 @@ def test_help_is_the_first_sentence_of_the_docstring(run: Run) -> None:
     assert "--quick Be quick." in text
     assert "--cache / --no-cache With a cache." in text
     assert "How large. At least 5." in text
-    assert "--in" in text
+    assert text.index("--in ") < text.index("--own")
     assert "[required]" in text
 
 
@@ -167,6 +172,7 @@ def test_help_is_the_first_sentence_of_the_docstring(run: Run) -> None:
         (("--layers", "8;9"), "--layers = '8;9', but must be numbers with commas between, as 8,15"),
         (("--strengths", "x"), "--strengths = 'x', but must be numbers with commas between, as 0.5,2"),
         (("--weights", "x"), "--weights = 'x', but must be a name and a number, as x=2"),
+        (("--count", "13"), "--count = 13, but must be another, as --in is here and x unknown"),
         (("--fill",), "--count = 0, but must be at least 1"),
     ],
 )
