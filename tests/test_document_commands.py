@@ -39,7 +39,7 @@ RUN_BY: Final = {
     "docs/risk-cards.md: mechctl report": "test_cards_are_shown_and_compared_as_the_page_says",
     "docs/risk-cards.md: mechctl eval --suite": "test_every_line_works_as_it_stands",
     "docs/scaling.md: python -m benchmarks.capacity": "test_capacity_is_computed_for_engines_of_ones_own",
-    "docs/simulation.md: make simulate": "test_several_processes_find_what_one_finds",
+    "docs/simulation.md: make simulate": "test_several_processes_find_the_same_as_one",
 }
 """Which test runs a command, by page and beginning; the longest entry that fits counts."""
 

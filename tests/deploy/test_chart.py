@@ -1,4 +1,4 @@
-"""The Helm chart, rendered by helm itself and held to Kubernetes' schemas and to our own settings."""
+"""The Helm chart, rendered by helm and checked against Kubernetes' schemas and our settings."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "policies of a ConfigMap": {"policies": {"source": "configMap", "configMap": "our-policies"}},
 }
 OPERATORS = ("ServiceMonitor", "PrometheusRule")
-"""Kinds that the Prometheus operator brings; Kubernetes has no schema of them."""
+"""Kinds of the Prometheus operator, for which Kubernetes has no schema."""
 
 variants = pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -67,14 +67,14 @@ def one(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]
 
 
 def settings_of(documents: list[dict[str, Any]], tmp_path: Path) -> Settings:
-    """What the gateway makes of the configuration that the chart writes for it."""
+    """The settings that the gateway loads from the chart's configuration."""
     path = tmp_path / "config.yaml"
     path.write_text(one(documents, "ConfigMap", "guard-gateway")["data"]["config.yaml"])
     return load_settings(path, environ={})
 
 
 def test_chart_is_linted(helm: Callable[..., Any]) -> None:
-    """helm's own linter has nothing to say."""
+    """helm's linter reports nothing."""
     done = helm("lint")
     assert done.returncode == 0, done.stdout
     assert "[WARNING]" not in done.stdout
@@ -82,7 +82,7 @@ def test_chart_is_linted(helm: Callable[..., Any]) -> None:
 
 @variants
 def test_documents_fit_kubernetes_schemas(values, render, tools) -> None:
-    """Every document is one that Kubernetes 1.32 and 1.37 take, without an unknown key."""
+    """Kubernetes 1.32 and 1.37 accept every document, without unknown keys."""
     documents = [each for each in render(**values) if each["kind"] not in OPERATORS]
     assert len(documents) >= 9
     for path in sorted(tools.glob("schemas-*.json")):
@@ -105,8 +105,8 @@ def test_documents_fit_kubernetes_schemas(values, render, tools) -> None:
 
 
 @variants
-def test_gateway_takes_the_settings_it_is_given(values, render, tmp_path) -> None:
-    """The chart's configuration loads, and names the ports, engine and key file that the pods have."""
+def test_gateway_accepts_the_charts_settings(values, render, tmp_path) -> None:
+    """The chart's configuration loads, with the ports, engine and key file of the pods."""
     documents = render(**values)
     settings = settings_of(documents, tmp_path)
     gateway = one(documents, "StatefulSet", "guard-gateway")["spec"]["template"]["spec"]["containers"][0]
@@ -123,7 +123,7 @@ def test_gateway_takes_the_settings_it_is_given(values, render, tmp_path) -> Non
 
 
 def test_own_settings_win_over_the_charts(render, tmp_path) -> None:
-    """What `config` says holds, and the rest of a section stays as the chart set it."""
+    """Values in `config` win; the rest of a section stays as the chart set it."""
     documents = render(config={"gateway": {"shutdown_grace_s": 20}, "tenants": [{"id": "a"}], "bindings": []})
     settings = settings_of(documents, tmp_path)
     assert (settings.gateway.shutdown_grace_s, settings.gateway.host) == (20, "0.0.0.0")  # noqa: S104
@@ -131,8 +131,8 @@ def test_own_settings_win_over_the_charts(render, tmp_path) -> None:
 
 
 @variants
-def test_pods_are_locked_down_and_can_write_where_they_must(values, render, tmp_path) -> None:
-    """No root, no capability, no writable root file system, no token, no service links as settings."""
+def test_pods_are_locked_down_but_can_write_where_needed(values, render, tmp_path) -> None:
+    """No root, capability, writable root file system, token, or service links as settings."""
     documents = render(**values)
     settings = settings_of(documents, tmp_path)
     found = dict(pods(documents))
@@ -156,8 +156,8 @@ def test_pods_are_locked_down_and_can_write_where_they_must(values, render, tmp_
 
 
 @variants
-def test_engine_is_reached_by_gateways_alone(values, render) -> None:
-    """One rule lets one kind of pod in: those that the gateway's StatefulSet makes. Nothing goes out."""
+def test_only_gateways_can_reach_the_engine(values, render) -> None:
+    """One rule admits only the gateway's pods; nothing may go out."""
     documents = render(**values)
     policy = one(documents, "NetworkPolicy", "guard-engine")["spec"]
     pod_labels = {
@@ -173,7 +173,7 @@ def test_engine_is_reached_by_gateways_alone(values, render) -> None:
     assert pod_labels["gateway"] != pod_labels["engine"]
 
 
-def test_admin_listener_is_reached_from_monitoring_alone(render) -> None:
+def test_only_monitoring_can_reach_the_admin_listener(render) -> None:
     """The rule that opens the admin port names one namespace; the endpoint's clients may be named."""
     documents = render(**FULL)
     rules = one(documents, "NetworkPolicy", "guard-gateway")["spec"]["ingress"]
@@ -185,7 +185,7 @@ def test_admin_listener_is_reached_from_monitoring_alone(render) -> None:
 
 
 def test_alerts_and_dashboard_are_those_of_the_repository(render, repository) -> None:
-    """The operator's rules and Grafana's dashboard are the files, word for word; the job's name is theirs."""
+    """The operator's rules and Grafana's dashboard equal the files; the job name matches theirs."""
     documents = render(**FULL)
     deploy = repository / "deploy"
     rules = one(documents, "PrometheusRule", "guard-gateway")["spec"]
@@ -199,7 +199,7 @@ def test_alerts_and_dashboard_are_those_of_the_repository(render, repository) ->
 
 
 def test_autoscaler_asks_for_a_metric_that_the_adapter_serves(render, repository) -> None:
-    """The metric's name stands in the adapter's rules, of the kind that is asked for."""
+    """The adapter's rules define the metric, with the kind that the autoscaler asks for."""
     rules = yaml.safe_load((repository / "deploy/prometheus/adapter.yaml").read_bytes())["rules"]
     scaler = one(render(**FULL), "HorizontalPodAutoscaler", "guard-gateway")["spec"]
     (metric,) = scaler["metrics"]
@@ -221,14 +221,14 @@ def test_autoscaler_asks_for_a_metric_that_the_adapter_serves(render, repository
     ],
 )
 def test_wrong_values_are_refused_by_name(values, named, helm) -> None:
-    """The schema stops what would be rendered wrongly, and says where it is."""
+    """The schema refuses wrong values, and says where they are."""
     done = helm("template", values)
     assert done.returncode != 0
     assert named in done.stderr
 
 
-def test_image_with_a_digest_is_named_by_it_alone(render, helm) -> None:
-    """What was pushed is what runs: the tag is not looked at, and a digest that is none is refused."""
+def test_image_with_a_digest_ignores_the_tag(render, helm) -> None:
+    """A digest fixes the image: the tag is ignored, and a malformed digest is refused."""
     digest = "sha256:" + "0" * 64
     images = {
         container["image"]

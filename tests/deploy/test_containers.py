@@ -1,4 +1,4 @@
-"""Dockerfiles, compose files and the systemd unit: they refer to what exists and say what the code says."""
+"""Dockerfiles, compose files and the systemd unit: they refer to what exists and agree with the code."""
 
 import os
 import re
@@ -26,12 +26,12 @@ UNIT = DEPLOY / "systemd" / "interpretops.service"
 
 @pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
-    """The services as written."""
+    """The services of the compose file."""
     return dict(yaml.safe_load((DEPLOY / "compose/compose.yaml").read_bytes())["services"])
 
 
 def texts() -> dict[str, str]:
-    """Everything under deploy/ that is text of ours."""
+    """All our text files under deploy/."""
     return {
         str(path.relative_to(DEPLOY)): path.read_text(encoding="utf-8")
         for path in DEPLOY.rglob("*")
@@ -41,7 +41,7 @@ def texts() -> dict[str, str]:
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
 def test_dockerfile_copies_what_exists_and_the_ignore_file_lets_through(dockerfile: Path, repository) -> None:
-    """Each COPY from the build's context names something that is there and is sent to the builder."""
+    """Each COPY from the build context names an existing path that is sent to the builder."""
     let_through = [
         line[1:] for line in (repository / ".dockerignore").read_text().splitlines() if line.startswith("!")
     ]
@@ -53,13 +53,13 @@ def test_dockerfile_copies_what_exists_and_the_ignore_file_lets_through(dockerfi
 
 
 def test_dockerfiles_are_linted(tools: Path) -> None:
-    """hadolint, which also reads the shell in them, has nothing to say."""
+    """hadolint, which also checks embedded shell, reports nothing."""
     done = subprocess.run([tools / "hadolint", *DOCKERFILES], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_base_images_are_pinned_by_digest(compose) -> None:
-    """No tag can be moved under us: each image that is not built here is named by its content."""
+    """Every image that is not built here is named by digest, so that a moved tag changes nothing."""
     images = [
         line.split()[1]
         for dockerfile in DOCKERFILES
@@ -70,13 +70,13 @@ def test_base_images_are_pinned_by_digest(compose) -> None:
     assert len(images) >= 7
     pinned = r"\S+:\S+@sha256:([0-9a-f]{64}|\$\{VLLM_DIGEST\})"
     assert [image for image in images if not re.fullmatch(pinned, image)] == []
-    # The one digest that the builder must give: without it the image has no name, and nothing is built.
+    # The builder must supply this digest: without it the image has no name, and nothing is built.
     gpu = (DEPLOY / "docker" / "engine-gpu.Dockerfile").read_text()
     assert re.findall(r"^ARG (.*)$", gpu, re.MULTILINE) == ["VLLM_DIGEST"]
 
 
-def test_compose_asks_for_the_digest_it_is_not_given(tools: Path, tmp_path: Path) -> None:
-    """The GPU's engine is not built on whatever a tag leads to now."""
+def test_compose_requires_the_base_image_digest(tools: Path, tmp_path: Path) -> None:
+    """The GPU engine is never built on whatever a tag currently refers to."""
     chosen = [
         option
         for file in ("compose.yaml", "compose.gpu.yaml")
@@ -94,7 +94,7 @@ def test_compose_asks_for_the_digest_it_is_not_given(tools: Path, tmp_path: Path
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
 def test_everything_that_pip_fetches_is_checked_by_its_hash(dockerfile: Path) -> None:
-    """From an index comes only what a lock names with its hash, what builds our wheel included."""
+    """pip only downloads packages that a lock pins by hash, build requirements of our wheel included."""
     text = dockerfile.read_text().replace("\\\n", " ")
     calls = re.findall(r"pip (?:install|wheel) [^&\n]*", text)
     assert len(calls) >= 2
@@ -110,7 +110,7 @@ def test_everything_that_pip_fetches_is_checked_by_its_hash(dockerfile: Path) ->
 
 
 def test_lock_is_added_to_an_image_that_holds_some_of_it(tmp_path: Path, repository) -> None:
-    """Only what is not there is asked for, hashes included; a version that we do not take stops the build."""
+    """Only missing packages are installed, with hashes; an unsupported version stops the build."""
     lock = tmp_path / "lock.txt"
     entry = "{}==1.0 \\\n    --hash=sha256:" + "0" * 64 + "\n    # via x\n"
     lock.write_text("# made\n" + entry.format("aiohttp") + entry.format("not-there"))
@@ -136,7 +136,7 @@ def test_lock_is_added_to_an_image_that_holds_some_of_it(tmp_path: Path, reposit
 
 
 def test_gateway_image_holds_no_torch(repository) -> None:
-    """It installs the gateway's lock alone, and runs as nobody in particular."""
+    """It installs only the gateway's lock, and runs as an unprivileged user."""
     text = (DEPLOY / "docker" / "gateway.Dockerfile").read_text()
     assert re.findall(r"/opt/interpretops/bin/pip install .*-r (\S+)", text) == ["locks/gateway.txt"]
     assert not re.search(r"^(torch|vllm)", (repository / "locks/gateway.txt").read_text(), re.MULTILINE)
@@ -144,8 +144,8 @@ def test_gateway_image_holds_no_torch(repository) -> None:
 
 
 @pytest.mark.parametrize("files", [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")])
-def test_docker_compose_takes_the_files(files: tuple[str, ...], tools: Path, tmp_path: Path) -> None:
-    """`docker compose config` finds no fault, alone and with the GPU's file over it."""
+def test_docker_compose_accepts_the_files(files: tuple[str, ...], tools: Path, tmp_path: Path) -> None:
+    """`docker compose config` accepts the files, with and without the GPU override."""
     chosen = [option for file in files for option in ("-f", str(DEPLOY / "compose" / file))]
     done = subprocess.run(
         [tools / "docker-compose", *chosen, "config", "--quiet"],
@@ -157,7 +157,7 @@ def test_docker_compose_takes_the_files(files: tuple[str, ...], tools: Path, tmp
 
 
 def test_compose_mounts_what_exists(compose) -> None:
-    """Files and folders of the repository that containers are given are there; the secrets are made first."""
+    """Mounted files and folders exist in the repository; secrets are created first."""
     folder = DEPLOY / "compose"
     document = yaml.safe_load((folder / "compose.yaml").read_bytes())
     named = [volume.split(":")[0] for service in compose.values() for volume in service.get("volumes", ())]
@@ -171,8 +171,8 @@ def test_compose_mounts_what_exists(compose) -> None:
             assert (DEPLOY.parent / service["build"]["dockerfile"]).is_file()
 
 
-def test_compose_gateway_takes_its_settings(compose) -> None:
-    """The settings load; ports, engine and folders are those of the containers."""
+def test_compose_gateway_accepts_its_settings(compose) -> None:
+    """The settings load; ports, engine and folders match the containers."""
     settings = load_settings(DEPLOY / "compose" / "gateway.yaml", environ={})
     (address,) = settings.engine.url
     engine = urlsplit(address)
@@ -186,8 +186,8 @@ def test_compose_gateway_takes_its_settings(compose) -> None:
         assert any(Path(str(path)).is_relative_to(mount) for mount in mounts), path
 
 
-def test_compose_engine_shares_a_network_with_the_gateway_alone(compose) -> None:
-    """Nobody but the gateway can reach the engine, and the engine reaches nothing outside."""
+def test_compose_engine_shares_a_network_only_with_the_gateway(compose) -> None:
+    """Only the gateway can reach the engine, and the engine can reach nothing outside."""
     document = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_bytes())
     assert compose["engine"]["networks"] == ["engine"]
     assert "ports" not in compose["engine"]
@@ -199,7 +199,7 @@ def test_compose_engine_shares_a_network_with_the_gateway_alone(compose) -> None
 
 
 def test_engines_are_started_as_the_gateway_starts_one(compose, default_model_dir, render) -> None:
-    """The flags are those of the gateway's own engine, with an address in place of the private socket."""
+    """The flags equal those of the gateway's own engine, with an address instead of the private socket."""
     settings = load_settings(environ={}, overrides={"model.device": "cpu"})
     flags = [part for part in engine_command(settings, default_model_dir, Path("s")) if part.startswith("--")]
     wanted = {*flags} - {"--uds"} | {"--host", "--port"}
@@ -217,7 +217,7 @@ def test_engines_are_started_as_the_gateway_starts_one(compose, default_model_di
 
 
 def test_engine_images_have_the_environment_of_the_gateways_engine() -> None:
-    """What the gateway sets for its engine, the images set: the plugin, and nothing fetched or reported."""
+    """The images set the same variables as the gateway does for its engine."""
     for name, device in (("cpu", "cpu"), ("gpu", "cuda")):
         text = (DEPLOY / "docker" / f"engine-{name}.Dockerfile").read_text()
         variables = dict(re.findall(r"\b([A-Z_]+)=(\S+)", text.split("\nENV ")[1].split("\nUSER")[0]))
@@ -232,7 +232,7 @@ def test_engine_images_have_the_environment_of_the_gateways_engine() -> None:
 
 
 def test_every_variable_named_is_a_setting() -> None:
-    """`INTERPRETOPS_…` under deploy/ is the name of a field of the settings."""
+    """Every `INTERPRETOPS_…` under deploy/ is a settings field."""
     known = {
         f"INTERPRETOPS_{section}_{field}".upper()
         for section, info in Settings.model_fields.items()
@@ -244,8 +244,8 @@ def test_every_variable_named_is_a_setting() -> None:
     assert named - known - NOT_SETTINGS == set()
 
 
-def test_every_flag_of_mechctl_is_one() -> None:
-    """Commands and flags that containers and unit give to mechctl exist."""
+def test_every_mechctl_flag_exists() -> None:
+    """mechctl commands and flags in containers and unit exist."""
     serve = typer.main.get_command(app).get_command(None, "serve")  # type: ignore[attr-defined]
     flags = {option for parameter in serve.params for option in parameter.opts}
     seen = set()
@@ -259,8 +259,8 @@ def test_every_flag_of_mechctl_is_one() -> None:
 @pytest.mark.skipif(
     "CI" not in os.environ and shutil.which("systemd-analyze") is None, reason="systemd is not installed"
 )
-def test_unit_is_one_that_systemd_takes_and_calls_safe(tmp_path: Path) -> None:
-    """`systemd-analyze` verifies it without a word and finds little exposed."""
+def test_systemd_accepts_the_unit_and_rates_it_safe(tmp_path: Path) -> None:
+    """`systemd-analyze` accepts the unit and reports little exposure."""
     unit = tmp_path / UNIT.name
     (started,) = re.findall(r"^ExecStart=(\S+)", UNIT.read_text(), re.MULTILINE)
     unit.write_text(UNIT.read_text().replace(started, "/bin/true"))
@@ -276,7 +276,7 @@ def test_unit_is_one_that_systemd_takes_and_calls_safe(tmp_path: Path) -> None:
     reason="Debian's package `prometheus` is not installed",
 )
 def test_compose_prometheus_loads(tmp_path: Path) -> None:
-    """promtool takes the configuration with the rules beside it."""
+    """promtool accepts the configuration together with the rules."""
     text = (DEPLOY / "compose" / "prometheus.yaml").read_text()
     (tmp_path / "viewer").write_text("key")
     (tmp_path / "prometheus.yaml").write_text(text.replace("/run/secrets/viewer", str(tmp_path / "viewer")))

@@ -1,4 +1,4 @@
-"""Files that anybody may have written: a parser takes them, or refuses them in its own words."""
+"""Files of unknown origin: a parser accepts them, or refuses them with its own error."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from interpretops.records.audit_chain import head_path, read_head, read_line, ve
 
 
 def check_policy(data: bytes) -> None:
-    """A policy, or lines that each name the source."""
+    """Read a policy; an error must be lines that each name the source."""
     refusal = ""
     try:
         policy = policy_from_document(parse_yaml(data, PolicyError, "p.yaml"), None)
@@ -29,7 +29,7 @@ def check_policy(data: bytes) -> None:
 
 
 def check_tensors(data: bytes, folder: Path) -> None:
-    """Each tensor of a file that opens is as its shape says; as a plan the file is one, or is refused."""
+    """Each tensor of an accepted file has its stated shape; as a plan the file is valid or refused."""
     path = folder / "t.safetensors"
     path.write_bytes(data)
     refusal = "t.safetensors: "
@@ -47,12 +47,12 @@ def check_tensors(data: bytes, folder: Path) -> None:
 
 
 def sealed(body: bytes) -> bytes:
-    """A line whose hash is that of its bytes: who can write the log can write such lines too."""
+    """A line with a valid hash: anyone who can write the log can produce such lines."""
     return body + b',"hash":"' + hashlib.sha256(body).hexdigest().encode() + b'"}'
 
 
 def check_audit(data: bytes, folder: Path) -> None:
-    """A record or nothing; a log of such lines is intact only when its head and numbers are."""
+    """A line is a record or a fault; a log of such lines is intact only if its head and numbers match."""
     for line in (data, sealed(data)):
         record = read_line(line)
         assert record is None or isinstance(record["seq"], int)
@@ -66,46 +66,46 @@ def check_audit(data: bytes, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("data", corpus("policy_yaml"))
-def test_kept_policies_are_read_or_refused(data: bytes) -> None:
-    """Each input that once was trouble stays none."""
+def test_corpus_policies_are_accepted_or_refused(data: bytes) -> None:
+    """Every input that once caused a failure is handled."""
     check_policy(data)
 
 
 @fuzzed
 @given(data=hostile("policy_yaml"))
 def test_policy_is_read_or_refused_in_one_error(data: bytes) -> None:
-    """No bytes make the policy reader raise anything but a refusal that names the file."""
+    """For any bytes the policy reader only raises an error that names the file."""
     check_policy(data)
 
 
 @pytest.mark.parametrize("data", corpus("tensor_header"))
-def test_kept_tensor_files_are_read_or_refused(data: bytes, tmp_path: Path) -> None:
-    """Each input that once was trouble stays none."""
+def test_corpus_tensor_files_are_accepted_or_refused(data: bytes, tmp_path: Path) -> None:
+    """Every input that once caused a failure is handled."""
     check_tensors(data, tmp_path)
 
 
 @fuzzed
 @given(data=hostile("tensor_header"))
 def test_tensor_file_is_read_or_refused_in_one_error(data: bytes, tmp_path: Path) -> None:
-    """No header leads to another error, or to a tensor that is not what the header says."""
+    """No header causes another error, or a tensor that differs from its header."""
     check_tensors(data, tmp_path)
 
 
 @pytest.mark.parametrize("data", corpus("audit_line"))
-def test_kept_audit_lines_are_records_or_faults(data: bytes, tmp_path: Path) -> None:
-    """Each input that once was trouble stays none."""
+def test_corpus_audit_lines_are_records_or_faults(data: bytes, tmp_path: Path) -> None:
+    """Every input that once caused a failure is handled."""
     check_audit(data, tmp_path)
 
 
 @fuzzed
 @given(data=hostile("audit_line"))
 def test_audit_line_is_a_record_or_a_fault(data: bytes, tmp_path: Path) -> None:
-    """No line makes verification raise, also when its hash is right."""
+    """No line makes verification raise, even with a valid hash."""
     check_audit(data, tmp_path)
 
 
 def test_deep_line_with_a_right_hash_is_a_fault(tmp_path: Path) -> None:
-    """Nesting beyond the parser's depth is no way to stop verification, in the log or in its head."""
+    """Nesting beyond the parser's limit cannot crash verification, in the log or in its head."""
     deep = b'{"seq":1,"prev":' + b"[" * 100_000
     log = tmp_path / "audit.jsonl"
     log.write_bytes(sealed(deep) + b"\n")
@@ -116,8 +116,8 @@ def test_deep_line_with_a_right_hash_is_a_fault(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["Infinity", "1e400", "2.5", "true", '"1"', "null", "-1"])
 @pytest.mark.parametrize("field", ["shape", "data_offsets"])
-def test_numbers_of_a_tensor_header_are_whole(tmp_path: Path, field: str, value: str) -> None:
-    """What JSON can say beside whole numbers is refused; it was a traceback, or passed until it was read."""
+def test_non_integer_numbers_in_a_tensor_header_are_refused(tmp_path: Path, field: str, value: str) -> None:
+    """Non-integer numbers are refused; they used to crash, or pass until used."""
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     header = json.dumps({"t": entry | {field: ["?", 4] if field == "data_offsets" else ["?"]}})
     data = header.replace('"?"', value).encode()

@@ -1,4 +1,4 @@
-"""What comes over a connection, cut anywhere: parsers read it or refuse it, and the cuts change nothing."""
+"""Network input, split anywhere: parsers accept or refuse it, and the splits change nothing."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from proxy.openai_api.sse import SseSplitter
 
 
 def check_json(data: bytes) -> None:
-    """An object that means what any parser reads in it, or a refusal."""
+    """The body is an object that every parser reads alike, or is refused."""
     try:
         body = parse_strict(data)
         sent = serialize(body)
@@ -37,7 +37,7 @@ def split(chunks: list[bytes]) -> tuple[Any, ...]:
 
 
 def check_events(data: bytes, where: list[int]) -> None:
-    """The same is sent on, held back and counted, wherever the bytes were cut."""
+    """The same bytes are passed on, held back and counted, wherever they were split."""
     whole = split([data])
     assert split(cut(data, where)) == whole
     assert split([data[place : place + 1] for place in range(len(data))]) == whole
@@ -48,7 +48,7 @@ def check_events(data: bytes, where: list[int]) -> None:
 
 
 class _Transport:
-    """As much of a transport as the connection uses; what is aborted or closed is gone."""
+    """The part of a transport that the connection uses."""
 
     def __init__(self) -> None:
         self.gone = False
@@ -69,7 +69,7 @@ class _Transport:
 
 
 class _Pool:
-    """Notes which connections could be used again."""
+    """Records which connections could be reused."""
 
     def __init__(self) -> None:
         self.free: set[Any] = set()
@@ -82,7 +82,7 @@ class _Pool:
 
 
 def exchange(loop: asyncio.AbstractEventLoop, chunks: list[bytes]) -> tuple[Any, ...]:
-    """Whether an answer is whole, and whether its connection may be used again; then what it is."""
+    """Whether an answer is complete and its connection reusable, and if complete, its content."""
     pool, transport = _Pool(), _Transport()
     connection = _Connection(pool, loop)  # type: ignore[arg-type]
     connection.connection_made(transport)  # type: ignore[arg-type]
@@ -94,12 +94,12 @@ def exchange(loop: asyncio.AbstractEventLoop, chunks: list[bytes]) -> tuple[Any,
     connection.connection_lost(None)
     whole = answer._end
     assert whole != isinstance(answer._error, EngineDisconnectedError)
-    # How much of an answer that broke off had come is nobody's to rely on.
+    # The received part of a truncated answer is unspecified.
     return (whole, again, answer.status, answer.headers, b"".join(answer._parts)) if whole else (whole, again)
 
 
 def check_answer(loop: asyncio.AbstractEventLoop, data: bytes, where: list[int]) -> None:
-    """An answer is whole or broken off; its length is the stated one; the cuts change nothing."""
+    """An answer is complete or truncated; its length is the stated one; splits change nothing."""
     found = exchange(loop, [data])
     assert exchange(loop, cut(data, where)) == found
     if found[0]:
@@ -108,7 +108,7 @@ def check_answer(loop: asyncio.AbstractEventLoop, data: bytes, where: list[int])
         assert status >= 200
         if stated is not None and b"transfer-encoding" not in headers and status not in (204, 304):
             assert len(body) == int(stated)
-        if again:  # nothing was left that the next answer could be mistaken in
+        if again:  # nothing is left over that could be mistaken for the next answer
             assert exchange(loop, [data + b"HTTP/1.1 2"])[1] is False
 
 
@@ -120,7 +120,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 class _Listener:
-    """The gateway's own listener before an app that notes what reached it."""
+    """The gateway's listener with an app that records what reached it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -144,7 +144,8 @@ class _Listener:
         return int(self.runner.addresses[0][1])
 
     def answers(self, data: bytes) -> tuple[bytes, bytes, list[tuple[str, str, bytes]]]:
-        """What has been answered to the bytes once the next client is; its answer; what reached the app."""
+        """The responses to the bytes once the next client is answered, its response, and what reached the
+        app."""
 
         async def talk() -> tuple[bytes, bytes]:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -179,7 +180,7 @@ HEALTHY = b"POST /healthy HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nConnection
 
 
 def check_listener(listener: _Listener, data: bytes) -> None:
-    """Every answer is one of ours, and the next client is served."""
+    """Every response is ours, and the next client is served."""
     answered, healthy, seen = listener.answers(data)
     assert not answered or answered.startswith(b"HTTP/1."), answered
     assert b"Python/" not in answered
@@ -190,21 +191,21 @@ def check_listener(listener: _Listener, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", corpus("json_body"))
-def test_kept_bodies_are_read_or_refused(data: bytes) -> None:
-    """Each input that once was trouble stays none."""
+def test_corpus_bodies_are_accepted_or_refused(data: bytes) -> None:
+    """Every input that once caused a failure is handled."""
     check_json(data)
 
 
 @fuzzed
 @given(data=hostile("json_body"))
-def test_body_means_one_thing_or_is_refused(data: bytes) -> None:
-    """What passes is what every JSON parser reads, and what is sent to the engine."""
+def test_body_is_unambiguous_or_refused(data: bytes) -> None:
+    """An accepted body is what every JSON parser reads, and what is sent to the engine."""
     check_json(data)
 
 
 @pytest.mark.parametrize("data", corpus("event_stream"))
-def test_kept_streams_are_split_alike_wherever_cut(data: bytes) -> None:
-    """Each input that once was trouble stays none."""
+def test_corpus_streams_parse_alike_wherever_split(data: bytes) -> None:
+    """Every input that once caused a failure is handled."""
     check_events(data, [1, 7, 30])
 
 
@@ -212,35 +213,35 @@ def test_kept_streams_are_split_alike_wherever_cut(data: bytes) -> None:
 @given(data=hostile("event_stream"), where=places)
 @example(data=b"data: error\n\n\ndata: [DONE]\n\n", where=[])
 @example(data=b"data: {}\n\n\n: interpretops-receipt {}\n\ndata: [DONE]\n\n", where=[11])
-def test_stream_is_split_alike_wherever_it_is_cut(data: bytes, where: list[int]) -> None:
-    """No cut hides an end marker, a receipt or an error, and no byte is lost."""
+def test_stream_parses_alike_wherever_it_is_split(data: bytes, where: list[int]) -> None:
+    """No split hides an end marker, a receipt or an error, and no byte is lost."""
     check_events(data, where)
 
 
 @pytest.mark.parametrize("data", corpus("http_answer"))
-def test_kept_answers_are_whole_or_broken_off(loop: asyncio.AbstractEventLoop, data: bytes) -> None:
-    """Each input that once was trouble stays none."""
+def test_corpus_answers_are_complete_or_truncated(loop: asyncio.AbstractEventLoop, data: bytes) -> None:
+    """Every input that once caused a failure is handled."""
     check_answer(loop, data, [3, 20, 50])
 
 
 @fuzzed
 @given(data=hostile("http_answer"), where=places)
 @example(data=b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhiHTTP/1.1 2", where=[])
-def test_answer_is_whole_or_broken_off_wherever_it_is_cut(
+def test_answer_is_complete_or_truncated_wherever_it_is_split(
     loop: asyncio.AbstractEventLoop, data: bytes, where: list[int]
 ) -> None:
-    """Of one answer nothing is taken for the next, and a connection with leftovers is not used again."""
+    """No part of one answer is taken for the next, and a connection with leftover bytes is not reused."""
     check_answer(loop, data, where)
 
 
 @pytest.mark.parametrize("data", corpus("http_request"))
-def test_kept_requests_leave_the_listener_well(listener: _Listener, data: bytes) -> None:
-    """Each input that once was trouble stays none."""
+def test_corpus_requests_do_not_harm_the_listener(listener: _Listener, data: bytes) -> None:
+    """Every input that once caused a failure is handled."""
     check_listener(listener, data)
 
 
 @fuzzed
 @given(data=hostile("http_request"))
 def test_no_request_harms_the_listener(listener: _Listener, data: bytes) -> None:
-    """Anything may come; the next client is served, and no answer names what runs here."""
+    """Whatever arrives, the next client is served, and no response reveals software versions."""
     check_listener(listener, data)

@@ -114,7 +114,7 @@ class Model(nn.Module):
 
 
 @torch.inference_mode()
-def test_compiled_model_does_what_holds_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_model_uses_the_state_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled by inductor, and captured: refused unless the owner says that the op may be in the graph."""
     monkeypatch.setattr(site_op, "_OWNER", [])
     adds, model = Adds(), Model().to(CUDA)

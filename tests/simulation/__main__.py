@@ -10,7 +10,7 @@ import sys
 
 
 def main() -> int:
-    """Run the seeds that are asked for; the last line is one JSON object."""
+    """Run the requested seeds; the last line is one JSON object."""
     parser = argparse.ArgumentParser(prog="simulation", description=__doc__)
     parser.add_argument("--seeds", type=int, default=300, help="how many seeds to run, from --first on")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
@@ -27,7 +27,7 @@ def main() -> int:
         parser.error(f"argument --jobs: {arguments.jobs}, but at least one process must run the seeds")
     only = None if arguments.only is None else frozenset(arguments.only.split(",")) - {"none"}
 
-    # Sets of texts are walked in another order in each process unless this is fixed before it starts.
+    # Sets of strings iterate in a different order in each process unless the hash seed is fixed at start-up.
     if os.environ.get("PYTHONHASHSEED") != "0":
         command = [sys.executable, "-m", "simulation", *sys.argv[1:]]
         os.execve(sys.executable, command, {**os.environ, "PYTHONHASHSEED": "0"})  # noqa: S606

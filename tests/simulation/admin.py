@@ -1,4 +1,4 @@
-"""One call to the gateway's own routes, over the network of the simulation."""
+"""One call to the gateway's admin routes, over the simulated network."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Reply(asyncio.Protocol):
 async def call(
     network: Network, address: str, method: str, path: str, body: Any = None, key: str | None = None
 ) -> tuple[int, Any]:
-    """Status and parsed body; status 0 when no answer came."""
+    """Status and parsed body; status 0 if there was no response."""
     try:
         transport, protocol = await network.connect(address, _Reply)
     except OSError:

@@ -1,4 +1,4 @@
-"""What must hold once all is calm again: everything works, nothing is left behind, the audit log is true."""
+"""What must hold after faults end: everything works, nothing is left behind, the audit log is correct."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 _NOTICED_S = 7.0
-"""Until when the gateway must know that an engine is another one."""
+"""Deadline for the gateway to notice that an engine was replaced."""
 _READY_S = 240.0
 _TAKEN_S = 12.0
-"""Until a change of a file must be taken."""
+"""Deadline for a file change to take effect."""
 _REVOKED_S = 6.0
-"""Until when a key that was revoked must open nothing."""
+"""Deadline for a revoked key to stop working."""
 _LIMITED = ("rate_limit_exceeded", "insufficient_quota")
 
 
 class Aftermath:
-    """Looks at one world after its troubles."""
+    """Checks one world after its faults."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._fail = world.invariants.fail
 
     async def check(self) -> None:
-        """Everything, in order."""
+        """Run all checks, in order."""
         world = self._world
         await asyncio.sleep(_NOTICED_S)
         if not await world.wait_until(world.ready, _READY_S):
             reasons = world.gateway.apps.gateway.readiness.reasons()
             self._fail(f"not ready {_READY_S:g} s after the last trouble: {reasons}")
-        # Until their leases end, rows of gateways before this one may fill the engines' tables.
+        # Until their leases expire, rows of earlier gateways may fill the engines' tables.
         await world.wait_until(self._new_rows_fit, LEASE_S + 15)
         await self._changes_are_taken()
         await world.wait_until(world.ready, _READY_S)
@@ -50,7 +50,7 @@ class Aftermath:
             if connection.open:
                 connection.transport.close()
         await asyncio.sleep(4.0)
-        # What a gateway before this one held is freed when its lease has ended.
+        # Rows held by an earlier gateway are freed when its lease expires.
         await world.wait_until(self._rows_are_right, LEASE_S + 15)
         self._nothing_is_left()
         world.invariants.gateway = None
@@ -104,7 +104,7 @@ class Aftermath:
         return all(set(engine.plans) == self._wanted() for engine in self._world.engines)
 
     def _new_rows_fit(self) -> bool:
-        """Whether all that serves fits in once more: what is new is loaded before the old goes."""
+        """Whether all active revisions fit in twice: new ones are loaded before old ones are freed."""
         return all(len(engine.plans) + len(self._wanted()) <= engine.room for engine in self._world.engines)
 
     def _nothing_is_left(self) -> None:

@@ -1,4 +1,4 @@
-"""What a client asked, and every byte that it got for it."""
+"""A client's request, and every byte that it received for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ENDS = {
 
 @dataclass(eq=False)
 class Ask:
-    """One request of a client's."""
+    """One request of a client."""
 
     number: int
     tenant: str
@@ -29,14 +29,14 @@ class Ask:
     model: str = MODEL
     choice: str | None = None
     by_alias: bool = False
-    """Whether ``choice`` stands behind the model's name instead of in the header."""
+    """Whether ``choice`` is appended to the model's name instead of sent as a header."""
     stream: bool = False
     prompts: int = 1
     choices: int = 1
     most: int = 8
-    """Tokens that each choice may have."""
+    """Most tokens of each choice."""
     revoked_since: float | None = None
-    """When its key had been revoked, if it had been when this was made."""
+    """When its key was revoked, if that was before this request."""
     sent_at: float = 0.0
     whole_at: float | None = None
     """When its last byte was sent."""
@@ -45,30 +45,30 @@ class Ask:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     whole: bool = False
-    """Whether the answer came to its end."""
+    """Whether the answer is complete."""
     cut: bool = False
     """Whether the connection ended first."""
     left: bool = False
-    """Whether the client left by itself."""
+    """Whether the client disconnected on its own."""
 
     @property
     def request_id(self) -> str:
-        """Told to the gateway, so that its audit log can be compared."""
+        """Sent to the gateway, so that its audit log can be compared."""
         return f"ask{self.number}"
 
     @property
     def marks(self) -> set[int]:
-        """Of the generations that the answer's bytes come from."""
+        """Marks of the generations whose bytes are in the answer."""
         return {int(found) for found in _MARK.findall(self.body)}
 
     @property
     def ended_cleanly(self) -> bool:
-        """Whether a client would take a stream for whole."""
+        """Whether a client would take the stream for complete."""
         return _ENDS.get(self.route, b"data: [DONE]\n") in self.body
 
     @property
     def error(self) -> str | None:
-        """The code of a refusal."""
+        """The error code, if it was refused."""
         if self.status == 200 or not self.whole:
             return None
         try:
@@ -77,7 +77,7 @@ class Ask:
             return "unreadable"
 
     def bytes(self) -> tuple[bytes, bytes]:
-        """Head and body, as they are sent."""
+        """Head and body as sent."""
         text = f"{self.request_id}. hello"
         body: dict[str, Any] = {
             "model": f"{self.model}+{self.choice}" if self.by_alias and self.choice else self.model,

@@ -1,4 +1,5 @@
-"""Clients: most ask and wait; some stall, vanish, send slowly, pipeline, or come all at once."""
+"""Clients: most send a request and wait; some stall, disconnect, send slowly, pipeline, or arrive in
+bursts."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ _PATIENCE_S = 60.0
 
 
 class Clients:
-    """All clients of one run, and all they asked."""
+    """All clients of one run, and all their requests."""
 
     def __init__(
         self,
@@ -34,14 +35,14 @@ class Clients:
         self._ended = ended
         self._numbers = itertools.count(1)
         self.tenant_of: dict[str, str] = {}
-        """Number of an ask to its tenant."""
+        """Request number to its tenant."""
         self.revoked_at: dict[str, float] = {}
         """Tenant to the time at which its key was revoked."""
         self.asks: list[Ask] = []
         self.connections: list[ClientConnection] = []
 
     def draw(self, tenant: str | None = None) -> Ask:
-        """Some request of some tenant's."""
+        """A random request of a random tenant."""
         chance = self._chance
         tenant = tenant or chance.choice([entry["id"] for entry in self._scenario.tenants])
         ask = self.plain(tenant, chance.choice(ROUTES))
@@ -67,7 +68,7 @@ class Clients:
         return ask
 
     async def connect(self) -> ClientConnection | None:
-        """A connection, or None when the gateway is not there."""
+        """A connection, or None if the gateway is not listening."""
         try:
             _, protocol = await self._network.connect(PUBLIC, lambda: ClientConnection(self._ended))
         except OSError:
@@ -77,7 +78,7 @@ class Clients:
         return protocol
 
     async def run(self, until: float) -> None:
-        """One client, until a time."""
+        """Run one client until a given time."""
         loop, chance = asyncio.get_running_loop(), self._chance
         connection: ClientConnection | None = None
         while loop.time() < until:
@@ -95,7 +96,7 @@ class Clients:
             await way(connection)
 
     async def ask(self, ask: Ask) -> Ask:
-        """One ask on a connection of its own, to its end."""
+        """One request on its own connection, to its end."""
         connection = await self.connect()
         if connection is None:
             self.asks.remove(ask)

@@ -1,4 +1,4 @@
-"""Virtual time: it stands still while code runs, and jumps to the next timer when nothing is left to do."""
+"""Virtual time: it stands still while code runs, and jumps to the next timer when nothing is ready."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 _BEGINS: float = 1_790_000_000.0
-"""Wall-clock time at which every simulation begins."""
+"""Wall-clock time at the start of every simulation."""
 
 
 class Clock:
@@ -26,11 +26,11 @@ class Clock:
         return self.now + self._wall_shift
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance the time."""
         self.now += seconds
 
     def set_wall(self, seconds: float) -> None:
-        """Set the wall clock forward or back; the monotonic clock does not notice."""
+        """Set the wall clock forward or back; the monotonic clock is unaffected."""
         self._wall_shift += seconds
 
 
@@ -50,4 +50,4 @@ REAL_CLOCKS: dict[Callable[[], float], str] = {
     time.perf_counter: "monotonic",
     time.time: "time",
 }
-"""The clocks that code may hold on to, and which method of `Clock` takes the place of each."""
+"""Clock functions that code may have imported, and the `Clock` method that replaces each."""

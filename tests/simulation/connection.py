@@ -1,4 +1,4 @@
-"""A client's end of a connection: sends bytes, and reads answers in the order of its requests."""
+"""The client end of a connection: sends bytes, and reads answers in request order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simulation.network import Endpoint
 
 
 class ClientConnection(asyncio.Protocol):
-    """Every ask that is sent gets an answer, or learns that none will come."""
+    """Every request sent gets an answer, or a notice that none will come."""
 
     def __init__(self, ended: Callable[[Ask], None]) -> None:
         self._ended = ended
@@ -24,26 +24,26 @@ class ClientConnection(asyncio.Protocol):
         self.transport: Endpoint
         self.open = False
         self.quiet = asyncio.Event()
-        """Set when no answer is awaited."""
+        """Set while no answer is awaited."""
         self.quiet.set()
 
     def connection_made(self, transport: Any) -> None:
         self.transport, self.open = transport, True
 
     def expect(self, ask: Ask) -> None:
-        """An ask is about to be sent."""
+        """Register a request that is about to be sent."""
         ask.sent_at = self._loop.time()
         self._waiting.append(ask)
         self.quiet.clear()
 
     def send(self, ask: Ask) -> None:
-        """Send a whole ask at once."""
+        """Send a whole request at once."""
         self.expect(ask)
         self.transport.write(b"".join(ask.bytes()))
         ask.whole_at = ask.sent_at
 
     def leave(self) -> None:
-        """Be gone without a word."""
+        """Disconnect abruptly."""
         for ask in self._waiting:
             ask.left = True
         self.transport.abort()

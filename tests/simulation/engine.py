@@ -1,4 +1,4 @@
-"""The model of an engine: what it holds, what it generates under which revision, and what it attests."""
+"""The engine model: what it holds, generates under which revision, and attests."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ SPEC = ModelSpec(MODEL, "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
 PROMPT_TOKENS = 3
 ROOM = 30
 _DIGESTS: dict[str, str] = {}
-"""Of plans that were seen before: they are named by their content."""
+"""Cache of parsed plans, by content hash."""
 
 
 @dataclass(eq=False)
 class Generation:
-    """One request that reached an engine, and what was truly done for it."""
+    """One request that reached an engine, and what was really done for it."""
 
     number: int
     engine: str
     boot_id: str
     ask: str | None
-    """Which client's request it is: the mark in its text. None: the gateway's own."""
+    """Number of the client's request, from the mark in its text. None: the gateway's own."""
     sealed: str
-    """The revision that the gateway demanded."""
+    """The revision that the gateway required."""
     applied: str
     """The revision that edited the activations."""
     nonce: str
@@ -55,34 +55,34 @@ class Generation:
     written: int
     """Tokens of each choice."""
     proven: bool = True
-    """Whether the receipt that was sent proves that ``sealed`` was applied to all of it."""
+    """Whether the receipt sent proves that ``sealed`` was applied to all of it."""
     told_true: bool = True
-    """Whether the receipt that was sent tells what was done: what is charged cannot be known otherwise."""
+    """Whether the receipt sent is accurate; otherwise the charge is unpredictable."""
     whole: bool = False
     """Whether all of it was sent."""
     ended_at: float | None = None
     shadow_of: str | None = None
-    """Which client's request the gateway repeated, unseen, under a revision that waits."""
+    """Number of the client's request that this shadow request repeats."""
     given_up: Callable[[], bool] = lambda: False
-    """Whether the gateway has cut the connection."""
+    """Whether the gateway closed the connection."""
 
     @property
     def mark(self) -> str:
-        """Stands in every piece of its answer."""
+        """Text in every piece of its answer."""
         return f"<g{self.number}>"
 
     @property
     def answers(self) -> int:
-        """As limits count it."""
+        """Its size as counted by limits."""
         return self.prompts * self.choices
 
     @property
     def tokens(self) -> int:
-        """What went through the model."""
+        """Tokens that passed through the model."""
         return self.answers * (PROMPT_TOKENS + self.written - 1)
 
     def receipt(self) -> Receipt:
-        """What the plugin says of it, when nothing goes wrong."""
+        """The correct receipt."""
         return Receipt(
             revision=self.applied,
             requests=self.answers,
@@ -101,7 +101,7 @@ class _Resident:
 
 @dataclass(eq=False)
 class EngineModel:
-    """One engine; a restart is another boot of it."""
+    """One engine; a restart is another boot of the same one."""
 
     name: str
     clock: Clock
@@ -112,27 +112,27 @@ class EngineModel:
     started: bool = False
     listening: bool = True
     hangs: bool = False
-    """Takes requests, and says nothing."""
+    """Accepts requests without ever answering."""
     sick: bool = False
-    """Its health route refuses."""
+    """Its health check fails."""
     steers: bool = True
     """Whether its self-test passes."""
     damaged: bool = False
-    """Attests other numbers than those it was given."""
+    """Attests a wrong digest."""
     room: int = ROOM
-    """Plans that its tables have rows for."""
+    """Most plans that fit in its tables."""
     boots: int = 0
     plans: dict[str, _Resident] = field(default_factory=dict)
     receipts: dict[str, Receipt] = field(default_factory=dict)
     old_receipts: list[Receipt] = field(default_factory=list)
-    """Of former boots."""
+    """Generations of earlier boots."""
     generations: list[Generation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.boot()
 
     def boot(self) -> None:
-        """Begin anew, with nothing in the tables."""
+        """Restart with empty tables."""
         self.boots += 1
         self.boot_id = f"{self.name}-boot{self.boots}"
         self.old_receipts += [generation.receipt() for generation in self.generations[-3:]]
@@ -144,7 +144,7 @@ class EngineModel:
 
     @property
     def resident(self) -> dict[str, str]:
-        """Revision to digest of what new requests may name."""
+        """Admissible revisions, to digest."""
         return {name: plan.digest for name, plan in self.plans.items() if not plan.retired}
 
     def load(self, holder: str, revision: str, data: bytes) -> tuple[int, EngineMessage]:
@@ -162,7 +162,7 @@ class EngineModel:
         return 200, LoadedPlan(revision=revision, ranks=[RankDigest(rank=0, digest=digest)])
 
     def retire(self, holder: str, revision: str) -> tuple[int, EngineMessage]:
-        """Admit no more requests under a plan, unless another gateway holds it."""
+        """Retire a plan, unless another gateway holds it."""
         running = 0
         if self.holders.release(holder, revision):
             running = self._retire(revision)
@@ -182,7 +182,7 @@ class EngineModel:
             del self.plans[revision]
 
     def attest(self, holder: str) -> Attestation:
-        """What it is and holds; what no living gateway holds is retired before."""
+        """The attestation; first retires what no live gateway holds."""
         self.holders.renew(holder)
         for revision in self.holders.orphans():
             self._retire(revision)
@@ -203,18 +203,18 @@ class EngineModel:
         )
 
     def lose_a_plan(self) -> None:
-        """A worker forgets one, as after a fault of its own."""
+        """Lose one plan, as after a worker fault."""
         if self.plans:
             del self.plans[self.chance.choice(sorted(self.plans))]
 
     def admits(self, revision: str) -> bool:
-        """Whether a request may name it."""
+        """Whether requests may use the revision."""
         return revision == PASS_THROUGH or revision in self.resident
 
     def begin(
         self, ask: str | None, revision: str, nonce: str, prompts: int, choices: int, written: int
     ) -> Generation:
-        """A request that was admitted begins."""
+        """Start an admitted request."""
         self.count[0] += 1
         generation = Generation(
             number=self.count[0],
@@ -235,7 +235,7 @@ class EngineModel:
         return generation
 
     def end(self, generation: Generation) -> None:
-        """It is over, or was given up."""
+        """End a request, finished or aborted."""
         if generation.ended_at is not None:
             return
         generation.ended_at = self.clock.now
@@ -246,5 +246,5 @@ class EngineModel:
 
 
 def refuse(code: EngineCode) -> tuple[int, Refusal]:
-    """Status and body with which the plugin refuses."""
+    """Status and body of a plugin refusal."""
     return code.status, Refusal.of(code, f"refused: {code.value}")

@@ -1,4 +1,4 @@
-"""The model engine's HTTP: its routes, its streams, and the ways in which an answer can go wrong."""
+"""The engine model's HTTP server: its routes, its streams, and faults in its answers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WRONGS = (
     *("dies", "hangs", "late", "twice", "other_revision", "old_receipt", "no_receipt", "nothing_evaluated"),
     *("part", "no_end", "error_event", "busy", "broken", "garbage", "unsteered", "few_tokens", "unfinished"),
 )
-"""What can go wrong with one answer."""
+"""Faults that an answer can have."""
 _END = {
     "/v1/responses": b'event: response.completed\ndata: {"type": "response.completed"}\n\n',
     "/v1/messages": b'event: message_stop\ndata: {"type": "message_stop"}\n\n',
@@ -63,7 +63,7 @@ class EngineServer(asyncio.Protocol):
         self.engine = self._engine = engine
         self._events = events
         self._wrongs = wrongs
-        """How often which thing goes wrong, as a share."""
+        """Probability of each fault."""
         self._parser = httptools.HttpRequestParser(self)
         self._request = _Request()
         self._task: asyncio.Task[None] | None = None
@@ -81,20 +81,20 @@ class EngineServer(asyncio.Protocol):
             self._events.engine_connections.remove(self)
 
     def cut(self) -> None:
-        """The process is gone."""
+        """Kill the process."""
         self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
 
     def _sent(self, data: bytes) -> None:
-        """The gateway sent something here, which may never arrive whole."""
+        """Receive data from the gateway, which may be incomplete."""
         mark = _MARK.search(data)
         if mark is not None:
             self._events.sent(mark[1].decode())
 
     def on_url(self, url: bytes) -> None:
-        # In pieces, when it came in pieces.
+        # In pieces if it arrived in pieces.
         self._request.path += url.decode()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -252,7 +252,7 @@ class EngineServer(asyncio.Protocol):
             self._send(200, {"choices": [], "text": generation.mark})
 
     def _carried(self, request: _Request) -> str:
-        """The receipt, as it travels with an answer; an older plugin keeps it until it is asked."""
+        """The receipt sent along with an answer; an older plugin keeps it until it is fetched."""
         if self._engine.chance.random() < 0.1:
             return ""
         receipt = self._engine.receipts.pop(request.headers.get(NONCE_HEADER, ""), None)
@@ -294,9 +294,9 @@ def _event(path: str, data: dict[str, Any]) -> bytes:
 
 
 def _proves(receipt: Receipt, generation: Generation, *, streamed: bool) -> bool:
-    """Whether a receipt says that the demanded revision was applied to the whole request.
+    """Whether a receipt claims that the required revision was applied to the whole request.
 
-    Whole answers tell their tokens, these streams do not.
+    Unstreamed answers report their tokens, these streams do not.
     """
     least = generation.answers if streamed else generation.tokens
     return bool(

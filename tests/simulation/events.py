@@ -1,4 +1,4 @@
-"""What the engines tell the rest of the simulation."""
+"""Events that engines report to the rest of the simulation."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from simulation.engine import Generation
 
 @dataclass
 class Events:
-    """Heard by the invariants."""
+    """The events that invariants observe."""
 
     step: Callable[[str], None]
-    """Something happened that a check should follow."""
+    """Something happened after which invariants should be checked."""
     began: Callable[[Generation], None]
-    """An engine began to generate."""
+    """An engine started a generation."""
     not_resident: Callable[[str, Callable[[], bool]], None]
-    """An engine refused an ask since it does not hold its revision; and whether that connection was cut."""
+    """An engine refused a request because its revision is not resident; and whether that connection was
+    cut."""
     sent: Callable[[str], object]
-    """An ask was sent to an engine, perhaps after another had refused it."""
+    """A request was sent to an engine, perhaps after another had refused it."""
     engine_connections: list[Any] = field(default_factory=list)
-    """Open ones, of all engines."""
+    """Generations in progress, of all engines."""
 
     def ended(self, generation: Generation) -> None:
-        """A generation ended, or was given up."""
+        """A generation ended or was aborted."""
         self.step(f"generation {generation.number} ends")

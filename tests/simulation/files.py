@@ -1,4 +1,4 @@
-"""The operator's files: policies and keys, as people and programs leave them behind."""
+"""The operator's files: policies and keys, in every state that people and programs leave them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CRITERIA = "evaluation: {success_criteria: {collateral_damage_max: 0.05}}\n"
 
 
 class Files:
-    """One folder of policies, and the file of keys."""
+    """One policy folder, and the key file."""
 
     def __init__(self, folder: Path, scenario: Scenario, chance: random.Random, disk: Disk) -> None:
         self.folder = folder
@@ -23,11 +23,11 @@ class Files:
         self._chance = chance
         self._disk = disk
         self._scales: set[tuple[str, float]] = set()
-        """Policy and scale of all that was written."""
+        """Policy and scale of everything written."""
         self._texts: dict[str, list[str]] = {policy: [] for policy in POLICIES}
-        """What each policy was, in order."""
+        """The contents of each policy, in order."""
         self._moved = 0
-        """How often the audit log was moved away."""
+        """How often the audit log was rotated."""
         self.keys: dict[str, str] = {}
         """Tenant, or `operator`, to its key."""
         self._kept: dict[str, ApiKey] = {}
@@ -42,9 +42,9 @@ class Files:
             self.write_keys()
 
     def write(self, policy: str, *, layer: int | None = None, criteria: bool = False, name: str = "") -> None:
-        """A new revision of a policy, in its own file or another: one that it never had before."""
+        """Write a new revision of a policy, one that it never had, in its own file or another."""
         scale = self._scale()
-        # Nobody could tell a change to what serves already from a change that is not taken.
+        # A change to the active content could not be distinguished from an ignored change.
         while (policy, scale) in self._scales:
             scale = self._scale()
         self._scales.add((policy, scale))
@@ -57,32 +57,32 @@ class Files:
         self._put(name or policy, self._texts[policy][-1])
 
     def change_back(self, policy: str) -> None:
-        """One of the last revisions that a policy had, perhaps the one that it has."""
+        """Write one of a policy's recent revisions, perhaps the current one."""
         self._put(policy, self._chance.choice(self._texts[policy][-4:]))
 
     def spoil(self, policy: str) -> None:
-        """A file that becomes no plan."""
+        """Write a file that does not compile."""
         bad = ("meta: {", "meta: {id: " + policy + "}\ninterventions: [{type: unknown}]\n", "", "\0\xff")
         self._put(policy, self._chance.choice(bad))
 
     def delete(self, policy: str) -> None:
-        """No file any more."""
+        """Delete a policy's file."""
         (self.policies / f"{policy}.yaml").unlink(missing_ok=True)
 
     def take_away(self) -> None:
-        """The whole folder is gone, as when a mount is lost."""
+        """Remove the whole folder, as when a mount is lost."""
         if self.policies.exists():
             self.policies.rename(self._away)
 
     def bring_back(self) -> None:
-        """It is there again."""
+        """Restore the folder."""
         if self._away.exists():
             if self.policies.exists():
                 shutil.rmtree(self.policies)
             self._away.rename(self.policies)
 
     def mend(self) -> None:
-        """All as it should be, each policy in a new revision."""
+        """Write valid files, each policy in a new revision."""
         self.bring_back()
         for path in self.policies.glob("*.yaml"):
             if path.stem not in POLICIES:
@@ -91,32 +91,32 @@ class Files:
             self.write(policy)
 
     def write_keys(self, *, without: str | None = None) -> None:
-        """The file of keys, with or without one tenant's."""
+        """Write the key file, with or without one tenant's key."""
         if self._key_file is not None:
-            # People keep their files on another disk than the gateway's.
+            # The operator's files are on another disk than the gateway's.
             full, self._disk.full = self._disk.full, False
             write_keys(self._key_file, [key for name, key in self._kept.items() if name != without])
             self._disk.full = full
 
     def spoil_keys(self) -> None:
-        """A file of keys that cannot be read."""
+        """Write an unreadable key file."""
         if self._key_file is not None:
             self._key_file.write_text("keys: [{id: 1")
 
     def delete_keys(self) -> None:
-        """No file of keys any more."""
+        """Delete the key file."""
         if self._key_file is not None:
             self._key_file.unlink(missing_ok=True)
 
     def move_audit_log(self) -> None:
-        """As programs do that rotate logs."""
+        """Rename the audit log, as log rotation does."""
         log = self.folder / "audit.jsonl"
         if log.exists():
             self._moved += 1
             log.rename(self.folder / f"audit.jsonl.{self._moved}")
 
     def delete_audit_log(self) -> bool:
-        """As people do who need the space; whether there was one."""
+        """Delete the audit log, as someone short of space does; returns whether there was one."""
         log = self.folder / "audit.jsonl"
         there = log.exists()
         log.unlink(missing_ok=True)

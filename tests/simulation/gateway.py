@@ -1,4 +1,4 @@
-"""The real gateway, put together as `mechctl serve` does, with connections in memory in place of sockets."""
+"""The real gateway, assembled as in `mechctl serve`, with in-memory connections instead of sockets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simulation.network import Network
 
 
 class GatewayProcess:
-    """One start of the gateway, to its end."""
+    """One run of the gateway, from start to end."""
 
     def __init__(self, settings: Settings, network: Network, hear: Any) -> None:
         self.settings = settings
@@ -30,7 +30,7 @@ class GatewayProcess:
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to listen. Raises `ConfigError` as the real one does."""
+        """Start listening. Raises `ConfigError` as the real one does."""
         logger = structlog.wrap_logger(None, processors=[self._note])
         self.apps = make_app(self.settings, lambda url: RemoteEngine(url or ""), logger)
         for app, leaves in ((self.apps.public, True), (self.apps.admin, False)):
@@ -53,7 +53,7 @@ class GatewayProcess:
             self._network.listeners[address] = runner.server
 
     async def stop(self) -> None:
-        """End as on SIGTERM."""
+        """Stop, as on SIGTERM."""
         for address in (PUBLIC, ADMIN):
             self._network.listeners.pop(address, None)
         for runner in self._runners:

@@ -1,4 +1,4 @@
-"""What must hold at every moment of every run."""
+"""Invariants that must hold at every moment of every run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from simulation.engine import Generation
 from simulation.scenario import BODY_TIMEOUT_S, REQUEST_TIMEOUT_S, Scenario
 
 _EXPECTED = ("RuntimeError",)
-"""What may come of it when no thread can be had."""
+"""Tasks that may fail when no thread can be started."""
 _SLACK_S = 2 * BODY_TIMEOUT_S
 
 
 @dataclass
 class Invariants:
-    """Hears what happens, and collects what must not be."""
+    """Observes events, and collects violations."""
 
     scenario: Scenario
     clock: Clock
@@ -29,26 +29,26 @@ class Invariants:
     steps: int = 0
     generations: dict[int, Generation] = field(default_factory=dict)
     tenant_of: dict[str, str] = field(default_factory=dict)
-    """Number of an ask to its tenant."""
+    """Request number to its tenant."""
     policy_of: dict[str, str] = field(default_factory=dict)
-    """Revision to the policy that it is of."""
+    """Revision to its policy."""
     served: dict[str, list[tuple[float, str]]] = field(default_factory=lambda: defaultdict(list))
-    """Policy to the revisions that were active, and since when."""
+    """Policy to its active revisions, and since when."""
     shadowed: dict[str, float] = field(default_factory=dict)
-    """Revisions that waited as shadows, and until when."""
+    """Revisions that were shadows, and until when."""
     proven_boots: set[str] = field(default_factory=set)
     refused_residency: dict[str, Callable[[], bool]] = field(default_factory=dict)
-    """Asks that the last engine they were sent to refused since it did not hold their revision, and whether
-    the gateway cut that connection before it could read so."""
+    """Requests refused as not resident by the last engine they were sent to, and whether the gateway cut that
+    connection before it could read the refusal."""
     log_deleted_at: float | None = None
     """When the audit log was last deleted."""
     _watched_since: float = 0.0
     clock_was_set: bool = False
     gateway: Any = None
-    """The running `Gateway`, if one runs."""
+    """The running `Gateway`, if any."""
 
     def fail(self, what: str) -> None:
-        """Something is as it must not be."""
+        """Record a violation."""
         if len(self.violations) < 20:
             self.violations.append(f"at {self.clock.now - 1000:.3f} s: {what}")
 
@@ -64,7 +64,7 @@ class Invariants:
             for name, revision in made.items():
                 self._serve(name, revision.revision)
 
-        # No line of the log tells of them.
+        # No log line reports them.
         compositions.swap = swap_and_note
         if gateway.audit is not None:
             require = gateway.audit.require
@@ -80,7 +80,7 @@ class Invariants:
             gateway.audit.require = require_and_check
 
     def step(self, _what: str) -> None:
-        """After everything that happens."""
+        """Called after every event."""
         self.steps += 1
         if self.gateway is None:
             return
@@ -88,7 +88,7 @@ class Invariants:
         self._check_concurrency()
 
     def began(self, generation: Generation) -> None:
-        """An engine was made to generate."""
+        """An engine started a generation."""
         self.generations[generation.number] = generation
         if generation.ask is None:
             return
@@ -105,11 +105,11 @@ class Invariants:
         self._check_budget(generation)
 
     def _is_shadow(self, generation: Generation, others: list[Generation]) -> bool:
-        """Whether an ask that was answered runs a second time, on the same engine, as its policy's shadow."""
+        """Whether an answered request runs a second time, on the same engine, as its policy's shadow."""
         if len(others) != 1 or any(g.shadow_of == generation.ask for g in self.generations.values()):
             return False
         first = others[0]
-        # The shadow is chosen when a request is accepted, however long it waits for an engine then.
+        # The shadow is chosen when the request is accepted, however long it then waits for an engine.
         accepted_at = first.began_at - REQUEST_TIMEOUT_S
         return (
             (first.whole and first.ended_at is not None)
@@ -119,7 +119,7 @@ class Invariants:
         )
 
     def logged(self, entry: Mapping[str, Any]) -> None:
-        """A line of the gateway's log."""
+        """Check a line of the gateway's log."""
         event = entry.get("event")
         if event == "engine_ready":
             self.proven_boots.add(entry["boot_id"])
@@ -133,7 +133,7 @@ class Invariants:
             self._serve(entry["policy"], entry["revision"])
 
     def answered(self, ask: Ask) -> None:
-        """A client got all that it will get."""
+        """A client's request has ended."""
         self.step(ask.request_id)
         required = self.scenario.required(ask.tenant, ask.route, ask.model, ask.choice)
         name = f"{ask.request_id} ({ask.tenant}, {ask.route}, stream={ask.stream})"
@@ -191,7 +191,7 @@ class Invariants:
             self.fail(f"{name}: its receipt is for {receipt['requests']} requests")
 
     def _look_at_revisions(self) -> None:
-        """Note which revisions serve now: compositions and shadows are told in no line of the log."""
+        """Record the active revisions: log lines do not report compositions and shadows."""
         for entry in self.gateway.catalogue.entries.values():
             if entry.shadow is not None:
                 self.shadowed[entry.shadow.revision] = self.clock.now
@@ -224,7 +224,7 @@ class Invariants:
 
     @property
     def running(self) -> list[Generation]:
-        """Generations that have not ended."""
+        """Generations in progress."""
         return [g for g in self.generations.values() if g.ended_at is None]
 
     def _of_tenant(self, tenant: str) -> list[Generation]:
@@ -236,7 +236,7 @@ class Invariants:
         most = self.scenario.limits(tenant).get("requests_per_minute")
         if most is None:
             return
-        # Its buckets are full when a gateway starts.
+        # Buckets are full when a gateway starts.
         mine = [g for g in self._of_tenant(tenant) if g.began_at >= self._watched_since]
         for index, first in enumerate(mine):
             span = generation.began_at - first.began_at + _SLACK_S

@@ -1,4 +1,4 @@
-"""Runs seeds one after the other or in several processes at once; tells what came of each in their order."""
+"""Runs seeds, in one process or several, and reports results in seed order."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from simulation.run import Outcome, run_seed
 
 @dataclass(frozen=True)
 class Order:
-    """What every seed is run with."""
+    """Options that apply to every seed."""
 
     only: frozenset[str] | None = None
-    """Names of what may go wrong; None: everything."""
+    """Names of the faults to use; None: all."""
     fault: str | None = None
     """One of `PUT_BACK`."""
     until: float | None = None
-    """Value of the monotonic clock from which on no seed begins."""
+    """Monotonic time after which no seed starts."""
     keep_lines: bool = False
-    """Whether all that happened is told."""
+    """Whether to print all events."""
 
     def run(self, seed: int) -> tuple[int, Outcome] | None:
-        """The process that ran the seed, and what came of it; None when time was up."""
+        """Id of the process that ran the seed, and the outcome; None if time was up."""
         if self.until is not None and time.monotonic() > self.until:
             return None
         outcome = run_seed(seed, only=self.only, fault=self.fault, keep_all=self.keep_lines)
@@ -39,7 +39,7 @@ class Order:
 
 
 def outcomes(seeds: Sequence[int], order: Order, jobs: int) -> Iterator[tuple[int, Outcome]]:
-    """What came of each seed, in their order; seeds that have not begun when the caller stops never begin."""
+    """The outcomes in seed order; seeds not yet started when the caller stops never start."""
     if jobs == 1:
         _prepare()
         yield from filter(None, map(order.run, seeds))
@@ -51,5 +51,5 @@ def outcomes(seeds: Sequence[int], order: Order, jobs: int) -> Iterator[tuple[in
 
 def _prepare() -> None:
     logging.disable(logging.CRITICAL)
-    # What the imports made stays: no need to look at it after every seed.
+    # Objects created by imports stay: exclude them from garbage collection.
     gc.freeze()

@@ -1,4 +1,4 @@
-"""An event loop without sockets, threads or waiting: its time is the virtual clock's."""
+"""An event loop without sockets, threads or waiting; its time is the virtual clock's."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.network: Any = None
         """Opens connections: a `Network`."""
         self.before_thread: Callable[[], None] = lambda: None
-        """Called when the gateway gives a function to a thread; may raise, as a pool that finds no thread."""
+        """Called when the gateway submits work to a thread; may raise, like a pool that cannot start
+        threads."""
         self.set_task_factory(self._make_task)
 
     def time(self) -> float:
         return self._clock.now
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:  # type: ignore[override]
-        """Run a function a little later in this very thread."""
+        """Run a function slightly later, in the same thread."""
         self.before_thread()
         future = self.create_future()
-        # Mostly at once; sometimes the thread has to wait for its turn.
+        # Usually at once; sometimes the thread must wait.
         delay_s = self._chance.choice((0.0, 0.001, 0.001, 0.02, 0.2))
         self.call_later(delay_s, self._run_now, future, func, args)
         return future
@@ -53,7 +54,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     async def create_unix_connection(
         self, protocol_factory: Callable[[], Any], path: Any = None, **_: Any
     ) -> Any:
-        """A connection to whoever listens there in the simulation."""
+        """Connect to a simulated listener."""
         return await self.network.connect(str(path), protocol_factory)
 
     async def create_connection(self, protocol_factory: Callable[[], Any], *_: Any, **__: Any) -> Any:
@@ -63,10 +64,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         return _Task(next(self._serials), coro, loop=loop, **options)
 
     def _process_events(self, event_list: Any) -> None:
-        """No events come from outside."""
+        """There are no external events."""
 
     def _write_to_self(self) -> None:
-        """Nothing sleeps that would have to be woken."""
+        """Nothing sleeps, so there is nothing to wake."""
 
 
 class _Selector:
@@ -81,7 +82,7 @@ class _Selector:
 
 
 class _Task(asyncio.Task[Any]):
-    """A task whose place in a set does not depend on its address."""
+    """A task whose hash does not depend on its address."""
 
     def __init__(self, serial: int, coro: Coroutine[Any, Any, Any], **options: Any) -> None:
         self._serial = serial

@@ -1,4 +1,4 @@
-"""Connections in memory: bounded buffers, delays, back-pressure, orderly ends and resets, as TCP has them."""
+"""In-memory connections: bounded buffers, delays, back-pressure, orderly closes and resets, like TCP."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from simulation.trace import Trace
 
 _CAPACITY = 64 * 1024
-"""Bytes that the two kernels hold for a reader who does not read."""
+"""Bytes buffered by both kernels for a reader that does not read."""
 _HIGH, _LOW = 64 * 1024, 16 * 1024
 
 
 class Network:
-    """Who listens where, and how slow the way there is."""
+    """Listeners by address, and network delays."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, chance: random.Random, trace: Trace) -> None:
         self.loop = loop
         self._chance = chance
         self._trace = trace
         self.listeners: dict[str, Callable[[], asyncio.Protocol]] = {}
-        """Address to what makes a protocol for each connection; raises `OSError` to refuse it."""
+        """Address to a protocol factory; it raises `OSError` to refuse a connection."""
         self._count = 0
 
     async def connect(
@@ -43,11 +43,11 @@ class Network:
         return near, client
 
     def delay(self) -> float:
-        """How long a piece takes from one end to the other."""
+        """Delay of a piece from one end to the other."""
         return self._chance.choice((0.0001, 0.0005, 0.001, 0.01))
 
     def cut(self, size: int) -> int:
-        """How much of what has arrived is read at once."""
+        """How much of the received data is read at once."""
         return size if self._chance.random() < 0.8 else self._chance.randint(1, size)
 
     def note(self, name: str, what: str, data: bytes = b"") -> None:
@@ -63,13 +63,13 @@ class Endpoint(asyncio.Transport):
         self.name = name
         self.peer: Endpoint
         self.sends: Callable[[bytes], None] = lambda _data: None
-        """Hears what this end sends, before it is on its way."""
+        """Called with data that this end sends, before delivery."""
         self._network = network
         self._loop = network.loop
         self._protocol = protocol
         self._unsent = bytearray()
         self._inbox = bytearray()
-        """What the peer sent, and the protocol has not read."""
+        """Data sent by the peer and not yet read by the protocol."""
         self._arriving: asyncio.Handle | None = None
         self._peer_ended = self._told_end = False
         self._closing = self._lost = False
@@ -94,7 +94,7 @@ class Endpoint(asyncio.Transport):
 
     @property
     def gone(self) -> bool:
-        """Whether this end can send nothing any more."""
+        """Whether this end is closed for sending."""
         return self._lost
 
     def get_write_buffer_size(self) -> int:
@@ -147,12 +147,12 @@ class Endpoint(asyncio.Transport):
         self._loop.call_later(self._network.delay(), self.peer._reset)
 
     def _push(self) -> None:
-        """Hand over what the wire takes."""
+        """Deliver as much as the wire accepts."""
         if self._lost:
             return
         room = _CAPACITY - len(self.peer._inbox)
         if self.peer._closing:
-            # Whoever has closed throws away what still comes.
+            # A closed end discards what still arrives.
             self._unsent.clear()
         elif self._unsent and room > 0:
             self.peer._inbox += self._unsent[:room]
@@ -196,7 +196,7 @@ class Endpoint(asyncio.Transport):
     def _end(self) -> None:
         self._peer_ended = True
         if self._closing:
-            # Nobody is left to read what this end still has to say.
+            # The peer is gone, so nobody reads what this end still has to send.
             self._unsent.clear()
             self._push()
         else:

@@ -1,4 +1,4 @@
-"""What goes wrong besides the clients: engines, policies, keys, disk, clocks, threads, restarts."""
+"""Faults other than clients: engines, policies, keys, disk, clocks, threads, restarts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Action = Callable[[], Awaitable[None]]
 
 
 class Operator:
-    """Does one thing after another, by chance."""
+    """Performs random actions, one after another."""
 
     def __init__(self, world: World, chance: random.Random, only: frozenset[str] | None) -> None:
         self._world = world
         self._chance = chance
         self._only = only
-        """Names of what may go wrong; None: everything."""
+        """Names of the faults to use; None: all."""
         self._tasks: list[asyncio.Task[None]] = []
         self.thread_errors = 0
-        """How many functions will still find no thread."""
+        """How many more thread submissions will fail."""
         self.actions: dict[str, tuple[int, Action]] = {
             "wrong_answers": (10, self._wrong_answers),
             "engine_dies": (5, self._engine_dies),
@@ -60,13 +60,13 @@ class Operator:
         }
 
     def before_thread(self) -> None:
-        """Raise when a function finds no thread."""
+        """Raise if a thread submission must fail."""
         if self.thread_errors:
             self.thread_errors -= 1
             raise RuntimeError("can't start new thread")
 
     async def run(self, until: float) -> None:
-        """Until a time."""
+        """Run until a given time."""
         loop, chance = asyncio.get_running_loop(), self._chance
         names = [name for name in self.actions if self._only is None or name in self._only]
         weights = [self.actions[name][0] for name in names]
@@ -78,7 +78,7 @@ class Operator:
             self._world.invariants.step(name)
 
     async def calm(self) -> None:
-        """End all that is wrong."""
+        """End all faults."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -111,7 +111,7 @@ class Operator:
         return self._chance.choice(self._world.engines)
 
     def _tell(self) -> None:
-        """The system notices that files changed, mostly."""
+        """Send a file notification, usually."""
         if self._chance.random() < 0.7:
             self._world.notices.tell()
 
@@ -238,7 +238,7 @@ class Operator:
         self._in_background(self._look_and_promote(self._policy()))
 
     async def _look_and_promote(self, policy: str) -> None:
-        """Look at a candidate, think about it, and promote what was looked at."""
+        """Review a candidate, wait, and promote the reviewed revision."""
         world, chance = self._world, self._chance
         key = world.files.keys.get("operator")
         _, found = await call(world.network, ADMIN, "GET", "/admin/policies", None, key)
@@ -247,7 +247,7 @@ class Operator:
         if named is None:
             return
         if chance.random() < 0.5:
-            # Somebody else edits it meanwhile.
+            # Someone else edits it meanwhile.
             world.files.write(policy, criteria=True)
             world.notices.tell()
         await asyncio.sleep(chance.choice((0.0, 0.3, 3.0)))
@@ -295,7 +295,7 @@ class Operator:
         self._world.troubled_until = self._world.clock.now + 30.0
 
     async def _gateway_restarts(self) -> None:
-        # Whoever starts it sees to it that it can start.
+        # The operator makes sure that it can start.
         self._world.disk.full = False
         self._world.files.write_keys()
         self._world.clients.revoked_at = {}

@@ -1,4 +1,4 @@
-"""Puts a virtual clock, seeded chance, a disk that fills and file notices under the gateway's code."""
+"""Replaces time, randomness, disk and file notifications beneath the gateway's code."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class Disk:
     def __init__(self) -> None:
         self.full = False
         self.torn = False
-        """Whether half of a line is still written before it is full."""
+        """Whether a partial line is written before it is full."""
 
     def check(self) -> None:
-        """As a write does."""
+        """Raise if the disk is full."""
         if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Notices:
-    """What the system tells of changed files, when it tells."""
+    """File notifications, which the system may omit."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
     def tell(self) -> None:
-        """Something changed."""
+        """Notify of a change."""
         self._event.set()
 
     async def watch(self, *_paths: Any, **_options: Any) -> AsyncIterator[set[Any]]:
@@ -62,15 +62,15 @@ class Notices:
 
 @contextlib.contextmanager
 def patched(clock: Clock, chance: random.Random, disk: Disk, notices: Notices) -> Iterator[None]:
-    """While the block runs, nothing in this process depends on real time, chance or disk."""
+    """Within the block, nothing in this process depends on real time, randomness or disk."""
     with contextlib.ExitStack() as stack:
         _patch_time(stack, clock)
         _patch_chance(stack, chance)
         _patch_disk(stack, disk)
         put(stack, watchfiles, "awatch", notices.watch)
-        # It would keep the gateways of a thousand seeds, and all around them, in memory.
+        # It would keep the gateways of a thousand seeds, and everything they reference, in memory.
         stack.callback(aiohttp.web_app._cached_build_middleware.cache_clear)
-        # When cycles are collected depends on all that the process did before.
+        # Otherwise garbage collection would depend on everything the process did before.
         gc.disable()
         stack.callback(gc.enable)
         yield
@@ -156,6 +156,6 @@ def _patch_disk(stack: contextlib.ExitStack, disk: Disk) -> None:
 
     put(stack, os, "write", write_some)
     put(stack, os, "pwrite", checked(pwrite))
-    # Flushing costs time and tells nothing here: no machine fails.
+    # Flushing costs time and is irrelevant here: no machine crashes.
     put(stack, os, "fsync", checked(lambda _descriptor: None))
     put(stack, Path, "replace", checked(replace))

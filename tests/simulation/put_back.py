@@ -1,4 +1,4 @@
-"""Faults that the gateway once had, put back one at a time: the simulation must find each."""
+"""Past faults of the gateway, reintroduced one at a time: the simulation must find each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simulation.patches import put
 
 
 def _task_ends_with_its_first_error(stack: contextlib.ExitStack) -> None:
-    """One unexpected exception ended the watcher of policies or keys without a word."""
+    """One unexpected exception silently ended the watcher of policies or keys."""
 
     kept = proxy.observe.supervisor.Supervisor._keep
 
@@ -36,7 +36,7 @@ def _task_ends_with_its_first_error(stack: contextlib.ExitStack) -> None:
 
 
 def _deleted_keys_work(stack: contextlib.ExitStack) -> None:
-    """Deleting the file of keys left them in force for ever."""
+    """Deleting the key file left its keys in force forever."""
     refresh = proxy.tenants.access.Access.refresh
 
     def refresh_unless_gone(self: proxy.tenants.access.Access) -> None:
@@ -58,12 +58,12 @@ def _prompts_are_not_counted(stack: contextlib.ExitStack) -> None:
 
 
 def _ready_without_audit_log(stack: contextlib.ExitStack) -> None:
-    """Readiness said yes while every request was refused because the audit log's disk was full."""
+    """Readiness was positive while every request was refused because the audit log's disk was full."""
     put(stack, proxy.observe.audit_log.AuditLog, "not_ready", lambda _self: iter(()))
 
 
 def _removed_audit_log_is_written_on(stack: contextlib.ExitStack) -> None:
-    """After `rm` of the audit log, records went into a file that had no name any more."""
+    """After `rm` of the audit log, records went into the deleted file."""
     put(stack, proxy.observe.audit_log.AuditLog, "_continue_if_displaced", lambda _self: None)
 
 
@@ -79,18 +79,18 @@ def _part_is_proof(stack: contextlib.ExitStack) -> None:
 
 
 def _lost_revision_is_502(stack: contextlib.ExitStack) -> None:
-    """An engine that had lost a revision gave 502 for it, as if it had failed."""
+    """An engine that had lost a revision caused 502, as if it had failed."""
     put(stack, proxy.relay.relay, "refusal_code", lambda _answer: None)
 
 
 def _promotion_moves(stack: contextlib.ExitStack) -> None:
-    """A promotion made whatever candidate was there serve, not the one that was looked at."""
+    """A promotion activated whatever candidate was there, not the reviewed one."""
     put(stack, proxy.admin.app, "_check_named", lambda *_: None)
     put(stack, proxy.policies.catalogue, "_check_unchanged", lambda *_: None)
 
 
 def _rejoined_engine_keeps_rows(stack: contextlib.ExitStack) -> None:
-    """An engine that was lost for a while, and not restarted, kept what was retired meanwhile for ever."""
+    """An engine lost for a while, without a restart, kept plans retired meanwhile forever."""
     prove = proxy.engines.link.EngineLink.prove
 
     async def prove_anew(self: proxy.engines.link.EngineLink, *rest: Any) -> None:

@@ -1,4 +1,4 @@
-"""Runs seeds one after the other, and tells what came of them."""
+"""Runs one seed, and returns the outcome."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ from simulation.world import World
 
 @dataclass
 class Outcome:
-    """Of one seed."""
+    """The outcome of one seed."""
 
     seed: int
     steps: int
     violations: list[str]
     trace: str
-    """The hash of all that happened."""
+    """Hash of all events."""
     lines: list[str] = field(repr=False)
 
 
 def run_seed(
     seed: int, *, only: frozenset[str] | None = None, fault: str | None = None, keep_all: bool = False
 ) -> Outcome:
-    """One run, which depends on the seed and the code alone.
+    """One run, which depends only on the seed and the code.
 
-    only   names of what may go wrong; None: everything
-    fault  one of `PUT_BACK`
+    only: names of the faults to use; None: all. fault: one of `PUT_BACK`.
     """
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="simulation-", dir=memory if memory.is_dir() else None))

@@ -1,4 +1,4 @@
-"""What one seed is about: tenants and their limits, bindings, engines, and the answer to "who gets what"."""
+"""A seed's configuration: tenants and limits, bindings, engines, and the expected policy of a request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from interpretops.settings import Settings, load_settings
 
 POLICIES = {"alpha": 1, "beta": 2, "gamma": 3}
-"""Id of each policy, and the layer that it edits."""
+"""Policy id to the layer it edits."""
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 CHAT = ROUTES[0]
 REQUEST_TIMEOUT_S = 20.0
@@ -48,7 +48,7 @@ TENANTS: list[dict[str, Any]] = [
 
 @dataclass
 class Scenario:
-    """One seed's choice."""
+    """The configuration drawn from one seed."""
 
     bindings: list[dict[str, Any]]
     engines: int
@@ -57,13 +57,13 @@ class Scenario:
     clients: int
     active_s: float
     shadow_share: float = 0.05
-    """How much of the traffic shadows repeat."""
+    """Share of traffic that shadows repeat."""
     tenants: list[dict[str, Any]] = field(default_factory=list)
     aliases: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def draw(cls, chance: random.Random) -> Scenario:
-        """Choose."""
+        """Draw a scenario."""
         keys = chance.random() < 0.7
         sets = [_ALL, _BOTH, _BY_ALIAS, _SEVERAL] + ([_BY_TENANT, _BY_TENANT] if keys else [])
         bindings = chance.choice(sets)
@@ -81,7 +81,7 @@ class Scenario:
         )
 
     def settings(self, folder: Path) -> Settings:
-        """As a configuration file would give them."""
+        """The settings, as in a configuration file."""
         return load_settings(
             overrides={
                 "paths.policies": folder / "policies",
@@ -108,13 +108,13 @@ class Scenario:
         )
 
     def limits(self, tenant: str) -> Mapping[str, Any]:
-        """What a tenant may use."""
+        """A tenant's limits."""
         return next((entry.get("limits", {}) for entry in self.tenants if entry["id"] == tenant), {})
 
     def required(self, tenant: str, route: str, model: str, choice: str | None) -> str | None:
         """The policy that must steer such a request, `none`, or None: it must be refused.
 
-        Written anew here from the documentation, so that a fault in `proxy.policies.binding` shows.
+        Written independently from the documentation, so that a fault in `proxy.policies.binding` shows.
         """
         matching = [b for b in self.bindings if _matches(b.get("match", {}), tenant, route, model)]
         mandatory = sorted({b["policy"] for b in matching if b.get("mode") == "mandatory"})

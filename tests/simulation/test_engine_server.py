@@ -1,4 +1,4 @@
-"""The model engine tells the invariants truly what became of a request."""
+"""The engine model reports requests to the invariants correctly."""
 
 import asyncio
 import random
@@ -8,7 +8,7 @@ import pytest
 
 
 class Sender(asyncio.Protocol):
-    """Sends, and learns when the connection is gone."""
+    """A sender that notices when the connection is closed."""
 
     def __init__(self) -> None:
         self.answered, self.gone = asyncio.Event(), asyncio.Event()
@@ -21,10 +21,9 @@ class Sender(asyncio.Protocol):
 
 
 @pytest.mark.usefixtures("simulation")
-def test_request_lost_on_its_way_to_another_engine_is_not_the_first_ones_refusal() -> None:
-    """What one engine refused no longer counts once the request was sent to another, even to one that dies
-    before it has read it.
-    """
+def test_request_lost_after_a_refusal_is_not_that_refusal() -> None:
+    """A refusal by one engine no longer counts once the request was sent to another, even to one that dies
+    before reading it."""
     from simulation.clock import Clock
     from simulation.engine import EngineModel
     from simulation.engine_server import EngineServer

@@ -1,4 +1,4 @@
-"""What the simulated operator leaves behind is what the invariants take it for."""
+"""The simulated operator's files are what the invariants assume."""
 
 import random
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 
 
 class Drawn(random.Random):
-    """Draws what it is told to."""
+    """A random source with scripted values."""
 
     def __init__(self, *numbers: float) -> None:
         super().__init__(0)
@@ -21,7 +21,7 @@ class Drawn(random.Random):
 
 @pytest.fixture
 def make_files(simulation: None, tmp_path: Path) -> Callable[..., Any]:
-    """Makes the operator's files, with the scales that are drawn."""
+    """Make the operator's files, with the given scales."""
 
     def make(*scales: float) -> Any:
         from simulation.files import Files
@@ -35,7 +35,7 @@ def make_files(simulation: None, tmp_path: Path) -> Callable[..., Any]:
 
 
 def test_rewritten_policy_never_returns_to_an_earlier_revision(make_files: Callable[..., Any]) -> None:
-    """A policy that is written again is another revision, even if the same scale is drawn again."""
+    """A rewritten policy is a new revision, even if the same scale is drawn again."""
     files = make_files(0.5, 0.5, 0.5, 0.5, 0.6)
     beta = files.policies / "beta.yaml"
     assert "scale: 0.5}" in beta.read_text()
@@ -43,8 +43,8 @@ def test_rewritten_policy_never_returns_to_an_earlier_revision(make_files: Calla
     assert "scale: 0.6}" in beta.read_text()
 
 
-def test_policy_that_is_changed_back_is_an_earlier_revision(make_files: Callable[..., Any]) -> None:
-    """A file that is changed back holds, byte for byte, what it held before."""
+def test_reverted_policy_is_an_earlier_revision(make_files: Callable[..., Any]) -> None:
+    """A reverted file is byte-identical to its earlier content."""
     files = make_files(0.5, 0.5, 0.5, 0.6)
     beta = files.policies / "beta.yaml"
     held = {beta.read_text()}

@@ -1,4 +1,4 @@
-"""The invariants tell what must not be from what only looks like it."""
+"""The invariants distinguish violations from harmless look-alikes."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +17,10 @@ import pytest
         (["active", "waiting", "waiting"], "e0", 1),
     ],
 )
-def test_ask_is_generated_once_and_once_more_by_its_shadow(
+def test_request_is_generated_once_and_once_more_by_its_shadow(
     sealed: list[str], engine: str, violations: int
 ) -> None:
-    """A second generation is a violation unless it is the shadow's, once, where the first was."""
+    """A second generation is a violation unless it is the shadow's, once, on the same engine."""
     from simulation.clock import Clock
     from simulation.engine import Generation
     from simulation.invariants import Invariants

@@ -1,4 +1,4 @@
-"""The simulation finds nothing, replays exactly, and finds what is put back."""
+"""The simulation finds no violation, replays exactly, and finds reintroduced faults."""
 
 import json
 import os
@@ -21,7 +21,7 @@ FAULTS = {
     "promotion_moves": "policy_waits,promote",
     "rejoined_engine_keeps_rows": "engine_is_sick",
 }
-"""Faults that the gateway once had, and what must go wrong for each to show."""
+"""Past faults of the gateway, and the simulated faults that reveal each."""
 SEEDS_FOR_A_FAULT = 60
 
 
@@ -37,7 +37,7 @@ print(sum(isinstance(held, World) for held in gc.get_objects()))
 
 
 def run(*arguments: str) -> str:
-    """What Python prints with the simulation on its path."""
+    """Python's output with the simulation on its path."""
     path = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
     command, environment = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -46,33 +46,33 @@ def run(*arguments: str) -> str:
 
 
 def simulate(*arguments: str) -> tuple[dict[str, Any], str]:
-    """The last line of a run as an object, and all that it printed."""
+    """The last line of a run as an object, and its whole output."""
     text = run("-m", "simulation", *arguments)
     return json.loads(text.splitlines()[-1]), text
 
 
-def test_no_seed_stays_in_memory() -> None:
-    """A run of many seeds needs no more memory than a few: what one seed made is gone after it."""
+def test_finished_seeds_are_freed() -> None:
+    """A run of many seeds needs no more memory than a short one."""
     assert run("-c", COUNT_WORLDS) == "0\n"
 
 
-def test_nothing_is_found() -> None:
-    """Three hundred seeds end without a violation, or as many as a busy machine runs in that time."""
+def test_no_violation_is_found() -> None:
+    """Three hundred seeds, or as many as a busy machine runs in that time, end without a violation."""
     told, text = simulate("--seeds", "300", "--seconds", "50")
     assert told["violations"] == 0, text
     assert told["first_failing_seed"] is None
 
 
 def test_seed_replays_exactly() -> None:
-    """Two processes that run one seed see the same things happen, to the last byte."""
+    """Two processes that run the same seed see identical events, to the last byte."""
     one, text = simulate("--seed", "3")
     two, again = simulate("--seed", "3")
     assert one["trace"] == two["trace"]
     assert text == again
 
 
-def test_several_processes_find_what_one_finds() -> None:
-    """Seeds that are shared by three processes are told as if one had run them, to the last byte."""
+def test_several_processes_find_the_same_as_one() -> None:
+    """Three processes that share seeds print the same as one process, to the last byte."""
     arguments = ("--seeds", "30", "--keep-going", "--put-back", "deleted_keys_work", "--only", "keys_change")
     one, text = simulate(*arguments)
     three, again = simulate(*arguments, "--jobs", "3")
@@ -83,7 +83,7 @@ def test_several_processes_find_what_one_finds() -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_that_is_put_back_is_found(fault: str) -> None:
-    """The simulation fails once a fault of the past is in the gateway again."""
+def test_reintroduced_fault_is_found(fault: str) -> None:
+    """The simulation fails when a past fault is reintroduced."""
     told, text = simulate("--seeds", str(SEEDS_FOR_A_FAULT), "--put-back", fault, "--only", FAULTS[fault])
     assert told["first_failing_seed"] is not None, text

@@ -1,4 +1,4 @@
-"""Everything that happened, as one hash, and the last lines of it for whoever looks for the cause."""
+"""All events as one hash, and the last lines for debugging."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ _KEPT = 400
 
 
 class Trace:
-    """Two runs are the same when their hashes are."""
+    """Two runs are identical if their hashes are."""
 
     def __init__(self, *, keep_all: bool = False) -> None:
         self._hash = hashlib.sha256()
         self.lines: deque[str] = deque(maxlen=None if keep_all else _KEPT)
         self.root: Path | None = None
-        """The folder of this run, whose name is not the same in the next."""
+        """This run's folder, whose name differs between runs."""
 
     def add(self, now: float, what: str, data: bytes = b"") -> None:
-        """One more thing that happened."""
+        """Add an event."""
         if self.root is not None:
             what = what.replace(str(self.root), "<folder>")
             data = data.replace(str(self.root).encode(), b"<folder>")
@@ -30,5 +30,5 @@ class Trace:
 
     @property
     def digest(self) -> str:
-        """Of all until now."""
+        """Hash of all events so far."""
         return self._hash.hexdigest()

@@ -1,4 +1,4 @@
-"""One run: puts the parts together, lets things go wrong for a while, then calms all and looks."""
+"""One run: assembles the parts, injects faults for a while, then ends them and checks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from simulation.scenario import Scenario, engine_address
 from simulation.trace import Trace
 
 _REVOKED_S = 8.0
-"""Until when a key that is taken out of its file, or whose file is deleted, must open nothing."""
+"""Deadline for a removed key, or one whose file was deleted, to stop working."""
 
 
 class World:
-    """All of one seed."""
+    """Everything in one seed's run."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class World:
         only: frozenset[str] | None,
     ) -> None:
         def chance(purpose: str) -> random.Random:
-            # One for each part, so that a change of one does not change all.
+            # One random source per part, so that a change in one does not affect all.
             return random.Random(f"{seed}/{purpose}")
 
         self.clock, self.disk, self.notices, self.trace = clock, disk, notices, trace
@@ -75,10 +75,10 @@ class World:
         self._restarting = asyncio.Lock()
         self.gateway: GatewayProcess
         self.troubled_until = 0.0
-        """Until when things may take longer than they should."""
+        """Until when things may be slow."""
 
     async def run(self) -> None:
-        """The whole of it."""
+        """Run it."""
         loop = asyncio.get_running_loop()
         await self._start_gateway()
         end = loop.time() + self.scenario.active_s
@@ -90,11 +90,11 @@ class World:
         await Aftermath(self).check()
 
     def note(self, what: str) -> None:
-        """Into the trace."""
+        """Write to the trace."""
         self.trace.add(self.clock.now, what)
 
     async def wait_until(self, condition: Callable[[], bool], limit_s: float) -> bool:
-        """Whether a condition holds in time."""
+        """Whether a condition becomes true in time."""
         end = self.clock.now + limit_s
         while not condition():
             if self.clock.now > end:
@@ -104,7 +104,7 @@ class World:
         return True
 
     async def restart_gateway(self) -> None:
-        """Stop it, and start it again."""
+        """Stop and restart the gateway."""
         async with self._restarting:
             self.invariants.gateway = None
             await self.gateway.stop()
@@ -117,11 +117,11 @@ class World:
                 await self.revive_gateway()
 
     async def revive_gateway(self) -> None:
-        """Start it again if it ended by itself, as an orchestrator does."""
+        """Restart it if it exited by itself, as an orchestrator does."""
         task = self.gateway.apps.engine_loop.task
         if task is not None and task.done():
             self.note(f"the gateway ended by itself: {task.exception()!r}")
-            # Whoever starts it sees to it that it can start.
+            # The operator makes sure that it can start.
             self.disk.full = False
             self.files.write_keys()
             self.clients.revoked_at = {}
@@ -137,7 +137,7 @@ class World:
         self.invariants.watch(self.gateway.apps.gateway)
 
     def ready(self) -> bool:
-        """Whether the gateway says so."""
+        """Whether the gateway reports ready."""
         return not self.gateway.apps.gateway.readiness.reasons()
 
     def _door(self, engine: EngineModel) -> Callable[[], EngineServer]:

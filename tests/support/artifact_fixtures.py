@@ -29,7 +29,7 @@ def model() -> ModelSpec:
 
 @pytest.fixture
 def manifest_for(model: ModelSpec) -> Callable[..., DictionaryManifest]:
-    """Writes the manifest of weights that lie in a folder."""
+    """Write the manifest of the weights in a folder."""
 
     def write(folder: Path, file: str, **values: Any) -> DictionaryManifest:
         record: dict[str, Any] = {
@@ -54,7 +54,7 @@ def manifest_for(model: ModelSpec) -> Callable[..., DictionaryManifest]:
 
 @pytest.fixture
 def saelens_weights() -> dict[str, np.ndarray]:
-    """Weights of a jumprelu SAE whose features are often active on standard normal activations."""
+    """Weights of a JumpReLU SAE whose features are often active on standard normal activations."""
     rng = np.random.default_rng(7)
     return {
         "W_enc": rng.normal(size=(WIDTH, FEATURES)).astype(np.float32),
@@ -72,7 +72,7 @@ def make_dictionary(
     saelens_weights: dict[str, np.ndarray],
     manifest_for: Callable[..., DictionaryManifest],
 ) -> Callable[..., Path]:
-    """Writes a SAELens folder with manifest under ``artifacts/<model>/<id>``; returns the folder."""
+    """Write a SAELens folder with manifest under ``artifacts/<model>/<id>``; returns the folder."""
 
     def make(
         name: str = "l3", *, config: dict[str, Any] | None = None, drop: tuple[str, ...] = (), **values: Any

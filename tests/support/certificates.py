@@ -13,7 +13,7 @@ HOUR = timedelta(hours=1)
 
 
 def write_certificate(folder: Path, begins: timedelta = -HOUR, ends: timedelta = HOUR) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 and localhost that signs itself, and its key. Times count from now."""
+    """A self-signed certificate for 127.0.0.1 and localhost, and its key. Times are relative to now."""
     secret = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "gateway")])
     names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]

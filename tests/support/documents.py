@@ -1,4 +1,4 @@
-"""The documentation as tests see it: its pages, their code blocks, and the shell commands in these."""
+"""The documentation for tests: its pages, code blocks, and shell commands."""
 
 import re
 import shlex
@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 GENERATED = frozenset({"docs/configuration.md", "docs/fields.md", "docs/policy-reference.md"})
-"""Pages that `make docs` writes from code."""
+"""Pages that `make docs` generates."""
 
 
 def name_of(document: Path) -> str:
-    """The page's path from the top of the checkout."""
+    """The page's path relative to the repository root."""
     return str(document.relative_to(ROOT))
 
 
@@ -30,21 +30,21 @@ class Command:
 
     document: str
     text: str
-    """As it is typed, over several lines where quotes or a backslash say so; without its comment."""
+    """The command as typed, possibly over several lines, without its comment."""
 
     @property
     def words(self) -> list[str]:
-        """Its words, quotes resolved."""
+        """Its words, with quotes resolved."""
         return shlex.split(self.text)
 
 
 def commands(document: Path) -> list[Command]:
-    """The shell commands of a page, from its ```sh blocks, in their order."""
+    """The shell commands in a page's ```sh blocks, in order."""
     return [Command(name_of(document), text) for block in blocks(document, "sh") for text in _typed(block)]
 
 
 def _typed(block: str) -> Iterator[str]:
-    """Lines joined to commands where a quote is open or a line ends in a backslash."""
+    """Join lines into commands where a quote is open or a line ends in a backslash."""
     pending = ""
     for line in block.splitlines():
         pending += re.sub(r"\s+# .*$", "", line)

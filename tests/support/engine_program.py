@@ -21,7 +21,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def main(address: str) -> None:
-    """Make the engine and serve."""
+    """Create the engine and serve jobs."""
     with Client(address, "AF_UNIX") as orders:
         options = json.loads(orders.recv_bytes())
         from vllm import LLM
@@ -66,7 +66,7 @@ def run(llm: Any, job: dict[str, Any]) -> list[list[dict[str, Any]]]:
             )
             for item, nonce in zip(batch, nonces, strict=True)
         ]
-        # The next turn of a conversation: what was asked and answered in the batch before, and more.
+        # The next turn of a conversation: the previous prompt and answer, and more.
         before = [
             asked[place] + batches[-1][place]["tokens"] if item.get("continues") else []
             for place, item in enumerate(batch)
@@ -92,7 +92,7 @@ def run(llm: Any, job: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
 
 def count_preemptions() -> list[str]:
-    """A list that grows by the id of every request that the scheduler preempts."""
+    """A list that collects the id of every preempted request."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     preempted: list[str] = []
@@ -107,7 +107,7 @@ def count_preemptions() -> list[str]:
 
 
 def take_receipt(nonce: str) -> dict[str, Any] | None:
-    """What the front end has collected for a request."""
+    """The front end's receipt of a request."""
     from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
 
     receipt = RECEIPTS.take(nonce)

@@ -22,7 +22,7 @@ from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan, Site, SiteEdits, Un
 PROGRAM = Path(__file__).with_name("engine_program.py")
 ANSWER_S = 600
 KEPT_ENGINES = 1 if Path("/dev/nvidiactl").exists() else 3
-"""In-process engines alive at a time, each of about 2 GiB. On a GPU vLLM counts on having it for itself."""
+"""Most in-process engines alive at a time, each of about 2 GiB. On a GPU vLLM expects to be alone."""
 
 RunEngine = Callable[..., dict[str, Any]]
 
@@ -35,7 +35,7 @@ def spec(default_model_dir: Path) -> ModelSpec:
 def vector_plan(
     spec: ModelSpec, strength: float, *, layer: int = 12, seed: int = 0, gate: Gate | None = None
 ) -> Plan:
-    """Adds ``strength`` times a random unit direction to the residual stream after a layer."""
+    """A plan that adds ``strength`` times a random unit direction to the residual stream after a layer."""
     direction = np.random.default_rng(seed).normal(size=(1, spec.hidden_size)).astype(np.float32)
     direction /= np.linalg.norm(direction)
     infinite = np.full(1, np.inf, np.float32)
@@ -69,7 +69,7 @@ def make_plan(spec: ModelSpec) -> Callable[..., Plan]:
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
-    """One process for the whole run that has imported vLLM, and runs programs in forks of itself."""
+    """One process for the whole run that has imported vLLM, and runs programs in forks."""
     running = ForkServer()
     yield running
     running.close()
@@ -113,7 +113,7 @@ class BatchEngine:
 def run_engine(
     default_model_dir: Path, fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunEngine]:
-    """Run batches through the engine of a given configuration; the last few are kept for later tests."""
+    """Run batches through the engine of a given configuration; recent engines are kept for later tests."""
     alive: dict[tuple[bool, str], BatchEngine] = {}
 
     def run(
@@ -149,7 +149,7 @@ def run_engine(
 
 
 class EngineServer:
-    """An engine server on a socket of its own."""
+    """An engine server on its own socket."""
 
     def __init__(self, model: Path, folder: Path, name: str, environ: dict[str, str] | None = None) -> None:
         self.log, self.socket = folder / "log.txt", folder / "engine.sock"
@@ -179,7 +179,7 @@ class EngineServer:
             )
 
     def wait(self) -> None:
-        """Until it answers."""
+        """Wait until it answers."""
         deadline = time.monotonic() + 300
         while True:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
@@ -192,7 +192,7 @@ class EngineServer:
                 time.sleep(0.5)
 
     def answered(self) -> float:
-        """Requests that it has answered so far."""
+        """Number of requests answered so far."""
         with self.client() as client:
             lines = client.get("/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total"))

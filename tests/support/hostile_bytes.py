@@ -1,4 +1,4 @@
-"""Hostile bytes for parsers: a kept corpus of small files, and variations of them."""
+"""Hostile bytes for parsers: a corpus of small files, and variations of them."""
 
 import os
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ fuzzed = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-"""How a fuzz test runs: some examples in `make test`, as many as `FUZZ_EXAMPLES` says in `make fuzz`."""
+"""Settings of a fuzz test: few examples in `make test`, `FUZZ_EXAMPLES` in `make fuzz`."""
 
 
 def corpus(parser: str) -> list[bytes]:
-    """The kept inputs of a parser."""
+    """The corpus of a parser."""
     return [path.read_bytes() for path in sorted((CORPUS / parser).iterdir())]
 
 
@@ -48,10 +48,10 @@ def hostile(parser: str) -> st.SearchStrategy[bytes]:
 
 
 def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
-    """The bytes in pieces, as a network may deliver them."""
+    """The bytes split as a network may deliver them."""
     marks = sorted({place % (len(data) + 1) for place in places} | {0, len(data)})
     return [data[start:end] for start, end in pairwise(marks)]
 
 
 places = st.lists(st.integers(0, 4096), max_size=6)
-"""Where to `cut`."""
+"""Positions at which to split."""

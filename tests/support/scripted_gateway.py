@@ -1,4 +1,4 @@
-"""A gateway that answers by the words of the prompt, with label and receipt as ours gives them."""
+"""A fake gateway that answers by the words of the prompt, with label and receipt like the real one."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ GIBBERISH = "I'm sorry I can't help with with with with with with with with with
 
 
 class Gateway:
-    """Answers like the gateway, with label and receipt: refuses by policy and words; counts requests."""
+    """Answers with label and receipt; refuses by policy and words; counts requests."""
 
     def __init__(self, revision: str = REVISION) -> None:
         self.revision, self.asked, self.fail_after = revision, 0, 10**9
@@ -26,16 +26,16 @@ class Gateway:
         self.not_ready = 0
         self.names = ["tiny+guard", "tiny"]
         self.untold: set[str] = set()
-        """Policies under which nothing of a prompt is told."""
+        """Policies under which prompt readings are refused."""
         self.continuations: tuple[dict[str, str], dict[str, str]] = ({}, {})
-        """Of plain text without and with a policy, by the text."""
+        """Log-probabilities of plain text without and with a policy, by text."""
         self.most_tokens = 10**6
         self.salts: list[str] = []
-        """Of timed requests, in their order."""
+        """Timed requests, in order."""
         self.hold: Callable[[str], Awaitable[None]] = lambda policy: asyncio.sleep(0)
-        """What a timed request waits for, by its policy."""
+        """Delay of a timed request, by policy."""
         self.systems: set[str] = set()
-        """System prompts that were seen."""
+        """System prompts received."""
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -89,12 +89,12 @@ class Gateway:
         return self._respond(request, {"choices": [{"message": {"content": text}}]}, fired)
 
     def answer(self, prompt: str, steered: bool) -> str:
-        """What is said to a prompt that is not refused."""
+        """The answer to a prompt that is not refused."""
         del steered
         return f"{ANSWER} {prompt[len('capital of ') :]}City" if prompt.startswith("capital of") else ANSWER
 
     async def _time(self, request: web.Request, body: dict[str, Any]) -> web.Response:
-        """A request whose length is forced; it waits for the one that the test lets go."""
+        """A request with a forced length; it waits until the test releases it."""
         policy = request.headers["X-Steering-Policy"]
         self.salts.append(body["cache_salt"])
         await self.hold(policy)

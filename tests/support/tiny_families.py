@@ -1,4 +1,4 @@
-"""A tiny random model of every family in a folder, and a plan that acts at every point of it."""
+"""A tiny random model of every family, and a plan that acts at every point of it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +24,7 @@ from interpretops.plan import (
 VOCAB = 128
 LAYERS = 3
 PROMPT = [7, 91, 23, 5, 64, 110, 38, 2, 77, 12, 99, 41, 56, 120, 18, 33, 84, 70, 9, 101]
-"""Distinct tokens: longer than the sliding window of the families that have one."""
+"""Distinct tokens, more than the sliding window of the families that have one."""
 FIRES_AT = 12
 """Position in `PROMPT` at which the plan's latched gate fires first."""
 
@@ -40,7 +40,7 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-# A head dimension of its own where the family allows one: all heads together are wider than the stream.
+# A separate head dimension where the family allows one: all heads together are wider than the stream.
 _WIDE: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 _SLIDING: dict[str, Any] = {
     "sliding_window": 8,
@@ -108,7 +108,7 @@ def gate_plan(
 
 
 def _gate(stream: Array, latched: bool, fires: bool) -> Gate:
-    """Fires at `FIRES_AT` and at no other position of the prompt, or nowhere at all."""
+    """A gate that fires at `FIRES_AT` and nowhere else in the prompt, or nowhere at all."""
     # Reads 1 at that token and 0 at the others.
     read = np.linalg.pinv(stream[: len(PROMPT)].astype(np.float64))[:, FIRES_AT]
     cut = 0.5 if fires else 1e6
@@ -127,12 +127,12 @@ def _phase_gates() -> tuple[Gate, Gate]:
 
 
 def _site_edits(spec: ModelSpec, site: Site, rng: np.random.Generator) -> SiteEdits:
-    """Eight units, two of each kind, one of them behind the gate; at attn_z a scaled head besides."""
+    """Eight units, two of each kind, one of each pair behind the gate; at attn_z also a scaled head."""
     width, read_width, count = spec.width(site.point), spec.read_width(site.point), 8
     kind = np.arange(count) % 4  # feature_scale, feature_clamp, steering_vector, direction_ablation
     read = rng.normal(size=(count, read_width)) / np.sqrt(read_width)
     write = rng.normal(size=(count, width)) / np.sqrt(width)
-    if site.point != "attn_proj":  # where no direction can be ablated, as another is written than read
+    if site.point != "attn_proj":  # it writes another activation than it reads
         write = np.where((kind == 3)[:, None], read, write)
     infinite = np.full(count, np.inf)
     values = {

@@ -1,4 +1,4 @@
-"""A process that imports vLLM once and runs programs in forks of itself: the import takes many seconds.
+"""A process that imports vLLM once and runs programs in forks: the import takes many seconds.
 
 An order is JSON: `argv`, `environment`, `log`. `argv` names a file to run, or `-m` and a module. The server
 answers `{"pid": …}` at once, and `{"pid": …, "status": …}` when the program has ended. When the connection
@@ -33,7 +33,7 @@ class ForkServer:
         self._ended: dict[int, int] = {}
 
     def start(self, *argv: object, log: Path, **environment: str) -> int:
-        """Run a program; returns its process id. What it prints goes to ``log``."""
+        """Start a program; returns its process id. Its output goes to ``log``."""
         order = {
             "argv": [str(word) for word in argv],
             "log": str(log),
@@ -45,7 +45,7 @@ class ForkServer:
         return int(told["pid"])
 
     def wait(self, pid: int, timeout_s: float) -> int:
-        """Status of a program that was started, when it has ended: of its exit, or minus what killed it."""
+        """Status of a started program once it has ended: exit status, or minus the signal."""
         end = time.monotonic() + timeout_s
         while pid not in self._ended:
             told = self._hear(end - time.monotonic())
@@ -57,7 +57,7 @@ class ForkServer:
         return self.wait(self.start(*argv, log=log, **environment), timeout_s)
 
     def close(self) -> None:
-        """End it, and what still runs in it."""
+        """Stop it, and all programs it still runs."""
         self._connection.close()
         self._process.wait(60)
 
@@ -69,11 +69,11 @@ class ForkServer:
 
 
 def main(orders: Connection) -> None:
-    """Import, then serve orders to their end."""
+    """Import vLLM, then serve orders until they end."""
     import vllm.entrypoints.llm  # noqa: F401 (what takes long is done before the first fork)
     import vllm.model_executor.models.registry as registry
 
-    # vLLM looks at a model's class in a process that imports all of vLLM anew; the fork is one of its own.
+    # vLLM inspects a model's class in a process that imports all of vLLM anew; a fork is faster.
     registry._run_in_subprocess = lambda look: look()
     running: dict[int, int] = {}
     """Process id by its pidfd."""
@@ -102,7 +102,7 @@ def main(orders: Connection) -> None:
 
 
 def _become(order: dict[str, Any]) -> None:
-    """In the fork: be the program. Does not return."""
+    """In the fork: run the program. Does not return."""
     os.setsid()
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):

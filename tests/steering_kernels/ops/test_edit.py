@@ -1,4 +1,4 @@
-"""Every backend of the op against its reference, and all against an SAE spliced in by hand.
+"""Every backend of the op against the reference, and all against a manual SAE splice.
 
 The Triton kernel runs in Triton's interpreter where there is no GPU.
 """
@@ -30,7 +30,7 @@ BACKENDS = ["grouped", *KERNELS]
 def apply_edits(
     hidden: Tensor, table: SiteTable, step: StepMap, *others: Tensor | None, backend: Any = None
 ) -> Tensor:
-    """The edited activation, and the one handed in as it was. What it lies in is poisoned around it."""
+    """The edited activation, and a copy of the input. The memory around the input is poisoned with NaN."""
     room = torch.full(
         (hidden.shape[0] + 2, hidden.shape[1] + 3), torch.nan, dtype=hidden.dtype, device=DEVICE
     )
@@ -47,7 +47,7 @@ def apply_edits(
 
 
 def is_decided(stream: Tensor, table: SiteTable, rows: list[int]) -> Tensor:
-    """[T] tokens at which no unit's verdict hangs on the last bits of a float32 sum."""
+    """[T] tokens at which no unit's result depends on the last bits of a float32 sum."""
     decided = []
     for x, row in zip(stream.double(), rows, strict=True):
         edits = table.get_row(row)
@@ -68,7 +68,7 @@ def make_row(
     k: int = 0,
     read_width: int | None = None,
 ) -> RowEdits:
-    """A row whose units are of every kind, by turns."""
+    """A row with units of every kind in turn."""
     read_width = read_width or width
     rng = torch.Generator().manual_seed(seed)
 
@@ -107,7 +107,7 @@ def make_table(
 
 
 def make_step(rows: list[int], seed: int = 0) -> StepMap:
-    """One request per token; the gates are open at random."""
+    """One request per token, with random open gates."""
     step = StepMap(requests=len(rows) + 1, gates=GATES, device=DEVICE)
     ones = [1] * len(rows)
     step.begin(
@@ -139,10 +139,10 @@ CASES = {
 
 @settings(deadline=None, max_examples=150)
 @given(**CASES)
-def test_cpu_path_gives_what_the_reference_means(**case: Any) -> None:
-    """Every kind of edit, any batch mix, any float dtype: bit for bit what the reference gives.
+def test_cpu_path_equals_the_reference(**case: Any) -> None:
+    """Every kind of edit, batch mix and float dtype: bit-identical to the reference.
 
-    But 1e-12 in float64, which has no coarser rounding to hide the order of a sum behind.
+    Within 1e-12 in float64, which has no coarser rounding that hides the order of summation.
     """
     check_against_reference("grouped", **case)
 
@@ -150,11 +150,11 @@ def test_cpu_path_gives_what_the_reference_means(**case: Any) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @settings(deadline=None, max_examples=12, derandomize=True, phases=[Phase.generate])
 @given(**CASES)
-def test_fused_kernel_gives_what_the_reference_means(kernel: str, **case: Any) -> None:
-    """The same within 1e-4 and two last bits of the dtype, as its sums are float32.
+def test_fused_kernel_equals_the_reference(kernel: str, **case: Any) -> None:
+    """Within 1e-4 and two last bits of the dtype, since its sums are float32.
 
-    Tokens at which a threshold or a norm bound lies within 1e-4 are not compared. Triton's interpreter cuts
-    bfloat16 off where a GPU rounds it: there the summands are such that their sum needs no rounding.
+    Tokens within 1e-4 of a threshold or norm bound are not compared. Triton's interpreter truncates bfloat16
+    where a GPU rounds, so the summands are chosen such that their sum needs no rounding.
     """
     check_against_reference(kernel, **case)
 
@@ -228,7 +228,7 @@ def check_against_reference(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_token_of_row_zero_is_bit_identical(backend: str) -> None:
-    """Row 0 leaves a token as it is, negative zeros and NaNs included."""
+    """Row 0 leaves a token bit-identical, negative zeros and NaNs included."""
     table = make_table(4, [make_row(0, 4, 5)])
     hidden = torch.tensor([[-0.0, torch.nan, torch.inf, 1.0], [1.0, 2.0, 3.0, 4.0]])
     out = apply_edits(hidden, table, make_step([0, 1]), backend=backend)
@@ -238,7 +238,7 @@ def test_token_of_row_zero_is_bit_identical(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_token_at_which_no_edit_acts_is_bit_identical(backend: str) -> None:
-    """A revision whose features are silent at a token does not even flip the sign of a zero."""
+    """A revision whose features are inactive at a token does not even flip the sign of a zero."""
     row = make_row(0, 4, 1)
     silent = replace(row, threshold=torch.full((1,), 1e9), max_norm=torch.full((1,), torch.inf))
     table = make_table(4, [silent])
@@ -251,7 +251,7 @@ def test_token_at_which_no_edit_acts_is_bit_identical(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_row_behind_closed_gates_is_not_read(backend: str) -> None:
-    """With all gates of a row closed the activation is handed on as it came; one open token is edited."""
+    """With all gates of a row closed, the activation passes unchanged; one open token is edited."""
     row = replace(make_row(0, 4, 3), gate=torch.ones(3, dtype=torch.int32))
     table = make_table(4, [row])
     step = make_step([1, 1])
@@ -269,7 +269,7 @@ def test_row_behind_closed_gates_is_not_read(backend: str) -> None:
     [("grouped", 257, 576), ("grouped", 48, 576), ("triton-token", 33, 64), ("triton-tile", 33, 64)],
 )
 def test_result_of_a_token_does_not_depend_on_its_batch(backend: str, tokens: int, width: int) -> None:
-    """A token edited alone, among its own kind and among strangers comes out the same, bit for bit."""
+    """A token is edited bit-identically alone, in a batch of its own row, and in a mixed batch."""
     table = make_table(width, [make_row(i, width, 8) for i in range(3)])
     rng = torch.Generator().manual_seed(1)
     rows = torch.randint(0, 4, (tokens,), generator=rng).tolist()
@@ -285,7 +285,8 @@ def test_result_of_a_token_does_not_depend_on_its_batch(backend: str, tokens: in
 
 
 def splice(x: Tensor, encoder: Tensor, bias: Tensor, decoder: Tensor, theta: Tensor, change: Any) -> Tensor:
-    """Encode the whole dictionary, change some features, decode both, add the difference: the delta form."""
+    """Encode with the whole dictionary, change some features, decode both, add the difference: the delta
+    form."""
     u = encoder @ x + bias
     a = torch.where(u > theta, u, 0.0)
     changed = change(a.clone())
@@ -295,7 +296,8 @@ def splice(x: Tensor, encoder: Tensor, bias: Tensor, decoder: Tensor, theta: Ten
 @pytest.mark.parametrize("kind", ["scale", "clamp"])
 @pytest.mark.parametrize("theta", [0.0, 0.7])
 def test_feature_edits_are_an_sae_splice_in_delta_form(kind: str, theta: float) -> None:
-    """Scaling or clamping features equals encode, change, decode in float64, the error left standing."""
+    """Scaling or clamping features equals encode, change, decode in float64, with the reconstruction error
+    kept."""
     rng = torch.Generator().manual_seed(3)
     features, width, ids = 40, 24, [3, 17, 31]
     encoder, decoder = (torch.randn(features, width, generator=rng) for _ in range(2))
@@ -330,7 +332,7 @@ def test_feature_edits_are_an_sae_splice_in_delta_form(kind: str, theta: float) 
 
 
 def test_topk_feature_is_scaled_only_where_the_whole_encoder_says_it_is_active() -> None:
-    """Under TopK a feature with a positive pre-activation outside the k largest is left alone."""
+    """Under TopK, a feature with a positive pre-activation outside the k largest is not edited."""
     width, features, k = 12, 20, 3
     rng = torch.Generator().manual_seed(5)
     encoder, decoder = torch.randn(features, width, generator=rng), torch.randn(width, generator=rng)
@@ -355,7 +357,7 @@ def test_topk_feature_is_scaled_only_where_the_whole_encoder_says_it_is_active()
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_sinks_are_never_edited(backend: str) -> None:
-    """A token whose norm exceeds the bound stays as it is, bit for bit."""
+    """A token whose norm exceeds the bound stays bit-identical."""
     row = replace(make_row(0, 8, 2), max_norm=torch.full((2,), 10.0), gate=torch.zeros(2, dtype=torch.int32))
     hidden = torch.stack([torch.full((8,), 100.0), torch.full((8,), 1.0)])
     out = apply_edits(hidden, make_table(8, [row]), make_step([1, 1]), backend=backend)
@@ -364,7 +366,7 @@ def test_attention_sinks_are_never_edited(backend: str) -> None:
 
 
 def test_full_table_refuses_and_changes_nothing() -> None:
-    """A row that does not fit is refused by name of what is short; a freed row makes room again."""
+    """A row that does not fit is refused, naming what is short; a freed row makes space again."""
     table = SiteTable(4, rows=8, units=10, scales=2, device=DEVICE)
     for row in (1, 2, 3):
         table.set_row(row, make_row(row, 4, 3))
@@ -378,8 +380,8 @@ def test_full_table_refuses_and_changes_nothing() -> None:
         table.set_row(1, make_row(1, 4, 1))
 
 
-def test_misfit_shapes_are_named() -> None:
-    """The public entry says which argument is wrong and what would fit."""
+def test_wrong_shapes_are_reported() -> None:
+    """The public function names the wrong argument and what would be valid."""
     table = make_table(4, [make_row(0, 4, 1)])
     step = make_step([1, 1])
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Gates: the same verdict for the same tokens, however the scheduler cuts, mixes and repeats them."""
+"""Gates decide the same for the same tokens, however the scheduler splits, mixes and repeats them."""
 
 from collections.abc import Callable
 
@@ -46,10 +46,10 @@ def make_gate(
     latched=st.booleans(),
     phase=st.sampled_from(["both", "prefill", "decode"]),
 )
-def test_verdict_is_the_same_under_chunks_strangers_and_recompute(
+def test_gate_decision_is_independent_of_chunks_batch_and_recompute(
     above: list[bool], data: st.DataObject, prompt_end: bool, latched: bool, phase: str
 ) -> None:
-    """Cut into any chunks, beside other requests, preempted and recomputed: gates open at the same tokens."""
+    """In any chunks, beside other requests, preempted and recomputed: gates open at the same tokens."""
     total = len(above)
     prompt_length = data.draw(st.integers(1, total), label="prompt length")
     gate = make_gate(prompt_end=prompt_end, latched=latched, phase=phase)
@@ -77,12 +77,12 @@ def test_verdict_is_the_same_under_chunks_strangers_and_recompute(
     while len(seen) < total:
         seen += run(len(seen), data.draw(st.integers(len(seen) + 1, total), label="chunk end"))
     assert seen == expected
-    # Preempted and recomputed from the start in one piece: the latch must not open earlier than it did.
+    # Preempted and recomputed in one piece: the latch must not open earlier than before.
     assert run(0, total) == expected
 
 
-def test_latch_of_one_request_does_not_open_anothers() -> None:
-    """Two requests of one revision keep their own latches, and a slot handed on forgets its last owner."""
+def test_latches_of_two_requests_are_independent() -> None:
+    """Two requests of one revision have separate latches, and a reused slot forgets its last owner."""
     gate = make_gate(prompt_end=False, latched=True, phase="both")
     step = StepMap(requests=2, gates=2, device=CPU)
 
@@ -98,7 +98,7 @@ def test_latch_of_one_request_does_not_open_anothers() -> None:
 
 
 def test_gate_does_not_fire_at_an_attention_sink() -> None:
-    """A token past the norm bound opens no gate."""
+    """A token above the norm bound opens no gate."""
     gate = make_gate(prompt_end=False, latched=False, phase="both", max_norm=10.0)
     step = StepMap(requests=1, gates=2, device=CPU)
     step.begin(rows=[1], slots=[0], num_tokens=[2], first_position=[0], prompt_length=[2])
@@ -107,8 +107,9 @@ def test_gate_does_not_fire_at_an_attention_sink() -> None:
     assert step.opened.tolist() == [1]
 
 
-def test_gate_that_could_not_read_the_prompts_end_opens() -> None:
-    """A prompt that ends on a token past the norm bound opens a gate of its end; one token alone does not."""
+def test_gate_that_cannot_read_the_prompt_end_opens() -> None:
+    """A prompt whose last token is above the norm bound opens a prompt-end gate, unless it is the only
+    token."""
     gate = make_gate(prompt_end=True, latched=True, phase="both", max_norm=10.0)
     step = StepMap(requests=2, gates=2, device=CPU)
     step.begin(rows=[1, 1], slots=[0, 1], num_tokens=[3, 1], first_position=[0, 0], prompt_length=[2, 1])
@@ -116,8 +117,8 @@ def test_gate_that_could_not_read_the_prompts_end_opens() -> None:
     assert step.gate_open[:, 1].tolist() == [False, True, True, False]
 
 
-def test_first_generated_token_is_of_the_decode_phase() -> None:
-    """Decode begins at the last prompt token, out of which the first generated token comes."""
+def test_first_generated_token_is_in_the_decode_phase() -> None:
+    """The decode phase starts at the last prompt token, which yields the first generated token."""
     position = torch.arange(5)
     length = torch.full((5,), 3)
     decode, prefill = (phase_mask(phase, position, length) for phase in ("decode", "prefill"))
@@ -127,8 +128,8 @@ def test_first_generated_token_is_of_the_decode_phase() -> None:
     assert prefill.tolist() == [True, True, True, False, False]
 
 
-def test_pass_that_was_not_laid_out_is_stopped() -> None:
-    """Before a step is begun, and after it has ended, no pass gets past an edit site unedited."""
+def test_pass_without_a_layout_raises() -> None:
+    """Before a step is laid out, and after it has ended, no pass can run through an edit site."""
     table = SiteTable(2, rows=2, units=1, scales=0, device=CPU)
     step = StepMap(requests=1, gates=2, device=CPU)
     hidden = torch.ones(1, 2)
@@ -137,14 +138,14 @@ def test_pass_that_was_not_laid_out_is_stopped() -> None:
         undo()
         with pytest.raises(RuntimeError, match="before its batch was laid out"):
             apply_edits(hidden, table, step)
-        step.clear()  # a dummy pass is said to be one
+        step.clear()  # a dummy pass is announced as one
         apply_edits(hidden, table, step)
         step.begin(rows=[0], slots=[0], num_tokens=[1], first_position=[0], prompt_length=[1])
         apply_edits(hidden, table, step)
 
 
 def test_pass_with_only_row_zero_costs_nothing() -> None:
-    """A batch without policies lays nothing out."""
+    """A batch without policies needs no layout."""
     step = StepMap(requests=1, gates=2, device=CPU)
     step.begin(rows=[0, 0], slots=[0, 0], num_tokens=[5, 1], first_position=[0, 0], prompt_length=[5, 1])
     assert not step.active

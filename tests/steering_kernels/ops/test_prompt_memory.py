@@ -1,4 +1,4 @@
-"""Gates that read the whole prompt: one verdict, however its tokens reach the engine."""
+"""Gates over the whole prompt decide the same, however its tokens reach the engine."""
 
 import math
 from dataclasses import replace
@@ -27,7 +27,7 @@ WIDTH, HEADS, PROMPT = 6, 2, 9
 
 
 def heads(*, column: int = 0, max_norm: float = math.inf, seed: int = 0, before: int = 0) -> ProbeHeads:
-    """``before``: heads at an earlier site, whose readings stand in the columns before."""
+    """``before``: number of heads at an earlier site, whose readings are in the columns before."""
     numbers = torch.Generator().manual_seed(seed)
     query, read = torch.randn(2, HEADS, WIDTH, generator=numbers, dtype=torch.float64)
     bias = torch.randn(HEADS, generator=numbers, dtype=torch.float64)
@@ -60,7 +60,7 @@ def reference(x: Tensor, found: ProbeHeads) -> float:
 def run(
     step: StepMap, gates: list[GateView], x: Tensor, first: int, slots: list[int], neighbours: int = 0
 ) -> list[bool]:
-    """One pass over tokens first.. of a request in slot 1, row 1, between strangers that pass through."""
+    """One pass over tokens first.. of a request in slot 1, row 1, between requests that pass through."""
     count = len(x) - neighbours * 2
     step.begin(
         rows=[0, 1, 0],
@@ -85,13 +85,13 @@ def new_step() -> StepMap:
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data(), seed=st.integers(0, 10_000), bounded=st.booleans(), latched=st.booleans())
-def test_verdict_is_the_references_under_chunks_cache_and_recompute(
+def test_probe_decision_equals_the_reference_under_chunks_cache_and_recompute(
     data: st.DataObject, seed: int, bounded: bool, latched: bool
 ) -> None:
-    """In any chunks, any slots, beside strangers, partly from the cache: the verdict of the whole prompt."""
+    """In any chunks and slots, beside others, partly cached: the decision equals that on the whole prompt."""
     numbers = torch.Generator().manual_seed(seed)
     x = torch.randn(PROMPT + 3, WIDTH, generator=numbers)
-    # A bound that leaves as many tokens unread as a prompt may have, or one more: then the gate opens.
+    # A bound that skips as many tokens as allowed, or one more, in which case the gate opens.
     ignored = data.draw(st.integers(1, max_unread_tokens(PROMPT) + 1), label="ignored")
     norms = x[:PROMPT].norm(dim=1).sort().values
     max_norm = float(norms[-ignored - 1] + norms[-ignored]) / 2 if bounded else math.inf
@@ -114,17 +114,17 @@ def test_verdict_is_the_references_under_chunks_cache_and_recompute(
     while len(seen) < len(x):
         seen += pass_over(len(seen), data.draw(st.integers(len(seen) + 1, len(x)), label="chunk end"))
     assert seen == expected
-    # Another request of the revision finds all but the last prompt tokens in the cache, in the same slots.
+    # Another request of the revision finds all but the last prompt tokens cached, in the same slots.
     step.forget_request(1)
     cached = data.draw(st.integers(1, PROMPT - 1), label="cached tokens")
     assert pass_over(cached, len(x)) == expected[cached:]
-    # Preempted, its slots given away, recomputed in others.
+    # Preempted, its slots reused, then recomputed in others.
     slots = slots[::-1]
     assert pass_over(0, len(x)) == expected
 
 
-def test_probe_fires_where_something_was_not_kept() -> None:
-    """A slot that nobody wrote makes the reading no number: the guard opens its gate, whatever the cut."""
+def test_probe_fires_if_a_reading_is_missing() -> None:
+    """An unwritten slot makes the reading NaN: the gate opens, whatever the cut."""
     x = torch.randn(PROMPT, WIDTH, generator=torch.Generator().manual_seed(1))
     view = gate(heads(), 1e6)
     step = new_step()
@@ -133,14 +133,16 @@ def test_probe_fires_where_something_was_not_kept() -> None:
     assert run(step, [view], x[4:], 4, list(range(20, 20 + PROMPT)))[-1] is True
 
 
-def test_emptied_slots_hold_nothing_of_their_former_owner() -> None:
-    """Where blocks were emptied another prompt finds nothing to read: its gate opens."""
+def test_emptied_slots_hold_no_earlier_readings() -> None:
+    """In emptied blocks another prompt finds no readings, so its gate opens."""
     x = torch.randn(PROMPT, WIDTH, generator=torch.Generator().manual_seed(1))
     view = gate(heads(), 1e6)
     step = new_step()
     assert run(step, [view], x, 0, list(range(PROMPT)))[-1] is False
     step.forget_request(1)
-    assert run(step, [view], x[8:], 8, list(range(PROMPT)))[-1] is False  # its own readings, as in the cache
+    assert (
+        run(step, [view], x[8:], 8, list(range(PROMPT)))[-1] is False
+    )  # its own readings, as from the cache
     step.forget_request(1)
     assert step.memory is not None
     empty_slots(step.memory, torch.tensor([1]), 4)
@@ -149,8 +151,8 @@ def test_emptied_slots_hold_nothing_of_their_former_owner() -> None:
 
 
 @pytest.mark.parametrize("sinks", [1, max_unread_tokens(PROMPT), max_unread_tokens(PROMPT) + 1, PROMPT])
-def test_gate_that_had_to_ignore_too_much_opens(sinks: int) -> None:
-    """A few tokens past the norm bound are ordinary; of a prompt that consists of them nothing is known."""
+def test_gate_that_skipped_too_many_tokens_opens(sinks: int) -> None:
+    """A few tokens above the norm bound are normal; a prompt of only such tokens cannot be judged."""
     step = new_step()
     view = gate(heads(max_norm=5.0), 1e6)
     x = torch.full((PROMPT, WIDTH), 0.1)
@@ -160,8 +162,8 @@ def test_gate_that_had_to_ignore_too_much_opens(sinks: int) -> None:
     assert opened[-1] is (sinks > max_unread_tokens(PROMPT))
 
 
-def test_prompt_of_one_sink_says_nothing() -> None:
-    """The first token is a sink whatever it says: a prompt of it alone opens no gate."""
+def test_prompt_of_one_sink_opens_no_gate() -> None:
+    """The first token is always a sink: a prompt of only that token opens no gate."""
     step = new_step()
     view = gate(heads(max_norm=1.0), 1e6)
     step.begin(rows=[1], slots=[1], num_tokens=[1], first_position=[0], prompt_length=[1])
@@ -170,8 +172,8 @@ def test_prompt_of_one_sink_says_nothing() -> None:
     assert step.gate_open[0, 1].item() is False
 
 
-def test_two_probes_of_a_row_keep_apart() -> None:
-    """Each probe of a row has columns of its own; together they decide as each would alone."""
+def test_two_probes_of_a_row_are_independent() -> None:
+    """Each probe of a row has its own columns, and decides as it would alone."""
     x = torch.randn(PROMPT, WIDTH, generator=torch.Generator().manual_seed(2))
     first, second = heads(seed=0), heads(seed=1, column=2 * HEADS)
     step = new_step()
@@ -184,8 +186,8 @@ def test_two_probes_of_a_row_keep_apart() -> None:
 
 
 @pytest.mark.parametrize("opens", [True, False])
-def test_probe_sums_what_it_read_at_earlier_sites(opens: bool) -> None:
-    """Heads of two sites decide at the second by the sum of both, in two chunks as in one."""
+def test_probe_sums_readings_of_earlier_sites(opens: bool) -> None:
+    """Heads of two sites decide by their sum at the second site, in two chunks as in one."""
     numbers = torch.Generator().manual_seed(3)
     early, late = (torch.randn(PROMPT, WIDTH, generator=numbers) for _ in range(2))
     first = replace(heads(seed=4), summed=())
@@ -200,7 +202,7 @@ def test_probe_sums_what_it_read_at_earlier_sites(opens: bool) -> None:
 
 
 def test_pass_without_memory_does_not_run() -> None:
-    """A gate that must read whole prompts never runs without its memory."""
+    """A gate over whole prompts never runs without its memory."""
     step = StepMap(requests=3, gates=3, device=CPU)
     with pytest.raises(RuntimeError, match="no prompt memory"):
         run(step, [gate(heads(), 0.0)], torch.ones(PROMPT, WIDTH), 0, list(range(PROMPT)))

@@ -1,4 +1,4 @@
-"""The op behind PyTorch's compiler: what it does is looked up when it runs, and never when it was traced."""
+"""The op behind PyTorch's compiler: its work is looked up at run time, never fixed at trace time."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from steering_kernels.ops import site_op
 
 
 class Adds:
-    """Adds a number of the moment to what stands at site 1."""
+    """Adds a changeable number at site 1."""
 
     def __init__(self, amount: float) -> None:
         self.amount = amount
@@ -23,7 +23,7 @@ class Adds:
 
 
 class Model(nn.Module):
-    """Two layers, each with a site behind it."""
+    """Two layers, each followed by a site."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.inference_mode()
-def test_compiled_model_does_what_holds_when_it_runs() -> None:
-    """One graph, traced once; what the op adds changes afterwards, and the number of tokens too."""
+def test_compiled_model_uses_the_state_at_run_time() -> None:
+    """One graph, traced once: the added number and the number of tokens change afterwards."""
     model, adds = Model(), Adds(0.0)
     site_op.claim_site_op(adds)
     traced = []
@@ -66,16 +66,16 @@ def test_compiled_model_does_what_holds_when_it_runs() -> None:
 
 
 def test_op_without_its_model_is_an_error() -> None:
-    """A compiled model whose plans are gone does not run on unsteered."""
+    """A compiled model whose plans are gone raises instead of running unsteered."""
     with pytest.raises(RuntimeError, match="no steered model is registered in this process"):
         site_op.edit_site(torch.zeros(1, 4), None, None, 0)
-    site_op.claim_site_op(Adds(1.0))  # and is collected at once
+    site_op.claim_site_op(Adds(1.0))  # and is garbage-collected at once
     with pytest.raises(RuntimeError, match="no steered model is registered in this process"):
         site_op.edit_site(torch.zeros(1, 4), None, None, 0)
 
 
 def test_second_compiled_model_is_refused_while_the_first_lives() -> None:
-    """The op runs one model's sites; nothing says whose call it is."""
+    """The op can only run one model's sites, since calls do not identify their model."""
     first, second = Adds(1.0), Adds(2.0)
     site_op.claim_site_op(first)
     site_op.claim_site_op(first)
@@ -86,7 +86,7 @@ def test_second_compiled_model_is_refused_while_the_first_lives() -> None:
 
 
 def test_op_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a CUDA graph is captured the op fails instead of being repeated by it."""
+    """During CUDA graph capture the op raises, since the graph would repeat its edits."""
     adds = Adds(1.0)
     site_op.claim_site_op(adds)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -1,8 +1,8 @@
-"""A program that configures engines with the plugin, as their boot does, and tells why each may not start.
+"""A program that configures engines with the plugin, as at boot, and reports why each is refused.
 
-Usage: boot_program.py CASES RESULT. CASES: JSON, engine arguments by name. RESULT: JSON, the refusal of
-each, or null; under `versions` that of each vLLM version tried; and under `graphs` what becomes of each mode
-of CUDA graphs, by whether the runner can hold the op in graphs of the whole model.
+Usage: boot_program.py CASES RESULT. CASES: JSON, engine arguments by name. RESULT: JSON, the refusal of each,
+or null; under `versions` that of each vLLM version tried; and under `graphs` the resulting mode for each CUDA
+graph mode, by whether the runner supports the op in whole-model graphs.
 """
 
 import json
@@ -41,7 +41,7 @@ def main(cases: str, result: str) -> None:
 
 
 def graphs() -> dict[str, dict[str, str]]:
-    """Cut graphs of every mode."""
+    """Split graphs of every mode."""
     from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 
     from steering_kernels.ops.site_op import SITE_OP

@@ -22,7 +22,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def main(*folders: str) -> None:
-    """Answer each job in a fork: an engine leaves its process unfit for another."""
+    """Run each job in a fork: a process that ran one engine cannot run another."""
     for folder in folders:
         child = os.fork()
         if child == 0:

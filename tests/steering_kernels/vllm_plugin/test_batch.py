@@ -1,4 +1,4 @@
-"""Requests of five revisions and of none in one engine: nobody influences anybody (promises 2, 3, 4, 7)."""
+"""Requests of five revisions and of none in one engine do not influence each other (promises 2, 3, 4, 7)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ QUESTIONS = [
     "Why do cats purr?",
     "What is the speed of light?",
 ]
-# Requests end at different steps, so that the engine condenses and reorders its batch on the way.
+# Requests end at different steps, so that the engine condenses and reorders its batch.
 LENGTHS = [8, 24, 12, 20, 16, 24, 9, 22, 11, 24, 18, 13, 24, 10, 21, 15]
 
 
@@ -53,10 +53,11 @@ def prompts(default_model_dir: Path) -> list[list[int]]:
 def batches(
     prompts: list[list[int]], make_plan: Callable[..., Plan], run_engine: Callable[..., Any]
 ) -> dict[str, Any]:
-    """One mixed batch, one of each kind, the mixed one again from the cache; and an engine without us.
+    """One mixed batch, one pure batch per kind, the mixed one again from the cache; and an engine without the
+    plugin.
 
-    In float32: where a processor multiplies bfloat16 in tiles, sums depend on the shape of the batch, in an
-    engine without us too.
+    In float32: where a processor multiplies bfloat16 in tiles, sums depend on the shape of the batch, also
+    without the plugin.
     """
     plans = [make_plan(60.0, layer=5 + 4 * seed, seed=seed) for seed in range(5)]
     kinds = [plan.revision for plan in plans] + ["none"]
@@ -83,14 +84,14 @@ def batches(
     }
 
 
-def test_request_in_a_mixed_batch_equals_itself_among_its_own_kind(batches: dict[str, Any]) -> None:
-    """Five revisions and none in one batch: every request's tokens are those of a same-shaped pure batch."""
+def test_request_in_a_mixed_batch_equals_itself_in_a_pure_batch(batches: dict[str, Any]) -> None:
+    """In a mixed batch every request's tokens equal those of a pure batch of the same shape."""
     for index, revision in enumerate(batches["mix"]):
         assert batches["mixed"][index]["tokens"] == batches["pure"][revision][index]["tokens"], index
 
 
 def test_unsteered_request_equals_an_engine_without_the_plugin(batches: dict[str, Any]) -> None:
-    """`none` beside steered neighbours: token by token and bit by bit what vanilla vLLM answers."""
+    """`none` beside steered requests: bit-identical to vLLM without the plugin, token by token."""
     for index, revision in enumerate(batches["mix"]):
         if revision == "none":
             for ours in (batches["mixed"][index], batches["pure"]["none"][index]):
@@ -100,13 +101,13 @@ def test_unsteered_request_equals_an_engine_without_the_plugin(batches: dict[str
 
 
 def test_revisions_differ(batches: dict[str, Any]) -> None:
-    """The edits of this test do something: no two kinds answer all prompts alike."""
+    """The edits have an effect: no two kinds answer all prompts alike."""
     answers = [str([request["tokens"] for request in pure]) for pure in batches["pure"].values()]
     assert len(set(answers)) == len(answers)
 
 
 def test_cache_hits_change_no_answer_and_cross_no_revision(batches: dict[str, Any]) -> None:
-    """With the shared system prompt read from the prefix cache each kind still gets its own blocks."""
+    """With the shared system prompt from the prefix cache, each kind still gets its own blocks."""
     for index, revision in enumerate(batches["mix"]):
         request = batches["cached"][index]
         assert request["cached"] > 0
@@ -117,8 +118,8 @@ def test_cache_hits_change_no_answer_and_cross_no_revision(batches: dict[str, An
         assert batches["vanilla_cached"][index]["tokens"] == first
 
 
-def test_receipts_count_what_was_done(batches: dict[str, Any]) -> None:
-    """Every evaluated token of a steered request was edited once at its one site; of the others none."""
+def test_receipts_count_tokens_and_edits(batches: dict[str, Any]) -> None:
+    """Every evaluated token of a steered request was edited once, at its only site; others never."""
     for index, revision in enumerate(batches["mix"]):
         receipt = batches["mixed"][index]["receipt"]
         assert receipt["revision"] == revision

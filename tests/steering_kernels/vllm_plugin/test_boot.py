@@ -1,4 +1,4 @@
-"""What an engine may not be configured as: each is refused at boot, by name (promises 1 and 7)."""
+"""Unsupported engine configurations are refused at boot, by name (promises 1 and 7)."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> dict[str, Any]:
-    """What the plugin says to every configuration and version."""
+    """The plugin's result for every configuration and version."""
     folder = tmp_path_factory.mktemp("boot")
     known = save_family("LlamaForCausalLM", folder)
     unknown = folder / "unknown"
@@ -50,33 +50,34 @@ def told(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> d
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_configuration_that_would_break_the_row_map_is_refused(name: str, told: dict[str, Any]) -> None:
-    """One line that names it."""
+    """The refusal is one line that names the setting."""
     assert told[name].startswith(f"interpretops refuses to boot this engine with {REFUSED[name][1]}")
     assert "\n" not in told[name]
 
 
 def test_unknown_architecture_is_refused(told: dict[str, Any]) -> None:
-    """A model whose edit sites are not known is named, with those that are."""
+    """An unsupported architecture is named, with the supported ones."""
     assert "architecture ['GPT2LMHeadModel'], which is unknown" in told["unknown architecture"]
     assert "LlamaForCausalLM" in told["unknown architecture"]
 
 
 def test_other_versions_of_vllm_are_refused(told: dict[str, Any]) -> None:
-    """Before anything is patched: the version is named, and the one that fits."""
+    """The version is checked before anything is patched; the error names the supported one."""
     for version, refusal in told["versions"].items():
         assert refusal is not None
         assert refusal.startswith(f"vllm = {version}, but the interpretops plugin supports 0.32.x")
 
 
-def test_configurations_that_are_followed_boot(told: dict[str, Any]) -> None:
-    """The plain engine, compilation and tensor parallelism are not refused."""
+def test_supported_configurations_boot(told: dict[str, Any]) -> None:
+    """The plain engine, compilation and tensor parallelism are accepted."""
     assert told["plain"] is None
     assert told["compiled"] is None
     assert told["two ranks"] is None
 
 
-def test_graphs_of_the_whole_model_are_for_a_runner_that_holds_the_op_in_them(told: dict[str, Any]) -> None:
-    """And then for decode steps alone; elsewhere they are cut into pieces. What was turned off stays off."""
+def test_whole_model_graphs_need_a_runner_that_supports_the_op(told: dict[str, Any]) -> None:
+    """Such graphs are for decode steps only; with other runners they become piecewise. Disabled graphs stay
+    disabled."""
     left = {"NONE": "NONE", "PIECEWISE": "PIECEWISE"}
     full = ("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
     assert told["graphs"] == {

@@ -1,4 +1,4 @@
-"""The plugin's own section of ``--additional-config``: refusals name value, type and what would be right."""
+"""The plugin's section of ``--additional-config``: errors name value, type and what would be valid."""
 
 import re
 from typing import Any
@@ -20,13 +20,13 @@ from steering_kernels.vllm_plugin.engine_config import EngineOptions
         ([1], "interpretops = [1], but must be an object of options"),
     ],
 )
-def test_option_that_cannot_be_is_refused_with_its_type(section: Any, words: str) -> None:
-    """A number in quotes is told from the number, and a bound from a type."""
+def test_invalid_option_is_refused_with_its_type(section: Any, words: str) -> None:
+    """A quoted number is distinguished from a number, and a range error from a type error."""
     with pytest.raises(ValueError, match=re.escape(words)):
         EngineOptions.read({"interpretops": section})
 
 
-def test_options_that_fit_are_taken() -> None:
-    """What is left out has its default."""
+def test_valid_options_are_accepted() -> None:
+    """Missing options have defaults."""
     assert EngineOptions.read({"interpretops": {"rows": 2}}) == EngineOptions(rows=2)
     assert EngineOptions.read(None) == EngineOptions()

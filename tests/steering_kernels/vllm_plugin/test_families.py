@@ -1,4 +1,5 @@
-"""A plan in vLLM and in the SDK gives the same log-probabilities: each family, and the default model."""
+"""A plan gives the same log-probabilities in vLLM and in the SDK: each model family, and the default
+model."""
 
 import json
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 PROGRAM = Path(__file__).with_name("logprobs_program.py")
 FAMILIES = 2e-5
-"""Between float32 log-probabilities of tiny models in vLLM and in transformers."""
+"""Tolerance between float32 log-probabilities of tiny models in vLLM and in transformers."""
 DEFAULT_MODEL = {"float32": 5e-4, "bfloat16": 1.0}
 """The same for the 20 likeliest tokens of the default model, whose logits are rounded to steps of 1/8 in
 bfloat16; what each test below asks besides is that steering makes it no worse."""
@@ -35,16 +36,16 @@ COMPILED = {
     "enforce_eager": False,
     "additional_config": {"interpretops": {"points": ",".join(POINTS)}},
 }
-"""An engine whose model is compiled, with edit sites at every point."""
+"""A compiled engine with edit sites at every point."""
 QUESTION = "What is the sea? Answer in one sentence, please."
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine made of one request."""
+    """An engine's result for one request."""
 
     ids: npt.NDArray[np.int64]
-    """[T, K] of which tokens it tells, after each token but the last generated one; -1 for none"""
+    """[T, K] ids of the reported tokens, after each token but the last generated one; -1 for none"""
     values: Array
     """[T, K] their log-probabilities"""
     tokens: list[int]
@@ -60,7 +61,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Job:
-    """A batch of two for an engine of its own: one prompt under a plan, and the same without."""
+    """A batch of two for its own engine: one prompt under a plan, and the same without."""
 
     folder: Path
     model: HookedModel
@@ -84,7 +85,7 @@ class Job:
 
     @property
     def ranks(self) -> list[dict[str, Any]]:
-        """What each rank of the engine attests."""
+        """The attestation of each rank of the engine."""
         attested = json.loads(str(np.load(self.folder / "result.npz")["attested"]))
         return list(attested["ranks"])
 
@@ -147,7 +148,7 @@ def jobs(
 
 @pytest.fixture(scope="module")
 def compiled_job(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Job:
-    """A plan at every point, loaded into an engine that has compiled its model before."""
+    """A plan at every point, loaded into an engine that has already compiled its model."""
     folder = tmp_path_factory.mktemp("compiled")
     model = HookedModel(save_family("LlamaForCausalLM", folder), dtype="float32")
     stream: Array = model.run_with_cache(PROMPT, ["0.resid_post"])[Site(0, "resid_post")].numpy()
@@ -159,7 +160,7 @@ def compiled_job(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServ
 
 @pytest.mark.timeout(1200)
 def test_compiled_engine_agrees_with_the_sdk(compiled_job: Job) -> None:
-    """What was compiled before the plan came edits as the plan says, and without a plan nothing."""
+    """A model compiled before the plan was loaded applies its edits, and without a plan none."""
     steered, plain, effect = compiled_job.check()
     assert "saved AOT compiled" in (compiled_job.folder / "log.txt").read_text()
     assert plain.max() < FAMILIES
@@ -192,8 +193,8 @@ def answer(fork_server: ForkServer, jobs: dict[str, Job], **environment: str) ->
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("architecture", list(CONFIGS))
 def test_engine_agrees_with_the_sdk(architecture: str, jobs: dict[str, Job]) -> None:
-    """Edits at every point, head scales and gates: in one batch the steered request gets the SDK's numbers
-    and its receipt, the other the unsteered model's."""
+    """Edits at every point, head scales and gates: in one batch the steered request matches the SDK's numbers
+    and receipt, and the other the unsteered model's."""
     steered, plain, effect = jobs[architecture].check()
     print(architecture, steered.max(), plain.max(), effect.max())
     assert plain.max() < FAMILIES
@@ -204,7 +205,7 @@ def test_engine_agrees_with_the_sdk(architecture: str, jobs: dict[str, Job]) -> 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("dtype", list(DEFAULT_MODEL))
 def test_engine_agrees_with_the_sdk_on_the_default_model(dtype: str, jobs: dict[str, Job]) -> None:
-    """With edits at every point and a latch, vLLM and the SDK differ by what they differ by unsteered."""
+    """With edits at every point and a latch, vLLM and the SDK differ no more than they do unsteered."""
     steered, plain, effect = jobs[dtype].check()
     print(dtype, "largest", steered.max(), plain.max(), "median", np.median(steered), np.median(plain))
     assert plain.max() < DEFAULT_MODEL[dtype]
@@ -216,8 +217,8 @@ def test_engine_agrees_with_the_sdk_on_the_default_model(dtype: str, jobs: dict[
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", [name for name, _, _, ranks in PARALLEL if ranks > 1])
 def test_two_ranks_agree_with_the_sdk(name: str, parallel_jobs: dict[str, Job]) -> None:
-    """With heads split over two ranks, reads across them, gates on them and head scales give the same
-    numbers, and the receipt counts each edit once."""
+    """With heads split over two ranks, cross-rank reads, gates and head scales give the same numbers, and the
+    receipt counts each edit once."""
     steered, plain, effect = parallel_jobs[name].check()
     print(name, steered.max(), plain.max(), effect.max())
     assert plain.max() < FAMILIES
@@ -237,7 +238,7 @@ def test_two_ranks_answer_as_one_does(parallel_jobs: dict[str, Job]) -> None:
 
 @pytest.mark.timeout(1200)
 def test_each_rank_attests_its_own_shard(parallel_jobs: dict[str, Job]) -> None:
-    """Two ranks hold two different halves, each the digest of its shard of the plan, and both edit."""
+    """Two ranks hold different halves, each with its shard's digest, and both apply edits."""
     job = parallel_jobs[PARALLEL[1][0]]
     assert [(rank["shard"], rank["shards"]) for rank in job.ranks] == [(0, 2), (1, 2)]
     digests = [rank["resident"][job.plan.revision] for rank in job.ranks]

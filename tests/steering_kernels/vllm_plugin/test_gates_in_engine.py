@@ -1,4 +1,5 @@
-"""Gates in the real engine: one verdict however the scheduler cuts, caches, repeats (promises 5 and 8)."""
+"""Gates in the real engine decide the same however the scheduler chunks, caches and repeats (promises 5,
+8)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -92,12 +93,12 @@ def runs(
     ]
     configurations: dict[str, dict[str, Any]] = {
         "plain": {"enable_prefix_caching": False},
-        # Chunks of 31: the last one of a 125-token prompt is a single token, as long as a decode step's.
+        # Chunks of 31: the last one of a 125-token prompt is a single token, like a decode step.
         "chunked": {
             "enable_prefix_caching": True,
             "enable_chunked_prefill": True,
             "max_num_batched_tokens": 31,
-            "block_size": 64,  # the CPU's attention takes multiples of 32
+            "block_size": 64,  # the CPU's attention needs multiples of 32
         },
         "large blocks": {
             "enable_prefix_caching": True,
@@ -105,7 +106,7 @@ def runs(
             "max_num_batched_tokens": 100,
             "block_size": 128,
         },
-        # Room for three prompts of four blocks each, and none for the blocks that their answers need.
+        # Space for three prompts of four blocks each, but not for the blocks of their answers.
         "scarce": {
             "enable_prefix_caching": True,
             "num_gpu_blocks_override": 14,
@@ -130,62 +131,63 @@ KINDS = ["none", "token", "latched", "prompt_end", "closed", "prefill", "decode"
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_verdict_does_not_depend_on_chunks_cache_or_preemption(
+def test_gates_do_not_depend_on_chunks_cache_or_preemption(
     runs: dict[str, dict[str, Any]], engine: str, kind: str
 ) -> None:
-    """Every kind of gate gives the plain engine's answer, token by token."""
+    """With every kind of gate the answer equals the plain engine's, token by token."""
     assert runs[engine][kind]["tokens"] == runs["plain first"][kind]["tokens"]
 
 
 @pytest.mark.parametrize("turn", TURN_NAMES)
 @pytest.mark.parametrize("engine", CACHED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_verdict_on_a_conversation_does_not_depend_on_the_cache(
+def test_gates_on_a_conversation_do_not_depend_on_the_cache(
     runs: dict[str, dict[str, Any]], engine: str, kind: str, turn: str
 ) -> None:
-    """Later turns, whose prompts hold answers that the engine wrote itself, are judged and answered alike."""
+    """Later turns, whose prompts contain the engine's own answers, get the same decisions and answers."""
     ours, plain = runs[f"{engine} {turn}"][kind], runs[f"plain {turn}"][kind]
     assert ours["tokens"] == plain["tokens"]
-    if kind in PROMPT_KINDS and engine != "scarce":  # recomputed tokens are counted again
+    if kind in PROMPT_KINDS and engine != "scarce":  # recomputed tokens count again
         assert ours["receipt"]["gates_fired"] == plain["receipt"]["gates_fired"]
 
 
-def test_the_engines_did_what_they_were_made_for(runs: dict[str, dict[str, Any]]) -> None:
-    """The comparison means something: requests were preempted, and prompts came from the cache."""
+def test_engines_really_preempted_and_cached(runs: dict[str, dict[str, Any]]) -> None:
+    """The comparison is meaningful: requests were preempted, and prompts came from the cache."""
     assert runs["scarce"]["preemptions"] > 0
     assert runs["chunked second"]["prompt_end"]["cached"] > 0
     assert runs["plain second"]["prompt_end"]["cached"] == 0
     for kind in (
         "none",
         *PROMPT_KINDS,
-    ):  # the first turn's prompt is found again, its answer where none was edited
+    ):  # the first turn's prompt is cached, and its answer if it was not edited
         assert runs["chunked turn 2"][kind]["cached"] >= 64
 
 
-def test_prompt_is_read_whole_and_from_the_cache(runs: dict[str, dict[str, Any]]) -> None:
-    """A low cut opens the gate and a high one does not; prompts of such gates do come from the cache."""
+def test_whole_prompt_is_read_from_the_cache_too(runs: dict[str, dict[str, Any]]) -> None:
+    """A low cut opens the gate and a high one does not; prompts of such gates are cached."""
     opened = [runs["plain first"][kind]["receipt"]["gates_fired"] for kind in PROMPT_KINDS]
     assert opened == sorted(opened, reverse=True)
     assert {opened[0], opened[-1]} == {0, OUTPUT_TOKENS}
     assert all(runs["chunked second"][kind]["cached"] > 0 for kind in PROMPT_KINDS)
 
 
-def test_latch_over_all_tokens_reads_nothing_from_the_cache(runs: dict[str, dict[str, Any]]) -> None:
-    """A verdict that needs every prompt token is not taken from blocks whose tokens are not scored again."""
+def test_latch_over_all_tokens_uses_no_cached_blocks(runs: dict[str, dict[str, Any]]) -> None:
+    """A decision that needs every prompt token never uses cached blocks, whose tokens are not scored
+    again."""
     assert runs["chunked second"]["latched"]["cached"] == 0
 
 
 def test_phase_is_decided_by_position(runs: dict[str, dict[str, Any]]) -> None:
-    """A one-token chunk of the prompt is prefill: the counts are exact on every engine."""
+    """A one-token chunk of the prompt is prefill: counts are exact on every engine."""
     for engine in ("plain first", "chunked first"):
         prefill, decode = (runs[engine][kind]["receipt"] for kind in ("prefill", "decode"))
         assert prefill["edits_applied"] == PROMPT_TOKENS
-        # The first comes out of the prompt's last token; the last one is sampled and never evaluated.
+        # The first generated token comes from the prompt's last one; the last is sampled but never evaluated.
         assert decode["edits_applied"] == OUTPUT_TOKENS
 
 
-def test_closed_gate_leaves_the_answer_alone(runs: dict[str, dict[str, Any]]) -> None:
-    """A gate that does not fire gives the unsteered answer; one that does gives another."""
+def test_closed_gate_leaves_the_answer_unsteered(runs: dict[str, dict[str, Any]]) -> None:
+    """A closed gate gives the unsteered answer; an open one gives another."""
     plain = runs["plain first"]
     assert plain["closed"]["tokens"] == plain["none"]["tokens"]
     assert plain["closed"]["receipt"]["edits_applied"] == 0

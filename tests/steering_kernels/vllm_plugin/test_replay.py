@@ -1,4 +1,4 @@
-"""Which steps may come from a graph of the whole model, and what such a graph finds when it is replayed."""
+"""Which steps may be replayed from a whole-model graph, and what such a graph reads."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,7 +48,8 @@ def make_runtime(model_folder: Path, model: Any) -> MakeRuntime:
 
 
 def plan_with(runtime: SteeringRuntime, **gate: Any) -> Plan:
-    """A vector at layer 1, behind a gate that fires wherever it reads, of these settings; always without."""
+    """A vector at layer 1 behind a gate with these settings that fires wherever it reads; without settings,
+    no gate."""
     if not gate:
         return vector_plan(runtime.spec, 1.0, layer=1)
     read = torch.zeros(1, runtime.spec.hidden_size).numpy()
@@ -65,8 +66,8 @@ def track(runtime: SteeringRuntime, request: str, plan: Plan) -> None:
     )
 
 
-def test_step_whose_gates_are_decided_before_it_may_be_replayed(make_runtime: MakeRuntime) -> None:
-    """Edits without a gate always; a latch past its prompt; what must be read, in no step."""
+def test_step_with_decided_gates_may_be_replayed(make_runtime: MakeRuntime) -> None:
+    """Ungated edits may always be replayed, a latch after its prompt; gates that must read never."""
     runtime = make_runtime()
     settings: dict[str, dict[str, Any]] = {
         "always": {},
@@ -85,7 +86,7 @@ def test_step_whose_gates_are_decided_before_it_may_be_replayed(make_runtime: Ma
 
 
 def test_edits_that_the_kernel_cannot_make_keep_steps_out_of_graphs(make_runtime: MakeRuntime) -> None:
-    """A TopK dictionary decides by its whole encoder, which no graph holds."""
+    """A TopK dictionary needs its whole encoder, which no graph contains."""
     runtime = make_runtime()
     plan = plan_with(runtime)
     (site,) = plan.edits
@@ -97,7 +98,7 @@ def test_edits_that_the_kernel_cannot_make_keep_steps_out_of_graphs(make_runtime
 
 
 def test_mistaken_replay_raises_before_anything_runs(make_runtime: MakeRuntime) -> None:
-    """vLLM takes a prompt of which only the last token is not cached for a decode step."""
+    """vLLM treats a prompt with only its last token uncached as a decode step."""
     runtime = make_runtime()
     track(runtime, "a", plan_with(runtime, scope="prompt_end", latched=True))
     with pytest.raises(RuntimeError, match="a gate that must read activations was about to be replayed"):
@@ -108,7 +109,7 @@ def test_mistaken_replay_raises_before_anything_runs(make_runtime: MakeRuntime) 
 def test_replayed_step_has_rows_and_latched_gates_at_fixed_addresses(
     make_runtime: MakeRuntime, model: Any
 ) -> None:
-    """The latch fires in the prompt's pass; what a graph reads afterwards stands where it always does."""
+    """The latch fires in the prompt's pass; afterwards a graph reads it at a fixed address."""
     runtime = make_runtime()
     track(runtime, "a", plan_with(runtime, scope="prompt_end", latched=True))
     step = runtime.bank.step
@@ -126,12 +127,12 @@ def test_replayed_step_has_rows_and_latched_gates_at_fixed_addresses(
     assert whole.tolist() == [row] + [0] * (ROOM - 1)
     runtime.clear_step()
     assert step.row_of_token.tolist() == [0] * ROOM
-    runtime.begin_step(["a"], [ROOM + 1], [PROMPT], [PROMPT])  # larger than any graph: laid out elsewhere
+    runtime.begin_step(["a"], [ROOM + 1], [PROMPT], [PROMPT])  # larger than any graph
     assert whole.tolist() == [0] * ROOM
 
 
-def test_requests_of_the_warm_up_name_no_policy_and_are_the_last_that_may(make_runtime: MakeRuntime) -> None:
-    """vLLM's V2 runner warms up with requests of its own making."""
+def test_only_warm_up_requests_may_name_no_policy(make_runtime: MakeRuntime) -> None:
+    """vLLM's V2 runner warms up with requests of its own."""
     runtime = make_runtime()
     runtime.warming_up = True
     runtime.track("_warmup_0_", None, 0)
@@ -149,10 +150,8 @@ def test_requests_of_the_warm_up_name_no_policy_and_are_the_last_that_may(make_r
         runtime.track("a", None, 0)
 
 
-def test_captured_op_edits_in_place_whatever_stands_around_the_tokens(
-    model_folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The op that a graph holds runs whatever the step says, on a batch of one too (in the interpreter)."""
+def test_captured_op_edits_in_place(model_folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op in a graph does what the step says, also for a batch of one (in the interpreter)."""
     monkeypatch.setattr(site_op, "_OWNER", [])
     spec, device = read_model_spec(model_folder), torch.device("cpu")
     runtime = SteeringRuntime(

@@ -1,4 +1,4 @@
-"""The engine's own door: what it admits, loads, attests and tests of itself (promises 1, 4, 10)."""
+"""The engine's own server: what it admits, loads, attests and self-tests (promises 1, 4, 10)."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from interpretops.plan import Plan
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 SEEDS = itertools.count(1000)
-"""A plan of its own for every test: no test may find another's blocks in the prefix cache."""
+"""A separate plan for every test, so that no test finds another's blocks in the prefix cache."""
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def client(engine_server: Any) -> Iterator[httpx.Client]:
 
 
 def ask(client: httpx.Client, revision: str | None, **body: Any) -> httpx.Response:
-    """One short completion under a revision; the nonce is in the returned request's body."""
+    """One short completion under a revision; the returned request's body holds the nonce."""
     args = {"interpretops_nonce": secrets.token_hex(16)}
     if revision is not None:
         args["interpretops_revision"] = revision
@@ -44,8 +44,8 @@ def put(client: httpx.Client, plan: Plan, data: bytes | None = None) -> httpx.Re
 
 @pytest.fixture
 def resident(client: httpx.Client, make_plan: Callable[..., Plan]) -> Iterator[Plan]:
-    """A plan that is loaded for the length of a test."""
-    plan = make_plan(400.0, seed=next(SEEDS))  # far more than the stream itself: every answer changes
+    """A plan loaded for the duration of a test."""
+    plan = make_plan(400.0, seed=next(SEEDS))  # far larger than the stream itself, so every answer changes
     assert put(client, plan).status_code == 200
     yield plan
     client.delete(f"/interpretops/v1/plans/{plan.revision}")
@@ -53,14 +53,14 @@ def resident(client: httpx.Client, make_plan: Callable[..., Plan]) -> Iterator[P
 
 @pytest.mark.parametrize("revision", [None, "", "NONE", "0" * 63, "0" * 64, "f" * 64])
 def test_request_without_a_resident_revision_is_refused(client: httpx.Client, revision: str | None) -> None:
-    """Silence, nonsense and unknown revisions: no token comes back."""
+    """Missing, malformed and unknown revisions: no token is returned."""
     answer = ask(client, revision)
     assert answer.status_code >= 400
     assert "choices" not in answer.json()
 
 
 def test_request_without_any_arguments_is_refused(client: httpx.Client) -> None:
-    """A client on the engine's own socket that knows nothing of policies gets no answer either."""
+    """A client on the engine's own socket that sends no policy arguments gets no answer."""
     answer = client.post("/v1/completions", json={"model": "m", "prompt": "Hi", "max_tokens": 1})
     assert answer.status_code == 400
     assert "every request must name a revision" in answer.json()["error"]["message"]
@@ -71,7 +71,7 @@ def test_request_without_any_arguments_is_refused(client: httpx.Client) -> None:
 def test_retired_revision_is_refused_and_its_rows_are_freed(
     client: httpx.Client, make_plan: Callable[..., Plan]
 ) -> None:
-    """After DELETE no request of the revision is served, and nothing of it stands in the tables."""
+    """After DELETE no request of the revision is served, and its rows are empty."""
     plan = make_plan(60.0, seed=11)
     assert put(client, plan).status_code == 200
     assert ask(client, plan.revision).status_code == 200
@@ -82,8 +82,8 @@ def test_retired_revision_is_refused_and_its_rows_are_freed(
     assert all(plan.revision not in rank["resident"] for rank in attested["ranks"])
 
 
-def test_revision_in_flight_outlives_its_retirement(client: httpx.Client, resident: Plan) -> None:
-    """A stream that has begun ends under its revision although that is retired; then its rows are freed."""
+def test_revision_in_use_outlives_its_retirement(client: httpx.Client, resident: Plan) -> None:
+    """A started stream ends under its retired revision; then the rows are freed."""
     nonce = secrets.token_hex(16)
     body = {
         "model": "m",
@@ -110,13 +110,13 @@ def test_revision_in_flight_outlives_its_retirement(client: httpx.Client, reside
 
 
 def test_attested_digest_is_the_plans_own(client: httpx.Client, resident: Plan) -> None:
-    """What every rank reads back from its tables is what the plan says."""
+    """Every rank's digest, read back from its tables, equals the plan's."""
     ranks = client.get("/interpretops/v1/attest").json()["engines"][0]["ranks"]
     assert [rank["resident"][resident.revision] for rank in ranks] == [resident.digest()]
 
 
 def test_damaged_or_executable_plan_is_refused(client: httpx.Client, make_plan: Callable[..., Plan]) -> None:
-    """A flipped byte, a pickle and a plan of another model never become resident."""
+    """A flipped byte, a pickle and a plan for another model never become resident."""
     plan = make_plan(60.0, seed=12)
     data = plan.to_bytes()
     damaged = data[:-1] + bytes([data[-1] ^ 1])
@@ -140,7 +140,7 @@ def test_damaged_or_executable_plan_is_refused(client: httpx.Client, make_plan: 
 def test_full_table_refuses_by_name_and_keeps_what_it_has(
     client: httpx.Client, make_plan: Callable[..., Plan]
 ) -> None:
-    """An engine with 8 rows holds 7 revisions; the next one is refused, the resident ones keep serving."""
+    """An engine with 8 rows holds 7 revisions; the next is refused, and the resident ones keep serving."""
     plans = [make_plan(10.0, seed=100 + index) for index in range(8)]
     try:
         statuses = [put(client, plan) for plan in plans]
@@ -153,8 +153,9 @@ def test_full_table_refuses_by_name_and_keeps_what_it_has(
             client.delete(f"/interpretops/v1/plans/{plan.revision}")
 
 
-def test_blocks_of_one_revision_are_never_read_under_another(client: httpx.Client, resident: Plan) -> None:
-    """The same long prompt: a hit under the same revision and salt, none across revisions or salts."""
+def test_blocks_of_one_revision_are_never_reused_under_another(client: httpx.Client, resident: Plan) -> None:
+    """For the same long prompt: a cache hit under the same revision and salt, none across revisions or
+    salts."""
 
     def cached(revision: str, salt: str | None = None) -> tuple[str, int]:
         nonce = secrets.token_hex(16)
@@ -181,18 +182,18 @@ def test_blocks_of_one_revision_are_never_read_under_another(client: httpx.Clien
     assert cached(resident.revision)[1] > 0
     assert cached(resident.revision, "tenant-a")[1] == 0
     assert cached(resident.revision, "tenant-a")[1] > 0
-    # A client cannot spell the salt of another revision.
+    # A client's salt cannot equal another revision's.
     assert cached("none", "r" + resident.revision)[1] == 0
 
 
 def test_self_test_passes_on_a_healthy_engine(client: httpx.Client) -> None:
-    """The probe acts through the running model, and leaves nothing behind."""
+    """The probe acts through the running model and leaves nothing behind."""
     assert client.post("/interpretops/v1/selftest").json() == {"ok": True, "reason": ""}
     assert client.get("/interpretops/v1/attest").json()["engines"][0]["resident"] == {}
 
 
-def test_receipt_can_be_had_once(client: httpx.Client) -> None:
-    """A nonce is known until it has been asked for."""
+def test_receipt_can_be_fetched_once(client: httpx.Client) -> None:
+    """A receipt is gone once it has been fetched."""
     nonce = secrets.token_hex(16)
     args = {"interpretops_revision": "none", "interpretops_nonce": nonce}
     ask(client, None, vllm_xargs=args, n=3, temperature=1.0)
@@ -203,10 +204,11 @@ def test_receipt_can_be_had_once(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_receipt_travels_with_its_answer(
+def test_receipt_is_sent_with_its_answer(
     client: httpx.Client, resident: Plan, path: str, *, stream: bool
 ) -> None:
-    """Who names the nonce in a header gets the receipt with the answer: as a header, or as the last event."""
+    """A request with the nonce as header gets the receipt with its answer: as a header, or as the last
+    event."""
     nonce = secrets.token_hex(16)
     asked = (
         {"prompt": "One two"}
@@ -229,8 +231,8 @@ def test_receipt_travels_with_its_answer(
     assert client.get(f"/interpretops/v1/receipts/{nonce}").status_code == 404
 
 
-def test_receipt_of_a_request_that_failed_stays_behind(client: httpx.Client) -> None:
-    """An error carries no receipt, and neither does an answer of a route that does not generate."""
+def test_failed_request_carries_no_receipt(client: httpx.Client) -> None:
+    """Errors carry no receipt, nor do answers of routes that do not generate."""
     headers = {"X-InterpretOps-Nonce": secrets.token_hex(16)}
     for path, body in (("/v1/completions", {"model": "m", "prompt": "a"}), ("/tokenize", {"prompt": "a"})):
         answer = client.post(path, json=body, headers=headers)
@@ -249,7 +251,7 @@ def test_receipt_of_a_request_that_failed_stays_behind(client: httpx.Client) -> 
 def test_engine_that_would_break_the_row_map_does_not_boot(
     default_model_dir: Path, fork_server: ForkServer, tmp_path: Path, flags: list[str], reason: str
 ) -> None:
-    """Configurations that the plugin cannot follow stop the process, with the reason on one line."""
+    """Unsupported configurations stop the process, with the reason on one line."""
     server = ("-m", "vllm.entrypoints.openai.api_server", "--model", default_model_dir, "--enforce-eager")
     log = tmp_path / "log.txt"
     assert fork_server.run(*server, *flags, log=log, timeout_s=180, VLLM_PLUGINS="interpretops") != 0

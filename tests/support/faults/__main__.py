@@ -17,7 +17,7 @@ from interpretops.settings import load_settings
 
 
 async def run(wanted: str) -> Outcome:
-    """Every fault whose name contains ``wanted``, on a gateway with an engine of its own."""
+    """Run every fault whose name contains ``wanted``, on a gateway with its own engine."""
     model = ensure_default_model(load_settings().cache.dir, print)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         async with make_stand(Path(folder), model) as stand:
@@ -28,7 +28,7 @@ async def run(wanted: str) -> Outcome:
 
 
 def main() -> int:
-    """Print each fault as it goes, then what was wrong, then the summary."""
+    """Print each fault as it runs, then the problems, then the summary."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--only", default="", help="run only faults whose name contains this")
     outcome = asyncio.run(run(arguments.parse_args().only))

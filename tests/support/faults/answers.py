@@ -1,4 +1,4 @@
-"""Judges an answer: steered and proven, refused in OpenAI's shape, broken off, or one that must not be."""
+"""Judges an answer: steered and proven, refused in OpenAI's format, truncated, or wrong."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from faults.marker import POLICY, steered_only
 from proxy.errors import EngineFailed, EngineTimeout
 
 Kind = Literal["steered", "refused", "broken_off", "unsteered", "misshapen", "listed", "unfinished"]
-"""`listed`: the list of models, which is no answer of the model's. `unfinished`: no answer, as the request's
-headers did not end."""
+"""`listed`: the model list, not generated. `unfinished`: no answer, because the request's headers were
+incomplete."""
 _ERROR_FIELDS = {"message", "type", "param", "code"}
 _ENDS = ("data: [DONE]", "event: response.completed", "event: message_stop")
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What an answer was, and where it is not as it should be, why."""
+    """The kind of an answer, and if it is wrong, why."""
 
     kind: Kind
     why: str = ""
     told: str = ""
-    """What a caller was told of an engine that failed, with its code."""
+    """Code and message that the caller got for an engine failure."""
 
 
 def judge(status: int, headers: Mapping[str, str], text: str) -> Judgement:
@@ -85,7 +85,7 @@ def _told(text: str) -> str:
 
 
 def _shape(text: str) -> str | None:
-    """Why ``text`` is no error of OpenAI's shape; None when it is one."""
+    """Why ``text`` is not an error in OpenAI's format; None if it is one."""
     try:
         error = json.loads(text)["error"]
     except (ValueError, KeyError, TypeError):
@@ -106,7 +106,7 @@ def _texts_of_events(events: list[str]) -> Iterator[str]:
 
 
 def _texts_of_body(body: dict[str, Any]) -> Iterator[str]:
-    """The model's words, on whichever route."""
+    """The generated text, on any route."""
     for choice in body.get("choices", ()):
         message = choice.get("message") or choice.get("delta") or {}
         yield choice.get("text") or message.get("content") or ""

@@ -1,4 +1,4 @@
-"""The faults: each breaks one part, waits until that shows where it should, and mends it."""
+"""The faults: each breaks one part, waits until the effect shows, and repairs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from faults.stand import FAKETIME, Stand
 from faults.traffic import Traffic
 
 _HUNG_S: Final = 4.0
-"""Shorter than the gateway waits before it gives an engine up."""
+"""Shorter than the time after which the gateway considers an engine lost."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ async def plan_corrupted(stand: Stand, traffic: Traffic) -> None:
         whole = path.read_bytes()
         path.write_bytes(damaged)
         if path == vector:
-            # A vector is read with the policy that names it.
+            # A vector is read together with the policy that names it.
             policy.write_text(text + "# again\n")
 
         async def told() -> bool:
@@ -114,7 +114,7 @@ async def disk_full(stand: Stand, traffic: Traffic) -> None:
         steered = traffic.counts["steered"]
         for _ in range(10):
             await traffic.refused_for("audit_unavailable")
-        # Those that were under way when the disk filled up.
+        # Requests in progress when the disk filled up.
         assert traffic.counts["steered"] <= steered + 4
     await traffic.steered_again()
 
@@ -138,7 +138,7 @@ async def folder_gone(stand: Stand, traffic: Traffic) -> None:
 async def clock_jump(stand: Stand, traffic: Traffic) -> None:
     for shift in ("+2d", "-40d", "+0"):
         stand.set_clock(shift)
-        # The first answers may have been under way when it jumped.
+        # The first answers may have been in progress when the clock jumped.
         await traffic.steered_again()
         await traffic.steered_again()
 

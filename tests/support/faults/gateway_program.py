@@ -1,6 +1,6 @@
-"""`mechctl serve` for the fault run: it tells its tasks and threads on demand, and has a clock of its own.
+"""`mechctl serve` for the fault run: reports its tasks and threads on request, and has an adjustable clock.
 
-On SIGUSR1 it writes what `state` tells to the file that FAULTS_STATE names.
+On SIGUSR1 it writes the result of `state` to the file named by FAULTS_STATE.
 """
 
 import asyncio
@@ -17,10 +17,10 @@ from proxy.serve import POOL_NAME, POOL_THREADS
 
 
 def state() -> dict[str, Any]:
-    """Names of all tasks, the number of all threads, and how many of these only wait in the pool for work."""
+    """Names of all tasks, number of all threads, and how many of these are idle pool threads."""
     frames = sys._current_frames()
     pool = [thread.ident for thread in threading.enumerate() if thread.name.startswith(f"{POOL_NAME}_")]
-    # A thread that does something has further calls above the pool's own loop.
+    # A busy thread has further frames above the pool's own loop.
     idle = [ident for ident in pool if ident in frames and frames[ident].f_code.co_name == "_worker"]
     return {
         "tasks": sorted(getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks()),

@@ -1,4 +1,4 @@
-"""Malformed requests over raw sockets, and clients that leave at four moments."""
+"""Malformed requests over raw sockets, and clients that disconnect at four moments."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PHASES: Final = ("before headers", "before first token", "mid-stream", "non-stre
 
 
 async def send_malformed(stand: Stand, traffic: Traffic, count: int) -> None:
-    """Each on a connection of its own. What never becomes whole is answered late, or cut.
+    """Send each on its own connection. Incomplete requests are answered late, or closed.
 
-    Whoever did not get as far as the end of the headers gets no answer: there is no request yet to answer.
+    A request whose headers are incomplete gets no answer.
     """
 
     async def send(data: bytes) -> None:
@@ -32,7 +32,7 @@ async def send_malformed(stand: Stand, traffic: Traffic, count: int) -> None:
         writer.write(data)
         answers: list[Judgement] = []
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, TimeoutError):
-            # An answer may be followed by one to bytes that were hidden in the request.
+            # An answer may be followed by one to bytes hidden in the request.
             answers.append(await _read_answer(reader))
             while True:
                 async with asyncio.timeout(0.2):
@@ -50,12 +50,12 @@ async def send_malformed(stand: Stand, traffic: Traffic, count: int) -> None:
 
 
 def is_whole(data: bytes) -> bool:
-    """Whether the headers come to an end, as far as anybody could tell."""
+    """Whether the headers are complete under any reading."""
     return b"\r\n\r\n" in data.lstrip(b"\r\n")
 
 
 async def disconnect(stand: Stand, traffic: Traffic, count: int) -> None:
-    """Leave before the answer's headers, before its first token, in mid-stream, and without a stream."""
+    """Disconnect before the answer's headers, before its first token, midway, and without a stream."""
     pick = random.Random(1)
 
     async def leave(phase: str) -> None:

@@ -1,4 +1,4 @@
-"""What the gateway and its engine hold: the figures that must be the same after a fault as before it."""
+"""Resources of the gateway and its engine that must be the same after a fault as before."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from faults.stand import Stand
 from interpretops.engine_api import ATTEST_ROUTE, Attestation
 
 MEMORY_MB = 24.0
-"""How much more the gateway may hold than after its first requests: caches fill, heaps fragment."""
+"""Memory tolerance after the first requests: caches fill and heaps fragment."""
 _SETTLE_S = 20.0
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One look."""
+    """One measurement."""
 
     tasks: int
     fds: int
     sockets: int
     threads: int
-    """All but those of the pool that wait for work: it fills up to its size, and then grows no more. One that
-    does not come back from its work counts, and so does every thread beside the pool."""
+    """Threads, except idle pool threads: the pool fills up to its size and then stops growing. Pool threads
+    stuck in their work count, and so does every other thread."""
     pool_idle: int
-    """Threads of the pool that wait for work, up to the pool's size."""
+    """Idle pool threads, up to the pool's size."""
     engine_requests: int
-    """Running and waiting in the engine."""
+    """Requests running and waiting in the engine."""
     revisions: int
-    """Plans that hold rows of the engine's tables."""
+    """Plans in the engine's tables."""
     in_flight: int
-    """Requests that the gateway counts."""
+    """Requests in progress, as counted by the gateway."""
     memory_mb: float
     task_names: Counter[str] = field(compare=False, repr=False)
 
     def numbers(self) -> dict[str, float]:
-        """All but the names."""
+        """All figures except names."""
         return {name: value for name, value in asdict(self).items() if name != "task_names"}
 
     def more_than(self, before: Figures) -> dict[str, Any]:
-        """What has grown beyond its tolerance."""
+        """Figures that grew beyond their tolerance."""
         mine, theirs = self.numbers(), before.numbers()
         grown: dict[str, Any] = {
             name: round(mine[name] - theirs[name], 1) for name in mine if mine[name] > theirs[name]
@@ -56,7 +56,7 @@ class Figures:
 
 
 async def look(stand: Stand) -> Figures:
-    """The figures now. With no requests of its own in them: the session's connections are closed before."""
+    """Measure now, after closing the session's own connections."""
     async with stand.engine_session() as engine:
         async with engine.get("/metrics") as answer:
             lines = (await answer.text()).splitlines()
@@ -86,10 +86,10 @@ async def look(stand: Stand) -> Figures:
 
 
 async def settle(stand: Stand, before: Figures | None) -> Figures:
-    """The figures once they are back at ``before``, or as they still are after a while."""
+    """Measure once the figures are back at ``before``, or after a timeout."""
     end = time.monotonic() + _SETTLE_S
     while True:
-        # Longer than the gateway keeps idle connections to its engine.
+        # Longer than the gateway keeps idle engine connections.
         await asyncio.sleep(0.5 if before else 4)
         now = await look(stand)
         if before is None or not now.more_than(before) or time.monotonic() > end:

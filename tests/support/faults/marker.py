@@ -1,4 +1,4 @@
-"""A policy under which the model can say one word only, so that every answer shows whether it was steered."""
+"""A policy under which the model can only say one word, so that every answer shows whether it was steered."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import tokenizers
 
 POLICY = "marker"
 WORD = "firehose"
-"""One token of the default model's vocabulary, far from all others where the logits are read."""
+"""A token of the default model's vocabulary whose unembedding is far from all others."""
 _STRENGTH = 1e4
 
 POLICY_YAML = """
@@ -25,7 +25,8 @@ interventions:
 
 
 def write_marker_policy(folder: Path, model: Path) -> Path:
-    """The policy and its vector: after the last layer the stream is the word's direction and little else."""
+    """The policy and its vector: after the last layer the residual stream is almost only the word's
+    direction."""
     config = json.loads((model / "config.json").read_text())
     tensors: dict[str, np.ndarray] = {}
     for file in model.glob("*.safetensors"):
@@ -45,5 +46,5 @@ def write_marker_policy(folder: Path, model: Path) -> Path:
 
 
 def steered_only(text: str) -> bool:
-    """Whether ``text`` is the word, again and again, perhaps not to its end."""
+    """Whether ``text`` is only the word, repeated, possibly truncated."""
     return re.fullmatch(f"(?:{WORD})*", text) is not None

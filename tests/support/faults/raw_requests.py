@@ -1,4 +1,4 @@
-"""Bytes that are no HTTP, or that two parsers would read differently, and a thousand variations of them."""
+"""Malformed and ambiguous HTTP requests, and a thousand variations of them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _HEADS = [
 
 
 def malformed(count: int, model: str, seed: int = 0) -> Iterator[bytes]:
-    """``count`` requests: the ambiguous ones, wrong bodies on all routes, and random damage to right ones."""
+    """``count`` requests: ambiguous ones, wrong bodies on all routes, and randomly damaged valid ones."""
     pick = random.Random(seed)
     right = json.dumps({"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1})
     whole = POST + b"Content-Length: %d\r\n\r\n" % len(right) + right.encode()
@@ -90,7 +90,7 @@ def malformed(count: int, model: str, seed: int = 0) -> Iterator[bytes]:
 
 
 def _damage(data: bytes, pick: random.Random) -> bytes:
-    """Some bytes changed, removed or doubled, or the end missing."""
+    """A copy with some bytes changed, removed or doubled, or the end missing."""
     damaged = bytearray(data)
     for _ in range(pick.choice((1, 2, 8))):
         at = pick.randrange(len(damaged))

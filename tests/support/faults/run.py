@@ -1,4 +1,4 @@
-"""Runs faults one after another under traffic, with figures before and after each; judges the whole."""
+"""Runs faults in succession under traffic, measures before and after each, and judges the whole."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from faults.traffic import Traffic
 
 _ANSWERS = ("steered", "refused", "broken_off", "unsteered", "misshapen")
 _NO_ANSWERS = ("left", "unfinished")
-"""Clients that left, and those cut because their headers did not end."""
+"""Clients that disconnected, and those closed because their headers were incomplete."""
 
 
 @dataclass
 class Outcome:
-    """What the run has shown."""
+    """The result of the run."""
 
     faults: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
-    """What callers were told of an engine that failed, and how often."""
+    """Error codes that callers got for engine failures, and how often."""
     wrong: list[str] = field(default_factory=list)
-    """Answers that must not be, faults that were not got over, records that are missing."""
+    """Wrong answers, faults without recovery, and missing records."""
     before: Figures | None = None
     after: Figures | None = None
 
     @property
     def leaks(self) -> dict[str, Any]:
-        """Figures that did not come back."""
+        """Figures that did not return to their earlier values."""
         return {} if self.before is None or self.after is None else self.after.more_than(self.before)
 
     def summary(self) -> dict[str, Any]:
-        """What the last line says."""
+        """Content of the last line."""
         return {
             "faults": len(self.faults),
             "answers": sum(self.counts[kind] for kind in _ANSWERS),
@@ -55,9 +55,9 @@ class Outcome:
 
 
 async def run_faults(stand: Stand, faults: Iterable[Breakage], tell: Callable[[str], None]) -> Outcome:
-    """Each fault under traffic, and the figures once the traffic has paused after it."""
+    """Run each fault under traffic, and measure once traffic has paused after it."""
     outcome, traffic = Outcome(), Traffic(stand)
-    # First requests fill caches and pools: all that follows is measured against what is there after them.
+    # The first requests fill caches and pools; the baseline is measured after them.
     async with traffic.running():
         await traffic.steered_again()
         await traffic.steered_again()
@@ -90,7 +90,7 @@ async def run_faults(stand: Stand, faults: Iterable[Breakage], tell: Callable[[s
 
 
 def check_audit(stand: Stand) -> list[str]:
-    """What `mechctl audit verify` finds wrong; to be asked when the gateway has ended."""
+    """Faults that `mechctl audit verify` reports; call it when the gateway has stopped."""
     command = [sys.executable, "-m", "mechctl.main", "audit", "verify", str(stand.disk / "audit.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True)
     return [] if done.returncode == 0 else [f"audit: {line}" for line in done.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""A gateway in a process of its own, its engine, and the folders that faults will break."""
+"""A gateway in its own process, its engine, and the folders that faults will break."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ gateway: {{port: 0, admin_port: 0, request_timeout_s: 40, stream_idle_timeout_s:
 
 @dataclass
 class Stand:
-    """What a fault has to work with."""
+    """Everything that a fault can act on."""
 
     gateway_pid: int
     url: str
@@ -47,7 +47,7 @@ class Stand:
     folder: Path
     model: str
     engine_socket: str | None
-    """Of an engine that others use too, and that is not to be killed."""
+    """Set for a shared engine, which must not be killed."""
     engine_pid: int | None
     disk_is_mount: bool
     session: aiohttp.ClientSession = field(repr=False)
@@ -58,7 +58,7 @@ class Stand:
 
     @property
     def disk(self) -> Path:
-        """Where the audit log and the budgets are kept: a disk of a few megabytes."""
+        """Folder of audit log and budgets: a disk of a few megabytes."""
         return self.folder / "disk"
 
     @property
@@ -66,7 +66,7 @@ class Stand:
         return psutil.Process(self.gateway_pid)
 
     def engine(self, part: str) -> psutil.Process:
-        """The API server, or the core that holds the worker."""
+        """The API server, or the engine core with the worker."""
         if self.engine_pid is not None:
             server = psutil.Process(self.engine_pid)
         else:
@@ -109,7 +109,7 @@ class Stand:
             await asyncio.sleep(0.1)
 
     def state(self) -> dict[str, Any]:
-        """What the gateway tells of its tasks and threads (`gateway_program.state`)."""
+        """The gateway's tasks and threads (`gateway_program.state`)."""
         file = self.folder / "state"
         file.unlink(missing_ok=True)
         os.kill(self.gateway_pid, signal.SIGUSR1)
@@ -121,14 +121,14 @@ class Stand:
         return told
 
     def set_clock(self, shift: str) -> None:
-        """Let the gateway's clock jump; its monotonic clock goes on, as with a machine whose time is set."""
+        """Make the gateway's clock jump; its monotonic clock continues, as when the system time is set."""
         partial = self.folder / "clock.partial"
         partial.write_text(shift)
         partial.replace(self.folder / "clock")
 
     @contextmanager
     def full_disk(self) -> Iterator[None]:
-        """Nothing more can be written beneath `disk`."""
+        """Make all writes beneath `disk` fail."""
         if self.disk_is_mount:
             filler = self.disk / "filler"
             with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -139,7 +139,7 @@ class Stand:
             finally:
                 filler.unlink()
         else:
-            # Without the right to mount one: no file of the gateway's may grow.
+            # Without permission to mount: limit the gateway's file size instead.
             limit = psutil.RLIMIT_FSIZE
             before = self.gateway.rlimit(limit)
             self.gateway.rlimit(limit, (1, before[1]))
@@ -153,7 +153,7 @@ class Stand:
 async def make_stand(
     folder: Path, model: Path, *, engine_socket: str | None = None, engine_pid: int | None = None
 ) -> AsyncIterator[Stand]:
-    """Start it all, before an engine of its own unless one is given; end it all."""
+    """Start everything, with a new engine unless one is given; stop it at the end."""
     disk_is_mount = _lay_out(folder, model)
     command = [sys.executable, str(PROGRAM), "serve", "--config", str(folder / "config.yaml")]
     if engine_socket is not None:
@@ -194,7 +194,7 @@ async def make_stand(
 
 
 def _lay_out(folder: Path, model: Path) -> bool:
-    """Write what the gateway reads; whether the folder of its audit log is a disk of its own."""
+    """Write the gateway's files; returns whether the audit folder is a disk of its own."""
     for name in ("policies", "disk"):
         (folder / name).mkdir()
     write_marker_policy(folder / "policies", model)
@@ -205,7 +205,7 @@ def _lay_out(folder: Path, model: Path) -> bool:
 
 
 def _unmount(disk: Path) -> None:
-    """Give the disk back, and keep what was written to it."""
+    """Unmount the disk, and keep its content."""
     kept = disk.with_name("kept")
     shutil.copytree(disk, kept)
     subprocess.run(["umount", str(disk)], check=True)
@@ -225,7 +225,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _session() -> aiohttp.ClientSession:
-    """Its connections end with their requests, so that none is counted as left behind."""
+    """A session whose connections close after each request, so that none counts as leaked."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(force_close=True), timeout=aiohttp.ClientTimeout(total=60)
     )

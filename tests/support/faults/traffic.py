@@ -32,30 +32,30 @@ WAYS: list[dict[str, Any]] = [
     {"alias": "+none"},
     {"fields": {"vllm_xargs": {REVISION_KEY: PASS_THROUGH}}},
 ]
-"""What a client says of the policy: mostly nothing, sometimes what it may not."""
+"""The policy that a client names: mostly none, sometimes one it may not use."""
 
 
 def make_body(route: str, model: str, *, stream: bool, tokens: int) -> dict[str, Any]:
-    """A request that the gateway takes."""
+    """A valid request."""
     return {"model": model, "stream": stream, _LENGTH.get(route, "max_tokens"): tokens, **CONTENT[route]}
 
 
 class Traffic:
-    """Asks, counts and remembers what must not be."""
+    """Sends requests, counts results, and records wrong ones."""
 
     def __init__(self, stand: Stand, seed: int = 0) -> None:
         self._stand = stand
         self._random = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
-        """Every answer that was neither steered nor refused, and what was wrong."""
+        """Every answer that was neither steered nor refused, and why it is wrong."""
         self.failures: Counter[str] = Counter()
-        """Requests in which the engine failed: which, and what the caller was told."""
+        """Requests during which the engine failed, and the caller's error."""
         self.steered_ids: set[str] = set()
-        """Of each steered answer the `X-Request-Id`; the audit log must have them all."""
+        """The `X-Request-Id` of each steered answer; the audit log must contain them all."""
 
     def count(self, judged: Judgement, where: str, way: str = "", request_id: str | None = None) -> None:
-        """One more answer, to what kind of request, which said what of the policy."""
+        """Record an answer by kind of request and named policy."""
         self.counts[judged.kind] += 1
         if judged.why:
             self.faults.append(f"{judged.kind} on {where} {way}: {judged.why}")
@@ -66,7 +66,7 @@ class Traffic:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Traffic until the block ends; the last requests are waited for."""
+        """Traffic until the block ends; waits for the last requests."""
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as clients:
             for _ in range(CLIENTS):
@@ -77,7 +77,7 @@ class Traffic:
                 stop.set()
 
     async def steered_again(self, timeout_s: float = 120) -> None:
-        """Wait until new requests are answered, by every client at least once."""
+        """Wait until every client has had at least one new answer."""
         wanted = self.counts["steered"] + CLIENTS + 1
 
         async def enough() -> bool:
@@ -121,5 +121,5 @@ class Traffic:
         if judged.kind == "refused":
             code = (await answer.json())["error"]["code"]
             self.counts[code] += 1
-            # Whoever is refused for now waits a little, as clients do.
+            # After a temporary refusal wait a little, as clients do.
             await asyncio.sleep(0.1 if answer.status >= 500 else 0)

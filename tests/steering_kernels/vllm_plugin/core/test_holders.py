@@ -1,10 +1,10 @@
-"""Gateways that share an engine do not take plans from each other, and leave none behind."""
+"""Gateways that share an engine do not retire each other's plans, and leave none behind."""
 
 from steering_kernels.vllm_plugin.core.holders import LEASE_S, Holders
 
 
-def test_plan_stays_as_long_as_one_gateway_holds_it() -> None:
-    """Only the last of those that loaded it lets go of it for good."""
+def test_plan_stays_while_any_gateway_holds_it() -> None:
+    """A plan is retired only when the last gateway that loaded it releases it."""
     holders = Holders()
     holders.hold("a", "r1")
     holders.hold("b", "r1")
@@ -13,8 +13,8 @@ def test_plan_stays_as_long_as_one_gateway_holds_it() -> None:
     assert holders.release("a", "unknown")
 
 
-def test_gateway_that_is_gone_holds_nothing() -> None:
-    """After its lease what it alone held is retired, and what others hold stays."""
+def test_gateway_with_an_expired_lease_holds_nothing() -> None:
+    """When its lease expires, plans that only it held are retired; others stay."""
     now = [0.0]
     holders = Holders(lambda: now[0])
     holders.renew("a")

@@ -1,4 +1,4 @@
-"""A receipt travels with its answer through the same framework that vLLM serves with."""
+"""A receipt is sent along with its answer, through the same web framework as vLLM's."""
 
 import json
 from collections.abc import AsyncIterator, Iterator
@@ -66,15 +66,15 @@ def check(told: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/whole", "/pieces"])
-async def test_whole_answer_carries_it_as_a_header(app: FastAPI, path: str) -> None:
-    """The body is as it was, and the receipt is taken."""
+async def test_whole_answer_carries_the_receipt_as_a_header(app: FastAPI, path: str) -> None:
+    """The body is unchanged, and the receipt is taken."""
     answer = await ask(app, path)
     assert answer.json() == {"text": "hello"}
     check(answer.headers["x-interpretops-receipt"])
 
 
-async def test_stream_carries_it_as_its_last_event(app: FastAPI) -> None:
-    """The events are as they were; a comment follows the end marker."""
+async def test_stream_carries_the_receipt_as_its_last_event(app: FastAPI) -> None:
+    """The events are unchanged; a comment follows the end marker."""
     answer = await ask(app, "/stream")
     first, end, last, rest = answer.text.split("\n\n")
     assert (first, end, rest) == ('data: {"text":"hello"}', "data: [DONE]", "")
@@ -84,8 +84,8 @@ async def test_stream_carries_it_as_its_last_event(app: FastAPI) -> None:
 @pytest.mark.parametrize(
     ("path", "nonce"), [("/fails", NONCE), ("/whole", None), ("/stream", None), ("/whole", "cd" * 16)]
 )
-async def test_otherwise_it_stays_behind(app: FastAPI, path: str, nonce: str | None) -> None:
-    """Errors, and requests that name no nonce or another one, get none; it can still be asked for."""
+async def test_receipt_stays_behind_otherwise(app: FastAPI, path: str, nonce: str | None) -> None:
+    """Errors, and requests without the right nonce, carry none; the receipt can still be fetched."""
     answer = await ask(app, path, nonce)
     assert "interpretops-receipt" not in f"{answer.headers}{answer.text}"
     assert RECEIPTS.take(NONCE) is not None
@@ -95,7 +95,8 @@ async def test_otherwise_it_stays_behind(app: FastAPI, path: str, nonce: str | N
 def test_receipt_is_finished_when_all_its_engine_requests_are(
     running: tuple[str, ...], finished: bool
 ) -> None:
-    """Of two choices one still runs: the receipt says so. What the front end expects no more has ended."""
+    """While one of two choices runs, the receipt says so. Requests that the front end no longer tracks have
+    ended."""
     nonce = "ef" * 16
     outputs = [
         SimpleNamespace(request_id=name, kv_transfer_params={OUTPUT_KEY: [None, nonce, 4, 0, 0, 0]})
@@ -108,8 +109,9 @@ def test_receipt_is_finished_when_all_its_engine_requests_are(
 
 
 @pytest.mark.parametrize("path", ["/whole-fails", "/events-fail", "/early-events", "/first-event"])
-async def test_refusal_is_the_answer_however_the_server_reports_it(app: FastAPI, path: str) -> None:
-    """A 500, a stream that ends in an error event or that breaks off: status, header and code say why."""
+async def test_refusal_reaches_the_caller_however_the_server_reports_it(app: FastAPI, path: str) -> None:
+    """For a 500, a stream with an error event, or a truncated stream: status, header and code give the
+    reason."""
     nonce = "12" * 16
 
     async def events(*texts: bytes, fail: bool = False) -> AsyncIterator[bytes]:
@@ -146,7 +148,7 @@ async def test_refusal_is_the_answer_however_the_server_reports_it(app: FastAPI,
 
 
 async def test_failure_without_a_refusal_stays_a_failure(app: FastAPI) -> None:
-    """Whatever else goes wrong in the server is no refusal of ours."""
+    """Other server errors are not reported as refusals of the plugin."""
 
     @app.post("/dies")
     async def dies() -> JSONResponse:
@@ -156,8 +158,9 @@ async def test_failure_without_a_refusal_stays_a_failure(app: FastAPI) -> None:
         await ask(app, "/dies")
 
 
-async def test_unsealed_request_has_a_code_of_its_own(app: FastAPI) -> None:
-    """vLLM's 400 that names our arguments is a refusal; one that names another field is the caller's."""
+async def test_request_without_a_valid_seal_has_its_own_code(app: FastAPI) -> None:
+    """vLLM's 400 that names our arguments is a refusal; one that names another field is the caller's
+    error."""
 
     @app.post("/bad/{param}")
     async def bad(param: str) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""The plugin's routes over cores and workers of its own, without vLLM between them: what each answers."""
+"""The plugin's routes with its own cores and workers, without vLLM in between."""
 
 import json
 from collections.abc import AsyncIterator
@@ -35,18 +35,18 @@ from steering_kernels.vllm_plugin.worker.extension import SteeringWorker
 from steering_kernels.vllm_plugin.worker.runtime import SteeringRuntime
 
 ROWS = 3
-"""One of them is that of no policy."""
+"""One of the rows is the no-op row."""
 
 
 class Worker(SteeringWorker):
-    """What vLLM's worker gives the extension."""
+    """The attributes of vLLM's worker that the extension uses."""
 
     def __init__(self, runtime: SteeringRuntime) -> None:
         self.rank, self.model_runner = 0, SimpleNamespace(interpretops=runtime)
 
 
 class Executor:
-    """Calls the one worker; what it answers passes through JSON, as it passes between processes."""
+    """Calls the only worker; results pass through JSON, as between processes."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
@@ -103,7 +103,7 @@ async def http(executor: Executor) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def test_loaded_plan_is_attested_and_retired(http: httpx.AsyncClient, spec: ModelSpec) -> None:
-    """Each answer is the whole message that the contract declares, from every part of the plugin."""
+    """Each response is the complete declared message."""
     plan = vector_plan(spec, 1.0, layer=1)
     loaded = LoadedPlan.parse((await http.put(plan_path(plan.revision), content=plan.to_bytes())).json())
     assert [(rank.rank, rank.digest) for rank in loaded.ranks] == [(0, plan.digest())]
@@ -123,7 +123,7 @@ async def test_loaded_plan_is_attested_and_retired(http: httpx.AsyncClient, spec
 async def test_refusals_have_their_code_and_status(
     http: httpx.AsyncClient, spec: ModelSpec, executor: Executor
 ) -> None:
-    """Damaged, for another model, no room, other numbers, an unknown nonce: in body and header."""
+    """Damaged plan, wrong model, full table, wrong digest, unknown nonce: code in body and header."""
 
     async def refused(answer: httpx.Response) -> EngineCode:
         refusal = Refusal.parse(answer.json())

@@ -1,4 +1,4 @@
-"""Which blocks a step gives to requests, and which tokens may stay in the prefix cache for later ones."""
+"""Which blocks a step gives to requests, and which tokens may stay in the prefix cache."""
 
 from types import SimpleNamespace as Of
 from typing import Any
@@ -37,16 +37,14 @@ def plan(**options: Any) -> Plan:
         ({"scope": "prompt", "latched": True}, True),
     ],
 )
-def test_answers_stay_in_the_cache_only_where_the_prompts_end_does_not_matter(
-    options: dict[str, Any], depends: bool
-) -> None:
-    """Others may find the tokens before a prompt's last one; the later ones only without such gates."""
+def test_answers_stay_cached_only_without_prompt_end_gates(options: dict[str, Any], depends: bool) -> None:
+    """Tokens before a prompt's last one may be cached; later ones only without prompt-end gates."""
     ours = plan(**options)
     assert depends_on_prompt_end(ours) is depends
     registry = Registry(pass_through=True)
     registry.add("a" * 64, "digest", cache_use(ours))
     arguments = {"interpretops_revision": "a" * 64, "interpretops_nonce": "0" * 32}
-    # What a caller that reached the engine wrote there does not count.
+    # A value that a caller put there does not count.
     arguments["interpretops_prompt_blocks_only"] = not depends  # type: ignore[assignment]
     params = Of(extra_args=arguments, skip_reading_prefix_cache=None)
     admit(registry, Of(request_id="r", sampling_params=params, cache_salt=None))
@@ -56,8 +54,8 @@ def test_answers_stay_in_the_cache_only_where_the_prompts_end_does_not_matter(
     )
 
 
-def test_new_blocks_are_those_that_hold_nothing_of_their_request() -> None:
-    """Found blocks of a new or resumed request are kept; all others that a step hands out are new."""
+def test_new_blocks_hold_nothing_of_their_request() -> None:
+    """Cache hits of a new or resumed request are kept; all other blocks handed out in a step are new."""
     step = Of(
         scheduled_new_reqs=[
             Of(block_ids=([1, 2, 3],), num_computed_tokens=0),

@@ -1,4 +1,4 @@
-"""A worker's runtime over a tiny model: what it remembers of a request, and for how long (promise 5)."""
+"""A worker's runtime over a tiny model: what it stores of a request, and for how long (promise 5)."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ NONCE = "0" * 32
 
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory: pytest.TempPathFactory) -> tuple[SteeringRuntime, Any, Plan]:
-    """A runtime, its model, and a resident plan: an edit after layer 1 behind a latch at the prompt's end."""
+    """A runtime, its model, and a resident plan: an edit after layer 1 behind a prompt-end latch."""
     folder = save_family("LlamaForCausalLM", tmp_path_factory.mktemp("model"))
     spec = read_model_spec(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -54,7 +54,7 @@ def steered(tmp_path_factory: pytest.TempPathFactory) -> tuple[SteeringRuntime, 
 
 
 def run(runtime: SteeringRuntime, model: Any, request: str, first: int, count: int) -> int:
-    """One pass over some tokens of a request with a prompt of 5; returns the edits it has had until now."""
+    """One pass over some tokens of a request with a prompt of 5; returns its edits so far."""
     runtime.begin_step([request], [count], [first], [5])
     with torch.no_grad():
         model(torch.arange(1, count + 1)[None])
@@ -65,15 +65,15 @@ def arguments(revision: str) -> dict[str, str]:
     return {"interpretops_revision": revision, "interpretops_nonce": NONCE}
 
 
-def test_latch_outlives_preemption_although_the_prompt_is_not_scored_again(
+def test_latch_survives_preemption_with_a_cached_prompt(
     steered: tuple[SteeringRuntime, Any, Plan],
 ) -> None:
-    """A resumed request whose prompt comes from the cache keeps its gate open from where it fired."""
+    """A resumed request with a cached prompt keeps its gate open from where it fired."""
     runtime, model, plan = steered
     runtime.track("a", arguments(plan.revision), 0)
     assert run(runtime, model, "a", 0, 5) == 1
     assert run(runtime, model, "a", 5, 1) == 2
-    runtime.track("a", arguments(plan.revision), 5)  # the V2 runner announces a resumed request as a new one
+    runtime.track("a", arguments(plan.revision), 5)  # the V2 runner reports a resumed request as a new one
     assert run(runtime, model, "a", 6, 1) == 3
     runtime.untrack("a")
 
@@ -81,11 +81,11 @@ def test_latch_outlives_preemption_although_the_prompt_is_not_scored_again(
 def test_tokens_found_in_the_cache_after_a_preemption_are_counted(
     steered: tuple[SteeringRuntime, Any, Plan],
 ) -> None:
-    """Evaluated and cached tokens together cover every token, also those that others computed meanwhile."""
+    """Evaluated plus cached tokens cover every token, also those that others computed meanwhile."""
     runtime, model, plan = steered
     runtime.track("h", arguments(plan.revision), 1)
     run(runtime, model, "h", 1, 1)
-    # Preempted after two of five; three came from the cache, two of which it had had already.
+    # Preempted after two of five; three came from the cache, two of which it had computed before.
     run(runtime, model, "h", 4, 1)
     report = runtime.reports().take()["h"]
     assert (report[2], report[5]) == (2, 3)
@@ -94,10 +94,10 @@ def test_tokens_found_in_the_cache_after_a_preemption_are_counted(
     runtime.untrack("h")
 
 
-def test_next_request_in_a_slot_begins_with_closed_gates(
+def test_next_request_in_a_slot_starts_with_closed_gates(
     steered: tuple[SteeringRuntime, Any, Plan],
 ) -> None:
-    """Whoever gets the slot of a finished request inherits neither its latch nor its counts."""
+    """A request that reuses a slot inherits neither latch nor counts."""
     runtime, model, plan = steered
     runtime.track("b", arguments(plan.revision), 0)
     assert run(runtime, model, "b", 0, 5) == 1
@@ -108,7 +108,7 @@ def test_next_request_in_a_slot_begins_with_closed_gates(
 
 
 def test_edits_are_attested_by_revision(steered: tuple[SteeringRuntime, Any, Plan]) -> None:
-    """A self-test finds its own edits among those of other requests, running ones and ended ones."""
+    """A self-test finds its own edits among those of other requests, running or finished."""
     runtime, model, plan = steered
     before = runtime.edits().get(plan.revision, 0)
     runtime.track("f", arguments(plan.revision), 0)
@@ -120,8 +120,8 @@ def test_edits_are_attested_by_revision(steered: tuple[SteeringRuntime, Any, Pla
     assert runtime.edits() == {plan.revision: before + 1}
 
 
-def test_pass_that_cannot_be_laid_out_does_not_run(steered: tuple[SteeringRuntime, Any, Plan]) -> None:
-    """An unknown request, a revision that is not resident, a request that names none: each raises."""
+def test_pass_with_an_invalid_layout_does_not_run(steered: tuple[SteeringRuntime, Any, Plan]) -> None:
+    """An unknown request, a revision that is not resident, or a missing revision raises."""
     runtime, _model, _plan = steered
     with pytest.raises(KeyError):
         runtime.begin_step(["unknown"], [1], [0], [1])
@@ -133,8 +133,8 @@ def test_pass_that_cannot_be_laid_out_does_not_run(steered: tuple[SteeringRuntim
         runtime.track("e", {}, 0)
 
 
-def test_pass_between_two_steps_is_stopped(steered: tuple[SteeringRuntime, Any, Plan]) -> None:
-    """A pass that a runner starts without laying it out raises in the model, and a dummy pass does not."""
+def test_pass_between_two_steps_raises(steered: tuple[SteeringRuntime, Any, Plan]) -> None:
+    """A pass that was not laid out raises in the model; a dummy pass does not."""
     runtime, model, _plan = steered
     runtime.end_step()
     with pytest.raises(RuntimeError, match="before its batch was laid out"):
@@ -143,10 +143,10 @@ def test_pass_between_two_steps_is_stopped(steered: tuple[SteeringRuntime, Any, 
     model(torch.arange(1, 3)[None])
 
 
-def test_hooks_stand_only_where_a_resident_plan_acts(
+def test_hooks_exist_only_where_a_resident_plan_acts(
     steered: tuple[SteeringRuntime, Any, Plan], tmp_path: Path
 ) -> None:
-    """An idle engine runs the model's own code: unloading the last plan takes every hook off."""
+    """An idle engine runs the model's own code: unloading the last plan removes all hooks."""
     runtime, model, plan = steered
 
     def hooked() -> list[str]:
