@@ -1,4 +1,4 @@
-"""Edits a language model's activations per request, the way a YAML policy says: the library and SDK."""
+"""The library and SDK: edits a language model's activations per request, as a YAML policy says."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""The errors this project raises: each a sentence, a code, a status and whether callers may read it."""
+"""The project's errors: each has a code, an HTTP status, and a flag that says whether clients may read it."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -9,12 +9,12 @@ _Result = TypeVar("_Result")
 
 
 class InterpretOpsError(Exception):
-    """Anything that this project refuses to do."""
+    """The base of all errors that this project raises."""
 
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
     public: ClassVar[bool] = False
-    """Whether the message may be shown to a caller of the gateway."""
+    """Whether the gateway may show the message to a client."""
 
 
 class ConfigError(InterpretOpsError):
@@ -35,51 +35,51 @@ class PolicyError(InterpretOpsError):
 
 
 class PlanError(InterpretOpsError):
-    """A plan file is not a whole, consistent plan, or does not fit this engine."""
+    """A plan file is incomplete, inconsistent, or does not fit this engine."""
 
     code = "invalid_plan"
     status = 400
 
 
 class NoRoomError(PlanError):
-    """The tables have no room for another plan; nothing is wrong with it."""
+    """The tables have no room for another plan; the plan itself is valid."""
 
     code = "table_full"
     status = 507
 
 
 class DictionaryError(InterpretOpsError):
-    """A dictionary cannot be read, or is not of this model."""
+    """A dictionary is unreadable or belongs to another model."""
 
     code = "invalid_dictionary"
     status = 400
 
 
 class AdapterError(InterpretOpsError):
-    """An adapter cannot be read, found, or does not fit the model."""
+    """An adapter is missing, unreadable or does not fit the model."""
 
     code = "invalid_adapter"
     status = 400
 
 
 class ModelError(InterpretOpsError):
-    """A model folder is missing, incomplete or of an unknown kind."""
+    """A model folder is missing, incomplete or of an unsupported kind."""
 
     code = "invalid_model"
     status = 400
 
 
 class EngineError(InterpretOpsError):
-    """The engine is not there, not proven, or refused."""
+    """The engine is unreachable, has no valid attestation, or refused."""
 
     code = "engine_unavailable"
     status = 503
 
 
 def refused_plainly(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """For what users of the SDK call: a refusal reaches them without the pages of the libraries beneath.
+    """Decorates SDK entry points: raise our errors without a traceback into the libraries below.
 
-    Its message says what is wrong with what was given; how deep inside it was noticed helps nobody.
+    The message says which argument is wrong; where it was noticed does not help the user.
     """
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""Ids of lasting things: a prefix that says what it is, and a ULID, which sorts by the time it was made."""
+"""Ids of circuits, jobs, runs and reports: a prefix for the kind, and a ULID, sorted by creation time."""
 
 import re
 import secrets
@@ -19,7 +19,7 @@ def new_id(prefix: Prefix, *, now_ms: int | None = None) -> str:
 
 
 def made_at_ms(identifier: str) -> int:
-    """Unix time in milliseconds at which an id was made."""
+    """The Unix time in milliseconds at which an id was created."""
     value = 0
     for letter in identifier.rpartition("_")[2]:
         value = value * 32 + _ALPHABET.index(letter)
@@ -27,5 +27,5 @@ def made_at_ms(identifier: str) -> int:
 
 
 def id_pattern(prefix: Prefix) -> str:
-    """The regular expression that exactly the ids of a prefix match."""
+    """A regular expression that matches exactly the ids with this prefix."""
     return rf"^{re.escape(prefix)}_[0-7][{_ALPHABET}]{{{_LENGTH - 1}}}$"

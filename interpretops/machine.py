@@ -1,4 +1,4 @@
-"""What machine this is, for results whose figures depend on it."""
+"""Names this machine, for results that depend on it."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def machine_name() -> str:
-    """Processor, cores and GPUs, as the system names them."""
+    """Processor, cores and GPUs, as the operating system names them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -18,6 +18,6 @@ def machine_name() -> str:
     if (tool := shutil.which("nvidia-smi")) is not None:
         asked = [tool, "--query-gpu=name", "--format=csv,noheader"]
         done = subprocess.run(asked, check=False, capture_output=True, text=True)  # noqa: S603  # fixed words
-        # The tool may be there without a GPU.
+        # nvidia-smi may be installed on a machine without a GPU.
         parts += done.stdout.splitlines() if done.returncode == 0 else []
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""What to say beside a name that nobody knows: the nearest that is known, or all of them."""
+"""Suggests a remedy for an unknown name: the nearest known name, or all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MOST: Final = 12
 
 
 def remedy(name: str, known: Collection[str]) -> str:
-    """``did you mean 'jailbreak'?``, or the known names where none is near."""
+    """``did you mean 'jailbreak'?``, or the known names if none is close."""
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"did you mean {near[0]!r}?"

@@ -1,4 +1,4 @@
-"""Keeps text that somebody wrote from being read as the tokenizer's special tokens."""
+"""Stops the tokenizer from reading user text as special tokens."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 JOINER: Final = "\u2060"
-"""WORD JOINER: invisible, and of no meaning where no line is broken."""
+"""WORD JOINER: invisible, and without effect except on line breaks."""
 
 
 class SpecialTokens:
-    """The special tokens of one tokenizer, and text without them.
+    """The special tokens of one tokenizer, and a way to neutralise them in text.
 
-    A tokenizer looks for the texts of its special tokens before anything else, and a chat template puts what
-    people wrote between special tokens of its own. So a text that is to be content must not hold one, nor
-    become one together with what stands beside it.
+    A tokenizer first looks for the texts of its special tokens, and a chat template puts user text between
+    special tokens. So user text must not contain a special token, nor form one together with its neighbours.
     """
 
     def __init__(self, ids: Mapping[str, int], first: int | None = None) -> None:
@@ -23,7 +22,7 @@ class SpecialTokens:
         self.ids = {text: token for text, token in ids.items() if text}
         self.first = first
         self._text_of = {token: text for text, token in self.ids.items()}
-        # The first character alone is taken, so that a token which begins inside another is met too.
+        # Match only the first character, so that a token that begins inside another is found too.
         heads = sorted({text[0] for text in self.ids})
         rests = [_any_of(text[1:] for text in self.ids if text[0] == head) for head in heads]
         pairs = zip(heads, rests, strict=True)
@@ -31,8 +30,8 @@ class SpecialTokens:
         self._begins = re.compile(begins) if begins else None
         starts = {text[:size] for text in self.ids for size in range(1, len(text))}
         self._starts = _by_length(starts)
-        # What is left of a token where a template writes its brackets. Plain words stay as they are: a tool
-        # may well have a parameter named `filename`.
+        # What remains of a token if the template writes the brackets. Plain words are left alone: a tool
+        # may have a parameter named `filename`.
         bracketed = [text for text in self.ids if not re.fullmatch(r"\w*", text[1:-1])]
         self._inner = {text[1:-1] for text in bracketed}
         self._rests = tuple(text[1:] for text in bracketed)
@@ -44,13 +43,13 @@ class SpecialTokens:
         return hash((frozenset(self.ids.items()), self.first))
 
     def neutralize(self, text: str, *, alone: bool = False, quoted: bool = False) -> str:
-        """``text`` with a `JOINER` wherever a special token would begin, and where one could be completed.
+        """Insert a `JOINER` wherever a special token would begin, and where a neighbour could complete one.
 
-        alone   nothing will stand before or after the text, so that only what it holds itself counts
-        quoted  it will stand in JSON or between brackets, and not directly beside another text
+        alone   the text will have no neighbours, so only its own content matters
+        quoted  the text will be inside JSON or brackets, not directly next to other text
 
-        Text that holds no such thing is returned as it is. A template may trim it: what counts is what would
-        be left, and the `JOINER` stands at the outer end, where trimming stops.
+        Other text is returned unchanged. A template may trim the text, so the check is made on the trimmed
+        text, and the `JOINER` goes to its outer end, where trimming stops.
         """
         if self._begins is None:
             return text
@@ -71,7 +70,7 @@ class SpecialTokens:
         return found
 
     def in_tokens(self, tokens: Iterable[int]) -> tuple[int, str] | None:
-        """Place and text of the first special token among ``tokens`` that the tokenizer did not put there."""
+        """Position and text of the first special token in ``tokens`` that the tokenizer did not add."""
         for place, token in enumerate(tokens):
             if token in self._text_of and not (place == 0 and token == self.first):
                 return place, self._text_of[token]
@@ -87,7 +86,7 @@ def _by_length(texts: Iterable[str]) -> dict[int, frozenset[str]]:
 
 
 def _any_of(texts: Iterable[str]) -> str:
-    """A pattern of all texts as a tree: some tokenizers have thousands, and each begins like the others."""
+    """A pattern for all texts, as a tree: some tokenizers have thousands with the same beginning."""
     branches: dict[str, set[str]] = {}
     found = set(texts)
     if "" in found:

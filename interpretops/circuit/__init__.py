@@ -1,4 +1,4 @@
-"""Circuits: which components of a model carry a behaviour, as a file, and the folder that keeps them."""
+"""Circuits: which components of a model carry a behaviour; the file format and the folder of saved ones."""
 
 from interpretops.circuit.circuit_file import (
     FORMATS,

@@ -21,12 +21,12 @@ ComponentKind = Literal["input", "head", "mlp", "logits"]
 """Nodes that edges join."""
 NodeKind = ComponentKind | Literal["feature", "error"]
 FORMATS = (1, 2, 3)
-"""Formats that can be read; 2 adds dictionaries and their features, 3 the id. The last is written."""
+"""Readable formats: 2 adds dictionaries and their features, 3 adds the id. Files are written in the last."""
 Ablation = Literal["counterfactual", "mean"]
 
 
 class CircuitError(InterpretOpsError):
-    """A circuit file cannot be read, or does not hold together; one line per fault."""
+    """A circuit file is unreadable or inconsistent; one line per fault."""
 
     code: ClassVar[str] = "invalid_circuit"
     status: ClassVar[int] = 400
@@ -38,19 +38,19 @@ class CircuitNode(Strictly):
     id: Annotated[str, Field(pattern=r"^(input|logits|a\d+\.h\d+|m\d+|f\d+\.\d+|e\d+)$")]
     """``input``, ``a<layer>.h<head>``, ``m<layer>``, ``logits``, ``f<layer>.<feature>`` or ``e<layer>``."""
     kind: NodeKind
-    """``error`` is what a dictionary's features leave of the stream."""
+    """``error`` is the reconstruction error: the part of the stream that the features do not explain."""
     layer: Index | None = None
     head: Index | None = None
     feature: Index | None = None
     dictionary: str | None = None
-    """Of a feature or an error: the dictionary's id."""
+    """The dictionary's id, for a feature or an error."""
     score: Finite
-    """Attribution: the scores of all edges that leave the node, those outside the circuit too, summed.
+    """Attribution: the summed scores of all outgoing edges, including those outside the circuit.
 
-    For ``logits``, which no edge leaves, those of the edges that enter it. For a feature the integrated
-    gradient along its own change."""
+    For ``logits``, which has no outgoing edges, the sum is over incoming edges. For a feature it is the
+    integrated gradient along the feature's own change."""
     ccs: Finite | None = None
-    """Causal Contribution Score: share of the metric's contrast that is lost when the node alone is exactly
+    """Causal Contribution Score: the share of the metric's contrast that is lost when only this node is
     replaced by its counterfactual value; None for ``input`` and ``logits``."""
 
     @model_validator(mode="after")
@@ -61,14 +61,12 @@ class CircuitNode(Strictly):
         if self.id != names[self.kind]:
             raise ValueError(f"has id {self.id!r}, but kind, layer and head make {names[self.kind]!r}")
         if (self.dictionary is None) == (self.kind in ("feature", "error")):
-            raise ValueError(
-                f"has dictionary {self.dictionary!r}; a feature names its dictionary, others none"
-            )
+            raise ValueError(f"has dictionary {self.dictionary!r}; only a feature or an error names one")
         return self
 
 
 class CircuitEdge(Strictly):
-    """What one node adds to the residual stream, as another node reads it."""
+    """One node's contribution to the residual stream, read by another node."""
 
     source: str
     target: str
@@ -83,9 +81,9 @@ class Method(Strictly):
     steps: Count
     """Interpolation steps m between the corrupted and the clean embeddings."""
     pruning: Literal["greedy"] = "greedy"
-    """Edges are added by falling absolute score, backwards from the logits; dead ends are cut."""
+    """Edges are added by decreasing absolute score, backwards from the logits; dead ends are pruned."""
     wanted_edges: Count
-    """Most edges that the circuit was allowed."""
+    """The largest number of edges allowed."""
     edges_of_model: Count
     nodes_of_model: Count
 
@@ -97,13 +95,13 @@ class DataFile(Strictly):
     sha256: Sha256
     discovery_pairs: Count
     evaluation_pairs: Count
-    """Pairs that attribution did not see: faithfulness and contributions are measured on them."""
+    """Held-out pairs, not used for attribution: faithfulness and contributions are measured on them."""
     skipped_pairs: Index = 0
-    """Pairs left out because their two prompts or their two answers do not fit each other."""
+    """Pairs skipped because their prompts or answers do not align."""
 
 
 class RandomCircuits(Strictly):
-    """The same measures of connected random circuits of the same sizes."""
+    """The same measures for connected random circuits of the same sizes."""
 
     count: Count
     faithfulness_mean: Finite
@@ -113,11 +111,11 @@ class RandomCircuits(Strictly):
     cmd_mean: Finite
     cmd_best: Finite
     share_at_least_as_close: Fraction
-    """Share of them whose faithfulness is at least as near to 1 as the circuit's."""
+    """Share of the random circuits whose faithfulness is at least as close to 1 as the circuit's."""
 
 
 class Faithfulness(Strictly):
-    """How much of the model's behaviour the circuit alone keeps, under one kind of ablation."""
+    """How much of the model's behaviour the circuit alone preserves, under one kind of ablation."""
 
     ablation: Ablation
     full_metric: Finite
@@ -130,7 +128,7 @@ class Faithfulness(Strictly):
     sizes: tuple[Fraction, ...]
     """Shares of the model's edges at which the curve was measured."""
     edges: tuple[Index, ...]
-    """Edges of the circuits of these sizes, dead ends cut."""
+    """Edge counts of the circuits of these sizes, after pruning dead ends."""
     curve: tuple[Finite, ...]
     """Faithfulness at `sizes`."""
     cpr: Finite
@@ -147,13 +145,13 @@ class Faithfulness(Strictly):
 
 
 class Stability(Strictly):
-    """Circuit Stability: how alike the circuits of resampled pairs are (mean pairwise Jaccard)."""
+    """Circuit Stability: how similar the circuits of resampled pairs are (mean pairwise Jaccard)."""
 
     resamples_per_seed: Count
     circuits: Count
     edge_jaccard: Fraction
     edge_interval: tuple[Fraction, Fraction] | None = None
-    """95 % bootstrap over the circuits; None in files from before it was measured."""
+    """95 % bootstrap interval over the circuits; None in files written before it was measured."""
     edge_chance: Fraction
     """Expected for uniformly random edge sets of the same sizes."""
     edge_random: Fraction | None = None
@@ -161,9 +159,9 @@ class Stability(Strictly):
     node_jaccard: Fraction
     node_chance: Fraction
     paraphrases: Index = 0
-    """Wordings that the file of pairs tells apart."""
+    """Wordings that the pairs file distinguishes."""
     paraphrase_edge_jaccard: Fraction | None = None
-    """Between circuits that were each found on the pairs of one wording alone."""
+    """Between circuits that were each found on the pairs of a single wording."""
     paraphrase_node_jaccard: Fraction | None = None
 
 
@@ -177,31 +175,31 @@ class CircuitDictionary(Strictly):
     width: Count
     weights_sha256: Sha256
     active: Index
-    """Features whose activation differs between the sides of some pair that was searched."""
+    """Features whose activation differs between the two sides of at least one searched pair."""
     score_features: Finite
     """Sum of the attribution scores of all features."""
     score_error: Finite
-    """That of the reconstruction error, a node of its own."""
+    """Attribution score of the reconstruction error, which is a separate node."""
     ccs_all: Finite
-    """Share lost when all features together have their counterfactual values."""
+    """Share lost when all features take their counterfactual values together."""
     ccs_named: Finite
-    """Share lost when the features among the circuit's nodes have theirs together."""
+    """Share lost when the features among the circuit's nodes take theirs together."""
     random_sets: Index
-    """Random sets of as many active features, beside which `ccs_named` is to be seen."""
+    """Random sets of equally many active features: the baseline for `ccs_named`."""
     ccs_random_mean: Finite
     ccs_random_best: Finite
     jaccard: Fraction
-    """Mean pairwise Jaccard of the features named on resampled pairs."""
+    """Mean pairwise Jaccard of the features found on resampled pairs."""
     chance: Fraction
-    """The same expected of uniformly random sets of active features."""
+    """The value expected for uniformly random sets of active features."""
 
 
 class Circuit(Strictly):
-    """A circuit with all that is needed to judge it and to find it again."""
+    """A circuit with everything needed to judge and reproduce it."""
 
     format: Literal[1, 2, 3] = 3
     id: Annotated[str, Field(pattern=id_pattern("cx"))] | None = None
-    """``cx_`` and a ULID; None in files from before circuits had ids."""
+    """``cx_`` and a ULID; None in files written before circuits had ids."""
     target_class: str
     model: str
     fingerprint: Sha256
@@ -211,7 +209,7 @@ class Circuit(Strictly):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     nodes: Annotated[tuple[CircuitNode, ...], Field(min_length=2)]
     edges: Annotated[tuple[CircuitEdge, ...], Field(min_length=1)]
-    """Between components: features are scored, but not joined by edges."""
+    """Edges between components; features are scored, but have no edges."""
     dictionaries: tuple[CircuitDictionary, ...] = ()
     faithfulness: tuple[Faithfulness, ...]
     stability: Stability
@@ -255,7 +253,7 @@ class Circuit(Strictly):
         )
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file atomically."""
         text = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False)
         write_atomically(path, (text + "\n").encode())
 
@@ -270,7 +268,7 @@ def load_circuit(path: Path) -> Circuit:
     if (found := document.get("format", FORMATS[-1])) not in FORMATS:
         raise CircuitError(
             f"{path}: format = {found!r}, but this version reads {FORMATS[0]} to {FORMATS[-1]}; "
-            "update interpretops, or search the circuit again"
+            "update interpretops, or run the search again"
         )
     try:
         return Circuit.model_validate_json(json.dumps(document))

@@ -1,4 +1,4 @@
-"""The circuits that were found here: a copy of each by its id, in a folder of the user's state."""
+"""Saved circuits: a copy of each, by id, in the user's state folder."""
 
 import re
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class CircuitStore:
     folder: Path
 
     def add(self, circuit: Circuit) -> None:
-        """Keep a circuit; one of the same id is replaced. Raises `CircuitError`."""
+        """Save a circuit, replacing one with the same id. Raises `CircuitError`."""
         if circuit.id is None:
-            raise CircuitError("the circuit has no id, so that it cannot be kept; search it again")
+            raise CircuitError("the circuit has no id, so it cannot be saved; run the search again")
         path = self._path(circuit.id)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,16 +39,16 @@ class CircuitStore:
         return sorted(filter(_ID.match, names), reverse=True)
 
     def load(self, identifier: str) -> Circuit:
-        """The circuit of an id. Raises `CircuitError`."""
+        """Load the circuit with this id. Raises `CircuitError`."""
         if not _ID.match(identifier):
             raise CircuitError(
                 f"circuit id = {identifier!r}, but an id is cx_ and 26 letters and digits; "
-                "`mechctl circuits` lists those there are"
+                "`mechctl circuits` lists the saved ones"
             )
         path = self._path(identifier)
         if not path.is_file():
             raise CircuitError(
-                f"circuit {identifier}: is not in {self.folder}; `mechctl circuits` lists those there are"
+                f"circuit {identifier}: is not in {self.folder}; `mechctl circuits` lists the saved ones"
             )
         return load_circuit(path)
 
@@ -57,5 +57,5 @@ class CircuitStore:
 
 
 def made_at(identifier: str) -> datetime:
-    """When an id was made."""
+    """When the id was created."""
     return datetime.fromtimestamp(made_at_ms(identifier) / 1000, UTC)

@@ -1,4 +1,4 @@
-"""Compiling a policy against a model and its artifacts into a plan, or every fault and its place."""
+"""Compiles a policy into a plan for one model and its artifacts, or reports every fault and its location."""
 
 from interpretops.compile.compiler import compile_policy
 

@@ -1,4 +1,4 @@
-"""Compiling a policy against a model and its artifacts: the plan, or every fault and its place."""
+"""Compiles a policy into a plan for one model and its artifacts, or reports every fault and its location."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,11 +38,11 @@ from interpretops.policy import (
 
 
 def compile_policy(policy: Policy, *, model: ModelSpec, artifacts: Path) -> Plan:
-    """The plan of a policy for a model.
+    """Compile a policy for a model.
 
     The same policy, model and artifacts give the same bytes. ``artifacts`` is the folder that holds
-    ``<model>/<dictionary>/``; the policy's own vector files lie beside it. Raises `PolicyError` with a line
-    for every fault that can be found.
+    ``<model>/<dictionary>/``; the policy's own vector files are next to the policy. Raises `PolicyError`
+    with one line per fault.
     """
     return _Compiler(policy, model, Path(artifacts)).run()
 
@@ -83,11 +83,11 @@ class _Compiler:
         return self._proven(plan)
 
     def _proven(self, plan: Plan) -> Plan:
-        """The plan as every engine will read it; what the format refuses is a fault of the policy."""
+        """The plan as an engine will read it. If the plan format rejects it, the policy is at fault."""
         try:
             return read_plan(plan.to_bytes())
         except PlanError as error:
-            raise PolicyError(f"{self.policy.document.source}: cannot become a plan: {error}") from error
+            raise PolicyError(f"{self.policy.document.source}: cannot be compiled: {error}") from error
 
     def _draft(self, site: Site, path: KeyPath, gate: int) -> SiteDraft:
         name = next(name for name, index in self.gate_index.items() if index == gate)
@@ -193,7 +193,7 @@ class _Compiler:
             if draft.topk_owner not in (None, name):
                 self.faults.add(
                     place,
-                    f"uses {name}, but {draft.topk_owner} is used at {site} too; one TopK dictionary a site",
+                    f"uses {name}, but {draft.topk_owner} is used at {site}; use one TopK dictionary a site",
                 )
             elif draft.topk is None:
                 assert dictionary.k is not None
@@ -268,7 +268,7 @@ class _Compiler:
         }
         if not chosen:
             there = ", ".join(map(str, adapter.sites))
-            self.faults.add(place, f"chooses no part of adapter {adapter.manifest.id}, which acts at {there}")
+            self.faults.add(place, f"selects no part of adapter {adapter.manifest.id}, which acts at {there}")
         for site, part in chosen.items():
             if not self.sources.adapter_fits(place, adapter, site, part.read.shape[1]):
                 continue
@@ -297,11 +297,11 @@ class _Compiler:
         return mask.reshape(-1)
 
     def _once(self, path: KeyPath, key: tuple[Any, ...], value: str) -> None:
-        """Two edits of one thing under one gate would add up, which nobody means."""
+        """Refuse two edits of the same target under one gate: they would add up, which is never intended."""
         first = self.edited.setdefault(key, path)
         if first != path:
             self.faults.add(
-                path, f"{value}, but {self.faults.show(first)} edits the same already; merge the two"
+                path, f"{value}, but {self.faults.show(first)} already edits the same target; merge the two"
             )
 
 

@@ -1,4 +1,4 @@
-"""How two policies differ: what people wrote, and what the engine would apply."""
+"""How two policies differ: in their YAML, and in what the engine would apply."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Change:
 
 
 def policy_changes(one: Policy, other: Policy) -> list[Change]:
-    """What was written otherwise, defaults included, in the order of the fields.
+    """Differences in the YAML, including defaults, in field order.
 
     Gates are compared by name and interventions by position.
     """
@@ -38,7 +38,7 @@ def policy_changes(one: Policy, other: Policy) -> list[Change]:
 
 
 def plan_changes(one: Plan, other: Plan) -> list[Change]:
-    """What the engine would do otherwise: per site the edits, and the sha256 of each source of numbers."""
+    """Differences in what the engine applies: the edits per site, and the sha256 of each artifact used."""
     found: list[Change] = []
     for site in sorted({*one.edits, *other.edits}, key=lambda site: site.order):
         first, second = one.edits.get(site), other.edits.get(site)

@@ -1,4 +1,4 @@
-"""Collecting the faults of a policy, so that all of them are told at once and in one form."""
+"""Collects the faults of a policy, so that all are reported together and in one format."""
 
 from interpretops.errors import PolicyError
 from interpretops.files.strict_yaml import Document, KeyPath, show_path
@@ -12,15 +12,15 @@ class FaultList:
         self._lines: dict[str, None] = {}
 
     def add(self, path: KeyPath, text: str) -> None:
-        """Note a fault; ``text`` goes on after the path, as ``= 9, but ...``."""
+        """Add a fault; ``text`` follows the path, for example ``= 9, but ...``."""
         line = f"{self._document.source}: {show_path(path)} {text}{self._document.where(path)}"
         self._lines[line] = None
 
     def show(self, path: KeyPath) -> str:
-        """A path as it stands in the lines."""
+        """A path as the fault lines print it."""
         return show_path(path)
 
     def raise_if_any(self) -> None:
-        """Raise `PolicyError` with all lines."""
+        """Raise `PolicyError` with all lines, if there are any."""
         if self._lines:
             raise PolicyError(*self._lines)

@@ -1,4 +1,4 @@
-"""Gathering the edits of one site while a policy is compiled, row by row, and closing them into arrays."""
+"""Collects the edits of one site, row by row, while a policy is compiled, then builds the plan's arrays."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,9 +20,9 @@ class SiteDraft:
     _scales: list[tuple[Array, int]] = field(default_factory=list)
 
     def add_units(self, *, read: Array, write: Array, gate: int, **values: Any) -> None:
-        """K units: read and write [K, D]; every other field of `Units` as [K], one number, or left out.
+        """Add K units: read and write are [K, D]; any other field of `Units` is [K], one number, or omitted.
 
-        Left out, a field leaves the unit as it is: an identity activation, no gain, offset, range or bound.
+        An omitted field has no effect: identity activation, no gain, offset, range or bound.
         """
         defaults: dict[str, Any] = {
             "bias": 0.0,
@@ -44,11 +44,11 @@ class SiteDraft:
         self._units.append(Units(read=_rows(read), write=_rows(write), **columns))
 
     def add_head_scale(self, delta: Array, gate: int) -> None:
-        """One elementwise scaling, [D]."""
+        """Add one elementwise scaling, [D]."""
         self._scales.append((np.asarray(delta, np.float32), gate))
 
     def close(self) -> SiteEdits:
-        """The arrays of the plan."""
+        """Build the plan's arrays for this site."""
         units = empty_units(self.width)
         if self._units:
             units = Units(

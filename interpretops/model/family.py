@@ -1,6 +1,6 @@
-"""The model families whose edit sites are known, by the names of a decoder layer's submodules.
+"""The supported model families: the names of a decoder layer's submodules that locate the edit sites.
 
-The names hold for Hugging Face models and for vLLM's, which keep them.
+The names are the same in Hugging Face models and in vLLM.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Family:
 
 
 _LLAMA = Family("self_attn.o_proj", "self_attn.o_proj", "mlp")
-# Gemma normalises what attention and MLP add, so that the norms' outputs are the contributions.
+# Gemma normalises the outputs of attention and MLP, so the norms' outputs are the contributions.
 _GEMMA = Family("self_attn.o_proj", "post_attention_layernorm", "post_feedforward_layernorm")
 _NEOX = Family("attention.dense", "attention.dense", "mlp")
 
@@ -34,11 +34,11 @@ FAMILIES: dict[str, Family] = {
     "Gemma3ForCausalLM": _GEMMA,
     "GPTNeoXForCausalLM": _NEOX,
 }
-"""By the architecture that the model's config names. An architecture that is not here is refused."""
+"""Keyed by the architecture in the model's config. Any other architecture is refused."""
 
 
 def family_of(architecture: str) -> Family:
-    """The family of an architecture; raises `ModelError` for one whose sites are not known."""
+    """The family of an architecture; raises `ModelError` if its edit sites are unknown."""
     if architecture not in FAMILIES:
         raise ModelError(
             f"architecture = {architecture!r}, but edit sites are known for {sorted(FAMILIES)}; "

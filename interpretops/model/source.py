@@ -1,4 +1,4 @@
-"""From what a user calls a model to a folder on this disk: the default model, a folder, a Hugging Face id."""
+"""Resolves a model name to a local folder: the default model, a folder, or a Hugging Face id."""
 
 import re
 from pathlib import Path
@@ -9,16 +9,16 @@ from interpretops.model.default_model import DEFAULT_MODEL, Progress, _silent, e
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-"""Never pickled weights, never code."""
+"""Files to download: never pickled weights, never code."""
 
 
 def resolve_model(
     name: str, cache_dir: Path, progress: Progress = _silent, *, revision: str | None = None
 ) -> Path:
-    """The folder of the model called ``name``; its last part names the model everywhere.
+    """The folder of the model called ``name``. The folder's name is the model's name everywhere.
 
-    The default model is made in the cache, a folder is taken as it is, anything of the form ``owner/name``
-    is downloaded from the Hugging Face hub (or found in its cache). Raises `ModelError`.
+    The default model is created in the cache, and a folder is used as it is. Anything of the form
+    ``owner/name`` is downloaded from the Hugging Face hub or found in its cache. Raises `ModelError`.
     """
     if name == DEFAULT_MODEL:
         return ensure_default_model(cache_dir, progress)
@@ -26,18 +26,18 @@ def resolve_model(
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(
-                f"model.name = {name!r}, but that folder holds no config.json; name a model folder"
+                f"model.name = {name!r}, but that folder has no config.json; name a model folder"
             )
         return folder.resolve()
     if not _HUB_ID.fullmatch(name):
         raise ModelError(
-            f"model.name = {name!r}, but that is no folder here and no Hugging Face id (owner/name); "
-            f"leave it out to serve {DEFAULT_MODEL}"
+            f"model.name = {name!r}, but that is neither a folder nor a Hugging Face id (owner/name); "
+            f"omit it to serve {DEFAULT_MODEL}"
         )
     snapshot = _download(name, revision, progress)
     if not any(snapshot.glob("*.safetensors")):
         raise ModelError(
-            f"model.name = {name!r}, but it has no *.safetensors files; nothing else is ever loaded"
+            f"model.name = {name!r}, but it has no *.safetensors files, the only weights that are loaded"
         )
     return _name_snapshot(snapshot, cache_dir.expanduser().resolve() / "models" / name.replace("/", "--"))
 
@@ -62,10 +62,10 @@ def _download(name: str, revision: str | None, progress: Progress) -> Path:
             f"https://huggingface.co/{name} and set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"model.name = {name!r}{at}, but the hub knows no such revision") from error
+        raise ModelError(f"model.name = {name!r}{at}, but the hub has no such revision") from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"model.name = {name!r}, but the hub knows no such model; "
+            f"model.name = {name!r}, but the hub has no such model; "
             "correct the id, or set HF_TOKEN if it is private"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -76,7 +76,7 @@ def _download(name: str, revision: str | None, progress: Progress) -> Path:
 
 
 def _name_snapshot(snapshot: Path, folder: Path) -> Path:
-    """A folder of links to a snapshot's files, for the hub's own folder bears a commit's name."""
+    """Link a snapshot's files into ``folder``, because the hub's own folder is named after a commit."""
     wanted = {path.name: path.resolve() for path in snapshot.iterdir() if path.is_file()}
     if folder.is_dir() and {path.name: path.resolve() for path in folder.iterdir()} == wanted:
         return folder

@@ -1,4 +1,4 @@
-"""What a plan must know of a model, from its folder: sizes by config.json, identity by the weights."""
+"""Reads what a plan must know about a model: sizes from config.json, identity from the weights."""
 
 import hashlib
 import json
@@ -14,15 +14,15 @@ from interpretops.plan import ModelSpec
 SAMPLE_BYTES = 256
 
 _HEAD_DIM_DEFAULTS = {"Qwen3ForCausalLM": 128, "Gemma2ForCausalLM": 256, "Gemma3ForCausalLM": 256}
-"""Families whose configuration, when silent, does not mean hidden_size / num_attention_heads."""
+"""Families whose head size is not hidden_size / num_attention_heads by default."""
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
-    """Sizes and fingerprint of the model in an ordinary Hugging Face folder; its name is the folder's.
+    """Sizes and fingerprint of the model in a Hugging Face folder. The model's name is the folder's name.
 
     The fingerprint is a sha256 over architecture and sizes and, for every tensor of the folder's
-    ``*.safetensors`` in the order of names, its name, dtype, shape and first 256 bytes. Reads no more than
-    that, so it takes milliseconds. Raises `ModelError`.
+    ``*.safetensors`` in name order, its name, dtype, shape and first 256 bytes. Only these bytes are read,
+    so it takes milliseconds. Raises `ModelError`.
     """
     folder = Path(folder).resolve()
     config = read_json_object(folder / "config.json", ModelError)
@@ -59,7 +59,7 @@ def _architecture(path: Path, config: dict[str, Any]) -> str:
 def _fingerprint(folder: Path, architecture: str, sizes: dict[str, int]) -> str:
     files = [TensorFile(path, ModelError) for path in sorted(folder.glob("*.safetensors"))]
     if not files:
-        raise ModelError(f"{folder}: no *.safetensors files; convert the weights, nothing else is loaded")
+        raise ModelError(f"{folder}: no *.safetensors files; convert the weights, no other format is loaded")
     digest = hashlib.sha256()
     digest.update(json.dumps([architecture, sizes], sort_keys=True).encode())
     owners = {name: file for file in files for name in file}

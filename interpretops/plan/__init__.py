@@ -1,8 +1,8 @@
 """The plan: a policy compiled to the numbers the engine applies, immutable and named by its sha256.
 
 `sites` says where edits act, `edits` what they do, `gates` when. `plan` holds all of it, `file` reads it
-back, and `check` refuses what is not a whole plan. `digest` names the numbers alone. `compose` and `shard`
-make plans out of plans. `reach` says whether a prompt is edited as an answer would be.
+back, and `check` refuses an invalid plan. `digest` hashes only the numbers. `compose` and `shard` derive
+plans from plans. `reach` says whether a prompt is edited in the same way as an answer.
 """
 
 from interpretops.plan.digest import content_digest

@@ -1,4 +1,4 @@
-"""Checking that a plan is whole, finite and consistent, before anything acts on it."""
+"""Checks that a plan is complete, finite and consistent, before anything uses it."""
 
 from dataclasses import fields
 from typing import Any, get_args
@@ -14,7 +14,7 @@ from interpretops.plan.sites import ModelSpec, Site
 
 
 def check_plan(plan: Plan) -> None:
-    """Raise `PlanError` on the first thing that no engine could apply."""
+    """Raise `PlanError` at the first fault."""
     _check_model(plan.model)
     for name in ("policy_id", "target_class"):
         if not isinstance(getattr(plan, name), str):
@@ -22,7 +22,7 @@ def check_plan(plan: Plan) -> None:
     if not isinstance(plan.provenance, dict):
         raise PlanError("provenance must be an object")
     if not 1 <= len(plan.gates) <= MAX_GATES:
-        raise PlanError(f"plan has {len(plan.gates)} gates, but 1..{MAX_GATES} are possible")
+        raise PlanError(f"plan has {len(plan.gates)} gates, but must have 1..{MAX_GATES}")
     if len(plan.gates[0]) or plan.gates[0].phase != "both" or plan.gates[0].latched:
         raise PlanError("gates[0] must be the always-open gate")
     for index, gate in enumerate(plan.gates):
@@ -61,9 +61,7 @@ def _check_gate(gate: Gate, where: str, model: ModelSpec) -> None:
     if gate.site is not None and not gate.probe:
         width = model.width(gate.site.point)
         if gate.site.point == "attn_proj":
-            raise PlanError(
-                f"{where}: reads at attn_proj, which is an activation's way and not one; use attn_z"
-            )
+            raise PlanError(f"{where}: reads at attn_proj, which is not an activation; use attn_z")
         if gate.site.layer >= model.num_layers or gate.read.shape != (conditions, width):
             raise PlanError(f"{where}: read {gate.read.shape} at {gate.site} does not fit {model.name}")
     cuts = 1 if gate.probe else conditions
@@ -80,7 +78,7 @@ def _check_probe_part(part: ProbePart, where: str, gate: Gate, model: ModelSpec)
     places = [other.site.order for other in gate.probe]
     if places != sorted(set(places)) or gate.probe[-1].site != gate.site:
         raise PlanError(
-            f"{where}: the parts of a probe stand in the order of their sites, the last at the gate's"
+            f"{where}: a probe's parts must be in site order, and the last must be at the gate's site"
         )
     if part.site.point == "attn_proj" or part.site.layer >= model.num_layers or heads < 1:
         raise PlanError(f"{where}: a probe of {heads} heads at {part.site} does not fit {model.name}")

@@ -1,4 +1,4 @@
-"""Composes several plans into one that does what all of them do, where that has one meaning."""
+"""Composes several plans into one that does what all of them do, if the result is unambiguous."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,21 +10,21 @@ from interpretops.plan import MAX_GATES, Gate, HeadScaling, IntArray, Plan, Site
 from interpretops.plan.check import check_plan
 
 SEPARATOR = "+"
-"""Stands between the ids in a composed plan's own; no policy's id holds it."""
+"""Joins the policy ids in a composed plan's id; no policy id contains it."""
 
 
 def compose_plans(plans: Sequence[Plan]) -> Plan:
     """One plan with the edits and gates of all ``plans``, in the order of their ids.
 
-    The plans must edit different sites: then each acts on what those at earlier sites have left. At one site
-    changes add up, so that two policies that each remove a direction would together turn it round: such plans
-    are refused with `PlanError`, as are those with too many gates in sum.
+    The plans must edit different sites. Then each acts on the output of those at earlier sites. At the same
+    site changes would add up: two policies that each remove a direction would together reverse it. Raises
+    `PlanError` for such plans, and for more than `MAX_GATES` gates in total.
     """
     parts = sorted(plans, key=lambda plan: plan.policy_id)
     ids = [plan.policy_id for plan in parts]
     name = SEPARATOR.join(ids)
     if len(set(ids)) != len(ids):
-        raise PlanError(f"policies {name} cannot be composed: one stands there twice")
+        raise PlanError(f"policies {name} cannot be composed: one of them appears twice")
     if len({plan.model for plan in parts}) != 1:
         raise PlanError(f"policies {name} cannot be composed: they are compiled for different models")
     edits: dict[Site, SiteEdits] = {}
@@ -43,8 +43,8 @@ def compose_plans(plans: Sequence[Plan]) -> Plan:
             edits[site] = _shifted(here, shift)
     if len(gates) > MAX_GATES:
         raise PlanError(
-            f"policies {name} cannot be composed: they have {len(gates)} gates together, but at most "
-            f"{MAX_GATES} are possible"
+            f"policies {name} cannot be composed: together they have {len(gates)} gates, but at most "
+            f"{MAX_GATES} are allowed"
         )
     composed = Plan(
         policy_id=name,
@@ -68,5 +68,5 @@ def _shifted(here: SiteEdits, shift: int) -> SiteEdits:
 
 
 def _shift(gate: IntArray, shift: int) -> IntArray:
-    """Gate 0, always open, is shared; the others moved behind those of the plans before."""
+    """Renumber gates: gate 0, always open, is shared; the others follow those of the earlier plans."""
     return np.where(gate == 0, 0, gate + shift).astype(np.int32)

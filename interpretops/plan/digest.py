@@ -1,4 +1,4 @@
-"""The digest of a plan's numbers, taken alike from a plan and from the tables that hold it."""
+"""The digest of a plan's numbers: the same from a plan and from the tables it is loaded into."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ def content_digest(
     edits: Mapping[Site, Mapping[str, npt.NDArray[Any]]],
     gates: Sequence[tuple[Site | None, Mapping[str, npt.NDArray[Any]]]],
 ) -> str:
-    """sha256 over the arrays of every site and gate, in an order of their own."""
+    """sha256 over the arrays of every site and gate; independent of the order of sites and arrays."""
     digest = hashlib.sha256()
 
     def feed(where: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

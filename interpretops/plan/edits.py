@@ -1,4 +1,4 @@
-"""What a plan does at a site: rank-one edits, and scales of heads.
+"""What a plan does at a site: rank-one edits and head scales.
 
 Shape letters: D width of the site, K rank-one edits (units) at a site, F features of a dictionary,
 E head-scale edits.
@@ -45,7 +45,7 @@ class Units:
     gate: IntArray
     """[K] index into `Plan.gates`."""
     topk: IntArray
-    """[K] row of the site's `TopK` whose activation this unit takes instead of its own, or -1."""
+    """[K] row of the site's `TopK` whose activation replaces the unit's own, or -1."""
 
     def __len__(self) -> int:
         return int(self.read.shape[0])
@@ -71,7 +71,7 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class SiteEdits:
-    """All that one plan does at one site."""
+    """Everything that one plan does at one site."""
 
     units: Units
     head_scale: HeadScaling | None = None

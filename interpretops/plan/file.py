@@ -1,4 +1,4 @@
-"""Reading a plan file back, and refusing whatever is not a whole, finite, consistent plan."""
+"""Reads a plan file and refuses anything but a complete, finite, consistent plan."""
 
 import json
 from typing import Any
@@ -26,7 +26,7 @@ _UNREADABLE = (
 
 
 def read_plan(data: bytes) -> Plan:
-    """Read a plan file; raises `PlanError` on anything that is not a whole, finite, consistent plan."""
+    """Read a plan file; raises `PlanError` for anything but a complete, finite, consistent plan."""
     try:
         plan = _assemble(_read_header(data), load_safetensors(data))
         check_plan(plan)
@@ -34,7 +34,7 @@ def read_plan(data: bytes) -> Plan:
     except _UNREADABLE as error:
         raise PlanError(f"plan file unreadable: {error}; compile the policy again") from error
     if not canonical:  # else the file's sha256 and the plan's revision could differ
-        raise PlanError("plan file is not as this build writes it; compile the policy again")
+        raise PlanError("plan file differs from what this build writes; compile the policy again")
     return plan
 
 
@@ -78,7 +78,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> P
         for index, item in enumerate(header["gates"])
     )
     if tensors:
-        raise PlanError(f"plan file carries unknown tensors {sorted(tensors)}; compile the policy again")
+        raise PlanError(f"plan file has unknown tensors {sorted(tensors)}; compile the policy again")
     return Plan(
         header["policy_id"],
         header["target_class"],
@@ -94,7 +94,7 @@ def _read_header(data: bytes) -> dict[str, Any]:
         raise PlanError(f"plan file has {len(data)} bytes: not a safetensors file")
     size = int.from_bytes(data[:8], "little")
     if size > len(data) - 8:
-        raise PlanError("plan file is cut short; compile the policy again")
+        raise PlanError("plan file is truncated; compile the policy again")
     metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
     if METADATA_KEY not in metadata:
         raise PlanError(f"not a plan: the file has no {METADATA_KEY!r} record")

@@ -16,7 +16,7 @@ Scope = Literal["token", "prompt_end", "prompt"]
 Phase = Literal["both", "prefill", "decode"]
 
 MAX_GATES = 8
-"""Most gates one plan may carry, the implicit always-open one included."""
+"""The most gates a plan may have, including the implicit always-open gate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +40,9 @@ PROBE_FIELDS = ("query", "read", "bias")
 class Gate:
     """When edits act. Fires at a token iff ``read . x + bias > cut`` for any or all of its conditions.
 
-    A gate without conditions fires at every token, so that only its phase counts. One of scope `prompt` has
-    an attention probe instead, in parts of K heads at sites of their own, the last at the gate's. Over the
-    tokens t of the prompt whose norm is within a part's ``max_norm``, the sum over parts of
+    A gate without conditions fires at every token, so only its phase matters. A gate of scope `prompt` has an
+    attention probe instead. The probe's parts have K heads each and read at different sites; the last reads
+    at the gate's site. Over prompt tokens t with a norm within a part's ``max_norm``, the sum over parts of
 
         sum_k sum_t softmax_t(query[k] . x_t) (read[k] . x_t + bias[k])
 
@@ -55,9 +55,9 @@ class Gate:
     cut: Array
     combine: Combine = "any"
     scope: Scope = "token"
-    """`prompt_end` reads the last token of the prompt alone; `prompt` decides there by all of it."""
+    """`prompt_end` reads only the prompt's last token; `prompt` decides there, from the whole prompt."""
     latched: bool = False
-    """Stay open from the first firing position to the end of the request; else only at the firing token."""
+    """Stay open from the first firing token to the end of the request; else open only at firing tokens."""
     phase: Phase = "both"
     max_norm: float = float("inf")
     probe: tuple[ProbePart, ...] = ()

@@ -78,13 +78,13 @@ class Plan:
             "provenance": dict(self.provenance),
         }
         text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        # One metadata key only: the writer keeps no order among several.
+        # One metadata key only: the writer does not keep several in order.
         return save_safetensors(
             {name: np.ascontiguousarray(array) for name, array in tensors.items()}, {METADATA_KEY: text}
         )
 
     def digest(self) -> str:
-        """sha256 over the numbers alone, as `PlanBank.digest` takes it from the tables of a loaded plan."""
+        """sha256 over only the numbers; equals `PlanBank.digest` of the loaded plan's tables."""
         edits: dict[Site, dict[str, npt.NDArray[Any]]] = {}
         for site, here in self.edits.items():
             width = self.model.width(site.point)
@@ -101,7 +101,7 @@ class Plan:
         )
 
     def save(self, folder: Path) -> Path:
-        """Write ``folder/<revision>.safetensors`` whole or not at all."""
+        """Write ``folder/<revision>.safetensors`` atomically."""
         data = self.to_bytes()
         path = folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
         write_atomically(path, data)

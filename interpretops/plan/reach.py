@@ -1,4 +1,4 @@
-"""Where a plan acts: whether text that is sent as a prompt is edited as it would be if it were generated."""
+"""Whether a plan edits text sent as a prompt in the same way as the same text when it is generated."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from interpretops.plan import Gate, Plan
 
 
 def steers_prompt_alike(plan: Plan) -> bool:
-    """Whether every edit is in force at positions of the prompt exactly as it would be at generated ones.
+    """Whether every edit acts at prompt positions exactly as it would at generated ones.
 
-    True when each gate that an edit uses is decided at every token by itself (scope `token`) and in both
-    phases; the always-open gate is such a one. A gate of scope `prompt` or `prompt_end` opens at the prompt's
-    last token: what the model computes at earlier positions is unedited, so that an answer sent as a prompt
-    would be read without the policy. A plan composed of several is alike only if all of them are.
+    True if each gate in use decides at every token separately (scope `token`) and in both phases, as the
+    always-open gate does. A gate of scope `prompt` or `prompt_end` opens at the prompt's last token. Earlier
+    positions are not edited, so the model would read an answer sent as a prompt without the policy. For a
+    composed plan, this must hold for every part.
     """
     return all(_acts_alike(plan.gates[index]) for index in _gates_in_use(plan))
 
 
 def depends_on_prompt_end(plan: Plan) -> bool:
-    """Whether a gate of the plan, used or not, opens at the end of a prompt or acts in one phase.
+    """Whether any gate of the plan, used or not, opens at the end of a prompt or acts in only one phase.
 
-    Then the keys and values of an answer, and what gates have read of it, are not those of the same text in
-    the next turn's prompt, so that the prefix cache must not hold them for it.
+    If so, an answer's keys, values and gate readings differ from those of the same text in the next turn's
+    prompt, and the prefix cache must not reuse them.
     """
     return not all(_acts_alike(gate) for gate in plan.gates)
 

@@ -1,4 +1,4 @@
-"""A rank's part of a plan under tensor parallelism: heads are split over ranks, all else is on each."""
+"""A rank's part of a plan under tensor parallelism: heads are split over ranks, the rest is replicated."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from interpretops.plan import HEAD_POINTS, Array, Gate, ModelSpec, Plan, Site, S
 
 @dataclass(frozen=True)
 class Shard:
-    """Rank ``index`` of ``count``; each has as many heads as another, side by side."""
+    """Rank ``index`` of ``count``; every rank has the same number of adjacent heads."""
 
     index: int = 0
     count: int = 1
 
     def of_model(self, spec: ModelSpec) -> ModelSpec:
-        """The spec by whose widths the rank's activations go."""
+        """The model spec with the widths of the rank's activations."""
         return replace(spec, num_heads=spec.num_heads // self.count)
 
     def of_plan(self, plan: Plan) -> Plan:
-        """What the rank must hold of a plan. Its `digest` is what the rank attests; its revision is no name.
+        """The rank's part of a plan. The rank attests its `digest`; its `revision` names nothing.
 
-        At ``attn_z`` reads, writes and head scales are cut to the rank's columns; at ``attn_proj``, whose
-        output is whole on each rank, reads alone. Raises `PlanError` for a gate that reads prompts there.
+        At ``attn_z``, reads, writes and head scales keep only the rank's columns. At ``attn_proj``, whose
+        output is complete on each rank, only reads are cut. Raises `PlanError` for a prompt gate there.
         """
         if self.count == 1:
             return plan

@@ -1,4 +1,4 @@
-"""The places of a model at which edits act, and what of the model decides their widths."""
+"""Edit sites, and the model sizes that determine their widths."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from interpretops.errors import PlanError
 Point = Literal["attn_z", "attn_proj", "attn_out", "mlp_out", "resid_post"]
 
 POINTS: tuple[Point, ...] = get_args(Point)
-"""The points of a layer at which an edit may act, in the order in which the model passes them.
+"""The points of a layer at which an edit may act, in forward-pass order.
 
-All but one read and write one activation. At ``attn_proj`` units read the input of the attention's output
+All but one read and write one activation. At ``attn_proj``, units read the input of the attention's output
 projection (``attn_z``) and write to its output, as a LoRA adapter of that projection does.
 """
 HEAD_POINTS: frozenset[Point] = frozenset({"attn_z", "attn_proj"})
-"""Points whose reading has the heads side by side."""
+"""Points at which units read all heads side by side."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place where edits act: a layer and a point in it."""
+    """An edit site: a layer and a point in it."""
 
     layer: int
     point: Point
@@ -30,7 +30,7 @@ class Site:
     def parse(cls, text: str) -> Site:
         layer, _, point = text.partition(".")
         if point not in POINTS or not layer.isdecimal():
-            raise PlanError(f"site = {text!r}, but a site is written <layer>.<point>, point one of {POINTS}")
+            raise PlanError(f"site = {text!r}, but must be <layer>.<point>, where point is one of {POINTS}")
         return cls(int(layer), point)
 
     @property
@@ -44,7 +44,7 @@ class Site:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a plan must know of the model it was compiled for."""
+    """What a plan must know about the model it was compiled for."""
 
     name: str
     fingerprint: str
@@ -62,5 +62,5 @@ class ModelSpec:
         return self.num_heads * self.head_dim if point == "attn_z" else self.hidden_size
 
     def read_width(self, point: Point) -> int:
-        """D of the activation that is read at a point; another than `width` only at ``attn_proj``."""
+        """D of the activation that is read at a point; differs from `width` only at ``attn_proj``."""
         return self.num_heads * self.head_dim if point in HEAD_POINTS else self.hidden_size

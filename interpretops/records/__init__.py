@@ -1,1 +1,1 @@
-"""What is kept of people and requests: audit log, transcripts, API keys, and redaction."""
+"""Records about people and requests: audit log, transcripts and API keys, and their redaction."""

@@ -1,4 +1,4 @@
-"""API keys: made at random, shown once, kept as salted hashes in a file, compared in constant time."""
+"""API keys: generated at random, shown once, stored as salted hashes in a file, compared in constant time."""
 
 import hashlib
 import hmac
@@ -24,24 +24,24 @@ Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ApiKey(Section):
-    """What is kept of a key: enough to know it again, too little to make it."""
+    """The stored record of a key: enough to recognise the key, too little to reconstruct it."""
 
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
-    """The part of the key by which it is looked up; no secret."""
+    """The part of the key by which it is looked up; not secret."""
     tenant: Label | None = None
-    """Whose requests it opens the OpenAI endpoint for."""
+    """The tenant whose requests the key authorises at the OpenAI endpoint."""
     role: Role | None = None
-    """What it may do on the admin listener: look, or also change."""
+    """What the key may do on the admin listener: read, or also change."""
     name: str = ""
-    """Who holds it, for people."""
+    """Who holds the key; a note for people."""
     salt: Hex
-    """Random, so that equal keys look different."""
+    """Random, so that equal keys have different hashes."""
     sha256: Hex
-    """sha256 of salt and key. The key's secret part has 256 random bits: no slower hash adds anything."""
+    """sha256 of salt and key. The secret part has 256 random bits, so a slower hash would add nothing."""
     created: datetime
-    """When it was made."""
+    """When the key was created."""
     expires: datetime | None = None
-    """When it stops working."""
+    """When the key stops working."""
 
     @model_validator(mode="after")
     def _one_use(self) -> Self:
@@ -61,7 +61,7 @@ class _KeyList(Section):
 _NOBODY = ApiKey(
     id="0" * 12, tenant="nobody", salt="0" * 64, sha256="0" * 64, created=datetime(1970, 1, 1, tzinfo=UTC)
 )
-"""Compared with when no key is known; nothing hashes to it."""
+"""Compared with when the id is unknown; nothing hashes to it."""
 
 
 def make_key(
@@ -72,7 +72,7 @@ def make_key(
     expires: datetime | None = None,
     key_id: str | None = None,
 ) -> tuple[str, ApiKey]:
-    """A new key as its holder gets it, and what is kept of it; under the id of an old one if given."""
+    """A new key as its holder gets it, and its stored record; with the id of an old key if given."""
     key_id = secrets.token_hex(6) if key_id is None else key_id
     key, salt = f"iops_{key_id}_{secrets.token_urlsafe(32)}", secrets.token_hex(32)
     kept = ApiKey(
@@ -89,12 +89,12 @@ def make_key(
 
 
 def rotate_key(key: ApiKey, expires: datetime | None) -> tuple[str, ApiKey]:
-    """The same key with another secret: bindings, limits and log lines that name its id stay true."""
+    """The same key with a new secret: bindings, limits and log lines that name its id stay valid."""
     return make_key(tenant=key.tenant, role=key.role, name=key.name, expires=expires, key_id=key.id)
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """The keys of a file. Raises `ConfigError`, one line per fault, without hashes."""
+    """Read the keys in a file. Raises `ConfigError` with one line per fault and no hashes."""
     content = read_yaml(path, ConfigError).data
     try:
         listed = _KeyList.model_validate({} if content is None else content)
@@ -103,33 +103,33 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         raise ConfigError("\n".join(faults)) from None
     ids = [key.id for key in listed.keys]
     if len(set(ids)) != len(ids):
-        raise ConfigError(f"{path}: key {max(ids, key=ids.count)} stands there twice; keep one")
+        raise ConfigError(f"{path}: key {max(ids, key=ids.count)} appears twice; keep one")
     return listed.keys
 
 
 def write_keys(path: Path, keys: Sequence[ApiKey]) -> None:
-    """Write the file whole or not at all; a new one is readable for its owner alone. Raises `ConfigError`."""
+    """Write the file atomically; only its owner can read a new file. Raises `ConfigError`."""
     lines = ["# Written by `mechctl keys`. Holds hashes, no keys.", "keys:" if keys else "keys: []"]
-    # As JSON, which quotes: an id of digits and an e would be read as a number.
+    # As JSON, which quotes strings: YAML would read an id of digits and an e as a number.
     lines += [f"- {json.dumps(key.model_dump(mode='json', exclude_none=True))}" for key in keys]
     try:
         write_atomically(path, "\n".join([*lines, ""]).encode(), PRIVATE)
     except OSError as error:
-        # Our own error, of a file that its owner could not read any more, has no number.
-        told = f"{path} cannot be written ({error.strerror})" if error.errno else str(error)
-        raise ConfigError(f"{told}; the file is as it was") from error
+        # Our own error, for a file that its owner could no longer read, has no errno.
+        reason = f"{path} cannot be written ({error.strerror})" if error.errno else str(error)
+        raise ConfigError(f"{reason}; the file is unchanged") from error
 
 
 @dataclass(frozen=True)
 class KeyRing:
-    """Keys to compare with."""
+    """The known keys, to compare a presented key with."""
 
     keys: tuple[ApiKey, ...]
 
     def find(self, presented: str, now: datetime | None = None) -> ApiKey | None:
-        """The key that ``presented`` is; None when it is none, or has expired.
+        """The key that matches ``presented``, or None if none does or it has expired.
 
-        An unknown id takes the same steps as a wrong secret, and the comparison always looks at every byte.
+        An unknown id takes the same steps as a wrong secret, and the comparison always reads every byte.
         """
         shape = _KEY.fullmatch(presented)
         known = next((key for key in self.keys if shape is not None and key.id == shape[1]), None)

@@ -1,4 +1,4 @@
-"""The audit log's format: JSON lines, each holding the hash of the one before; and its verification."""
+"""The audit log's format (JSON lines, each with the hash of the line before) and its verification."""
 
 import glob
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any, Final
 from interpretops.files.regular_file import open_regular, read_regular
 
 GENESIS: Final = "0" * 64
-"""What the first record follows."""
+"""The previous hash of the first record."""
 _HASH = re.compile(rb',"hash":"([0-9a-f]{64})"}')
 _HASH_BYTES: Final = 75
 _HEAD = re.compile(r"([0-9]{1,15}):([0-9a-f]{64})")
@@ -24,14 +24,14 @@ _MOST_FAULTS: Final = 50
 
 @dataclass(frozen=True)
 class Head:
-    """The newest record that is known to be on disk."""
+    """The newest record known to be on disk."""
 
     seq: int
     hash: str
 
 
 def make_line(seq: int, prev: str, time: str, event: str, fields: Mapping[str, Any]) -> tuple[bytes, str]:
-    """One line, and its hash, which is that of all bytes before it."""
+    """One line, and its hash, which covers all bytes before it in the line."""
     record = {"seq": seq, "prev": prev, "time": time, "event": event, **fields}
     body = json.dumps(record, separators=(",", ":"), ensure_ascii=True).encode()[:-1]
     digest = hashlib.sha256(body).hexdigest()
@@ -39,7 +39,7 @@ def make_line(seq: int, prev: str, time: str, event: str, fields: Mapping[str, A
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:
-    """The record of a line without its end; None when it is none, or its hash is not that of its bytes."""
+    """The record in a line without its newline; None if it is malformed or its hash is wrong."""
     found = _HASH.fullmatch(line[-_HASH_BYTES:])
     if found is None or hashlib.sha256(line[:-_HASH_BYTES]).hexdigest().encode() != found[1]:
         return None
@@ -52,17 +52,17 @@ def read_line(line: bytes) -> dict[str, Any] | None:
 
 
 def head_path(log: Path) -> Path:
-    """Where the newest record on disk is noted, so that a log cut off at its end is noticed."""
+    """The file that notes the newest record on disk, so that a truncated log is detected."""
     return log.with_name(log.name + ".head")
 
 
 def head_line(head: Head) -> bytes:
-    """What stands there; always of the same length."""
+    """The content of that file; its length never changes."""
     return json.dumps({"seq": f"{head.seq:015d}", "hash": head.hash}).encode() + b"\n"
 
 
 def read_head(log: Path) -> Head | None:
-    """The noted head; None when there is none or it cannot be read."""
+    """The noted head, or None if it is missing or unreadable."""
     try:
         content = json.loads(read_regular(head_path(log), _HEAD_BYTES))
         return parse_head(f"{int(content['seq'])}:{content['hash']}")
@@ -71,21 +71,21 @@ def read_head(log: Path) -> Head | None:
 
 
 def parse_head(text: str) -> Head | None:
-    """A head written as ``SEQ:HASH``, as `GET /admin/audit` gives number and hash; None when it is none."""
+    """Parse a head written as ``SEQ:HASH``, from the values in `GET /admin/audit`; None if malformed."""
     found = _HEAD.fullmatch(text)
     return None if found is None else Head(int(found[1]), found[2])
 
 
 def rotated_path(log: Path, first_seq: int) -> Path:
-    """Where a full file is set aside."""
+    """The path to which a full file is rotated."""
     return log.with_name(f"{log.stem}.{first_seq:012d}{log.suffix}")
 
 
 def log_files(log: Path) -> list[Path]:
-    """All files of a log in order, the one being written last.
+    """All files of a log in order, the current one last.
 
-    Full ones have names of ours. Those that another program set aside beside it, as `audit.jsonl.1` or
-    `audit.jsonl-20261130`, are known by their first record.
+    Our own rotated files are recognised by name. Files that another program rotated, such as `audit.jsonl.1`
+    or `audit.jsonl-20261130`, are recognised by their first record.
     """
     own = re.compile(re.escape(log.stem) + r"\.(\d{12})" + re.escape(log.suffix))
     aside = {path: int(found[1]) for path in _beside(log) if (found := own.fullmatch(path.name))}
@@ -94,7 +94,7 @@ def log_files(log: Path) -> list[Path]:
     other = re.compile(re.escape(log.name) + r"[.-]\d[\d-]*")
     for path in _beside(log):
         number = first_number(path) if other.fullmatch(path.name) else None
-        # A copy of what is there already adds nothing.
+        # Skip copies of files that are already listed.
         if number is not None and number not in aside.values():
             aside.setdefault(path, number)
     return sorted(aside, key=lambda path: (path == log, aside[path]))
@@ -105,7 +105,7 @@ def _beside(log: Path) -> list[Path]:
 
 
 def first_number(path: Path) -> int | None:
-    """The number of a file's first record; None when that is none."""
+    """The number of a file's first record, or None if that line is not a record."""
     try:
         with open_regular(path) as file:
             record = read_line(file.readline().rstrip(b"\n"))
@@ -116,7 +116,7 @@ def first_number(path: Path) -> int | None:
 
 @dataclass
 class Verification:
-    """What a log was found to be."""
+    """The result of verifying a log."""
 
     records: int = 0
     first: int | None = None
@@ -126,16 +126,17 @@ class Verification:
 
     @property
     def intact(self) -> bool:
-        """Whether nothing was changed, removed, inserted or cut off."""
+        """Whether no record was changed, removed, inserted or truncated."""
         return not self.faults and self.records > 0
 
 
 def verify(log: Path, *, first: int = 1, also: Sequence[Path] = (), kept: Head | None = None) -> Verification:
-    """Read a whole log and name every line that is not as it was written.
+    """Read a whole log and report every line that differs from what was written.
 
-    first  the number that the log must begin with; later ones after files were archived elsewhere
-    also   files of the same log that lie elsewhere, in any order
-    kept   a head of the log that was kept elsewhere: up to it nothing can be missing, whoever had the files
+    first  the number of the first expected record; above 1 if older files were archived elsewhere
+    also   files of the same log in other places, in any order
+    kept   a head that was stored elsewhere: it exposes any missing record up to it, even
+           if somebody could rewrite the files
     """
     found, head = Verification(), read_head(log)
     seen = _check_lines(
@@ -149,10 +150,10 @@ def verify(log: Path, *, first: int = 1, also: Sequence[Path] = (), kept: Head |
 
 
 def faults_after(log: Path, head: Head) -> list[str]:
-    """What is wrong with a log from a noted record on: it must be there, and all that follow must follow it.
+    """Faults in a log from a noted record on: the record must exist, and the chain after it must be intact.
 
-    Half a line at the end is a crash and no fault. So is a note that is older than the log's end: lines are
-    on the disk before they are noted.
+    A partial line at the end comes from a crash and is not a fault. Neither is a note older than the log's
+    end, because lines are written to disk before they are noted.
     """
     files = log_files(log)
     since = [path for path in files if 0 < (first_number(path) or 0) <= head.seq][-1:]
@@ -165,12 +166,12 @@ def faults_after(log: Path, head: Head) -> list[str]:
         if (record["seq"], record["hash"]) == (head.seq, head.hash):
             break
         if (record["seq"], record["prev"]) == (head.seq + 1, head.hash):
-            # The file with the noted record was moved away by a program that rotates logs.
+            # Another program rotated the file with the noted record.
             lines = chain([placed], lines)
             break
     else:
         if head.seq:
-            return [f"record {head.seq} is gone or another than was noted in {head_path(log)}"]
+            return [f"record {head.seq} is missing or differs from the one noted in {head_path(log)}"]
     _check_lines(found, lines, head.seq + 1, head.hash, set())
     return found.faults
 
@@ -182,7 +183,7 @@ def _check_lines(
     prev: str | None,
     heads: Collection[Head | None],
 ) -> set[Head]:
-    """Check lines of which the first must have the number ``expected``; those of ``heads`` that are there."""
+    """Check lines, starting with record number ``expected``; return which of ``heads`` were found."""
     seen: set[Head] = set()
     torn: tuple[str, bytes] | None = None
     for place, line in lines:
@@ -197,10 +198,10 @@ def _check_lines(
             continue
         if torn is not None:
             if _tells_of(record, torn[1]):
-                found.notes.append(f"{torn[0]}: was broken off by a crash, and recorded as such")
+                found.notes.append(f"{torn[0]}: was truncated by a crash, and recorded as such")
             else:
                 found.faults.append(f"{torn[0]}: was changed: its hash is not that of its content")
-                # The record that stood there is accounted for; what follows it cannot name its hash any more.
+                # The lost record is accounted for, but the next one cannot name its hash.
                 expected, prev = expected + 1, None
             torn = None
         _check_place(found, place, record, expected, prev)
@@ -211,7 +212,7 @@ def _check_lines(
             seen.add(found.last)
         expected, prev = max(expected, record["seq"] + 1), found.last.hash
     if torn is not None:
-        found.faults.append(f"{torn[0]}: was changed or broken off: its hash is not that of its content")
+        found.faults.append(f"{torn[0]}: was changed or truncated: its hash is not that of its content")
     return seen
 
 
@@ -220,28 +221,26 @@ def _check_place(
 ) -> None:
     seq = record["seq"]
     if seq < expected:
-        found.faults.append(
-            f"{place}: record {seq} was inserted or stands here again; {expected} should follow"
-        )
+        found.faults.append(f"{place}: record {seq} was inserted or repeated; {expected} should follow")
     elif seq > expected:
         missing = f"record {expected} was" if seq == expected + 1 else f"records {expected} to {seq - 1} were"
-        more = "; name the files that were set aside as well, or give --first" if found.first is None else ""
+        more = "; name the rotated files as well, or give --first" if found.first is None else ""
         found.faults.append(f"{place}: {missing} removed before record {seq}{more}")
     elif prev is not None and record["prev"] != prev:
-        found.faults.append(f"{place}: record {seq} does not follow what stands before it: one was exchanged")
+        found.faults.append(f"{place}: record {seq} does not follow the record before it: one was replaced")
 
 
 def _check_kept(found: Verification, log: Path, kept: Head, first: int, *, seen: bool) -> None:
     if seen:
         return
     if kept.seq < first:
-        found.faults.append(f"record {kept.seq}, whose hash was given, lies before --first {first}")
+        found.faults.append(f"record {kept.seq}, whose hash was given, comes before --first {first}")
     elif found.last is None or kept.seq > found.last.seq:
         end = "holds no records" if found.last is None else f"ends with record {found.last.seq}"
-        found.faults.append(f"{log}: was cut off: {end}, but the head kept elsewhere is of record {kept.seq}")
+        found.faults.append(f"{log}: was truncated: {end}, but the head kept elsewhere is record {kept.seq}")
     else:
         found.faults.append(
-            f"{log}: record {kept.seq} has another hash than the head kept elsewhere: it was written anew"
+            f"{log}: record {kept.seq} does not have the hash of the head kept elsewhere: it was rewritten"
         )
 
 
@@ -251,19 +250,17 @@ def _check_end(
     if found.last is None:
         found.faults.append(f"{log}: holds no records")
     elif head is None and kept in seen and kept == found.last:
-        found.notes.append(
-            f"{head_path(log)}: is missing or unreadable; the head kept elsewhere stands for it"
-        )
+        found.notes.append(f"{head_path(log)}: is missing or unreadable; the head kept elsewhere replaces it")
     elif head is None:
         found.faults.append(
-            f"{head_path(log)}: is missing or unreadable, so a cut-off end would not show; compare with a "
+            f"{head_path(log)}: is missing or unreadable, so truncation would go unnoticed; compare with a "
             "head that was kept elsewhere: --head SEQ:HASH"
         )
     elif head.seq == 0 and head.hash == GENESIS:
         found.notes.append(f"{head_path(log)}: notes no record yet")
     elif head.seq > found.last.seq:
         found.faults.append(
-            f"{log}: was cut off: ends with record {found.last.seq}, but {head.seq} had been written"
+            f"{log}: was truncated: ends with record {found.last.seq}, but {head.seq} had been written"
         )
     elif head not in seen:
         found.faults.append(f"{head_path(log)}: names record {head.seq} with another hash than the log has")

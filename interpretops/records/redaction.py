@@ -1,4 +1,4 @@
-"""Takes personal data and secrets out of texts, by form and check digit. Names of people it does not find."""
+"""Redacts personal data and secrets, by pattern and check digit. It does not find people's names."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SSN: Final = re.compile(r"\b\d{3}-\d{2}-\d{4}\b")
 
 
 class Redactor:
-    """Finds by form and check digit, and by libphonenumber; what is found is replaced by its kind."""
+    """Replaces personal data by its kind. Finds it by pattern, by check digit and with libphonenumber."""
 
     def __init__(self, regions: Sequence[str]) -> None:
-        """``regions``: countries whose numbers are known without their code. Raises `ConfigError`."""
+        """``regions``: countries whose phone numbers need no country code. Raises `ConfigError`."""
         try:
             import phonenumbers
             from stdnum import iban, luhn
@@ -41,13 +41,13 @@ class Redactor:
         for region in regions:
             if region not in phonenumbers.SUPPORTED_REGIONS:
                 raise ConfigError(
-                    f"compliance.phone_regions: {region!r} is no country of libphonenumber's; write US, DE, …"
+                    f"compliance.phone_regions: {region!r} is not a libphonenumber country; write US, DE, …"
                 )
         self._phones, self._iban, self._luhn, self._ssn = phonenumbers, iban, luhn, ssn
         self._regions = regions
 
     def text(self, text: str) -> str:
-        """The text, with what was found replaced."""
+        """The redacted text."""
         text = _SECRET.sub("[SECRET]", text)
         text = _EMAIL.sub("[EMAIL]", text)
         text = _IBAN.sub(self._bank_account, text)
@@ -59,7 +59,7 @@ class Redactor:
         return text
 
     def value(self, value: Any) -> Any:
-        """The same for every text and whole number in a JSON value, keys of objects included."""
+        """Redact every string and integer in a JSON value, including object keys."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, int) and abs(value) >= _SHORTEST_NUMBER:
@@ -69,7 +69,7 @@ class Redactor:
         return [self.value(child) for child in value] if isinstance(value, list) else value
 
     def _bank_account(self, found: re.Match[str]) -> str:
-        """An IBAN, and what a greedy match took besides."""
+        """Redact an IBAN; keep whatever else the greedy match included."""
         parts = found[0].split(" ")
         for end in range(len(parts), 0, -1):
             if self._iban.is_valid("".join(parts[:end])):

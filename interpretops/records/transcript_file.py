@@ -1,4 +1,4 @@
-"""Kept requests on disk: a folder for each tenant, a file for each day, a sealed line for each request."""
+"""Transcripts on disk: a folder per tenant, a file per day, an encrypted line per request."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _DAY: Final = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 class Vault:
-    """Seals and opens the records of one tenant with its keys (Fernet: AES-128-CBC and HMAC-SHA256)."""
+    """Encrypts and decrypts one tenant's records with its keys (Fernet: AES-128-CBC and HMAC-SHA256)."""
 
     def __init__(self, tenant: str, reference: str) -> None:
-        """``reference``: `env:NAME` or `file:PATH`, which holds keys, the newest first; the first seals.
+        """``reference``: `env:NAME` or `file:PATH`. It holds keys, newest first; the first one encrypts.
 
-        Raises `ConfigError` without the keys' text.
+        Raises `ConfigError`, which never contains a key.
         """
         fernet = _fernet(f"tenant {tenant!r}: transcripts need")
         keys = _resolve(tenant, reference).split()
@@ -32,8 +32,8 @@ class Vault:
             self._box = fernet.MultiFernet([fernet.Fernet(key) for key in keys])
         except ValueError:
             raise ConfigError(
-                f"tenant {tenant!r}: transcripts.key = {reference!r}, but that holds no keys, one a line; "
-                "make one with `mechctl transcripts key`"
+                f"tenant {tenant!r}: transcripts.key = {reference!r}, but that must hold one key per line; "
+                "create one with `mechctl transcripts key`"
             ) from None
         self._tenant = tenant
         self._invalid = fernet.InvalidToken
@@ -45,7 +45,7 @@ class Vault:
         return json.dumps({"id": request_id, "box": box.decode()}).encode() + b"\n"
 
     def open(self, line: bytes) -> dict[str, Any] | None:
-        """The record of a line; None when it is broken, of another tenant, or sealed with another key."""
+        """The record in a line; None if it is damaged, of another tenant, or encrypted with another key."""
         try:
             record: dict[str, Any] = json.loads(self._box.decrypt(json.loads(line)["box"]))
         except (ValueError, KeyError, TypeError, self._invalid):
@@ -54,12 +54,12 @@ class Vault:
 
 
 def make_key() -> str:
-    """A new key. Raises `ConfigError`."""
+    """Generate a key. Raises `ConfigError`."""
     return str(_fernet("making a key needs").Fernet.generate_key().decode())
 
 
 def append(folder: Path, tenant: str, day: date, line: bytes) -> None:
-    """Add a line to a tenant's file of the day, apart from half a line that a full disk left."""
+    """Append a line to the tenant's file of the day. A partial line left by a full disk stays separate."""
     path = folder / tenant / f"{day.isoformat()}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -74,7 +74,7 @@ def append(folder: Path, tenant: str, day: date, line: bytes) -> None:
 
 
 def read(folder: Path, tenant: str, day: date | None = None) -> Iterator[tuple[str, bytes]]:
-    """Place and content of every line, oldest first."""
+    """Location and content of every line, oldest first."""
     for path in _files(folder / tenant):
         if day is None or path.stem == day.isoformat():
             with path.open("rb") as file:
@@ -84,7 +84,7 @@ def read(folder: Path, tenant: str, day: date | None = None) -> Iterator[tuple[s
 
 
 def delete_old(folder: Path, retention_days: int, today: date) -> int:
-    """Delete the files of days that are ``retention_days`` and more ago, of all tenants; how many."""
+    """Delete all tenants' files that are ``retention_days`` old or older; return how many."""
     deleted = 0
     for path in [path for tenant in _folders(folder) for path in _files(tenant)]:
         if (today - date.fromisoformat(path.stem)).days >= retention_days:
@@ -114,7 +114,7 @@ def _resolve(tenant: str, reference: str) -> str:
     where = f"tenant {tenant!r}: transcripts.key = {reference!r}"
     if kind == "env":
         if not os.environ.get(name):
-            raise ConfigError(f"{where}, but there is no such variable; set it")
+            raise ConfigError(f"{where}, but that variable is not set; set it")
         return os.environ[name]
     try:
         return read_regular(Path(name).expanduser(), _MOST_KEY_BYTES).decode("ascii")

@@ -409,7 +409,7 @@ def test_port_in_use_is_one_line(tmp_path):
 def test_missing_model_is_one_line(tmp_path):
     """A model that cannot be found is named."""
     told = fail(tmp_path, "--model", "no-such-model", "--port", "0", "--admin-port", "0")
-    assert told.startswith("model.name = 'no-such-model', but that is no folder here")
+    assert told.startswith("model.name = 'no-such-model', but that is neither a folder")
 
 
 def test_too_little_memory_is_one_line(tmp_path, default_model_dir):

@@ -106,9 +106,9 @@ def test_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
     ("node", "change", "expected"),
     [
         (3, {"id": "f2.8"}, "kind, layer and head make 'f2.7'"),
-        (3, {"dictionary": None}, "a feature names its dictionary"),
+        (3, {"dictionary": None}, "only a feature or an error names one"),
         (3, {"dictionary": "gone"}, "no dictionary 'gone' at that layer"),
-        (1, {"dictionary": "words"}, "a feature names its dictionary, others none"),
+        (1, {"dictionary": "words"}, "only a feature or an error names one"),
     ],
 )
 def test_feature_that_fits_no_dictionary_is_named(

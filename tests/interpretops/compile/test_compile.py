@@ -218,7 +218,7 @@ def test_model_s_own_record_bounds_directions(
     [
         (
             {"bounds": {"3.middle": 1.0}},
-            r"norm-bounds.yaml: bounds\.? ?site = '3.middle', but a site is written",
+            r"norm-bounds.yaml: bounds\.? ?site = '3.middle', but must be <layer>",
         ),
         (
             {"bounds": {"3.resid_post": 0}},
@@ -549,7 +549,7 @@ SCALE = "{type: feature_scale, scale: 0, selector: {layer: 3, sae_feature_ids: [
             "  - {type: feature_scale, scale: 0, selector: {layer: 3, sae_feature_ids: [1]}}\n"
             "  - {type: feature_clamp, clamp_range: [0, 1], selector: {layer: 3, sae_feature_ids: [2, 1]}}",
             "interventions[1].selector.sae_feature_ids[1] = 1, but "
-            "interventions[0].selector.sae_feature_ids[0] edits the same already; merge the two (line 4)",
+            "interventions[0].selector.sae_feature_ids[0] already edits the same target; merge the two (line 4)",
         ),
         (
             "interventions:\n  - {type: lora_gate, selector: {block: attn}, alpha: 1, adapter: calm}",

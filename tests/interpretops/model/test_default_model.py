@@ -131,14 +131,14 @@ def test_folder_is_taken_as_it_is(default_model_dir: Path, tmp_path: Path) -> No
 
 def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     """An existing folder that holds no model is not mistaken for one."""
-    with pytest.raises(ModelError, match=r"holds no config\.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         resolve_model(str(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "a/b/c", "../x", "http://x/y"])
 def test_name_that_is_neither_folder_nor_id_is_refused(name: str, tmp_path: Path) -> None:
     """Nothing is looked up by a name that cannot be a Hugging Face id."""
-    with pytest.raises(ModelError, match="no folder here and no Hugging Face id"):
+    with pytest.raises(ModelError, match="neither a folder nor a Hugging Face id"):
         resolve_model(name, tmp_path)
 
 

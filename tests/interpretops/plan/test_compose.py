@@ -54,5 +54,5 @@ def test_what_has_no_one_meaning_is_refused(tmp_path: Path) -> None:
     first, same = plan(tmp_path, "a", (1, 0, "")), plan(tmp_path, "b", (1, 1, ""))
     with pytest.raises(PlanError, match=r"policies 'a' and 'b' cannot be composed: both edit 1.attn_z"):
         compose_plans([first, same])
-    with pytest.raises(PlanError, match="one stands there twice"):
+    with pytest.raises(PlanError, match="one of them appears twice"):
         compose_plans([first, first])

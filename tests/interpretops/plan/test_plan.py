@@ -152,7 +152,7 @@ def test_same_numbers_written_otherwise_are_refused() -> None:
     data = plan.to_bytes()
     size = int.from_bytes(data[:8], "little")
     spaced = (size + 8).to_bytes(8, "little") + data[8 : 8 + size] + b" " * 8 + data[8 + size :]
-    with pytest.raises(PlanError, match="not as this build writes it"):
+    with pytest.raises(PlanError, match="differs from what this build writes"):
         read_plan(spaced)
 
 

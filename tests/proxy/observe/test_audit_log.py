@@ -73,7 +73,7 @@ def forged(lines, seq, prev=None):
         (lambda rows: [*rows[:2], *rows[5:]], 3, "records 3 to 5 were removed before record 6"),
         (lambda rows: [*rows[:4], rows[2], *rows[4:]], 5, "record 3 was inserted"),
         (lambda rows: [*rows[:4], forged(rows, 5), *rows[4:]], 6, "record 5 was inserted"),
-        (lambda rows: [*rows[:4], forged(rows, 5), *rows[5:]], 6, "does not follow what stands before"),
+        (lambda rows: [*rows[:4], forged(rows, 5), *rows[5:]], 6, "does not follow the record before"),
         (lambda rows: [*rows[:4], rows[5], rows[4], *rows[6:]], 5, "record 5 was removed"),
         (lambda rows: rows[1:], 1, "record 1 was removed before record 2"),
     ],
@@ -94,7 +94,7 @@ async def test_truncated_log_is_reported_and_not_continued(log):
     """A truncated log is not intact, and no gateway continues it."""
     rows = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(rows[:6]))
-    assert verify(log).faults == [f"{log}: was cut off: ends with record 6, but 9 had been written"]
+    assert verify(log).faults == [f"{log}: was truncated: ends with record 6, but 9 had been written"]
     with pytest.raises(ConfigError, match="truncated before record 9"):
         open_log(log)
     log.unlink()
@@ -183,7 +183,7 @@ async def test_replaced_lines_are_detected_and_not_continued(log, cut):
     for seq in range(cut + 1, 13):
         rows.append(forged(rows, seq, prev=None if cut == 6 or seq != 11 else "0" * 64))
     log.write_bytes(b"".join(rows))
-    told = "record 9 is gone or another" if cut == 6 else "record 11 does not follow"
+    told = "record 9 is missing or differs" if cut == 6 else "record 11 does not follow"
     with pytest.raises(ConfigError, match=told):
         open_log(log)
     assert not verify(log).intact
@@ -201,19 +201,19 @@ async def test_head_kept_elsewhere_proves_what_the_files_cannot(log):
 
     assert command(f"9:{kept.hash}")[0] == 0
     assert command(f"6:{json.loads(rows[5])['hash']}")[0] == 0
-    assert "another hash than the head kept elsewhere" in command(f"8:{kept.hash}")[1]
+    assert "does not have the hash of the head kept elsewhere" in command(f"8:{kept.hash}")[1]
     head_path(log).unlink()
     status, told = command(f"9:{kept.hash}")
-    assert (status, "the head kept elsewhere stands for it" in told) == (0, True)
+    assert (status, "the head kept elsewhere replaces it" in told) == (0, True)
     assert command(f"6:{json.loads(rows[5])['hash']}")[0] == 1
     log.write_bytes(b"".join(rows[:6]))
     head_path(log).write_bytes(head_line(Head(6, json.loads(rows[5])["hash"])))
     assert verify(log).intact
     assert verify(log, kept=kept).faults == [
-        f"{log}: was cut off: ends with record 6, but the head kept elsewhere is of record 9"
+        f"{log}: was truncated: ends with record 6, but the head kept elsewhere is record 9"
     ]
     assert command(f"9:{kept.hash}")[0] == 1
-    assert verify(log, first=12, kept=kept).faults[-1].endswith("lies before --first 12")
+    assert verify(log, first=12, kept=kept).faults[-1].endswith("comes before --first 12")
     for wrong in ("9", "x:" + kept.hash, "9:abc"):
         ended = CliRunner().invoke(app, ["audit", "verify", str(log), "--head", wrong])
         assert ended.exit_code != 0
@@ -243,7 +243,7 @@ async def test_line_truncated_by_a_crash_is_reported(log):
     await write(log, 1)
     found = verify(log)
     assert (found.intact, found.records) == (True, 11)
-    assert found.notes == [f"{log}:10: was broken off by a crash, and recorded as such"]
+    assert found.notes == [f"{log}:10: was truncated by a crash, and recorded as such"]
 
 
 async def test_only_one_gateway_may_write(log):
@@ -338,7 +338,7 @@ async def test_log_moved_elsewhere_is_verified_by_naming_both(tmp_path):
     run = CliRunner().invoke
     alone = run(app, ["audit", "verify", str(log.path)])
     assert alone.exit_code == 1
-    assert "name the files that were set aside as well, or give --first" in alone.stdout
+    assert "name the rotated files as well, or give --first" in alone.stdout
     for order in ([log.path, archived], [archived, log.path]):
         ended = run(app, ["audit", "verify", *map(str, order)])
         assert (ended.exit_code, "5 records, 1 to 5, are as they" in ended.stdout) == (0, True), ended.stdout
