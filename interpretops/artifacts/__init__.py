@@ -1,4 +1,4 @@
-"""What policies name: dictionaries, adapters, vectors and probes, found, opened and checked."""
+"""Finds, opens and checks the artifacts that policies name: dictionaries, adapters, vectors and probes."""
 
 from interpretops.artifacts.index import ADAPTERS_FOLDER, Artifacts
 

@@ -1,13 +1,13 @@
-"""Low-rank adapters in PEFT's folder layout, read and written with numpy alone.
+"""Low-rank adapters in PEFT's folder layout, read and written with only numpy.
 
 An adapter acts at edit sites: ``x' = x + alpha * scaling * B activation(A x + bias)``, A [r, D], B [D, r].
-What PEFT's own configuration cannot say stands under its key ``interpretops``: for every site the
+The configuration's key ``interpretops`` holds what PEFT has no fields for: for every site the
 activation (`identity` or `relu`) and the norm bound. Tensors are named as PEFT would name a module called
 after the point: ``base_model.model.model.layers.15.resid_post.lora_A.weight``, then ``lora_A.bias`` and
 ``lora_B.weight`` alike.
 
-An adapter that PEFT itself has trained on the attention's output projection (``o_proj``, or ``dense`` in
-GPT-NeoX) loads as it is and acts at ``attn_proj``; other target modules are refused by name.
+An adapter that PEFT trained on the attention's output projection (``o_proj``, or ``dense`` in GPT-NeoX)
+loads unchanged and acts at ``attn_proj``; other target modules are refused by name.
 """
 
 import json
@@ -43,7 +43,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 AdapterActivation = Literal["identity", "relu"]
 
 PROJECTIONS = frozenset({"o_proj", "dense"})
-"""Names of the attention's output projection, the one module whose LoRA is an edit."""
+"""Names of the attention's output projection, the only module whose LoRA is an edit."""
 
 _PREFIX = "base_model.model.model.layers"
 _PEFT_TENSOR = re.compile(
@@ -67,7 +67,7 @@ class AdapterSite:
     """[r]"""
     activation: AdapterActivation = "identity"
     max_norm: float | None = None
-    """Tokens with a larger activation norm are left alone."""
+    """Tokens with a larger activation norm are not edited."""
 
     @property
     def threshold(self) -> float:
@@ -84,7 +84,7 @@ class Adapter:
 
 
 def open_adapter(folder: Path) -> Adapter:
-    """Open a folder of manifest.yaml, adapter_config.json and safetensors; raises `AdapterError`."""
+    """Open a folder with manifest.yaml, adapter_config.json and safetensors; raises `AdapterError`."""
     manifest = read_adapter_manifest(folder)
     path = check_weights(folder, manifest.weights, AdapterError)
     config = read_json_object(folder / CONFIG_NAME, AdapterError)
@@ -116,7 +116,7 @@ def write_adapter(
     training: TrainingRecord | None = None,
     license_name: str | None = None,
 ) -> AdapterManifest:
-    """Write a folder that `open_adapter` reads: weights, configuration, and last the manifest."""
+    """Write a folder that `open_adapter` reads: weights, configuration, then the manifest."""
     rank = max(len(site.read) for site in sites.values())
     tensors, described = {}, {}
     for site, edit in sites.items():
@@ -157,7 +157,7 @@ def _peft_parts(path: Path, config: dict[str, Any], tensors: TensorFile) -> dict
     if not named or not named <= PROJECTIONS:
         raise AdapterError(
             f"{path}: target_modules = {targets!r}, but only the attention's output projection "
-            f"({' or '.join(sorted(PROJECTIONS))}) is an edit site; train the adapter on it alone"
+            f"({' or '.join(sorted(PROJECTIONS))}) is an edit site; train the adapter on only that"
         )
     parts: dict[Site, dict[str, Any]] = {}
     for name in tensors:
@@ -170,7 +170,7 @@ def _peft_parts(path: Path, config: dict[str, Any], tensors: TensorFile) -> dict
 
 
 def _check_rank(path: Path, rank: int, parts: Mapping[Site, dict[str, Any]]) -> None:
-    """PEFT's scale is that of the configuration's rank, whatever the tensors have."""
+    """PEFT takes the scale from the configuration's rank, so the tensors must have that rank."""
     for site, tensors in parts.items():
         found = tensors["lora_A.weight"].shape[0] if "lora_A.weight" in tensors else rank
         if found != rank:

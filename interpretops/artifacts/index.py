@@ -1,4 +1,4 @@
-"""Finding the dictionaries and adapters of a model in the artifacts folder."""
+"""Finds the dictionaries and adapters of a model in the artifacts folder."""
 
 import os
 from functools import cached_property
@@ -18,14 +18,14 @@ class Artifacts:
     """``<root>/<model>/<dictionary>/`` and ``<root>/<model>/adapters/<adapter>/``, each with a manifest, and
     ``<root>/<model>/norm-bounds.yaml``.
 
-    What belongs to a model is decided by the fingerprint in the manifest, not by the folder's name.
+    The fingerprint in the manifest decides which model an artifact belongs to, not the folder's name.
     """
 
     def __init__(self, root: Path, model: ModelSpec) -> None:
         self.root = root
         self.model = model
         self.unreadable: list[str] = []
-        """One line for every manifest that could not be read."""
+        """One line for each unreadable manifest."""
         self._opened: dict[Path, Dictionary] = {}
 
     @cached_property
@@ -52,7 +52,7 @@ class Artifacts:
 
     @property
     def model_folders(self) -> tuple[Path, ...]:
-        """Folders of this model: the one of its name, then those with artifacts of its fingerprint."""
+        """Folders of this model: the one with its name, then those with artifacts of its fingerprint."""
         folders = [self.root / self.model.name]
         folders += [f.parent for f, m in self.all_dictionaries.items() if self._is_ours(m)]
         folders += [f.parent.parent for f, m in self.all_adapters.items() if self._is_ours(m)]
@@ -62,7 +62,7 @@ class Artifacts:
         return manifest.model.fingerprint == self.model.fingerprint
 
     def dictionaries_at(self, site: Site) -> dict[Path, DictionaryManifest]:
-        """Those of this model that read at a site."""
+        """This model's dictionaries at a site, by folder."""
         return {
             folder: manifest
             for folder, manifest in self.all_dictionaries.items()
@@ -71,7 +71,7 @@ class Artifacts:
 
     @cached_property
     def norm_bounds(self) -> dict[str, float]:
-        """What the model's own record says of its sites; raises `DictionaryError` when it cannot be read."""
+        """The model's recorded norm bounds, by site; raises `DictionaryError` if the record is unreadable."""
         found: dict[Path, dict[str, float]] = {}
         for path in sorted(self.root.glob(f"*/{BOUNDS_NAME}")):
             try:
@@ -88,11 +88,11 @@ class Artifacts:
         return next(iter(found.values()), {})
 
     def manifests_named(self, name: str) -> list[DictionaryManifest]:
-        """Those of this model with an id."""
+        """Manifests of this model's dictionaries with this id."""
         return [m for m in self.all_dictionaries.values() if m.id == name and self._is_ours(m)]
 
     def dictionary(self, site: Site) -> Dictionary:
-        """The only dictionary of this model at a site; raises `DictionaryError` unless there is one."""
+        """This model's only dictionary at a site; raises `DictionaryError` if there are none or several."""
         found = self.dictionaries_at(site)
         if len(found) == 1:
             return self._open(next(iter(found)))
@@ -102,7 +102,7 @@ class Artifacts:
         raise DictionaryError(f"{self.model.name} has no dictionary at {site}; {self._what_there_is()}")
 
     def named_dictionary(self, name: str) -> Dictionary:
-        """A dictionary of this model by its id; raises `DictionaryError`, also for one of another model."""
+        """This model's dictionary with this id; raises `DictionaryError`, also if it is another model's."""
         named = {f: m for f, m in self.all_dictionaries.items() if m.id == name}
         ours = [f for f, m in named.items() if self._is_ours(m)]
         if len(ours) == 1:
@@ -119,7 +119,7 @@ class Artifacts:
         raise DictionaryError(f"there is no such dictionary; {self._what_there_is()}")
 
     def adapter(self, name: str | None, target_class: str) -> Adapter:
-        """An adapter of this model by id, or the only one for a target class; raises `AdapterError`."""
+        """This model's adapter with this id, or its only one for a target class; raises `AdapterError`."""
         ours = {folder: manifest for folder, manifest in self.all_adapters.items() if self._is_ours(manifest)}
         if name is not None:
             found = [folder for folder, manifest in ours.items() if manifest.id == name]
@@ -149,7 +149,7 @@ class Artifacts:
         others = sorted({m.model.name for m in self.all_dictionaries.values()})
         text = f"{self.root} has none of this model"
         if self.model.name in others:
-            text += " (those under its name are of other weights: their fingerprint differs)"
+            text += " (those under its name belong to other weights: their fingerprint differs)"
         return f"{text}; train one with `mechctl sae-train`{self._broken()}"
 
     def _broken(self) -> str:
@@ -158,4 +158,4 @@ class Artifacts:
             os.scandir(self.root).close()
         except OSError as error:
             wrong.insert(0, f"{self.root}: {error.strerror}")
-        return f" (not readable: {'; '.join(wrong)})" if wrong else ""
+        return f" (unreadable: {'; '.join(wrong)})" if wrong else ""

@@ -1,7 +1,7 @@
-"""A model's own record of where its attention sinks begin: the norm bounds of its sites.
+"""A model's recorded norm bounds: at each site, tokens with a larger norm are attention sinks.
 
-``<artifacts>/<model>/norm-bounds.yaml``. An edit along a direction takes its bound from the policy, from the
-dictionaries that the policy names, or from here; never from whatever else lies in the folder.
+The file is ``<artifacts>/<model>/norm-bounds.yaml``. An edit along a direction takes its bound from the
+policy, from the dictionaries that the policy names, or from this file; never from other files there.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ Bound = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class NormBounds(BaseModel):
-    """What is known of a model's activation norms."""
+    """The recorded bounds of a model's activation norms."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -30,7 +30,7 @@ class NormBounds(BaseModel):
     model: ModelReference
     """The model it belongs to."""
     bounds: dict[str, Bound]
-    """By site, as `15.resid_post`: tokens of a larger norm are attention sinks."""
+    """By site, such as `15.resid_post`: tokens with a larger norm are attention sinks."""
 
     @field_validator("bounds")
     @classmethod
@@ -44,7 +44,7 @@ class NormBounds(BaseModel):
 
 
 def read_norm_bounds(path: Path) -> NormBounds:
-    """The record in a file; raises `DictionaryError`."""
+    """Read the bounds from a file; raises `DictionaryError`."""
     document = read_yaml(path, DictionaryError)
     try:
         return NormBounds.model_validate(document.data)

@@ -1,6 +1,6 @@
-"""Which configurations of PEFT's LoRA are an edit: ``W x + scaling * B A x`` beside untouched base weights.
+"""Which PEFT LoRA configurations are an edit: ``W x + scaling * B A x`` with unchanged base weights.
 
-Every field of PEFT's `LoraConfig` stands in one of the three lists below; a test fails when PEFT has more.
+Every field of PEFT's `LoraConfig` is in one of the three lists below; a test fails if PEFT adds one.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from interpretops.errors import AdapterError
 READ_FIELDS = frozenset(
     {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "init_lora_weights", "lora_dropout"}
 )
-"""Fields that decide what the edit is. Dropout acts in training alone."""
+"""Fields that define the edit. Dropout acts only in training."""
 
 DESCRIPTIVE_FIELDS = frozenset(
     {
@@ -35,14 +35,14 @@ DESCRIPTIVE_FIELDS = frozenset(
         "interpretops",
     }
 )
-"""Fields that change nothing once the adapter is trained: which layers it has, its tensors tell."""
+"""Fields without effect on a trained adapter: its tensors show which layers it has."""
 
-_CHANGES_THE_MODEL = "it changes the model beside the adapter"
+_CHANGES_THE_MODEL = "it changes the model outside the adapter"
 _CHANGES_THE_FORM = "it computes something other than W x + scaling * B A x"
 
 REFUSED_FIELDS: dict[str, str] = {
     "use_dora": "it scales every output by a learned magnitude",
-    "fan_in_fan_out": "it is for layers that keep their weights transposed",
+    "fan_in_fan_out": "it is for layers that store their weights transposed",
     "bias": _CHANGES_THE_MODEL,
     "modules_to_save": _CHANGES_THE_MODEL,
     "trainable_token_indices": _CHANGES_THE_MODEL,
@@ -57,17 +57,17 @@ REFUSED_FIELDS: dict[str, str] = {
     "use_bdlora": _CHANGES_THE_FORM,
     "arrow_config": _CHANGES_THE_FORM,
     "monteclora_config": _CHANGES_THE_FORM,
-    "velora_config": "nobody here has compared its numbers with PEFT's",
+    "velora_config": "its results have not been compared with PEFT's",
     "megatron_config": "its layers are not those of transformers",
 }
 """Fields that must be unset, and why."""
 
 INITIALISATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-"""Values of ``init_lora_weights`` besides true and false that leave the base weights as they are."""
+"""Values of ``init_lora_weights``, other than true and false, that do not change the base weights."""
 
 
 def check_lora_config(path: Path, config: dict[str, Any]) -> None:
-    """Raise `AdapterError` unless the configuration in a file is of an adapter that is an edit."""
+    """Raise `AdapterError` unless the configuration describes an adapter that is an edit."""
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type = {config.get('peft_type')!r}, but must be 'LORA'")
     _check_initialisation(path, config.get("init_lora_weights"))
@@ -80,7 +80,7 @@ def check_lora_config(path: Path, config: dict[str, Any]) -> None:
             )
         if field not in READ_FIELDS | DESCRIPTIVE_FIELDS:
             raise AdapterError(
-                f"{path}: {field} = {_shown(value)}, a field that is not known here and may change what the "
+                f"{path}: {field} = {_shown(value)}, an unknown field that may change what the "
                 "adapter computes; save the adapter without it"
             )
 
@@ -91,8 +91,8 @@ def _check_initialisation(path: Path, value: Any) -> None:
     if not isinstance(value, str) or value.lower() not in INITIALISATIONS:
         raise AdapterError(
             f"{path}: init_lora_weights = {_shown(value)}, an initialisation that changes the base weights: "
-            "the adapter fits another model than this one; have PEFT convert it to a plain LoRA where it was "
-            "trained (save_pretrained with path_initial_model_for_weight_conversion), or train it anew with "
+            "the adapter does not fit this model; have PEFT convert it to a plain LoRA where it was trained "
+            "(save_pretrained with path_initial_model_for_weight_conversion), or train it again with "
             f"true, false or one of {', '.join(sorted(INITIALISATIONS))}"
         )
 

@@ -1,4 +1,4 @@
-"""Vectors and probes that policies name: tensors of a safetensors file."""
+"""Vectors and probes that policies name: tensors in a safetensors file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from interpretops.plan import Array
 
 PROBE_TENSORS = ("query", "read", "bias", "max_norm")
 FINGERPRINT_KEY = "model_fingerprint"
-"""Metadata key of a vector file: the model it was made from. When present, no other model may use it."""
+"""Metadata key of a vector file: the model it was made from. If present, no other model may use the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,24 +31,24 @@ class FileProbe:
     """An attention probe (`interpretops.plan.Gate`) and where it came from."""
 
     layers: dict[int, dict[str, Array]]
-    """By layer, the lowest first: query [K, D], read [K, D], bias [K], max_norm [1]."""
+    """By layer, lowest first: query [K, D], read [K, D], bias [K], max_norm [1]."""
     sha256: str
     """Of the file."""
     model_fingerprint: str | None
 
 
 def find_vector_file(name: str, own: Path | None, shared: tuple[Path, ...]) -> Path:
-    """The file of that relative name in a policy's own folder, else the one in the shared folders.
+    """The file with that relative name in the policy's own folder, else in the shared folders.
 
-    Never outside of them. Raises `PolicyError` when shared folders hold different files of the name: which of
-    them is meant must not depend on what else lies there.
+    Never outside these folders. Raises `PolicyError` if shared folders hold different files with this name,
+    because the choice must not depend on other files there.
     """
     folders = shared if own is None else (own, *shared)
     found: list[Path] = []
     for folder in folders:
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
-            raise PolicyError(f"it leads out of {folder}")
+            raise PolicyError(f"it points outside {folder}")
         if path.is_file():
             found.append(path)
             if folder == own:
@@ -61,7 +61,7 @@ def find_vector_file(name: str, own: Path | None, shared: tuple[Path, ...]) -> P
 
 
 def read_vector(path: Path, tensor: str | None, width: int) -> FileVector:
-    """One finite, non-zero vector of a width; raises `PolicyError` with the reason only."""
+    """Read one finite, non-zero vector of this width; raises `PolicyError` with only the reason."""
     file = TensorFile(path, PolicyError)
     names = ", ".join(sorted(file)) or "nothing"
     if tensor is None and len(file) != 1:
@@ -80,16 +80,18 @@ def read_vector(path: Path, tensor: str | None, width: int) -> FileVector:
 
 
 def read_attention_probe(path: Path, width: int) -> FileProbe:
-    """The attention probe in a file, for an activation of a width; `PolicyError` gives the reason only."""
+    """Read the attention probe for an activation of this width; raises `PolicyError` with only the reason."""
     file = TensorFile(path, PolicyError)
     layers: dict[int, dict[str, Array]] = {}
     for name in file:
         layer, _, part = name.partition(".")
         if not layer.isdecimal() or part not in PROBE_TENSORS:
-            raise PolicyError(f"the file holds {name!r}, but an attention probe only <layer>.{PROBE_TENSORS}")
+            raise PolicyError(
+                f"the file holds {name!r}, but an attention probe has only <layer>.{PROBE_TENSORS}"
+            )
         layers.setdefault(int(layer), {})[part] = np.array(file[name], np.float32)
     if not layers:
-        raise PolicyError("the file holds nothing")
+        raise PolicyError("the file is empty")
     for layer, arrays in layers.items():
         heads = arrays["bias"].shape[0] if "bias" in arrays and arrays["bias"].ndim == 1 else 0
         shapes = {"query": (heads, width), "read": (heads, width), "bias": (heads,), "max_norm": (1,)}

@@ -1,6 +1,6 @@
-"""The one declaration of what the gateway and the engine's plugin say to each other; depends on neither.
+"""The protocol between the gateway and the engine's plugin; depends on neither.
 
-`names` has the words on the wire, `codes` says why the plugin refuses, `messages` has what it answers.
+`names` has routes and headers, `codes` the reasons for refusals, `messages` the plugin's responses.
 """
 
 from interpretops.engine_api.codes import STATUS, EngineCode

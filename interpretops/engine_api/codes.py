@@ -1,4 +1,4 @@
-"""Why the plugin refused: the codes on which the gateway acts, and their statuses."""
+"""Why the plugin refused: codes that the gateway acts on, and their HTTP statuses."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from interpretops.errors import InterpretOpsError, NoRoomError, PlanError
 
 
 class EngineCode(StrEnum):
-    """Why the plugin refused: a stable word, on which the gateway acts. The text beside it is for people."""
+    """Why the plugin refused. The gateway acts on this stable code; the message with it is for people."""
 
     NOT_RESIDENT = "revision_not_resident"
-    """The revision is not in the engine's tables, or is being taken out: load it, and ask again."""
+    """The revision is not in the engine's tables, or is being retired: load it and retry."""
     POLICY_DEMANDED = "policy_demanded"
-    """This engine serves no request without a policy."""
+    """This engine refuses requests without a policy."""
     INVALID_SEAL = "invalid_seal"
-    """The request does not say which revision it demands, or says it wrongly."""
+    """The request names no revision, or a malformed one."""
     NOT_GENERATING = "not_generating"
     """Only requests that generate can be bound to a policy."""
     TABLE_FULL = NoRoomError.code
-    """No row is free for another plan."""
+    """The tables have no free row for another plan."""
     INVALID_PLAN = PlanError.code
-    """The plan is damaged, or not for this model."""
+    """The plan is damaged or was compiled for another model."""
     PLAN_TOO_LARGE = "plan_too_large"
     DIGEST_MISMATCH = "digest_mismatch"
-    """A rank holds other numbers than the plan."""
+    """A rank's numbers differ from the plan's."""
     UNKNOWN_NONCE = "unknown_nonce"
     """No receipt for this nonce."""
     FAILED = "plugin_failed"
-    """A fault that has no code of its own; the text says what. Also how the gateway reads an unknown code."""
+    """Any other fault; the message says what. The gateway also reads unknown codes as this."""
 
     @classmethod
     def of(cls, text: str) -> EngineCode:
-        """The code that a text spells; `FAILED` for any other."""
+        """The code with this text; `FAILED` if there is none."""
         return cls(text) if text in set(cls) else cls.FAILED
 
     @classmethod
     def of_error(cls, error: InterpretOpsError) -> EngineCode:
-        """The code of what went wrong while a plan was loaded."""
+        """The code for an error while loading a plan."""
         return cls.of(error.code)
 
     @property
     def status(self) -> int:
-        """HTTP status of an answer with this code."""
+        """The HTTP status of a refusal with this code."""
         return STATUS[self]
 
 
@@ -62,4 +62,4 @@ STATUS: Final = MappingProxyType(
         EngineCode.FAILED: 500,
     }
 )
-"""Of every code the status of its answer."""
+"""The HTTP status of each code."""

@@ -14,17 +14,17 @@ from interpretops.plan import ModelSpec
 from interpretops.special_tokens import SpecialTokens
 
 REFUSAL_TYPE: Final = "interpretops_refusal"
-"""`error.type` of everything that the plugin refuses."""
+"""`error.type` of every refusal by the plugin."""
 
 
 class EngineMessage(BaseModel):
-    """What the plugin answers. Fields that a newer plugin adds are ignored."""
+    """A response of the plugin. Fields that a newer plugin adds are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     @classmethod
     def read(cls, told: bytes | str) -> Self:
-        """The message in a JSON text. Raises `EngineError`."""
+        """Parse a message from JSON text. Raises `EngineError`."""
         try:
             return cls.model_validate_json(told)
         except ValidationError as error:
@@ -32,19 +32,19 @@ class EngineMessage(BaseModel):
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> Self:
-        """The message in an object that was JSON. Raises `EngineError`."""
+        """Parse a message from a decoded JSON object. Raises `EngineError`."""
         try:
             return cls.model_validate(answer)
         except ValidationError as error:
             raise malformed(cls, error) from None
 
     def body(self) -> dict[str, Any]:
-        """The object that goes over the wire."""
+        """The JSON object to send."""
         return self.model_dump(mode="json")
 
 
 class Refusal(EngineMessage):
-    """The body of what the plugin refuses: an error in OpenAI's shape."""
+    """The body of a refusal: an error in OpenAI's format."""
 
     class Error(EngineMessage):
         """The error itself."""
@@ -53,13 +53,13 @@ class Refusal(EngineMessage):
         type: str = REFUSAL_TYPE
         param: str | None = None
         code: str | int
-        """An `EngineCode`, or that of a newer plugin; vLLM's own errors have a number."""
+        """An `EngineCode`, or a newer plugin's code; vLLM's own errors have a number."""
 
     error: Error
 
     @classmethod
     def of(cls, code: EngineCode, message: str) -> Refusal:
-        """A refusal with one of the codes of the contract."""
+        """A refusal with this code."""
         return cls(error=cls.Error(message=message, code=code.value))
 
     @property
@@ -74,7 +74,7 @@ class Refusal(EngineMessage):
 
 
 class RankDigest(EngineMessage):
-    """What one rank holds of a plan that was loaded."""
+    """The digest of a loaded plan on one rank."""
 
     rank: int
     digest: str
@@ -83,18 +83,18 @@ class RankDigest(EngineMessage):
 
 
 class LoadedPlan(EngineMessage):
-    """The answer to a plan: every rank, and the digest of the numbers in its tables."""
+    """The response to loading a plan: every rank, and the digest of the numbers in its tables."""
 
     revision: str
     ranks: list[RankDigest]
 
 
 class RetiredPlan(EngineMessage):
-    """The answer when a plan is taken out."""
+    """The response to retiring a plan."""
 
     revision: str
     in_flight: int = Field(ge=0)
-    """Requests that still end under it."""
+    """Requests that are still running under it."""
 
 
 class SelfTest(EngineMessage):
@@ -110,9 +110,9 @@ class Rank(EngineMessage):
 
     rank: int
     resident: dict[str, str] = {}
-    """Revision to the digest of what the rank holds."""
+    """Revision to the digest of the rank's tables for it."""
     edits: dict[str, int] = {}
-    """Revision to the (token, site) pairs that were edited under it so far; those with none are left out."""
+    """Revision to the (token, site) pairs edited under it so far; revisions with none are omitted."""
     shard: int = Field(default=0, ge=0)
     shards: int = Field(default=1, ge=1)
     model: dict[str, Any] = {}
@@ -121,16 +121,16 @@ class Rank(EngineMessage):
 
 
 class ResidentPlan(EngineMessage):
-    """A plan as an engine core admits requests for it."""
+    """A plan in the tables of an engine core."""
 
     digest: str
     in_flight: int = Field(ge=0)
     retired: bool
-    """Whether it takes no more requests."""
+    """Whether it is being retired and takes no new requests."""
 
 
 class RankGroup(EngineMessage):
-    """One engine core behind the API server."""
+    """The ranks of one engine core behind the API server."""
 
     ranks: list[Rank]
     resident: dict[str, ResidentPlan] = {}
@@ -140,7 +140,7 @@ class RankGroup(EngineMessage):
 
 
 class SpecialTokenList(EngineMessage):
-    """The tokenizer's special tokens, and whether they can be kept out of what callers write."""
+    """The tokenizer's special tokens, and whether they can be kept out of client text."""
 
     ids: dict[str, int]
     first: int | None = None
@@ -148,7 +148,7 @@ class SpecialTokenList(EngineMessage):
 
 
 class Attestation(EngineMessage):
-    """What the engine says it is."""
+    """The engine's attestation: its model, versions, ranks and plans."""
 
     plugin_version: str
     vllm_version: str
@@ -161,11 +161,11 @@ class Attestation(EngineMessage):
     """Whether requests may name no policy."""
 
     def special(self) -> SpecialTokens:
-        """What no caller may write into a prompt. Raises `EngineError` where that cannot be kept."""
+        """Tokens that clients may not put into prompts. Raises `EngineError` if they cannot be kept out."""
         if self.special_tokens is None:
             raise EngineError(
                 f"engine's plugin {self.plugin_version} does not list the tokenizer's special tokens; "
-                "install the gateway's version of interpretops beside the engine"
+                "install the gateway's version of interpretops with the engine"
             )
         if self.special_tokens.fault is not None:
             raise EngineError(
@@ -174,7 +174,7 @@ class Attestation(EngineMessage):
         return SpecialTokens(self.special_tokens.ids, self.special_tokens.first)
 
     def revisions(self) -> set[str]:
-        """What any rank holds."""
+        """Revisions on any rank."""
         return {name for group in self.engines for rank in group.ranks for name in rank.resident}
 
     def spec(self) -> ModelSpec:
@@ -186,25 +186,25 @@ class Attestation(EngineMessage):
 
 
 class Receipt(EngineMessage):
-    """What the engine did for one request of ours, which may be several of its own."""
+    """What the engine did for one gateway request, which may be several engine requests."""
 
     revision: str
     requests: int = Field(ge=0)
-    """Engine requests: one for each choice of each prompt."""
+    """Engine requests: one per choice per prompt."""
     tokens_evaluated: int = Field(ge=0)
     edits_applied: int = Field(default=0, ge=0)
     gates_fired: int = Field(default=0, ge=0)
     cached_tokens: int = Field(default=0, ge=0)
     finished: bool
-    """Whether every one of those has come to its end, so that no token of the answer is missing here."""
+    """Whether all of them have finished, so that the receipt covers every token of the answer."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of prompt and answer that went through the model or were found in its cache."""
+        """Prompt and answer tokens that the model processed or that were in its cache."""
         return self.tokens_evaluated + self.cached_tokens
 
     def line(self) -> str:
-        """As it travels with an answer: compact JSON."""
+        """The receipt as sent with an answer: compact JSON."""
         return self.model_dump_json()
 
 
@@ -213,22 +213,22 @@ _RANK_ANSWER: Final[TypeAdapter[RankDigest | Refusal]] = TypeAdapter(RankDigest 
 
 
 def read_loaded(answer: Mapping[str, Any]) -> LoadedPlan | Refusal:
-    """What an engine core answers when it was given a plan."""
+    """Read an engine core's response to loading a plan."""
     return _LOAD_ANSWER.validate_python(answer)
 
 
 def read_rank_loaded(answer: Mapping[str, Any]) -> RankDigest | Refusal:
-    """What one rank answers when it was given a plan."""
+    """Read one rank's response to loading a plan."""
     return _RANK_ANSWER.validate_python(answer)
 
 
 def describe_model(spec: ModelSpec) -> dict[str, Any]:
-    """A model as an attestation describes it; `Attestation.spec` reads it back."""
+    """The description of a model in an attestation; `Attestation.spec` reads it back."""
     return asdict(spec)
 
 
 def malformed(kind: type[EngineMessage], error: ValidationError) -> EngineError:
-    """The error of an answer that does not have its declared form: names the field and what is wrong."""
+    """The error for a response that breaks the protocol: names the field and the fault."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     return EngineError(f"engine's {kind.__name__} is malformed: {where}: {first['msg']}")

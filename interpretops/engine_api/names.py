@@ -1,29 +1,29 @@
-"""The words on the wire between gateway and engine: routes, headers, and the seal of a request."""
+"""Names in the protocol between gateway and engine: routes, headers, and the seal of a request."""
 
 from __future__ import annotations
 
 from typing import Final
 
 PREFIX: Final = "/interpretops/v1"
-"""Where the plugin's own routes lie."""
+"""Prefix of the plugin's own routes."""
 ATTEST_ROUTE: Final = f"{PREFIX}/attest"
 SELF_TEST_ROUTE: Final = f"{PREFIX}/selftest"
 PLAN_ROUTE: Final = f"{PREFIX}/plans/{{revision}}"
-"""PUT loads a plan, DELETE retires it. In the pattern that aiohttp and FastAPI both read."""
+"""PUT loads a plan, DELETE retires it. The pattern works in both aiohttp and FastAPI."""
 RECEIPT_ROUTE: Final = f"{PREFIX}/receipts/{{nonce}}"
 
 HOLDER_HEADER: Final = "x-interpretops-holder"
-"""Which gateway speaks: engines keep a plan as long as a gateway that lives holds it."""
+"""Identifies the gateway: an engine keeps a plan as long as a live gateway holds it."""
 NONCE_HEADER: Final = "x-interpretops-nonce"
-"""Asks the engine to send the receipt of the request with its answer."""
+"""Asks the engine to send the request's receipt with the answer."""
 RECEIPT_HEADER: Final = "x-interpretops-receipt"
-"""The receipt of a whole answer."""
+"""The receipt of a non-streamed answer."""
 RECEIPT_COMMENT: Final = b": interpretops-receipt "
-"""Begins the line of an event stream that holds the receipt: the last one before the end marker."""
+"""Begins the event-stream line with the receipt, the last line before the end marker."""
 REFUSAL_HEADER: Final = "x-interpretops-refusal"
 """The `EngineCode` of a request that the plugin refused, also in the body's `error.code`."""
 INTERNAL_HEADERS: Final = "x-interpretops-"
-"""Begins every header of the contract; no client may send one, and none reaches a client."""
+"""Prefix of the protocol's headers; clients may not send them and never receive them."""
 
 REVISION_KEY: Final = "interpretops_revision"
 """In `vllm_xargs`: 64 hex, or `PASS_THROUGH`."""

@@ -1,1 +1,1 @@
-"""Reading and writing files strictly: whole or not at all, bounded, and with errors that name the place."""
+"""Strict file access: atomic writes, bounded reads, and errors that name the file and field."""

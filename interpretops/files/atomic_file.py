@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all: no reader ever meets half of one, or may not read it any more."""
+"""Atomic writes: no reader sees a partial file or loses access to it."""
 
 import contextlib
 import os
@@ -14,11 +14,11 @@ _ACL: Final = "system.posix_acl_access"
 
 
 def write_atomically(path: Path, data: bytes, mode: int = SHARED) -> None:
-    """Write ``data`` to ``path``: to a temporary file beside it first, flushed to disk, then renamed.
+    """Write ``data`` to a temporary file in the same folder, flush it to disk, and rename it to ``path``.
 
-    A file that is replaced hands on its owner, group, mode and access list; a new one gets ``mode``, less
-    the process's umask. Raises `OSError`: a `PermissionError` where the owner of the file cannot be kept
-    and could not read the new one; the old one stays then.
+    A replaced file passes on its owner, group, mode and access list. A new file gets ``mode``, less the
+    process's umask. Raises `OSError`, and leaves the old file unchanged: `PermissionError` if the owner
+    cannot be preserved and could not read the new file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -36,19 +36,19 @@ def write_atomically(path: Path, data: bytes, mode: int = SHARED) -> None:
 
 
 def _hand_on(path: Path, file: int) -> None:
-    """Give a new file what the one at ``path`` has."""
+    """Copy owner, group, mode and access list from the file at ``path``."""
     try:
         before = path.stat()
     except FileNotFoundError:
         return
     if stat.S_ISREG(before.st_mode):
         for user, group in ((before.st_uid, -1), (-1, before.st_gid)):
-            # Only root may give files away; a group is kept by whoever belongs to it.
+            # Only root may change the owner; a member of the group may keep the group.
             with contextlib.suppress(OSError):
                 os.fchown(file, user, group)
         after = os.fstat(file)
         kept = stat.S_IMODE(before.st_mode)
-        # Another group must not get what the former had.
+        # A different group must not get the old group's permissions.
         os.fchmod(file, kept if after.st_gid == before.st_gid else kept & ~0o070)
         with contextlib.suppress(OSError, AttributeError):  # no access list, or a system without them
             os.setxattr(file, _ACL, os.getxattr(path, _ACL))

@@ -1,4 +1,4 @@
-"""Reading the JSON configuration files that lie beside weights, bounded, with errors that name the file."""
+"""Reads the JSON configuration files that come with weights: bounded, with errors that name the file."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ MAX_BYTES = 16 * 2**20
 
 
 def read_json_object(path: Path, error: type[InterpretOpsError]) -> dict[str, Any]:
-    """The object in a file of at most 16 MiB; raises ``error`` with one line."""
+    """Read a JSON object from a file of at most 16 MiB; raises ``error`` with one line."""
     try:
         data = read_regular(path, MAX_BYTES)
         if len(data) > MAX_BYTES:
-            raise error(f"{path}: is larger than {MAX_BYTES} bytes, the most that is read")
+            raise error(f"{path}: is larger than the limit of {MAX_BYTES} bytes")
         value = json.loads(data)
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror or problem})") from problem
@@ -27,6 +27,6 @@ def read_json_object(path: Path, error: type[InterpretOpsError]) -> dict[str, An
 
 
 def object_in(config: dict[str, Any], key: str) -> dict[str, Any]:
-    """The object under a key; an empty one where there is none."""
+    """The object under a key, or an empty one."""
     found = config.get(key)
     return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""Opening files that others put there: plain ones only, never a pipe or device that blocks its reader."""
+"""Opens files from untrusted folders: only regular files, never a pipe or device that blocks the reader."""
 
 import errno
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a plain file, by a link too, for reading bytes. Raises `OSError`, at once, for anything else.
+    """Open a regular file, or a link to one, for reading bytes. Raises `OSError` at once for anything else.
 
-    Opening a pipe waits for its writer, and a terminal or device may never end: neither is configuration.
+    Opening a pipe would wait for its writer, and a terminal or device may never end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
@@ -25,11 +25,11 @@ def _require_plain(mode: int, path: Path) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "is not a plain file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
 def read_regular(path: Path, most_bytes: int) -> bytes:
-    """The content of a plain file, or its first ``most_bytes`` + 1 bytes: so much is too much.
+    """Read a regular file, up to ``most_bytes`` + 1 bytes; a longer result means that the file is too large.
 
     Raises `OSError` as `open_regular`.
     """

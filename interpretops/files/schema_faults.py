@@ -1,4 +1,4 @@
-"""Turning pydantic's findings into lines that name file, field, value and what would be right."""
+"""Turns pydantic's errors into lines that name file, field, value and remedy."""
 
 import difflib
 from typing import Any, get_args
@@ -20,7 +20,7 @@ def describe_faults(error: ValidationError, document: Document, model: type[Base
 
 
 def _path_in_file(item: ErrorDetails, data: Any) -> KeyPath:
-    """The error's place without the tags that pydantic adds for the kind of an intervention."""
+    """The error's path without the tags that pydantic adds for the intervention type."""
     path: list[str | int] = []
     for position, part in enumerate(item["loc"]):
         last = position == len(item["loc"]) - 1
@@ -62,7 +62,7 @@ def _texts(item: ErrorDetails, path: KeyPath, model: type[BaseModel], document: 
     if kind in ("too_short", "too_long") and isinstance(item["input"], list | dict | tuple):
         least, most = context.get("min_length", 0), context.get("max_length", float("inf"))
         if least <= len(item["input"]) <= most:
-            return []  # pydantic counts what remained after faults that have lines of their own
+            return []  # pydantic counts only the entries without faults; those faults have their own lines
         bound = f"at least {least}" if kind == "too_short" else f"at most {most}"
         return [f"{name} has {len(item['input'])} entries, but must have {bound}{where}"]
     if kind in ("model_type", "model_attributes_type", "dict_type"):
@@ -75,14 +75,14 @@ def _texts(item: ErrorDetails, path: KeyPath, model: type[BaseModel], document: 
 
 
 def _show_value(value: Any) -> str:
-    """As YAML writes it: text in quotes, so that '1' is told from 1, and true, false, null."""
+    """The value as YAML: text in quotes, so that '1' and 1 look different, and true, false, null."""
     words = {"True": "true", "False": "false", "None": "null"}
     text = words[repr(value)] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _known_keys(location: tuple[str | int, ...], model: type[BaseModel]) -> list[str]:
-    """Keys that would be allowed at a place, found by walking the schema along pydantic's location."""
+    """Keys allowed at a path, found by walking the schema along pydantic's location."""
     candidates: list[Any] = [model]
     for part in location:
         step: list[Any] = []

@@ -1,4 +1,4 @@
-"""Safe, bounded YAML: plain values with the line of each, and nothing that expands, repeats or executes."""
+"""Safe, bounded YAML: plain values with their line numbers; no aliases, tags or duplicate keys."""
 
 import re
 from collections.abc import Iterator
@@ -31,12 +31,12 @@ class Document:
     """One YAML document and the line on which each of its values begins."""
 
     source: str
-    """Name of the file, as errors show it."""
+    """The file name shown in errors."""
     data: Any
     lines: dict[KeyPath, int] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
-        """`` (line N)`` of a value, of the nearest thing around it that exists, or nothing."""
+        """`` (line N)`` of a value or of its nearest existing parent; empty if there is none."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return f" (line {self.lines[path[:end]]})"
@@ -57,12 +57,12 @@ def read_yaml(path: Path, error: type[InterpretOpsError], source: str | None = N
     except OSError as problem:
         raise error(f"{source}: cannot be read ({problem.strerror or problem})") from problem
     if len(data) > MAX_BYTES:
-        raise error(f"{source}: is larger than {MAX_BYTES} bytes, the most that is read")
+        raise error(f"{source}: is larger than the limit of {MAX_BYTES} bytes")
     return parse_yaml(data, error, source)
 
 
 def parse_yaml(data: bytes, error: type[InterpretOpsError], source: str = "<yaml>") -> Document:
-    """Parse one document of YAML 1.2's core types; aliases, anchors, tags, duplicate keys are refused."""
+    """Parse one document of YAML 1.2's core types; refuses aliases, anchors, tags and duplicate keys."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as problem:
@@ -79,7 +79,7 @@ def parse_yaml(data: bytes, error: type[InterpretOpsError], source: str = "<yaml
 
 
 class _Builder:
-    """Builds plain values straight from parser events, so that limits act before anything is expanded."""
+    """Builds plain values directly from parser events, so that limits apply before anything is expanded."""
 
     def __init__(
         self, events: Iterator[Any], error: type[InterpretOpsError], source: str, lines: dict[KeyPath, int]

@@ -1,4 +1,4 @@
-"""Safetensors files read lazily with numpy alone: bfloat16 included, only touched rows leave the disk."""
+"""Reads safetensors files lazily with only numpy, including bfloat16; only the rows in use leave the disk."""
 
 import json
 import mmap
@@ -33,20 +33,20 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies in its file, as the header says."""
+    """A tensor's entry in the file header."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """First byte, counted from the beginning of the file."""
+    """Offset of the first byte from the beginning of the file."""
     end: int
 
 
 class TensorFile(Mapping[str, npt.NDArray[Any]]):
     """A memory-mapped safetensors file: ``file[name]`` is a read-only array view.
 
-    Raises ``error`` (a class of this project) with one line when the file is not a sound safetensors file.
+    Raises ``error`` (one of this project's classes) with one line if the file is not valid safetensors.
     """
 
     def __init__(self, path: Path, error: type[InterpretOpsError]) -> None:
@@ -65,7 +65,7 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
         size = int.from_bytes(self._bytes[:8], "little") if total >= 8 else total
         if size > min(total - 8, MAX_HEADER_BYTES):
             raise self._error(
-                f"{self.path}: not a whole safetensors file (header of {size} bytes in {total})"
+                f"{self.path}: not a complete safetensors file (header of {size} bytes in {total})"
             )
         try:
             header = json.loads(self._bytes[8 : 8 + size])
@@ -75,7 +75,7 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
                 first, last = item["data_offsets"]
                 shape = tuple(item["shape"])
                 if not all(type(number) is int for number in (first, last, *shape)):
-                    raise self._error(f"{self.path}: tensor {name!r} has sizes that are no whole numbers")
+                    raise self._error(f"{self.path}: tensor {name!r} has sizes that are not integers")
                 entry = TensorEntry(name, str(item["dtype"]), shape, 8 + size + first, 8 + size + last)
                 dtype = _DTYPES.get(entry.dtype)
                 wrong_size = dtype is not None and prod(shape) * dtype.itemsize != last - first

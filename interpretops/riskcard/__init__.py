@@ -1,4 +1,4 @@
-"""The Risk Card: what a policy revision does, measured, with intervals, and held against its criteria."""
+"""The Risk Card: a policy revision's measured behaviour, with intervals, checked against its criteria."""
 
 from interpretops.riskcard.card import BASELINES, MEASURES, RiskCard
 from interpretops.riskcard.file import RiskCardError, load_card, save_card

@@ -1,4 +1,4 @@
-"""The Risk Card's fields: what was measured of a policy revision, on what, and how sure it is."""
+"""The Risk Card's fields: measures of a policy revision, their data and their uncertainty."""
 
 from typing import Literal, Self
 
@@ -88,7 +88,7 @@ MEASURES: dict[MeasureName, tuple[str, str]] = {
 }
 """Short name and meaning of each measure; every card accounts for all of them."""
 NATS: frozenset[MeasureName] = frozenset({"delta_ce", "delta_ce_answers"})
-"""Measures that are no shares."""
+"""Measures that are not shares."""
 
 BaselineKind = Literal["none", "system_prompt", "random_direction", "ungated", "diffmean", "block"]
 BASELINES: dict[BaselineKind, str] = {
@@ -99,16 +99,16 @@ BASELINES: dict[BaselineKind, str] = {
     "diffmean": "the difference of means as steering vector",
     "block": "the gate, then a fixed refusal text: a block, not steering",
 }
-"""What each policy is compared with; every card accounts for all of them."""
+"""Baselines that each policy is compared with; every card accounts for all of them."""
 
 Measures = dict[MeasureName, Measure]
 
 
 class Baseline(Strictly):
-    """The same measures for something else than the policy, on the same prompts."""
+    """The same measures for an alternative to the policy, on the same prompts."""
 
     measures: Measures = Field(default={})
-    """Measures of the baseline; those it does not have are left out."""
+    """Measures of the baseline; those that do not apply are omitted."""
     note: str = ""
     """How it was made."""
     absent: Reason | None = None
@@ -129,7 +129,7 @@ class PolicyReference(Strictly):
     revision: Sha256
     """sha256 of the compiled plan that the engine applied."""
     target_class: Identifier
-    """The behaviour it is aimed at."""
+    """The behaviour that it targets."""
 
 
 class ModelReference(Strictly):
@@ -142,22 +142,22 @@ class ModelReference(Strictly):
 
 
 class Record(Strictly):
-    """What another needs to repeat the measurement."""
+    """Everything needed to repeat the measurement."""
 
     command: str
-    """The command line, without folders of one machine."""
+    """The command line, without local folders."""
     suite: Identifier
     """Name of the evaluation suite."""
     suite_sha256: Sha256
     """Hash of the suite's file."""
     commit: str
-    """Commit of the source tree; a trailing + when files differed from it."""
+    """Commit of the source tree; a trailing + means uncommitted changes."""
     versions: dict[str, str]
     """Versions of Python and of packages."""
     machine: str
     """Kind of machine."""
     judges: dict[str, str] = Field(default={})
-    """What decided about answers: judge and its version or model."""
+    """What judged the answers: the judge and its version or model."""
     settings: dict[str, str | int | float | bool] = Field(default={})
     """Sampling settings of the answers."""
 
@@ -166,13 +166,13 @@ class RiskCard(Strictly):
     """The measured behaviour of one policy revision on one model."""
 
     format: Literal[2] = 2
-    """Version of this layout; older files are read too (`interpretops.riskcard.older`)."""
+    """Format version; older files can be read too (`interpretops.riskcard.older`)."""
     policy: PolicyReference
     """What was measured."""
     model: ModelReference
     """On which model."""
     criteria: SuccessCriteria
-    """The bar it is held against."""
+    """The criteria that the card is checked against."""
     measures: Measures
     """Every measure, or why it is absent."""
     baselines: dict[BaselineKind, Baseline]
@@ -180,9 +180,9 @@ class RiskCard(Strictly):
     circuit: CircuitReference
     """The circuit that the policy came from, or why there is none."""
     contributions: tuple[Contribution, ...] = ()
-    """What is lost without each part of the policy; CCS is their mean."""
+    """The share of the effect lost without each part of the policy; CCS is the mean."""
     latency: Latency | None = None
-    """The times that LCO comes from; None where it is absent."""
+    """The times that LCO is computed from; None if it is absent."""
     record: Record
     """How to repeat it."""
     notes: tuple[str, ...] = ()
@@ -200,7 +200,7 @@ class RiskCard(Strictly):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        """CCS and LCO must be those of their own sections, and CS that of a named circuit."""
+        """CCS and LCO must match their own sections, and CS needs a named circuit."""
         ccs, lco = self.measures["causal_contribution"], self.measures["latency_cost_overhead"]
         if ccs.n != (len(self.contributions) or None):
             raise ValueError(f"contributions has {len(self.contributions)} parts, but CCS has n = {ccs.n}")

@@ -1,4 +1,4 @@
-"""What a policy is made of: how much each part does, and the circuit that the policy came from."""
+"""The contribution of each part of a policy, and the circuit that the policy came from."""
 
 from typing import Annotated, Self
 
@@ -13,9 +13,9 @@ class Contribution(Strictly):
     """The Causal Contribution Score of one part of a policy: a row, a head, a feature, a vector."""
 
     part: Annotated[str, Field(min_length=1)]
-    """What was taken out, in words: `15.resid_post, feature 205 of resid-15-4k`."""
+    """What was removed, in words: `15.resid_post, feature 205 of resid-15-4k`."""
     share: Finite
-    """Share of the policy's effect that is lost without it. 1: all of it; negative: it worked against it."""
+    """Share of the policy's effect lost without it. 1 means all; negative means it worked against it."""
     interval: Interval
     """The 95 % interval of `share`, over prompts."""
 
@@ -34,7 +34,7 @@ class CircuitReference(Strictly):
     sha256: Sha256 | None = None
     """Hash of the file."""
     id: Annotated[str, Field(pattern=id_pattern("cx"))] | None = None
-    """Its id, where it has one."""
+    """Its id, if it has one."""
     absent: Reason | None = None
     """Why there is none."""
 

@@ -1,4 +1,4 @@
-"""The card's file: strict JSON under a checksum, so that a changed number or revision is noticed."""
+"""The card's file: strict JSON with a checksum, so that a changed number or revision is detected."""
 
 import hashlib
 import json
@@ -19,20 +19,20 @@ CHECKSUM = "sha256"
 
 
 class RiskCardError(InterpretOpsError):
-    """A Risk Card cannot be read, was changed, or is of another revision."""
+    """A Risk Card is unreadable, was changed, or belongs to another revision."""
 
     code: ClassVar[str] = "invalid_risk_card"
     status: ClassVar[int] = 400
 
 
 def save_card(card: RiskCard, path: Path) -> None:
-    """Write a card whole or not at all; the same card gives the same bytes."""
+    """Write a card atomically; the same card gives the same bytes."""
     text = json.dumps(card_document(card), indent=1, sort_keys=True, ensure_ascii=False)
     write_atomically(path, (text + "\n").encode())
 
 
 def card_document(card: RiskCard) -> dict[str, Any]:
-    """What a card's file holds: the card and its checksum."""
+    """The content of a card's file: the card and its checksum."""
     content: dict[str, Any] = card.model_dump(mode="json", exclude_none=True)
     return content | {CHECKSUM: _checksum(content)}
 
@@ -40,7 +40,7 @@ def card_document(card: RiskCard) -> dict[str, Any]:
 def load_card(path: Path, *, revision: str | None = None) -> RiskCard:
     """Read a card; with ``revision``, also refuse the card of any other revision.
 
-    The checksum guards against edits and accidents, not against a forger: who signs cards signs the file.
+    The checksum detects edits and accidents, not forgery. To authenticate a card, sign its file.
     """
     content = read_json_object(path, RiskCardError)
     given = content.pop(CHECKSUM, None)

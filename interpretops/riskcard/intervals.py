@@ -1,4 +1,4 @@
-"""Confidence intervals: exact ones for rates, bootstrap ones for means and paired ratios."""
+"""Confidence intervals: exact for rates, bootstrap for means and paired ratios."""
 
 import math
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def _solve(counts: range, n: int, tail: float, *, rising: bool) -> float:
 def bootstrap_mean(
     values: Sequence[float], weights: Sequence[float] | None = None, *, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap of a (weighted) mean: the items are drawn anew, with replacement."""
+    """Percentile bootstrap of a (weighted) mean: resamples the items with replacement."""
     given = np.asarray(values, dtype=np.float64)
     weight = np.ones_like(given) if weights is None else np.asarray(weights, dtype=np.float64)
     if given.size < 2 or weight.shape != given.shape or not weight.min() > 0:
@@ -65,9 +65,9 @@ def bootstrap_mean(
 def bootstrap_ratio(
     both: int, only_off: int, only_on: int, neither: int, *, seed: int
 ) -> tuple[float, float]:
-    """Paired bootstrap of 1 - (both + only_on) / (both + only_off): whole pairs are drawn anew.
+    """Paired bootstrap of 1 - (both + only_on) / (both + only_off): resamples whole pairs.
 
-    Resamples without any event in the denominator are left out.
+    Resamples without any event in the denominator are skipped.
     """
     cells = np.array([both, only_off, only_on, neither], dtype=np.float64)
     drawn = np.random.default_rng(seed).multinomial(int(cells.sum()), cells / cells.sum(), size=RESAMPLES)
@@ -84,11 +84,11 @@ def bootstrap_shares(
 ) -> tuple[list[tuple[float, float]], tuple[float, float], float]:
     """Percentile bootstrap of sum(parts[c]) / sum(whole) and of the mean of these shares over c.
 
-    whole  [n], parts [C, n]: the same n items, which are drawn anew; with ``drawn_parts`` the C as well,
-    for the mean alone
+    whole  [n], parts [C, n]: the same n items, which are resampled; with ``drawn_parts`` the C parts are
+    resampled too, for the mean only
 
-    Returns the bounds of each share, those of their mean, and the lower bound of sum(whole) / n. Where that
-    is not positive the shares mean nothing.
+    Returns the bounds of each share, the bounds of their mean, and the lower bound of sum(whole) / n. If
+    that bound is not positive, the shares are meaningless.
     """
     chance = np.random.default_rng(seed)
     n, count = len(whole), len(parts)
@@ -120,7 +120,7 @@ def notch(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def percentiles(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> tuple[float, float]:
-    """The bounds that leave out 2.5 % of the values on either side."""
+    """The bounds that exclude 2.5 % of the values on each side."""
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""The times behind LCO: batches of requests on one engine, with and without the policy, taken in turn."""
+"""The times behind LCO: alternating batches of requests on one engine, with and without the policy."""
 
 from typing import Annotated, Self
 
@@ -29,14 +29,14 @@ class Timing(Strictly):
 
 
 class Latency(Strictly):
-    """One batch of requests, answered again and again without (off) and with (on) the policy."""
+    """One batch of requests, run repeatedly without (off) and with (on) the policy."""
 
     requests: Annotated[int, Field(ge=1)]
-    """Requests of a batch, all sent at once."""
+    """Requests in a batch, all sent at once."""
     tokens: Annotated[int, Field(ge=1)]
-    """Tokens generated for each request: exactly so many, with and without the policy."""
+    """Exact number of tokens generated for each request, with and without the policy."""
     rounds: Annotated[int, Field(ge=2)]
-    """Rounds; each is one batch without and one with the policy, in turns of order."""
+    """Rounds; each is one batch without and one with the policy, in alternating order."""
     off: Timing
     """Without the policy."""
     on: Timing
@@ -44,14 +44,14 @@ class Latency(Strictly):
     machine: str
     """Processor, cores and GPUs."""
     price_per_hour: Annotated[Finite, Field(ge=0)] | None = None
-    """`runtime.price_per_hour` when it was measured: the price of this machine, in dollars."""
+    """`runtime.price_per_hour` at the time of measurement: the price of this machine, in dollars."""
 
     def seconds_per_token(self, timing: Timing) -> float:
-        """Median time of the whole machine for one generated token."""
+        """Median machine time per generated token."""
         return timing.median_s / (self.requests * self.tokens)
 
     def cost_per_1000_requests(self, timing: Timing) -> float | None:
-        """Dollars for 1,000 such requests on a machine that answers batches without pause."""
+        """Dollars per 1,000 such requests on a machine that is always busy."""
         if self.price_per_hour is None:
             return None
         return 1000 * timing.median_s / self.requests * self.price_per_hour / SECONDS_PER_HOUR

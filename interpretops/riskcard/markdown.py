@@ -40,9 +40,9 @@ def card_markdown(card: RiskCard) -> str:
 
 
 def comparison_markdown(cards: Sequence[RiskCard]) -> str:
-    """Cards side by side, their verdicts last; a warning first when they are not of the same kind.
+    """Cards side by side with their verdicts last; preceded by a warning if they are not comparable.
 
-    Columns are filled up with blanks, so that the table reads as well in a terminal.
+    Columns are padded, so that the table is readable in a terminal.
     """
     table = comparison_table(cards)
     verdicts = ("verdict", *(verdict(card).status for card in cards))

@@ -24,7 +24,7 @@ class Interval(Strictly):
     high: Finite
     """Upper bound."""
     method: Method
-    """How it was computed; `given` when it was handed over with the value."""
+    """How it was computed; `given` if it came with the value."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -39,9 +39,9 @@ class Pairs(Strictly):
     both: Count
     """Off and on."""
     only_off: Count
-    """Off, and no more on."""
+    """Off only."""
     only_on: Count
-    """On, and not off."""
+    """On only."""
     neither: Count
     """Neither off nor on."""
 
@@ -59,32 +59,32 @@ class Source(Strictly):
     sha256: Sha256
     """Hash of the file."""
     n: Count
-    """Prompts, or pieces of text, that were taken from it."""
+    """Prompts or text passages taken from it."""
     successes: Count | None = None
-    """As the measure's `successes`, for this file alone."""
+    """The measure's `successes` for this file only."""
     pairs: Pairs | None = None
-    """As the measure's `pairs`, for this file alone."""
+    """The measure's `pairs` for this file only."""
 
 
 class Measure(Strictly):
-    """One number with all that is needed to judge it, or the reason why it is not there."""
+    """One number with everything needed to judge it, or the reason why it is absent."""
 
     value: Finite | None = None
     """The point estimate."""
     n: Annotated[int, Field(ge=1)] | None = None
     """What the value is a share or mean of."""
     successes: Count | None = None
-    """Counted events, when the value is `successes / n`."""
+    """Counted events, if the value is `successes / n`."""
     pairs: Pairs | None = None
-    """The table that a comparison of answers without and with the policy comes from."""
+    """The paired counts that compare answers without and with the policy."""
     interval: Interval | None = None
     """The 95 % interval of `value`."""
     seeds: tuple[int, ...] = ()
     """Seeds of sampling and resampling."""
     data: tuple[Source, ...] = ()
-    """Files that were measured on."""
+    """Files that the measure was taken on."""
     after_prompt: Literal[True] | None = None
-    """Of a likelihood: read behind a prompt, where a gate has decided, and not in the prompt itself."""
+    """For a likelihood: whether it was read after a prompt, where a gate has decided, not in the prompt."""
     absent: Reason | None = None
     """Why there is no value."""
 
@@ -103,7 +103,7 @@ class Measure(Strictly):
         return self
 
     def _counts_fit(self) -> None:
-        """What can be computed again must come out the same: a card is not edited by hand."""
+        """Recompute what can be recomputed, to catch cards edited by hand."""
         assert self.interval is not None
         exact = self.interval.method == "clopper_pearson"
         if self.pairs is not None and self.interval.method == "paired_bootstrap":

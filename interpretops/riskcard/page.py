@@ -30,7 +30,7 @@ _LEFT, _WIDTH, _ROW = 90, 520, 28
 
 
 def card_html(card: RiskCard) -> str:
-    """The whole card as a document that needs nothing else."""
+    """The whole card as a self-contained document."""
     found = verdict(card)
     title = escape(f"Risk Card: {card.policy.id}@{card.policy.revision[:12]}")
     parts = [
@@ -77,12 +77,12 @@ def _table(table: Table) -> str:
 
 
 def _short(cell: str) -> str:
-    """Names and numbers stay in one line; sentences and hashes may break."""
+    """CSS class: names and numbers stay on one line; sentences and hashes may wrap."""
     return ' class="short"' if len(cell) <= SHORT else ""
 
 
 def _chart(card: RiskCard, found: Verdict) -> str:
-    """A bar from 0 to each share, its interval as whiskers, what is demanded as a dashed line."""
+    """A bar from 0 to each share, with its interval as whiskers and the criterion as a dashed line."""
     demanded: dict[MeasureName, float] = {}
     for finding in found.findings:  # of two that hold for one measure, both maxima, the lower
         demanded[finding.measure] = min(finding.demanded, demanded.get(finding.measure, finding.demanded))

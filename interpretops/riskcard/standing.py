@@ -1,4 +1,4 @@
-"""How a policy revision stands: its card in the folder of cards, and whether that meets the criteria."""
+"""The standing of a policy revision: its card in the cards folder, and whether it meets the criteria."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from interpretops.riskcard.file import RiskCardError, load_card
 from interpretops.riskcard.verdict import Verdict, verdict
 
 CARDS_FOLDER = "cards"
-"""Folder beside the policies: ``<policy id>.json``, and the same as Markdown and HTML."""
+"""Folder in the policies folder: ``<policy id>.json``, with the same card as Markdown and HTML."""
 
 
 @dataclass(frozen=True)
@@ -18,32 +18,32 @@ class Standing:
     """What is known of a revision's measured behaviour."""
 
     card: RiskCard | None
-    """The card of exactly this revision; None when there is none, or it cannot be trusted."""
+    """The card of exactly this revision; None if it is missing or cannot be trusted."""
     verdict: Verdict | None
-    """The card held against the criteria; None without a card."""
+    """The card's verdict under the criteria; None without a card."""
     reason: str
     """One line: why the revision passes, fails or has no card."""
 
     @property
     def passed(self) -> bool:
-        """Whether the revision has shown what its criteria demand; False without a card or criteria."""
+        """Whether the card shows that the criteria are met; False without a card or criteria."""
         return self.verdict is not None and self.verdict.passed
 
 
 def card_path(policy_id: str, policies: Path) -> Path:
-    """Where a policy's card lies: ``<policies>/cards/<policy id>.json``."""
+    """The path of a policy's card: ``<policies>/cards/<policy id>.json``."""
     return policies / CARDS_FOLDER / f"{policy_id}.json"
 
 
 def card_for(policy: Policy, revision: str, policies: Path) -> Standing:
-    """The card of a policy revision in a folder of policies, held against what the policy demands today.
+    """Check the card of a policy revision against the policy's current criteria.
 
     revision  64 hex, of the compiled plan
     policies  the folder of policies; cards lie in ``cards/`` below it
 
-    Reads one file, imports no torch, and raises nothing: a card that is missing, damaged, changed by hand or
-    of another revision is no card, and ``reason`` says so. The criteria are those of the policy as it stands,
-    not those in the card: a bar that was raised since holds at once.
+    Reads one file, imports no torch, and raises nothing: a card that is missing, damaged, edited by hand or
+    of another revision does not count, and ``reason`` says so. The criteria are the policy's current ones,
+    not those in the card: stricter criteria apply at once.
     """
     return standing(policy.meta.id, revision, policies, policy.criteria)
 

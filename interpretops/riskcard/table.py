@@ -1,4 +1,4 @@
-"""The tables of a card as plain rows, which every form of the card shows alike."""
+"""The tables of a card as plain rows, shared by all output formats."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Table:
 
 
 def number(name: MeasureName, value: float) -> str:
-    """A value in the measure's own unit."""
+    """A value in the measure's unit."""
     return f"{value:+.4f}" if name in NATS else f"{value:.1%}".replace("%", " %")
 
 
 def with_interval(name: MeasureName, measure: Measure | None) -> str:
-    """``2.0 % [0.9 %, 3.9 %] n=400``, or that there is none."""
+    """``2.0 % [0.9 %, 3.9 %] n=400``, or that the measure is absent."""
     if measure is None:
         return "-"
     if measure.value is None or measure.interval is None:
@@ -59,7 +59,7 @@ def measures_table(card: RiskCard) -> Table:
 
 
 def sources_table(card: RiskCard) -> Table:
-    """The counts of each measure by the file they come from."""
+    """The counts of each measure, by source file."""
     rows = [
         (
             MEASURES[name][0],
@@ -83,7 +83,7 @@ def _events(source: Source) -> str:
 
 
 def baselines_table(card: RiskCard) -> Table:
-    """The policy and every baseline side by side, by the measures that any baseline has."""
+    """The policy and every baseline side by side, with the measures that any baseline has."""
     measured = {kind: base for kind, base in card.baselines.items() if base.absent is None}
     shown = [
         name
@@ -114,7 +114,7 @@ def baseline_notes_table(card: RiskCard) -> Table:
 
 
 def contributions_table(card: RiskCard) -> Table:
-    """What is lost without each part of the policy, the weightiest first."""
+    """The effect lost without each part of the policy, largest first."""
     ordered = sorted(card.contributions, key=lambda part: -abs(part.share))
     rows = [
         (

@@ -1,4 +1,4 @@
-"""Whether a card meets its policy's success criteria: judged by the bound of the interval, not the point."""
+"""Whether a card meets its policy's success criteria, judged by the interval's bound, not the point."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,7 @@ CRITERIA: dict[str, tuple[MeasureName, ...]] = {
     "circuit_stability_min": ("circuit_stability",),
     "latency_overhead_max": ("latency_cost_overhead",),
 }
-"""The measures that each field of `success_criteria` speaks of; each must meet it."""
+"""The measures that each field of `success_criteria` applies to; each must meet it."""
 OF_TASKS: frozenset[MeasureName] = frozenset({"exact_match_loss", "bleu_loss"})
 _NOTHING = 1e-6
 """Nats. No edit of a text changes so little: a smaller ΔCE was read where nothing is edited."""
@@ -34,7 +34,7 @@ class Finding:
     measure: MeasureName
     demanded: float
     bound: float | None
-    """The interval's end that counts; None when the measure is absent."""
+    """The bound that counts; None if the measure is absent."""
     value: float | None
     passed: bool
 
@@ -57,19 +57,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`pass` when every criterion holds, `fail` when one does not, `no criteria` when there is none."""
+    """`pass` if every criterion is met, `fail` if one is not, `no criteria` if there are none."""
 
     status: Literal["pass", "fail", "no criteria"]
     findings: tuple[Finding, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether the policy may become active on the strength of this card."""
+        """Whether this card allows the policy to become active."""
         return self.status == "pass"
 
 
 def verdict(card: RiskCard, criteria: SuccessCriteria | None = None) -> Verdict:
-    """Hold a card against criteria; without any given, against those that it was made under.
+    """Check a card against criteria; by default, against the criteria in the card.
 
     A minimum is met by the interval's lower bound, a maximum by its upper one. An absent measure fails. Where
     ΔCE text is absent, or 0 because it was read at positions of a prompt that the policy leaves as they are,

@@ -1,1 +1,1 @@
-"""Steering a model in this process: the tables of resident plans, hooks, sessions. Needs torch."""
+"""Steers a model in this process: tables of resident plans, hooks and sessions. Needs torch."""

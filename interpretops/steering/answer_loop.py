@@ -1,4 +1,4 @@
-"""The one generation loop: a batch of prompts is continued token by token, greedily or by chance.
+"""The generation loop: continues a batch of prompts token by token, greedily or by sampling.
 
 Shape letters: B sequences, T tokens, P tokens already in the key-value cache, V vocabulary.
 """
@@ -16,12 +16,12 @@ Choose = Callable[[Tensor], Tensor]
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token."""
+    """The most likely token."""
     return logits.argmax(-1)
 
 
 def drawn(chance: torch.Generator, temperature: float = 1.0) -> Choose:
-    """A token by chance, from the distribution that the logits give at a temperature above 0."""
+    """Sample a token from the logits' distribution at a temperature above 0."""
 
     def choose(logits: Tensor) -> Tensor:
         return torch.multinomial((logits / temperature).softmax(-1), 1, generator=chance)[:, 0]
@@ -35,7 +35,7 @@ def pad_tokens(
     device: torch.device,
     side: Literal["left", "right"] = "right",
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and mask [B, T] of sequences of unequal length; the mask is 0 where ``pad`` stands."""
+    """Token ids and mask [B, T] of sequences of unequal length; the mask is 0 at padding."""
     longest = max(len(ids) for ids in sequences)
     tokens = torch.full((len(sequences), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(tokens)
@@ -47,7 +47,7 @@ def pad_tokens(
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """Each token's place in its sequence [B, T], which begins where the mask does."""
+    """Each token's position in its sequence, [B, T]; sequences begin where their mask does."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
@@ -64,11 +64,11 @@ def continue_tokens(
     choose: Choose = greedy,
     after_pass: Callable[[], None] | None = None,
 ) -> list[list[int]]:
-    """Answers of at most ``most`` tokens; one that ends by itself has its stop token as its last.
+    """Answers of at most ``most`` tokens; an answer that ends by itself includes its stop token.
 
-    tokens      [B, T] ids that the model has not read yet
-    mask        [B, P + T] 1 for real tokens, padded on the left; None where no sequence is padded
-    cache       keys and values of the P tokens before; None where there are none
+    tokens      [B, T] ids that the model has not processed yet
+    mask        [B, P + T] 1 for real tokens, padded on the left; None if no sequence is padded
+    cache       keys and values of the P earlier tokens, or None
     after_pass  called after each pass of the model
     """
     answers: list[list[int]] = [[] for _ in range(len(tokens))]

@@ -1,4 +1,4 @@
-"""Where the tokens of each sequence lie in a batch that a transformers model is called with.
+"""Locates each sequence's tokens in a batch passed to a transformers model.
 
 Shape letters: B sequences, T tokens of a pass, P tokens already in the key-value cache.
 """
@@ -35,7 +35,7 @@ def real_spans(mask: Any, batch: int, past: int, tokens: int) -> list[tuple[int,
 
 
 def check_positions(positions: Any, spans: list[tuple[int, int]], past: int) -> None:
-    """Raise `ModelError` where positions start anew inside a sequence: several texts packed into one."""
+    """Raise `ModelError` if positions restart inside a sequence: several texts packed into one."""
     if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] == 1:
         return
     for row, (start, end) in zip(positions.expand(len(spans), -1).cpu(), spans, strict=True):

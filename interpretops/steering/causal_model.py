@@ -1,7 +1,7 @@
-"""A Hugging Face causal language model in a folder, and the one way in which it is fed and continued.
+"""A Hugging Face causal language model in a folder: loading, tokenizing and generating.
 
-`HookedModel` is what the SDK makes of it, discovery's `FrozenModel` what offline jobs do. Shape letters: B
-sequences, T tokens.
+The SDK extends it as `HookedModel`, offline jobs as discovery's `FrozenModel`. Shape letters: B sequences,
+T tokens.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from interpretops.steering.hook_points import find_layers
 
 
 class CausalModel:
-    """Model, tokenizer and spec of a folder, from safetensors alone; its weights stay as they are."""
+    """Model, tokenizer and spec of a folder, loaded only from safetensors; the weights never change."""
 
     def __init__(self, folder: Path, dtype: torch.dtype | str, device: torch.device) -> None:
-        """Raises `ModelError` when the folder cannot be used."""
+        """Raises `ModelError` if the folder cannot be used."""
         self.folder = Path(folder)
         self.spec: ModelSpec = read_model_spec(self.folder)
         self.device = device
@@ -46,7 +46,7 @@ class CausalModel:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer, the most usual one first."""
+        """Tokens that end an answer, the most common first."""
         named = self.network.generation_config.eos_token_id
         if named is None:
             named = self.network.config.eos_token_id
@@ -59,20 +59,19 @@ class CausalModel:
 
     @cached_property
     def pad_id(self) -> int:
-        """What fills a batch beside sequences that are shorter."""
+        """The padding token for shorter sequences in a batch."""
         named = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(int(token) for token in named if token is not None)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model has a chat format of its own."""
+        """Whether the model has a chat template."""
         return self.tokenizer.chat_template is not None
 
     def conversation_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation in the model's chat format, ready for the answer.
 
-        An assistant's message at the end is one that the model is to go on with. Raises `ModelError` where
-        the model has no chat template.
+        The model continues a final assistant message. Raises `ModelError` if the model has no chat template.
         """
         if not self.has_chat_template:
             raise ModelError(f"{self.spec.name} has no chat template; pass chat=False")
@@ -83,11 +82,11 @@ class CausalModel:
         return self.text_ids(text)
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of plain text, no special tokens added."""
+        """Token ids of plain text, without added special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def pad(
@@ -101,8 +100,8 @@ class CausalModel:
     ) -> list[list[int]]:
         """Answers of at most ``most`` tokens to formatted prompts, end-of-turn tokens included.
 
-        Greedy; with ``sample_seed`` drawn from the model's own distribution (temperature 1), which the same
-        prompts in the same order with the same seed repeat. Steered within a `SteeringSession`.
+        Greedy; with ``sample_seed``, sampled at temperature 1. The same prompts, order and seed give the same
+        answers. Steered within a `SteeringSession`.
         """
         choose: Choose = greedy
         if sample_seed is not None:
@@ -118,7 +117,7 @@ class CausalModel:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a model folder; raises `ModelError`."""
+    """Load the tokenizer in a model folder; raises `ModelError`."""
     from transformers import AutoTokenizer
 
     try:
@@ -128,12 +127,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_network(folder: Path, dtype: torch.dtype | str) -> Any:
-    """The transformers model in a folder, from safetensors alone; raises `ModelError`."""
+    """Load the transformers model in a folder, only from safetensors; raises `ModelError`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        # torch's fused attention has no soft cap, and transformers would leave it out without a word.
+        # torch's fused attention has no soft cap, and transformers would silently ignore it.
         eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
         return AutoModelForCausalLM.from_pretrained(
             str(folder), config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **eager

@@ -1,8 +1,7 @@
-"""What a session can follow of transformers' own generation, and what it refuses by name.
+"""Which modes of transformers' generation a session can follow, and which it refuses by name.
 
-A session knows each sequence by its place in the batch and by how much of it is in the key-value cache. A way
-of generating that lets sequences change places, takes tokens back, or runs other texts in between breaks
-that.
+A session identifies each sequence by its position in the batch and its length in the key-value cache. So it
+cannot follow generation that reorders sequences, removes tokens, or runs other texts in between.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "custom_generate": (None,),
     "prefill_chunk_size": (None,),
 }
-"""Arguments of ``generate`` that choose another way of generating, and the values that do not."""
+"""Arguments of ``generate`` that select another generation mode, and the values that do not."""
 
 _PACKED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Methods of a transformers model that run several requests in one sequence."""
 
 
 class FollowedGeneration:
-    """``network.generate`` while a session is open: checked before it runs, and known while it does.
+    """``network.generate`` while a session is open: checks each call first, and tracks it while it runs.
 
-    ``passes`` counts the forward passes of the call under way; None while there is none.
+    ``passes`` counts the forward passes of the running call; None if no call is running.
     """
 
     def __init__(self, network: Any) -> None:
@@ -49,7 +48,7 @@ class FollowedGeneration:
         self.passes: int | None = None
 
     def install(self) -> None:
-        """Put the checks before the network's methods."""
+        """Wrap the network's methods with the checks."""
         own = vars(self._network)
         self._replaced = {name: own[name] for name in ("generate", *_PACKED) if name in own}
         generate = self._network.generate
@@ -69,7 +68,7 @@ class FollowedGeneration:
         own |= {name: _refusing(name) for name in _PACKED if hasattr(self._network, name)}
 
     def remove(self) -> None:
-        """Leave the network's methods as they were."""
+        """Restore the network's methods."""
         own = vars(self._network)
         for name in ("generate", *_PACKED):
             own.pop(name, None)
@@ -77,17 +76,17 @@ class FollowedGeneration:
 
 
 class CacheWatch:
-    """Notices that a key-value cache was changed between two passes: reordered, cropped, exchanged."""
+    """Detects that a key-value cache was reordered, cropped or replaced between two passes."""
 
     def __init__(self) -> None:
         self._keys: Tensor | None = None
 
     def remember(self, cache: Any) -> None:
-        """Note how a pass left its cache; None where it left none."""
+        """Remember the state of the cache after a pass; None if there is no cache."""
         self._keys = _first_keys(cache)
 
     def check(self, cache: Any) -> None:
-        """Raise `ModelError` unless the cache holds what the last pass left."""
+        """Raise `ModelError` unless the cache is unchanged since the last pass."""
         keys, kept = _first_keys(cache), self._keys
         pending = getattr(_first_layer(cache), "_pending_beam_idx", None)
         if pending is None and keys is not None and kept is not None:

@@ -1,4 +1,4 @@
-"""The hooks that run the op at a model's edit sites; `model_family` says where these are."""
+"""The hooks that run the op at a model's edit sites; the model's family says where these are."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def find_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
 
 
 def site_module(layers: nn.ModuleList, family: Family, site: Site) -> nn.Module:
-    """The module whose output is a site's activation; at ``attn_z`` the one whose input it is."""
+    """The module whose output is the site's activation; at ``attn_z``, whose input it is."""
     layer = layers[site.layer]
     name: dict[Point, str] = {
         "attn_z": family.attention_projection,
@@ -38,10 +38,10 @@ def site_module(layers: nn.ModuleList, family: Family, site: Site) -> nn.Module:
 
 
 class SiteHooks:
-    """Runs the op at the sites that resident revisions use, and nothing at all at the others.
+    """Runs the op at the sites that resident revisions use, and nothing at other sites.
 
-    Hooks come and go with the plans. A model that will be compiled has them from the start, at ``fixed``
-    sites: one opaque call each, which is there whether a revision uses the site or not.
+    Hooks are added and removed with the plans. A model that will be compiled has permanent hooks at its
+    ``fixed`` sites: one opaque call each, whether or not a revision uses the site.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class SiteHooks:
     ) -> None:
         """``residual_pair``: layers return ``(hidden, residual)``, whose sum is the stream, as in vLLM.
 
-        ``in_place``: whether an activation may be written over. Not where others may hold it, as a user's own
-        hooks do in a Hugging Face model; sites that are fixed are always written in place.
+        ``in_place``: whether an activation may be overwritten. It may not if others may hold it, such as a
+        user's own hooks in a Hugging Face model. Fixed sites are always written in place.
         """
         self.bank = bank
         self.in_place = in_place
@@ -66,14 +66,14 @@ class SiteHooks:
         self._handles: dict[Site, torch.utils.hooks.RemovableHandle] = {}
         self._fixed = tuple(sorted(fixed, key=lambda site: site.order))
         self.capturing = False
-        """Whether the op is to be what a CUDA graph holds: set while graphs are captured and warmed up."""
+        """Whether to run the op's CUDA-graph form: set while graphs are captured and warmed up."""
         if self._fixed:
             claim_site_op(self)
             for number, site in enumerate(self._fixed):
                 self._handles[site] = self._install_opaque(site, number)
 
     def refresh(self) -> None:
-        """Have a hook at exactly the sites that are in use now, unless they are fixed."""
+        """Install hooks at exactly the sites now in use, unless the sites are fixed."""
         if self._fixed:
             return
         wanted = self.bank.active_sites
@@ -84,7 +84,7 @@ class SiteHooks:
             self._handles[site] = self._install(site)
 
     def remove(self) -> None:
-        """Take every hook off."""
+        """Remove every hook."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
@@ -93,11 +93,11 @@ class SiteHooks:
         module = site_module(self.layers, self.family, site)
         if site.point == "attn_z":
             return module.register_forward_pre_hook(self._before(site))
-        # attn_proj and attn_out may share a module: the first must run first, whenever it was installed.
+        # attn_proj and attn_out may share a module: attn_proj must always run first.
         return module.register_forward_hook(self._after(site), prepend=site.point == "attn_proj")
 
     def _install_opaque(self, site: Site, number: int) -> torch.utils.hooks.RemovableHandle:
-        """A hook that a compiler can trace: it calls the op and decides nothing."""
+        """A hook that a compiler can trace: it calls the op unconditionally."""
         module = site_module(self.layers, self.family, site)
         pair = self.residual_pair and site.point == "resid_post"
         reads_input = site.point == "attn_proj"
@@ -114,7 +114,7 @@ class SiteHooks:
         return module.register_forward_hook(after, prepend=reads_input)
 
     def run_at(self, number: int, hidden: Tensor, residual: Tensor | None, source: Tensor | None) -> None:
-        """Edit, in place, at the fixed site of a number."""
+        """Edit in place at the fixed site with this number."""
         if self.capturing:
             table = self.bank.tables[self._fixed[number]]
             if table.sum_ranks is None:  # else no pass that needs the table is replayed
@@ -177,5 +177,5 @@ class SiteHooks:
 
 
 def _flat(activation: Tensor) -> Tensor:
-    """[T, D] in the same storage: through its Transformers backend vLLM gives models a batch of one."""
+    """[T, D] in the same storage: vLLM's Transformers backend passes a batch of one."""
     return activation.view(-1, activation.shape[-1])

@@ -37,9 +37,9 @@ def _silent(line: str) -> None:
 
 
 class HookedModel(CausalModel):
-    """Model, tokenizer and spec of a folder. Whatever is left out comes from the settings.
+    """Model, tokenizer and spec of a folder. Omitted arguments come from the settings.
 
-    Nothing but safetensors is loaded, and nothing is fetched for a folder or the default model.
+    Only safetensors are loaded, and nothing is downloaded for a folder or the default model.
     """
 
     @refused_plainly
@@ -55,12 +55,12 @@ class HookedModel(CausalModel):
     ) -> None:
         """
         model_name  the default model's name, a folder, or a Hugging Face id
-        dtype       `bfloat16`, `float16`, `float32`, `auto` (the model's own), or torch's dtype
-        device      `cpu`, `cuda`, `cuda:<n>`, or `auto`: a GPU when there is one
-        cache_dir   where the default model is made
+        dtype       `bfloat16`, `float16`, `float32`, `auto` (the model's own), or a torch dtype
+        device      `cpu`, `cuda`, `cuda:<n>`, or `auto`: a GPU if there is one
+        cache_dir   where the default model is created
         revision    branch, tag or commit of a Hugging Face id
 
-        Raises `ModelError` when the model cannot be found, read, or has unknown edit sites.
+        Raises `ModelError` if the model is missing, unreadable, or has unknown edit sites.
         """
         settings = load_settings()
         if model_name is None:
@@ -73,13 +73,13 @@ class HookedModel(CausalModel):
             folder, wanted, device=pick_device(settings.model.device if device is None else device)
         )
         self.scoring = False
-        """Whether the pass under way reads a whole text at once, and is not a step of an answer."""
+        """Whether the current pass reads a whole text at once instead of generating a token."""
 
     def tokens(self, text: str, *, chat: bool | None = None) -> list[int]:
         """Token ids of a text.
 
-        chat  as the user's turn in the model's chat format, ready for the answer; False takes the text as it
-              is; None means chat wherever the model has a chat template
+        chat  True formats the text as the user's turn, ready for the answer; False uses the text as it
+              is; None means True if the model has a chat template
         """
         if not isinstance(text, str) or not text:
             raise ModelError(f"text = {text!r}, but must be text that is not empty")
@@ -112,7 +112,7 @@ class HookedModel(CausalModel):
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> list[int]:
-        """Continue token ids until a stop token (left out) or the model's context ends."""
+        """Continue token ids until a stop token (not included) or the end of the model's context."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {max_new_tokens}, but must be at least 1")
         if not (math.isfinite(temperature) and temperature >= 0):
@@ -136,7 +136,7 @@ class HookedModel(CausalModel):
 
     @torch.no_grad()
     def logprobs(self, token_ids: Sequence[int]) -> Tensor:
-        """[T, V] float32: after each of T tokens, the log-probability of every next one."""
+        """[T, V] float32: after each of T tokens, the log-probability of every next token."""
         ids = self._batch_of(token_ids)
         with self._reading():
             logits = self.network(input_ids=ids, use_cache=False).logits[0]
@@ -147,9 +147,9 @@ class HookedModel(CausalModel):
     def run_with_cache(
         self, text: str | Sequence[int], sites: Iterable[Site | str], *, chat: bool | None = False
     ) -> dict[Site, Tensor]:
-        """Activations [T, D] of a text (or of token ids) at each site, as the model goes on with them.
+        """Activations [T, D] of a text (or of token ids) at each site, after any edits there.
 
-        Within a `SteeringSession` they are the edited ones. Sites may be written ``"15.resid_post"``.
+        Edits act only within a `SteeringSession`. Sites may be written as ``"15.resid_post"``.
         """
         wanted = [self._site(site) for site in sites]
         ids = self.tokens(text, chat=chat) if isinstance(text, str) else text

@@ -1,4 +1,4 @@
-"""The resident plans of one model: fills the tables, lays out each step, proves what the tables hold."""
+"""The resident plans of one model: fills the tables, prepares each step, and attests the tables."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from steering_kernels.ops import (
 )
 
 SlotsOf = Callable[[int, int], Tensor]
-"""[n] int64, memory slots of the first n tokens of the request at a place in the batch."""
+"""[n] int64: memory slots of the first n tokens of the request at a batch index."""
 
 
 class PlanBank:
-    """Tables for the sites that plans may edit, a row for each resident revision.
+    """Tables for the sites that plans may edit, with one row per resident revision.
 
     Not thread-safe against the forward pass: load and unload between passes.
     """
@@ -59,8 +59,8 @@ class PlanBank:
     ) -> None:
         """``sum_ranks``: this bank has one rank's shards of model and plans (`interpretops.plan.shard`).
 
-        ``graph_tokens``: tokens of the largest CUDA graph that holds the op; all tables are made at once
-        then, for a graph keeps their addresses.
+        ``graph_tokens``: tokens of the largest CUDA graph that contains the op. If given, all tables are
+        created at once, because a graph keeps their addresses.
         """
         device = device or torch.device("cpu")
         self.spec = spec
@@ -69,7 +69,7 @@ class PlanBank:
         self._units_per_site = units_per_site
         self._sum_ranks = sum_ranks
         self.tables: dict[Site, SiteTable] = {}
-        """Made at a site's first use and then kept: most sites of a model are never edited."""
+        """Created at a site's first use and then kept, because most sites are never edited."""
         self.device = device
         self.step = StepMap(requests=requests, gates=MAX_GATES, device=device, graph_tokens=graph_tokens)
         self.gates_at: dict[Site, list[GateView]] = {}
@@ -81,18 +81,18 @@ class PlanBank:
         self._reads_prompts: frozenset[int] = frozenset()
         """Rows with a gate that reads whole prompts."""
         self._replayable: dict[int, bool] = {}
-        """Rows that act in replayed graphs, and whether only past the prompt."""
+        """Rows that act in replayed graphs, and whether only after the prompt."""
         self._lock = threading.Lock()
         if graph_tokens:
             for site in sorted(self._sites, key=lambda site: site.order):
                 self._table(site)
 
     def load(self, plan: Plan, revision: str | None = None) -> int:
-        """Give a plan a row, and return it; a plan that is resident keeps its row.
+        """Load a plan into a row and return the row; a resident plan keeps its row.
 
-        A shard of a plan comes with the ``revision`` of the whole.
-        Raises `PlanError` if it was compiled for another model, acts at a site without a table, or does
-        not fit; nothing has changed then.
+        For a shard, pass the ``revision`` of the whole plan.
+        Raises `PlanError`, and changes nothing, if the plan was compiled for another model, acts at a site
+        without a table, or does not fit.
         """
         revision = plan.revision if revision is None else revision
         with self._lock:
@@ -131,10 +131,10 @@ class PlanBank:
             self._index_gates()
 
     def may_replay(self, revisions: Sequence[str | None], in_prompt: Sequence[bool]) -> bool:
-        """Whether a captured graph gives every request of a pass what its revision demands.
+        """Whether a captured graph applies every request's revision correctly in this pass.
 
-        It holds the edits and no gate, so that each gate must be decided before the pass: by its phase, or by
-        where it has latched. ``in_prompt``: whether a request's tokens in the pass are of its prompt.
+        A graph contains the edits but no gates, so each gate must be decided before the pass: by its phase or
+        its latch. ``in_prompt``: whether a request's tokens in the pass belong to its prompt.
         """
         for revision, prompt in zip(revisions, in_prompt, strict=True):
             if revision is not None:
@@ -144,7 +144,7 @@ class PlanBank:
         return True
 
     def decide_gates(self) -> None:
-        """Open, before a pass that `may_replay`, the gates that have latched."""
+        """Open the latched gates before a pass for which `may_replay` holds."""
         if not self.step.active:
             return
         nothing = torch.zeros(self.step.num_tokens, 0, device=self.device)
@@ -157,7 +157,7 @@ class PlanBank:
         return frozenset().union(*self._sites_of.values())
 
     def digest(self, revision: str) -> str:
-        """sha256 over what the tables hold for a revision; equals ``Plan.digest()`` of an intact plan."""
+        """sha256 over a revision's numbers in the tables; equals ``Plan.digest()`` of an intact plan."""
         row = self.row_of[revision]
         edits = {
             site: {name: to_numpy(tensor) for name, tensor in table.get_row(row).tensors()}
@@ -183,9 +183,9 @@ class PlanBank:
         prompt_length: Sequence[int],
         memory_slots: SlotsOf | None = None,
     ) -> None:
-        """Lay out the coming forward pass, one entry per request; revision None passes through.
+        """Prepare the next forward pass, with one entry per request; revision None is pass-through.
 
-        ``memory_slots`` is asked only for prompts that a gate reads whole; they need `keep_memory` before.
+        ``memory_slots`` is called only for prompts that a gate reads whole; call `keep_memory` first.
         Raises KeyError for a revision that is not resident: the caller must not run the pass.
         """
         rows = [0 if revision is None else self.row_of[revision] for revision in revisions]
@@ -211,7 +211,7 @@ class PlanBank:
             update_gates(torch.zeros(self.step.num_tokens, 0, device=self.device), self._siteless, self.step)
 
     def compile_kernels(self, points: Iterable[Point], dtype: torch.dtype, *, pair: bool) -> None:
-        """Have a GPU's kernels compiled for tables at these points, before a request waits for that.
+        """Compile the GPU kernels for tables at these points, so that no request waits for it.
 
         ``pair``: whether the stream after a layer is a sum, as in `SiteHooks`.
         """
@@ -227,7 +227,7 @@ class PlanBank:
                 apply_edits(hidden, table, step, residual, source, backend=backend)
 
     def keep_memory(self, slots: int) -> None:
-        """Have room for what gates keep of so many prompt tokens; what is kept already stays."""
+        """Reserve memory for gates over this many prompt tokens; existing contents are kept."""
         if self.step.memory is None or len(self.step.memory) < slots:
             larger = new_memory(slots, self.device)
             if self.step.memory is not None:
@@ -235,7 +235,7 @@ class PlanBank:
             self.step.memory = larger
 
     def _replays(self, row: int) -> bool | None:
-        """An entry of `_replayable`; None if the row needs every pass to run outside of graphs."""
+        """An entry of `_replayable`; None if the row needs every pass to run outside graphs."""
         whole = [row in table.topk_rows or table.sum_ranks is not None for table in self._tables_of(row)]
         gates = [view for site, view in self._gates_of[row] if site is not None]
         if any(whole) or any(not view.prompt_end for view in gates):
@@ -281,7 +281,7 @@ class PlanBank:
         )
 
     def _sum_at(self, site: Site | None) -> SumRanks | None:
-        """What is read at the heads' points is split over ranks; elsewhere each rank has all of it."""
+        """At the heads' points, readings are split over ranks; elsewhere each rank has all of them."""
         return self._sum_ranks if site is not None and site.point in HEAD_POINTS else None
 
     def _index_gates(self) -> None:

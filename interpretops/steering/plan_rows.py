@@ -1,4 +1,4 @@
-"""A plan's numbers as the op takes them: a row's edits at a site, and its gates."""
+"""Converts a plan's numbers to the op's inputs: a row's edits at a site, and its gates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steering_kernels.ops import GateView, ProbeHeads, RowEdits, SumRanks
 
 
 def row_edits(edits: SiteEdits, width: int) -> RowEdits:
-    """A site's edits of a plan as the op's tensors."""
+    """A plan's edits at a site as the op's tensors."""
     units, scale, topk = edits.units, edits.head_scale, edits.topk
     return RowEdits(
         **{
@@ -36,7 +36,7 @@ def row_edits(edits: SiteEdits, width: int) -> RowEdits:
 def gate_views(
     plan: Plan, row: int, device: torch.device, sum_at: Callable[[Site | None], SumRanks | None]
 ) -> list[tuple[Site | None, GateView]]:
-    """The gates of a plan but the always-open one, each with its site; probes have one view for each part."""
+    """A plan's gates except the always-open one, each with its site; a probe has one view per part."""
     found: list[tuple[Site | None, GateView]] = []
     column = 0
     for index, gate in enumerate(plan.gates[1:], start=1):
@@ -73,5 +73,5 @@ def gate_views(
 
 
 def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
-    """On the host."""
+    """Copy a tensor to the host."""
     return tensor.detach().cpu().numpy()

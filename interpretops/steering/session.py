@@ -1,4 +1,4 @@
-"""A steering session: within it a Hugging Face model is edited by one policy, and afterwards it is as before.
+"""A steering session: applies one policy to a Hugging Face model, and restores the model at the end.
 
 Shape letters: B sequences, T tokens of a pass, P tokens already in the key-value cache.
 """
@@ -28,7 +28,7 @@ from interpretops.steering.hooked_model import HookedModel
 from interpretops.steering.plan_bank import PlanBank
 
 MAX_SEQUENCES = 512
-"""Most sequences of one batch."""
+"""The largest number of sequences in a batch."""
 
 _STEERED: set[int] = set()
 """ids of the transformers models that an open session steers."""
@@ -36,12 +36,12 @@ _STEERED: set[int] = set()
 
 @dataclass(frozen=True)
 class SteeringReceipt:
-    """What was done in the session's latest request: everything since the key-value cache was last empty."""
+    """What the session did in its latest request: since the key-value cache was last empty."""
 
     policy_id: str
     revision: str
     tokens_evaluated: int
-    """Tokens that passed through the model, padding left out."""
+    """Tokens that passed through the model, without padding."""
     edits_applied: int
     """(token, site) pairs that were changed."""
     gates_fired: int
@@ -49,15 +49,15 @@ class SteeringReceipt:
 
 
 class SteeringSession:
-    """Steers a model by a policy from ``with`` to its end.
+    """Steers a model by a policy inside a ``with`` block.
 
         with SteeringSession(model, "policies/calm.yaml") as steer:
             print(steer.generate("Hello"))
 
-    Inside, every pass of ``model.network`` is steered, whoever starts it, batches padded left or right
-    included. A request begins with an empty key-value cache: its first pass is its prompt, and latched gates
-    are closed. Without a cache ``network.generate`` begins one request too, however often it runs the prompt
-    again. What cannot be followed is refused (`interpretops.steering.generation`).
+    Inside, every pass of ``model.network`` is steered, including batches padded on the left or right. A
+    request begins with an empty key-value cache: its first pass is its prompt, and latched gates are closed.
+    Without a cache, each ``network.generate`` call is one request, however often it runs the prompt again.
+    Unsupported generation modes are refused (`interpretops.steering.generation`).
     """
 
     @refused_plainly
@@ -70,9 +70,9 @@ class SteeringSession:
     ) -> None:
         """
         policy     a policy, a plan, or the file of either (`.yaml`, `.safetensors`)
-        artifacts  folder of dictionaries and adapters; else the settings'
+        artifacts  folder of dictionaries and adapters; by default the one in the settings
 
-        Raises `PolicyError` or `PlanError` when it cannot be loaded or is not for this model.
+        Raises `PolicyError` or `PlanError` if it cannot be loaded or is for another model.
         """
         self.model = model
         self.plan = _plan(model, policy, artifacts)
@@ -85,7 +85,7 @@ class SteeringSession:
         self._generation = FollowedGeneration(model.network)
         self._cache = CacheWatch()
         self._uncached: Tensor | None = None
-        """What the latest pass without a cache was given; kept for plans that must know a prompt's end."""
+        """Input of the latest pass without a cache; kept for plans that must know where the prompt ends."""
         self._prompt_length: list[int] = []
         self._seen = 0
         self._evaluated = 0
@@ -130,7 +130,7 @@ class SteeringSession:
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> str:
-        """The steered answer to a text; arguments as in `HookedModel.generate`."""
+        """The steered answer to a text; for arguments see `HookedModel.generate`."""
         self._check_open()
         return self.model.generate(text, max_new_tokens, chat=chat, temperature=temperature, seed=seed)
 
@@ -147,7 +147,7 @@ class SteeringSession:
 
     @property
     def receipt(self) -> SteeringReceipt:
-        """What was done in the latest request; readable after the session too."""
+        """What the session did in the latest request; also available after the session."""
         if self._bank is None:
             raise ModelError(
                 "no receipt: the session was never entered; use `with SteeringSession(…) as steer`"
@@ -166,7 +166,7 @@ class SteeringSession:
             raise ModelError("the session is not open; use `with SteeringSession(…) as steer`")
 
     def _before_pass(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Lay out the coming pass from what the model is called with."""
+        """Prepare the next pass from the arguments of the model call."""
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         inputs = given.get("input_ids")
@@ -200,7 +200,7 @@ class SteeringSession:
         self._evaluated += sum(count for revision, _, count, _ in layout if revision is not None)
 
     def _memory_slots(self, sequence: int, count: int) -> Tensor:
-        """Every sequence has as many slots as the longest prompt has tokens."""
+        """Every sequence gets as many slots as the longest prompt has tokens."""
         longest = max(self._prompt_length)
         assert self._bank is not None
         self._bank.keep_memory(longest * len(self._prompt_length))
@@ -217,20 +217,20 @@ class SteeringSession:
             self._generation.passes += 1
 
     def _note_uncached(self, inputs: Tensor) -> None:
-        """Refuse a request that grows by hand without a cache: which part of it was the prompt is unknown."""
+        """Refuse a request that the caller extends without a cache: its prompt's length is unknown."""
         if self._generation.passes is not None or self.model.scoring or not depends_on_prompt_end(self.plan):
             self._uncached = None
             return
         last, self._uncached = self._uncached, inputs.detach().clone()
         if last is not None and last.shape[1] + 1 == inputs.shape[1] and torch.equal(inputs[:, :-1], last):
             raise ModelError(
-                "a sequence grew by one token and was given anew without its cache, so that nobody can tell "
-                f"its prompt from its answer, and {self.plan.policy_id!r} has gates that must; pass "
+                "a sequence grew by one token and was passed again without its cache, so nothing tells "
+                f"its prompt from its answer, and {self.plan.policy_id!r} has gates that need to; pass "
                 "past_key_values, use generate, or score it with session.logprobs(token_ids, prompt_length=…)"
             )
 
     def _admit(self, batch: int, past: int, spans: list[tuple[int, int]]) -> None:
-        """Begin new requests when the cache is empty; else make sure that these are the ones begun."""
+        """Begin new requests if the cache is empty; else check that these continue the current ones."""
         assert self._bank is not None
         if batch > MAX_SEQUENCES:
             raise ModelError(f"a batch of {batch} sequences, but a session takes at most {MAX_SEQUENCES}")
@@ -266,7 +266,7 @@ class SteeringSession:
     def _entries(
         self, sequence: int, span: tuple[int, int], past: int, tokens: int
     ) -> list[tuple[str | None, int, int, int]]:
-        """(revision, slot, tokens, first position) of a sequence's padding, real part and padding."""
+        """(revision, slot, tokens, first position) of a sequence's left padding, tokens and right padding."""
         start, end = span
         first, last = max(start, past), min(end, past + tokens)
         if first >= last:

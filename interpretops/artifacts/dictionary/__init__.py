@@ -1,4 +1,4 @@
-"""Dictionaries: SAE weights in whatever folder layout they come, read as encoder and decoder rows."""
+"""Dictionaries: SAE weights in any supported folder layout, read as encoder and decoder rows."""
 
 from interpretops.artifacts.dictionary.load import Dictionary, EncoderRows, open_dictionary
 from interpretops.artifacts.dictionary.manifest import (

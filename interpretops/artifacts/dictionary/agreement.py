@@ -1,7 +1,7 @@
-"""Whether a library's own configuration beside the weights and our manifest speak of one dictionary.
+"""Checks that a library's configuration, stored with the weights, agrees with our manifest.
 
-What a configuration leaves out cannot contradict. Not compared are the model's name, which is a folder's (the
-manifest's fingerprint decides), and the dtype, which is what a library computed in.
+Fields that the configuration omits are not checked. Neither are the model's name, because the manifest's
+fingerprint decides, and the dtype, which only says how the library computed.
 """
 
 import re
@@ -14,7 +14,7 @@ from interpretops.errors import DictionaryError
 from interpretops.files.json_file import object_in, read_json_object
 
 Claims = list[tuple[str, Any, str, Any]]
-"""A field of the configuration, its value, the manifest's field, and the value that this must have."""
+"""A field of the configuration, its value, the manifest's field, and the value the manifest must have."""
 
 _TRANSFORMER_LENS = re.compile(r"blocks\.(?P<layer>\d+)\.(?P<hook>(?:attn\.)?hook_\w+)")
 _HUGGING_FACE = re.compile(r"(?:model|gpt_neox)\.layers\.(?P<layer>\d+)(?P<module>(?:\.\w+)*)")
@@ -50,7 +50,7 @@ def _saelens(config: dict[str, Any]) -> Claims:
     metadata = object_in(config, "metadata")
 
     def named(*fields: str) -> tuple[str, Any]:
-        """The first that is set, in the newer files' metadata or, in older ones, beside the rest."""
+        """The first field that is set: in the metadata of newer files, at the top level of older ones."""
         for field in fields:
             for prefix, place in (("metadata.", metadata), ("", config)):
                 if place.get(field) is not None:
@@ -77,7 +77,7 @@ def _saelens(config: dict[str, Any]) -> Claims:
 
 
 def _site_of_hook(name: Any) -> tuple[int, str] | None:
-    """Layer and point of a hook's name; a place that is no site comes back under its own name."""
+    """Layer and point of a hook's name; a hook that is not an edit site keeps its own name as the point."""
     if not isinstance(name, str):
         return None
     if (match := _TRANSFORMER_LENS.fullmatch(name)) is not None:

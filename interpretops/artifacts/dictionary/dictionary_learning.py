@@ -1,7 +1,7 @@
-"""The dictionary_learning layout: config.json and a safetensors export of ae.pt, itself never opened.
+"""The dictionary_learning layout: config.json and a safetensors export of ae.pt, which is never opened.
 
-Activations are in the units in which the library's release (0.1.0) gives them: what ``from_pretrained`` and
-then ``encode`` return with their defaults.
+Activations are in the units of the library's release 0.1.0: what ``encode`` returns after
+``from_pretrained``, both with their defaults.
 """
 
 from pathlib import Path
@@ -18,21 +18,21 @@ from interpretops.files.tensor_file import TensorFile
 WEIGHTS_NAME = "ae.safetensors"
 PICKLE_NAME = "ae.pt"
 CONVERSION = (
-    "ae.pt is a pickle, and nothing executable is ever loaded; convert it where you trust it: python -c "
+    "ae.pt is a pickle, which can run code and is never loaded; if you trust it, convert it: python -c "
     "\"import torch, safetensors.torch as s; d = torch.load('ae.pt', map_location='cpu', weights_only=True); "
     "s.save_file({k: v.contiguous() for k, v in d.items()}, 'ae.safetensors')\""
 )
 
 
 def load_dictionary_learning(folder: Path, weights_path: Path) -> Weights:
-    """The class of the dictionary is named by ``trainer.dict_class`` of config.json."""
+    """Load the class of dictionary that ``trainer.dict_class`` of config.json names."""
     path = folder / "config.json"
     trainer = read_json_object(path, DictionaryError).get("trainer")
     name = trainer.get("dict_class") if isinstance(trainer, dict) else None
     tensors = TensorFile(weights_path, DictionaryError)
     if name not in _READERS:
         raise DictionaryError(
-            f"{path}: trainer.dict_class = {name!r}, but this can be one of {', '.join(_READERS)}"
+            f"{path}: trainer.dict_class = {name!r}, but must be one of {', '.join(_READERS)}"
         )
     try:
         return _READERS[name](tensors)
@@ -41,7 +41,7 @@ def load_dictionary_learning(folder: Path, weights_path: Path) -> Weights:
 
 
 def _matrices(tensors: TensorFile) -> dict[str, Any]:
-    """Linear layers keep [out, in]; the newer classes keep W_enc [D, F] and W_dec [F, D]."""
+    """Linear layers store [out, in]; the newer classes store W_enc [D, F] and W_dec [F, D]."""
     if "W_enc" in tensors:
         return {"encoder": Matrix(tensors["W_enc"], features_last=True), "decoder": Matrix(tensors["W_dec"])}
     return {
@@ -51,7 +51,7 @@ def _matrices(tensors: TensorFile) -> dict[str, Any]:
 
 
 def _standard(tensors: TensorFile) -> Weights:
-    """The one class whose decoder is brought to unit norms as it is loaded, and its activations with it."""
+    """The only class whose decoder rows are normalised on loading; its activations are scaled to match."""
     matrices = _matrices(tensors)
     norms = matrices["decoder"].norms()
     if not norms.all():
@@ -118,7 +118,7 @@ def _topk(tensors: TensorFile) -> Weights:
 
 
 def _batch_topk(tensors: TensorFile) -> Weights:
-    """Trained with BatchTopK; encodes with one threshold for all features."""
+    """Trained with BatchTopK, but encodes with one threshold for all features."""
     decoder_bias = as_floats(tensors["b_dec"])
     bias = as_floats(tensors["b_enc"] if "b_enc" in tensors else tensors["encoder.bias"])
     threshold = float(tensors["threshold"].reshape(-1)[0])

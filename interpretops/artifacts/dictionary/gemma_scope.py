@@ -15,7 +15,7 @@ WEIGHTS_NAMES = ("params.npz", "params.safetensors")
 
 
 def load_gemma_scope(folder: Path, weights_path: Path) -> Weights:
-    """W_enc [D, F], W_dec [F, D], b_enc, b_dec, threshold. The decoder's bias is not taken off the input."""
+    """W_enc [D, F], W_dec [F, D], b_enc, b_dec, threshold. b_dec is not subtracted from the input."""
     del folder
     tensors = {name.lower(): array for name, array in _read(weights_path).items()}
     missing = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"} - set(tensors)

@@ -1,4 +1,4 @@
-"""Opening a dictionary's folder: manifest, weights of any layout, and the rows that edits are made of."""
+"""Opens a dictionary's folder: the manifest, the weights in any layout, and the rows that edits use."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ _LOADERS: dict[Layout, Callable[[Path, Path], Weights]] = {
 
 
 class EncoderRows(NamedTuple):
-    """What K features read, all folded in: ``a = u if u > threshold else 0``, ``u = read . x + bias``."""
+    """Encoder rows of K features, scales folded in: ``u = read . x + bias``, active above ``threshold``."""
 
     read: Array
     """[K, D] float32"""
@@ -43,14 +43,14 @@ class EncoderRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """The features of one place of one model."""
+    """The features at one site of one model."""
 
     manifest: DictionaryManifest
     weights: Weights
 
     @property
     def site(self) -> Site:
-        """The place whose activation it reads."""
+        """The site whose activation it reads."""
         return self.manifest.site
 
     @property
@@ -70,7 +70,7 @@ class Dictionary:
 
     @property
     def max_norm(self) -> float:
-        """Tokens with a larger activation norm are left alone; infinite when the manifest names no bound."""
+        """Tokens with a larger activation norm are not edited; infinite if the manifest has no bound."""
         return float("inf") if self.manifest.max_norm is None else self.manifest.max_norm
 
     def encoder_rows(self, ids: Sequence[int] | None = None) -> EncoderRows:
@@ -89,7 +89,7 @@ class Dictionary:
         )
 
     def decoder_rows(self, ids: Sequence[int] | None = None) -> Array:
-        """[K, D] float32: what a unit of activation adds, in the model's own scale."""
+        """[K, D] float32: what one unit of activation adds, in the model's scale."""
         rows = self.weights.decoder.rows(ids)
         if self.weights.decoder_scale is not None:
             index = np.arange(self.width) if ids is None else np.asarray(ids, np.int64)
@@ -98,7 +98,7 @@ class Dictionary:
 
     @cached_property
     def decoder_bias(self) -> Array:
-        """[D] what the reconstruction has when nothing is active; edits never touch it."""
+        """[D] the reconstruction when no feature is active; edits never change it."""
         return (self.weights.decoder_bias / self.weights.input_scale).astype(np.float32)
 
 
@@ -113,11 +113,11 @@ def open_dictionary(folder: Path, manifest: DictionaryManifest | None = None) ->
 
 
 def _fit(folder: Path, manifest: DictionaryManifest, weights: Weights) -> Weights:
-    """The weights, once they were found to be what the manifest says."""
+    """Return the weights after checking them against the manifest."""
     file, features, size = folder / MANIFEST_NAME, manifest.width, manifest.hidden_size
     source = folder / manifest.weights.file
     if weights.encoder.array.ndim != 2 or weights.encoder.shape != weights.decoder.shape:
-        raise DictionaryError(f"{source}: encoder and decoder are of different shapes")
+        raise DictionaryError(f"{source}: encoder and decoder have different shapes")
     if weights.encoder.shape != (features, size):
         raise DictionaryError(
             f"{file}: width = {features}, hidden_size = {size}, but {manifest.weights.file} holds "

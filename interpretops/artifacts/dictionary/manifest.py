@@ -1,4 +1,4 @@
-"""The manifest beside every dictionary and adapter: whose model, which place, how made, and its sha256."""
+"""The manifest of a dictionary or adapter: model, site, training, metrics, and the weights' sha256."""
 
 import hashlib
 from pathlib import Path
@@ -140,17 +140,17 @@ class AdapterManifest(_Record):
 
 
 def read_manifest(folder: Path) -> DictionaryManifest:
-    """The manifest of a dictionary's folder; raises `DictionaryError`."""
+    """Read the manifest in a dictionary's folder; raises `DictionaryError`."""
     return _read(folder, DictionaryManifest, DictionaryError)
 
 
 def read_adapter_manifest(folder: Path) -> AdapterManifest:
-    """The manifest of an adapter's folder; raises `AdapterError`."""
+    """Read the manifest in an adapter's folder; raises `AdapterError`."""
     return _read(folder, AdapterManifest, AdapterError)
 
 
 def write_manifest(folder: Path, manifest: DictionaryManifest | AdapterManifest) -> Path:
-    """Write ``folder/manifest.yaml`` whole or not at all."""
+    """Write ``folder/manifest.yaml`` atomically."""
     record = manifest.model_dump(mode="json", exclude_none=True)
     path = folder / MANIFEST_NAME
     write_atomically(path, yaml.safe_dump(record, sort_keys=False, width=110).encode())
@@ -164,7 +164,7 @@ def sha256_of(path: Path) -> str:
 
 
 def check_weights(folder: Path, weights: WeightsReference, error: type[InterpretOpsError]) -> Path:
-    """Path of the weights file, once its sha256 was found to be the manifest's."""
+    """Return the path of the weights file after checking its sha256 against the manifest."""
     path = folder / weights.file
     try:
         found = sha256_of(path)

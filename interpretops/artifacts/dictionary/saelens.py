@@ -16,7 +16,7 @@ SCALER_NAME = "activation_scaler.json"
 
 
 def load_saelens(folder: Path, weights_path: Path) -> Weights:
-    """Architectures standard, topk, jumprelu and gated. BatchTopK is saved by SAELens as jumprelu."""
+    """Load architecture standard, topk, jumprelu or gated. SAELens saves BatchTopK as jumprelu."""
     path = folder / CONFIG_NAME
     config = read_json_object(path, DictionaryError)
     tensors = TensorFile(weights_path, DictionaryError)
@@ -59,12 +59,12 @@ def load_saelens(folder: Path, weights_path: Path) -> Weights:
             bias = bias * norms
         return Weights("topk", bias=bias, k=k, **parts)
     raise DictionaryError(
-        f"{path}: architecture = {architecture!r}, but this can be one of standard, topk, jumprelu, gated"
+        f"{path}: architecture = {architecture!r}, but must be one of standard, topk, jumprelu, gated"
     )
 
 
 def gated_threshold(ratio: Any, magnitude_bias: Any, gate_bias: Any) -> Any:
-    """A gated encoder as a jumprelu one: u = ratio*p + magnitude_bias; p + gate_bias > 0 iff u > this."""
+    """A gated encoder's jumprelu threshold: u = ratio*p + magnitude_bias; p + gate_bias > 0 iff u > this."""
     return np.maximum(magnitude_bias - ratio * gate_bias, 0)
 
 
@@ -78,8 +78,8 @@ def _refuse_unfoldable(path: Path, config: dict[str, Any], tensors: TensorFile) 
     normalisation = config.get("normalize_activations") or "none"
     if normalisation is not True and normalisation not in ("none", "expected_average_only_in"):
         raise DictionaryError(
-            f"{path}: normalize_activations = {normalisation!r}, but an edit reads with fixed rows, and this "
-            "normalisation depends on the token; only 'none' and 'expected_average_only_in' can be folded"
+            f"{path}: normalize_activations = {normalisation!r}, but this normalisation depends on the "
+            "token, and an edit's rows are fixed; only 'none' and 'expected_average_only_in' can be folded"
         )
     function = config.get("activation_fn", config.get("activation_fn_str", "relu"))
     if function not in ("relu", "topk", None):

@@ -1,4 +1,4 @@
-"""What every layout is brought to: encoder and decoder rows with their scales, and lazily taken rows.
+"""The common form of all layouts: encoder and decoder matrices with their scales, whose rows are read lazily.
 
 With activation x [D], features F:  u = encoder_scale * (W_enc (input_scale * x - centre)) + bias  [F]
 and a feature's decoder row is  decoder_scale * W_dec / input_scale  [D].
@@ -18,11 +18,11 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One vector of D per feature, stored either way round; only what is asked for is read."""
+    """One vector of D per feature, stored in either orientation; only the requested rows are read."""
 
     array: npt.NDArray[Any]
     features_last: bool = False
-    """Whether the array is [D, F] and not [F, D]."""
+    """Whether the array is [D, F] instead of [F, D]."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,7 +48,7 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A dictionary's numbers, whatever layout they came in."""
+    """A dictionary's numbers, independent of their layout on disk."""
 
     activation: Activation
     encoder: Matrix
@@ -56,11 +56,11 @@ class Weights:
     bias: Floats
     """[F]"""
     centre: Floats
-    """[D] what is taken off the activation before encoding: the decoder's bias, or zeros."""
+    """[D] subtracted from the activation before encoding: the decoder's bias, or zeros."""
     decoder_bias: Floats
     """[D]"""
     threshold: Floats | None = None
-    """[F] for jumprelu: a feature is active above it; never negative."""
+    """[F] for jumprelu: a feature is active above its threshold; never negative."""
     k: int | None = None
     """For topk: how many features are active at a token."""
     encoder_scale: Floats | None = None

@@ -407,7 +407,7 @@ def test_missing_tensor_and_unknown_architecture_are_refused(make_dictionary: Ca
     """The message says what is there and what could be."""
     with pytest.raises(DictionaryError, match="no tensor 'threshold'; it holds W_dec, W_enc, b_dec, b_enc"):
         open_dictionary(make_dictionary("a", drop=("threshold",)))
-    with pytest.raises(DictionaryError, match="architecture = 'temporal', but this can be one of standard"):
+    with pytest.raises(DictionaryError, match="architecture = 'temporal', but must be one of standard"):
         open_dictionary(make_dictionary("b", config={"architecture": "temporal"}))
 
 

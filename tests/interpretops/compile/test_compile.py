@@ -620,4 +620,4 @@ def test_vector_file_cannot_be_reached_through_a_link_out(
     save_file({"v": np.ones(WIDTH, np.float32)}, outside)
     (tmp_path / "v.safetensors").symlink_to(outside)
     (line,) = faults(compile_text, STEER % "v.safetensors")
-    assert "it leads out of" in line
+    assert "it points outside" in line

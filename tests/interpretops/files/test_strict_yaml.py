@@ -54,7 +54,7 @@ def test_file_over_one_mebibyte_is_refused(tmp_path: Path) -> None:
     """No more than the bound is ever read."""
     path = tmp_path / "big.yaml"
     path.write_bytes(b"a: " + b"x" * MAX_BYTES)
-    with pytest.raises(PolicyError, match="larger than 1048576 bytes"):
+    with pytest.raises(PolicyError, match="larger than the limit of 1048576 bytes"):
         read_yaml(path, PolicyError)
 
 

@@ -152,7 +152,7 @@ async def test_unusable_pair_prevents_start_up(folder):
     (folder / "key.pem").unlink()
     os.mkfifo(folder / "key.pem")
     with pytest.raises(
-        ConfigError, match=r"gateway.tls_key = .*key.pem, but it cannot be read .is not a plain file"
+        ConfigError, match=r"gateway.tls_key = .*key.pem, but it cannot be read .is not a regular file"
     ):
         doors(folder)
 
