@@ -549,7 +549,8 @@ SCALE = "{type: feature_scale, scale: 0, selector: {layer: 3, sae_feature_ids: [
             "  - {type: feature_scale, scale: 0, selector: {layer: 3, sae_feature_ids: [1]}}\n"
             "  - {type: feature_clamp, clamp_range: [0, 1], selector: {layer: 3, sae_feature_ids: [2, 1]}}",
             "interventions[1].selector.sae_feature_ids[1] = 1, but "
-            "interventions[0].selector.sae_feature_ids[0] already edits the same target; merge the two (line 4)",
+            "interventions[0].selector.sae_feature_ids[0] already edits the same target; "
+            "merge the two (line 4)",
         ),
         (
             "interventions:\n  - {type: lora_gate, selector: {block: attn}, alpha: 1, adapter: calm}",

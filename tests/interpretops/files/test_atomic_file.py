@@ -92,7 +92,7 @@ def test_file_that_its_owner_could_not_read_any_more_is_not_replaced(folder: Pat
     os.chown(path, GATEWAY, TEAM)
     with (
         acting_as(OPERATOR),
-        pytest.raises(ConfigError, match=r"user 54321, who could not read .* as it was"),
+        pytest.raises(ConfigError, match=r"user 54321, who could not read .* is unchanged"),
     ):
         write_keys(path, kept[:1])
     assert of(path) == (GATEWAY, TEAM, 0o640)
