@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from discovery.circuits.metric import Metric, measure
 from discovery.circuits.pairs import Pair, contrast_start
 from discovery.errors import DiscoveryError
 from interpretops.artifacts.dictionary import Dictionary
+from interpretops.steering.dictionary_features import DictionaryFeatures
 
 Group = Sequence[int]
 """Features that are given their counterfactual values together."""
@@ -32,23 +32,16 @@ class FeatureSite:
                 "residual stream; name a dictionary of resid_post"
             )
         self.decoder, self.manifest, self.max_norm = decoder, manifest, dictionary.max_norm
-        self.k = dictionary.k
-        rows = dictionary.encoder_rows()
-        like = decoder.network.get_input_embeddings().weight
-        self.read, self.bias, threshold = (torch.from_numpy(part).to(like) for part in rows)
-        self.threshold = threshold.clamp(min=0)
-        self.write = torch.from_numpy(np.ascontiguousarray(dictionary.decoder_rows())).to(like)
+        self.features = DictionaryFeatures(
+            dictionary.weights, decoder.network.get_input_embeddings().weight.detach()
+        )
+        self.write = self.features.write
         self.before = range(manifest.layer + 1)
         self.after = range(manifest.layer + 1, decoder.graph.layers)
 
     def activations(self, x: Tensor) -> Tensor:
         """Activations [..., F] of every feature; none at an attention sink."""
-        u = x @ self.read.T + self.bias
-        active = torch.where(u > self.threshold, u, 0)
-        if self.k is not None:
-            kept = active.topk(self.k, dim=-1)
-            active = torch.zeros_like(active).scatter(-1, kept.indices, kept.values)
-        return torch.where(x.norm(dim=-1, keepdim=True) <= self.max_norm, active, 0)
+        return torch.where(x.norm(dim=-1, keepdim=True) <= self.max_norm, self.features.encode(x), 0)
 
     @contextmanager
     def contrast(self, pairs: Sequence[Pair]) -> Iterator["Contrast"]:

@@ -13,6 +13,7 @@ from discovery.data.trace import batches
 from discovery.frozen_model import FrozenModel
 from discovery.jobs.progress import Meter
 from interpretops.artifacts.dictionary import Dictionary
+from interpretops.steering.dictionary_features import DictionaryFeatures
 
 
 @torch.no_grad()
@@ -42,17 +43,6 @@ def answer_means(
     return found
 
 
-def encode(dictionary: Dictionary, x: Tensor) -> Tensor:
-    """Activations [N, F] of all features for activations [N, D] of the model."""
-    rows = dictionary.encoder_rows()
-    u = x @ torch.from_numpy(rows.read).T + torch.from_numpy(rows.bias)
-    active = torch.where(u > torch.from_numpy(rows.threshold).clamp(min=0), u, torch.zeros(()))
-    if dictionary.k is not None:
-        kept = active.topk(dictionary.k, dim=-1)
-        active = torch.zeros_like(active).scatter(-1, kept.indices, kept.values)
-    return active
-
-
 @torch.no_grad()
 def answer_features(
     model: FrozenModel,
@@ -66,6 +56,7 @@ def answer_features(
     Attention sinks are left out, as the engine leaves them out.
     """
     layer, bound = dictionary.manifest.layer, dictionary.max_norm
+    features = DictionaryFeatures(dictionary.weights)
     found = torch.zeros(len(prompts), dictionary.width)
     whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     for batch in batches(whole):
@@ -74,7 +65,7 @@ def answer_features(
         for row, (place, ids) in enumerate(batch):
             span = slice(len(prompts[place]) - 1, max(len(ids) - 1, len(prompts[place])))
             own = x[row, span].float().cpu()
-            active = encode(dictionary, own)[own.norm(dim=-1) <= bound]
+            active = features.encode(own)[own.norm(dim=-1) <= bound]
             if len(active):
                 found[place] = active.mean(0)
         if progress is not None:

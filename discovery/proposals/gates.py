@@ -10,8 +10,9 @@ from torch import Tensor
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import norm_bound
 from discovery.gates.gate_probe import Probe, auroc, fit_probe, threshold_at
-from discovery.proposals.activation_readings import encode, feature_auroc
+from discovery.proposals.activation_readings import feature_auroc
 from interpretops.artifacts.dictionary import Dictionary
+from interpretops.steering.dictionary_features import DictionaryFeatures
 
 GateKind = Literal["probe", "features", "always"]
 RATES = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)
@@ -74,15 +75,16 @@ def feature_gates(
     for each further benign prompt, while the benign prompts that open the gate stay within the rate.
     """
     layer = dictionary.manifest.layer
-    target = encode(dictionary, discovery["target"])
-    benign = encode(dictionary, torch.cat([discovery["benign"], discovery["borderline"]]))
+    features = DictionaryFeatures(dictionary.weights)
+    target = features.encode(discovery["target"])
+    benign = features.encode(torch.cat([discovery["benign"], discovery["borderline"]]))
     ids = list(given) if given is not None else _best(target, benign)
     if not ids:
         raise DiscoveryError(
             f"{dictionary.manifest.id}: no feature is more active at the end of target prompts; "
             "use a probe gate"
         )
-    seen = {side: encode(dictionary, x)[:, ids] for side, x in selection.items()}
+    seen = {side: features.encode(x)[:, ids] for side, x in selection.items()}
     choices, last = [], None
     for rate in RATES:
         cuts = _greedy(target[:, ids], benign[:, ids], rate)

@@ -28,7 +28,9 @@ from discovery.jobs.whole_file import unwritten, write_json
 from discovery.jobs.workers import ALONE, Team
 from discovery.sae.train_settings import TrainSettings
 from discovery.sae.train_together import check_alike, share_gradients, share_statistics
+from interpretops.artifacts.dictionary.saelens import load_saelens
 from interpretops.files.atomic_folder import recover_folder
+from interpretops.steering.dictionary_features import DictionaryFeatures
 
 CHECKPOINT = "checkpoint"
 WEIGHTS = "sae_weights.safetensors"
@@ -165,12 +167,10 @@ def save_dictionary(trainer: Any, folder: Path) -> None:
 
 def reconstruction(folder: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The dictionary in ``folder``, as it lies on disk, as a function for `splice_metrics`."""
-    from sae_lens import SAE
-
-    sae = SAE.load_from_disk(folder, dtype="float32")
+    features = DictionaryFeatures(load_saelens(folder, folder / WEIGHTS))
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
-        features = sae.encode(x)
-        return features, sae.decode(features)
+        active = features.encode(x)
+        return active, features.decode(active)
 
     return reconstruct

@@ -16,7 +16,7 @@ from discovery.jobs.kept_steps import KeptSteps
 from discovery.jobs.progress import meter
 from discovery.jobs.run_record import run_record
 from discovery.jobs.sealed_steps import digest
-from discovery.proposals.activation_readings import encode, feature_auroc
+from discovery.proposals.activation_readings import feature_auroc
 from discovery.proposals.artifact import Places, vector_file, write_rows, write_vectors
 from discovery.proposals.avoid.answer_trait import Sampled, trait_tokens, trait_vocabulary
 from discovery.proposals.avoid.struck_words import (
@@ -35,6 +35,7 @@ from interpretops.artifacts.adapter import AdapterSite
 from interpretops.artifacts.dictionary.manifest import TrainingRecord
 from interpretops.plan import Site
 from interpretops.settings import Settings
+from interpretops.steering.dictionary_features import DictionaryFeatures
 
 LAYER_SHARES = {"direction": (0.6, 0.75), "gated-edit": (0.7, 0.85), "word-rows": (1.0,)}
 STRENGTHS = {
@@ -168,7 +169,8 @@ class AvoidEdits:
         dictionary = chosen_dictionary(self.settings, self.chosen.dictionary, self.model.spec)
         layer = dictionary.manifest.layer
         tokens = self._tokens([layer], samples, [*benign, *text])
-        active = {kind: encode(dictionary, tokens[f"{kind}/{layer}"]) for kind in ("trait", "other")}
+        features = DictionaryFeatures(dictionary.weights)
+        active = {kind: features.encode(tokens[f"{kind}/{layer}"]) for kind in ("trait", "other")}
         areas = feature_auroc(active["trait"], active["other"])
         if self.chosen.features is not None:
             ids = list((from_features(self.chosen.features).features or {}).get(-1, ()))

@@ -1,6 +1,6 @@
 """Dictionaries: SAE weights in any supported folder layout, read as encoder and decoder rows."""
 
-from interpretops.artifacts.dictionary.load import Dictionary, EncoderRows, open_dictionary
+from interpretops.artifacts.dictionary.load import Dictionary, open_dictionary
 from interpretops.artifacts.dictionary.manifest import (
     DictionaryManifest,
     MetricsRecord,
@@ -10,6 +10,7 @@ from interpretops.artifacts.dictionary.manifest import (
     read_manifest,
     write_manifest,
 )
+from interpretops.artifacts.dictionary.weights import EncoderRows
 
 __all__ = [
     "Dictionary",

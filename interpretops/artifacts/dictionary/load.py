@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +16,7 @@ from interpretops.artifacts.dictionary.manifest import (
     check_weights,
     read_manifest,
 )
-from interpretops.artifacts.dictionary.weights import Weights
+from interpretops.artifacts.dictionary.weights import EncoderRows, Weights
 from interpretops.errors import DictionaryError
 from interpretops.plan import Array, Site
 
@@ -28,17 +26,6 @@ _LOADERS: dict[Layout, Callable[[Path, Path], Weights]] = {
     "sparsify": sparsify.load_sparsify,
     "dictionary_learning": dictionary_learning.load_dictionary_learning,
 }
-
-
-class EncoderRows(NamedTuple):
-    """Encoder rows of K features, scales folded in: ``u = read . x + bias``, active above ``threshold``."""
-
-    read: Array
-    """[K, D] float32"""
-    bias: Array
-    """[K]"""
-    threshold: Array
-    """[K]"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,32 +61,17 @@ class Dictionary:
         return float("inf") if self.manifest.max_norm is None else self.manifest.max_norm
 
     def encoder_rows(self, ids: Sequence[int] | None = None) -> EncoderRows:
-        """Float32 rows of some features, or all; the decoder's bias and the normalisation are folded in."""
-        index = np.arange(self.width) if ids is None else np.asarray(ids, np.int64)
-        weights = self.weights
-        rows = weights.encoder.rows(ids)
-        if weights.encoder_scale is not None:
-            rows *= weights.encoder_scale[index, None]
-        bias = weights.bias[index] - rows @ weights.centre
-        threshold = np.zeros(len(index)) if weights.threshold is None else weights.threshold[index]
-        return EncoderRows(
-            (rows * weights.input_scale).astype(np.float32),
-            bias.astype(np.float32),
-            threshold.astype(np.float32),
-        )
+        """`Weights.encoder_rows`."""
+        return self.weights.encoder_rows(ids)
 
     def decoder_rows(self, ids: Sequence[int] | None = None) -> Array:
-        """[K, D] float32: what one unit of activation adds, in the model's scale."""
-        rows = self.weights.decoder.rows(ids)
-        if self.weights.decoder_scale is not None:
-            index = np.arange(self.width) if ids is None else np.asarray(ids, np.int64)
-            rows *= self.weights.decoder_scale[index, None]
-        return (rows / self.weights.input_scale).astype(np.float32)
+        """`Weights.decoder_rows`."""
+        return self.weights.decoder_rows(ids)
 
-    @cached_property
+    @property
     def decoder_bias(self) -> Array:
-        """[D] the reconstruction when no feature is active; edits never change it."""
-        return (self.weights.decoder_bias / self.weights.input_scale).astype(np.float32)
+        """`Weights.offset`."""
+        return self.weights.offset
 
 
 def open_dictionary(folder: Path, manifest: DictionaryManifest | None = None) -> Dictionary:

@@ -6,12 +6,14 @@ and a feature's decoder row is  decoder_scale * W_dec / input_scale  [D].
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from interpretops.artifacts.dictionary.manifest import Activation
+from interpretops.plan import Array
 
 Floats = npt.NDArray[np.float64]
 
@@ -46,6 +48,17 @@ class Matrix:
         return np.concatenate([np.linalg.norm(self.rows(part), axis=1) for part in parts])
 
 
+class EncoderRows(NamedTuple):
+    """Encoder rows of K features, scales folded in: ``u = read . x + bias``, active above ``threshold``."""
+
+    read: Array
+    """[K, D] float32"""
+    bias: Array
+    """[K]"""
+    threshold: Array
+    """[K]"""
+
+
 @dataclass(frozen=True, eq=False)
 class Weights:
     """A dictionary's numbers, independent of their layout on disk."""
@@ -68,6 +81,33 @@ class Weights:
     decoder_scale: Floats | None = None
     """[F]"""
     input_scale: float = 1.0
+
+    def encoder_rows(self, ids: Sequence[int] | None = None) -> EncoderRows:
+        """Float32 rows of some features, or all; the decoder's bias and the normalisation are folded in."""
+        index: Any = slice(None) if ids is None else np.asarray(ids, np.int64)
+        rows = self.encoder.rows(ids)
+        if self.encoder_scale is not None:
+            rows *= self.encoder_scale[index, None]
+        bias = self.bias[index] - rows @ self.centre
+        threshold = np.zeros(len(rows)) if self.threshold is None else self.threshold[index]
+        return EncoderRows(
+            (rows * self.input_scale).astype(np.float32),
+            bias.astype(np.float32),
+            threshold.astype(np.float32),
+        )
+
+    def decoder_rows(self, ids: Sequence[int] | None = None) -> Array:
+        """[K, D] float32: what one unit of activation adds, in the model's scale."""
+        rows = self.decoder.rows(ids)
+        if self.decoder_scale is not None:
+            index: Any = slice(None) if ids is None else np.asarray(ids, np.int64)
+            rows *= self.decoder_scale[index, None]
+        return (rows / self.input_scale).astype(np.float32)
+
+    @cached_property
+    def offset(self) -> Array:
+        """[D] the reconstruction when no feature is active; edits never change it."""
+        return (self.decoder_bias / self.input_scale).astype(np.float32)
 
 
 def as_floats(array: npt.NDArray[Any]) -> Floats:

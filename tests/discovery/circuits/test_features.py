@@ -86,10 +86,10 @@ def test_sinks_have_no_features(words: FeatureSite, pairs: list[Pair]) -> None:
 
 def test_topk_keeps_the_strongest_alone(words: FeatureSite) -> None:
     """A TopK dictionary's feature is active only among the k strongest of its token."""
-    x = torch.zeros(1, words.read.shape[1])
+    x = torch.zeros(1, words.features.read.shape[1])
     x[0, 16 + 3], x[0, 16 + 5], x[0, 16 + 6] = 1.0, 3.0, 2.0
     assert words.activations(x).nonzero()[:, 1].tolist() == [3, 5, 6]
-    words.k = 2
+    words.features.k = 2
     assert words.activations(x).nonzero()[:, 1].tolist() == [5, 6]
 
 

@@ -13,7 +13,7 @@ from discovery.frozen_model import FrozenModel
 from discovery.gates.contrast import PARTS, SIDES, Judged, read_contrast, subset
 from discovery.gates.gate_probe import auroc
 from discovery.proposals.actions import Action, rank_features
-from discovery.proposals.activation_readings import answer_means, encode, feature_auroc
+from discovery.proposals.activation_readings import answer_means, feature_auroc
 from discovery.proposals.gates import feature_gates, probe_gates
 from discovery.proposals.grid import Point, best
 from discovery.proposals.judging import fails, shows
@@ -21,6 +21,7 @@ from discovery.proposals.origin import from_circuit, from_features
 from interpretops.artifacts.dictionary import open_dictionary
 from interpretops.plan import ModelSpec
 from interpretops.policy import Origin
+from interpretops.steering.dictionary_features import DictionaryFeatures
 
 CIRCUIT_ID = f"cx_{'0' * 26}"
 NODES = [
@@ -136,7 +137,7 @@ def test_features_are_encoded_as_the_dictionary_says(dictionary: Callable[..., P
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
     rows = found.encoder_rows()
     u = x @ torch.from_numpy(rows.read).T + torch.from_numpy(rows.bias)
-    torch.testing.assert_close(encode(found, x), u * (u > 0.1))
+    torch.testing.assert_close(DictionaryFeatures(found.weights).encode(x), u * (u > 0.1))
 
 
 def test_auroc_of_all_features_is_that_of_each() -> None:

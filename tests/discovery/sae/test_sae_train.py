@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens import SAE
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -162,7 +163,11 @@ def test_trained_dictionary_is_what_the_library_reads(
     assert manifest.training.data == ("lines (Apache-2.0)",)
     assert load_file(folder / "sae_weights.safetensors")["W_enc"].dtype == torch.float16
     x = traced.activations[:50].float()
-    theirs, _ = reconstruction(folder)(x)
+    sae = SAE.load_from_disk(folder, dtype="float32")
+    theirs = sae.encode(x)
+    again, made = reconstruction(folder)(x)
+    torch.testing.assert_close(again, theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made, sae.decode(theirs), rtol=1e-3, atol=1e-3)
     ours = open_dictionary(folder).encoder_rows()
     u = x @ torch.tensor(ours.read).T + torch.tensor(ours.bias)
     a = torch.where(u > torch.tensor(ours.threshold), u, torch.zeros(()))
