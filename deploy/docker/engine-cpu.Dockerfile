@@ -1,4 +1,4 @@
-# The engine on a CPU, with the default model inside. From the repository's root:
+# The engine on a CPU, including the default model. From the repository's root:
 #   docker build -f deploy/docker/engine-cpu.Dockerfile -t interpretops-engine:cpu .
 FROM python:3.11-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7
 # libnuma: vLLM's CPU kernels are linked against it. g++: torch compiles small functions with it.
@@ -18,9 +18,9 @@ COPY proxy proxy
 COPY steering_kernels steering_kernels
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . && \
     python -c "import pathlib, interpretops.model.default_model as m; m.ensure_default_model(pathlib.Path('/'))"
-# torch asks who it is: the user needs a name. What the engine writes lies in its home and in /tmp.
+# torch looks up the user's name, so it needs one. The engine writes to its home and to /tmp.
 RUN useradd --uid 65532 --create-home --home-dir /var/cache/engine --shell /usr/sbin/nologin engine
-# In containers memory may not be bound to a NUMA node, and the CPUs are given by the runtime.
+# Containers may not bind memory to a NUMA node, and the runtime assigns the CPUs.
 ENV HOME=/var/cache/engine \
     HF_HUB_OFFLINE=1 \
     PYTHONUNBUFFERED=1 \

@@ -18,7 +18,7 @@ FROM vllm/vllm-openai:v0.32.0@sha256:${VLLM_DIGEST}
 WORKDIR /srv/interpretops
 COPY locks/gateway.txt locks/missing.py locks/
 COPY --from=build /build/wheels wheels
-# Only what is missing may come: nothing that vLLM's image holds is moved.
+# Only missing packages are installed: versions in vLLM's image must not change.
 RUN python3 locks/missing.py locks/gateway.txt > /tmp/missing.txt && \
     python3 -m pip install --no-cache-dir --no-deps --require-hashes -r /tmp/missing.txt && \
     python3 -m pip install --no-cache-dir --no-deps --no-index wheels/*.whl && \

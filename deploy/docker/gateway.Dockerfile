@@ -20,7 +20,7 @@ COPY --from=build /opt/interpretops /opt/interpretops
 WORKDIR /srv/interpretops
 COPY policies policies
 COPY sae_artifacts sae_artifacts
-# What it writes lies in these two folders and in /tmp: its root file system may be read-only.
+# It writes only to these two folders and /tmp, so its root file system may be read-only.
 RUN useradd --uid 65532 --no-create-home --shell /usr/sbin/nologin interpretops && \
     install -d -o interpretops -g interpretops /var/cache/interpretops /var/lib/interpretops
 ENV PATH=/opt/interpretops/bin:$PATH \

@@ -1,7 +1,7 @@
-"""Writes the Grafana dashboard of the gateway; `make docs` puts it into interpretops.json beside this file.
+"""Generates the gateway's Grafana dashboard; `make docs` writes it to interpretops.json in this folder.
 
-A panel is a title, a unit and its queries; everything else is the same for all. Grafana's own SDK for Python
-would bring a release of its own for each release of Grafana, for the forty keys that are written here.
+A panel has a title, a unit and queries; everything else is the same for all panels. Grafana's Python SDK
+would have to match each Grafana release, for the forty keys used here.
 """
 
 import json
@@ -16,7 +16,7 @@ WIDTH, HEIGHT, ACROSS = 8, 8, 3
 
 @dataclass(frozen=True)
 class Panel:
-    """One graph: what it shows, in which unit, and its queries with their legends."""
+    """One panel: title, unit, and queries with their legends."""
 
     title: str
     unit: str
@@ -45,35 +45,40 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Why requests are refused",
             "bool_yes_no",
             (("max by (reason) (interpretops_not_ready)", "{{reason}}"),),
-            "The reasons behind a /readyz that says no.",
+            "The reasons why /readyz reports not ready.",
             "stat",
         ),
         Panel(
-            "Answers withheld for want of proof",
+            "Answers withheld without proof",
             "short",
             (("sum by (policy) (increase(interpretops_receipts_failed_total[1h]))", "{{policy}}"),),
-            "In the last hour. More than a few around a restart of the engine is an alarm.",
+            "In the last hour. More than a few around an engine restart need attention.",
             "stat",
         ),
         Panel(
-            "What serves",
+            "Active policies",
             "short",
             (("interpretops_policy_info", "{{policy}} @ {{revision}}"),),
             "Policies and their active revisions.",
             "stat",
         ),
-        Panel("Unproven policies", "short", (("interpretops_policy_unproven", "{{policy}}"),), kind="stat"),
         Panel(
-            "Newest file is not what serves",
+            "Policies without a passing Risk Card",
+            "short",
+            (("interpretops_policy_unproven", "{{policy}}"),),
+            kind="stat",
+        ),
+        Panel(
+            "Newest file is not served",
             "short",
             (("interpretops_policy_broken", "{{policy}}"),),
             kind="stat",
         ),
         Panel(
-            "Audit log fails", "bool_yes_no", (("interpretops_audit_failing", "{{instance}}"),), kind="stat"
+            "Audit log failing", "bool_yes_no", (("interpretops_audit_failing", "{{instance}}"),), kind="stat"
         ),
     ),
-    "Policies at work": (
+    "Policies": (
         Panel(
             "Requests in which the gate opened",
             "percentunit",
@@ -84,12 +89,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                     "{{policy}}",
                 ),
             ),
-            "Share of a policy's requests. A jump is an attack, or a policy that overreaches.",
+            "Share of a policy's requests. A jump means an attack, or a policy that fires too often.",
         ),
         Panel("Tokens evaluated", "short", _rate("interpretops_policy_tokens_evaluated_total", "policy")),
         Panel("Edits applied", "short", _rate("interpretops_policy_edits_applied_total", "policy")),
         Panel(
-            "What shadows would have changed",
+            "Shadow results",
             "short",
             (
                 (
@@ -102,10 +107,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Drift (PSI)",
             "short",
             (("interpretops_policy_drift_psi", "{{policy}}"),),
-            "How far the firing is from the pinned baseline: below 0.1 stable, over 0.25 an alert.",
+            "Distance of firing from the pinned baseline: below 0.1 stable, above 0.25 an alert.",
         ),
         Panel(
-            "Requests behind it",
+            "Drift: requests per window",
             "short",
             (("interpretops_policy_drift_requests", "{{policy}} {{window}}"),),
         ),
@@ -132,24 +137,24 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 (
                     "Collateral damage",
                     "collateral_damage",
-                    "Share of its benign prompts that a policy harms.",
+                    "Share of the canary's benign prompts that a policy harms.",
                 ),
                 (
                     "Latency overhead",
                     "latency_overhead",
-                    "Steered over unsteered answers of the same length.",
+                    "Latency of steered over unsteered answers of equal length.",
                 ),
             )
         ),
-        Panel("Prompts behind it", "short", (("interpretops_canary_n", "{{policy}} {{measure}}"),)),
+        Panel("Canary sample size", "short", (("interpretops_canary_n", "{{policy}} {{measure}}"),)),
         Panel(
-            "Beyond what is promised",
+            "Canary limits exceeded",
             "short",
             (("interpretops_canary_breach", "{{policy}} {{measure}}"),),
-            "With the whole interval.",
+            "By the whole confidence interval.",
             "stat",
         ),
-        Panel("Pairs asked", "short", _rate("interpretops_canary_pairs_total", "result")),
+        Panel("Canary pairs", "short", _rate("interpretops_canary_pairs_total", "result")),
     ),
     "Traffic": (
         Panel("Requests by status", "reqps", _rate("interpretops_requests_total", "status")),
@@ -157,14 +162,14 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Requests by tenant", "reqps", _rate("interpretops_requests_total", "tenant")),
         Panel("Refusals by reason", "reqps", _rate("interpretops_refusals_total", "reason")),
         Panel("Tokens by tenant", "short", _rate("interpretops_tenant_tokens_total", "tenant")),
-        Panel("In flight", "short", (("interpretops_requests_in_flight", "{{instance}}"),)),
+        Panel("Requests in progress", "short", (("interpretops_requests_in_flight", "{{instance}}"),)),
     ),
     "Latency": (
         Panel("Time to first token", "s", _quantiles("interpretops_time_to_first_token_seconds", "policy")),
-        Panel("Between tokens", "s", _quantiles("interpretops_inter_token_latency_seconds", "policy")),
-        Panel("Whole requests", "s", _quantiles("interpretops_request_seconds", "policy")),
+        Panel("Inter-token latency", "s", _quantiles("interpretops_inter_token_latency_seconds", "policy")),
+        Panel("Request duration", "s", _quantiles("interpretops_request_seconds", "policy")),
         Panel(
-            "The gateway's own share",
+            "Gateway overhead",
             "s",
             _quantiles("interpretops_gateway_overhead_seconds"),
             "Before and after the engine: authentication, binding, relaying, audit.",
@@ -172,7 +177,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Engine and clients": (
         Panel(
-            "Engine answers",
+            "Engine responds",
             "bool_yes_no",
             (("interpretops_engine_up", "{{instance}} {{engine}}"),),
             kind="stat",
@@ -190,22 +195,24 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "The next request goes to the engine with the fewest.",
         ),
         Panel(
-            "Engine is left alone",
+            "Engine skipped by its breaker",
             "bool_yes_no",
             (("interpretops_engine_breaker_open", "{{instance}} {{engine}}"),),
-            "Requests in a row failed there.",
+            "Several requests in a row failed there.",
             "stat",
         ),
-        Panel("Sent to another engine", "reqps", _rate("interpretops_engine_retries_total", "reason")),
+        Panel(
+            "Requests moved to another engine", "reqps", _rate("interpretops_engine_retries_total", "reason")
+        ),
         Panel(
             "Revisions not attested",
             "short",
             (("increase(interpretops_engine_unattested_total[1h])", "{{instance}} {{engine}}"),),
-            "In the last hour, by an engine while others did.",
+            "In the last hour, while other engines attested them.",
             "stat",
         ),
         Panel(
-            "Shared limits away", "bool_yes_no", (("interpretops_limits_away", "{{instance}}"),), kind="stat"
+            "Redis unreachable", "bool_yes_no", (("interpretops_limits_away", "{{instance}}"),), kind="stat"
         ),
         Panel(
             "Engines started",
@@ -214,16 +221,16 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "In the last hour.",
             "stat",
         ),
-        Panel("Clients gone", "reqps", _rate("interpretops_clients_gone_total", "route")),
-        Panel("Connections cut", "reqps", _rate("interpretops_connections_cut_total", "reason")),
+        Panel("Client disconnects", "reqps", _rate("interpretops_clients_gone_total", "route")),
+        Panel("Stalled connections closed", "reqps", _rate("interpretops_connections_cut_total", "reason")),
         Panel(
-            "Kept requests",
+            "Transcripts",
             "short",
             _rate("interpretops_transcripts_total", "result"),
-            "Of tenants that ask for it.",
+            "Of tenants that opted in.",
         ),
         Panel(
-            "Kept too long",
+            "Expired transcripts not deleted",
             "bool_yes_no",
             (("interpretops_transcripts_overdue", "{{instance}}"),),
             kind="stat",
@@ -234,7 +241,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
 
 
 def dashboard() -> dict[str, Any]:
-    """The dashboard as Grafana imports it (schema 39, Grafana 10.4 and later)."""
+    """The dashboard in Grafana's import format (schema 39, Grafana 10.4 and later)."""
     panels: list[dict[str, Any]] = []
     top = 0
     for title, row in ROWS.items():
