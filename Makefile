@@ -34,6 +34,7 @@ check: install ## Style, types, layers, lock: all that needs no model
 	@$(bin)/ruff check .
 	@$(bin)/ruff format --check .
 	@$(bin)/mypy
+	@cd tests && MYPYPATH=.. ../$(bin)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache/simulation -p simulation
 	@$(bin)/lint-imports --no-logo --no-cache
 	@$(bin)/python locks/lock.py check
 	@$(bin)/python -m pytest -q tests/test_import_contract.py tests/test_lock.py

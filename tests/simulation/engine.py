@@ -186,7 +186,8 @@ class EngineModel:
         self.holders.renew(holder)
         for revision in self.holders.orphans():
             self._retire(revision)
-        model, points = describe_model(SPEC), list(POINTS)
+        model = describe_model(SPEC)
+        points: list[str] = list(POINTS)
         admitted = {
             name: ResidentPlan(digest=plan.digest, in_flight=plan.running, retired=plan.retired)
             for name, plan in self.plans.items()

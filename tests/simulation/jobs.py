@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ class Order:
         return os.getpid(), outcome
 
 
-def outcomes(seeds: Sequence[int], order: Order, jobs: int) -> Iterator[tuple[int, Outcome]]:
+def outcomes(seeds: Sequence[int], order: Order, jobs: int) -> Generator[tuple[int, Outcome], None, None]:
     """The outcomes in seed order; seeds not yet started when the caller stops never start."""
     if jobs == 1:
         _prepare()

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,17 +41,19 @@ def test_request_lost_after_a_refusal_is_not_that_refusal() -> None:
     )
     engines = [EngineModel(name, clock, random.Random(1), [0]) for name in ("e0", "e1")]
     for engine in engines:
-        network.listeners[engine.name] = lambda engine=engine: EngineServer(engine, events, {})
+        network.listeners[engine.name] = partial(EngineServer, engine, events, {})
     body = b'{"prompt": "ask7. hello", "vllm_xargs": {"interpretops_revision": "%b"}}' % (b"a" * 64)
     request = b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
     async def refused_then_lost() -> None:
         first, lacks = await network.connect("e0", Sender)
         first.write(request)
+        assert isinstance(lacks, Sender)
         await lacks.answered.wait()
         assert refused.keys() == {"7"}
         second, dies = await network.connect("e1", Sender)
         second.write(request)
+        assert isinstance(dies, Sender)
         events.engine_connections[-1].cut()
         await dies.gone.wait()
 
