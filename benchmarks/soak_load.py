@@ -12,6 +12,8 @@ from typing import Any
 
 import aiohttp
 
+from interpretops.files.atomic_file import write_atomically
+
 SHIPPED = ("jailbreak", "toxicity")
 TURNING = "turning"
 """The policy that changes all the time."""
@@ -119,12 +121,11 @@ class Load:
     async def turn(self, session: aiohttp.ClientSession, number: int) -> None:
         """Change the turning policy and reload; from the acknowledgement on the new revision holds."""
         begins = time.monotonic()
-        draft = self.policies / ".draft"
-        draft.write_text(
+        text = (
             f"meta: {{id: {TURNING}}}\ninterventions:\n  - {{type: head_scale, selector: "
             f"{{layer: 20, heads: [3]}}, scale: {0.5 + number % 400 / 1000}}}\n"
         )
-        draft.rename(self.policies / f"{TURNING}.yaml")
+        write_atomically(self.policies / f"{TURNING}.yaml", text.encode())
         async with session.post(self.admin + "/admin/reload", headers=self.operator) as answer:
             report = await answer.json()
         if not report.get("ok"):

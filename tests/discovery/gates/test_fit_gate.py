@@ -174,6 +174,30 @@ def test_edit_of_zero_size_changes_nothing(tiny: FrozenModel) -> None:
     assert edited_answers(tiny, _edit(tiny, 300.0), prompts, 8) != own
 
 
+def test_edited_answers_are_those_of_each_prompt_alone(tiny: FrozenModel) -> None:
+    """A padded batch from cached prompts writes what the model writes to one prompt, read anew at every step
+    with the edit acting from the last token of the prompt on.
+    """
+    prompts = [tiny.chat_ids("one"), tiny.chat_ids("another, longer one"), tiny.chat_ids("two")]
+    edit = _edit(tiny, 300.0)
+    found = edited_answers(tiny, edit, prompts, 8)
+    assert found != edited_answers(tiny, None, prompts, 8)
+    for prompt, answer in zip(prompts, found, strict=True):
+        start, ids = len(prompt) - 1, list(prompt)
+
+        def from_the_end(at: Any, start: int = start) -> Any:
+            return lambda x: torch.cat([x[:, :start], at(x[:, start:])], 1)
+
+        edits = {int(layer): from_the_end(edit.at(int(layer))) for layer in edit.a}
+        with torch.no_grad(), tiny.edited(edits):
+            for _ in range(8):
+                token = int(tiny.network(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+                if token in tiny.stop_tokens:
+                    break
+                ids.append(token)
+        assert answer == ids[len(prompt) :]
+
+
 def test_edit_learns_to_refuse(tiny: FrozenModel, tmp_path: Path) -> None:
     """Training lowers the cross-entropy of the taught answer; a checkpoint of another run is refused."""
     settings = replace(EDIT, steps=24, batch=1, learning_rate=1e-2)
