@@ -1,13 +1,13 @@
-"""How many gateways and engines a load takes: from measured figures, by simulation where they do not reach.
+"""How many gateways and engines a load needs: from measurements, and by simulation beyond them.
 
     python -m benchmarks.capacity [--tokens-per-s N --batch N] [--output-tokens 200] [--write docs/scaling.md]
 
-Read from `benchmarks/results`: processor time of a request and of a streamed event in the gateway
-(`gateway.json`) and an engine's tokens a second at batches of 1 and 16 (`steering.json`). Simulated from
-those: how long requests wait for a gateway's one core, and for a place in the batch of one of many engines
-that share a queue by the fewest requests in flight. Counted: what tables hold, in bytes. Nothing here was
-measured on a GPU; give an engine's own figures with `--tokens-per-s` and `--batch`. `--write` puts the tables
-between the marks in a document; `make docs` does.
+Reads from `benchmarks/results` the gateway's processor time per request and per streamed event
+(`gateway.json`), and an engine's tokens per second at batches of 1 and 16 (`steering.json`). Simulates from
+these how long requests wait for a gateway's only core, and for a place in a batch when each goes to the
+engine with the fewest in progress. Computes the size of tables in bytes. No figure comes from a GPU; pass
+your engine's own with `--tokens-per-s` and `--batch`. `--write` updates the tables between the marks in a
+document, as `make docs` does.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from steering_kernels.vllm_plugin.engine_config import EngineOptions
 
 BEGIN, END = "<!-- python -m benchmarks.capacity -->", "<!-- end -->"
 WAIT_OF_GATEWAY_S, WAIT_OF_ENGINE_S = 0.005, 1.0
-"""Longest that 99 % of the requests may wait for a gateway's core, and for a place in a batch."""
+"""Longest p99 wait for a gateway's core, and for a place in a batch."""
 REQUESTS = 20_000
-"""Simulated at each point."""
+"""Requests simulated at each point."""
 FIRST = REQUESTS // 10
-"""Not counted: the queue fills."""
+"""Requests not counted, while the queue fills."""
 CELL = 64
-"""Engines that one set of gateways drives."""
+"""Numbers of engines behind one set of gateways."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine's speed: a step of `b` requests takes `fixed_s + b * each_s` and gives `b` tokens."""
+    """An engine's speed: a step with `b` requests takes `fixed_s + b * each_s` and yields `b` tokens."""
 
     batch: int
     fixed_s: float
     each_s: float
 
     def step_s(self, running: int) -> float:
-        """How long the next token of each running request takes."""
+        """Duration of a step with ``running`` requests."""
         return self.fixed_s + running * self.each_s
 
     @property
@@ -62,7 +62,7 @@ def p99(values: list[float]) -> float:
 
 
 def gateway_wait_s(service_s: float, utilisation: float, seed: int = 0) -> float:
-    """p99 of how long work of `service_s` waits for its one core, when it comes at random."""
+    """p99 wait for one core when work of `service_s` arrives at random."""
     rng = random.Random(seed)
     free = now = 0.0
     waits = []
@@ -76,10 +76,10 @@ def gateway_wait_s(service_s: float, utilisation: float, seed: int = 0) -> float
 def engine_wait_s(
     engine: Engine, engines: int, tokens_per_s: float, mean_tokens: int, seed: int = 0
 ) -> float:
-    """p99 of how long requests wait for a place, when each goes to the engine with the fewest in flight.
+    """p99 wait for a place when each request goes to the engine with the fewest in progress.
 
-    Lengths are geometric. Between an arrival and an end nothing changes in an engine, so that time passes in
-    one leap: `progress` counts tokens that each running request of an engine has had.
+    Lengths are geometric. Between an arrival and a completion nothing changes in an engine, so time advances
+    in one jump: `progress` counts the tokens that each running request of an engine has received.
     """
     rng = random.Random(seed)
     progress, since = [0.0] * engines, [0.0] * engines
@@ -87,7 +87,7 @@ def engine_wait_s(
     """Progress at which each running request of an engine ends."""
     waiting: list[list[tuple[float, int]]] = [[] for _ in range(engines)]
     ends: list[tuple[float, int, int]] = []
-    """When an engine's next request ends, and of which state of the engine that is true."""
+    """When an engine's next request ends, and for which state of the engine that holds."""
     state = [0] * engines
     fewest = [(0, index) for index in range(engines)]
     in_flight = [0] * engines
@@ -133,7 +133,7 @@ def engine_wait_s(
 
 
 def usable_share(engine: Engine, engines: int, mean_tokens: int) -> float:
-    """The most of the engines' peak that may be asked of them, in steps of a twentieth."""
+    """The largest usable share of the engines' peak, in steps of 5 %."""
     low, high = 0, 20
     while high - low > 1:
         part = (low + high) // 2
@@ -143,7 +143,7 @@ def usable_share(engine: Engine, engines: int, mean_tokens: int) -> float:
 
 
 def table_mb(width: int) -> float:
-    """What one edited site holds with the engine's default rows and units."""
+    """Megabytes of one edited site's table with the engine's default rows and units."""
     options = EngineOptions()
     spec = ModelSpec("any", "0" * 64, "LlamaForCausalLM", width, 1, 8, 8, width // 8, 32)
     site, device = Site(0, "resid_post"), torch.device("meta")
@@ -157,14 +157,15 @@ def table_mb(width: int) -> float:
 
 
 def table(heading: str, rows: list[tuple[object, ...]]) -> str:
-    """A table; the heading's columns are parted by bars."""
+    """A Markdown table; columns of the heading are separated by bars."""
     columns = heading.split(" | ")
     lines = [heading, " | ".join("---" for _ in columns), *(" | ".join(map(str, cells)) for cells in rows)]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
 def measured() -> tuple[float, float, Engine, str]:
-    """A gateway's processor time for a whole answer and a stream of 64 events, an engine, all in words."""
+    """A gateway's processor time for an answer and for a stream of 64 events; an engine; and a
+    description."""
     gateway = json.loads((RESULTS / "gateway.json").read_bytes())
     steering = json.loads((RESULTS / "steering.json").read_bytes())
     one, many = (steering[f"batch_{batch}"]["steered"]["tokens_per_s"] for batch in (1, 16))
@@ -186,14 +187,14 @@ def measured() -> tuple[float, float, Engine, str]:
 
 
 def of_another(engine: Engine, tokens_per_s: float, batch: int) -> Engine:
-    """An engine of which only the peak is known: the part of a step that is fixed is taken over."""
+    """An engine with only its peak known: takes over the measured one's fixed share of a step."""
     fixed = engine.fixed_s / engine.step_s(engine.batch)
     step_s = batch / tokens_per_s
     return Engine(batch, step_s * fixed, step_s * (1 - fixed) / batch)
 
 
 def report(tokens: int, tokens_per_s: float | None, batch: int) -> str:
-    """All tables, as they stand in the document, for answers of so many tokens."""
+    """All tables, as in the document, for answers of ``tokens`` tokens."""
     whole_s, stream_s, engine, summary = measured()
     if tokens_per_s is not None:
         engine = of_another(engine, tokens_per_s, batch)
@@ -265,7 +266,7 @@ def report(tokens: int, tokens_per_s: float | None, batch: int) -> str:
 def _whole(rate: int, tokens: int, engine: Engine, usable: float, cores: float) -> tuple[object, ...]:
     engines = math.ceil(rate * tokens / (usable * engine.peak))
     cells = math.ceil(engines / CELL)
-    # Two at least, so that one may go.
+    # At least two, so that one may fail.
     gateways = max(2, math.ceil(cores / cells)) * cells
     in_flight = rate / cells * tokens * engine.step_s(engine.batch)
     sent = gateways * engines
@@ -274,12 +275,12 @@ def _whole(rate: int, tokens: int, engine: Engine, usable: float, cores: float) 
 
 
 def main() -> None:
-    """Print the tables, or put them into a document."""
+    """Print the tables, or write them to a document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tokens-per-s", type=float, help="an engine's peak; else the measured CPU engine's")
-    parser.add_argument("--batch", type=int, default=16, help="its batch at that peak")
+    parser.add_argument("--tokens-per-s", type=float, help="an engine's peak; default: measured on a CPU")
+    parser.add_argument("--batch", type=int, default=16, help="the batch size at that peak")
     parser.add_argument("--output-tokens", type=int, default=200, help="mean length of an answer")
-    parser.add_argument("--write", type=Path, help="a document with the marks")
+    parser.add_argument("--write", type=Path, help="the document to update between its marks")
     options = parser.parse_args()
     tables = report(options.output_tokens, options.tokens_per_s, options.batch)
     if options.write is None:

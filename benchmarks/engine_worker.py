@@ -1,6 +1,6 @@
-"""One engine in a process of its own, run batch by batch on command: so a benchmark can interleave engines.
+"""One engine in its own process, run batch by batch on command, so that a benchmark can interleave engines.
 
-Reads JSON lines from standard input, answers each on the file descriptor given as the first argument.
+Reads JSON lines from standard input, and answers each on the file descriptor given as the first argument.
 """
 
 import base64
@@ -66,7 +66,7 @@ def main(descriptor: int) -> None:
 
 
 def encode_plan(data: bytes) -> str:
-    """A plan as the worker takes it."""
+    """A plan in the form that the worker accepts."""
     return base64.b64encode(data).decode()
 
 

@@ -1,18 +1,17 @@
-"""What the gateway costs: requests at fixed rates against an engine that answers at once, direct and through
-it.
+"""The gateway's cost: requests at fixed rates to an engine that answers at once, direct and via the gateway.
 
     python -m benchmarks.gateway [--rate 500] [--seconds 8] [--rounds 5] [--json]
 
-The gateway runs as users run it (`mechctl serve`), with keys, a binding, metrics, audit log and a receipt
-for every answer; one process. Load is open-loop: requests leave on time whether or not earlier ones are
-back, and their latency counts from when they were due. Each round sends the same load direct, through a
-bare aiohttp relay and through the gateway, in a new order; what is added is taken within the round, and the
-median over rounds is reported with its spread. A second part asks for streams of 64 events, and compares
-processor time per stream with the bare relay's. `rps_per_core` is requests per second of processor time
-that the gateway used, not a rate that was driven.
+The gateway runs as users run it (`mechctl serve`), in one process, with keys, a binding, metrics, audit log
+and a receipt for every answer. Load is open-loop: requests are sent on schedule whether or not earlier ones
+have finished, and latency counts from the scheduled time. Each round sends the same load direct, through a
+bare aiohttp relay and through the gateway, in a new order. The added latency is computed within the round;
+the median over rounds is reported with its spread. A second part requests streams of 64 events, and compares
+processor time per stream with the bare relay's. `rps_per_core` is requests per second of processor time used
+by the gateway, not a driven rate.
 
-What it does not show: load generator, engine and gateway share the machine, so that on few cores p99 holds
-their scheduling too; there is no network.
+Limits: load generator, engine and gateway share the machine, so on few cores p99 includes their scheduling;
+there is no network.
 """
 
 from __future__ import annotations
@@ -50,16 +49,16 @@ interventions:
 
 
 _MAX_SECONDS_BEHIND = 5
-"""Requests in flight over the rate, from which on nothing is measured but the queue."""
+"""Ratio of requests in progress to the rate above which only the queue is measured."""
 
 
 class NotCarriedError(RuntimeError):
-    """The rate asked for is more than this machine carries."""
+    """The machine cannot sustain the requested rate."""
 
 
 @dataclass
 class Server:
-    """A process that listens."""
+    """A server process."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -76,7 +75,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """An unused port."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
@@ -137,7 +136,7 @@ async def ready(session: aiohttp.ClientSession, servers: dict[str, Server]) -> N
 async def load(
     session: aiohttp.ClientSession, server: Server, rate: float, seconds: float, *, stream: bool
 ) -> list[float]:
-    """Latencies in seconds of requests that leave at a fixed rate, each checked to be whole and steered."""
+    """Latencies in seconds of requests sent at a fixed rate, each checked to be complete and steered."""
     body = json.dumps(BODY | ({"stream": True} if stream else {})).encode()
     headers = {"Content-Type": "application/json", **server.headers}
     begin = time.perf_counter() + 0.05
@@ -175,13 +174,13 @@ async def load(
 
 
 async def measure(options: argparse.Namespace, progress: Progress, folder: Path) -> dict[str, Any]:
-    """Both parts; the result as it is written to disk."""
+    """Run both parts; returns the result as written to disk."""
     servers = start(folder)
     rng = random.Random(0)
     rounds: list[dict[str, dict[str, float]]] = []
     streams: list[dict[str, float]] = []
     try:
-        # Shorter than any of the servers keeps an idle connection, or a request meets one that just ends.
+        # Shorter than the servers' keep-alive, or a request could meet a closing connection.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
         async with aiohttp.ClientSession(connector=connector) as session:
             await ready(session, servers)
@@ -219,7 +218,7 @@ async def measure(options: argparse.Namespace, progress: Progress, folder: Path)
 def summarise(
     rounds: list[dict[str, dict[str, float]]], streams: list[dict[str, float]], rss: float
 ) -> dict[str, Any]:
-    """Medians over rounds of what the gateway adds, in ms, with the lowest and highest round."""
+    """Median over rounds of the gateway's added latency in ms, with the lowest and highest round."""
     result: dict[str, Any] = {}
     for name in ("p50", "p95", "p99"):
         for way in ("relay", "gateway"):

@@ -1,4 +1,4 @@
-"""How near the edit op comes to its floor: the bytes it must move over bandwidth, or one kernel if longer.
+"""How close the edit op is to its lower bound: bytes moved over bandwidth, or one kernel launch if longer.
 
     python -m benchmarks.kernel [--repeats 50] [--json]
 
@@ -35,7 +35,7 @@ DECODE, PREFILL = (1, 4, 16, 64, 256), 8192
 
 
 def make_table(device: torch.device) -> SiteTable:
-    """All rows resident: JumpReLU features that are scaled."""
+    """A table with all rows resident: JumpReLU features that are scaled."""
     table = SiteTable(WIDTH, rows=ROWS + 1, units=ROWS * UNITS, scales=0, device=device)
     column = torch.zeros(UNITS)
     for row in range(1, ROWS + 1):
@@ -81,7 +81,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int) -> f
 
 
 def seconds_in_graph(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median seconds of a call in a replayed graph that finds nothing of its own in the cache."""
+    """Median seconds of a call in a replayed graph, with a cold cache."""
     junk = torch.zeros(2**26, device=device)
     times = 10
 
@@ -103,7 +103,7 @@ def seconds_in_graph(call: Callable[[], Any], device: torch.device, repeats: int
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """Time over floor of every implementation that this machine has, by tokens."""
+    """Ratio of time to the lower bound for every available implementation, by number of tokens."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = make_table(device)
@@ -126,7 +126,7 @@ def measure(repeats: int) -> dict[str, Any]:
 def measure_at(
     rows: list[int], table: SiteTable, bandwidth: float, launch: float, repeats: int
 ) -> dict[str, Any]:
-    """One batch, a row for each token."""
+    """Measure one batch with one row per token."""
     device, tokens = table.read.device, len(rows)
     step = StepMap(requests=tokens, gates=1, device=device, graph_tokens=tokens)
     ones = [1] * tokens

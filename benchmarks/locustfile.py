@@ -1,10 +1,10 @@
-"""Load on a gateway of yours: chats whole and streamed, policies by header, callers who hang up.
+"""Load on your own gateway: chats, streamed or not, policies by header, and callers who disconnect.
 
     locust -f benchmarks/locustfile.py --host http://127.0.0.1:8000 --headless -u 16 -r 4 -t 2m
 
-`--api-key` is sent where the gateway asks for one; `--policies` are chosen at random, `none` among them if
-you like. An answer counts as failed when it names another policy or brings no receipt. `first event` in the
-statistics is the time to a stream's first event.
+`--api-key` is needed if the gateway requires keys; `--policies` are chosen at random and may include `none`.
+An answer counts as failed if it names another policy or has no receipt. `first event` in the statistics is
+the time to a stream's first event.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from locust import HttpUser, between, events, task
 
 @events.init_command_line_parser.add_listener
 def add_options(parser: Any) -> None:
-    """Flags beside locust's own; each is also a variable of the environment."""
+    """Extra flags for locust; each can also be set by an environment variable."""
     parser.add_argument(
         "--api-key", env_var="LOCUST_API_KEY", is_secret=True, default="", help="a tenant's key"
     )
-    parser.add_argument("--model", env_var="LOCUST_MODEL", default="", help="else the first that is served")
+    parser.add_argument("--model", env_var="LOCUST_MODEL", default="", help="default: the first one served")
     parser.add_argument(
-        "--policies", env_var="LOCUST_POLICIES", default="jailbreak,toxicity,none", help="ids, by comma"
+        "--policies",
+        env_var="LOCUST_POLICIES",
+        default="jailbreak,toxicity,none",
+        help="comma-separated ids",
     )
     parser.add_argument("--max-tokens", env_var="LOCUST_MAX_TOKENS", type=int, default=48)
 
 
 class Caller(HttpUser):
-    """Asks, reads, waits a little, asks again."""
+    """Sends requests one after another with short pauses."""
 
     wait_time = between(0.2, 2)
 
     def on_start(self) -> None:
-        """Find out the model's name."""
+        """Look up the model's name."""
         options = self.environment.parsed_options
         if options.api_key:
             self.client.headers["Authorization"] = f"Bearer {options.api_key}"
@@ -45,7 +48,7 @@ class Caller(HttpUser):
 
     @task(4)
     def whole(self) -> None:
-        """A chat answered in one piece."""
+        """A chat without streaming."""
         policy, request = self._request(stream=False)
         with self.client.post(name="chat, whole", catch_response=True, **request) as answer:
             if answer.status_code != 200:
@@ -60,7 +63,7 @@ class Caller(HttpUser):
 
     @task(1)
     def hung_up(self) -> None:
-        """A chat whose caller leaves after some events."""
+        """A chat whose caller disconnects after some events."""
         self._stream(leave_after=random.randint(1, 8))
 
     def _stream(self, leave_after: int | None) -> None:

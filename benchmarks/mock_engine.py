@@ -1,10 +1,10 @@
-"""An engine that answers at once: what is left of a request's time is the way to it.
+"""An engine that answers at once, so that a request's time is only the path to it.
 
     python -m benchmarks.mock_engine engine|relay PORT [UPSTREAM]
 
-`engine` speaks the plugin's contract (attestation, plans, receipts) and answers chats with one fixed
-message, or with a stream of 64 events. `relay` passes chats on to UPSTREAM and back, byte for byte: the
-least that a proxy written with aiohttp can do.
+`engine` implements the plugin's contract (attestation, plans, receipts) and answers chats with one fixed
+message, or with a stream of 64 events. `relay` passes chats to UPSTREAM and back, byte for byte: the minimum
+that an aiohttp proxy can do.
 """
 
 import asyncio
@@ -72,7 +72,7 @@ EVENT = (
 
 
 class MockEngine:
-    """The plans it was given."""
+    """An engine that only stores plans and answers at once."""
 
     def __init__(self) -> None:
         self.plans: dict[str, str] = {}
@@ -144,7 +144,7 @@ class Relay:
         self.upstream = upstream
 
     def app(self) -> web.Application:
-        """Its one route."""
+        """Its only route."""
         app = web.Application(client_max_size=2**26)
         app.cleanup_ctx.append(self._session)
         app.router.add_post("/v1/chat/completions", self._pass_on)

@@ -1,15 +1,15 @@
-"""What a process and its children hold, as the system sees it: memory, file descriptors, threads."""
+"""Resources of a process and its children as the system reports them: memory, file descriptors, threads."""
 
 import psutil
 
 
 def children(pid: int) -> list[int]:
-    """All processes that descend from one, itself not among them."""
+    """All descendants of a process, without itself."""
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 def holds(pids: list[int]) -> dict[str, float]:
-    """Sums of memory in MB, file descriptors and threads. A process that just ended counts nothing."""
+    """Sums of memory in MB, file descriptors and threads. Processes that just ended count as 0."""
     total = {"memory_mb": 0.0, "fds": 0.0, "threads": 0.0}
     for pid in pids:
         try:
@@ -24,7 +24,7 @@ def holds(pids: list[int]) -> dict[str, float]:
 
 
 def argument(pid: int, flag: str) -> str | None:
-    """What follows a flag on a process's command line."""
+    """The value of a flag on a process's command line."""
     try:
         words = psutil.Process(pid).cmdline()
     except psutil.Error:

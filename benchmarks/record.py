@@ -1,4 +1,4 @@
-"""What every result says of itself: the machine, the commit, and where it is kept."""
+"""Metadata of every result: the machine, the commit, and where it is stored."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ UNKNOWN = "unknown"
 
 
 def commit() -> str:
-    """The commit measured, marked when the tree was not clean; `unknown` outside a checkout of it."""
+    """The measured commit, marked if the tree was dirty; `unknown` outside a checkout."""
     root = Path(__file__).parents[1]
     asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     if not (root / ".git").exists():
-        # An archive, perhaps inside a checkout of something else.
+        # An archive, perhaps inside another project's checkout.
         return UNKNOWN
     try:
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
@@ -31,7 +31,7 @@ def commit() -> str:
 
 
 def write(name: str, result: Mapping[str, Any]) -> None:
-    """Keep a result for the documents that quote it; one that cannot be kept was shown all the same."""
+    """Write a result for the documents that quote it. If that fails, the result was printed anyway."""
     path = RESULTS / f"{name}.json"
     try:
         RESULTS.mkdir(exist_ok=True)

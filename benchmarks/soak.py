@@ -1,16 +1,16 @@
-"""Whether anything grows: the real engine and gateway under mixed load and reloads, for half an hour.
+"""Whether resources grow: the real engine and gateway under mixed load and reloads, for half an hour.
 
     python -m benchmarks.soak [--minutes 30] [--workers 8] [--reload-every 20] [--json]
 
-Workers ask for chats, whole and streamed, under policies chosen by header, under a mandatory one and under
-none, and leave one stream in ten after its first bytes. A policy file changes every 20 s and is reloaded.
-Every answer is held to the policy asked for, to a revision that was in force while it was made, and to its
-receipt. Memory, file descriptors, threads, table rows and asyncio tasks are taken before, every ten seconds,
-and after, each time at rest; their slope is that of the second half of the time. Latencies are compared
-between the first and the last third.
+Workers send chats, streamed or not, under policies chosen by header, under a mandatory one and under none,
+and abandon one stream in ten after its first bytes. A policy file changes every 20 s and is reloaded. Every
+answer is checked against the requested policy, the revisions in force while it was generated, and its
+receipt. Memory, file descriptors, threads, table rows and asyncio tasks are measured at rest before and
+after, and every ten seconds; the slope is that of the second half. Latencies of the first and last third are
+compared.
 
-It fails (status 1) where an answer is not proven, a request is refused, or something is not flat. What it
-does not show: more than one engine, long prompts, a GPU. Load, gateway and engine share the machine.
+It fails (status 1) if an answer is not proven, a request is refused, or a resource grows. It does not cover
+more than one engine, long prompts, or a GPU. Load, gateway and engine share the machine.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from interpretops.records.api_keys import make_key, write_keys
 ROOT = Path(__file__).parents[1]
 SAMPLE_EVERY_S = 10.0
 GROWN = {"memory_mb": 24.0, "fds": 8.0, "threads": 2.0, "rows": 0.0, "tasks": 4.0}
-"""Most that may be there at rest in the end over what was there at rest in the beginning."""
+"""Largest allowed growth at rest between start and end."""
 P99_RATIO = 1.5
-"""Most that p99 of the last third may be over that of the first."""
+"""Largest allowed ratio of the last third's p99 to the first third's."""
 
 
 @dataclass
 class Soak:
-    """The services under load and what they held."""
+    """The services under load, and their measured resources."""
 
     load: Load
     process: subprocess.Popen[bytes]
     samples: list[dict[str, float]] = field(default_factory=list)
 
     async def sample(self, session: aiohttp.ClientSession) -> dict[str, float]:
-        """What gateway and engine hold now."""
+        """Measure the gateway's and the engine's resources."""
         pid = self.process.pid
         gateway, engine = holds([pid]), holds(children(pid))
         socket = next(path for one in children(pid) if (path := argument(one, "--uds")))
@@ -79,7 +79,7 @@ class Soak:
         }
 
     async def rest(self, session: aiohttp.ClientSession) -> dict[str, float]:
-        """A sample when nothing runs and kept connections were given up."""
+        """A sample when nothing runs and idle connections are closed."""
         ends = time.monotonic() + 60
         while True:
             await asyncio.sleep(5)
@@ -90,7 +90,7 @@ class Soak:
                 raise RuntimeError(f"a minute after the load {found['in_flight']:g} requests are in flight")
 
     async def run(self, seconds: float, workers: int, reload_every_s: float) -> dict[str, Any]:
-        """Load, with reloads and samples; the figures."""
+        """Run load with reloads and samples; returns the figures."""
         control = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60))
         async with control:
             await self._load(control, min(60.0, seconds / 4), workers, reload_every_s)
@@ -136,7 +136,7 @@ class Soak:
 def summarise(
     soak: Soak, before: dict[str, float], after: dict[str, float], began: float, lasted: float
 ) -> dict[str, Any]:
-    """Figures and faults; `flat` and `stable` say whether they are what they must be."""
+    """Figures and problems; `flat` and `stable` say whether the requirements hold."""
     faults = [f"{answer.asked}: {answer.fault}" for answer in soak.load.answers if answer.fault]
     faults += [fault for answer in soak.load.answers if (fault := out_of_turn(soak.load.turns, answer))]
     whole = [answer for answer in soak.load.answers if not answer.left and not answer.fault]
@@ -188,14 +188,14 @@ def summarise(
 
 
 def _slope(points: list[tuple[float, float]]) -> float:
-    """Of the line of least squares."""
+    """Slope of the least-squares line."""
     if len(points) < 2:
         return 0.0
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def start(folder: Path) -> Soak:
-    """`mechctl serve` with keys, audit log, the shipped policies and one that turns."""
+    """Start `mechctl serve` with keys, audit log, the shipped policies and one that keeps changing."""
     policies = folder / "policies"
     policies.mkdir()
     for name in SHIPPED:
@@ -254,14 +254,14 @@ async def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Load, show, write the result, and say by the exit status whether all of it held."""
+    """Run, print and write the result; the exit status says whether everything held."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30, help="how long the load lasts, after a warm-up")
-    parser.add_argument("--workers", type=int, default=8, help="requests at a time")
+    parser.add_argument("--workers", type=int, default=8, help="concurrent requests")
     parser.add_argument("--reload-every", type=float, default=20, help="seconds between reloads")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line at the end")
     options = parser.parse_args()
-    # Told to stop, it still ends what it started.
+    # When stopped, still stop the started processes.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("soaking"):
         measured = asyncio.run(soak(options, Path(folder)))

@@ -1,4 +1,5 @@
-"""The soak's load: callers who hold every answer to the policy asked for, and an operator who reloads."""
+"""The soak's load: callers who check every answer against the requested policy, and an operator who
+reloads."""
 
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ from interpretops.files.atomic_file import write_atomically
 
 SHIPPED = ("jailbreak", "toxicity")
 TURNING = "turning"
-"""The policy that changes all the time."""
+"""The policy that keeps changing."""
 CHOICES = (*SHIPPED, TURNING, TURNING, "none")
 SUBJECTS = ("the sea", "a green mango", "old bridges", "the moon", "bread", "a lost key", "rain", "chess")
 
 
 @dataclass
 class Answer:
-    """One request as its caller saw it. Times are of the monotonic clock."""
+    """One request as seen by its caller. Times are monotonic."""
 
     began: float
     ended: float
@@ -32,14 +33,14 @@ class Answer:
     """Policy that must have been applied."""
     first_event: float | None = None
     left: bool = False
-    """The caller hung up."""
+    """Whether the caller disconnected."""
     revision: str | None = None
     fault: str | None = None
 
 
 @dataclass
 class Turn:
-    """One revision of the turning policy: it may serve from `begins` on, and new requests until `ends`."""
+    """One revision of the changing policy: it may serve from `begins` on, and new requests until `ends`."""
 
     revision: str
     begins: float
@@ -48,7 +49,7 @@ class Turn:
 
 @dataclass
 class Load:
-    """Callers and an operator of one gateway, and what they saw."""
+    """Callers and an operator of one gateway, and what they observed."""
 
     url: str
     admin: str
@@ -60,11 +61,11 @@ class Load:
 
     @property
     def operator(self) -> dict[str, str]:
-        """What the operator sends along."""
+        """The operator's request options."""
         return {"Authorization": f"Bearer {self.keys['operator']}"}
 
     async def chat(self, session: aiohttp.ClientSession, rng: random.Random) -> None:
-        """One request, whole or streamed, judged."""
+        """Send and judge one request, streamed or not."""
         tenant = rng.choice(("free", "free", "free", "bound"))
         asked = rng.choice(CHOICES) if tenant == "free" else "jailbreak"
         headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
@@ -119,7 +120,7 @@ class Load:
             answer.fault = f"no token was evaluated: {receipt}"
 
     async def turn(self, session: aiohttp.ClientSession, number: int) -> None:
-        """Change the turning policy and reload; from the acknowledgement on the new revision holds."""
+        """Change the policy and reload; the new revision holds once the reload responds."""
         begins = time.monotonic()
         text = (
             f"meta: {{id: {TURNING}}}\ninterventions:\n  - {{type: head_scale, selector: "
@@ -141,11 +142,11 @@ class Load:
 
 
 def out_of_turn(turns: list[Turn], answer: Answer) -> str | None:
-    """Why an answer's revision of the turning policy was not in force while it was made."""
+    """Why the answer's revision was not in force while it was generated; None if it was."""
     if answer.asked != TURNING or answer.revision is None:
         return None
     for turn in turns:
-        # The same content may come again: any of its times will do.
+        # The same content may recur: any of its periods counts.
         if turn.revision == answer.revision and turn.begins <= answer.ended and answer.began <= turn.ends:
             return None
     return (

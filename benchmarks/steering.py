@@ -1,4 +1,4 @@
-"""What steering costs against an engine without the plugin: idle, gated, and under 1 to 64 revisions.
+"""The cost of steering compared with an engine without the plugin: idle, gated, and with 1 to 64 revisions.
 
     python -m benchmarks.steering [--rounds 10] [--minutes 12] [--price-per-hour 1.20] [--json]
     python -m benchmarks.steering --graphs --batch 1 --batch 64 --name steering-h200  # on a GPU
@@ -43,7 +43,7 @@ from interpretops.plan import ALWAYS, Gate, ModelSpec, Plan, Site, SiteEdits, Un
 from interpretops.settings import load_settings
 
 REVISIONS = {"steered": 1, "k4": 4, "k16": 16, "k64": 64}
-"""How many revisions a setting draws from."""
+"""Numbers of revisions that a setting draws from."""
 SETTINGS = ("vanilla", "idle", "gated", *REVISIONS)
 TTFT_SETTINGS = ("vanilla", "idle", "gated", "steered")
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 64
@@ -51,7 +51,7 @@ BATCHES = [1, 4, 16]
 TTFT_PROMPTS = (16, 512)
 FEATURES, LAYERS = 5, (10, 18)
 REST_S = 1.2
-"""Rest before each batch: after its last one a worker spins for a second, and both are bound to one core."""
+"""Pause before each batch: after its last one a worker spins for a second, and both are bound to one core."""
 WORKER = Path(__file__).with_name("engine_worker.py")
 
 
@@ -128,7 +128,7 @@ class Engine:
         self._receive()
 
     def run(self, prompts: list[list[int]], revisions: list[str], max_tokens: int) -> dict[str, Any]:
-        """One batch; seconds, tokens and edits."""
+        """Run one batch; returns seconds, tokens and edits."""
         self._send({"prompts": prompts, "revisions": revisions, "max_tokens": max_tokens})
         answer: dict[str, Any] = self._receive()
         return answer
@@ -154,9 +154,9 @@ class Engine:
 def measure(
     rounds: int, minutes: float, model: Path, setup: dict[str, Any], batches: list[int]
 ) -> dict[str, Any]:
-    """Run everything; the result as it is written to disk. No round begins that would end too late.
+    """Run everything; returns the result as written to disk. Starts no round that would end too late.
 
-    ``setup``: what the engines are started with.
+    ``setup``: options that the engines are started with.
     """
     started = time.monotonic()
     spec = read_model_spec(model)
@@ -168,7 +168,7 @@ def measure(
         most = min(40_000, spec.vocab_size)
         return [[1, *(rng.randrange(100, most) for _ in range(length - 1))] for _ in range(count)]
 
-    # name of a measurement: its prompts, the tokens it asks for, the settings it compares
+    # name of a measurement: its prompts, requested tokens, and compared settings
     work: dict[str, tuple[list[list[int]], int, tuple[str, ...]]] = {
         f"batch_{batch}": (prompts(batch, PROMPT_TOKENS), OUTPUT_TOKENS, SETTINGS) for batch in batches
     }
@@ -218,7 +218,7 @@ def measure(
 
 
 def check(answers: dict[str, dict[str, Any]]) -> None:
-    """The figures count only if the outputs are right."""
+    """Check the outputs; figures are only valid if these are right."""
     for setting, answer in answers.items():
         like = "steered" if setting in REVISIONS else "vanilla"
         if answer["tokens"] != answers[like]["tokens"]:
@@ -244,7 +244,7 @@ def summarise(rounds: list[dict[str, float]], settings: tuple[str, ...], tokens:
 
 
 def headline(result: dict[str, Any], full_batch: int, price_per_hour: float | None) -> dict[str, Any]:
-    """What stands for the run: a full batch's throughput and the long prompt's TTFT, over vanilla."""
+    """The headline figures: a full batch's throughput and the long prompt's TTFT, relative to vanilla."""
     full, long = result[f"batch_{full_batch}"], result[f"ttft_{max(TTFT_PROMPTS)}"]["steered"]
     low, high = long["quartiles"]
     found: dict[str, Any] = {name: full[name]["over_vanilla"] for name in ("idle", "steered", "k64")}
@@ -263,16 +263,18 @@ def main() -> None:
     """Measure, show a table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds at most")
-    parser.add_argument("--minutes", type=float, default=12, help="begin no round that would end later")
-    parser.add_argument("--price-per-hour", type=float, help="of this machine; adds cost per 1,000 requests")
+    parser.add_argument("--minutes", type=float, default=12, help="start no round that would end later")
+    parser.add_argument(
+        "--price-per-hour", type=float, help="price of this machine; adds cost per 1,000 requests"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line at the end")
-    parser.add_argument("--model", type=Path, help="folder of the model; else the default one")
-    parser.add_argument("--load-format", default="auto", help="as vLLM's; `dummy` needs no weights")
-    parser.add_argument("--dtype", default="bfloat16", help="float32 where a processor has no bfloat16")
+    parser.add_argument("--model", type=Path, help="folder of the model; default: the default model")
+    parser.add_argument("--load-format", default="auto", help="as in vLLM; `dummy` needs no weights")
+    parser.add_argument("--dtype", default="bfloat16", help="float32 for processors without bfloat16")
     parser.add_argument("--graphs", action="store_true", help="compile the model and capture CUDA graphs")
     parser.add_argument("--batch", type=int, action="append", help="requests in a batch (repeated)")
     parser.add_argument("--memory", type=float, default=0.4, help="each engine's share of a GPU's memory")
-    parser.add_argument("--name", default="steering", help="of the file of results")
+    parser.add_argument("--name", default="steering", help="name of the results file")
     options = parser.parse_args()
     model = options.model or ensure_default_model(load_settings().cache.dir)
     batches = options.batch or BATCHES
