@@ -35,7 +35,7 @@ REQUESTS = 20_000
 FIRST = REQUESTS // 10
 """Requests not counted, while the queue fills."""
 CELL = 64
-"""Numbers of engines behind one set of gateways."""
+"""Engines behind one set of gateways."""
 
 
 @dataclass(frozen=True)

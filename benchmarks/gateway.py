@@ -250,8 +250,8 @@ def main() -> None:
         try:
             measured = asyncio.run(measure(options, progress, Path(folder)))
         except (RuntimeError, aiohttp.ClientError, OSError) as error:
-            told = (Path(folder) / "gateway.log").read_text(errors="replace")[-2000:]
-            sys.exit(f"{told}\nbenchmark: {error!r}")
+            log_tail = (Path(folder) / "gateway.log").read_text(errors="replace")[-2000:]
+            sys.exit(f"{log_tail}\nbenchmark: {error!r}")
     result = {
         **measured,
         "rate": options.rate,

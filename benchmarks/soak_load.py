@@ -109,13 +109,13 @@ class Load:
             return
         self._judge(answer, got.headers["X-Steering-Policy"], json.loads(receipts[0]))
 
-    def _judge(self, answer: Answer, told: str, receipt: dict[str, Any]) -> None:
-        policy, _, short = told.partition("@")
+    def _judge(self, answer: Answer, label: str, receipt: dict[str, Any]) -> None:
+        policy, _, short = label.partition("@")
         answer.revision = receipt["revision"]
         if policy != answer.asked:
-            answer.fault = f"{answer.asked} was asked for, {told} was applied"
+            answer.fault = f"{answer.asked} was asked for, {label} was applied"
         elif receipt["policy"] != policy or not receipt["revision"].startswith(short):
-            answer.fault = f"{told} was told, but the receipt is {receipt}"
+            answer.fault = f"the answer names {label}, but its receipt is {receipt}"
         elif policy != "none" and receipt["tokens_evaluated"] < 1:
             answer.fault = f"no token was evaluated: {receipt}"
 

@@ -12,7 +12,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from interpretops.errors import InterpretOpsError, PolicyError
 from interpretops.settings import Tenant
 from interpretops.settings.access import ANONYMOUS
-from proxy.admin.bodies import Promotion, Question, Rollback
+from proxy.admin.bodies import Promotion, ResolveRequest, Rollback
 from proxy.admin.reload import reload_everything
 from proxy.errors import EngineNotReady, FieldNotAllowed, InvalidRequest, Refusal
 from proxy.observe.metrics import CONTENT_TYPE_LATEST
@@ -23,7 +23,7 @@ from proxy.policies.entry import Entry
 from proxy.policies.policy_files import Revision
 from proxy.relay.accounting import route_label
 from proxy.relay.health import HEALTH, add_health
-from proxy.relay.middleware import answer_in_openai_shape
+from proxy.relay.middleware import respond_in_openai_format
 from proxy.state import GATEWAY, Gateway
 from proxy.tenants.access import Identity, names_this_machine
 
@@ -42,7 +42,7 @@ class AdminRefused(Refusal):
 def make_admin_app(gateway: Gateway) -> web.Application:
     """The app that operators and Prometheus call."""
     app = web.Application(
-        middlewares=[gateway.stall_guard.mark, answer_in_openai_shape, refuse_browsers, authorize]
+        middlewares=[gateway.stall_guard.mark, respond_in_openai_format, refuse_browsers, authorize]
     )
     app[GATEWAY] = gateway
     app.router.add_get("/admin/policies", list_policies, allow_head=False)
@@ -185,10 +185,10 @@ async def _read_change(request: web.Request, change: str) -> Promotion | Rollbac
 
 
 async def resolve(request: web.Request) -> web.Response:
-    """Dry run: which policy a request would get, and why. Body: `Question`."""
+    """Dry run: which policy a request would get, and why. Body: `ResolveRequest`."""
     gateway = request.app[GATEWAY]
     raw = await read_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=10)
-    asked = Question.read(parse_strict(raw))
+    asked = ResolveRequest.read(parse_strict(raw))
     identity = _identity(gateway, asked)
     identity.check_route(asked.route)
     headers: CIMultiDict[str] = CIMultiDict()
@@ -214,7 +214,7 @@ async def resolve(request: web.Request) -> web.Response:
         )
 
 
-def _identity(gateway: Gateway, asked: Question) -> Identity:
+def _identity(gateway: Gateway, asked: ResolveRequest) -> Identity:
     """The caller assumed in a dry run."""
     tenant, key = asked.tenant, asked.key
     try:

@@ -1,4 +1,4 @@
-"""What an operator may send: the bodies of the admin calls, each fault of which is one line."""
+"""The request bodies of the admin API. Each error is one line that names the field."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AdminBody(BaseModel):
 
     @classmethod
     def read(cls, data: dict[str, Any]) -> Self:
-        """Raises `InvalidRequest` naming the first field that is wrong, and what would be right."""
+        """Validate a body. Raises `InvalidRequest` with the first wrong field and its valid values."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -34,7 +34,7 @@ class AdminBody(BaseModel):
 
     @classmethod
     def remedy(cls, _place: str, line: str) -> str:
-        """A fault's line, with what a person may not know."""
+        """Add a remedy to an error line."""
         return line
 
 
@@ -61,7 +61,7 @@ Reason = Annotated[str, AfterValidator(_check_reason)]
 
 
 class Override(AdminBody):
-    """Who promotes without a card that meets the policy's criteria."""
+    """Who promotes without a passing Risk Card, and why."""
 
     by: Reason
     why: Reason
@@ -77,7 +77,7 @@ class Promotion(AdminBody):
 
     @classmethod
     def remedy(cls, place: str, line: str) -> str:
-        """Where to find what must be named."""
+        """Say where to find the revision."""
         if place != "revision" or "missing" not in line:
             return line
         return (
@@ -90,10 +90,10 @@ class Rollback(AdminBody):
     """Restores the previous revision."""
 
     revision: NamedRevision | None = None
-    """The revision to go back to."""
+    """The revision to roll back to."""
 
 
-class Question(AdminBody):
+class ResolveRequest(AdminBody):
     """A dry run: which policy would this request get?"""
 
     model: str | None = None

@@ -137,7 +137,7 @@ class EngineClient:
         except EngineRefusedError as error:
             raise EngineError(
                 f"the engine does not attest the interpretops plugin ({error}); start it with "
-                "VLLM_PLUGINS=interpretops and interpretops installed beside it"
+                "VLLM_PLUGINS=interpretops and interpretops installed in its environment"
             ) from error
 
     async def selftest(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether the aiohttp that is installed is one whose server the gateway knows how to extend."""
+"""Checks that the gateway supports the installed version of aiohttp."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import aiohttp
 
 from interpretops.errors import ConfigError
 
-LEAST: Final = (3, 14, 3)
-BELOW: Final = (3, 15)
-"""`pyproject.toml` bounds aiohttp by the same two."""
+MIN_VERSION: Final = (3, 14, 3)
+FIRST_UNSUPPORTED: Final = (3, 15)
+"""The first unsupported version. `pyproject.toml` has the same two bounds."""
 
 
 def check_aiohttp(version: str = aiohttp.__version__) -> None:
-    """Raise `ConfigError` for an aiohttp whose internals may not be those that `server` replaces.
+    """Raise `ConfigError` for a version whose internals may differ from those that `server` replaces.
 
-    Another one might answer broken requests in its own words, or log what a client sent.
+    Another version might answer malformed requests in its own format, or log what a client sent.
     """
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if not LEAST <= found < BELOW:
-        wanted = f">={_text(LEAST)},<{_text(BELOW)}"
+    if not MIN_VERSION <= found < FIRST_UNSUPPORTED:
+        supported = f">={_text(MIN_VERSION)},<{_text(FIRST_UNSUPPORTED)}"
         raise ConfigError(
             f"aiohttp = {version}, but the gateway replaces parts of aiohttp's server that may differ there; "
-            f'install "aiohttp{wanted}"'
+            f'install "aiohttp{supported}"'
         )
 
 

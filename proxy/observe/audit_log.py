@@ -226,9 +226,9 @@ class AuditLog:
 
     def _report_displaced(self, how: Displaced) -> None:
         self._metrics.audit_displaced.labels(how).inc()
-        tell = self._log.info if how == "renamed" else self._log.error
+        emit = self._log.info if how == "renamed" else self._log.error
         newest = None if self.head is None else self.head.seq
-        tell("audit_log_displaced", how=how, path=str(self._path), newest_record=newest)
+        emit("audit_log_displaced", how=how, path=str(self._path), newest_record=newest)
 
     @property
     def _next_number(self) -> int:

@@ -50,7 +50,7 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 @web.middleware
-async def answer_in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def respond_in_openai_format(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give each request an id, send errors in OpenAI's format, and record how each request ended."""
     gateway = request.app[GATEWAY]
     context = request[REQUEST_CONTEXT] = RequestContext(_request_id(request))

@@ -19,7 +19,7 @@ from proxy.openai_api.routes import ROUTES, UNGUARDED, Route
 from proxy.policies.binding import decide
 from proxy.relay.accounting import route_label
 from proxy.relay.health import add_health
-from proxy.relay.middleware import answer_in_openai_shape, authenticate, refuse_foreign_pages
+from proxy.relay.middleware import authenticate, refuse_foreign_pages, respond_in_openai_format
 from proxy.relay.model_list import list_models, show_model
 from proxy.relay.prompt_disclosure import check_prompt_disclosure, may_disclose_prompt
 from proxy.relay.relay import EngineCall, relay, relay_plain
@@ -30,7 +30,7 @@ from proxy.tenants.limits import ConcurrencySlots, Meter
 def make_public_app(gateway: Gateway) -> web.Application:
     """The app that client applications call."""
     app = web.Application(
-        middlewares=[gateway.stall_guard.mark, answer_in_openai_shape, refuse_foreign_pages, authenticate]
+        middlewares=[gateway.stall_guard.mark, respond_in_openai_format, refuse_foreign_pages, authenticate]
     )
     app[GATEWAY] = gateway
     for route in ROUTES:

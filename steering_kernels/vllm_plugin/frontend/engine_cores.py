@@ -33,7 +33,7 @@ class EngineCores:
 
     async def retire(self, revision: str) -> RetiredPlan:
         """Retire a revision in every core."""
-        answers = [RetiredPlan.parse(told) for told in await self._call("interpretops_retire", revision)]
+        answers = [RetiredPlan.parse(answer) for answer in await self._call("interpretops_retire", revision)]
         return RetiredPlan(revision=revision, in_flight=sum(answer.in_flight for answer in answers))
 
     async def attest(self) -> list[RankGroup]:

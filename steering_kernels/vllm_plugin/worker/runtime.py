@@ -132,7 +132,7 @@ class SteeringRuntime:
         self.hooks.refresh()
 
     def resident(self) -> dict[str, str]:
-        """Revision to the digest of what stands in the tables now, read back from them."""
+        """Revision to the digest of its rows, read back from the tables."""
         return {revision: self.bank.digest(revision) for revision in self.bank.row_of}
 
     def edits(self) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.admin.bodies import Promotion, Question, Rollback
+from proxy.admin.bodies import Promotion, ResolveRequest, Rollback
 from proxy.errors import InvalidRequest
 
 NAMED = "0123456789ab"
@@ -37,9 +37,14 @@ NAMED = "0123456789ab"
             "override.by must be a string of at most 1000 characters",
         ),
         (Rollback, {"to": "shadow"}, "to", "to is not a known key; known are revision"),
-        (Question, {"polciy": "calm"}, "polciy", "polciy is not a known key; did you mean 'policy'?"),
-        (Question, {"route": "/v1/x"}, "route", "route = '/v1/x', but must be one of /v1/chat/completions"),
-        (Question, {"model": 1}, "model", "model = 1, but must be a valid string"),
+        (ResolveRequest, {"polciy": "calm"}, "polciy", "polciy is not a known key; did you mean 'policy'?"),
+        (
+            ResolveRequest,
+            {"route": "/v1/x"},
+            "route",
+            "route = '/v1/x', but must be one of /v1/chat/completions",
+        ),
+        (ResolveRequest, {"model": 1}, "model", "model = 1, but must be a valid string"),
     ],
 )
 def test_error_is_one_line_that_names_the_field(kind, body, param, told):
@@ -57,4 +62,4 @@ def test_missing_fields_have_defaults():
     assert promotion.to == "active"
     assert promotion.override.model_dump() == {"by": "ada", "why": "outage"}
     assert Rollback.read({}).revision is None
-    assert Question.read({}).route == "/v1/chat/completions"
+    assert ResolveRequest.read({}).route == "/v1/chat/completions"

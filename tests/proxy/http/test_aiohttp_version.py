@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from interpretops.errors import ConfigError
 from mechctl.main import app
-from proxy.http.aiohttp_version import BELOW, LEAST, check_aiohttp
+from proxy.http.aiohttp_version import FIRST_UNSUPPORTED, MIN_VERSION, check_aiohttp
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -39,5 +39,5 @@ def test_serve_checks_the_version_first(monkeypatch):
 def test_package_is_installed_with_the_same_bounds():
     """The package requires the same versions that the gateway accepts."""
     told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    wanted = ".".join(map(str, LEAST)), ".".join(map(str, BELOW))
+    wanted = ".".join(map(str, MIN_VERSION)), ".".join(map(str, FIRST_UNSUPPORTED))
     assert f"aiohttp>={wanted[0]},<{wanted[1]}" in told
