@@ -149,7 +149,7 @@ class FakeEngine:
         model = describe_model(SPEC) | ({"fingerprint": "e" * 64} if self.trick == "other_model" else {})
         held = {revision: plan.digest() for revision, plan in self.plans.items()}
         admitted = {
-            name: ResidentPlan(digest=told, in_flight=0, retired=False) for name, told in held.items()
+            name: ResidentPlan(digest=reported, in_flight=0, retired=False) for name, reported in held.items()
         }
         return answer(
             Attestation(
@@ -247,22 +247,22 @@ class FakeEngine:
             self.receipts[body["vllm_xargs"][NONCE_KEY]] = receipt.model_copy(update=self.more)
         if self.huge and not body.get("stream"):
             return await self._write_huge(request, 200, self._take(request))
-        told = None if self.script is None else self.script(body)
+        reported = None if self.script is None else self.script(body)
         if not body.get("stream"):
             choice = {"text": revision, "message": {"role": "assistant", "content": revision}}
             usage = {"completion_tokens": 3}
             plain = {"id": "x", "choices": [choice], "model": MODEL, "usage": usage}
             carried = self._take(request)
             headers = {RECEIPT_HEADER: carried} if carried else None
-            return web.json_response(plain if told is None else told[0], headers=headers)
+            return web.json_response(plain if reported is None else reported[0], headers=headers)
         response = web.StreamResponse()
         response.content_type = "text/event-stream"
         await response.prepare(request)
         end = ROUTES[request.path].end
-        for event in told or ():
+        for event in reported or ():
             named = f"event: {event['type']}\n" if ROUTES[request.path].named_events else ""
             await response.write(f"{named}data: {json.dumps(event)}\n\n".encode())
-        for index in range(4 if told is None else 0):
+        for index in range(4 if reported is None else 0):
             await response.write(b'data: {"id":"x","n":%d,"text":"[DONE] error"}\n\n' % index)
             if self.trick == "dies" and index == 1:
                 await response.write(b'data: {"id":"x","n"')

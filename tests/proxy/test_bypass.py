@@ -209,9 +209,9 @@ async def test_content_that_makes_the_engine_fetch_is_refused(start, engine, rou
     front = await start()
     body = {"model": "tiny-model", **CONTENT[route], **fields}
     async with front.public.post(route, json=body) as answer:
-        told = await answer.json()
-    assert (answer.status, told["error"]["type"]) == (400, "invalid_request_error")
-    assert (told.get("type") == "error") == (route == "/v1/messages")
+        reported = await answer.json()
+    assert (answer.status, reported["error"]["type"]) == (400, "invalid_request_error")
+    assert (reported.get("type") == "error") == (route == "/v1/messages")
     assert engine.seen == []
 
 

@@ -66,11 +66,11 @@ def test_engine_failure_is_reported_with_its_cause():
     """The error response or a stream's last event gives the cause; other refusals are the guard's own."""
     error = {**json.loads(ERROR)["error"], "code": "engine_failed", "message": "too slow"}
     failed = json.dumps({"error": error})
-    assert judge(502, {"X-Request-Id": "r"}, failed).told == "engine_failed: too slow"
-    assert judge(200, STREAM, stream(f"data: {failed}")).told == "engine_failed: too slow"
-    assert judge(503, {"X-Request-Id": "r"}, ERROR).told == ""
+    assert judge(502, {"X-Request-Id": "r"}, failed).reported == "engine_failed: too slow"
+    assert judge(200, STREAM, stream(f"data: {failed}")).reported == "engine_failed: too slow"
+    assert judge(503, {"X-Request-Id": "r"}, ERROR).reported == ""
     traffic = Traffic(SimpleNamespace())
-    traffic.count(Judgement("refused", told="engine_failed: too slow"), "/v1/x stream=False", "{}")
+    traffic.count(Judgement("refused", reported="engine_failed: too slow"), "/v1/x stream=False", "{}")
     assert traffic.failures == {"/v1/x stream=False: engine_failed: too slow": 1}
     assert traffic.faults == []
 
@@ -100,8 +100,8 @@ def test_pool_threads_count_only_while_busy():
     release, all_there = threading.Event(), threading.Barrier(POOL_THREADS)
 
     def counted(pool_idle):
-        told = state()
-        return told["threads"] - told["pool_idle"] if told["pool_idle"] == pool_idle else None
+        reported = state()
+        return reported["threads"] - reported["pool_idle"] if reported["pool_idle"] == pool_idle else None
 
     async def once(pool_idle):
         async with asyncio.timeout(10):

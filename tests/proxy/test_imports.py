@@ -9,5 +9,5 @@ HEAVY = ("torch", "vllm", "transformers", "huggingface_hub", "fastapi")
 def test_gateway_imports_no_model_libraries():
     """Importing everything that `mechctl serve` needs brings in no torch, vllm or transformers."""
     code = f"import sys, mechctl.main, proxy.serve; print([m for m in {HEAVY} if m in sys.modules])"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "[]"
+    reported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert reported.stdout.strip() == "[]"

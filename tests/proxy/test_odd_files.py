@@ -126,8 +126,8 @@ def test_every_file_that_a_gateway_reads_is_refused_at_once(tmp_path):
             "for folder in sys.argv[2:]:",
             "    for name, read in READERS.items():",
             "        try:",
-            "            told = read(Path(folder) / ('manifest.yaml' if name == 'manifest' else 'x.head'))",
-            "            assert 'unreadable' in str(told), name",
+            "            got = read(Path(folder) / ('manifest.yaml' if name == 'manifest' else 'x.head'))",
+            "            assert 'unreadable' in str(got), name",
             "        except (InterpretOpsError, OSError): pass",
         ]
     )
@@ -230,9 +230,9 @@ async def test_hanging_or_crashing_file_affects_only_itself(start, engine, polic
     for _ in range(2):
         report = await reload(front)
         assert [Path(path).name for path in report["failed"]] == ["a-hangs.yaml", "b-fails.yaml"]
-        told = json.dumps(report["failed"])
-        assert "could not be read within 0.2 s" in told
-        assert "unexpected ZeroDivisionError" in told
-        assert "secret" not in told
+        got = json.dumps(report["failed"])
+        assert "could not be read within 0.2 s" in got
+        assert "unexpected ZeroDivisionError" in got
+        assert "secret" not in got
     assert (await front.chat(model="tiny-model+new"))[0] == 200
     held.set()

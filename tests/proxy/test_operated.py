@@ -64,12 +64,12 @@ async def serving(engine, tmp_path, policy_writer, config=CONFIG, before="", **h
     assert process.stderr is not None
     try:
         ready = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
-        told = ""
-        while "admin and metrics on" not in told:
+        reported = ""
+        while "admin and metrics on" not in reported:
             line = (await asyncio.wait_for(process.stderr.readline(), 10)).decode()
-            assert line, f"it ended: {told}"
-            told += line
-        admin = re.search(r"admin and metrics on (\S+)", told)
+            assert line, f"it ended: {reported}"
+            reported += line
+        admin = re.search(r"admin and metrics on (\S+)", reported)
         assert admin is not None
         headers = {holder: {"Authorization": f"Bearer {key}"} for holder, (key, _) in made.items()}
         trust = ssl.create_default_context(cafile=cert)
@@ -242,8 +242,8 @@ async def test_stop_with_idle_threads_is_quick_and_silent(engine, tmp_path, poli
     async with serving(engine, tmp_path, policy_writer) as (process, *_):
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 20) == 0
-        told = (await process.stderr.read()).decode()
-    assert "hang" not in told
+        reported = (await process.stderr.read()).decode()
+    assert "hang" not in reported
 
 
 @pytest.mark.parametrize(("where", "status"), [("thread", 0), ("pool", 0), ("loop", 130)])
@@ -260,8 +260,8 @@ async def test_stop_is_bounded_whatever_hangs(engine, tmp_path, policy_writer, w
         await until(hangs)
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 20) == status
-        told = (await process.stderr.read()).decode()
-    assert "hang:" in told
+        reported = (await process.stderr.read()).decode()
+    assert "hang:" in reported
     if where != "loop":
         assert verify(tmp_path / "audit.jsonl").intact
         assert '"event":"gateway_stopped"' in (tmp_path / "audit.jsonl").read_text()

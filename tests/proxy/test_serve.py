@@ -210,9 +210,9 @@ def test_every_route_is_steered_and_proven(served, route, stream):
         assert answer.status_code == 200, answer.text
         assert answer.headers["X-Steering-Policy"].split("@")[0] == policy
         if stream:
-            *_, told, end = [event for event in answer.text.split("\n\n") if event]
+            *_, reported, end = [event for event in answer.text.split("\n\n") if event]
             assert end.startswith(ROUTES[f"/v1/{route}"].end.decode().strip())
-            receipt = json.loads(told.removeprefix(": steering-receipt "))
+            receipt = json.loads(reported.removeprefix(": steering-receipt "))
         else:
             receipt = json.loads(answer.headers["X-Steering-Receipt"])
         assert receipt["requests"] == 1
@@ -408,20 +408,20 @@ def test_port_in_use_is_one_line(tmp_path):
 
 def test_missing_model_is_one_line(tmp_path):
     """A model that cannot be found is named."""
-    told = fail(tmp_path, "--model", "no-such-model", "--port", "0", "--admin-port", "0")
-    assert told.startswith("model.name = 'no-such-model', but that is neither a folder")
+    reported = fail(tmp_path, "--model", "no-such-model", "--port", "0", "--admin-port", "0")
+    assert reported.startswith("model.name = 'no-such-model', but that is neither a folder")
 
 
 def test_too_little_memory_is_one_line(tmp_path, default_model_dir):
     """An engine that would not fit in memory is refused before it starts."""
     config = "engine: {kv_cache_gib: 900000}"
-    told = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config)
-    assert re.match(r"engine.kv_cache_gib = 900000: .* needs about 9\d+\.\d GiB, but", told)
+    reported = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config)
+    assert re.match(r"engine.kv_cache_gib = 900000: .* needs about 9\d+\.\d GiB, but", reported)
 
 
 def test_engine_that_dies_while_starting_is_one_line(tmp_path, default_model_dir):
     """The error gives the engine's own reason, and no process is left."""
     config = "engine: {extra_args: ['--max-num-batched-tokens=1']}"
-    told = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config, timeout_s=180)
-    assert told.startswith("engine exited with status 1: max_num_batched_tokens (1) must be")
-    assert "; see  " in told
+    reported = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config, timeout_s=180)
+    assert reported.startswith("engine exited with status 1: max_num_batched_tokens (1) must be")
+    assert "; see  " in reported

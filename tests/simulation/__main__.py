@@ -59,7 +59,7 @@ def main() -> int:
                 sys.stdout.flush()
                 if not arguments.keep_going:
                     break
-    told: dict[str, object] = {
+    reported: dict[str, object] = {
         "seeds": ran,
         "steps": steps,
         "violations": violations,
@@ -67,8 +67,8 @@ def main() -> int:
         "processes": len(processes),
     }
     if alone:
-        told["trace"] = trace
-    print(json.dumps(told))
+        reported["trace"] = trace
+    print(json.dumps(reported))
     return 1 if violations else 0
 
 

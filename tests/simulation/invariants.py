@@ -170,20 +170,20 @@ class Invariants:
             self.fail(f"{name}: {required} is required, but it was generated under {policy}")
         label = "none" if sealed == "none" else f"{required}@{sealed[:12]}"
         if ask.status == 200 and ask.headers.get("x-steering-policy") != label:
-            told = ask.headers.get("x-steering-policy")
-            self.fail(f"{name}: generated under {label}, but told to be under {told}")
+            reported = ask.headers.get("x-steering-policy")
+            self.fail(f"{name}: generated under {label}, but reported to be under {reported}")
         if sealed != "none" and not self._was_active(policy, sealed, ask.sent_at, generation.began_at):
             self.fail(f"{name}: generated under {sealed[:12]} of {policy}, which did not serve then")
 
     def _check_receipt(self, name: str, ask: Ask, generation: Generation) -> None:
-        told = ask.headers.get("x-steering-receipt", "")
+        reported = ask.headers.get("x-steering-receipt", "")
         if ask.stream:
             found = ask.body.partition(b": steering-receipt ")[2].partition(b"\n")[0]
-            told = found.decode()
+            reported = found.decode()
         try:
-            receipt = json.loads(told)
+            receipt = json.loads(reported)
         except ValueError:
-            self.fail(f"{name}: no receipt, but {told[:80]!r}")
+            self.fail(f"{name}: no receipt, but {reported[:80]!r}")
             return
         if receipt["revision"] != generation.sealed:
             self.fail(f"{name}: its receipt is for {receipt['revision'][:12]}")

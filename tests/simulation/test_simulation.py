@@ -58,9 +58,9 @@ def test_finished_seeds_are_freed() -> None:
 
 def test_no_violation_is_found() -> None:
     """Three hundred seeds, or as many as a busy machine runs in that time, end without a violation."""
-    told, text = simulate("--seeds", "300", "--seconds", "50")
-    assert told["violations"] == 0, text
-    assert told["first_failing_seed"] is None
+    reported, text = simulate("--seeds", "300", "--seconds", "50")
+    assert reported["violations"] == 0, text
+    assert reported["first_failing_seed"] is None
 
 
 def test_seed_replays_exactly() -> None:
@@ -85,5 +85,5 @@ def test_several_processes_find_the_same_as_one() -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_reintroduced_fault_is_found(fault: str) -> None:
     """The simulation fails when a past fault is reintroduced."""
-    told, text = simulate("--seeds", str(SEEDS_FOR_A_FAULT), "--put-back", fault, "--only", FAULTS[fault])
-    assert told["first_failing_seed"] is not None, text
+    reported, text = simulate("--seeds", str(SEEDS_FOR_A_FAULT), "--put-back", fault, "--only", FAULTS[fault])
+    assert reported["first_failing_seed"] is not None, text

@@ -40,16 +40,16 @@ class ForkServer:
             "environment": os.environ | environment,
         }
         self._connection.send_bytes(json.dumps(order).encode())
-        while "status" in (told := self._hear(120)):
-            self._ended[told["pid"]] = told["status"]
-        return int(told["pid"])
+        while "status" in (reported := self._hear(120)):
+            self._ended[reported["pid"]] = reported["status"]
+        return int(reported["pid"])
 
     def wait(self, pid: int, timeout_s: float) -> int:
         """Status of a started program once it has ended: exit status, or minus the signal."""
         end = time.monotonic() + timeout_s
         while pid not in self._ended:
-            told = self._hear(end - time.monotonic())
-            self._ended[told["pid"]] = told["status"]
+            reported = self._hear(end - time.monotonic())
+            self._ended[reported["pid"]] = reported["status"]
         return self._ended.pop(pid)
 
     def run(self, *argv: object, log: Path, timeout_s: float = 300, **environment: str) -> int:
@@ -64,8 +64,8 @@ class ForkServer:
     def _hear(self, timeout_s: float) -> dict[str, int]:
         if not self._connection.poll(max(timeout_s, 0)):
             raise TimeoutError("a program in vLLM's fork server has not ended in time")
-        told: dict[str, int] = json.loads(self._connection.recv_bytes())
-        return told
+        reported: dict[str, int] = json.loads(self._connection.recv_bytes())
+        return reported
 
 
 def main(orders: Connection) -> None:

@@ -9,7 +9,7 @@ NAMED = "0123456789ab"
 
 
 @pytest.mark.parametrize(
-    ("kind", "body", "param", "told"),
+    ("kind", "body", "param", "reported"),
     [
         (Promotion, {}, "revision", "revision is missing: name the candidate that you reviewed"),
         (Promotion, {"revision": 12}, "revision", "revision = 12, but must be a valid string"),
@@ -47,12 +47,12 @@ NAMED = "0123456789ab"
         (ResolveRequest, {"model": 1}, "model", "model = 1, but must be a valid string"),
     ],
 )
-def test_error_is_one_line_that_names_the_field(kind, body, param, told):
+def test_error_is_one_line_that_names_the_field(kind, body, param, reported):
     """Unknown, missing, ill-typed or too long fields: the message says what would be valid."""
     with pytest.raises(InvalidRequest) as raised:
         kind.read(body)
     assert raised.value.param == param
-    assert str(raised.value).startswith(told)
+    assert str(raised.value).startswith(reported)
     assert "\n" not in str(raised.value)
 
 

@@ -63,7 +63,7 @@ def test_step_on_a_cpu_is_short_unless_the_operator_says_otherwise(model, set_to
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype", "told"),
+    ("flags", "dtype", "reported"),
     [
         ("flags : fpu avx avx2 fma", "bfloat16", True),
         ("flags : fpu avx avx2 fma", "float32", False),
@@ -73,13 +73,13 @@ def test_step_on_a_cpu_is_short_unless_the_operator_says_otherwise(model, set_to
         ("", "bfloat16", False),
     ],
 )
-def test_cpu_without_bfloat16_is_reported(tmp_path, flags, dtype, told):
+def test_cpu_without_bfloat16_is_reported(tmp_path, flags, dtype, reported):
     """On a CPU without bfloat16 instructions, the operator is told that float32 is faster."""
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor : 0\n{flags}\n")
     settings = load_settings(overrides={"model.dtype": dtype, "model.device": "cpu"}, environ={})
     line = slow_format(settings, cpuinfo)
-    assert (line is not None) == told
+    assert (line is not None) == reported
     assert line is None or "INTERPRETOPS_MODEL_DTYPE=float32" in line
 
 

@@ -128,9 +128,9 @@ async def test_engine_with_hanging_workers_is_lost(start, engine, until, monkeyp
         return not await front.engine_ready()
 
     await until(lost, 20)
-    told = [line["reason"] for line in front.log if line["event"] == "engine_lost"]
-    assert len(told) == 1
-    assert told[0].startswith("the engine's workers were silent for engine.silence_timeout_s = 3; raise it")
+    got = [line["reason"] for line in front.log if line["event"] == "engine_lost"]
+    assert len(got) == 1
+    assert got[0].startswith("the engine's workers were silent for engine.silence_timeout_s = 3; raise it")
 
 
 async def test_health_is_not_readiness(start, engine):

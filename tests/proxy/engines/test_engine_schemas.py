@@ -120,10 +120,10 @@ def refused_calls():
     }
 
 
-def whole(kind, told):
+def whole(kind, reported):
     """Parse a message, and check that it has exactly the declared fields."""
-    message = kind.parse(told)
-    assert message.body() == told
+    message = kind.parse(reported)
+    assert message.body() == reported
     return message
 
 
@@ -173,7 +173,7 @@ async def test_fake_engine_refuses_as_the_real_one_does(engine_server, engine):
 
     real = await answers(engine_server.socket)
     assert real == await answers(engine.socket)
-    assert {name: told[:2] for name, told in real.items()} == {
+    assert {name: reported[:2] for name, reported in real.items()} == {
         **dict.fromkeys(
             ("whole", "streamed", "several", "chat", "chat streamed", "responses", "messages"),
             (503, EngineCode.NOT_RESIDENT),

@@ -228,10 +228,10 @@ async def test_engine_with_other_special_tokens_does_not_join(start, engine, oth
     other.special = SpecialTokenList(ids={"<|other|>": 0})
     await other.up()
 
-    async def told():
+    async def reported():
         return any("other special tokens" in (shown["reason"] or "") for shown in await engines(front))
 
-    await until(told)
+    await until(reported)
     assert await front.engine_ready()
     assert other.seen == []
 
@@ -242,11 +242,11 @@ async def test_engine_of_another_model_does_not_join(start, engine, other, until
     other.trick = "other_model"
     await other.up()
 
-    async def told():
+    async def reported():
         reasons = [shown["reason"] or "" for shown in await engines(front)]
         return any("all engines of a gateway must serve one model" in reason for reason in reasons)
 
-    await until(told)
+    await until(reported)
     assert await front.engine_ready()
 
 
@@ -314,8 +314,8 @@ async def test_engines_follow_a_dns_name(start, engine, other, until, monkeypatc
 
     await until(resolved)
     assert metric(front, "interpretops_engines_unresolved 0.0")
-    told = [line["event"] for line in front.log if line["event"].startswith("engines_")]
-    assert told == ["engines_not_resolved", "engines_resolved"]
+    reported = [line["event"] for line in front.log if line["event"].startswith("engines_")]
+    assert reported == ["engines_not_resolved", "engines_resolved"]
 
 
 async def test_engine_that_lost_a_revision_leaves_its_requests_to_the_other(pair, engine, other, until):

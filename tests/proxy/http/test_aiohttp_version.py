@@ -38,6 +38,6 @@ def test_serve_checks_the_version_first(monkeypatch):
 
 def test_package_is_installed_with_the_same_bounds():
     """The package requires the same versions that the gateway accepts."""
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    reported = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     wanted = ".".join(map(str, MIN_VERSION)), ".".join(map(str, FIRST_UNSUPPORTED))
-    assert f"aiohttp>={wanted[0]},<{wanted[1]}" in told
+    assert f"aiohttp>={wanted[0]},<{wanted[1]}" in reported

@@ -133,8 +133,8 @@ async def test_unusable_pair_leaves_the_old_one(folder, how):
     (folder / "other").mkdir()
     BROKEN[how](folder)
     for _ in range(2):
-        (told,) = made.refresh(metrics, log).values()
-        assert told.startswith(f"gateway.tls_{'cert' if '.tls_cert' in told else 'key'} = {folder}")
+        (reported,) = made.refresh(metrics, log).values()
+        assert reported.startswith(f"gateway.tls_{'cert' if '.tls_cert' in reported else 'key'} = {folder}")
     assert [entry["event"] for entry in capture.entries] == ["certificate_refused"]
     assert sample(metrics, "broken") == 1
     async with listening(made) as (_, connect):

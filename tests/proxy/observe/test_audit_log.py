@@ -64,7 +64,7 @@ def forged(lines, seq, prev=None):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "line", "told"),
+    ("spoil", "line", "got"),
     [
         (lambda rows: [*rows[:4], rows[4].replace(b"200", b"500"), *rows[5:]], 5, "was changed"),
         (lambda rows: [*rows[:4], rows[4].replace(b":", b": ", 1), *rows[5:]], 5, "was changed"),
@@ -78,14 +78,14 @@ def forged(lines, seq, prev=None):
         (lambda rows: rows[1:], 1, "record 1 was removed before record 2"),
     ],
 )
-async def test_altered_line_is_reported(log, spoil, line, told):
+async def test_altered_line_is_reported(log, spoil, line, got):
     """A line that was changed, removed, inserted, forged or swapped is reported with file and line."""
     rows = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(spoil(rows)))
     found = verify(log)
     assert not found.intact
     assert found.faults[0].startswith(f"{log}:{line}: ")
-    assert told in found.faults[0]
+    assert got in found.faults[0]
     ended = CliRunner().invoke(app, ["audit", "verify", str(log)])
     assert (ended.exit_code, ended.stdout.splitlines()[0]) == (1, found.faults[0])
 
@@ -183,8 +183,8 @@ async def test_replaced_lines_are_detected_and_not_continued(log, cut):
     for seq in range(cut + 1, 13):
         rows.append(forged(rows, seq, prev=None if cut == 6 or seq != 11 else "0" * 64))
     log.write_bytes(b"".join(rows))
-    told = "record 9 is missing or differs" if cut == 6 else "record 11 does not follow"
-    with pytest.raises(ConfigError, match=told):
+    got = "record 9 is missing or differs" if cut == 6 else "record 11 does not follow"
+    with pytest.raises(ConfigError, match=got):
         open_log(log)
     assert not verify(log).intact
 
@@ -203,8 +203,8 @@ async def test_head_kept_elsewhere_proves_what_the_files_cannot(log):
     assert command(f"6:{json.loads(rows[5])['hash']}")[0] == 0
     assert "does not have the hash of the head kept elsewhere" in command(f"8:{kept.hash}")[1]
     head_path(log).unlink()
-    status, told = command(f"9:{kept.hash}")
-    assert (status, "the head kept elsewhere replaces it" in told) == (0, True)
+    status, got = command(f"9:{kept.hash}")
+    assert (status, "the head kept elsewhere replaces it" in got) == (0, True)
     assert command(f"6:{json.loads(rows[5])['hash']}")[0] == 1
     log.write_bytes(b"".join(rows[:6]))
     head_path(log).write_bytes(head_line(Head(6, json.loads(rows[5])["hash"])))
@@ -263,7 +263,7 @@ class Written:
 
     def __init__(self, path, **settings):
         self.path, self.metrics, capture = path, Metrics(), structlog.testing.LogCapture()
-        self.told = capture.entries
+        self.got = capture.entries
         log = structlog.wrap_logger(None, processors=[capture])
         self.audit = AuditLog(path, AuditSettings(path=path, **settings), self.metrics, log)
 
@@ -293,7 +293,7 @@ async def test_removed_log_is_noticed_and_the_chain_continues_in_a_new_file(tmp_
     assert (first["seq"], first["prev"], first["previous_file"]) == (4, before.hash, "removed")
     assert (first["previous_seq"], first["previous_hash"]) == (3, before.hash)
     assert displaced(log.metrics, "removed") == 1
-    assert [entry["log_level"] for entry in log.told if entry["event"] == "audit_log_displaced"] == ["error"]
+    assert [entry["log_level"] for entry in log.got if entry["event"] == "audit_log_displaced"] == ["error"]
     await log.audit.close()
     assert "records 1 to 3 were removed before record 4" in verify(log.path).faults[0]
     assert verify(log.path, first=4).intact
@@ -481,15 +481,15 @@ asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize(("on_failure", "told"), [("refuse", "refused 503"), ("continue", "served")])
-def test_full_disk(tmp_path, on_failure, told):
+@pytest.mark.parametrize(("on_failure", "got"), [("refuse", "refused 503"), ("continue", "served")])
+def test_full_disk(tmp_path, on_failure, got):
     """While nothing can be written, requests are refused or served as set, no record is lost, and the chain
     holds."""
     path = tmp_path / "audit.jsonl"
     command = [sys.executable, "-c", FULL_DISK, str(path), on_failure]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
-    assert told in ended.stdout
+    assert got in ended.stdout
     assert "not done" in ended.stdout
     found = verify(path)
     assert (found.intact, found.records) == (True, 4)
@@ -505,7 +505,7 @@ async def test_requests_are_recorded_without_their_content(start, engine, tmp_pa
     await front.chat(messages=messages, stream=True, headers={"Authorization": f"Bearer {secret}"})
     await front.chat(messages=messages, unknown=secret)
     async with front.admin.get("/admin/audit") as answer:
-        told = await answer.json()
+        got = await answer.json()
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["event"] for record in records] == ["gateway_started", "policy_active", *["request"] * 3]
     first = records[2]
@@ -515,7 +515,7 @@ async def test_requests_are_recorded_without_their_content(start, engine, tmp_pa
     assert first["tokens"] == 3
     assert (records[4]["status"], records[4]["reason"]) == (400, "field_not_allowed")
     assert secret not in path.read_text()
-    assert (told["records"], told["hash"], told["failing"]) == (5, records[-1]["hash"], None)
+    assert (got["records"], got["hash"], got["failing"]) == (5, records[-1]["hash"], None)
 
 
 async def test_no_answer_goes_unrecorded_when_the_log_is_removed(start, tmp_path):

@@ -228,9 +228,9 @@ async def prometheus(tmp_path: Path, until: Any) -> AsyncIterator[Any]:
         async def ask(query: str) -> list[Any]:
             url = f"http://{address}/api/v1/query"
             async with ClientSession() as session, session.get(url, params={"query": query}) as answer:
-                told = await answer.json()
-                assert told["status"] == "success", f"{query}: {told}"
-                return list(told["data"]["result"])
+                reported = await answer.json()
+                assert reported["status"] == "success", f"{query}: {reported}"
+                return list(reported["data"]["result"])
 
         await until(ready, 30)
         return ask

@@ -22,17 +22,17 @@ CAUSES = {
 async def readiness(front):
     """The readiness codes, after checking that log and both gauges agree."""
     async with front.public.get("/readyz") as answer:
-        told = await answer.json()
-        assert (answer.status == 200) is told["ready"] is (not told["reasons"])
+        reported = await answer.json()
+        assert (answer.status == 200) is reported["ready"] is (not reported["reasons"])
     async with front.admin.get("/metrics") as answer:
         shown = await answer.text()
-    assert f"interpretops_ready {float(told['ready'])}" in shown
+    assert f"interpretops_ready {float(reported['ready'])}" in shown
     for code in CODES:
-        assert f'interpretops_not_ready{{reason="{code}"}} {float(code in told["reasons"])}' in shown
+        assert f'interpretops_not_ready{{reason="{code}"}} {float(code in reported["reasons"])}' in shown
     front.apps.gateway.readiness.log_changes()
     lines = [line for line in front.log if line["event"] in ("gateway_ready", "gateway_not_ready")]
-    assert lines[-1].get("reasons", []) == told["reasons"]
-    return told["reasons"]
+    assert lines[-1].get("reasons", []) == reported["reasons"]
+    return reported["reasons"]
 
 
 async def refused(front):
@@ -54,8 +54,8 @@ async def test_wrong_name_of_a_mandatory_policy_is_reported_everywhere(start):
     front = await start("calm", bindings=[{"policy": "clam", "mode": "mandatory"}])
     assert await refused(front) == "policy_unavailable"
     assert await readiness(front) == ["policy_missing"]
-    told = [line for line in front.log if line["event"] == "gateway_not_ready"][-1]
-    assert (told["log_level"], told["why"]) == (
+    reported = [line for line in front.log if line["event"] == "gateway_not_ready"][-1]
+    assert (reported["log_level"], reported["why"]) == (
         "error",
         ["bindings require policies that are not loaded: clam"],
     )

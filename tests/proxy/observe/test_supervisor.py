@@ -138,8 +138,10 @@ async def test_failed_task_is_logged_counted_and_restarted(start, monkeypatch, t
     )
     gateway = front.apps.gateway
     stalls = gateway.supervisor.keep("stalls", lambda alive: gateway.stall_guard.run(lambda: [Gone()], alive))
-    told = asyncio.Event()
-    reloads = gateway.supervisor.keep("reloads", lambda alive: reload.reload_on_signal(told, gateway, alive))
+    signal = asyncio.Event()
+    reloads = gateway.supervisor.keep(
+        "reloads", lambda alive: reload.reload_on_signal(signal, gateway, alive)
+    )
 
     def shown(metric):
         (value,) = (
@@ -150,7 +152,7 @@ async def test_failed_task_is_logged_counted_and_restarted(start, monkeypatch, t
         return value
 
     def nudge():
-        told.set()
+        signal.set()
         if task == "shared limits":
             gateway.limiter._shared._has_pending.set()
         if task == "transcripts":

@@ -40,8 +40,8 @@ async def kept(front, until, number):
     settings = front.apps.gateway.settings
 
     async def stored():
-        told = front.apps.gateway.metrics.render().decode()
-        return f'interpretops_transcripts_total{{result="stored",tenant="anonymous"}} {number}.0' in told
+        reported = front.apps.gateway.metrics.render().decode()
+        return f'interpretops_transcripts_total{{result="stored",tenant="anonymous"}} {number}.0' in reported
 
     await until(stored)
     vault = Vault("anonymous", "env:ACME_KEYS")
@@ -166,8 +166,8 @@ async def test_content_appears_nowhere_but_in_transcripts(front, engine, until):
     answers.append(await front.chat(model="tiny-model+calm", messages=messages))
     (withheld,) = await kept(front, until, 1)
     assert (withheld["reason"], withheld["answer"]) == ("receipt_failed", [])
-    told = json.dumps(front.log) + front.apps.gateway.metrics.render().decode()
-    assert "canary sings" not in told
+    reported = json.dumps(front.log) + front.apps.gateway.metrics.render().decode()
+    assert "canary sings" not in reported
     assert "canary sings" not in json.dumps([body for _, _, body in answers[::2]])
 
 
@@ -185,8 +185,8 @@ async def test_full_disk_loses_the_record_and_not_the_answer(front, until, tmp_p
     assert (await front.chat())[0] == 200
 
     async def lost():
-        told = front.apps.gateway.metrics.render().decode()
-        return 'interpretops_transcripts_total{result="lost",tenant="anonymous"} 1.0' in told
+        reported = front.apps.gateway.metrics.render().decode()
+        return 'interpretops_transcripts_total{result="lost",tenant="anonymous"} 1.0' in reported
 
     await until(lost)
 
@@ -321,8 +321,8 @@ async def lost(front, until, number):
     """The log lines of lost transcripts, once the metric has counted that many."""
 
     async def counted():
-        told = front.apps.gateway.metrics.render().decode()
-        return f'interpretops_transcripts_total{{result="lost",tenant="anonymous"}} {number}.0' in told
+        reported = front.apps.gateway.metrics.render().decode()
+        return f'interpretops_transcripts_total{{result="lost",tenant="anonymous"}} {number}.0' in reported
 
     await until(counted)
     return [line for line in front.log if line["event"] == "transcript_lost"]

@@ -205,7 +205,7 @@ def test_official_clients_content_is_accepted():
     turn = [said.model_dump(), {"role": "tool", "tool_call_id": "c", "content": "1", "name": "f"}]
     clean(CHAT, {"model": "m", "messages": turn})
     text = {"type": "output_text", "text": "hi", "annotations": [], "logprobs": None}
-    told = openai.types.responses.ResponseOutputMessage(
+    reported = openai.types.responses.ResponseOutputMessage(
         id="m", content=[text], role="assistant", status="completed", type="message"
     )
     thought = openai.types.responses.ResponseReasoningItem(
@@ -214,7 +214,7 @@ def test_official_clients_content_is_accepted():
     asked = openai.types.responses.ResponseFunctionToolCall(
         arguments="{}", call_id="c", name="f", type="function_call", id="x", status="completed"
     )
-    items = [told.model_dump(), thought.model_dump(), asked.model_dump()]
+    items = [reported.model_dump(), thought.model_dump(), asked.model_dump()]
     items.append({"type": "function_call_output", "call_id": "c", "output": "1"})
     clean(RESPONSES, {"model": "m", "input": items})
     blocks = [

@@ -129,28 +129,28 @@ async def post(front, path, **body):
     greedy = {"temperature": 0} if ROUTES[path].generates else {}
     async with front.public.post(path, json={"model": "m", **greedy, **body}) as answer:
         text = await answer.text()
-        told = answer.headers.get("X-Steering-Receipt", "{}")
+        got = answer.headers.get("X-Steering-Receipt", "{}")
         events = [line[6:] for line in text.split("\n") if line.startswith("data: {")]
-        return answer.status, [json.loads(event) for event in events or [text]], json.loads(told)
+        return answer.status, [json.loads(event) for event in events or [text]], json.loads(got)
 
 
 CANDIDATE = {"token", "logprob"}
 
 
-def distributions(told):
+def distributions(got):
     """Every map from token to log-probability in an answer, one per position."""
-    if isinstance(told, list):
+    if isinstance(got, list):
         # Entries that contain further entries are positions, not candidates for one.
-        entries = all(isinstance(item, dict) and item.keys() >= CANDIDATE for item in told)
-        if told and entries and not any("top_logprobs" in item for item in told):
-            yield {item["token"]: item["logprob"] for item in told}
-        for item in told:
+        entries = all(isinstance(item, dict) and item.keys() >= CANDIDATE for item in got)
+        if got and entries and not any("top_logprobs" in item for item in got):
+            yield {item["token"]: item["logprob"] for item in got}
+        for item in got:
             yield from distributions(item)
-    elif isinstance(told, dict):
-        values = told.values()
-        if told and all(isinstance(value, float) for value in values):
-            yield dict(told)
-        elif told and all(isinstance(value, dict) and "logprob" in value for value in values):
+    elif isinstance(got, dict):
+        values = got.values()
+        if got and all(isinstance(value, float) for value in values):
+            yield dict(got)
+        elif got and all(isinstance(value, dict) and "logprob" in value for value in values):
             yield {entry["decoded_token"]: entry["logprob"] for entry in values}
         for value in values:
             yield from distributions(value)
@@ -212,9 +212,9 @@ async def test_no_field_shows_the_unsteered_distribution(serve):
     async def ask(path, name, value, stream):
         sofar = texts.get(path, texts["/v1/chat/completions"])
         async with limit:
-            status, told, _ = await post(front, path, **{**base(path, sofar), "stream": stream, name: value})
+            status, got, _ = await post(front, path, **{**base(path, sofar), "stream": stream, name: value})
         answered[path] += status == 200
-        for found, known in itertools.product(distributions(told), maps):
+        for found, known in itertools.product(distributions(got), maps):
             assert not same(found, known), (path, name, value)
 
     tasks = [
@@ -247,9 +247,9 @@ async def test_attack_loop_reads_nothing(serve):
                 ("/v1/chat/completions", chat),
                 ("/v1/completions", {"prompt": f"{harmful}{sofar} x"}),
             ):
-                status, told, _ = await post(front, path, max_tokens=1, **body, **reading)
-                assert (status, told[0]["error"]["code"]) == (400, "field_not_allowed")
-                read += distributions(told)
+                status, got, _ = await post(front, path, max_tokens=1, **body, **reading)
+                assert (status, got[0]["error"]["code"]) == (400, "field_not_allowed")
+                read += distributions(got)
             sofar += " Sure"
     assert read == []
 

@@ -36,8 +36,8 @@ def fuzz():
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        told, _ = await asyncio.wait_for(process.communicate(), 800)
-        return process.returncode or 0, told.decode()
+        got, _ = await asyncio.wait_for(process.communicate(), 800)
+        return process.returncode or 0, got.decode()
 
     return run
 
@@ -58,10 +58,10 @@ async def test_document_names_what_is_served_and_nothing_else(start):
 @pytest.mark.parametrize("path", ROUTES)
 def test_every_field_of_the_document_passes(path):
     """No documented field is refused as not allowed."""
-    told = openapi_document()["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    body = dict.fromkeys(told["properties"]) | {"model": "m", "input": "hi"}
+    got = openapi_document()["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    body = dict.fromkeys(got["properties"]) | {"model": "m", "input": "hi"}
     route = ROUTES[path]
-    clean(route, {name: value for name, value in body.items() if name in told["properties"]})
+    clean(route, {name: value for name, value in body.items() if name in got["properties"]})
 
 
 async def test_our_document_describes_every_response(start, engine, fuzz, tmp_path):
@@ -69,15 +69,15 @@ async def test_our_document_describes_every_response(start, engine, fuzz, tmp_pa
     front = await start("calm", bindings=[{"policy": "calm", "mode": "mandatory"}])
     file = tmp_path / "ours.json"
     document = openapi_document()
-    for told in (document["paths"][path]["post"] for path in ROUTES):
+    for got in (document["paths"][path]["post"] for path in ROUTES):
         # Otherwise each request would name another model and be refused for that alone.
-        fields = told["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        fields = got["requestBody"]["content"]["application/json"]["schema"]["properties"]
         fields["model"] = {"enum": ["tiny-model", "tiny-model+calm", "tiny-model+none"]}
     file.write_text(json.dumps(document))
-    status, told = await fuzz(
+    status, got = await fuzz(
         file, str(front.public._base_url), "--checks", STRICT, "--max-examples", "20", "--workers", "2"
     )
-    assert status == 0, told[-6000:]
+    assert status == 0, got[-6000:]
     assert engine.seen
 
 
@@ -87,15 +87,15 @@ async def test_engines_document_makes_no_5xx(engine_server, default_model_dir, f
     """Input allowed or forbidden by the engine's own document, sent to the gateway with a real engine."""
     with engine_server.client() as client:
         document = client.get("/openapi.json").json()
-    document["paths"] = {path: told for path, told in document["paths"].items() if path in ROUTES}
+    document["paths"] = {path: got for path, got in document["paths"].items() if path in ROUTES}
     assert document["paths"].keys() == ROUTES.keys()
     file = tmp_path / "engine.json"
     file.write_text(json.dumps(document))
     engine = {"engine_socket": str(engine_server.socket), "engine_pid": engine_server.process.pid}
     (tmp_path / "stand").mkdir()
     async with make_stand(tmp_path / "stand", default_model_dir, **engine) as stand:
-        status, told = await fuzz(
+        status, got = await fuzz(
             file, stand.url, "--checks", CHECKS, "--max-examples", "20", "--phases", "fuzzing"
         )
-        assert status == 0, told[-6000:]
+        assert status == 0, got[-6000:]
         assert await stand.ready()

@@ -180,9 +180,9 @@ async def test_dry_run_explains_without_running(start, engine):
     """`POST /admin/resolve` returns which policy would apply and why, and runs nothing."""
     front = await start("calm")
     async with front.admin.post("/admin/resolve", json={"model": "tiny-model", "policy": "calm"}) as answer:
-        told = await answer.json()
-    assert (told["policy"], told["mode"]) == ("calm", "optional")
-    assert told["revision"] in engine.plans
+        reported = await answer.json()
+    assert (reported["policy"], reported["mode"]) == ("calm", "optional")
+    assert reported["revision"] in engine.plans
     async with front.admin.post("/admin/resolve", json={"model": "tiny-model", "policy": "nope"}) as answer:
         assert (answer.status, (await answer.json())["error"]["code"]) == (400, "unknown_policy")
     assert engine.seen == []

@@ -54,21 +54,21 @@ async def test_binding_on_an_unknown_key_prevents_start_up(guarded, keys, mode):
     """A typo in `match.key` is reported with its location and the nearest key."""
     key = keys["acme"][1].id
     wrong = key[:-1] + ("0" if key[-1] != "0" else "1")
-    told = rf"bindings\[0\]\.match\.key = '{wrong}', but .* no such key; did you mean '{key}'\?"
-    with pytest.raises(ConfigError, match=told):
+    got = rf"bindings\[0\]\.match\.key = '{wrong}', but .* no such key; did you mean '{key}'\?"
+    with pytest.raises(ConfigError, match=got):
         await guarded(bindings=bound(mode=mode, key=wrong))
 
 
 @pytest.mark.parametrize(
-    ("holder", "match", "told"),
+    ("holder", "match", "got"),
     [
         ("viewer", {}, "of role viewer, which opens the admin listener only"),
         ("other", {"tenant": "acme"}, "a key of tenant 'other', and match.tenant is 'acme'"),
     ],
 )
-async def test_binding_on_a_key_that_can_never_match_prevents_start_up(guarded, keys, holder, match, told):
+async def test_binding_on_a_key_that_can_never_match_prevents_start_up(guarded, keys, holder, match, got):
     """Keys of an admin or another tenant can never make a matching request."""
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=got):
         await guarded(bindings=bound(key=keys[holder][1].id, **match))
 
 
@@ -110,7 +110,7 @@ async def test_optional_binding_that_lost_its_key_is_counted_only(guarded, keys,
 
 
 @pytest.mark.parametrize(
-    ("sections", "told"),
+    ("sections", "got"),
     [
         (
             {"bindings": bound(model_alias="medical-bt"), "aliases": [{"name": "medical-bot"}]},
@@ -130,10 +130,10 @@ async def test_optional_binding_that_lost_its_key_is_counted_only(guarded, keys,
         ),
     ],
 )
-async def test_unknown_model_prevents_start_up_of_a_local_engine(start, sections, told):
+async def test_unknown_model_prevents_start_up_of_a_local_engine(start, sections, got):
     """The model name of a local engine is known before it starts."""
     own = {"engine.url": [], "model.name": "tiny-model"}
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=got):
         await start(**own, **sections)
 
 

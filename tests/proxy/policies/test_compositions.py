@@ -71,8 +71,8 @@ async def test_conflicting_edit_changes_nothing(start, engine, folder):
     _, before, _ = await front.chat()
     write(folder, "strict", 1)
     report = await reload(front)
-    (told,) = report["failed"].values()
-    assert "policies 'calm' and 'strict' cannot be composed: both edit 1.attn_z" in told
+    (reported,) = report["failed"].values()
+    assert "policies 'calm' and 'strict' cannot be composed: both edit 1.attn_z" in reported
     _, after, _ = await front.chat()
     assert after["X-Steering-Policy"] == before["X-Steering-Policy"]
     assert len(engine.plans) == 3
@@ -162,7 +162,7 @@ async def test_failed_restore_of_one_composition_affects_no_other(start, engine,
         engine.plans.pop(revision.revision)
         next(front.apps.gateway.fleet.open).resident.pop(revision.revision)
     report = await reload(front)
-    assert [told for told in report["failed"].values() if "calm+mild: no room" in told]
+    assert [reported for reported in report["failed"].values() if "calm+mild: no room" in reported]
     assert second.revision in engine.plans
     assert (await front.chat())[1]["X-Steering-Policy"].startswith("calm+strict@")
     async with front.public.post("/v1/completions", json={"model": "tiny-model", "prompt": "x"}) as answer:

@@ -91,8 +91,8 @@ async def test_pinning_is_recorded_and_a_malformed_file_is_reported(front, start
     note(front, 0, MIN_REQUESTS)
     await pin(front)
     log = (tmp_path / "audit.jsonl").read_bytes().splitlines()
-    (told,) = [record for record in map(json.loads, log) if record["event"] == "baseline"]
-    assert (told["policy"], told["by"]) == ("calm", "anonymous")
+    (reported,) = [record for record in map(json.loads, log) if record["event"] == "baseline"]
+    assert (reported["policy"], reported["by"]) == ("calm", "anonymous")
     (tmp_path / "state" / "firing-baselines.json").write_text('{"calm": {"revision": "x", "counts": [1]}}')
     with pytest.raises(ConfigError, match="not a valid baselines file"):
         await start("calm", **{"paths.state": tmp_path / "state"})

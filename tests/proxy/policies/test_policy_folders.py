@@ -25,7 +25,7 @@ def broken(front):
     return {source: value for source, value in counted.items() if value}
 
 
-async def told(front, path):
+async def reported(front, path):
     """The error of a file or folder in the list and, once, in the log."""
     listed = (await front.policy_list())["file_errors"].get(str(path))
     logged = [
@@ -68,7 +68,7 @@ async def test_lost_policy_folder_is_reported_and_withdraws_nothing(start, polic
     report = await look(front)
     assert list(report.failed) == [str(front.policies)]
     assert broken(front) == {"policies": 1}
-    listed, logged = await told(front, front.policies)
+    listed, logged = await reported(front, front.policies)
     assert listed.startswith(f"paths.policies = {front.policies}, but ")
     assert logged == [listed]
     assert {entry["state"] for entry in (await front.policy_list())["policies"]} == {"active"}
@@ -79,7 +79,7 @@ async def test_lost_policy_folder_is_reported_and_withdraws_nothing(start, polic
         policy_writer(front.policies, name)
     assert (await look(front)).failed == {}
     assert broken(front) == {}
-    assert (await told(front, front.policies))[0] is None
+    assert (await reported(front, front.policies))[0] is None
 
 
 @contextlib.contextmanager
@@ -178,7 +178,7 @@ async def test_new_unusable_file_is_reported(start, content, source):
     new.write_text(content.replace("[0]}}", "[0]}, scale: 0.5}"))
     assert list((await look(front)).failed) in ([], [str(new)])
     assert broken(front) == {source: 1}
-    listed, logged = await told(front, new)
+    listed, logged = await reported(front, new)
     assert listed.startswith(f"{new}: ")
     assert logged == [listed]
     assert await serves(front)
@@ -237,7 +237,7 @@ async def test_lost_artifact_and_card_folders_are_reported(start, tmp_path, sour
     folder.rmdir()
     await look(front)
     assert broken(front) == {source: 1}
-    listed, logged = await told(front, folder)
+    listed, logged = await reported(front, folder)
     assert "there is no such folder" in listed
     assert logged == [listed]
     assert await serves(front)

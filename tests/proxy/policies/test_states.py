@@ -149,10 +149,10 @@ async def test_override_is_recorded_before_it_is_done(front, tmp_path):
     assert b'interpretops_policy_unproven{policy="calm"} 1.0' in front.apps.gateway.metrics.render()
     path = tmp_path / "audit" / "audit.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    told = next(record for record in records if record["event"] == "promote")
-    assert told["override"] == {"by": "ada", "why": "hotfix of an outage"}
-    assert (told["from"], told["revision"]) == (front.first, waiting)
-    after = records[records.index(told) + 1]
+    reported = next(record for record in records if record["event"] == "promote")
+    assert reported["override"] == {"by": "ada", "why": "hotfix of an outage"}
+    assert (reported["from"], reported["revision"]) == (front.first, waiting)
+    after = records[records.index(reported) + 1]
     assert (after["event"], after["revision"]) == ("policy_active", waiting)
     await front.apps.gateway.audit.sync()
     assert verify(path).intact
@@ -234,9 +234,9 @@ async def test_promotion_activates_the_reviewed_revision_or_nothing(front, tmp_p
     assert newer not in (reviewed, front.first)
     override = {"by": "ada", "why": "reviewed"}
     for body in ({"override": override}, {"to": "shadow"}, {}):
-        status, told = await promote(front, revision=reviewed[:12], **body)
-        assert (status, told["error"]["code"]) == (409, "admin_refused")
-        assert f"calm@{newer[:12]} is the candidate now" in told["error"]["message"]
+        status, reported = await promote(front, revision=reviewed[:12], **body)
+        assert (status, reported["error"]["code"]) == (409, "admin_refused")
+        assert f"calm@{newer[:12]} is the candidate now" in reported["error"]["message"]
     assert await served(front) == front.first[:12]
     async with front.admin.post("/admin/policies/calm/promote", json={"override": override}) as answer:
         assert answer.status == 400
@@ -265,9 +265,9 @@ async def test_candidate_that_changes_during_the_promotion_is_not_served(front, 
         await front.apps.gateway.intake.reload()
 
     monkeypatch.setattr(audit, "append_durably", slowly)
-    status, told = await promote(front, revision=reviewed, override={"by": "ada", "why": "reviewed"})
-    assert (status, told["error"]["code"]) == (409, "admin_refused")
-    assert "has replaced" in told["error"]["message"]
+    status, reported = await promote(front, revision=reviewed, override={"by": "ada", "why": "reviewed"})
+    assert (status, reported["error"]["code"]) == (409, "admin_refused")
+    assert "has replaced" in reported["error"]["message"]
     assert recorded == [("promote", reviewed)]
     assert await served(front) == front.first[:12]
 
@@ -282,5 +282,5 @@ async def test_rollback_may_name_its_target_and_records_both_ends(front, tmp_pat
             assert answer.status == expected
     assert await served(front) == front.first[:12]
     records = [json.loads(line) for line in (tmp_path / "audit" / "audit.jsonl").read_text().splitlines()]
-    (told,) = [record for record in records if record["event"] == "rollback"]
-    assert (told["from"], told["revision"]) == (waiting, front.first)
+    (reported,) = [record for record in records if record["event"] == "rollback"]
+    assert (reported["from"], reported["revision"]) == (waiting, front.first)

@@ -51,10 +51,10 @@ async def ask(front, path, fields, stream=False, headers=None):
         return answer.status, await answer.text()
 
 
-def is_refused(told, policy):
-    error = json.loads(told[1])["error"]
+def is_refused(reported, policy):
+    error = json.loads(reported[1])["error"]
     return (
-        (told[0], error["code"]) == (400, "field_not_allowed")
+        (reported[0], error["code"]) == (400, "field_not_allowed")
         and error["param"] in ("prompt_logprobs", "echo")
         and error["param"] in error["message"]
         and repr(policy) in error["message"]

@@ -33,8 +33,8 @@ async def test_missing_receipt_is_fetched_separately(start, engine, stream):
     engine.trick = "older_plugin"
     status, headers, body = await front.chat(model="tiny-model+calm", stream=stream)
     assert status == 200
-    told = body.split(": steering-receipt ")[1] if stream else headers["X-Steering-Receipt"]
-    assert told.startswith('{"policy":"calm"')
+    reported = body.split(": steering-receipt ")[1] if stream else headers["X-Steering-Receipt"]
+    assert reported.startswith('{"policy":"calm"')
     assert engine.receipts == {}
 
 

@@ -133,11 +133,19 @@ async def test_dry_run_explains_every_binding(guarded, engine, keys):
         async with front.admin.post("/admin/resolve", json=body, headers=headers) as answer:
             return answer.status, await answer.json()
 
-    status, told = await resolve(key=keys["acme"].split("_")[1])
-    assert (status, told["policy"], told["mode"], told["tenant"]) == (200, "calm", "mandatory", "acme")
-    assert [binding["matches"] for binding in told["bindings"]] == [True, True]
-    _, told = await resolve(tenant="other", route="/v1/completions")
-    assert (told["policy"], [binding["matches"] for binding in told["bindings"]]) == ("none", [False, True])
+    status, got = await resolve(key=keys["acme"].split("_")[1])
+    assert (status, got["policy"], got["mode"], got["tenant"]) == (
+        200,
+        "calm",
+        "mandatory",
+        "acme",
+    )
+    assert [binding["matches"] for binding in got["bindings"]] == [True, True]
+    _, got = await resolve(tenant="other", route="/v1/completions")
+    assert (got["policy"], [binding["matches"] for binding in got["bindings"]]) == (
+        "none",
+        [False, True],
+    )
     assert (await resolve(tenant="nobody"))[0] == 400
     assert (await resolve(tenant="other"))[1]["error"]["code"] == "not_permitted"
     assert engine.seen == []
@@ -271,10 +279,10 @@ async def test_keys_never_reach_log_or_metrics(guarded, keys):
     front = await guarded()
     await front.chat(headers=bearer(keys["acme"]))
     await front.chat(headers=bearer(keys["acme"] + "x"))
-    told = str(front.log) + front.apps.gateway.metrics.render().decode()
+    got = str(front.log) + front.apps.gateway.metrics.render().decode()
     _, key_id, secret = keys["acme"].split("_", 2)
-    assert key_id in told
-    assert secret not in told
+    assert key_id in got
+    assert secret not in got
     requests = [line for line in front.log if line["event"] == "request"]
     assert [line["tenant"] for line in requests] == ["acme", "none"]
 
@@ -296,21 +304,21 @@ def test_key_file_holds_no_key_and_is_private(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "got"),
     [
         ("keys: [{id: x}]", "keys[0].id"),
         ("unknown: 1", "unknown"),
         ("keys: [", "YAML"),
     ],
 )
-def test_invalid_key_file_is_reported(tmp_path, content, told):
+def test_invalid_key_file_is_reported(tmp_path, content, got):
     """An invalid file prevents start-up; the error names file and field."""
     path = tmp_path / "keys.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError) as refused:
         read_keys(path)
     assert str(path) in str(refused.value)
-    assert told in str(refused.value)
+    assert got in str(refused.value)
 
 
 async def test_missing_key_file_prevents_start_up(start, tmp_path):
@@ -333,9 +341,9 @@ async def test_key_of_an_undeclared_tenant_is_skipped(guarded, keys, tmp_path):
     assert (await front.chat(headers=bearer(ghost)))[0] == 401
     assert (await front.chat(headers=bearer(keys["acme"])))[0] == 200
     assert await front.engine_ready()
-    told = (await reload())["keys"]
-    assert (told["loaded"], [*told["skipped"]], told["failed"]) == (5, [kept.id], None)
-    assert "is for tenant 'ghost', but tenants declares acme, other;" in told["skipped"][kept.id]
+    got = (await reload())["keys"]
+    assert (got["loaded"], [*got["skipped"]], got["failed"]) == (5, [kept.id], None)
+    assert "is for tenant 'ghost', but tenants declares acme, other;" in got["skipped"][kept.id]
     assert "interpretops_keys_skipped 1.0" in front.apps.gateway.metrics.render().decode()
     revoked = keys["acme"].split("_")[1]
     write_keys(path, [key for key in read_keys(path) if key.id != revoked])
@@ -353,10 +361,10 @@ async def test_reload_fails_when_the_keys_do(guarded, keys, tmp_path):
     path = tmp_path / "keys.yaml"
     path.write_text("keys: [{id: x}]")
     async with front.admin.post("/admin/reload", headers=bearer(keys["operator"])) as answer:
-        told = await answer.json()
-    assert not told["ok"]
-    assert "keys[0].id" in told["failed"][str(path)]
-    assert told["keys"]["failed"] == told["failed"][str(path)]
+        got = await answer.json()
+    assert not got["ok"]
+    assert "keys[0].id" in got["failed"][str(path)]
+    assert got["keys"]["failed"] == got["failed"][str(path)]
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.1", "2001:db8::1"])  # noqa: S104

@@ -120,11 +120,11 @@ async def test_without_redis_limited_requests_are_refused(gateways, engine, redi
     assert await code(one) == "limits_unavailable"
     assert len(engine.seen) == 1
 
-    async def told():
+    async def reported():
         async with one.public.get("/readyz") as answer:
             return (await answer.json())["reasons"] == ["limits_away"]
 
-    await until(told)
+    await until(reported)
     assert away(one)
     await redis.start()
     # A not-ready endpoint gets no requests, so it must detect recovery by itself.
@@ -140,10 +140,10 @@ async def test_redis_that_cannot_write_counts_as_unreachable(gateways, redis, un
         await client.config_set("maxmemory", "1")
         assert await client.ping()
 
-        async def told():
+        async def reported():
             return away(one)
 
-        await until(told)
+        await until(reported)
         assert not await one.engine_ready()
         await client.config_set("maxmemory", "0")
     await until(one.engine_ready)
@@ -177,11 +177,11 @@ async def test_without_redis_each_gateway_may_count_for_itself(gateways, engine,
     assert [await code(one), await code(one), await code(one)] == [200, 200, "rate_limit_exceeded"]
     await redis.start()
 
-    async def told():
+    async def reported():
         async with Redis.from_url(redis.url) as client:
             return [int(await client.get(key)) async for key in client.scan_iter("*:budget:*")] == [1500]
 
-    await until(told)
+    await until(reported)
     assert await code(other) == "insufficient_quota"
 
 
@@ -191,10 +191,10 @@ async def test_tenant_without_limits_needs_no_redis(gateways, redis, until):
     await redis.stop()
     assert await code(one) == 200
 
-    async def told():
+    async def reported():
         return away(one)
 
-    await until(told)
+    await until(reported)
     assert await code(one) == 200
     assert await one.engine_ready()
 
@@ -245,11 +245,11 @@ async def test_outage_is_reported_without_interruption(gateways, redis, until):
     assert await code(one) == 200
     await redis.stop()
 
-    async def told():
+    async def reported():
         await code(one)
         return away(one)
 
-    await until(told)
+    await until(reported)
     for _ in range(300):
         assert await code(one) == 200
         assert away(one)

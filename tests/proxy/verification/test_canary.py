@@ -94,15 +94,15 @@ async def test_canary_affects_no_tenant_and_no_traffic_metric(canary, scripted, 
     front, canary = await canary()
     for _ in range(2):
         await canary.step("calm")
-    told = shown(front)
-    assert 'interpretops_tenant_tokens_total{tenant="canary"} 36.0' in told
-    assert "interpretops_requests_total{" not in told
-    assert 'interpretops_policy_tokens_evaluated_total{policy="calm"} 0.0' in told
+    got = shown(front)
+    assert 'interpretops_tenant_tokens_total{tenant="canary"} 36.0' in got
+    assert "interpretops_requests_total{" not in got
+    assert 'interpretops_policy_tokens_evaluated_total{policy="calm"} 0.0' in got
     asked = [seen["vllm_xargs"]["interpretops_revision"] for seen in engine.seen]
     assert sorted(asked) == sorted([NONE, NONE, *engine.plans, *engine.plans])
     salts = [seen["cache_salt"] for seen in engine.seen]
     assert len(set(salts)) == 2
-    assert not any(prompt in json.dumps(front.log) + told for prompt in SUITE["harmful"] + SUITE["benign"])
+    assert not any(prompt in json.dumps(front.log) + got for prompt in SUITE["harmful"] + SUITE["benign"])
 
 
 async def test_client_cannot_be_the_canary(start):
@@ -184,9 +184,9 @@ async def test_latency_over_budget_triggers_the_policys_action(canary, scripted,
         await canary.step("calm")
     assert 'interpretops_canary_breach{measure="latency_overhead",policy="calm"} 0.0' in shown(front)
     assert (await front.chat(model="tiny-model+calm"))[0] == 200
-    told = [line for line in front.log if line["event"].startswith("canary_breach")]
-    assert [line["event"] for line in told] == ["canary_breach", "canary_breach_over"]
-    assert told[0]["action"] == action
+    got = [line for line in front.log if line["event"].startswith("canary_breach")]
+    assert [line["event"] for line in got] == ["canary_breach", "canary_breach_over"]
+    assert got[0]["action"] == action
 
 
 async def test_breach_needs_the_whole_interval_beyond_the_limit(canary, scripted):
@@ -247,8 +247,8 @@ async def test_every_pair_is_recorded(canary, scripted, tmp_path):
     path = tmp_path / "audit.jsonl"
     _, canary = await canary(**{"audit.path": path})
     await canary.step("calm")
-    (told,) = [json.loads(line) for line in path.read_bytes().splitlines() if b'"canary"' in line]
-    assert (told["event"], told["tenant"], told["policy"]) == ("canary", "canary", "calm")
+    (got,) = [json.loads(line) for line in path.read_bytes().splitlines() if b'"canary"' in line]
+    assert (got["event"], got["tenant"], got["policy"]) == ("canary", "canary", "calm")
 
 
 def test_shipped_suite_is_valid_and_a_wrong_one_is_reported(tmp_path):

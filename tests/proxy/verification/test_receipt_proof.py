@@ -24,17 +24,17 @@ def receipt(**fields):
 def test_correct_receipt_proves_and_one_token_less_does_not(prompts, choices, prompt, answer, again):
     """The minimum is prompt plus answer except each last token; recomputed tokens come on top."""
     size, requests = Size(prompts, choices), prompts * choices
-    told = AnswerUsage(prompts * prompt, requests * answer)
+    reported = AnswerUsage(prompts * prompt, requests * answer)
     least = requests * max(1, prompt + answer - 1)
     assert (
-        receipt_fault(receipt(requests=requests, tokens_evaluated=least + again), REVISION, size, told)
+        receipt_fault(receipt(requests=requests, tokens_evaluated=least + again), REVISION, size, reported)
         is None
     )
     cached = min(least - requests, again)
     honest = receipt(requests=requests, tokens_evaluated=least - cached, cached_tokens=cached)
-    assert receipt_fault(honest, REVISION, size, told) is None
+    assert receipt_fault(honest, REVISION, size, reported) is None
     short = receipt(requests=requests, tokens_evaluated=least - 1)
-    assert receipt_fault(short, REVISION, size, told) is not None
+    assert receipt_fault(short, REVISION, size, reported) is not None
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ async def test_stream_longer_than_its_receipt_is_not_completed(start, engine):
     engine.more = {"tokens_evaluated": 20}
     assert (await front.chat(stream=True))[2].endswith("data: [DONE]\n\n")
     engine.more = {"tokens_evaluated": 10}
-    assert "receipt_failed" in (told := (await front.chat(stream=True))[2])
-    assert "[DONE]" not in told
+    assert "receipt_failed" in (reported := (await front.chat(stream=True))[2])
+    assert "[DONE]" not in reported
     usage = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 8}}
     engine.script = lambda body: [{"choices": [{"text": "x"}]}, usage]
     engine.more = {"tokens_evaluated": 12}

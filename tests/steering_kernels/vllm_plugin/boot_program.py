@@ -19,7 +19,7 @@ def main(cases: str, result: str) -> None:
 
     from steering_kernels.vllm_plugin import register
 
-    told: dict[str, object] = {}
+    reported: dict[str, object] = {}
     real = vllm.__version__
     versions: dict[str, str | None] = {}
     for version in VERSIONS:
@@ -34,10 +34,10 @@ def main(cases: str, result: str) -> None:
     for name, arguments in json.loads(Path(cases).read_text()).items():
         try:
             EngineArgs(**arguments).create_engine_config()
-            told[name] = None
+            reported[name] = None
         except ValueError as error:
-            told[name] = str(error)
-    Path(result).write_text(json.dumps(told | {"versions": versions, "graphs": graphs()}))
+            reported[name] = str(error)
+    Path(result).write_text(json.dumps(reported | {"versions": versions, "graphs": graphs()}))
 
 
 def graphs() -> dict[str, dict[str, str]]:

@@ -26,7 +26,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> dict[str, Any]:
+def reported(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> dict[str, Any]:
     """The plugin's result for every configuration and version."""
     folder = tmp_path_factory.mktemp("boot")
     known = save_family("LlamaForCausalLM", folder)
@@ -49,38 +49,38 @@ def told(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> d
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_configuration_that_would_break_the_row_map_is_refused(name: str, told: dict[str, Any]) -> None:
+def test_configuration_that_would_break_the_row_map_is_refused(name: str, reported: dict[str, Any]) -> None:
     """The refusal is one line that names the setting."""
-    assert told[name].startswith(f"interpretops refuses to boot this engine with {REFUSED[name][1]}")
-    assert "\n" not in told[name]
+    assert reported[name].startswith(f"interpretops refuses to boot this engine with {REFUSED[name][1]}")
+    assert "\n" not in reported[name]
 
 
-def test_unknown_architecture_is_refused(told: dict[str, Any]) -> None:
+def test_unknown_architecture_is_refused(reported: dict[str, Any]) -> None:
     """An unsupported architecture is named, with the supported ones."""
-    assert "architecture ['GPT2LMHeadModel'], which is unknown" in told["unknown architecture"]
-    assert "LlamaForCausalLM" in told["unknown architecture"]
+    assert "architecture ['GPT2LMHeadModel'], which is unknown" in reported["unknown architecture"]
+    assert "LlamaForCausalLM" in reported["unknown architecture"]
 
 
-def test_other_versions_of_vllm_are_refused(told: dict[str, Any]) -> None:
+def test_other_versions_of_vllm_are_refused(reported: dict[str, Any]) -> None:
     """The version is checked before anything is patched; the error names the supported one."""
-    for version, refusal in told["versions"].items():
+    for version, refusal in reported["versions"].items():
         assert refusal is not None
         assert refusal.startswith(f"vllm = {version}, but the interpretops plugin supports 0.32.x")
 
 
-def test_supported_configurations_boot(told: dict[str, Any]) -> None:
+def test_supported_configurations_boot(reported: dict[str, Any]) -> None:
     """The plain engine, compilation and tensor parallelism are accepted."""
-    assert told["plain"] is None
-    assert told["compiled"] is None
-    assert told["two ranks"] is None
+    assert reported["plain"] is None
+    assert reported["compiled"] is None
+    assert reported["two ranks"] is None
 
 
-def test_whole_model_graphs_need_a_runner_that_supports_the_op(told: dict[str, Any]) -> None:
+def test_whole_model_graphs_need_a_runner_that_supports_the_op(reported: dict[str, Any]) -> None:
     """Such graphs are for decode steps only; with other runners they become piecewise. Disabled graphs stay
     disabled."""
     left = {"NONE": "NONE", "PIECEWISE": "PIECEWISE"}
     full = ("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
-    assert told["graphs"] == {
+    assert reported["graphs"] == {
         "whole": left | dict.fromkeys(full, "FULL_AND_PIECEWISE"),
         "pieces": left | dict.fromkeys(full, "PIECEWISE"),
     }

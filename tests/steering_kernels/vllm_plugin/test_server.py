@@ -221,11 +221,11 @@ def test_receipt_is_sent_with_its_answer(
     if stream:
         *_, end, last, rest = answer.text.split("\n\n")
         assert (end, rest) == ("data: [DONE]", "")
-        told = last.removeprefix(": interpretops-receipt ")
+        reported = last.removeprefix(": interpretops-receipt ")
     else:
-        told = answer.headers["X-InterpretOps-Receipt"]
+        reported = answer.headers["X-InterpretOps-Receipt"]
         assert len(answer.json()["choices"]) == 1
-    receipt = json.loads(told)
+    receipt = json.loads(reported)
     assert (receipt["revision"], receipt["requests"], receipt["finished"]) == (resident.revision, 1, True)
     assert receipt["tokens_evaluated"] >= 5
     assert client.get(f"/interpretops/v1/receipts/{nonce}").status_code == 404

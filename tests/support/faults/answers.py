@@ -24,7 +24,7 @@ class Judgement:
 
     kind: Kind
     why: str = ""
-    told: str = ""
+    reported: str = ""
     """Code and message that the caller got for an engine failure."""
 
 
@@ -54,7 +54,7 @@ def judge(status: int, headers: Mapping[str, str], text: str) -> Judgement:
     last = events[-1].partition("data: ")[2] if events else ""
     why = _shape(last)
     if why is None:
-        return Judgement("broken_off", told=_told(last))
+        return Judgement("broken_off", reported=_error_text(last))
     return Judgement("misshapen", f"stream ends in {why}")
 
 
@@ -75,11 +75,13 @@ def _judge_refusal(status: int, headers: Mapping[str, str], text: str) -> Judgem
         why = "an internal error"
     if why is not None:
         return Judgement("misshapen", f"status {status}: {why}")
-    told = _told(text)
-    return Judgement("refused", told=told if told.startswith((EngineFailed.code, EngineTimeout.code)) else "")
+    reported = _error_text(text)
+    return Judgement(
+        "refused", reported=reported if reported.startswith((EngineFailed.code, EngineTimeout.code)) else ""
+    )
 
 
-def _told(text: str) -> str:
+def _error_text(text: str) -> str:
     error = json.loads(text)["error"]
     return f"{error['code']}: {error['message']}"
 

@@ -94,10 +94,10 @@ async def plan_corrupted(stand: Stand, traffic: Traffic) -> None:
             # A vector is read together with the policy that names it.
             policy.write_text(text + "# again\n")
 
-        async def told() -> bool:
+        async def reported() -> bool:
             return bool(await stand.policy_error()) or await stand.metric("interpretops_policy_broken") > 0
 
-        await stand.until(told, f"{path.name} is told to be broken")
+        await stand.until(reported, f"{path.name} is reported to be broken")
         await traffic.steered_again()
         path.write_bytes(whole)
         policy.write_text(text)
@@ -129,7 +129,7 @@ async def folder_gone(stand: Stand, traffic: Traffic) -> None:
         return not await missed()
 
     stand.policies.rename(aside)
-    await stand.until(missed, "the folder is told to be gone")
+    await stand.until(missed, "the folder is reported to be gone")
     await traffic.steered_again()
     aside.rename(stand.policies)
     await stand.until(found, "the folder is there again")

@@ -69,9 +69,9 @@ async def disconnect(stand: Stand, traffic: Traffic, count: int) -> None:
                 await writer.drain()
                 await asyncio.sleep(pick.random() * (0.02 if stream else 1))
             else:
-                told = await reader.readuntil(b"\r\n\r\n")
-                if not told.startswith(b"HTTP/1.1 200"):
-                    traffic.count(await _read_body(reader, told), f"one to be left {phase}")
+                reported = await reader.readuntil(b"\r\n\r\n")
+                if not reported.startswith(b"HTTP/1.1 200"):
+                    traffic.count(await _read_body(reader, reported), f"one to be left {phase}")
                 elif phase == "mid-stream":
                     for _ in range(3):
                         await reader.readuntil(b"\n\n")

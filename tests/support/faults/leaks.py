@@ -69,15 +69,15 @@ async def look(stand: Stand) -> Figures:
     )
     in_flight = await stand.metric("interpretops_requests_in_flight")
     gateway = stand.gateway
-    told = stand.state()
-    names = Counter(told["tasks"])
+    reported = stand.state()
+    names = Counter(reported["tasks"])
     return Figures(
         tasks=names.total(),
         task_names=names,
         fds=gateway.num_fds(),
         sockets=len(gateway.net_connections("all")),
-        threads=told["threads"] - told["pool_idle"],
-        pool_idle=told["pool_idle"],
+        threads=reported["threads"] - reported["pool_idle"],
+        pool_idle=reported["pool_idle"],
         engine_requests=int(waiting),
         revisions=max(len(rank.resident) for core in attested.engines for rank in core.ranks),
         in_flight=int(in_flight),

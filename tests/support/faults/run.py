@@ -82,8 +82,8 @@ async def run_faults(stand: Stand, faults: Iterable[Breakage], tell: Callable[[s
             tell(f"  LEFT BEHIND: {grown}")
     outcome.counts = {kind: traffic.counts[kind] for kind in (*_ANSWERS, *_NO_ANSWERS)}
     for line, times in traffic.failures.items():
-        told = line.partition(": ")[2]
-        outcome.failures[told] = outcome.failures.get(told, 0) + times
+        reported = line.partition(": ")[2]
+        outcome.failures[reported] = outcome.failures.get(reported, 0) + times
     outcome.wrong += traffic.faults
     outcome.wrong += _unrecorded(stand, traffic)
     return outcome

@@ -117,8 +117,8 @@ class Stand:
         while not file.exists():
             assert time.monotonic() < end, "the gateway does not tell its state"
             time.sleep(0.02)
-        told: dict[str, Any] = json.loads(file.read_bytes())
-        return told
+        reported: dict[str, Any] = json.loads(file.read_bytes())
+        return reported
 
     def set_clock(self, shift: str) -> None:
         """Make the gateway's clock jump; its monotonic clock continues, as when the system time is set."""
@@ -167,17 +167,17 @@ async def make_stand(
         try:
             line = (await process.stdout.readline()).decode()
             log.seek(0)
-            told = re.search(r"model (\S+), .* admin and metrics on (\S+)", text := log.read())
-            if told is None or not line.startswith("ready: "):
+            reported = re.search(r"model (\S+), .* admin and metrics on (\S+)", text := log.read())
+            if reported is None or not line.startswith("ready: "):
                 raise RuntimeError(f"the gateway did not start: {text[-2000:]}")
             async with _session() as session:
                 url = line.split()[1].removesuffix("/v1")
                 yield Stand(
                     process.pid,
                     url,
-                    told[2],
+                    reported[2],
                     folder,
-                    told[1],
+                    reported[1],
                     engine_socket,
                     engine_pid,
                     disk_is_mount,

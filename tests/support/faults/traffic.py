@@ -59,8 +59,8 @@ class Traffic:
         self.counts[judged.kind] += 1
         if judged.why:
             self.faults.append(f"{judged.kind} on {where} {way}: {judged.why}")
-        if judged.told:
-            self.failures[f"{where}: {judged.told}"] += 1
+        if judged.reported:
+            self.failures[f"{where}: {judged.reported}"] += 1
         if judged.kind == "steered" and request_id:
             self.steered_ids.add(request_id)
 

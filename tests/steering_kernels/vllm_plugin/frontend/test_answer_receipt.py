@@ -59,8 +59,8 @@ async def ask(app: FastAPI, path: str, nonce: str | None = NONCE) -> httpx.Respo
         return await client.post(path, headers={} if nonce is None else {"X-InterpretOps-Nonce": nonce})
 
 
-def check(told: str) -> None:
-    receipt: dict[str, Any] = json.loads(told)
+def check(reported: str) -> None:
+    receipt: dict[str, Any] = json.loads(reported)
     assert (receipt["revision"], receipt["tokens_evaluated"], receipt["finished"]) == ("none", 3, True)
     assert RECEIPTS.take(NONCE) is None
 

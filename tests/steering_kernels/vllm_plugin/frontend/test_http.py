@@ -53,8 +53,8 @@ class Executor:
         self.spoil: dict[str, Any] = {}
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        told = json.loads(json.dumps(getattr(self.worker, method)(*args)))
-        return [told | self.spoil if self.spoil and method == "interpretops_load" else told]
+        reported = json.loads(json.dumps(getattr(self.worker, method)(*args)))
+        return [reported | self.spoil if self.spoil and method == "interpretops_load" else reported]
 
 
 class Client:
@@ -107,9 +107,9 @@ async def test_loaded_plan_is_attested_and_retired(http: httpx.AsyncClient, spec
     plan = vector_plan(spec, 1.0, layer=1)
     loaded = LoadedPlan.parse((await http.put(plan_path(plan.revision), content=plan.to_bytes())).json())
     assert [(rank.rank, rank.digest) for rank in loaded.ranks] == [(0, plan.digest())]
-    told = (await http.get(ATTEST_ROUTE)).json()
-    attested = Attestation.parse(told)
-    assert attested.body() == told
+    reported = (await http.get(ATTEST_ROUTE)).json()
+    attested = Attestation.parse(reported)
+    assert attested.body() == reported
     assert (attested.model, attested.points) == (describe_model(spec), list(POINTS))
     (core,) = attested.engines
     assert core.resident[plan.revision].digest == core.ranks[0].resident[plan.revision] == plan.digest()
