@@ -134,7 +134,7 @@ def test_unreadable_folder_is_not_an_empty_one(open_folder, policy_writer):
     with without_rights(artifacts):
         found = folders.scan()
         assert found.hidden.keys() == {artifacts}
-        text = f"not readable: {artifacts}: Permission denied"
+        text = f"unreadable: {artifacts}: Permission denied"
         assert text in Artifacts(artifacts, MODEL)._what_there_is()
 
 
