@@ -23,7 +23,7 @@ run: install ## Start engine and gateway on 127.0.0.1:8000 (ARGS="--port 9000 â€
 
 .PHONY: test
 test: install ## Run the tests, real engine included (ARGS="-m 'not engine'" leaves that out; see docs/testing.md)
-	@$(bin)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=10 -m "not long" $(ARGS)
+	@$(bin)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 -m "not long" $(ARGS)
 
 .PHONY: test-long
 test-long: install ## Run the tests that take minutes each, one after another

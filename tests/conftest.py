@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # One thread a process: tests run side by side, and threads that wait for each other on busy cores cost
 # several times what they save. Read when numpy and torch are first imported.
@@ -29,12 +30,16 @@ os.environ["XDG_STATE_HOME"] = _state
 atexit.register(shutil.rmtree, _state, ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` one worker runs all that starts engines."""
+    from engine_scheduling import EnginesInOneWorker
+
+    return EnginesInOneWorker(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all that starts engines, the others whole files; skip what needs a GPU without one."""
-    for item in items:
-        group = "engine" if item.get_closest_marker("engine") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Skip what is marked `gpu` where torch finds none, and say so."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
