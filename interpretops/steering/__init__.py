@@ -1,1 +1,1 @@
-"""Steers a model in this process: tables of resident plans, hooks and sessions. Needs torch."""
+"""Applies plans to a model in this process: tables and hooks, for vLLM's workers and the SDK. Needs torch."""
