@@ -402,7 +402,8 @@ def test_port_in_use_is_one_line(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         assert fail(tmp_path, "--port", str(port)) == (
-            f"gateway.port = {port}, but another program uses it; stop that, or choose another with --port"
+            f"gateway.port = {port}, but another program uses it; stop that program, or "
+            "choose another port with --port"
         )
 
 
@@ -424,4 +425,4 @@ def test_engine_that_dies_while_starting_is_one_line(tmp_path, default_model_dir
     config = "engine: {extra_args: ['--max-num-batched-tokens=1']}"
     reported = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config, timeout_s=180)
     assert reported.startswith("engine exited with status 1: max_num_batched_tokens (1) must be")
-    assert "; see  " in reported
+    assert "; see " in reported

@@ -261,7 +261,7 @@ def test_missing_or_wrong_key_is_named_without_its_text(monkeypatch, tmp_path):
     """The reference is named with the remedy; the content of the variable or file never is."""
     monkeypatch.setenv("BAD", "hunter2")
     for reference, message in (
-        ("env:NONE_HERE", "no such variable"),
+        ("env:NONE_HERE", "that variable is not set"),
         (f"file:{tmp_path / 'none'}", "cannot be read"),
         ("env:BAD", "mechctl transcripts key"),
     ):
