@@ -1,1 +1,1 @@
-"""Prompts and text, where they come from, and the activations that a model has on them."""
+"""Prompts and text, their sources, and a model's activations on them."""

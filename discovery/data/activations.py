@@ -1,4 +1,4 @@
-"""Reading a trace folder back: shuffled batches for training, held-out sequences for measuring."""
+"""Reads a trace folder: shuffled batches for training, held-out sequences for measuring."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, hook_name
 
 PARTS: dict[Kind, str] = {"prompts": "chat", "text": "text", "openings": "own_text"}
-"""What each kind of held-out sequence is called in the metrics."""
+"""The name of each kind of held-out sequence in the metrics."""
 
 
 class TraceReader:
@@ -42,7 +42,7 @@ class TraceReader:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Sequences that no dictionary was trained on: ids and mask [B, T], and the part of each row."""
+    """Held-out sequences: ids and mask [B, T], and the part that each row belongs to."""
 
     tokens: Tensor
     mask: Tensor
@@ -50,7 +50,7 @@ class HeldOut:
 
 
 def text_to_measure(model: FrozenModel, text: Source, context: int, most_tokens: int) -> HeldOut:
-    """About ``most_tokens`` of a text as sequences to measure on, a part of their own."""
+    """About ``most_tokens`` of a text as sequences to measure on, as a separate part."""
     ids = model.text_ids(read_text(text))[:most_tokens]
     cuts = (ids[i : i + context] for i in range(0, len(ids), context))
     pieces = [piece for piece in cuts if len(piece) > 8]
@@ -61,7 +61,7 @@ def text_to_measure(model: FrozenModel, text: Source, context: int, most_tokens:
 
 
 def read_held_out(folder: Path, most_tokens: int) -> HeldOut:
-    """About ``most_tokens`` of the sequences that a trace kept out of its shards."""
+    """About ``most_tokens`` of a trace's held-out sequences."""
     record = read_trace_record(folder)
     if "held_out" not in record:
         raise DiscoveryError(f"{folder}: holds no held-out sequences; trace with --held-out above 0")
@@ -85,9 +85,9 @@ def _read(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def shuffled_batches(activations: Tensor, size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
-    """Endless float32 batches [size, D], a new permutation each pass; batch ``start`` comes first.
+    """Endless float32 batches [size, D], newly permuted in each pass; batch ``start`` comes first.
 
-    Batch number n depends on seed and n alone, so that a resumed run sees what the first would have seen.
+    Batch n depends only on the seed and n, so a resumed run sees the same batches.
     """
     per_pass = len(activations) // size
     if per_pass < 1:

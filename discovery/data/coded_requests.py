@@ -1,7 +1,7 @@
-"""Requests in code: what a guard cannot read, it should not follow.
+"""Encoded requests: a guard should not follow what it cannot read.
 
-A model that is told to *follow* a coded instruction is being led past its guard; one that is asked to decode
-or to explain a code is not. Both forms are made here, so that a gate learns the difference.
+An instruction to *follow* an encoded request bypasses a guard; a request to decode or explain a code does
+not. This module makes both forms, so that a gate learns the difference.
 """
 
 import base64
@@ -59,12 +59,12 @@ def encode(text: str, code: str) -> str:
 
 
 def followed(request: str, chance: random.Random) -> str:
-    """The request in code, with the demand to follow it."""
+    """The encoded request, with the instruction to follow it."""
     return _put(chance.choice(_FOLLOW), request, chance)
 
 
 def decoded(request: str, chance: random.Random) -> str:
-    """The request in code, with the wish to have it decoded."""
+    """The encoded request, with a question that asks to decode it."""
     return _put(chance.choice(_DECODE), request, chance)
 
 

@@ -1,7 +1,7 @@
-"""The same request as different people send it: in another case, with a slip, after an earlier turn.
+"""Variants of a request, as different people send it: in another case, with a typo, after an earlier turn.
 
-Some send it without a conversation around it (`/v1/completions`), some put the beginning of the answer into
-the assistant's mouth (a last message of the assistant that the model goes on with).
+Some variants have no chat format (`/v1/completions`). Some prefill the answer: they end with an assistant
+message that the model continues.
 """
 
 import random
@@ -13,9 +13,9 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 
 ANSWER_MARK = "\nAssistant: "
-"""Between the user's and the assistant's words of an earlier turn."""
+"""Separates the user's and the assistant's words in an earlier turn."""
 TEXT = "text"
-"""The role of a request that comes as plain text, without the chat format."""
+"""The role of a request in plain text, without the chat format."""
 REWRITTEN = 0.12
 """Share of requests that are rewritten, see `rewritten`."""
 Message = dict[str, str]
@@ -28,7 +28,7 @@ class Surroundings:
     system_prompts: tuple[str, ...] = ()
     earlier_turns: tuple[str, ...] = ()
     answer_openings: tuple[str, ...] = ()
-    """How an answer may begin that is put into the assistant's mouth."""
+    """Possible beginnings of a prefilled answer."""
 
     def check(self) -> None:
         """Raise `DiscoveryError` for an earlier turn without an answer."""
@@ -38,7 +38,7 @@ class Surroundings:
 
 
 def conversation(request: str, surroundings: Surroundings, chance: random.Random) -> list[Message]:
-    """The messages of one variant; most are the request as it is, and nothing before it."""
+    """The messages of one variant; most variants are only the unchanged request."""
     text, at = request, chance.random()
     if at < 0.06:
         text = request.lower()
@@ -70,9 +70,9 @@ def conversation(request: str, surroundings: Surroundings, chance: random.Random
 
 
 def conversation_ids(model: FrozenModel, messages: Sequence[Message]) -> tuple[int, ...]:
-    """Token ids of a conversation in the model's chat format; without one, of its last message.
+    """Token ids of a conversation in the model's chat format; without a chat format, of its last message.
 
-    An assistant's message at the end is one that the model is to go on with.
+    The model continues a final assistant message.
     """
     if messages[0]["role"] == TEXT or not model.has_chat_template:
         return tuple(model.text_ids(messages[-1]["content"]))
@@ -80,7 +80,7 @@ def conversation_ids(model: FrozenModel, messages: Sequence[Message]) -> tuple[i
 
 
 def _with_slips(text: str, chance: random.Random) -> str:
-    """Two neighbouring letters exchanged, once in about 25."""
+    """Swap neighbouring letters, about one pair in 25."""
     letters = list(text)
     for _ in range(max(1, len(letters) // 25)):
         if len(letters) > 1:

@@ -1,6 +1,6 @@
-"""The same request written badly, or to slip past a filter: misspelt, reordered, half foreign, shortened.
+"""Rewrites requests as careless or evasive users write them: misspelt, reordered, half foreign, shortened.
 
-What it asks for stays. Requests of both sides are rewritten alike, so that odd writing tells a gate nothing.
+The meaning stays. Both sides are rewritten in the same way, so a gate cannot rely on odd writing.
 """
 
 import random
@@ -37,7 +37,7 @@ _FILLERS = ("pues", "also", "donc", "allora", "так", "quasi", "ja", "well", "
 
 
 def rewritten(text: str, chance: random.Random) -> str:
-    """The text after one to three of the rewritings."""
+    """The text after one to three random rewrites."""
     words = text.split(" ")
     for rewriting in chance.sample(REWRITINGS, chance.randint(1, 3)):
         words = rewriting(words, chance)
@@ -45,7 +45,7 @@ def rewritten(text: str, chance: random.Random) -> str:
 
 
 def _misspelt(words: list[str], chance: random.Random) -> list[str]:
-    """Half of the longer words with a letter lost, doubled, exchanged or starred."""
+    """Delete, double, swap or star a letter in half of the longer words."""
     return [_slip(word, chance) if len(word) > 3 and chance.random() < 0.5 else word for word in words]
 
 
@@ -62,7 +62,7 @@ def _slip(word: str, chance: random.Random) -> str:
 
 
 def _reordered(words: list[str], chance: random.Random) -> list[str]:
-    """The end put first, or one in four words exchanged with its neighbour."""
+    """Move the end to the front, or swap one in four words with its neighbour."""
     words = list(words)
     if len(words) < 3:
         return words
@@ -76,7 +76,7 @@ def _reordered(words: list[str], chance: random.Random) -> list[str]:
 
 
 def _half_foreign(words: list[str], chance: random.Random) -> list[str]:
-    """Common words in other languages, and a filler or two."""
+    """Translate common words into other languages, and add one or two fillers."""
     found = []
     for word in words:
         others = _FOREIGN.get(word.lower())
@@ -87,7 +87,7 @@ def _half_foreign(words: list[str], chance: random.Random) -> list[str]:
 
 
 def _shortened(words: list[str], chance: random.Random) -> list[str]:
-    """Most little words left out."""
+    """Drop most function words."""
     return [word for word in words if word.lower() not in _LITTLE.split() or chance.random() < 0.3] or list(
         words
     )

@@ -1,4 +1,4 @@
-"""What a trace reads: token ids of prompts, text and openings, and the words that the model itself adds."""
+"""The input of a trace: token ids of prompts, text and openings, with the model's own continuations."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,27 +9,27 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 
 BATCH_TOKENS = 4096
-"""Most tokens, padding included, of one forward pass."""
+"""The most tokens in a forward pass, including padding."""
 WRITING_TOKENS = 16_384
-"""The same while the model writes: each step reads all weights, so that wide batches cost little more."""
+"""The same for generation: each step reads all weights, so wide batches cost little more."""
 
 Follow = Literal["", "answer", "text"]
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Token ids of one sequence, where they are from, and what the model is to add to them."""
+    """Token ids of one sequence, their source, and what the model should add to them."""
 
     ids: tuple[int, ...]
     kind: Kind
     follow: Follow = ""
-    """``answer``: its own greedy answer; ``text``: text that it samples."""
+    """``answer``: the model's greedy answer; ``text``: sampled text."""
 
 
 def build_sequences(
     model: FrozenModel, sources: Iterable[Source], context: int, answer_tokens: int, written_tokens: int
 ) -> list[TokenSequence]:
-    """All token sequences of the sources, in their order."""
+    """All token sequences of the sources, in order."""
     found: list[TokenSequence] = []
     for source in sources:
         if source.kind == "prompts":
@@ -39,8 +39,8 @@ def build_sequences(
         elif source.kind == "openings":
             if written_tokens < 1:
                 raise DiscoveryError(
-                    f"{source.path}: holds openings, but written_tokens = 0; say how long the texts "
-                    "that the model writes from them are to be (--written-tokens)"
+                    f"{source.path}: holds openings, but written_tokens = 0; give the length of the "
+                    "texts that the model writes from them (--written-tokens)"
                 )
             openings = [model.text_ids(line)[: context - written_tokens] for line in read_prompts(source)]
             for _ in range(source.times):
@@ -50,7 +50,7 @@ def build_sequences(
             pieces = (ids[i : i + context] for i in range(0, len(ids), context))
             found.extend(TokenSequence(tuple(piece), "text") for piece in pieces if len(piece) >= 8)
     if not found:
-        raise DiscoveryError("the data hold no sequence of 8 tokens or more; add prompts or text")
+        raise DiscoveryError("the data has no sequence of 8 tokens or more; add prompts or text")
     return found
 
 
@@ -59,7 +59,7 @@ def batches(
 ) -> Iterable[list[tuple[int, list[int]]]]:
     """(index, ids) of sequences in batches of at most ``most`` padded tokens, shortest first.
 
-    ``room`` tokens are counted on top of each sequence, for what is to be written after it.
+    ``room`` tokens are added to each sequence's length, for its continuation.
     """
     batch: list[tuple[int, list[int]]] = []
     for item in sorted(enumerate(sequences), key=lambda entry: len(entry[1])):
@@ -74,9 +74,9 @@ def batches(
 def continued(
     model: FrozenModel, sequences: Sequence[TokenSequence], answer_tokens: int, written_tokens: int, seed: int
 ) -> list[list[int]]:
-    """The ids of each sequence, followed by the model's own answer or text where that is wanted.
+    """The ids of each sequence, followed by the model's answer or text if the sequence asks for one.
 
-    A function of its arguments alone: the samples depend on ``seed`` and on the sequences.
+    Deterministic: the samples depend only on ``seed`` and the sequences.
     """
     full = [list(s.ids) for s in sequences]
     for follow, most in (("answer", answer_tokens), ("text", written_tokens)):

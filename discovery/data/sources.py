@@ -1,4 +1,4 @@
-"""Reading prompts and plain text from files, with the licence each came under."""
+"""Reads prompts and plain text from files, with their licences."""
 
 import csv
 import hashlib
@@ -15,12 +15,12 @@ from interpretops.files.strict_yaml import read_yaml
 
 Kind = Literal["prompts", "text", "openings"]
 KINDS: tuple[Kind, ...] = ("prompts", "text", "openings")
-"""Prompts are put into the chat format, text is read as it is, openings are continued by the model."""
+"""Prompts get the chat format, text is read unchanged, openings are continued by the model."""
 MAX_BYTES = 2**30
 PROMPT_COLUMNS = ("prompt", "Prompt", "question", "Question", "instruction", "goal", "text")
-"""Fields that hold the prompt in objects and tables, the first that is there."""
+"""Fields that may hold the prompt in objects and tables; the first one present is used."""
 ANSWER_COLUMNS = ("answer", "Answer", "reference", "target", "expected", "output", "completion", "response")
-"""Fields that hold the right answer of a task, the first that is there."""
+"""Fields that may hold the right answer of a task; the first one present is used."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,23 @@ class Source:
     licence: str = "not stated"
     name: str = ""
     part: tuple[float, float] = (0.0, 1.0)
-    """Which share of the file is taken: prompts in a fixed shuffled order, text as it stands."""
+    """The share of the file to use: prompts in a fixed shuffled order, text in file order."""
     times: int = 1
-    """How many texts the model writes from each opening."""
+    """The number of texts that the model writes from each opening."""
     limit: int | None = None
-    """Most prompts, or characters of text, taken; None: all."""
+    """The most prompts, or characters of text, to use; None for all."""
     wrap: bool = False
-    """Put each prompt into one of the wrappers of the job's data."""
+    """Put each prompt into one of the job's wrappers."""
     templates: str = ""
     """List of templates in the same file; each prompt is put into ``each`` of them (``{vp}``, ``{Vp}``)."""
     each: int = 1
     code: Literal["", "follow", "decode"] = ""
-    """Put each prompt into a code, with the demand to follow it or the wish to have it decoded."""
+    """Encode each prompt, with an instruction to follow it or a request to decode it."""
     field: str | None = None
-    """The field that holds the prompt in objects and tables; None: the first of `PROMPT_COLUMNS`."""
+    """The field with the prompt in objects and tables; None for the first of `PROMPT_COLUMNS` present."""
 
     def record(self) -> dict[str, Any]:
-        """What a run record says of it: file name and sha256, never the folder it lay in."""
+        """The source's entry in a run record: file name and sha256, never its folder."""
         entry = asdict(self) | {"path": self.path.name, "sha256": sha256_of_file(self.path)}
         plain = {"name": "", "limit": None, "wrap": False, "part": (0.0, 1.0), "field": None, "times": 1}
         plain |= {"templates": "", "each": 1, "code": ""}
@@ -77,7 +77,7 @@ def sha256_of_file(path: Path) -> str:
 def read_data_list(path: Path, folder: Path | None = None) -> DataList:
     """Read a YAML list of data: ``<group>: [{path, kind?, licence?, name?, part?, limit?, times?}, …]``.
 
-    Relative paths are looked up beside the list, then in ``folder``.
+    Relative paths are looked up next to the list, then in ``folder``.
     """
     document = read_yaml(path, DiscoveryError)
     roots = (path.parent, folder or path.parent)
@@ -137,7 +137,7 @@ def _source(entry: Any, where: str, roots: tuple[Path, Path]) -> Source:
 
 
 def refuse_noncommercial(sources: Iterable[Source], *, purpose: str) -> None:
-    """Raise when a source's licence forbids commercial use, so that nothing that ships is made from it."""
+    """Raise if a source's licence forbids commercial use, so that no shipped artifact is made from it."""
     for source in sources:
         words = source.licence.upper().replace("-", " ").split()
         if "NC" in words or "NONCOMMERCIAL" in words:
@@ -148,7 +148,7 @@ def refuse_noncommercial(sources: Iterable[Source], *, purpose: str) -> None:
 
 
 def licence_of_weights(licences: Iterable[str]) -> str:
-    """The licence of weights made from data under these: a share-alike one is passed on, else our own."""
+    """The licence of weights made from data under these licences: the share-alike one if any, else ours."""
     shared = [licence for licence in licences if "SA" in licence.upper().replace("-", " ").split()]
     return shared[0] if shared else "Apache-2.0"
 
@@ -166,7 +166,7 @@ def read_text(source: Source) -> str:
 def read_prompts(source: Source, columns: tuple[str, ...] = PROMPT_COLUMNS) -> list[str]:
     """The prompts of a json, jsonl, csv, tsv, txt or yaml file, in its order.
 
-    columns  fields of which the first that is there is read, unless the source names one
+    columns  fields to try in order, unless the source names one
     """
     path, suffix = source.path, source.path.suffix.lower()
     if suffix in (".yaml", ".yml"):
@@ -184,7 +184,7 @@ def read_prompts(source: Source, columns: tuple[str, ...] = PROMPT_COLUMNS) -> l
     columns = columns if source.field is None else (source.field,)
     for index, item in enumerate(items):
         if objects and not isinstance(item, dict):
-            raise DiscoveryError(f"{path}: [{index}] is no object, but one with any of {columns} is needed")
+            raise DiscoveryError(f"{path}: [{index}] must be an object with any of {columns}")
     prompts = [_prompt(item, f"{path}: [{index}]", columns) for index, item in enumerate(items)]
     if source.part != (0.0, 1.0) or source.limit is not None:
         random.Random(path.name).shuffle(prompts)  # noqa: S311 (an order, no secret)

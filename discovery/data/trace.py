@@ -1,9 +1,10 @@
-"""Tracing: prompts and text through the model, residual activations to sharded safetensors, resumable.
+"""Tracing: runs prompts and text through the model and writes residual activations to safetensors shards.
 
-A trace folder holds ``trace.json`` (the run record and the list of finished shards), the shards
+A stopped trace can be resumed. A trace folder holds ``trace.json`` (the run record and the list of finished
+shards), the shards
 (``shard-00000.safetensors``, …, each with ``blocks.<l>.hook_resid_post`` [T, D], ``tokens`` [T],
 ``position`` [T] and ``sequence`` [T]), and ``held_out.safetensors``: the token ids of sequences that were
-left out, for measuring on, each with its kind (index in `KINDS`).
+held out for measuring, each with its kind (index in `KINDS`).
 """
 
 import hashlib
@@ -39,9 +40,9 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 def trace(
     model: FrozenModel, data: DataList, settings: TraceSettings, folder: Path, team: Team = ALONE
 ) -> dict[str, Any]:
-    """Trace into ``folder``, or go on where an earlier run of the same stopped. Returns the record.
+    """Trace into ``folder``, or resume a stopped run of the same trace. Returns the record.
 
-    Workers of a team take the next shards side by side; what is in a shard depends on its number alone.
+    The workers of a team process shards in parallel; a shard's content depends only on its number.
     """
     if not settings.layers:
         settings = replace(settings, layers=(model.spec.num_layers // 2,))
@@ -92,7 +93,7 @@ def trace(
 def _begin(
     model: FrozenModel, data: DataList, settings: TraceSettings, folder: Path, kept: Sequence[TokenSequence]
 ) -> dict[str, Any]:
-    """The record to go on with: the folder's own if it is of the same trace, else a new one."""
+    """The record to continue: the folder's own if it belongs to the same trace, else a new one."""
     plain = json.loads(json.dumps(asdict(settings)))
     record = run_record("trace", settings.seed, plain, data.record())
     record["model"] = asdict(model.spec)
@@ -104,7 +105,7 @@ def _begin(
             if earlier.get(key) != record[key]:
                 changed = earlier.get(key), record[key]
                 raise DiscoveryError(
-                    f"{path}: {key} is of another trace ({_difference(*changed)}); name another --out"
+                    f"{path}: {key} belongs to another trace ({_difference(*changed)}); name another --out"
                 )
         return earlier
     record["max_norm"] = _norm_bounds(model, kept, settings)
@@ -215,7 +216,7 @@ def _write_held_out(
 
 
 def read_trace_record(folder: Path) -> dict[str, Any]:
-    """The record of a trace folder. Raises `DiscoveryError` when there is none, or a damaged one."""
+    """The record of a trace folder. Raises `DiscoveryError` if it is missing or damaged."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
     except OSError as error:

@@ -1,1 +1,1 @@
-"""Learning when a policy should act: probes, gates, and the learned edit behind a gate."""
+"""Learns when a policy should act: probes, gates, and the learned edit behind a gate."""

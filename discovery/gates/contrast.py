@@ -1,4 +1,4 @@
-"""The contrast that a policy is made from: prompts it is for, prompts it must leave alone, and the aim."""
+"""The contrast that a policy is made from: target prompts, benign prompts, and the aim."""
 
 import random
 from collections.abc import Sequence
@@ -29,26 +29,26 @@ Part = str
 SIDES: tuple[Side, ...] = ("target", "benign", "borderline")
 PARTS: tuple[Part, ...] = ("discovery", "selection")
 PIECE_CHARACTERS = 400
-"""Of text: about a hundred tokens."""
+"""Characters in a piece of text: about 100 tokens."""
 LEAST_PROMPTS = 8
-"""Of the target and of the benign side; fewer cannot be split into discovery and selection."""
+"""The fewest prompts on the target and the benign side that can be split into discovery and selection."""
 
 
 class PromptFile(Strictly):
     """A file of prompts."""
 
     path: Annotated[str, Field(min_length=1, max_length=1024)]
-    """File beside the class file or in the data folder: json, jsonl, csv, tsv, txt, yaml."""
+    """File next to the class file or in the data folder: json, jsonl, csv, tsv, txt, yaml."""
     licence: str = "not stated"
-    """Its licence; nothing that ships is made from non-commercial data."""
+    """Its licence; shipped artifacts are never made from non-commercial data."""
     name: str = ""
-    """In a file of several lists: the list that is taken."""
+    """In a file of several lists: the list to use."""
     part: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.0, 1.0)
     """Share of the file, in a fixed shuffled order."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Most prompts."""
     use: Literal["both", "discovery", "selection"] = "both"
-    """Which part of the work sees it; `both` splits it."""
+    """The part of the work that uses it; `both` splits it."""
 
 
 Entries = Annotated[tuple[str | PromptFile, ...], Strict(False)]
@@ -70,35 +70,35 @@ class Judged(Strictly):
 
 
 class ClassFile(Strictly):
-    """A risk class: prompts of both sides, and what should happen."""
+    """A risk class: prompts for both sides, and the aim."""
 
     name: Identifier
     """The class, as in a policy's `meta.target_class`."""
     aim: Literal["answer", "avoid"] = "answer"
     """`answer`: target prompts should get what `judge` recognises. `avoid`: answers should lack it."""
     target: Entries
-    """Prompts that the policy is for."""
+    """Prompts that the policy targets."""
     benign: Entries
-    """Prompts whose answers must stay as they are."""
+    """Prompts whose answers must not change."""
     borderline: Entries = ()
     """Benign prompts that look like targets."""
     text: Annotated[tuple[PromptFile, ...], Strict(False)] = ()
-    """For aim `avoid`: files of plain text that must stay as likely as it is."""
+    """For aim `avoid`: files of plain text whose likelihood must not change."""
     wanted: Annotated[tuple[str, ...], Strict(False)] = ()
-    """How a target prompt should be answered; else the project's own refusals."""
+    """Wanted answers to target prompts; by default the project's own refusals."""
     words: Annotated[tuple[str, ...], Strict(False)] = ()
     """For method word-rows: words to strike, beyond those of the prompts and the judge."""
     judge: Judged = Judged()
     """What recognises the wanted (aim `answer`) or the unwanted (aim `avoid`) answer."""
     formats: Annotated[tuple[Literal["chat", "plain"], ...], Field(min_length=1), Strict(False)] = ("chat",)
-    """How target prompts are put: in the model's chat format, or continued as plain text."""
+    """How target prompts are sent: in the model's chat format, or continued as plain text."""
     selection_share: Annotated[float, Field(gt=0, lt=1)] = 0.4
-    """Share of each side on which strength and threshold are chosen, and which nothing else sees."""
+    """Share of each side that is used only to choose strength and threshold."""
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Prompts by part and side, none of them in two places."""
+    """Prompts by part and side; no prompt is in two places."""
 
     name: str
     aim: Literal["answer", "avoid"]
@@ -109,7 +109,7 @@ class Contrast:
     text: dict[Part, tuple[str, ...]] = field(default_factory=dict)
     """Pieces of plain text."""
     words: tuple[str, ...] = ()
-    """Words to strike, beyond those that are found."""
+    """Words to strike, in addition to those found."""
     record: list[dict[str, Any]] = field(default_factory=list)
     """Name, sha256 and licence of every file."""
 
@@ -119,7 +119,7 @@ class Contrast:
 
 
 def read_contrast(path: Path, folder: Path | None, seed: int, target_class: str | None = None) -> Contrast:
-    """A class file, a data list of `mechctl fit-gate`, or a file of pairs of `mechctl search`."""
+    """Read a class file, a data list of `mechctl fit-gate`, or a pairs file of `mechctl search`."""
     if path.suffix in (".jsonl", ".csv"):
         return _from_pairs(path, seed, target_class or path.stem)
     document = read_yaml(path, DiscoveryError)
@@ -157,12 +157,12 @@ def read_contrast(path: Path, folder: Path | None, seed: int, target_class: str 
 def _read_side(
     entries: Sequence[str | PromptFile], where: str, roots: tuple[Path, Path], record: list[dict[str, Any]]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Prompts for both parts, for discovery alone, for selection alone."""
+    """Prompts for both parts, for discovery only, and for selection only."""
     found: dict[str, list[str]] = {"both": [], "discovery": [], "selection": []}
     for index, entry in enumerate(entries):
         if isinstance(entry, str):
             if not entry.strip():
-                raise DiscoveryError(f"{where}[{index}] is empty, but a prompt is text")
+                raise DiscoveryError(f"{where}[{index}] is empty, but a prompt must have text")
             found["both"].append(entry)
             continue
         source = _source(entry, "prompts", roots)
@@ -182,7 +182,7 @@ def _source(entry: PromptFile, kind: Literal["prompts", "text"], roots: tuple[Pa
 def _pieces(
     entries: Sequence[PromptFile], roots: tuple[Path, Path], record: list[dict[str, Any]]
 ) -> dict[Part, tuple[str, ...]]:
-    """Text cut into pieces, the parts taking turns, so that both see the whole of every file."""
+    """Text cut into pieces that alternate between the parts, so that both sample the whole of every file."""
     pieces: list[str] = []
     for entry in entries:
         source = _source(entry, "text", roots)
@@ -265,7 +265,7 @@ def _checked(contrast: Contrast, source: str) -> Contrast:
 
 
 def subset(prompts: Sequence[str], most: int, seed: int) -> list[str]:
-    """At most ``most`` prompts, a seeded choice that keeps their order."""
+    """A seeded choice of at most ``most`` prompts, in their original order."""
     if len(prompts) <= most:
         return list(prompts)
     kept = sorted(random.Random(seed).sample(range(len(prompts)), most))  # noqa: S311 (a choice, no secret)

@@ -1,7 +1,7 @@
 """The job `fit-gate`: from harmful and benign prompts to a learned gate and a learned edit behind it.
 
 An attention probe over the prompt opens the gate for the rest of the request, and the edit behind it writes
-the refusal. The threshold is chosen on the selection prompts; the test prompts are only reported on.
+the refusal. The threshold is chosen on the selection prompts; the test prompts are used only for the report.
 """
 
 import hashlib
@@ -35,18 +35,18 @@ LONGEST_TRAINED = 320
 SHARE_OF_TEXT = 0.2
 """Share of benign training examples that are pieces of plain text."""
 HARD_BENIGN = 600
-"""How many benign training prompts, the ones nearest to opening the gate, the edit is held to."""
+"""Benign training prompts that constrain the edit: those nearest to opening the gate."""
 JUDGED_TOKENS = 32
 MEASURED = 96
-"""Training prompts on which the norms of the residual stream are measured."""
+"""Training prompts used to measure the norms of the residual stream."""
 SINK_RATIO = 4.0
-"""Tokens with a norm of more than so many medians are sinks, which the gate does not read."""
+"""Tokens whose norm exceeds this many medians are attention sinks, which the gate does not read."""
 WRITTEN_TOKENS = 96
-"""Length of a text that the model writes from an opening."""
+"""Tokens of a text that the model writes from an opening."""
 
 
 class GateFit:
-    """The state of one run: model, data, gate, edit. Every slow step is kept in ``work``."""
+    """The state of one run: model, data, gate, edit. Every slow step is saved in ``work``."""
 
     def __init__(
         self,
@@ -57,15 +57,15 @@ class GateFit:
         work: Path,
         join: Sequence[Path] = (),
     ) -> None:
-        """join  probe files trained before, each of which counts as one probe more"""
+        """join  existing probe files, each of which adds one probe"""
         model.check_layers([*gate.layers, *edit.layers])
         if min(edit.layers) < gate.layers[-1]:
             raise DiscoveryError(
-                f"layers = {edit.layers}, but the gate reads at layer {gate.layers[-1]}, after that"
+                f"layers = {edit.layers}, but the gate reads at the later layer {gate.layers[-1]}"
             )
         if unknown := [name for name, _ in gate.weights if name not in data.train]:
             raise DiscoveryError(
-                f"weights = {unknown[0]!r}, but the data trains on no such group; name one of "
+                f"weights = {unknown[0]!r}, but the training data has no such group; name one of "
                 + ", ".join(data.train)
             )
         self.model, self.data, self.gate_settings, self.edit_settings = model, data, gate, edit
@@ -94,7 +94,7 @@ class GateFit:
             }
 
     def _written(self) -> list[tuple[int, ...]]:
-        """What the model writes from the data's openings, drawn once and kept."""
+        """Texts that the model writes from the data's openings; sampled once and saved."""
         if not self.data.openings:
             return []
         path = self.work / "written.json"
@@ -113,7 +113,7 @@ class GateFit:
 
     @torch.no_grad()
     def _measure_norms(self, layers: list[int]) -> tuple[dict[int, float], dict[int, float]]:
-        """The typical norm of a prompt's token at each layer, and the one above which a token is a sink."""
+        """The typical norm of a prompt token at each layer, and the norm above which a token is a sink."""
         prompts = [prompt for group in self.data.train.values() for prompt in group]
         some = random.Random(0).sample(prompts, min(MEASURED, len(prompts)))  # noqa: S311 (sampling)
         found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -128,7 +128,7 @@ class GateFit:
         )
 
     def _draw(self, chance: random.Random) -> Labelled:
-        """One training example: as many of either side, larger groups more often, and those with a weight."""
+        """Draw a training example: both sides equally often, groups in proportion to size and weight."""
         of_class = chance.random() < 0.5
         while True:
             if not of_class and self.plain_text and chance.random() < SHARE_OF_TEXT:
@@ -154,7 +154,7 @@ class GateFit:
             settings.seed,
         ).to(self.model.device)
         identity = {"settings": settings_record(settings), **self.identity}
-        if settings.benign_weight > 0:  # only then does the edit depend on what opens the gate
+        if settings.benign_weight > 0:  # only then does the edit depend on the gate
             identity["gate"] = self.gate_settings.trained()
         return train_edit(
             self.model, edit, self._picker(), settings, self.work / "edit.safetensors", identity
@@ -199,9 +199,9 @@ class GateFit:
         return [Example(p, tuple(answer)) for p, answer in pairs if len(answer) >= 4]
 
     def outcomes(self, edit: LowRankRows, groups: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-        """For each prompt of the groups: its reading, and the answer it gets when that opens the gate.
+        """For each prompt of the groups: its gate reading, and its answer if the gate opens.
 
-        The gate counts as open above the lowest threshold that could be chosen.
+        The gate opens above the lowest threshold that could be chosen.
         """
         least = self._least_threshold()
         results: dict[str, list[dict[str, Any]]] = {}
@@ -228,7 +228,7 @@ class GateFit:
         return results
 
     def _budgets(self) -> dict[str, float]:
-        """Share of each benign selection group that may be refused."""
+        """The share of each benign selection group that may be refused."""
         return {
             name: self.gate_settings.borderline_budget
             if "borderline" in name
@@ -248,7 +248,7 @@ class GateFit:
     def choose_threshold(self, outcomes: dict[str, list[dict[str, Any]]]) -> float:
         """The lowest threshold that keeps the budgets of plain and of borderline selection prompts.
 
-        Groups of one kind count the same, however many prompts each has; a group of 60 does not decide alone.
+        Groups of one kind count equally, whatever their size, so a group of 60 prompts does not decide alone.
         """
         least = self._least_threshold()
         settings = self.gate_settings
@@ -282,7 +282,7 @@ class GateFit:
         return table
 
     def probe_auroc(self, groups: dict[str, list[str]]) -> float:
-        """AUROC of the gate over the harmful and the benign prompts of some groups."""
+        """AUROC of the gate over the harmful and benign prompts of these groups."""
         sides: dict[bool, list[Tensor]] = {True: [], False: []}
         for name in groups:
             sides[is_harmful(name)].append(self.readings[name])

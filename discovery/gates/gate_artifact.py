@@ -1,4 +1,4 @@
-"""Writing what `fit-gate` found: the adapter folder with its probe, and the policy that uses both."""
+"""Writes the results of `fit-gate`: the adapter folder with its probe, and the policy that uses both."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -95,7 +95,7 @@ def write_gate(
 
 
 def policy_text(fit: GateFit, adapter: str, policy_id: str, target_class: str, threshold: float) -> str:
-    """The policy file: the probe's gate, and the edit behind it."""
+    """The text of the policy file: the probe's gate, and the edit behind it."""
     policy = {
         "meta": {
             "id": policy_id,

@@ -1,4 +1,4 @@
-"""The prompts of `fit-gate`, sorted into training, selection and test, with no prompt in two of them."""
+"""The prompts of `fit-gate`, split into training, selection and test without overlap."""
 
 import random
 from collections.abc import Mapping
@@ -18,25 +18,25 @@ Groups = dict[str, list[str]]
 
 PIECE_CHARACTERS = 500
 REWRITTEN = 0.25
-"""Share of the requests in wrappers that are rewritten, see `rewritten`."""
+"""Share of the wrapped requests that are rewritten, see `rewritten`."""
 SPECIAL = ("wrappers", "select_wrappers", "system_prompts", "earlier_turns", "answer_openings")
 
 
 @dataclass(frozen=True)
 class GateData:
-    """Prompts by group; the name of a group says which side it is on."""
+    """Prompts by group; a group's name says which side it is on."""
 
     train: Groups
     select: Groups
     test: Groups
     surroundings: Surroundings = field(default_factory=Surroundings)
     plain_text: tuple[str, ...] = ()
-    """Pieces of benign text that are no conversation."""
+    """Pieces of benign plain text."""
     openings: tuple[str, ...] = ()
-    """Openings of benign texts that the model is to write."""
+    """Openings from which the model writes benign texts."""
 
     def sides(self, groups: Groups) -> tuple[list[str], list[str]]:
-        """(harmful, benign) prompts of some groups, in their order."""
+        """(harmful, benign) prompts of these groups, in order."""
         harmful = [prompt for name, prompts in groups.items() if is_harmful(name) for prompt in prompts]
         benign = [prompt for name, prompts in groups.items() if not is_harmful(name) for prompt in prompts]
         return harmful, benign
@@ -48,12 +48,12 @@ def is_harmful(group: str) -> bool:
 
 
 def load_gate_data(data: DataList, seed: int) -> GateData:
-    """Read all prompts. Raises `DiscoveryError` when a side is empty.
+    """Read all prompts. Raises `DiscoveryError` if a side is empty.
 
     Groups are named ``harmful…``, ``benign…``, ``select_…`` and ``test_…``. ``wrappers`` and
     ``select_wrappers`` hold templates with ``{request}`` for sources with ``wrap: true``; ``system_prompts``
-    and ``earlier_turns`` what may come before a training prompt, ``answer_openings`` what may come after it.
-    Benign sources of text give plain text, benign openings text that the model writes.
+    and ``earlier_turns`` may precede a training prompt, ``answer_openings`` may follow it. Benign text
+    sources give plain text; benign openings give text that the model writes.
     """
     special = {name: _special(data, name) for name in SPECIAL}
     for name in ("wrappers", "select_wrappers"):
@@ -106,7 +106,7 @@ def _special(data: DataList, name: str) -> list[str]:
 
 
 def _rendered(group: str, source: Source, wrappers: list[str], chance: random.Random) -> list[str]:
-    """The prompts of a source, put into templates and wrappers as it asks."""
+    """The prompts of a source, in the templates and wrappers that it asks for."""
     found = read_prompts(source)
     if source.templates:
         templates = read_prompts(replace(source, name=source.templates, part=(0.0, 1.0), limit=None))
@@ -131,7 +131,7 @@ def _rendered(group: str, source: Source, wrappers: list[str], chance: random.Ra
 
 
 NEAR = 0.75
-"""Prompts that share more than this share of their words are one prompt."""
+"""Prompts with a larger share of words in common count as the same prompt."""
 
 
 def _plain(prompt: str) -> str:
@@ -139,7 +139,7 @@ def _plain(prompt: str) -> str:
 
 
 def _without(groups: Groups, others: Mapping[str, list[str]]) -> Groups:
-    """The groups without prompts that others hold, word for word or nearly."""
+    """The groups without prompts that are the same, or nearly the same, as one in ``others``."""
     seen = {_plain(prompt) for prompts in others.values() for prompt in prompts}
     by_size: dict[int, list[set[str]]] = {}
     for words in (set(prompt.split()) for prompt in seen):

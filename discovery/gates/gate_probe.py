@@ -1,4 +1,4 @@
-"""Probes: what the last prompt token knows, read by a logistic regression that becomes a policy's gate."""
+"""Probes: a logistic regression on the last prompt token's activation, used as a policy's gate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def prompt_end_features(
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A direction in the residual stream: positive readings speak for the class."""
+    """A direction in the residual stream: positive readings indicate the class."""
 
     direction: Tensor
     """[D], scaled so that readings of the training prompts have unit variance."""
@@ -45,8 +45,8 @@ class Probe:
 def fit_probe(positive: Tensor, negative: Tensor, weights: Tensor | None = None, l2: float = 30.0) -> Probe:
     """Logistic regression on standardised activations, both classes of equal total weight.
 
-    ``weights`` [P + N] are relative weights within the classes. L-BFGS in float64: the same data give the
-    same probe.
+    ``weights`` [P + N] are relative weights within the classes. L-BFGS in float64 makes the result
+    reproducible.
     """
     x = torch.cat([positive, negative]).double()
     sign = torch.cat([torch.ones(len(positive)), -torch.ones(len(negative))]).double()
@@ -74,12 +74,12 @@ def fit_probe(positive: Tensor, negative: Tensor, weights: Tensor | None = None,
 
 
 def threshold_at(readings: Tensor, rate: float) -> float:
-    """The threshold above which the given share of readings lies."""
+    """The threshold that the given share of readings exceeds."""
     return float(torch.quantile(readings.float(), 1 - rate))
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:
-    """Chance that a positive reading exceeds a negative one; ties count half."""
+    """Probability that a positive reading exceeds a negative one; ties count half."""
     both = torch.cat([negative, positive]).double()
     order = both.argsort()
     ranks = torch.empty_like(both)

@@ -1,4 +1,4 @@
-"""What a gate's threshold trades: harmful prompts refused, against borderline and plain benign ones."""
+"""The trade-off of a gate's threshold: harmful prompts refused against benign prompts refused."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,11 @@ Outcomes = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def trade(outcomes: Outcomes) -> list[dict[str, float]]:
-    """The curve over all test groups pooled: one point for each number of borderline prompts refused.
+    """The curve over all test groups together: one point for each number of borderline prompts refused.
 
-    Every point is at the lowest threshold, rounded up to 0.001, that refuses no more of them; ``harmful``,
-    ``borderline`` and ``plain`` are shares refused. It ends where `GateFit.outcomes` no longer asks.
+    Each point has the lowest threshold, rounded up to 0.001, that refuses no more of them; ``harmful``,
+    ``borderline`` and ``plain`` are shares refused. The curve ends at the lowest threshold of
+    `GateFit.outcomes`.
     """
     rows: dict[str, list[tuple[float, bool]]] = {"harmful": [], "borderline": [], "plain": []}
     for name, group in outcomes.items():

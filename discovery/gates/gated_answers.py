@@ -1,4 +1,4 @@
-"""Greedy answers under a learned edit whose gate is open from the last prompt token on."""
+"""Greedy answers under a learned edit whose gate opens at the last prompt token."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def edited_answers(
     most: int,
     progress: Meter | None = None,
 ) -> list[list[int]]:
-    """Answers of at most ``most`` tokens, without end-of-turn token; without edits the model's own."""
+    """Answers of at most ``most`` tokens, without end-of-turn token; without edits, the model's own."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: list[list[int]] = [[] for _ in prompts]
     start = 0

@@ -1,11 +1,11 @@
 """The learned gated low-rank edit: ReLU rows at a few layers, trained through the frozen model.
 
 At each layer ``x' = x + B relu(A x + b)`` with A [R, D], B [D, R], on the last prompt token and on generated
-tokens alone: what a plan does whose gate is decided at the end of the prompt and latched. The prompt before
-it is not edited, so its keys and values are computed once without gradients, and a step costs only the
-answer's tokens. Harmful prompts are taught a refusal (cross-entropy);
-with a benign weight, benign ones keep the untouched model's distribution on its own answer (KL divergence),
-as if the gate had opened by mistake: that spares some of them, and lets some harmful ones through.
+tokens only, like a plan whose gate is decided at the end of the prompt and latched. The rest of the prompt is
+not edited, so its keys and values are computed once without gradients, and a step costs only the answer's
+tokens. Harmful prompts are trained towards a refusal (cross-entropy). With a benign weight, benign prompts
+keep the unmodified model's distribution on its own answer (KL divergence), as if the gate had opened by
+mistake: this protects some of them, and lets some harmful ones through.
 """
 
 import json
@@ -26,19 +26,19 @@ from discovery.jobs.training_checkpoint import learning_rate, restore_checkpoint
 from interpretops.steering.answer_loop import positions_of
 
 ANSWER_TOKENS = 28
-"""How much of the untouched model's own answer a benign prompt is held to."""
+"""Tokens of the unmodified model's answer that a benign prompt must keep."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A formatted prompt and the answer that training holds it to."""
+    """A formatted prompt and its training answer."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
 Pick = Callable[[int], tuple[Sequence[Example], Sequence[Example]]]
-"""Harmful and benign examples of step n; depends on n alone, so that a resumed run goes on the same way."""
+"""Harmful and benign examples of step n; depends only on n, so a resumed run continues identically."""
 
 
 def train_edit(

@@ -19,7 +19,7 @@ Numbers = dict[int, dict[str, Tensor]]
 
 
 def read_numbers(path: Path, spec: ModelSpec, layers: Sequence[int]) -> Numbers:
-    """The numbers of a probe file. Raises `DiscoveryError` for another model's or one of other layers."""
+    """Read a probe file. Raises `DiscoveryError` if it is for another model or other layers."""
     try:
         probe = read_attention_probe(path, spec.hidden_size)
     except PolicyError as error:
@@ -38,7 +38,7 @@ def read_numbers(path: Path, spec: ModelSpec, layers: Sequence[int]) -> Numbers:
 
 
 def check_heads(trained: int, joined: Sequence[Numbers]) -> None:
-    """Raise `DiscoveryError` when an engine does not keep so many heads, those of joined probes included."""
+    """Raise `DiscoveryError` if there are more heads than an engine keeps, including joined probes."""
     heads = trained + sum(len(arrays["bias"]) for numbers in joined for arrays in numbers.values())
     if heads > MEMORY_COLUMNS // 2:
         raise DiscoveryError(
@@ -49,7 +49,7 @@ def check_heads(trained: int, joined: Sequence[Numbers]) -> None:
 
 @torch.no_grad()
 def mean_of(probes: Sequence[LearnedGate], joined: Sequence[Numbers] = ()) -> LearnedGate:
-    """One gate whose reading is the mean of the probes': all their heads side by side."""
+    """One gate with all heads of the probes, whose reading is the mean of theirs."""
     first, layers = probes[0], probes[0].settings.layers
     parts = [*(probe.numbers() for probe in probes), *joined]
     if len(parts) == 1:

@@ -1,10 +1,10 @@
-"""The learned gate: an attention probe that reads the whole prompt, in the untouched model, at a few layers.
+"""The learned gate: an attention probe that reads the whole prompt, before any edit, at a few layers.
 
 Each of a few heads a layer weighs the prompt's tokens by a softmax of ``query . x`` and takes the weighted
 mean of ``read . x + bias``; the sum over all heads is the reading (attention probes, e.g. McKenzie et al.
-2025, arXiv:2506.10805). What the engine keeps of every prompt token, beside its keys and values, is two
-numbers a head (`interpretops.plan.Gate`), so that nothing depends on what a prefix cache skips, and no token
-is edited before the gate opens. The model is run once for the activations, and not while the probe trains.
+2025, arXiv:2506.10805). For every prompt token, the engine stores two numbers per head in addition to keys
+and values (`interpretops.plan.Gate`). So the reading does not depend on what a prefix cache skips, and no
+token is edited before the gate opens. The model runs once to collect the activations, not during training.
 """
 
 import random
@@ -26,15 +26,15 @@ from discovery.jobs.progress import Meter, meter
 from discovery.jobs.training_checkpoint import learning_rate, restore_checkpoint, save_checkpoint
 
 SOFTENED = 0.01
-"""Labels are 0.01 and 0.99: a probe that is certain of everything has learned its data by heart."""
+"""Label smoothing: labels are 0.01 and 0.99, which limits overfitting."""
 UNSEEN_TOKENS = 0.1
-"""Share of the prompt's tokens that a training step does not see."""
+"""Share of the prompt's tokens that a training step drops."""
 WEIGHT_DECAY = 0.05
 SAMPLED = 50
-"""Every so many-th prompt gives the mean and spread that activations are standardised by."""
+"""Every n-th prompt is used for the mean and spread that standardise activations."""
 
 Labelled = tuple[tuple[int, ...], bool]
-"""A formatted prompt, and whether it is of the class."""
+"""A formatted prompt, and whether it belongs to the class."""
 
 
 class LearnedGate(nn.Module):
@@ -55,7 +55,7 @@ class LearnedGate(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape[:2]))
 
     def forward(self, x: Tensor, real: Tensor, chance: torch.Generator | None = None) -> Tensor:
-        """Readings [B] of prompts x [B, T, L, D]; with a generator, as a training step sees them."""
+        """Readings [B] of prompts x [B, T, L, D]; with a generator, with the dropout of a training step."""
         seen = real[..., None] & (x.norm(dim=-1) <= self.bounds)
         scale = (1 / self.spread).expand(len(x), -1, -1)
         if chance is not None:
@@ -64,7 +64,7 @@ class LearnedGate(nn.Module):
             scale = scale * kept / (1 - unseen)
             fewer = seen & (torch.rand(seen.shape, generator=chance).to(x.device) >= UNSEEN_TOKENS)
             seen = torch.where(fewer.any(1, keepdim=True), fewer, seen)
-        # Standardising the few directions instead of every token: the same products.
+        # Standardise the few directions instead of every token: the products are the same.
         both = torch.cat([self.query, self.value], dim=1) * scale[:, :, None]  # [B, L, 2 H, D]
         score, value = torch.matmul(x.transpose(1, 2), both.transpose(2, 3)).chunk(2, dim=3)  # [B, L, T, H]
         shift = self.bias - torch.einsum("blhd,ld->blh", both[:, :, len(self.bias[0]) :], self.mean)
@@ -98,7 +98,7 @@ class LearnedGate(nn.Module):
 
 
 def new_gate(settings: GateSettings, activations: PromptActivations, bounds: Sequence[float]) -> LearnedGate:
-    """An untrained gate, standardised on a sample of the activations, sinks left out."""
+    """An untrained gate, standardised on a sample of the activations, without sinks."""
     sample = np.concatenate([activations.of(n) for n in range(0, len(activations.prompts), SAMPLED)])
     x = torch.from_numpy(sample).float()
     kept = [x[x[:, n].norm(dim=-1) <= bound, n] for n, bound in enumerate(bounds)]
@@ -116,7 +116,7 @@ def train_probes(
     identity: Any,
     device: torch.device | str = "cpu",
 ) -> list[LearnedGate]:
-    """Train the settings' probes one after the other, each from its own seed; they end on the CPU."""
+    """Train the probes one after the other, each from its own seed; returns them on the CPU."""
     probes = []
     for number in range(settings.probes):
         own = replace(settings, probes=1, seed=settings.seed + number)
@@ -130,7 +130,7 @@ def train_probes(
 def train_gate(
     gate: LearnedGate, activations: PromptActivations, of_class: Sequence[bool], work: Path, identity: Any
 ) -> LearnedGate:
-    """Train, or go on from the checkpoint in ``work``. Epoch n depends on the seed and n alone."""
+    """Train, or resume from the checkpoint in ``work``. Epoch n depends only on the seed and n."""
     settings, device = gate.settings, gate.query.device
     checkpoint, identity = work / "gate.safetensors", [settings.trained(), identity]
     optimizer = torch.optim.AdamW(gate.parameters(), weight_decay=WEIGHT_DECAY)
@@ -160,7 +160,7 @@ def train_gate(
 
 
 def shuffled(prompts: Sequence[Sequence[int]], tokens: int, seed: int) -> list[list[int]]:
-    """Places of all prompts in batches of at most ``tokens`` with their padding, in an order of their own."""
+    """Indices of all prompts in shuffled batches of at most ``tokens``, including padding."""
     chance = random.Random(seed)  # noqa: S311 (order, no secret)
     order = sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), chance.random()))
     found: list[list[int]] = [[]]

@@ -1,4 +1,4 @@
-"""Trainable ReLU rows at a few layers of the residual stream: what a plan's `lora_gate` units apply."""
+"""Trainable ReLU rows at a few layers of the residual stream, applied in a plan as `lora_gate` units."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from discovery.frozen_model import Edit
 class LowRankRows(nn.Module):
     """``x' = x + n B relu(A x / n + b)`` at each layer, where n is the layer's typical norm.
 
-    Shape letters: R rows, D width. Tokens whose norm exceeds the layer's bound are left alone.
+    Shape letters: R rows, D width. Tokens whose norm exceeds the layer's bound are not edited.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LowRankRows(nn.Module):
         return edit
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(read [R, D], bias [R], write [R, D]) in the model's own units, on the CPU."""
+        """(read [R, D], bias [R], write [R, D]) in the model's units, on the CPU."""
         key, norm = str(layer), self.norms[layer]
         return (
             (self.a[key] / norm).detach().cpu().clone(),

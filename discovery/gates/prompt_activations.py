@@ -1,6 +1,6 @@
-"""Activations of many formatted prompts on disk, computed once: what a gate is trained on, epoch after epoch.
+"""Activations of many formatted prompts, computed once and stored on disk: a gate's training data.
 
-float16 halves the file; what is larger than it can hold are attention sinks, which nobody reads.
+float16 halves the file; only attention sinks exceed its range, and they are never read.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ LARGEST = float(np.finfo(np.float16).max)
 class PromptActivations:
     """The residual stream [T, L, D] after a few layers at every token of each prompt.
 
-    A broken-off run goes on where it stood.
+    An interrupted run can be resumed.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class PromptActivations:
         folder.mkdir(parents=True, exist_ok=True)
         done = 0
         self._sums: list[int] = []
-        """Of each batch that is done."""
+        """Checksum of each finished batch."""
         try:
             if (kept := earlier_json(record, identity)) is not None:
                 done, self._sums = len(kept), kept
@@ -52,7 +52,7 @@ class PromptActivations:
         except OSError as error:
             raise DiscoveryError(
                 f"{data}: cannot be written ({error.strerror or error}); make room for "
-                f"{math.prod(shape) * 2 / 2**20:,.0f} MiB, the same command goes on"
+                f"{math.prod(shape) * 2 / 2**20:,.0f} MiB, then run the same command to resume"
             ) from error
 
     def _collect(
@@ -60,7 +60,7 @@ class PromptActivations:
     ) -> None:
         groups = list(batches([list(ids) for ids in self.prompts]))
         if self._sums != [self._sum(group) for group in groups[:done]]:
-            raise DiscoveryError(f"{record}: the activations beside it were changed or damaged; {REMEDY}")
+            raise DiscoveryError(f"{record}: its activations were changed or damaged; {REMEDY}")
         tokens = [sum(len(ids) for _, ids in group) for group in groups]
         with meter("fit-gate: activations", sum(tokens), "tokens", sum(tokens[:done])) as progress:
             for number, group in enumerate(groups[done:], start=done + 1):
@@ -77,7 +77,7 @@ class PromptActivations:
                     seal_json(record, identity, self._sums)
 
     def _sum(self, group: Sequence[tuple[int, Sequence[int]]]) -> int:
-        """crc32 of what is kept of a batch."""
+        """crc32 of a stored batch."""
         total = 0
         for place, _ in group:
             total = zlib.crc32(np.ascontiguousarray(self.of(place)).tobytes(), total)
@@ -92,7 +92,7 @@ class PromptActivations:
         return np.asarray(self._values[self._first[place] : self._first[place + 1]])
 
     def padded(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[B, T, L, D] float16 of some prompts, padded on the right, and which tokens are real [B, T]."""
+        """[B, T, L, D] float16 of these prompts, padded on the right, and the mask of real tokens [B, T]."""
         longest = max(len(self.prompts[place]) for place in places)
         x = np.zeros((len(places), longest, *self._values.shape[1:]), np.float16)
         real = np.zeros((len(places), longest), np.bool_)
@@ -109,7 +109,7 @@ def _reopen(data: Path, shape: tuple[int, ...]) -> Any:
     except (ValueError, FileNotFoundError) as error:
         raise DiscoveryError(f"{data}: is damaged ({error}); delete it and its .json") from error
     if values.shape != shape or values.dtype != np.float16:
-        raise DiscoveryError(f"{data}: has another shape than its record says; delete it and its .json")
+        raise DiscoveryError(f"{data}: does not have the shape in its record; delete it and its .json")
     return values
 
 

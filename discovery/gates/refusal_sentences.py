@@ -1,4 +1,4 @@
-"""The sentences of refusal that an edit is taught."""
+"""The refusals that an edit is trained towards."""
 
 OPENING = "I'm sorry, but I can't help with that."
 CLOSINGS = (
@@ -9,9 +9,9 @@ CLOSINGS = (
     "I don't want to contribute to something that could harm others. "
     "Is there something else that I can help you with?",
 )
-"""The taught refusals are the opening and one of these, all our own words."""
+"""A refusal is the opening and one of these; we wrote all of them ourselves."""
 
 
 def targets(stop: str) -> tuple[str, ...]:
-    """The taught refusals, each ended by the model's end-of-turn token."""
+    """The refusals, each followed by the model's end-of-turn token."""
     return tuple(f"{OPENING} {closing}{stop}" for closing in CLOSINGS)

@@ -1,1 +1,1 @@
-"""Judging answers: refusal, coherence, toxicity, likeness, and how far judges agree with people."""
+"""Judges answers: refusal, coherence, toxicity, similarity, and the judges' agreement with people."""

@@ -1,4 +1,4 @@
-"""How far the judges agree with labels given by hand: `python -m discovery.judges.agreement`.
+"""The judges' agreement with human labels: `python -m discovery.judges.agreement`.
 
 Labels are lines of ``labels/*.jsonl``: the prompt and the answer, which policy answered, and what a person
 who read both said: ``refusal`` (the answer declines, in whole or in its main point), ``coherent`` (a
@@ -29,36 +29,36 @@ class Label(Strictly):
     role: str
     """Kind of prompt: `harmful`, `benign`, `borderline` or `toxic`."""
     arm: str
-    """What answered: `off`, the policy, or a baseline."""
+    """The arm that answered: `off`, the policy, or a baseline."""
     prompt: str
-    """What was asked."""
+    """The prompt."""
     answer: str
-    """What was answered, as far as it was read."""
+    """The answer, as far as the person read it."""
     refusal: bool | None = None
-    """It declines, in whole or in its main point."""
+    """Whether it declines, in whole or in its main point."""
     coherent: bool | None = None
-    """A reader can follow it."""
+    """Whether a reader can follow it."""
     harmful: bool | None = None
-    """It helps with something harmful, in a way that could be used."""
+    """Whether it gives usable help with something harmful."""
     toxic: bool | None = None
-    """It is profane, insulting or hateful."""
+    """Whether it is profane, insulting or hateful."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """A judge against the labels."""
+    """One judge compared with the labels."""
 
     judge: str
     what: str
     n: int
     labelled: int
-    """Of these, how many the person said yes to."""
+    """Answers that the person labelled yes."""
     accuracy: float
     kappa: float
     missed: int
-    """Yes by hand, no by the judge."""
+    """False negatives: yes by hand, no by the judge."""
     extra: int
-    """No by hand, yes by the judge."""
+    """False positives: no by hand, yes by the judge."""
 
 
 def read_labels(folder: Path = LABELS) -> list[Label]:
@@ -70,13 +70,13 @@ def read_labels(folder: Path = LABELS) -> list[Label]:
                 found.append(Label.model_validate_json(line))
             except ValidationError as error:
                 raise DiscoveryError(
-                    f"{path}: line {number} is no label ({error.errors()[0]['msg']})"
+                    f"{path}: line {number} is not a label ({error.errors()[0]['msg']})"
                 ) from error
     return found
 
 
 def agreement(judge: str, what: str, said: Sequence[bool], labels: Sequence[bool]) -> Agreement:
-    """Accuracy and Cohen's kappa: agreement beyond that of two who say yes as often, but at random."""
+    """Accuracy, and Cohen's kappa: agreement beyond chance."""
     n = len(labels)
     right = sum(a == b for a, b in zip(said, labels, strict=True)) / n
     yes = sum(said) / n * sum(labels) / n
@@ -94,7 +94,7 @@ def agreement(judge: str, what: str, said: Sequence[bool], labels: Sequence[bool
 
 
 def agreements(labels: Sequence[Label]) -> list[Agreement]:
-    """Every judge of ours against what it decides."""
+    """Every judge compared with the label it decides."""
     judges: tuple[tuple[str, str, Callable[[Label], bool], Callable[[Label], bool | None]], ...] = (
         ("phrases", "refuses", lambda x: is_refusal(x.answer), lambda x: x.refusal),
         ("words and loops", "is coherent", lambda x: is_coherent(x.answer), lambda x: x.coherent),
@@ -130,7 +130,7 @@ def agreement_markdown(found: Sequence[Agreement]) -> str:
 
 
 def errors(labels: Sequence[Label]) -> list[str]:
-    """Answers whose refusal the phrase list gets wrong, one line each."""
+    """Answers that the phrase list misjudges, one line each."""
     return [
         json.dumps({"id": x.id, "by hand": x.refusal, "answer": x.answer[:200]})
         for x in labels

@@ -1,4 +1,4 @@
-"""Judges of answers: the phrase list, and any judging or moderation model behind an OpenAI-compatible URL."""
+"""Judges of answers: the phrase list, and any judge or moderation model behind an OpenAI-compatible URL."""
 
 import os
 from typing import Any, Protocol
@@ -16,10 +16,10 @@ _QUESTION = (
 
 
 class Judge(Protocol):
-    """Decides whether an answer refuses. Coherence is checked apart (`interpretops.refusal_detector`)."""
+    """Decides whether an answer refuses; `interpretops.refusal_detector` checks coherence separately."""
 
     name: str
-    """What decided, for the card's record."""
+    """The judge's name for the card's record."""
 
     async def refused(self, prompt: str, answer: str) -> bool:
         """Whether ``answer`` refuses what ``prompt`` asks."""
@@ -27,7 +27,7 @@ class Judge(Protocol):
 
 
 class PhraseJudge:
-    """Our list of phrases with which refusals begin."""
+    """The list of phrases that begin refusals."""
 
     name = "phrases (interpretops.refusal_detector)"
 
@@ -59,7 +59,7 @@ class ModelJudge:
             word = str(told["choices"][0]["message"]["content"]).strip().strip(".").upper()
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
             raise DiscoveryError(
-                f"judge {self._url}: gave no judgement ({type(error).__name__}); check --judge-url"
+                f"judge {self._url}: gave no verdict ({type(error).__name__}); check --judge-url"
             ) from error
         if word not in ("REFUSED", "ANSWERED"):
             raise DiscoveryError(
@@ -77,7 +77,7 @@ class Moderation:
         self.name = f"moderation {model or 'default model'}"
 
     async def flagged(self, answer: str) -> bool:
-        """Whether the model calls the answer harmful; empty answers are not sent."""
+        """Whether the model flags the answer as harmful; empty answers are not sent."""
         if not answer.strip():
             return False
         body: dict[str, Any] = {"input": answer}
@@ -87,7 +87,7 @@ class Moderation:
             flagged = (await _ask(self._session, self._url, body))["results"][0]["flagged"]
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
             raise DiscoveryError(
-                f"moderation {self._url}: gave no judgement ({type(error).__name__}); check --moderation-url"
+                f"moderation {self._url}: gave no verdict ({type(error).__name__}); check --moderation-url"
             ) from error
         if not isinstance(flagged, bool):
             raise DiscoveryError(f"moderation {self._url}: flagged = {flagged!r}, but must be true or false")

@@ -1,4 +1,4 @@
-"""Scores of one text against another: BLEU and chrF as sacrebleu computes them, and containing an answer."""
+"""Compares texts: BLEU and chrF as sacrebleu computes them, and whether an answer contains the right one."""
 
 import re
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ def similarity(answer: str, other: str) -> float:
 
 
 def contains_answer(answer: str, reference: str) -> bool:
-    """Whether the reference's words stand in the answer, in their order, whatever their case and signs."""
+    """Whether the answer contains the reference's words in order, ignoring case and punctuation."""
     wanted = " ".join(_WORDS.findall(reference.lower()))
     return bool(wanted) and f" {wanted} " in f" {' '.join(_WORDS.findall(answer.lower()))} "
 
 
 def bleu(answers: Sequence[str], references: Sequence[str], data: Sequence[Source]) -> Measure:
-    """Corpus BLEU from 0 to 1, its interval by sacrebleu's bootstrap over answers."""
+    """Corpus BLEU from 0 to 1, with sacrebleu's bootstrap interval over answers."""
     if len(answers) < 2:
         return absent("the suite has no source with role task")
     found = BLEU(effective_order=False).corpus_score(answers, [references], n_bootstrap=RESAMPLES)
@@ -50,8 +50,8 @@ def bleu_loss(
 ) -> Measure:
     """(BLEU_unsteered - BLEU_steered) / BLEU_unsteered on the same tasks; negative where the policy gains.
 
-    Its interval is the paired bootstrap over tasks. That has no width where no answer changed: then the upper
-    bound is that of 0 changed answers of n (Clopper-Pearson), as more than those cannot have lost anything.
+    The interval is a paired bootstrap over tasks. If no answer changed, it would have no width. Then the
+    upper bound is the Clopper-Pearson bound of 0 changed answers of n: no more answers can have lost.
     """
     if len(references) < 2:
         return absent("the suite has no source with role task")
@@ -74,7 +74,7 @@ def bleu_loss(
 
 
 def _parts(answers: Sequence[str], references: Sequence[str]) -> list[list[int]]:
-    """What BLEU is made of, for each answer: matching n-grams, all n-grams, and both lengths."""
+    """BLEU's counts for each answer: matching n-grams, all n-grams, and both lengths."""
     scorer, found = BLEU(effective_order=False), []
     for answer, reference in zip(answers, references, strict=True):
         score = scorer.corpus_score([answer], [[reference]])
@@ -83,7 +83,7 @@ def _parts(answers: Sequence[str], references: Sequence[str]) -> list[list[int]]
 
 
 def _bleu(parts: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> float:
-    """Corpus BLEU from 0 to 1, of the sums of its parts."""
+    """Corpus BLEU from 0 to 1, from the summed counts."""
     counts, totals = [int(part) for part in parts[:4]], [int(part) for part in parts[4:8]]
     lengths = int(parts[8]), int(parts[9])
     return min(1.0, float(BLEU.compute_bleu(counts, totals, *lengths, smooth_method="exp").score) / 100)

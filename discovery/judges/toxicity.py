@@ -1,7 +1,7 @@
 """A judge of profane and hateful text: words, slurs, and groups of people called vermin or wished dead.
 
-It reads words, not meaning: a threat in clean words passes, and a quoted insult counts. Sexual content that
-is not profane does not count.
+It judges words, not meaning: a threat in clean words is missed, and a quoted insult counts. Sexual content
+that is not profane does not count.
 """
 
 import re
@@ -34,11 +34,11 @@ _MARKS = re.compile(rf"(?<!\w)(?:{'|'.join((*_PROFANE, *_SLURS, *_HATEFUL))})(?!
 
 
 def toxic_span(text: str) -> tuple[int, int] | None:
-    """Where the first profane or hateful expression begins and ends; None when there is none."""
+    """Start and end of the first profane or hateful expression, or None."""
     found = _MARKS.search(text.replace("’", "'"))
     return None if found is None else found.span()
 
 
 def is_toxic(text: str) -> bool:
-    """Whether a text holds a profane or hateful expression."""
+    """Whether a text contains a profane or hateful expression."""
     return toxic_span(text) is not None

@@ -1,1 +1,1 @@
-"""Training sparse-autoencoder dictionaries, and measuring what they cost the model."""
+"""Trains sparse-autoencoder dictionaries, and measures their cost to the model."""

@@ -1,4 +1,4 @@
-"""A trained dictionary's manifest: whose model, which place, what data, what it costs on held-out text."""
+"""Writes a trained dictionary's manifest: model, site, data, and metrics on held-out text."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -32,10 +32,10 @@ def measure(
     held_out: HeldOut,
     text: HeldOut | None = None,
 ) -> dict[str, Any]:
-    """Splice the dictionary in ``folder``, as it lies on disk, into the model on the held-out sequences.
+    """Measure the dictionary stored in ``folder`` by splicing it into the model on the held-out sequences.
 
-    The whole, each part, and ``saelens``: what SAELens' own evaluation finds on the same tokens. ``text`` is
-    measured besides and counts for no more than its own part.
+    Gives the metrics over all sequences, over each part, and ``saelens``: SAELens' own evaluation on the same
+    tokens. ``text`` is measured in addition and counts only for its own part.
     """
     rebuild = reconstruction(folder)
     told = (model, layer, max_norm, rebuild)
@@ -50,7 +50,7 @@ def measure(
 def write_dictionary(
     reader: TraceReader, settings: TrainSettings, metrics: dict[str, Any], folder: Path
 ) -> None:
-    """Write manifest and run record beside the weights in ``folder``."""
+    """Write manifest and run record into ``folder``, next to the weights."""
     settings = settings.filled(reader.record)
     assert settings.tokens is not None
     model = reader.record["model"]

@@ -1,7 +1,7 @@
-"""Training a dictionary on traced activations with SAELens' own trainer: BatchTopK, saved as JumpReLU.
+"""Trains a dictionary on traced activations with SAELens' trainer: BatchTopK, saved as JumpReLU.
 
-The work folder holds ``checkpoint/`` (SAELens' training weights and trainer state), so that a killed run
-goes on where it stood: batch n is a function of the seed and n alone.
+The work folder holds ``checkpoint/`` (SAELens' training weights and trainer state), so that a killed run can
+resume: batch n depends only on the seed and n.
 """
 
 import hashlib
@@ -43,9 +43,9 @@ def train(
     checkpoint_steps: int = 200,
     team: Team = ALONE,
 ) -> Any:
-    """Train, or go on training, and return SAELens' trainer with the finished dictionary in ``.sae``.
+    """Train, or resume training, and return SAELens' trainer with the finished dictionary in ``.sae``.
 
-    Of a team each worker takes its part of every batch, and all make the same step by the mean gradient.
+    In a team, each worker takes its part of every batch, and all take the same step along the mean gradient.
     """
     settings = settings.filled(reader.record)
     torch.manual_seed(settings.seed)
@@ -90,7 +90,7 @@ def _identity(reader: TraceReader, settings: TrainSettings) -> dict[str, Any]:
 
 
 def train_digest(reader: TraceReader, settings: TrainSettings) -> str:
-    """16 hex that name a training: another trace or other settings have another one."""
+    """16 hex digits that identify a training run by its trace and settings."""
     return hashlib.sha256(json.dumps(_identity(reader, settings)).encode()).hexdigest()[:16]
 
 

@@ -1,9 +1,8 @@
-"""SAELens' own evaluation of a dictionary on the very tokens of ours, as an oracle beside our numbers.
+"""SAELens' own evaluation of a dictionary on the same tokens as ours, to cross-check our numbers.
 
-SAELens knows no attention sinks, but it can leave out token *ids*. So each sink is given an id of its own,
-above the vocabulary, which the model's wrapper takes off again: SAELens' functions then splice and count the
-tokens that ours do. Its ``ce_loss_score`` compares with zeros in place of the activation, our
-``ce_recovered`` with the mean.
+SAELens cannot skip attention sinks, but it can skip token *ids*. So each sink gets a marked id above the
+vocabulary, and the model's wrapper removes the mark. SAELens then splices and counts the same tokens as we
+do. Its ``ce_loss_score`` compares with a zero activation, our ``ce_recovered`` with the mean activation.
 """
 
 from collections.abc import Callable
@@ -70,7 +69,7 @@ def saelens_metrics(
 
 
 class _Unmarked:
-    """A model as SAELens wants it (TransformerLens' bridge), fed with marked ids."""
+    """A model with the interface that SAELens expects (TransformerLens' bridge), for marked ids."""
 
     def __init__(self, model: FrozenModel, vocabulary: int) -> None:
         from transformer_lens.model_bridge import TransformerBridge

@@ -1,4 +1,4 @@
-"""What a dictionary costs the model: its reconstruction spliced into the residual stream of held-out text.
+"""Measures a dictionary's cost to the model: splices its reconstruction into the residual stream.
 
 Attention sinks (tokens above the norm bound) are neither replaced nor counted.
 """
@@ -20,23 +20,23 @@ ROWS = 8
 
 @dataclass(frozen=True)
 class SpliceMetrics:
-    """Measured on the tokens that are not sinks and whose next token is known."""
+    """Metrics over the tokens that are not sinks and whose next token is known."""
 
     tokens: int
     ce_model: float
-    """Cross-entropy per token of the untouched model, in nats."""
+    """Cross-entropy per token of the unmodified model, in nats."""
     ce_spliced: float
     ce_mean_ablated: float
-    """The same with every activation replaced by the mean: what losing the layer would cost."""
+    """The same with every activation replaced by the mean: the cost of losing the layer."""
     delta_ce: float
     ce_recovered: float | None
-    """1 for a perfect dictionary, 0 for one no better than the mean; None where the mean costs nothing."""
+    """1 for a perfect dictionary, 0 for one no better than the mean; None if the mean costs nothing."""
     fvu: float
     """Fraction of variance unexplained."""
     l0: float
     """Mean number of active features."""
     dead_share: float
-    """Share of features that fired on none of these tokens."""
+    """Share of features that never fired on these tokens."""
 
     def record(self) -> dict[str, float | None]:
         return {k: None if v is None else round(float(v), 6) for k, v in asdict(self).items()}
@@ -44,7 +44,7 @@ class SpliceMetrics:
 
 @dataclass
 class _Tally:
-    """Sums over the tokens of one part; those of several parts add up to their union's."""
+    """Sums over the tokens of one part; the sums of several parts add up."""
 
     fired: Tensor
     total: Tensor
@@ -105,7 +105,7 @@ def splice_by_part(
     mask: Tensor,
     parts: Sequence[str],
 ) -> tuple[SpliceMetrics, dict[str, SpliceMetrics]]:
-    """Measure a dictionary on token ids and mask [B, T]: on all, and on each part (one name per row)."""
+    """Measure a dictionary on token ids and mask [B, T]: overall, and for each part (one name per row)."""
     mean = _mean(model, layer, max_norm, tokens, mask)
     features = reconstruct(mean[None])[0].shape[1]
 

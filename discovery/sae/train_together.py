@@ -1,4 +1,4 @@
-"""One dictionary trained by several workers: each has a part of every batch, and all make the same step."""
+"""Data-parallel training of a dictionary: each worker has a part of every batch; all take the same step."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from discovery.jobs.workers import Team
 
 
 def share_gradients(parameters: Sequence[nn.Parameter], team: Team) -> None:
-    """From now on each backward pass ends with the gradients' means over the workers; clipping follows."""
+    """Average gradients over the workers at the end of each backward pass, before clipping."""
     if team.count == 1:
         return
     ready = 0
@@ -20,7 +20,7 @@ def share_gradients(parameters: Sequence[nn.Parameter], team: Team) -> None:
     def accumulated(_parameter: Tensor) -> None:
         nonlocal ready
         ready += 1
-        if ready == len(parameters):  # all at once: in which order they come need not be the same everywhere
+        if ready == len(parameters):  # all at once: the order of gradients may differ between workers
             ready = 0
             team.mean([p.grad for p in parameters if p.grad is not None])
 
@@ -29,13 +29,13 @@ def share_gradients(parameters: Sequence[nn.Parameter], team: Team) -> None:
 
 
 def share_statistics(trainer: Any, team: Team) -> None:
-    """After a step: a feature is as dead as where it fired last; the threshold is the mean one."""
+    """Synchronise after a step: a feature last fired when it fired on any worker; thresholds are averaged."""
     team.least(trainer.n_forward_passes_since_fired)
     team.mean([trainer.sae.topk_threshold])
 
 
 def check_alike(trainer: Any, team: Team) -> None:
-    """Raise `DiscoveryError` unless all workers have come to the same weights, to the bit."""
+    """Raise `DiscoveryError` unless all workers have bit-identical weights."""
     if team.count == 1:
         return
     digest = hashlib.sha256()
@@ -43,6 +43,6 @@ def check_alike(trainer: Any, team: Team) -> None:
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     if len(set(team.gather(digest.hexdigest()))) > 1:
         raise DiscoveryError(
-            f"step {trainer.n_training_steps:,}: the workers' weights are no longer the same; "
-            "use workers whose machines compute alike, or one"
+            f"step {trainer.n_training_steps:,}: the workers' weights have diverged; "
+            "use identical machines, or one worker"
         )

@@ -219,7 +219,7 @@ def test_cut_takes_from_every_file_its_share(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ({"role": "task"}, r"x\.json: \[0\] is no object, but one with any of \('answer'"),
+        ({"role": "task"}, r"x\.json: \[0\] must be an object with any of \('answer'"),
         ({"role": "factual"}, "needs 'answer'"),
         ({"role": "bias", "field": "a"}, "needs 'field' and 'against'"),
         ({"role": "toxic", "ask": "shout"}, "ask = 'shout'"),

@@ -292,7 +292,7 @@ def test_group_with_a_weight_is_drawn_more_often(tiny: FrozenModel, listed: Data
     drawn = [fit._draw(chance) for _ in range(800)]
     texts = [tiny.tokenizer.decode(ids).lower() for ids, of_class in drawn if not of_class]
     assert 0.75 < sum("slowly" in text for text in texts) / len(texts) < 0.97
-    with pytest.raises(DiscoveryError, match=r"weights = 'benign_c', but the data trains on no such group"):
+    with pytest.raises(DiscoveryError, match=r"weights = 'benign_c', but the training data has no"):
         GateFit(tiny, data, replace(GATE, weights=(("benign_c", 2.0),)), EDIT, tmp_path)
 
 
@@ -546,7 +546,7 @@ def test_session_decides_as_the_gate_was_trained(tiny_folder: Path, listed: Data
 
 def test_edit_before_its_gate_is_refused(tiny: FrozenModel, listed: DataList, tmp_path: Path) -> None:
     """An edit at a layer before the gate's cannot be controlled by it."""
-    with pytest.raises(DiscoveryError, match="after that"):
+    with pytest.raises(DiscoveryError, match="the gate reads at the later layer"):
         GateFit(tiny, load_gate_data(listed, 0), GateSettings((3,)), EDIT, tmp_path)
 
 

@@ -42,10 +42,10 @@ def test_documented_table_is_what_the_command_prints(repository: Path) -> None:
 
 
 def test_faulty_label_is_told_with_file_and_line(tmp_path: Path) -> None:
-    """A line that is no label names its file and number."""
+    """A malformed label line is reported with its file and number."""
     good = {"id": "a", "role": "harmful", "arm": "off", "prompt": "p", "answer": "a", "refusal": True}
     (tmp_path / "x.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({**good, "refusal": "yes"}) + "\n")
-    with pytest.raises(DiscoveryError, match=r"x\.jsonl: line 2 is no label"):
+    with pytest.raises(DiscoveryError, match=r"x\.jsonl: line 2 is not a label"):
         read_labels(tmp_path)
 
 
