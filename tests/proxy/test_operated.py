@@ -272,6 +272,8 @@ async def test_closing_the_terminal_ends_the_gateway(engine, tmp_path, policy_wr
     master, slave = os.openpty()
 
     def own_terminal():
+        # Ignored in a job that nohup or a shell's background started, and so inherited.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
     how = {"start_new_session": True, "preexec_fn": own_terminal, "pass_fds": [slave]}

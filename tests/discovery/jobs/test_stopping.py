@@ -3,11 +3,20 @@
 import asyncio
 import os
 import signal
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 
 from discovery.jobs.stopping import Stopped, interruptible
+
+
+@pytest.fixture(autouse=True)
+def heard_signals() -> Iterator[None]:
+    """SIGINT as a program in the foreground has it: a shell starts background jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -136,8 +136,11 @@ def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "a/b/c", "../x", "http://x/y"])
-def test_name_that_is_neither_folder_nor_id_is_refused(name: str, tmp_path: Path) -> None:
+def test_name_that_is_neither_folder_nor_id_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is looked up by a name that cannot be a Hugging Face id."""
+    monkeypatch.chdir(tmp_path)  # where no folder has such a name
     with pytest.raises(ModelError, match="neither a folder nor a Hugging Face id"):
         resolve_model(name, tmp_path)
 
