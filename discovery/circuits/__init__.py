@@ -1,1 +1,1 @@
-"""Finding the components of a decoder that carry a behaviour, and measuring how far they do."""
+"""Finds the components of a decoder that carry a behaviour, and measures how much of it they carry."""

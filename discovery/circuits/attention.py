@@ -1,6 +1,6 @@
-"""A decoder's attention up to its output projection: by head with inputs of their own, behind known tokens.
+"""A decoder's attention up to its output projection, with separate inputs per head and reuse of known tokens.
 
-Shape letters: B sequences, T tokens, P tokens before them, D width, H heads, K of them, F head width.
+Shape letters: B sequences, T tokens, P earlier tokens, D width, H heads, K selected heads, F head width.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +14,13 @@ from discovery.circuits.layer_names import LayerNames
 from discovery.frozen_model import FrozenModel
 
 Hook = Callable[[nn.Module, Any, Tensor], Tensor]
-"""Takes a module, its arguments and its output, and returns another output."""
+"""Takes a module, its arguments and its output, and returns a replacement output."""
 
 
 class Attention:
-    """Hugging Face's own attention modules, stopped before the output projection.
+    """Runs Hugging Face's attention modules up to the output projection.
 
-    Tokens that no run changes need no computing twice: within `behind`, runs are of the tokens after them.
+    Tokens that no run changes are computed once: within `behind`, runs cover only the tokens after them.
     """
 
     def __init__(self, model: FrozenModel, projections: Sequence[nn.Module], names: LayerNames) -> None:
@@ -35,9 +35,9 @@ class Attention:
         return self._stopped(layer, normed, {}).view(*normed.shape[:2], self.heads, self.head_dim)
 
     def own_inputs(self, layer: int, normed: Tensor, heads: Sequence[int]) -> Tensor:
-        """z [B, T, K, F] of K heads, each of which reads its own input of ``normed`` [K, B, T, D].
+        """z [B, T, K, F] of K heads, each of which reads its own input from ``normed`` [K, B, T, D].
 
-        Keys and values, which heads share, are computed for each head anew: attention then has K of each.
+        Shared keys and values are computed again for each head, so attention has K of each.
         """
         groups: int = getattr(self.modules[layer], "num_key_value_groups", 1)
         shared = [head // groups for head in heads]
@@ -63,7 +63,7 @@ class Attention:
 
     @contextmanager
     def recording(self) -> Iterator[list["_Past"]]:
-        """Within the block a run leaves its keys and values in the given list, layer by layer."""
+        """Within the block, a run appends its keys and values to the yielded list, layer by layer."""
         assert self._past is None, "runs behind other tokens are not recorded"
         self._past = [_Past() for _ in self.modules]
         try:
@@ -73,7 +73,7 @@ class Attention:
 
     @contextmanager
     def behind(self, past: list["_Past"]) -> Iterator[None]:
-        """Within the block all runs are of the tokens that come after the recorded ones."""
+        """Within the block, all runs cover only the tokens after the recorded ones."""
         assert self._past is None, "one recording at a time"
         self._past = past
         try:
@@ -84,13 +84,13 @@ class Attention:
     def _stopped(
         self, layer: int, normed: Tensor, hooks: Mapping[str, Hook], shared: Sequence[int] | None = None
     ) -> Tensor:
-        """What attention hands to its output projection [B, T, heads * F].
+        """The input of attention's output projection, [B, T, heads * F].
 
-        hooks: put other queries, keys and values in the place of those of ``normed``
-        shared: which of the recorded keys and values each of their heads reads
+        hooks: replace the queries, keys and values computed from ``normed``
+        shared: for each head, the index of the recorded keys and values that it reads
         """
         module = self.modules[layer]
-        # The context runs the model: it is taken before the hook that ends attention.
+        # Getting the context runs the model, so do it before adding the hook that stops attention.
         context = self._context(layer, normed.shape[1])
         if self._past is not None:
             self._past[layer].shared = shared
@@ -102,7 +102,7 @@ class Attention:
             raise _Enough
 
         handles = [self.projections[layer].register_forward_pre_hook(keep)]
-        for name, hook in hooks.items():  # what a hook replaces need not be computed first
+        for name, hook in hooks.items():  # skip computing what a hook replaces
             projection = module.get_submodule(name)
             handles += [projection.register_forward_pre_hook(_no_tokens)]
             handles += [projection.register_forward_hook(hook)]
@@ -120,7 +120,7 @@ class Attention:
         return kept[0]
 
     def _context(self, layer: int, count: int) -> dict[str, Any]:
-        """What attention gets besides its input (mask, rotations) for the last ``count`` tokens."""
+        """Attention's other arguments (mask, rotations) for the last ``count`` tokens."""
         before = 0 if self._past is None else self._past[layer].length
         context = self._whole_context(before + count)[layer]
         if not before:
@@ -134,7 +134,7 @@ class Attention:
         return context | cut | {"attention_mask": mask[:, :, before:]}
 
     def _whole_context(self, length: int) -> list[dict[str, Any]]:
-        """The context of every layer, taken from an ordinary forward pass over ``length`` tokens."""
+        """The context of every layer, from a normal forward pass over ``length`` tokens."""
         if length not in self._contexts:
             found: list[dict[str, Any]] = []
 
@@ -159,7 +159,7 @@ def _no_tokens(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 class _Past:
-    """A layer's keys and values [B, KV, P, F] of tokens that come first; used as transformers' cache."""
+    """A layer's keys and values [B, KV, P, F] of earlier tokens; has the interface of transformers' cache."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -171,7 +171,7 @@ class _Past:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def update(self, keys: Tensor, values: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
-        """Called by attention with what is new; the first time it is kept, later it is put behind that."""
+        """Called by attention with new keys and values: the first call stores them, later calls append."""
         if self.keys is None or self.values is None:
             self.keys, self.values = keys, values
             return keys, values
@@ -182,4 +182,4 @@ class _Past:
 
 
 class _Enough(Exception):  # noqa: N818 (not an error: it ends attention before its output projection)
-    """The heads' outputs have been seen."""
+    """The heads' outputs have been captured."""

@@ -1,4 +1,4 @@
-"""How much each edge and node matters: EAP-IG for all of them at once, exact patching for single nodes."""
+"""The importance of edges and nodes: EAP-IG for all of them at once, exact patching for single nodes."""
 
 from collections.abc import Sequence
 
@@ -11,19 +11,19 @@ from discovery.circuits.pairs import Pair, contrast_start
 
 
 def edge_scores(decoder: GraphDecoder, pairs: Sequence[Pair], metric: Metric, steps: int) -> Tensor:
-    """EAP-IG scores [B, N, N] (target, source) of every edge, for each pair by itself, on the CPU.
+    """EAP-IG scores [B, N, N] (target, source) of every edge, separately for each pair, on the CPU.
 
     Edge attribution patching with integrated gradients (Hanna, Pezzelle, Belinkov 2024, "Have Faith in
     Faithfulness", arXiv:2403.17806), with the sign that a positive edge supports the metric M:
 
         score(u -> v) = (o_u(x) - o_u(x')) . 1/m sum_k dM(e' + a_k (e - e')) / d input_v
 
-    x and x' are the clean and the corrupted prompt, e and e' their embeddings, o_u what node u adds to the
-    residual stream, m the steps; summed over positions. Where the paper takes a_k = k/m, the midpoints
-    a_k = (k - 1/2)/m are taken: the same integral with a smaller error. The scores of the edges that leave
+    x and x' are the clean and the corrupted prompt, e and e' their embeddings, o_u the contribution of node u
+    to the residual stream, m the steps; summed over positions. The paper uses a_k = k/m; we use the midpoints
+    a_k = (k - 1/2)/m, which approximate the same integral more closely. The scores of the edges that leave
     ``input`` sum to M(x) - M(x') up to that error (completeness of integrated gradients).
 
-    Where the prompts do not differ yet, nothing changes and no score arises: those tokens are run once.
+    Before the first differing token all scores are zero, so those tokens are run only once.
     """
     start = contrast_start(pairs)
     with decoder.behind([pair.clean[:start] for pair in pairs]):
@@ -63,7 +63,7 @@ def _by_edge(decoder: GraphDecoder, change: Tensor, gradients: Sequence[Tensor])
 
 
 def node_scores(edges: Tensor) -> Tensor:
-    """EAP-IG scores [..., N] of nodes: the sum of the edges that leave each, or enter the logits."""
+    """EAP-IG scores [..., N] of nodes: the sum over outgoing edges, or over incoming edges for the logits."""
     scores = edges.sum(-2)
     scores[..., -1] = edges[..., -1, :].sum(-1)
     return scores
@@ -75,7 +75,7 @@ def patching_effects(
 ) -> Tensor:
     """Exact effects [B, len(nodes)]: M(x) minus M(x with the node's output taken from x').
 
-    Activation patching, one forward pass per node; what EAP-IG approximates.
+    Activation patching with one forward pass per node; EAP-IG approximates it.
     """
     start = contrast_start(pairs)
     with decoder.behind([pair.clean[:start] for pair in pairs]):

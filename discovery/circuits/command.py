@@ -1,4 +1,4 @@
-"""What the command `search` does: from settings and pairs, or prompts, to a circuit file and a few lines."""
+"""The command `search`: turns pairs or prompts into a circuit file and a short summary."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -44,11 +44,11 @@ def search(
     dictionaries: Sequence[str],
     say: Say,
 ) -> None:
-    """Search the circuit of a contrast and write it to ``out``; a run that was stopped goes on.
+    """Search the circuit of a contrast and write it to ``out``; resumes a stopped run.
 
     pairs    file of contrast pairs, or
-    prompts  file of prompts that show the behaviour, each of which is set beside a harmless one of ours
-    out      a ``.json`` file, or a folder in which the file is named by the circuit's id
+    prompts  file of prompts that show the behaviour; each is paired with a harmless prompt that we ship
+    out      a ``.json`` file, or a folder for a file named by the circuit's id
     dictionaries  ids, or folders of dictionaries
     """
     if not target_class.strip():
@@ -60,7 +60,7 @@ def search(
     reading = replace(reading, chat=prompts is not None if reading.chat is None else reading.chat)
     if pairs is not None:
         reading = _with_class_answers(reading, target_class, pairs)
-        read_pairs(pairs, reading)  # a fault of the file shows before a model is loaded
+        read_pairs(pairs, reading)  # report faults in the file before loading a model
     else:
         read_prompts(Source(source, "prompts"))
     model = _model(settings, say)
@@ -111,7 +111,7 @@ def search(
 
 
 def summary(circuit: Circuit) -> list[str]:
-    """A circuit's measures in a few lines."""
+    """A circuit's measures in a few lines of text."""
     components = sum(node.dictionary is None for node in circuit.nodes)
     lines = [
         f"{components} of {circuit.method.nodes_of_model} nodes, "
@@ -153,7 +153,7 @@ def _named(nodes: Sequence[CircuitNode]) -> str:
 
 
 def _dictionaries(settings: Settings, model: FrozenModel, names: Sequence[str]) -> list[Dictionary]:
-    """The dictionaries of the model that the command names, each by its id or its folder."""
+    """The dictionaries named on the command line, each by its id or its folder."""
     artifacts = Artifacts(settings.paths.artifacts, model.spec)
     found = []
     for name in dict.fromkeys(names):
@@ -179,7 +179,7 @@ def _in_folder(folder: Path, model: FrozenModel) -> Dictionary:
 
 
 def _with_class_answers(reading: Reading, target_class: str, pairs: Path) -> Reading:
-    """For a class with known answers those, when neither the file nor the command names any."""
+    """Use the class's known answers if neither the file nor the command names any."""
     given = reading.answers or reading.wrong or reading.layout != "pairs"
     if given or target_class not in CLASS_ANSWERS or names_answers(pairs):
         return reading
@@ -188,7 +188,7 @@ def _with_class_answers(reading: Reading, target_class: str, pairs: Path) -> Rea
 
 
 def _model(settings: Settings, say: Say) -> FrozenModel:
-    """The model in float32, whatever dtype it is served in: in bfloat16, small effects drown in rounding."""
+    """The model in float32, whatever its serving dtype: in bfloat16, rounding hides small effects."""
     import torch
 
     from interpretops.model.device import pick_device

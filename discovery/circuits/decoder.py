@@ -1,7 +1,7 @@
-"""A Hugging Face decoder run as a graph: node outputs, each node's own input, ablation edge by edge.
+"""Runs a Hugging Face decoder as a graph: node outputs, separate node inputs, edge-by-edge ablation.
 
-Shape letters: B sequences, T tokens, D width, H heads, N nodes, V vocabulary. Nothing is padded: the
-sequences of a batch are of one length.
+Shape letters: B sequences, T tokens, D width, H heads, N nodes, V vocabulary. There is no padding:
+all sequences in a batch have the same length.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +22,14 @@ from interpretops.steering.hook_points import site_module
 
 
 class GraphDecoder:
-    """The computation of a frozen model, cut at every node's input and output.
+    """The computation of a frozen model, split at every node's input and output.
 
-    A node's output is what it adds to the residual stream: the embedding, ``z_h W_O[h]`` of a head, an MLP's
-    output. A node's input is a sum of outputs. Raises `DiscoveryError` for a family that is not known.
+    A node's output is its contribution to the residual stream: the embedding, ``z_h W_O[h]`` of a head, an
+    MLP's output. A node's input is a sum of outputs. Raises `DiscoveryError` for an unknown family.
 
-    A bias of the output projection belongs to no head: each is given an equal part of it. Where a norm
-    follows attention (Gemma), the heads' sum is scaled by one factor for each token, and each head is given
-    its own part of that: ``z_h W_O[h]`` times the factor of the whole sum.
+    A bias of the output projection is divided equally among the heads. If a norm follows attention (Gemma),
+    the heads' sum is scaled by one factor per token, and each head's output is ``z_h W_O[h]`` times that
+    factor.
     """
 
     def __init__(self, model: FrozenModel) -> None:
@@ -37,7 +37,7 @@ class GraphDecoder:
         if spec.architecture not in LAYER_NAMES:
             raise DiscoveryError(
                 f"{spec.name}: architecture = {spec.architecture}, but circuits are searched in "
-                f"{', '.join(LAYER_NAMES)}; without a circuit, mechctl propose --from contrast serves"
+                f"{', '.join(LAYER_NAMES)}; without a circuit, use mechctl propose --from contrast"
             )
         self.model, self.network, self.layers = model, model.network, model.layers
         self.names = LAYER_NAMES[spec.architecture]
@@ -53,17 +53,17 @@ class GraphDecoder:
         self.logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Embeddings [B, T, D] of sequences of one length."""
+        """Embeddings [B, T, D] of sequences of equal length."""
         ids = torch.tensor([list(row) for row in tokens], device=self.model.device)
         embedded: Tensor = self.network.get_input_embeddings()(ids)
         return embedded
 
     @contextmanager
     def behind(self, tokens: Sequence[Sequence[int]]) -> Iterator[None]:
-        """Within the block all sequences are what follows these tokens, one of which stands before each.
+        """Within the block, every sequence continues the prefix of ``tokens`` at its batch index.
 
-        Exact where no run differs on them from the model's own, and several times cheaper: no node is
-        computed there again. Without tokens everything is as ever.
+        Exact if no run changes the prefix, and several times cheaper, because no node is computed there
+        again. Without tokens, this has no effect.
         """
         if not tokens or not tokens[0]:
             yield
@@ -80,10 +80,10 @@ class GraphDecoder:
         return found if self.logit_cap is None else self.logit_cap * torch.tanh(found / self.logit_cap)
 
     def head_outputs(self, layer: int, streams: Tensor, heads: Sequence[int] | None = None) -> Tensor:
-        """What heads add to the stream. ``streams`` [1, B, T, D]: all H heads read it, output [H, B, T, D].
+        """The heads' contributions. With ``streams`` [1, B, T, D], all H heads read it; output [H, B, T, D].
 
-        With ``heads`` (K of them) ``streams`` is [K, B, T, D], one input for each, and so is the output.
-        Where `heads_together`, all of them must be asked for.
+        With K ``heads``, ``streams`` is [K, B, T, D], one input per head; the output has the same shape.
+        If `heads_together`, all heads must be requested.
         """
         normed = self.layers[layer].get_submodule("input_layernorm")(streams)
         weight = self._weight(layer)
@@ -104,11 +104,11 @@ class GraphDecoder:
 
     @property
     def heads_together(self) -> bool:
-        """Whether what one head adds depends on what the others of its layer do."""
+        """Whether a head's contribution depends on the other heads of its layer."""
         return self.names.after_attention is not None
 
     def mlp_output(self, layer: int, stream: Tensor) -> Tensor:
-        """What an MLP adds to the stream [B, T, D]."""
+        """An MLP's contribution to the stream, [B, T, D]."""
         block = self.layers[layer]
         found: Tensor = block.get_submodule("mlp")(block.get_submodule(self.names.before_mlp)(stream))
         return found if self.names.after_mlp is None else block.get_submodule(self.names.after_mlp)(found)
@@ -123,8 +123,8 @@ class GraphDecoder:
     ) -> tuple[Tensor, Tensor | None]:
         """The final stream [B, T, D], and with ``keep`` all nodes' outputs [N-1, B, T, D].
 
-        patches: outputs [B, T, D] to put in the place of nodes' own
-        layers: those to run instead of all; ``embedded`` is then the stream that enters the first of them
+        patches: outputs [B, T, D] that replace the nodes' own
+        layers: run only these layers; ``embedded`` is then the stream that enters the first of them
         """
         patches = patches or {}
         stream = patches.get(0, embedded)
@@ -146,8 +146,8 @@ class GraphDecoder:
         return stream, torch.cat(outputs) if keep else None
 
     def run_with_inputs(self, embedded: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The final stream, and every node's own copy of its input, for gradients: per layer [H, B, T, D] of
-        the heads and [B, T, D] of the MLP, then [B, T, D] of the logits (which is the returned stream)."""
+        """The final stream, and a separate copy of every node's input, for gradients: per layer [H, B, T, D]
+        for the heads and [B, T, D] for the MLP, then [B, T, D] for the logits (the returned stream)."""
         stream, inputs = embedded, []
         every = range(self.graph.heads)
         for layer in range(self.graph.layers):
@@ -161,12 +161,12 @@ class GraphDecoder:
 
     @torch.no_grad()
     def run_circuit(self, embedded: Tensor, edges: Edges, reference: Tensor) -> Tensor:
-        """Logits [B, V] when only ``edges`` carry what their sources compute and all others the reference.
+        """Logits [B, V] if only ``edges`` carry their sources' outputs and all other edges the reference.
 
-        reference: outputs [N-1, B or 1, T, D] of all nodes in the run that ablated edges carry
+        reference: outputs [N-1, B or 1, T, D] of all nodes, carried by ablated edges
 
-        Exact: each node reads ``sum_u reference_u + sum_(u in edges) (output_u - reference_u)``. Nodes that
-        no edge of the circuit leaves are not computed.
+        Exact: each node reads ``sum_u reference_u + sum_(u in edges) (output_u - reference_u)``. Nodes
+        without an outgoing edge in the circuit are not computed.
         """
         graph = self.graph
         used: list[bool] = np.logical_or.reduce(edges, axis=0).tolist()
@@ -176,7 +176,7 @@ class GraphDecoder:
         ground = reference[0].expand_as(embedded).clone()
 
         def read(nodes: Sequence[int], first: int, last: int) -> Tensor:
-            """What nodes get beyond the reference from sources first..last-1; others are not touched."""
+            """The sum of output minus reference that nodes receive from sources first..last-1."""
             sources = first + np.flatnonzero(edges[list(nodes), first:last].any(0))
             if not len(sources):
                 return embedded.new_zeros(len(nodes), *embedded.shape)
@@ -192,7 +192,7 @@ class GraphDecoder:
             if heads and self.heads_together:
                 heads = list(range(graph.heads))
             nodes = [start + head for head in heads] + [mlp] * used[mlp]
-            if nodes:  # in one go: each source is fetched from memory once a layer
+            if nodes:  # in one operation: each source is read from memory once per layer
                 mixed = read(nodes, 0, start)
             if heads:
                 own = self.head_outputs(layer, ground + mixed[: len(heads)], heads)
@@ -212,7 +212,7 @@ class GraphDecoder:
 
 
 def _norm_factor(norm: nn.Module, total: Tensor) -> Tensor:
-    """What Gemma's root-mean-square norm multiplies ``total`` [..., D] by, in each place."""
+    """The elementwise factor that Gemma's root-mean-square norm applies to ``total`` [..., D]."""
     eps: float = norm.eps  # type: ignore[assignment]  # a float of transformers' module
     factor: Tensor = torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps) * (
         1 + norm.get_parameter("weight")

@@ -1,4 +1,4 @@
-"""How much of a behaviour a circuit keeps when every edge outside of it is ablated, exactly."""
+"""Faithfulness: how much of a behaviour remains if every edge outside the circuit is ablated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from discovery.errors import DiscoveryError
 from interpretops.circuit import Ablation, RandomCircuits
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Shares of the model's edges at which MIB measures a circuit (arXiv:2504.13151)."""
+"""The shares of the model's edges at which MIB evaluates a circuit (arXiv:2504.13151)."""
 
 
 class Evaluator:
     """Measures circuits on pairs under one kind of ablation.
 
-    counterfactual  ablated edges carry what their source computes on the corrupted prompt
-    mean            ablated edges carry the source's mean over clean and corrupted prompts of the same number
-                    of tokens, position by position (the first position is a sink, and like no other)
+    counterfactual  ablated edges carry their source's output on the corrupted prompt
+    mean            ablated edges carry the source's mean output over clean and corrupted prompts of the same
+                    length, separately for each position (the first position is a sink, unlike the others)
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Evaluator:
         if abs(self.full - self.empty) < 1e-6:
             raise DiscoveryError(
                 f"the metric is {self.full:.6g} on clean prompts and {self.empty:.6g} with everything "
-                f"ablated ({ablation}): the model makes no difference that a circuit could carry"
+                f"ablated ({ablation}): the model shows no contrast that a circuit could carry"
             )
 
     def metrics(self, circuits: Sequence[Edges]) -> list[float]:
-        """Mean metric of each circuit over the pairs."""
+        """The mean metric of each circuit over the pairs."""
         totals = np.zeros(len(circuits))
         for indices in self.batches:
             pairs = [self.pairs[index] for index in indices]
@@ -70,13 +70,13 @@ class Evaluator:
         return total / len(self.pairs)
 
     def _start(self, pairs: Sequence[Pair]) -> int:
-        """How many tokens of these pairs carry the same in every run: they are not run again."""
+        """The number of leading tokens with the same outputs in every run; they are not run again."""
         if self.ablation == "mean":
             return self._starts[len(pairs[0].clean)]
         return contrast_start(pairs)
 
     def _shared_starts(self) -> dict[int, int]:
-        """By length of prompts, how many tokens all of them begin with alike."""
+        """For each prompt length, the number of leading tokens that all prompts share."""
         sides: dict[int, list[tuple[int, ...]]] = {}
         for pair in self.pairs:
             sides.setdefault(len(pair.clean), []).extend((pair.clean, pair.corrupted))
@@ -94,7 +94,7 @@ class Evaluator:
         return outputs
 
     def _mean_outputs(self) -> dict[int, Tensor]:
-        """By length of prompts the mean outputs [N-1, 1, T, D] of all nodes behind the shared start."""
+        """For each prompt length, the mean outputs [N-1, 1, T, D] of all nodes after the shared start."""
         sums: dict[int, Tensor] = {}
         counts: dict[int, int] = {}
         for indices in self.batches:
@@ -111,7 +111,7 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class Areas:
-    """Areas over circuit sizes."""
+    """Areas under the faithfulness curve over circuit sizes."""
 
     cpr: float
     cmd: float
@@ -121,15 +121,15 @@ def areas(sizes: Sequence[float], curve: Sequence[float]) -> Areas:
     """CPR and CMD of a faithfulness curve f over shares k of the model's edges.
 
     MIB (Mueller et al. 2025, arXiv:2504.13151): CPR = integral of f(C_k) dk, CMD = integral of
-    |1 - f(C_k)| dk over k in [0, 1], by trapezoids between the measured sizes. The curve begins at k = 0
-    with f = 0, which is what the definition of f says of the empty circuit.
+    |1 - f(C_k)| dk over k in [0, 1], by the trapezoidal rule between the measured sizes. The curve begins at
+    k = 0 with f = 0, because the empty circuit has f = 0 by definition.
     """
     k, f = np.array([0.0, *sizes]), np.array([0.0, *curve])
     return Areas(float(np.trapezoid(f, k)), float(np.trapezoid(np.abs(1 - f), k)))
 
 
 def random_summary(evaluator: Evaluator, own: float, others: Sequence[Sequence[float]]) -> RandomCircuits:
-    """Measures of random circuits, given the metric of each at `SIZES` and, last, at the circuit's size."""
+    """Measures of random circuits; each has its metric at `SIZES` and, last, at the circuit's size."""
     curves = [[evaluator.faithfulness(value) for value in row] for row in others]
     last = np.array([curve[-1] for curve in curves])
     found = [areas(SIZES, [*curve[:-1], 1.0]) for curve in curves]

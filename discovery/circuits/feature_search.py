@@ -1,4 +1,4 @@
-"""A dictionary's part of a search: which features carry the contrast, how far exactly, and how stably."""
+"""The feature part of a search: which features carry the contrast, how much of it, and how stably."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from interpretops.circuit import CircuitDictionary, CircuitNode
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """What is measured of each dictionary, and how much of it."""
+    """What a search measures for each dictionary."""
 
     metric: Metric
     steps: int
@@ -30,13 +30,13 @@ class FeatureSettings:
     random_sets: int
     batch: int
     most: int
-    """Features, by attribution, whose exact contribution is measured."""
+    """Number of features, ranked by attribution, whose exact contribution is measured."""
 
 
 class FeatureSearch:
-    """One dictionary: features are chosen on the discovery pairs and measured on the evaluation pairs.
+    """Searches one dictionary: chooses features on the discovery pairs, measures on the evaluation pairs.
 
-    Finished steps are named by the dictionary's weights: a retrained one does not meet those of the old.
+    Step names include the hash of the dictionary's weights, so a retrained dictionary starts afresh.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class FeatureSearch:
         self.name = f"{site.manifest.id}-{site.manifest.weights.sha256[:12]}"
 
     def run(self, contrast: float) -> tuple[list[CircuitNode], CircuitDictionary]:
-        """The features' nodes, strongest attribution first, then the error's; and the dictionary's record.
+        """The nodes of features, strongest attribution first, then the error's, and the dictionary's record.
 
-        contrast: mean M(clean) - M(corrupted) over the evaluation pairs, of which contributions are shares
+        contrast: mean M(clean) - M(corrupted) over the evaluation pairs; contributions are shares of it
         """
         scores = self._attribute()
         mean = scores.mean(0).double().numpy()
@@ -106,7 +106,7 @@ class FeatureSearch:
         )
 
     def _attribute(self) -> Tensor:
-        """Scores of every pair and feature, and of the error [P, F + 1]; one file a batch."""
+        """Scores [P, F + 1] of every pair and feature, and of the error; one file per batch."""
         scores = torch.zeros(len(self.discovery), self.site.manifest.width + 1)
         with meter(f"search: features of {self.site.manifest.id}", len(self.discovery), "pairs") as progress:
             for number, indices in enumerate(batches(self.discovery, self.settings.batch)):
@@ -123,7 +123,7 @@ class FeatureSearch:
         return scores
 
     def _effects(self, named: Sequence[int], random: Sequence[Sequence[int]]) -> list[float]:
-        """Mean exact effects: each named feature, all of them, each random set, every feature, the error."""
+        """Mean exact effects: each chosen feature, all chosen, each random set, every feature, the error."""
         groups = [*([feature] for feature in named), named, *random]
 
         def compute() -> list[float]:
@@ -142,7 +142,7 @@ class FeatureSearch:
         return [int(feature) for feature in drawn]
 
     def _resampled(self, scores: Tensor) -> list[Members]:
-        """The features that each resample of the pairs would have named, as for the circuits of edges."""
+        """The features that each resample of the pairs would choose, resampled as for circuits of edges."""
         found = []
         for seed in self.settings.seeds:
             for draw in range(self.settings.resamples):

@@ -1,4 +1,4 @@
-"""Features of a residual-stream dictionary as nodes: integrated gradients for all, exact edits for some.
+"""Features of a residual-stream dictionary as nodes: integrated gradients for all, exact effects for some.
 
 Shape letters: B sequences, T tokens, D width, F features.
 """
@@ -18,11 +18,11 @@ from interpretops.artifacts.dictionary import Dictionary
 from interpretops.steering.dictionary_features import DictionaryFeatures
 
 Group = Sequence[int]
-"""Features that are given their counterfactual values together."""
+"""Features that take their counterfactual values together."""
 
 
 class FeatureSite:
-    """A dictionary's features where they are read: the residual stream after a layer."""
+    """A dictionary's features at their site: the residual stream after a layer."""
 
     def __init__(self, decoder: GraphDecoder, dictionary: Dictionary) -> None:
         manifest = dictionary.manifest
@@ -40,12 +40,12 @@ class FeatureSite:
         self.after = range(manifest.layer + 1, decoder.graph.layers)
 
     def activations(self, x: Tensor) -> Tensor:
-        """Activations [..., F] of every feature; none at an attention sink."""
+        """Activations [..., F] of every feature; zero at an attention sink."""
         return torch.where(x.norm(dim=-1, keepdim=True) <= self.max_norm, self.features.encode(x), 0)
 
     @contextmanager
     def contrast(self, pairs: Sequence[Pair]) -> Iterator["Contrast"]:
-        """Both sides of some pairs at the site, from the first token on that differs."""
+        """Both sides of these pairs at the site, from the first differing token on."""
         start = contrast_start(pairs)
         with self.decoder.behind([pair.clean[:start] for pair in pairs]):
             with torch.no_grad():
@@ -57,13 +57,13 @@ class FeatureSite:
             yield Contrast(clean, corrupted, gained)
 
     def value(self, metric: Metric, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
-        """The metric [B] when the stream after the site's layer is ``x``."""
+        """The metric [B] if the stream after the site's layer is ``x``."""
         return measure(metric, self.decoder.logits(self.decoder.run(x, layers=self.after)[0]), pairs)
 
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """The stream [B, T, D] of clean and corrupted prompts, and how features differ: clean - corrupted."""
+    """The stream [B, T, D] of clean and corrupted prompts, and the feature difference: clean - corrupted."""
 
     clean: Tensor
     corrupted: Tensor
@@ -77,9 +77,9 @@ def feature_scores(site: FeatureSite, pairs: Sequence[Pair], metric: Metric, ste
         score(f) = sum_t (a_f(x) - a_f(x')) . 1/m sum_k dM(z' + c_k (z - z')) / da_f
 
     z and z' are the stream after the layer on the clean and the corrupted prompt, da_f acts along f's decoder
-    row, c_k are midpoints; after Marks et al. 2024, "Sparse Feature Circuits" (arXiv:2403.19647), whose error
-    node is kept: it is what of z - z' the features leave. All scores of a pair sum to M(x) - M(x') up to the
-    error of m.
+    row, c_k are midpoints; after Marks et al. 2024, "Sparse Feature Circuits" (arXiv:2403.19647). As there,
+    the error node is the part of z - z' that the features do not explain. All scores of a pair sum to
+    M(x) - M(x') up to the error of m.
     """
     with site.contrast(pairs) as found:
         change = found.clean - found.corrupted
@@ -96,10 +96,10 @@ def feature_scores(site: FeatureSite, pairs: Sequence[Pair], metric: Metric, ste
 def feature_effects(
     site: FeatureSite, pairs: Sequence[Pair], metric: Metric, groups: Sequence[Group]
 ) -> Tensor:
-    """Exact effects [B, G + 2]: M(x) - M(x edited), then those of all features and of the error alone.
+    """Exact effects M(x) - M(x edited), [B, G + 2]: of each group, then of all features, then of the error.
 
-    The edit is the engine's: x' = x + (a_corrupted - a_clean) . decoder row, of every feature of a group, at
-    every token. For the error it is what is left to the corrupted stream after all features' edits.
+    The edit is the engine's: x' = x + (a_corrupted - a_clean) . decoder row, for every feature of a group, at
+    every token. For the error, it is the remaining difference to the corrupted stream after all those edits.
     """
     with site.contrast(pairs) as found:
         whole = site.value(metric, found.clean, pairs)

@@ -1,4 +1,4 @@
-"""The graph of a decoder: its nodes in the order they compute, its edges, and connected subgraphs.
+"""The graph of a decoder: its nodes in computation order, its edges, and connected subgraphs.
 
 N nodes: ``input``, then for each layer its heads and its MLP, then ``logits``. Sets of edges are boolean
 matrices [N, N], first index the target, second the source.
@@ -24,7 +24,7 @@ class Graph:
     layers: int
     heads: int
     parallel: bool = False
-    """A layer's MLP reads what its heads read (GPT-NeoX), and not what they wrote too."""
+    """Whether a layer's MLP reads the same input as its heads (GPT-NeoX) and not their outputs."""
 
     @property
     def size(self) -> int:
@@ -60,8 +60,8 @@ class Graph:
 
     @cached_property
     def allowed(self) -> Edges:
-        """Every edge of the model: heads read what earlier layers wrote, an MLP its own layer's heads too,
-        unless these are parallel."""
+        """Every edge of the model: heads read the outputs of earlier layers; an MLP also reads its own
+        layer's heads, unless they run in parallel."""
         found = np.zeros((self.size, self.size), bool)
         for layer in range(self.layers):
             start = self.first_head(layer)
@@ -76,7 +76,7 @@ class Graph:
 
 
 def without_dead_ends(edges: Edges) -> Edges:
-    """Of the edges those that lie on a way from the first node (``input``) to the last (``logits``)."""
+    """Only the edges on a path from the first node (``input``) to the last (``logits``)."""
     size = len(edges)
     fed, heard = np.zeros(size, bool), np.zeros(size, bool)
     fed[0], heard[-1] = True, True
@@ -90,10 +90,10 @@ def without_dead_ends(edges: Edges) -> Edges:
 
 
 def growth_order(graph: Graph, scores: Scores) -> list[tuple[int, int]]:
-    """Edges (target, source) in the order in which a circuit grows from the logits.
+    """Edges (target, source) in the order in which a circuit grows backwards from the logits.
 
-    Of the edges that enter a node of the circuit, the one of the highest absolute score comes next and
-    brings its source along: the greedy search of Hanna et al. (2024, arXiv:2403.17806).
+    The next edge is the one with the highest absolute score that enters a node of the circuit; its source
+    joins the circuit. This is the greedy search of Hanna et al. (2024, arXiv:2403.17806).
     """
     waiting: list[tuple[float, int, int]] = []
     reached = {graph.logits}
@@ -114,10 +114,10 @@ def growth_order(graph: Graph, scores: Scores) -> list[tuple[int, int]]:
 
 
 def prune(graph: Graph, order: list[tuple[int, int]], most: int) -> Edges:
-    """The largest connected circuit of at most ``most`` edges along a growth order; every edge counts.
+    """The largest connected circuit of at most ``most`` edges along a growth order.
 
-    Dead ends are cut, and as longer growth never loses an edge, the length is found by bisection. Circuits
-    of one order are nested.
+    Dead ends are pruned. Longer growth never loses an edge, so bisection finds the length, and circuits of
+    the same order are nested.
     """
     places = np.array(order, np.intp).reshape(-1, 2)
     low, high = 0, len(order)
@@ -131,12 +131,12 @@ def prune(graph: Graph, order: list[tuple[int, int]], most: int) -> Edges:
 
 
 def _grown(graph: Graph, places: npt.NDArray[np.intp]) -> Edges:
-    """The circuit of some edges [E, 2] (target, source), dead ends cut."""
+    """The circuit of these edges [E, 2] (target, source), with dead ends pruned."""
     edges = np.zeros((graph.size, graph.size), bool)
     edges[places[:, 0], places[:, 1]] = True
     return without_dead_ends(edges)
 
 
 def random_order(graph: Graph, seed: int) -> list[tuple[int, int]]:
-    """The growth order under random scores: its circuits are connected and can be cut to any size."""
+    """The growth order under random scores: its circuits are connected and can have any size."""
     return growth_order(graph, np.random.default_rng(seed).random((graph.size, graph.size)))

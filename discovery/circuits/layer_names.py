@@ -1,23 +1,23 @@
-"""How each model family lays out a decoder layer, as far as its graph of heads and MLPs needs to know."""
+"""The names in a decoder layer of each model family that the graph of heads and MLPs needs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Names of a layer's submodules, and of what they are called with."""
+    """Names of a layer's submodules and of their arguments."""
 
     attention: str = "self_attn"
     past: str = "past_key_values"
-    """The argument by which attention is given keys and values of earlier tokens."""
+    """Attention's argument for the keys and values of earlier tokens."""
     fused: str | None = None
-    """One projection that gives query, key and value of each head, side by side; None: three of them."""
+    """The projection that computes query, key and value of each head together; None if there are three."""
     before_mlp: str = "post_attention_layernorm"
     after_attention: str | None = None
-    """The norm of what attention adds to the stream."""
+    """The norm of attention's output."""
     after_mlp: str | None = None
     final_norm: str = "norm"
-    """The model's last norm, before its logits."""
+    """The model's final norm, before the logits."""
 
 
 _LLAMA = LayerNames()
@@ -38,4 +38,4 @@ LAYER_NAMES: dict[str, LayerNames] = {
     "Gemma3ForCausalLM": _GEMMA,
     "GPTNeoXForCausalLM": _NEOX,
 }
-"""By the architecture that the model's config names."""
+"""Keyed by the architecture in the model's config."""

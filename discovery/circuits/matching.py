@@ -1,4 +1,4 @@
-"""Contrast pairs made from prompts that show a behaviour, each beside a harmless one that we ship."""
+"""Makes contrast pairs: pairs each prompt that shows a behaviour with a harmless prompt that we ship."""
 
 import json
 from collections import Counter
@@ -25,14 +25,14 @@ def match_prompts(
     answers: tuple[str, ...] = (),
     wrong: tuple[str, ...] = (),
 ) -> tuple[list[TextPair], int]:
-    """Pairs of a file's prompts and shipped harmless ones, and how many prompts found no partner.
+    """Pairs of a file's prompts with shipped harmless ones, and the number of prompts without a partner.
 
-    most: pairs at most; of more, those whose number of tokens most others have too, as pairs of one length
-    run together, and then those that are most alike
-    answers, wrong: what all pairs are measured by; empty: what we know of the class
+    most: the largest number of pairs. If there are more, pairs of the most common lengths come first, because
+    pairs of equal length run together; then the most similar pairs
+    answers, wrong: the answers that all pairs are measured by; if empty, the class's known answers
 
-    Positions are exchanged one for one, so that a partner has as many tokens as its prompt; of those the one
-    with the most tokens alike, place by place, is taken. No harmless prompt is used twice.
+    Patching works position by position, so a partner must have as many tokens as its prompt. The partner with
+    the most equal tokens at equal positions is chosen. No harmless prompt is used twice.
     """
     prompts = list(dict.fromkeys(read_prompts(Source(path, "prompts"))))
     encode = model.chat_ids if chat else model.text_ids
@@ -76,7 +76,7 @@ def match_prompts(
 
 
 def _harmless(target_class: str) -> list[str]:
-    """What we ship for the class, then harmless prompts that share words with harmful ones, then any."""
+    """Shipped harmless prompts: first those of the class, then those that sound harmful, then any."""
     found = [str(row["corrupted"]) for row in _class_rows(target_class)]
     found += read_prompts(Source(CONTRAST, "prompts", name="benign"))
     found += read_prompts(Source(SELF_ASKED, "prompts"))
@@ -95,7 +95,7 @@ def _class_rows(target_class: str) -> list[dict[str, object]]:
 def _class_answers(
     target_class: str, answers: Sequence[str], wrong: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What is given, else the answers of the shipped pairs of the class, else the known ones."""
+    """The given answers, else those of the class's shipped pairs, else the class's known ones."""
     rows = _class_rows(target_class)
     known = (rows[0]["answer"], rows[0]["wrong"]) if rows else CLASS_ANSWERS.get(target_class, ((), ()))
     found = []
@@ -103,7 +103,7 @@ def _class_answers(
         texts = tuple(given) or tuple(map(str, fallback if isinstance(fallback, list | tuple) else ()))
         if not texts:
             raise DiscoveryError(
-                f"--class {target_class}: we know no answers of this class; give --{option} (may be repeated)"
+                f"--class {target_class}: this class has no known answers; give --{option} (may be repeated)"
             )
         found.append(texts)
     return found[0], found[1]

@@ -1,4 +1,4 @@
-"""What a circuit is a circuit of: one number per prompt from the logits at its last position."""
+"""The metric that a circuit explains: one number per prompt, from the logits at its last position."""
 
 from collections.abc import Sequence
 from typing import get_args
@@ -13,7 +13,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 def measure(metric: Metric, logits: Tensor, pairs: Sequence[Pair]) -> Tensor:
-    """How far each prompt favours its answer tokens over its wrong ones [B]; logits [B, V].
+    """How strongly the model favours each prompt's answer tokens over its wrong ones, [B]; logits [B, V].
 
     logit_diff   mean logit of the answers minus mean logit of the wrong ones (IOI; refuse minus comply)
     log_odds     log of the probability ratio of the two sets

@@ -1,4 +1,4 @@
-"""Contrast pairs: reading them from jsonl or csv, and putting them into tokens of equal length."""
+"""Contrast pairs: reads them from jsonl or csv, and tokenizes them to equal lengths."""
 
 import csv
 import io
@@ -22,12 +22,12 @@ CLASS_ANSWERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Sure", "Here", "Certainly", "To ", "Of course", "Yes"),
     ),
 }
-"""Openings of refusing and of complying answers, for files that name neither ``answer`` nor ``wrong``."""
+"""Beginnings of refusals and of complying answers, for files without ``answer`` and ``wrong``."""
 
 
 @dataclass(frozen=True)
 class TextPair:
-    """One contrast as it stands in a file."""
+    """One contrast as written in a file."""
 
     where: str
     clean: str
@@ -36,14 +36,14 @@ class TextPair:
     """Texts whose first tokens the model should favour on the clean prompt."""
     wrong: tuple[str, ...]
     paraphrase: str = ""
-    """Which wording of the contrast this is; empty when the file does not say."""
+    """The wording of the contrast; empty if the file does not say."""
     topic: str = ""
-    """Pairs of one topic, whatever their wording, stay together when pairs are held out."""
+    """Pairs of the same topic, whatever their wording, are held out together."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One contrast as token ids; both prompts are of the same length."""
+    """One contrast as token ids; both prompts have the same length."""
 
     clean: tuple[int, ...]
     corrupted: tuple[int, ...]
@@ -54,7 +54,7 @@ class Pair:
 
 
 def read_pairs(path: Path, reading: Reading, *, whole_years: bool = True) -> list[TextPair]:
-    """The pairs of a file. ``whole_years``: the tokenizer keeps two digits in one token."""
+    """Read the pairs in a file. ``whole_years``: the tokenizer encodes two digits as one token."""
     rows = _rows(path)
     found = []
     for index, row in enumerate(rows):
@@ -113,7 +113,7 @@ def _prompt(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
-    """One text, several with ``|`` between, or a JSON list of texts."""
+    """One text, several separated by ``|``, or a JSON list of texts."""
     value = row.get(column)
     parts = value.split("|") if isinstance(value, str) else value
     if not isinstance(parts, list) or not parts or not all(isinstance(part, str) and part for part in parts):
@@ -124,7 +124,7 @@ def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
 
 
 def _ioi_names(clean: str, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Indirect object identification: the name said once is the answer, the one said twice is wrong."""
+    """Indirect object identification: the name that occurs once is the answer, the other one is wrong."""
     both = re.search(r"\b([A-Z][a-z]+) and ([A-Z][a-z]+)\b", clean)
     names = both.groups() if both else ()
     counts = {name: len(re.findall(rf"\b{name}\b", clean)) for name in names}
@@ -135,7 +135,7 @@ def _ioi_names(clean: str, where: str) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _later_years(label: Any, where: str, whole_years: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Greater-than: years above the label against the others, or decades where digits are tokens."""
+    """Greater-than: years above the label against the others; decades if digits are single tokens."""
     if not re.fullmatch(r"\d{1,2}", str(label)):
         raise DiscoveryError(f"{where}: label = {label!r}, but must be the two digits of a year")
     year = int(label)
@@ -147,7 +147,7 @@ def _later_years(label: Any, where: str, whole_years: bool) -> tuple[tuple[str, 
 
 
 def encode_pairs(model: FrozenModel, texts: Sequence[TextPair], reading: Reading) -> tuple[list[Pair], int]:
-    """Pairs as tokens, and how many were skipped. Refuses, or skips, those that do not fit each other."""
+    """Pairs as tokens, and the number skipped. Refuses, or skips, pairs whose sides do not align."""
     encode = model.chat_ids if reading.chat else model.text_ids
     found, reasons = [], []
     for text in texts:
@@ -155,13 +155,13 @@ def encode_pairs(model: FrozenModel, texts: Sequence[TextPair], reading: Reading
         answers, wrong = _first_tokens(model, text.answers), _first_tokens(model, text.wrong)
         if len(clean) != len(corrupted):
             reasons.append(
-                f"{text.where}: clean has {len(clean)} tokens and corrupted {len(corrupted)}, but a position "
-                "can only be exchanged with its like; reword one, or --skip-unfit"
+                f"{text.where}: clean has {len(clean)} tokens and corrupted {len(corrupted)}, but both "
+                "must have the same number; reword one, or give --skip-unfit"
             )
         elif not answers - wrong or not wrong - answers:
             reasons.append(
                 f"{text.where}: answers {list(text.answers)[:3]} and wrong {list(text.wrong)[:3]} leave one "
-                "side without a first token of its own; reword them, or --skip-unfit"
+                "side without a first token of its own; reword them, or give --skip-unfit"
             )
         else:
             own, others = tuple(sorted(answers - wrong)), tuple(sorted(wrong - answers))
@@ -179,7 +179,7 @@ def _first_tokens(model: FrozenModel, texts: Sequence[str]) -> set[int]:
 
 
 def split_pairs(pairs: Sequence[Pair], held_out: float, limit: int | None) -> tuple[list[Pair], list[Pair]]:
-    """Discovery and evaluation pairs, in an order that does not depend on the seed; no topic is in both."""
+    """Discovery and evaluation pairs, in an order independent of the seed; no topic is in both."""
     groups: dict[object, list[Pair]] = {}
     for index, pair in enumerate(pairs):
         groups.setdefault(pair.topic or index, []).append(pair)
@@ -198,7 +198,7 @@ def split_pairs(pairs: Sequence[Pair], held_out: float, limit: int | None) -> tu
 
 
 def batches(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
-    """Indices of pairs of the same length, at most ``size`` at a time: nothing is ever padded."""
+    """Batches of indices of equally long pairs, at most ``size`` each, so that nothing is padded."""
     lengths: dict[int, list[int]] = {}
     for index, pair in enumerate(pairs):
         lengths.setdefault(len(pair.clean), []).append(index)
@@ -208,12 +208,12 @@ def batches(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
 
 
 def shared_start(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with alike; of equal ones all but the last, which is always run."""
+    """Number of leading tokens that all sequences share, at most all but the last, which is always run."""
     first = sequences[0]
     most = min(map(len, sequences)) - 1
     return next((i for i in range(most) if any(row[i] != first[i] for row in sequences)), most)
 
 
 def contrast_start(pairs: Sequence[Pair]) -> int:
-    """How many tokens come, in every pair, before its clean prompt differs from its corrupted one."""
+    """Number of leading tokens that the clean and the corrupted prompt share in every pair."""
     return min(shared_start([pair.clean, pair.corrupted]) for pair in pairs)

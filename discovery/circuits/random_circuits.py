@@ -1,4 +1,4 @@
-"""Connected random circuits, beside which a found one is judged."""
+"""Connected random circuits, the baseline for a found circuit."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,15 @@ from discovery.circuits.graph import Edges, Graph, prune, random_order
 
 
 class RandomCircuits:
-    """Random circuits by number and sizes, always the same ones for a seed; each is drawn once."""
+    """Random circuits by number and sizes; reproducible for a seed, and each drawn only once."""
 
     def __init__(self, graph: Graph, seed: int) -> None:
         self.graph, self.seed = graph, seed
         self._drawn: dict[tuple[int, ...], list[npt.NDArray[np.uint8]]] = {}
-        """In bits: a search has hundreds, and drawing takes long."""
+        """Stored as bits: a search has hundreds of circuits, and drawing them is slow."""
 
     def of_sizes(self, number: int, counts: Sequence[int]) -> list[Edges]:
-        """One for each most number of edges, nested, of the random order of a number."""
+        """One circuit for each maximum number of edges, nested, from the random order of this number."""
         wanted = (number, *counts)
         if wanted not in self._drawn:
             order = random_order(self.graph, 1_000_003 + self.seed * 1009 + number)

@@ -1,4 +1,4 @@
-"""The job `search`: from contrast pairs to a circuit file; every slow step is kept, so a run can go on."""
+"""The job `search`: turns contrast pairs into a circuit; saves every slow step, so a run can resume."""
 
 import hashlib
 import json
@@ -49,10 +49,10 @@ ABLATIONS: tuple[Ablation, ...] = ("counterfactual", "mean")
 
 
 class CircuitSearch:
-    """One run: attribution of the discovery pairs, pruning, exact measures on the evaluation pairs.
+    """One run: attribution on the discovery pairs, pruning, exact measures on the evaluation pairs.
 
-    Finished steps lie in a folder of ``work`` that is named by model, pairs and settings, so that another
-    run never meets them.
+    Finished steps are in a folder of ``work`` named by model, pairs and settings, so that other runs never
+    use them.
     """
 
     def __init__(
@@ -76,7 +76,9 @@ class CircuitSearch:
         layers = [site.manifest.layer for site in self.sites]
         if len(set(layers)) < len(layers):
             names = ", ".join(site.manifest.id for site in self.sites)
-            raise DiscoveryError(f"dictionaries {names}: two are of one layer; search them one after another")
+            raise DiscoveryError(
+                f"dictionaries {names}: two have the same layer; search them one after another"
+            )
         identity = [
             model.spec.fingerprint,
             str(model.network.dtype),
@@ -89,7 +91,7 @@ class CircuitSearch:
         self.steps = KeptSteps(work / run, run)
 
     def run(self, target_class: str, data: DataFile, record: dict[str, Any]) -> Circuit:
-        """Do what is not done yet; give the circuit."""
+        """Run the steps that are not finished, and return the circuit."""
         scores = self._attribute()
         mean = self._dense(scores.mean(0))
         edges = self._prune(mean)
@@ -128,7 +130,7 @@ class CircuitSearch:
         )
 
     def _id(self, target_class: str, data: DataFile) -> str:
-        """The id of this very circuit: the same command run again ends in the same file."""
+        """The circuit's saved id: the same command run again writes the same file."""
         weights = [site.manifest.weights.sha256 for site in self.sites]
         of = json.dumps([target_class, data.model_dump(), weights, self.settings.features])
         name = f"id-{hashlib.sha256(of.encode()).hexdigest()[:16]}"
@@ -150,7 +152,7 @@ class CircuitSearch:
         return FeatureSearch(site, self.discovery, self.evaluation, settings, self.steps)
 
     def _attribute(self) -> Tensor:
-        """EAP-IG scores of every pair and allowed edge [P, E]; one file a batch."""
+        """EAP-IG scores [P, E] of every pair and allowed edge; one file per batch."""
         parts = list(batches(self.discovery, self.settings.batch))
         scores = torch.zeros(len(self.discovery), self.graph.edge_count)
         with meter("search: attribution", len(self.discovery), "pairs") as progress:
@@ -213,8 +215,8 @@ class CircuitSearch:
     def _contributions(self, edges: Edges, counterfactual: Faithfulness) -> dict[int, float]:
         """Causal Contribution Score of every head and MLP of the circuit.
 
-        CCS(u) = (m(M) - m(M without u)) / (m(M) - m(empty)): the share of the contrast that is lost when u
-        alone is replaced by its value on the corrupted prompt, everything after it recomputed.
+        CCS(u) = (m(M) - m(M without u)) / (m(M) - m(empty)): the share of the contrast that is lost if only u
+        is replaced by its value on the corrupted prompt and everything after it is recomputed.
         """
         nodes = [int(index) + 1 for index in np.flatnonzero(inner_nodes(edges))]
 
@@ -277,7 +279,7 @@ class CircuitSearch:
         )
 
     def _by_paraphrase(self, scores: Tensor) -> list[Edges]:
-        """The circuit of each wording's pairs alone; none when the pairs do not name their wordings."""
+        """The circuit of each single wording's pairs; empty if the pairs do not name their wordings."""
         names = sorted({pair.paraphrase for pair in self.discovery if pair.paraphrase})
         found = []
         for name in names:

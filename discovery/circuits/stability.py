@@ -1,4 +1,4 @@
-"""Circuit Stability: how alike circuits of resampled data are, beside what chance alone gives."""
+"""Circuit Stability: how similar circuits of resampled data are, compared with chance."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -14,7 +14,7 @@ BOOTSTRAPS = 10_000
 
 
 def jaccard_matrix(sets: Sequence[Members]) -> npt.NDArray[np.float64]:
-    """|A and B| / |A or B| of every two sets; two empty ones are alike (1)."""
+    """|A and B| / |A or B| of every two sets; 1 for two empty sets."""
     alike = np.ones((len(sets), len(sets)))
     for one, other in combinations(range(len(sets)), 2):
         union = int((sets[one] | sets[other]).sum())
@@ -25,15 +25,15 @@ def jaccard_matrix(sets: Sequence[Members]) -> npt.NDArray[np.float64]:
 
 def mean_jaccard(sets: Sequence[Members]) -> float:
     """Mean Jaccard similarity over all pairs of sets."""
-    assert len(sets) > 1, "one set has nothing to be like"
+    assert len(sets) > 1, "needs at least two sets"
     return float(jaccard_matrix(sets)[np.triu_indices(len(sets), 1)].mean())
 
 
 def jaccard_interval(sets: Sequence[Members], seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap of `mean_jaccard`: the sets are drawn anew.
+    """95 % percentile bootstrap of `mean_jaccard` over resampled sets.
 
-    A set that is drawn twice is not compared with itself, which would count as perfect likeness. The
-    interval tells what other resamples of the same pairs would give, not what other pairs would.
+    A set drawn twice is not compared with itself, which would count as perfect similarity. The interval
+    covers other resamples of the same pairs, not other pairs.
     """
     alike, chance, means = jaccard_matrix(sets), np.random.default_rng(seed), []
     for _ in range(BOOTSTRAPS):
@@ -75,13 +75,13 @@ def mean_chance(total: int, sizes: Sequence[int]) -> float:
 
 
 def inner_nodes(edges: Edges) -> Members:
-    """Which heads and MLPs a circuit uses; ``input`` and ``logits``, which all have, are not counted."""
+    """The heads and MLPs that a circuit uses, without ``input`` and ``logits``, which every circuit has."""
     used: Members = np.logical_or.reduce(edges, axis=0) | np.logical_or.reduce(edges, axis=1)
     return used[1:-1]
 
 
 def resample(count: int, seed: int, draw: int) -> npt.NDArray[np.int64]:
-    """Indices of pairs: a seed takes four fifths of them, each draw is a bootstrap resample of those."""
+    """Indices of pairs: the seed selects four fifths of them, and each draw bootstraps from those."""
     part = np.random.default_rng(seed).permutation(count)[: max(1, -(-4 * count // 5))]
     return np.random.default_rng([seed, draw]).choice(part, len(part), replace=True)
 

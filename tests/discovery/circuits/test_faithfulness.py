@@ -57,7 +57,7 @@ def test_missing_edge_of_the_known_circuit_breaks_it(known: GraphDecoder, pairs:
 def test_pairs_without_a_contrast_are_refused(known: GraphDecoder) -> None:
     """Prompts between which the metric does not differ end in one line."""
     same = [Pair((1, 0, 15), (1, 0, 15), (1,), (8,))]
-    with pytest.raises(DiscoveryError, match="makes no difference"):
+    with pytest.raises(DiscoveryError, match="shows no contrast"):
         Evaluator(known, same, "logit_diff", "counterfactual", batch=8)
 
 
