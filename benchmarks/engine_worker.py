@@ -24,13 +24,13 @@ def main(descriptor: int) -> None:
         setup = json.loads(sys.stdin.readline())
         from vllm import LLM, SamplingParams
 
-        from interpretops.engine_api import NONCE_KEY, Refusal, read_loaded, seal
+        from interpretops.engine_api import NONCE_KEY, EngineRefusal, read_loaded, seal
 
         llm = LLM(**setup["engine"])
         plugin = "interpretops" in os.environ["VLLM_PLUGINS"].split(",")
         for plan in setup["plans"]:
             loaded = llm.llm_engine.engine_core.engine_core.interpretops_load(plan)
-            if isinstance(answered := read_loaded(loaded), Refusal):
+            if isinstance(answered := read_loaded(loaded), EngineRefusal):
                 raise SystemExit(answered.message)
         answer("ready")
         for line in sys.stdin:

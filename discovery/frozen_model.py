@@ -68,12 +68,12 @@ class FrozenModel(CausalModel):
             def edit(x: Tensor) -> Tensor:
                 kept[layer] = x
                 if layer == max(layers):
-                    raise _Enough
+                    raise _StopForward
                 return x
 
             return edit
 
-        with self.edited({layer: keep(layer) for layer in layers}), suppress(_Enough):
+        with self.edited({layer: keep(layer) for layer in layers}), suppress(_StopForward):
             self.network.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
         return kept
 
@@ -88,8 +88,8 @@ class FrozenModel(CausalModel):
                 handle.remove()
 
 
-class _Enough(Exception):  # noqa: N818 (not an error: it ends a forward pass early)
-    """The last wanted layer has been seen."""
+class _StopForward(Exception):  # noqa: N818 (not an error: it ends a forward pass early)
+    """The last layer that is wanted has run."""
 
 
 def _hook(edit: Edit) -> Callable[[nn.Module, Any, Any], Any]:

@@ -99,7 +99,7 @@ class Attention:
 
         def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             kept.append(args[0])
-            raise _Enough
+            raise _StopAttention
 
         handles = [self.projections[layer].register_forward_pre_hook(keep)]
         for name, hook in hooks.items():  # skip computing what a hook replaces
@@ -110,7 +110,7 @@ class Attention:
         if groups is not None and shared is not None:
             module.num_key_value_groups = 1
         try:
-            with suppress(_Enough):
+            with suppress(_StopAttention):
                 module(hidden_states=normed, **context)
         finally:
             if groups is not None:
@@ -181,5 +181,5 @@ class _Past:
         return torch.cat([old[0], keys], 2), torch.cat([old[1], values], 2)
 
 
-class _Enough(Exception):  # noqa: N818 (not an error: it ends attention before its output projection)
+class _StopAttention(Exception):  # noqa: N818 (not an error: it ends attention before its output projection)
     """The heads' outputs have been captured."""

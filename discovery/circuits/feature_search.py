@@ -14,8 +14,8 @@ from discovery.circuits.metric import Metric
 from discovery.circuits.pairs import Pair, batches
 from discovery.circuits.stability import Members, mean_chance, mean_jaccard, resample
 from discovery.errors import DiscoveryError
-from discovery.jobs.kept_steps import KeptSteps, numbers
 from discovery.jobs.progress import meter
+from discovery.jobs.step_cache import StepCache, numbers
 from interpretops.circuit import CircuitDictionary, CircuitNode
 
 
@@ -45,7 +45,7 @@ class FeatureSearch:
         discovery: Sequence[Pair],
         evaluation: Sequence[Pair],
         settings: FeatureSettings,
-        steps: KeptSteps,
+        steps: StepCache,
     ) -> None:
         self.site, self.discovery, self.evaluation = site, discovery, evaluation
         self.settings, self.steps = settings, steps

@@ -30,8 +30,8 @@ from discovery.circuits.stability import (
 )
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
-from discovery.jobs.kept_steps import KeptSteps, numbers, text
 from discovery.jobs.progress import meter
+from discovery.jobs.step_cache import StepCache, numbers, text
 from interpretops.artifacts.dictionary import Dictionary
 from interpretops.circuit import (
     Ablation,
@@ -88,7 +88,7 @@ class CircuitSearch:
         ]
         self.random = RandomCircuits(self.graph, settings.seed)
         run = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        self.steps = KeptSteps(work / run, run)
+        self.steps = StepCache(work / run, run)
 
     def run(self, target_class: str, data: DataFile, record: dict[str, Any]) -> Circuit:
         """Run the steps that are not finished, and return the circuit."""

@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from discovery.errors import DiscoveryError
+from discovery.jobs.checksummed_lines import ChecksummedLines
 from discovery.jobs.run_folder import claim_folder
-from discovery.jobs.sealed_lines import SealedLines
-from interpretops.policy.fields import Strictly
+from interpretops.policy.fields import StrictModel
 
 
-class Answer(Strictly):
+class Answer(StrictModel):
     """What came back for one prompt under one arm."""
 
     arm: str
@@ -64,7 +64,7 @@ class AnswerFile:
         self._revisions = dict(expected)
         folder.mkdir(parents=True, exist_ok=True)
         claim_folder(folder, run, "name another --out", empty=False)
-        self._lines = SealedLines(self.path)
+        self._lines = ChecksummedLines(self.path)
         self._read()
 
     def add(self, answer: Answer) -> None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from discovery.evaluation.metrics import merge
 from discovery.evaluation.suite import LoadedSuite, Prompt
+from discovery.jobs.checksummed_file import digest
+from discovery.jobs.checksummed_lines import ChecksummedLines
 from discovery.jobs.progress import Meter, meter
-from discovery.jobs.sealed_lines import SealedLines
-from discovery.jobs.sealed_steps import digest
 from interpretops.plan import Plan
 from interpretops.plan.reach import steers_prompt_alike
 from interpretops.riskcard.card import Measure, MeasureName, Measures, Source
@@ -178,7 +178,7 @@ class Scores:
 
     def __init__(self, path: Path, items: Sequence[Item]) -> None:
         """Read what was scored of just these items: another prompt or answer under the same id is not."""
-        self._lines = SealedLines(path)
+        self._lines = ChecksummedLines(path)
         self._of = {item.prompt.id: item.digest() for item in items}
         self.found: dict[tuple[str, str], list[tuple[float, int]]] = {}
         for number, row in enumerate(self._lines.read(), start=1):

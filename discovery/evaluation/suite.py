@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, Strict, model_validator
 
-from interpretops.policy.fields import Fraction, Identifier, Strictly
+from interpretops.policy.fields import Fraction, Identifier, StrictModel
 from interpretops.riskcard.card import MeasureName
 
 Role = Literal["harmful", "benign", "borderline", "toxic", "task", "text", "factual", "bias"]
@@ -21,7 +21,7 @@ SYSTEM_PROMPT = (
 )
 
 
-class SuiteSource(Strictly):
+class SuiteSource(StrictModel):
     """One file of a suite."""
 
     path: Annotated[str, Field(min_length=1, max_length=1024)]
@@ -72,7 +72,7 @@ class SuiteSource(Strictly):
         return self.name or re.sub(r"[^A-Za-z0-9._-]", "-", stem)[:64] or "source"
 
 
-class EvaluationSuite(Strictly):
+class EvaluationSuite(StrictModel):
     """What a policy is measured on."""
 
     name: Identifier

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, Strict, model_validator
 
 from discovery.evaluation.suite import SYSTEM_PROMPT, EvaluationSuite, Role, SuiteSource
-from interpretops.policy.fields import Identifier, Strictly
+from interpretops.policy.fields import Identifier, StrictModel
 
 SuiteMetric = Literal[
     "attack_success_rate",
@@ -38,7 +38,7 @@ ROLE_OF_METRIC: dict[SuiteMetric, Role] = {
 """What a suite's prompts are, by what is measured on them."""
 
 
-class ListedSuite(Strictly):
+class ListedSuite(StrictModel):
     """One suite of the file: one data set, and what is measured on it."""
 
     name: Identifier
@@ -100,7 +100,7 @@ class ListedSuite(Strictly):
         )
 
 
-class SuiteList(Strictly):
+class SuiteList(StrictModel):
     """A file of suites."""
 
     suites: Annotated[tuple[ListedSuite, ...], Field(min_length=1), Strict(False)]

@@ -22,7 +22,7 @@ from discovery.errors import DiscoveryError
 from discovery.gates.gate_data import is_harmful, load_gate_data
 from interpretops.files.schema_faults import describe_faults
 from interpretops.files.strict_yaml import read_yaml
-from interpretops.policy.fields import Fraction, Identifier, Strictly
+from interpretops.policy.fields import Fraction, Identifier, StrictModel
 
 Side = str
 Part = str
@@ -34,7 +34,7 @@ LEAST_PROMPTS = 8
 """The fewest prompts on the target and the benign side that can be split into discovery and selection."""
 
 
-class PromptFile(Strictly):
+class PromptFile(StrictModel):
     """A file of prompts."""
 
     path: Annotated[str, Field(min_length=1, max_length=1024)]
@@ -54,7 +54,7 @@ class PromptFile(Strictly):
 Entries = Annotated[tuple[str | PromptFile, ...], Strict(False)]
 
 
-class Judged(Strictly):
+class Judged(StrictModel):
     """How an answer is recognised."""
 
     kind: Literal["refusal", "words", "toxicity"] = "refusal"
@@ -69,7 +69,7 @@ class Judged(Strictly):
         return self
 
 
-class ClassFile(Strictly):
+class ClassFile(StrictModel):
     """A risk class: prompts for both sides, and the aim."""
 
     name: Identifier

@@ -27,8 +27,8 @@ from discovery.gates.learned_gate import Labelled, train_probes
 from discovery.gates.low_rank import LowRankRows
 from discovery.gates.prompt_activations import PromptActivations
 from discovery.gates.refusal_sentences import targets
+from discovery.jobs.checksummed_file import load_json_if_same_run, save_json
 from discovery.jobs.progress import meter
-from discovery.jobs.sealed_steps import earlier_json, seal_json
 from interpretops.refusal_detector import is_coherent, is_refusal
 
 LONGEST_TRAINED = 320
@@ -98,7 +98,7 @@ class GateFit:
         if not self.data.openings:
             return []
         path = self.work / "written.json"
-        if (kept := earlier_json(path, self.identity["train"])) is not None:
+        if (kept := load_json_if_same_run(path, self.identity["train"])) is not None:
             return [tuple(ids) for ids in kept]
         opened = [self.model.text_ids(text) for text in self.data.openings]
         texts: list[list[int]] = []
@@ -108,7 +108,7 @@ class GateFit:
                 written = self.model.answers(prompts, WRITTEN_TOKENS, sample_seed=len(texts))
                 texts += [[*ids, *more] for ids, more in zip(prompts, written, strict=True)]
                 progress.advance(len(prompts))
-        seal_json(path, self.identity["train"], texts)
+        save_json(path, self.identity["train"], texts)
         return [tuple(ids) for ids in texts]
 
     @torch.no_grad()
@@ -190,11 +190,11 @@ class GateFit:
         prompts = [ids[index] for index in order]
         path = self.work / "benign_answers.json"
         identity = [self.model.spec.fingerprint, prompts]
-        kept = earlier_json(path, identity)
+        kept = load_json_if_same_run(path, identity)
         if kept is None:
             with meter("fit-gate: benign answers", len(prompts), "prompts") as progress:
                 kept = edited_answers(self.model, None, prompts, ANSWER_TOKENS, progress)
-            seal_json(path, identity, kept)
+            save_json(path, identity, kept)
         pairs = zip(prompts, kept, strict=True)
         return [Example(p, tuple(answer)) for p, answer in pairs if len(answer) >= 4]
 

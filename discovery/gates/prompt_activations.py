@@ -18,8 +18,8 @@ from torch import Tensor
 from discovery.data.sequences import batches
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
+from discovery.jobs.checksummed_file import REMEDY, load_json_if_same_run, save_json
 from discovery.jobs.progress import meter
-from discovery.jobs.sealed_steps import REMEDY, earlier_json, seal_json
 
 LARGEST = float(np.finfo(np.float16).max)
 
@@ -43,7 +43,7 @@ class PromptActivations:
         self._sums: list[int] = []
         """Checksum of each finished batch."""
         try:
-            if (kept := earlier_json(record, identity)) is not None:
+            if (kept := load_json_if_same_run(record, identity)) is not None:
                 done, self._sums = len(kept), kept
                 self._values = _reopen(data, shape)
             else:
@@ -74,7 +74,7 @@ class PromptActivations:
                 self._sums.append(self._sum(group))
                 if number % 10 == 0 or number == len(groups):
                     self._flush()
-                    seal_json(record, identity, self._sums)
+                    save_json(record, identity, self._sums)
 
     def _sum(self, group: Sequence[tuple[int, Sequence[int]]]) -> int:
         """crc32 of a stored batch."""

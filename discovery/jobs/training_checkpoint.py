@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from discovery.errors import DiscoveryError
-from discovery.jobs.sealed_steps import REMEDY, open_tensors, seal_tensors
+from discovery.jobs.checksummed_file import REMEDY, load_tensors, save_tensors
 
 
 def save_checkpoint(
@@ -17,7 +17,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {f"edit.{name}": value for name, value in module.named_parameters()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
-    seal_tensors(path, identity, tensors, {"step": str(step)})
+    save_tensors(path, identity, tensors, {"step": str(step)})
 
 
 def restore_checkpoint(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path, identity: Any) -> int:
@@ -27,7 +27,7 @@ def restore_checkpoint(module: nn.Module, optimizer: torch.optim.Optimizer, path
     """
     if not path.exists():
         return 0
-    tensors, metadata = open_tensors(path, identity)
+    tensors, metadata = load_tensors(path, identity)
     state: dict[int, dict[str, Tensor]] = {}
     try:
         step = int(metadata["step"])

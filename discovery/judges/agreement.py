@@ -15,13 +15,13 @@ from pydantic import ValidationError
 
 from discovery.errors import DiscoveryError
 from discovery.judges.toxicity import is_toxic
-from interpretops.policy.fields import Strictly
+from interpretops.policy.fields import StrictModel
 from interpretops.refusal_detector import is_coherent, is_degenerate, is_refusal
 
 LABELS = Path(__file__).with_name("labels")
 
 
-class Label(Strictly):
+class Label(StrictModel):
     """One answer, read by a person."""
 
     id: str

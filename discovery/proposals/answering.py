@@ -13,11 +13,11 @@ from discovery.commands import frozen_model
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.gates.contrast import PARTS, SIDES, Contrast, subset
-from discovery.jobs.kept_steps import KeptSteps
+from discovery.jobs.checksummed_file import digest
 from discovery.jobs.progress import meter
 from discovery.jobs.run_folder import claim_folder
 from discovery.jobs.run_record import run_record
-from discovery.jobs.sealed_steps import digest
+from discovery.jobs.step_cache import StepCache
 from discovery.proposals.actions import (
     Action,
     direction_actions,
@@ -95,7 +95,7 @@ class Answering:
             "dictionary": self.dictionary.manifest.weights.sha256 if self.dictionary else None,
         }
         claim_folder(work, identity, ANEW)
-        self.kept = KeptSteps(work, identity)
+        self.kept = StepCache(work, identity)
         self.evidence = Evidence(self.model, self.prompts, contrast.wanted, chosen, self.kept)
 
     def run(self) -> None:

@@ -12,8 +12,8 @@ from discovery.gates.contrast import SIDES, subset
 from discovery.gates.gate_data import CONTEXT
 from discovery.gates.gate_probe import prompt_end_features
 from discovery.gates.refusal_sentences import targets
-from discovery.jobs.kept_steps import KeptSteps
 from discovery.jobs.progress import meter
+from discovery.jobs.step_cache import StepCache
 from discovery.proposals.actions import RankedFeature, causal_effects, rank_features
 from discovery.proposals.activation_readings import answer_features, answer_means, sides
 from discovery.proposals.settings import ProposeSettings
@@ -29,7 +29,7 @@ class Evidence:
         prompts: Mapping[str, Mapping[str, Sequence[str]]],
         wanted: Sequence[str],
         chosen: ProposeSettings,
-        kept: KeptSteps,
+        kept: StepCache,
     ) -> None:
         """``prompts`` by part and side; ``wanted`` answers, or none for the project's own refusals."""
         self.model, self.prompts, self.wanted = model, prompts, wanted

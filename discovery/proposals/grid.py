@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from discovery.gates.contrast import SIDES, Judged
-from discovery.jobs.kept_steps import KeptSteps
+from discovery.jobs.checksummed_file import digest
 from discovery.jobs.progress import Meter, meter
-from discovery.jobs.sealed_steps import digest
+from discovery.jobs.step_cache import StepCache
 from discovery.proposals.actions import Action
 from discovery.proposals.gates import GateChoice
 from discovery.proposals.judging import fails, shows
@@ -61,7 +61,7 @@ class Grid:
         prompts: Mapping[str, Sequence[str]],
         judge: Judged,
         most: int,
-        kept: KeptSteps,
+        kept: StepCache,
     ) -> None:
         self.model, self.artifacts, self.folder, self.judge, self.most, self.kept = (
             model, artifacts, folder, judge, most, kept,

@@ -20,9 +20,9 @@ from torch import Tensor
 from discovery.data.activations import TraceReader, shuffled_batches
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import hook_name
+from discovery.jobs.checksummed_file import REMEDY
+from discovery.jobs.checksummed_folder import checksummed_folder, verify_checksummed_folder
 from discovery.jobs.progress import meter
-from discovery.jobs.sealed_folder import check_sealed_folder, sealed_folder
-from discovery.jobs.sealed_steps import REMEDY
 from discovery.jobs.stopping import stoppable
 from discovery.jobs.whole_file import unwritten, write_json
 from discovery.jobs.workers import ALONE, Team
@@ -139,7 +139,7 @@ def _trainer(reader: TraceReader, settings: TrainSettings) -> Any:
 
 def _save(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
     try:
-        with sealed_folder(checkpoint, identity) as fresh:
+        with checksummed_folder(checkpoint, identity) as fresh:
             trainer.save_trainer_state(fresh)
             save_file({k: v.contiguous() for k, v in trainer.sae.state_dict().items()}, fresh / WEIGHTS)
     except (RuntimeError, SafetensorError) as error:  # as which torch reports a full disk
@@ -147,7 +147,7 @@ def _save(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
 
 
 def _restore(trainer: Any, checkpoint: Path, identity: dict[str, Any]) -> None:
-    check_sealed_folder(checkpoint, identity)
+    verify_checksummed_folder(checkpoint, identity)
     try:
         trainer.sae.load_state_dict(load_file(checkpoint / WEIGHTS))
         trainer.load_trainer_state(checkpoint)  # torch.load, which since 2.6 unpickles plain tensors only

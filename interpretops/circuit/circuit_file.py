@@ -12,7 +12,7 @@ from interpretops.errors import InterpretOpsError
 from interpretops.files.atomic_file import write_atomically
 from interpretops.files.json_file import read_json_object
 from interpretops.ids import id_pattern
-from interpretops.policy.fields import Fraction, Index, Strictly
+from interpretops.policy.fields import Fraction, Index, StrictModel
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -32,7 +32,7 @@ class CircuitError(InterpretOpsError):
     status: ClassVar[int] = 400
 
 
-class CircuitNode(Strictly):
+class CircuitNode(StrictModel):
     """A component (the token embedding, a head, an MLP, the logits), or a feature of the residual stream."""
 
     id: Annotated[str, Field(pattern=r"^(input|logits|a\d+\.h\d+|m\d+|f\d+\.\d+|e\d+)$")]
@@ -65,7 +65,7 @@ class CircuitNode(Strictly):
         return self
 
 
-class CircuitEdge(Strictly):
+class CircuitEdge(StrictModel):
     """One node's contribution to the residual stream, read by another node."""
 
     source: str
@@ -73,7 +73,7 @@ class CircuitEdge(Strictly):
     score: Finite
 
 
-class Method(Strictly):
+class Method(StrictModel):
     """How the circuit was found."""
 
     attribution: Literal["eap-ig"] = "eap-ig"
@@ -88,7 +88,7 @@ class Method(Strictly):
     nodes_of_model: Count
 
 
-class DataFile(Strictly):
+class DataFile(StrictModel):
     """A file of contrast pairs."""
 
     name: str
@@ -100,7 +100,7 @@ class DataFile(Strictly):
     """Pairs skipped because their prompts or answers do not align."""
 
 
-class RandomCircuits(Strictly):
+class RandomCircuits(StrictModel):
     """The same measures for connected random circuits of the same sizes."""
 
     count: Count
@@ -114,7 +114,7 @@ class RandomCircuits(Strictly):
     """Share of the random circuits whose faithfulness is at least as close to 1 as the circuit's."""
 
 
-class Faithfulness(Strictly):
+class Faithfulness(StrictModel):
     """How much of the model's behaviour the circuit alone preserves, under one kind of ablation."""
 
     ablation: Ablation
@@ -144,7 +144,7 @@ class Faithfulness(Strictly):
         return self
 
 
-class Stability(Strictly):
+class Stability(StrictModel):
     """Circuit Stability: how similar the circuits of resampled pairs are (mean pairwise Jaccard)."""
 
     resamples_per_seed: Count
@@ -165,7 +165,7 @@ class Stability(Strictly):
     paraphrase_node_jaccard: Fraction | None = None
 
 
-class CircuitDictionary(Strictly):
+class CircuitDictionary(StrictModel):
     """A dictionary of the residual stream, and how much of the contrast its features carry.
 
     Shares are of the contrast M(clean) - M(corrupted), as Causal Contribution Scores are."""
@@ -194,7 +194,7 @@ class CircuitDictionary(Strictly):
     """The value expected for uniformly random sets of active features."""
 
 
-class Circuit(Strictly):
+class Circuit(StrictModel):
     """A circuit with everything needed to judge and reproduce it."""
 
     format: Literal[1, 2, 3] = 3

@@ -43,8 +43,8 @@ class EngineMessage(BaseModel):
         return self.model_dump(mode="json")
 
 
-class Refusal(EngineMessage):
-    """The body of a refusal: an error in OpenAI's format."""
+class EngineRefusal(EngineMessage):
+    """The body of the engine's refusal: an error in OpenAI's format."""
 
     class Error(EngineMessage):
         """The error itself."""
@@ -58,7 +58,7 @@ class Refusal(EngineMessage):
     error: Error
 
     @classmethod
-    def of(cls, code: EngineCode, message: str) -> Refusal:
+    def of(cls, code: EngineCode, message: str) -> EngineRefusal:
         """A refusal with this code."""
         return cls(error=cls.Error(message=message, code=code.value))
 
@@ -208,16 +208,16 @@ class Receipt(EngineMessage):
         return self.model_dump_json()
 
 
-_LOAD_ANSWER: Final[TypeAdapter[LoadedPlan | Refusal]] = TypeAdapter(LoadedPlan | Refusal)
-_RANK_ANSWER: Final[TypeAdapter[RankDigest | Refusal]] = TypeAdapter(RankDigest | Refusal)
+_LOAD_ANSWER: Final[TypeAdapter[LoadedPlan | EngineRefusal]] = TypeAdapter(LoadedPlan | EngineRefusal)
+_RANK_ANSWER: Final[TypeAdapter[RankDigest | EngineRefusal]] = TypeAdapter(RankDigest | EngineRefusal)
 
 
-def read_loaded(answer: Mapping[str, Any]) -> LoadedPlan | Refusal:
+def read_loaded(answer: Mapping[str, Any]) -> LoadedPlan | EngineRefusal:
     """Read an engine core's response to loading a plan."""
     return _LOAD_ANSWER.validate_python(answer)
 
 
-def read_rank_loaded(answer: Mapping[str, Any]) -> RankDigest | Refusal:
+def read_rank_loaded(answer: Mapping[str, Any]) -> RankDigest | EngineRefusal:
     """Read one rank's response to loading a plan."""
     return _RANK_ANSWER.validate_python(answer)
 

@@ -41,13 +41,13 @@ EditPoint = Literal["attn_z", "attn_out", "mlp_out", "resid_post"]
 """Points that a policy may name; adapters of a projection also act at `attn_proj`."""
 
 
-class Strictly(BaseModel):
-    """Unknown keys are refused, types are not bent, values do not change after loading."""
+class StrictModel(BaseModel):
+    """A pydantic model that refuses unknown keys, converts no types and is immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
-class Vector(Strictly):
+class Vector(StrictModel):
     """A direction in activation space: a tensor of a safetensors file, or one feature's decoder row."""
 
     file: RelativePath | None = None
@@ -70,7 +70,7 @@ class Vector(Strictly):
         return self
 
 
-class FeatureSelector(Strictly):
+class FeatureSelector(StrictModel):
     """Features of one dictionary at one place of the model."""
 
     layer: Index
@@ -83,7 +83,7 @@ class FeatureSelector(Strictly):
     """Id of the dictionary; may be left out when the model has a single one at this layer and point."""
 
 
-class _Layers(Strictly):
+class _Layers(StrictModel):
     layer: Index | None = None
     """One layer, counted from 0."""
     layers: Indices | None = None
@@ -123,7 +123,7 @@ class HeadSelector(_Layers):
     """Attention heads, counted from 0."""
 
 
-class AdapterSelector(Strictly):
+class AdapterSelector(StrictModel):
     """The part of an adapter that acts."""
 
     block: Literal["attn", "mlp", "resid"]

@@ -20,7 +20,7 @@ from interpretops.policy.fields import (
     Number,
     PlaceSelector,
     RelativePath,
-    Strictly,
+    StrictModel,
     Vector,
 )
 from interpretops.policy.terms import Constraints, Evaluation, Meta, SuccessCriteria
@@ -28,7 +28,7 @@ from interpretops.policy.terms import Constraints, Evaluation, Meta, SuccessCrit
 ALWAYS_GATE = "always"
 
 
-class _Intervention(Strictly):
+class _Intervention(StrictModel):
     gate: Identifier = ALWAYS_GATE
     """When to act: `always`, or the name of an entry under `gates`."""
 
@@ -124,7 +124,7 @@ Intervention = Annotated[
 ]
 
 
-class Condition(Strictly):
+class Condition(StrictModel):
     """One reading of the activation where the gate reads: a feature, a probe direction, or an attention
     probe."""
 
@@ -158,7 +158,7 @@ class Condition(Strictly):
         return self
 
 
-class GateSpec(Strictly):
+class GateSpec(StrictModel):
     """When interventions act."""
 
     layer: Index | None = None
@@ -196,7 +196,7 @@ class GateSpec(Strictly):
         return self
 
 
-class Policy(Strictly):
+class Policy(StrictModel):
     """Edits of a model's activations, and when they act."""
 
     meta: Meta

@@ -10,11 +10,11 @@ from interpretops.policy.fields import (
     Identifier,
     Number,
     Percentage,
-    Strictly,
+    StrictModel,
 )
 
 
-class Origin(Strictly):
+class Origin(StrictModel):
     """What a policy was proposed from; `mechctl propose --from circuit` writes it."""
 
     circuit: Annotated[str, Field(min_length=1, max_length=255)]
@@ -25,7 +25,7 @@ class Origin(Strictly):
     """Id of the circuit, by which `mechctl circuits` knows it."""
 
 
-class Meta(Strictly):
+class Meta(StrictModel):
     """Who the policy is."""
 
     id: Identifier
@@ -38,7 +38,7 @@ class Meta(Strictly):
     """The circuit that it was proposed from, if it was: its Risk Card names it."""
 
 
-class Constraints(Strictly):
+class Constraints(StrictModel):
     """What the policy may cost."""
 
     max_latency_overhead_pct: Percentage | None = None
@@ -51,7 +51,7 @@ class Constraints(Strictly):
     as to `success_criteria.benign_loss_max`, a share; where both are given, the lower holds."""
 
 
-class Suite(Strictly):
+class Suite(StrictModel):
     """A set of prompts on which the policy is measured."""
 
     name: Identifier
@@ -61,7 +61,7 @@ class Suite(Strictly):
     of that name that `mechctl eval` brings."""
 
 
-class SuccessCriteria(Strictly):
+class SuccessCriteria(StrictModel):
     """What the measurements must show before the policy becomes active: the bound of the 95 % interval, not
     the point, must meet each."""
 
@@ -93,7 +93,7 @@ class SuccessCriteria(Strictly):
     """Largest slow-down, as a share: 0.2 is 20 %."""
 
 
-class Evaluation(Strictly):
+class Evaluation(StrictModel):
     """How the policy is measured."""
 
     suites: Annotated[tuple[Suite, ...], Strict(False)] = ()

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from interpretops.policy import SuccessCriteria
-from interpretops.policy.fields import Identifier, Strictly
+from interpretops.policy.fields import Identifier, StrictModel
 from interpretops.riskcard.contribution import CircuitReference, Contribution
 from interpretops.riskcard.latency import Latency
 from interpretops.riskcard.measure import TOLERANCE, Interval, Measure, Pairs, Reason, Sha256, Source
@@ -104,7 +104,7 @@ BASELINES: dict[BaselineKind, str] = {
 Measures = dict[MeasureName, Measure]
 
 
-class Baseline(Strictly):
+class Baseline(StrictModel):
     """The same measures for an alternative to the policy, on the same prompts."""
 
     measures: Measures = Field(default={})
@@ -121,7 +121,7 @@ class Baseline(Strictly):
         return self
 
 
-class PolicyReference(Strictly):
+class PolicyReference(StrictModel):
     """What was measured."""
 
     id: Identifier
@@ -132,7 +132,7 @@ class PolicyReference(Strictly):
     """The behaviour that it targets."""
 
 
-class ModelReference(Strictly):
+class ModelReference(StrictModel):
     """The language model."""
 
     name: str
@@ -141,7 +141,7 @@ class ModelReference(Strictly):
     """Fingerprint of its weights."""
 
 
-class Record(Strictly):
+class Record(StrictModel):
     """Everything needed to repeat the measurement."""
 
     command: str
@@ -162,7 +162,7 @@ class Record(Strictly):
     """Sampling settings of the answers."""
 
 
-class RiskCard(Strictly):
+class RiskCard(StrictModel):
     """The measured behaviour of one policy revision on one model."""
 
     format: Literal[2] = 2

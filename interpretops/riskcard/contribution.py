@@ -5,11 +5,11 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from interpretops.ids import id_pattern
-from interpretops.policy.fields import Strictly
+from interpretops.policy.fields import StrictModel
 from interpretops.riskcard.measure import TOLERANCE, Finite, Interval, Reason, Sha256
 
 
-class Contribution(Strictly):
+class Contribution(StrictModel):
     """The Causal Contribution Score of one part of a policy: a row, a head, a feature, a vector."""
 
     part: Annotated[str, Field(min_length=1)]
@@ -26,7 +26,7 @@ class Contribution(Strictly):
         return self
 
 
-class CircuitReference(Strictly):
+class CircuitReference(StrictModel):
     """The circuit file that a policy was proposed from."""
 
     name: Annotated[str, Field(min_length=1)] | None = None

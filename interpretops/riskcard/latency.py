@@ -4,14 +4,14 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from interpretops.policy.fields import Strictly
+from interpretops.policy.fields import StrictModel
 from interpretops.riskcard.measure import Finite
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SECONDS_PER_HOUR = 3600
 
 
-class Timing(Strictly):
+class Timing(StrictModel):
     """How long one batch takes."""
 
     median_s: Seconds
@@ -28,7 +28,7 @@ class Timing(Strictly):
         return self
 
 
-class Latency(Strictly):
+class Latency(StrictModel):
     """One batch of requests, run repeatedly without (off) and with (on) the policy."""
 
     requests: Annotated[int, Field(ge=1)]

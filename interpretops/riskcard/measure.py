@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from interpretops.policy.fields import Identifier, Strictly
+from interpretops.policy.fields import Identifier, StrictModel
 from interpretops.riskcard.intervals import clopper_pearson
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -16,7 +16,7 @@ Method = Literal["clopper_pearson", "paired_bootstrap", "bootstrap", "hoeffding"
 TOLERANCE = 1e-6
 
 
-class Interval(Strictly):
+class Interval(StrictModel):
     """A 95 % confidence interval."""
 
     low: Finite
@@ -33,7 +33,7 @@ class Interval(Strictly):
         return self
 
 
-class Pairs(Strictly):
+class Pairs(StrictModel):
     """How often an event occurred on the same prompts without (off) and with (on) the policy."""
 
     both: Count
@@ -51,7 +51,7 @@ class Pairs(Strictly):
         return self.both + self.only_off + self.only_on + self.neither
 
 
-class Source(Strictly):
+class Source(StrictModel):
     """The part of a measure that comes from one file."""
 
     name: Identifier
@@ -66,7 +66,7 @@ class Source(Strictly):
     """The measure's `pairs` for this file only."""
 
 
-class Measure(Strictly):
+class Measure(StrictModel):
     """One number with everything needed to judge it, or the reason why it is absent."""
 
     value: Finite | None = None

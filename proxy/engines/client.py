@@ -16,9 +16,9 @@ from interpretops.engine_api import (
     SELF_TEST_ROUTE,
     Attestation,
     EngineCode,
+    EngineRefusal,
     LoadedPlan,
     Receipt,
-    Refusal,
     SelfTest,
     plan_path,
     receipt_path,
@@ -236,7 +236,7 @@ def _digests_of_shards(plan: bytes, shards: list[tuple[int, int]]) -> dict[tuple
 def _refused(what: str, status: int, answer: Mapping[str, Any]) -> EngineRefusedError:
     """The error of an answer with a status that is not success; the engine's own routes refuse otherwise."""
     try:
-        refusal = Refusal.model_validate(answer)
+        refusal = EngineRefusal.model_validate(answer)
     except ValidationError:
         return EngineRefusedError(f"{what}: status {status}", EngineCode.FAILED)
     return EngineRefusedError(f"{what}: {refusal.message}", refusal.code)

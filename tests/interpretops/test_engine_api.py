@@ -12,10 +12,10 @@ from interpretops import engine_api
 from interpretops.engine_api import (
     EngineCode,
     EngineMessage,
+    EngineRefusal,
     LoadedPlan,
     RankDigest,
     Receipt,
-    Refusal,
     SelfTest,
     names,
     read_loaded,
@@ -130,7 +130,7 @@ def test_wire_stays_as_it_is() -> None:
     )
     assert receipt.line() == told
     assert names.receipt_event(told) == b": interpretops-receipt " + told.encode() + b"\n\n"
-    assert Refusal.of(EngineCode.TABLE_FULL, "no room").body() == {
+    assert EngineRefusal.of(EngineCode.TABLE_FULL, "no room").body() == {
         "error": {"message": "no room", "type": "interpretops_refusal", "param": None, "code": "table_full"}
     }
     assert SelfTest.parse({"ok": True}) == SelfTest(ok=True)
@@ -141,7 +141,7 @@ def test_answer_to_a_plan_is_either_what_is_held_or_a_refusal() -> None:
     rank = {"rank": 0, "digest": "d"}
     held = read_loaded({"revision": "r", "ranks": [rank]})
     assert held == LoadedPlan(revision="r", ranks=[RankDigest(rank=0, digest="d")])
-    refusal = Refusal.of(EngineCode.INVALID_PLAN, "damaged")
+    refusal = EngineRefusal.of(EngineCode.INVALID_PLAN, "damaged")
     assert read_loaded(refusal.body()) == refusal == read_rank_loaded(refusal.body())
     assert read_rank_loaded(rank) == RankDigest(rank=0, digest="d")
     for wrong in ({}, {"revision": "r"}, {"error": "full"}):
@@ -159,7 +159,7 @@ def test_answer_to_a_plan_is_either_what_is_held_or_a_refusal() -> None:
 )
 def test_refusal_is_acted_on_by_its_code(told: dict[str, object], code: EngineCode) -> None:
     """Codes of a newer plugin and the server's own numbers are read, and mean no more than a failure."""
-    assert Refusal.parse({"error": told}).code is code
+    assert EngineRefusal.parse({"error": told}).code is code
 
 
 def test_malformed_message_names_the_field() -> None:

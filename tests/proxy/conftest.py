@@ -28,12 +28,12 @@ from interpretops.engine_api import (
     Attestation,
     EngineCode,
     EngineMessage,
+    EngineRefusal,
     LoadedPlan,
     Rank,
     RankDigest,
     RankGroup,
     Receipt,
-    Refusal,
     ResidentPlan,
     RetiredPlan,
     SelfTest,
@@ -308,7 +308,7 @@ class FakeEngine:
 
 def _refuse(code: str, message: str) -> web.Response:
     """Matches the plugin; `test_engine_schemas.py` compares the two."""
-    refusal = Refusal(error=Refusal.Error(message=message, code=str(code)))
+    refusal = EngineRefusal(error=EngineRefusal.Error(message=message, code=str(code)))
     return answer(refusal, refusal.code.status, {REFUSAL_HEADER: str(code)})
 
 

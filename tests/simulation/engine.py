@@ -12,12 +12,12 @@ from interpretops.engine_api import (
     Attestation,
     EngineCode,
     EngineMessage,
+    EngineRefusal,
     LoadedPlan,
     Rank,
     RankDigest,
     RankGroup,
     Receipt,
-    Refusal,
     ResidentPlan,
     RetiredPlan,
     SpecialTokenList,
@@ -246,6 +246,6 @@ class EngineModel:
             self._free(generation.sealed)
 
 
-def refuse(code: EngineCode) -> tuple[int, Refusal]:
+def refuse(code: EngineCode) -> tuple[int, EngineRefusal]:
     """Status and body of a plugin refusal."""
-    return code.status, Refusal.of(code, f"refused: {code.value}")
+    return code.status, EngineRefusal.of(code, f"refused: {code.value}")

@@ -22,8 +22,8 @@ from interpretops.engine_api import (
     SELF_TEST_ROUTE,
     EngineCode,
     EngineMessage,
+    EngineRefusal,
     Receipt,
-    Refusal,
     SelfTest,
     plan_path,
     receipt_event,
@@ -261,7 +261,7 @@ class EngineServer(asyncio.Protocol):
     def _send(self, status: int, body: dict[str, Any] | EngineMessage, receipt: str = "") -> None:
         data = json.dumps(body.body() if isinstance(body, EngineMessage) else body).encode()
         carried = f"{RECEIPT_HEADER}: {receipt}\r\n" if receipt else ""
-        if isinstance(body, Refusal):
+        if isinstance(body, EngineRefusal):
             carried += f"{REFUSAL_HEADER}: {body.code}\r\n"
         kind = f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n"
         self._write(f"HTTP/1.1 {status} X\r\n{kind}{carried}\r\n".encode() + data)

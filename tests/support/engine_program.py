@@ -15,7 +15,7 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
-from interpretops.engine_api import Refusal, RetiredPlan, read_loaded, seal
+from interpretops.engine_api import EngineRefusal, RetiredPlan, read_loaded, seal
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -49,7 +49,7 @@ def run(llm: Any, job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     for plan in job["plans"]:
         answer = core.interpretops_load(base64.b64encode(Path(plan).read_bytes()).decode())
         held = read_loaded(answer)
-        if isinstance(held, Refusal):
+        if isinstance(held, EngineRefusal):
             raise SystemExit(held.message)
         loaded.append(held.revision)
     batches: list[list[dict[str, Any]]] = []

@@ -17,11 +17,11 @@ from discovery.commands import frozen_model
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.gates.contrast import PARTS, SIDES, Contrast, subset
-from discovery.jobs.kept_steps import KeptSteps
+from discovery.jobs.checksummed_file import digest
 from discovery.jobs.progress import Meter, meter
 from discovery.jobs.run_folder import claim_folder
 from discovery.jobs.run_record import run_record
-from discovery.jobs.sealed_steps import digest
+from discovery.jobs.step_cache import StepCache
 from discovery.proposals.artifact import (
     Places,
     no_point,
@@ -109,7 +109,7 @@ class Avoiding:
             "seed": chosen.seed,
         }
         claim_folder(work, identity, ANEW)
-        self.kept = KeptSteps(work, identity)
+        self.kept = StepCache(work, identity)
         self.steered = HookedModel(
             self.model.folder, dtype=self.model.network.dtype, device=self.model.device
         )

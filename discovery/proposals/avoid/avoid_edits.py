@@ -12,10 +12,10 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, norm_bound
 from discovery.gates.contrast import Contrast
 from discovery.gates.gate_probe import Probe, auroc, fit_probe, threshold_at
-from discovery.jobs.kept_steps import KeptSteps
+from discovery.jobs.checksummed_file import digest
 from discovery.jobs.progress import meter
 from discovery.jobs.run_record import run_record
-from discovery.jobs.sealed_steps import digest
+from discovery.jobs.step_cache import StepCache
 from discovery.proposals.activation_readings import feature_auroc
 from discovery.proposals.artifact import Places, vector_file, write_rows, write_vectors
 from discovery.proposals.avoid.answer_trait import Sampled, trait_tokens, trait_vocabulary
@@ -73,7 +73,7 @@ class AvoidEdits:
         chosen: ProposeSettings,
         contrast: Contrast,
         model: FrozenModel,
-        kept: KeptSteps,
+        kept: StepCache,
         places: Places,
     ) -> None:
         self.settings, self.chosen, self.contrast = settings, chosen, contrast

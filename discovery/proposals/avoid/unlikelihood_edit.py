@@ -18,8 +18,8 @@ from torch.nn.functional import kl_div, log_softmax
 from discovery.frozen_model import FrozenModel
 from discovery.gates.gate_probe import Probe
 from discovery.gates.low_rank import LowRankRows
+from discovery.jobs.checksummed_file import digest
 from discovery.jobs.progress import meter
-from discovery.jobs.sealed_steps import digest
 from discovery.jobs.training_checkpoint import restore_checkpoint, save_checkpoint
 from discovery.proposals.avoid.answer_trait import Sampled
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from interpretops.engine_api import (
     EngineCode,
+    EngineRefusal,
     LoadedPlan,
     Rank,
     RankDigest,
     RankGroup,
-    Refusal,
     RetiredPlan,
     read_rank_loaded,
 )
@@ -70,13 +70,13 @@ def load(core: Any, plan: str) -> dict[str, Any]:
         parsed = read_plan(data)
         digests = [Shard(index, count).of_plan(parsed).digest() for index in range(count)]
     except PlanError as error:
-        return Refusal.of(EngineCode.of_error(error), str(error)).body()
+        return EngineRefusal.of(EngineCode.of_error(error), str(error)).body()
     answers = core.model_executor.collective_rpc("interpretops_load", args=(plan,))
     held = [
         _check_held(read_rank_loaded(answer), digest, count)
         for answer, digest in zip(answers, digests, strict=True)
     ]
-    refusals = [rank for rank in held if isinstance(rank, Refusal)]
+    refusals = [rank for rank in held if isinstance(rank, EngineRefusal)]
     if refusals:
         core.model_executor.collective_rpc("interpretops_unload", args=(revision,))
         return refusals[0].body()
@@ -85,10 +85,12 @@ def load(core: Any, plan: str) -> dict[str, Any]:
     return LoadedPlan(revision=revision, ranks=ranks).body()
 
 
-def _check_held(rank: RankDigest | Refusal, digest: str, shards: int) -> RankDigest | Refusal:
+def _check_held(rank: RankDigest | EngineRefusal, digest: str, shards: int) -> RankDigest | EngineRefusal:
     """The rank if it holds its shard of the plan unchanged; otherwise a refusal."""
     if isinstance(rank, RankDigest) and (rank.digest, rank.shards) != (digest, shards):
-        return Refusal.of(EngineCode.DIGEST_MISMATCH, f"rank {rank.rank} has another digest than the plan")
+        return EngineRefusal.of(
+            EngineCode.DIGEST_MISMATCH, f"rank {rank.rank} has another digest than the plan"
+        )
     return rank
 
 

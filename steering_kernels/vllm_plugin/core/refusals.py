@@ -12,7 +12,7 @@ import sys
 from collections import OrderedDict
 from typing import Any
 
-from interpretops.engine_api import NONCE_KEY, REFUSAL_HEADER, EngineCode, Refusal
+from interpretops.engine_api import NONCE_KEY, REFUSAL_HEADER, EngineCode, EngineRefusal
 from steering_kernels.vllm_plugin.core.registry import NotAdmittedError
 from steering_kernels.vllm_plugin.request_args import RequestArgsError
 from steering_kernels.vllm_plugin.wrapping import wrap_method
@@ -55,7 +55,7 @@ def take_refusal(output: Any) -> None:
 
 def refusal_answer(code: EngineCode, message: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two ASGI messages of a refusal."""
-    body = Refusal.of(code, message).model_dump_json().encode()
+    body = EngineRefusal.of(code, message).model_dump_json().encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

@@ -6,10 +6,10 @@ import base64
 from typing import Any
 
 from interpretops.engine_api import (
+    EngineRefusal,
     LoadedPlan,
     RankDigest,
     RankGroup,
-    Refusal,
     RetiredPlan,
     read_loaded,
 )
@@ -21,12 +21,12 @@ class EngineCores:
     def __init__(self, engine_client: Any) -> None:
         self._client = engine_client
 
-    async def load(self, revision: str, plan: bytes) -> LoadedPlan | Refusal:
+    async def load(self, revision: str, plan: bytes) -> LoadedPlan | EngineRefusal:
         """Load a plan into every core. Returns all ranks, or the first refusal."""
         ranks: list[RankDigest] = []
         for answer in await self._call("interpretops_load", base64.b64encode(plan).decode()):
             loaded = read_loaded(answer)
-            if isinstance(loaded, Refusal):
+            if isinstance(loaded, EngineRefusal):
                 return loaded
             ranks += loaded.ranks
         return LoadedPlan(revision=revision, ranks=ranks)

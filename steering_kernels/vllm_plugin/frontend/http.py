@@ -21,7 +21,7 @@ from interpretops.engine_api import (
     Attestation,
     EngineCode,
     EngineMessage,
-    Refusal,
+    EngineRefusal,
     RetiredPlan,
     SelfTest,
     SpecialTokenList,
@@ -88,7 +88,7 @@ class SteeringEndpoints:
     async def _load(self, holder: str, revision: str, data: bytes) -> Response:
         cores = EngineCores(self._client)
         answer = await cores.load(revision, data)
-        if isinstance(answer, Refusal):
+        if isinstance(answer, EngineRefusal):
             if self._holders.release(holder, revision):
                 await cores.retire(revision)
             return _error(answer.code, answer.message)
@@ -157,5 +157,5 @@ def _answer(message: EngineMessage, status: int = 200) -> Response:
 
 def _error(code: EngineCode, message: str) -> Response:
     return JSONResponse(
-        Refusal.of(code, message).body(), status_code=code.status, headers={REFUSAL_HEADER: code.value}
+        EngineRefusal.of(code, message).body(), status_code=code.status, headers={REFUSAL_HEADER: code.value}
     )

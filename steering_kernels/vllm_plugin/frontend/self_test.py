@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from interpretops.engine_api import Attestation, Refusal, seal
+from interpretops.engine_api import Attestation, EngineRefusal, seal
 from interpretops.plan import POINTS, ModelSpec, Plan, Point, Site, SiteEdits, Units
 from steering_kernels.vllm_plugin.frontend.engine_cores import EngineCores
 
@@ -53,7 +53,7 @@ async def run_self_test(engine_client: Any, cores: EngineCores, attested: Attest
     try:
         for plan in (zero_plan, edit_plan):
             answer = await cores.load(plan.revision, plan.to_bytes())
-            if isinstance(answer, Refusal):
+            if isinstance(answer, EngineRefusal):
                 return f"the probe plan was refused: {answer.message}"
         before = await _edits_by_rank(cores, edit_plan.revision)
         unsteered = await _top_logprobs(engine_client, zero_plan.revision)

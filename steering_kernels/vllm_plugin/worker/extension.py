@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from interpretops.engine_api import EngineCode, Rank, RankDigest, Refusal, describe_model
+from interpretops.engine_api import EngineCode, EngineRefusal, Rank, RankDigest, describe_model
 from interpretops.errors import InterpretOpsError
 from interpretops.plan import read_plan
 from steering_kernels.vllm_plugin.worker.kv_blocks import count_slots
@@ -22,7 +22,7 @@ class SteeringWorker:
             loaded = read_plan(base64.b64decode(plan))
             digest = self._interpretops_runtime.load(loaded)
         except InterpretOpsError as error:
-            return Refusal.of(EngineCode.of_error(error), str(error)).body()
+            return EngineRefusal.of(EngineCode.of_error(error), str(error)).body()
         shard = self._interpretops_runtime.shard
         return RankDigest(
             rank=self._interpretops_rank, digest=digest, shard=shard.index, shards=shard.count

@@ -10,7 +10,7 @@ import pytest
 
 from discovery.frozen_model import FrozenModel
 from discovery.gates.contrast import read_contrast
-from discovery.jobs import sealed_steps as sealed
+from discovery.jobs import checksummed_file as sealed
 from discovery.jobs import whole_file
 from interpretops.compile import compile_policy
 from interpretops.policy import load_policy

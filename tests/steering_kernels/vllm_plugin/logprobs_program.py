@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from interpretops.engine_api import Refusal, read_loaded, seal
+from interpretops.engine_api import EngineRefusal, read_loaded, seal
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -58,7 +58,7 @@ def answer(folder: Path) -> None:
     core = llm.llm_engine.engine_core.engine_core
     for plan in job["plans"]:
         loaded = core.interpretops_load(base64.b64encode(Path(plan).read_bytes()).decode())
-        if isinstance(answered := read_loaded(loaded), Refusal):
+        if isinstance(answered := read_loaded(loaded), EngineRefusal):
             raise SystemExit(answered.message)
     nonces = [secrets.token_hex(16) for _ in job["requests"]]
     params = [

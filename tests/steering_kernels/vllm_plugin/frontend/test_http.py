@@ -18,8 +18,8 @@ from interpretops.engine_api import (
     REFUSAL_HEADER,
     Attestation,
     EngineCode,
+    EngineRefusal,
     LoadedPlan,
-    Refusal,
     RetiredPlan,
     describe_model,
     plan_path,
@@ -126,7 +126,7 @@ async def test_refusals_have_their_code_and_status(
     """Damaged plan, wrong model, full table, wrong digest, unknown nonce: code in body and header."""
 
     async def refused(answer: httpx.Response) -> EngineCode:
-        refusal = Refusal.parse(answer.json())
+        refusal = EngineRefusal.parse(answer.json())
         assert refusal.body() == answer.json()
         assert (answer.status_code, answer.headers[REFUSAL_HEADER]) == (refusal.code.status, refusal.code)
         return refusal.code

@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from discovery.errors import DiscoveryError
-from discovery.jobs.sealed_steps import REMEDY, open_json, open_tensors, seal_json, seal_tensors
+from discovery.jobs.checksummed_file import REMEDY, load_json, load_tensors, save_json, save_tensors
 
 Found = TypeVar("Found")
 
 
-class KeptSteps:
+class StepCache:
     """Results by name. Each file says of which run and which step it is; another's is refused."""
 
     def __init__(self, folder: Path, identity: Any) -> None:
@@ -35,9 +35,9 @@ class KeptSteps:
         path = self._json_path(name)
         if not path.exists():
             result = compute()
-            seal_json(path, [self.identity, name], result)
+            save_json(path, [self.identity, name], result)
             return result
-        found = open_json(path, [self.identity, name])
+        found = load_json(path, [self.identity, name])
         try:
             return found if read is None else read(found)
         except (ValueError, TypeError) as error:
@@ -47,9 +47,9 @@ class KeptSteps:
         """A step's tensors from their file, else computed and written."""
         path = self.folder / f"{name}.safetensors"
         if path.exists():
-            return open_tensors(path, [self.identity, name])[0]
+            return load_tensors(path, [self.identity, name])[0]
         result = {key: value.contiguous() for key, value in compute().items()}
-        seal_tensors(path, [self.identity, name], result)
+        save_tensors(path, [self.identity, name], result)
         return result
 
     def tensor(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -67,12 +67,12 @@ _ONE = "scores"
 
 
 def numbers(found: Any) -> list[float]:
-    """For `KeptSteps.json`: a list of numbers."""
+    """For `StepCache.json`: a list of numbers."""
     return [float(value) for value in found]
 
 
 def text(found: Any) -> str:
-    """For `KeptSteps.json`: a text."""
+    """For `StepCache.json`: a text."""
     if not isinstance(found, str):
         raise TypeError("it is not a text")
     return found

@@ -28,13 +28,13 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def seal_json(path: Path, identity: Any, value: Any) -> None:
+def save_json(path: Path, identity: Any, value: Any) -> None:
     """Keep a JSON value."""
     write_whole(path, json.dumps({OF: digest(identity), SUM: digest(value), "value": value}).encode())
 
 
-def open_json(path: Path, identity: Any) -> Any:
-    """What `seal_json` kept under the same identity."""
+def load_json(path: Path, identity: Any) -> Any:
+    """What `save_json` kept under the same identity."""
     content = _content(path)
     _check(path, content[OF], identity)
     if digest(content["value"]) != content[SUM]:
@@ -52,15 +52,15 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def earlier_json(path: Path, identity: Any) -> Any:
-    """As `open_json`; None where nothing was kept, or by another run, whose place is then taken."""
+def load_json_if_same_run(path: Path, identity: Any) -> Any:
+    """As `load_json`; None where nothing was kept, or by another run, whose place is then taken."""
     if not path.exists():
         return None
     content = _content(path)
-    return open_json(path, identity) if content[OF] == digest(identity) else None
+    return load_json(path, identity) if content[OF] == digest(identity) else None
 
 
-def seal_tensors(
+def save_tensors(
     path: Path, identity: Any, tensors: Mapping[str, Tensor], more: dict[str, str] | None = None
 ) -> None:
     """Keep tensors, and texts beside them."""
@@ -69,8 +69,8 @@ def seal_tensors(
     write_whole(path, save_safetensors(whole, {**metadata, SUM: _digest_of(whole, metadata)}))
 
 
-def open_tensors(path: Path, identity: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `seal_tensors` kept under the same identity: tensors, and texts."""
+def load_tensors(path: Path, identity: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `save_tensors` kept under the same identity: tensors, and texts."""
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from discovery.errors import DiscoveryError
+from discovery.jobs.checksummed_file import REMEDY
 from discovery.jobs.run_folder import difference
-from discovery.jobs.sealed_steps import REMEDY
 from discovery.jobs.whole_file import unwritten, write_json
 from interpretops.artifacts.dictionary.manifest import sha256_of
 from interpretops.files.atomic_folder import whole_folder
@@ -18,7 +18,7 @@ SUMS = "sha256.json"
 
 
 @contextmanager
-def sealed_folder(folder: Path, identity: dict[str, Any]) -> Iterator[Path]:
+def checksummed_folder(folder: Path, identity: dict[str, Any]) -> Iterator[Path]:
     """A new folder to write into, sealed and put in the place of ``folder`` when the block ends.
 
     A full disk ends in one line, and the checkpoint before it stands.
@@ -32,7 +32,7 @@ def sealed_folder(folder: Path, identity: dict[str, Any]) -> Iterator[Path]:
         raise unwritten(folder, error) from error
 
 
-def check_sealed_folder(folder: Path, identity: dict[str, Any]) -> None:
+def verify_checksummed_folder(folder: Path, identity: dict[str, Any]) -> None:
     """Raise `DiscoveryError` for a checkpoint of another run, or a damaged one."""
     try:
         there, sums = (read_json_object(folder / name, DiscoveryError) for name in (IDENTITY, SUMS))

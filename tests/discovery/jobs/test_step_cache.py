@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from discovery.errors import DiscoveryError
-from discovery.jobs.kept_steps import KeptSteps, numbers, text
+from discovery.jobs.checksummed_file import load_json, load_tensors, save_json, save_tensors
+from discovery.jobs.checksummed_lines import ChecksummedLines
 from discovery.jobs.run_folder import claim_folder
-from discovery.jobs.sealed_lines import SealedLines
-from discovery.jobs.sealed_steps import open_json, open_tensors, seal_json, seal_tensors
+from discovery.jobs.step_cache import StepCache, numbers, text
 from discovery.jobs.training_checkpoint import restore_checkpoint, save_checkpoint
 
 
@@ -105,20 +105,20 @@ def test_step_is_read_back_only_as_it_was_written(tmp_path: Path, kind: str) -> 
     """Values return whole, keys of numbers and empty ones too; every byte that is changed is noticed."""
     path = tmp_path / "step"
     if kind == "json":
-        seal_json(path, ["run", "step"], {1: [0.5, None], 10: {}, 9: "x"})
-        assert open_json(path, ["run", "step"]) == {"1": [0.5, None], "10": {}, "9": "x"}
+        save_json(path, ["run", "step"], {1: [0.5, None], 10: {}, 9: "x"})
+        assert load_json(path, ["run", "step"]) == {"1": [0.5, None], "10": {}, "9": "x"}
     else:
         made = {
             "a": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
             "n": torch.tensor(3),
             "e": torch.ones(0),
         }
-        seal_tensors(path, ["run", "step"], made, {"more": "text"})
-        found, more = open_tensors(path, ["run", "step"])
+        save_tensors(path, ["run", "step"], made, {"more": "text"})
+        found, more = load_tensors(path, ["run", "step"])
         assert more["more"] == "text"
         assert all(torch.equal(found[name], value) for name, value in made.items())
     whole = path.read_bytes()
-    read = open_json if kind == "json" else open_tensors
+    read = load_json if kind == "json" else load_tensors
     for place in range(len(whole)):
         changed = bytearray(whole)
         changed[place] ^= 1
@@ -139,13 +139,13 @@ def test_step_is_read_back_only_as_it_was_written(tmp_path: Path, kind: str) -> 
 def test_steps_of_another_run_are_not_read(tmp_path: Path) -> None:
     """A file that was copied from another run's folder, or bears another step's name, is named."""
     for run in ("one", "two"):
-        kept = KeptSteps(tmp_path / run, {"run": run})
+        kept = StepCache(tmp_path / run, {"run": run})
         assert kept.json("drawn", partial(list, [run])) == [run]
         kept.tensors("words", lambda: {"x": torch.ones(2)})
         kept.tensor("scores", lambda: torch.ones(2))
     for name in ("drawn.json", "words.safetensors", "scores.safetensors"):
         (tmp_path / "one" / name).write_bytes((tmp_path / "two" / name).read_bytes())
-    kept = KeptSteps(tmp_path / "one", {"run": "one"})
+    kept = StepCache(tmp_path / "one", {"run": "one"})
     reads: tuple[Callable[[], Any], ...] = (
         lambda: kept.json("drawn", list),
         lambda: kept.tensors("words", dict),
@@ -156,12 +156,12 @@ def test_steps_of_another_run_are_not_read(tmp_path: Path) -> None:
             read()
     (tmp_path / "two" / "other.json").write_bytes((tmp_path / "two" / "drawn.json").read_bytes())
     with pytest.raises(DiscoveryError, match=r"other\.json: is of another run"):
-        KeptSteps(tmp_path / "two", {"run": "two"}).json("other", list)
+        StepCache(tmp_path / "two", {"run": "two"}).json("other", list)
 
 
 def test_finished_step_is_read_and_not_done_again(tmp_path: Path) -> None:
     """Numbers, a text and a tensor come back as they were, and what has another form is named."""
-    kept = KeptSteps(tmp_path, "run")
+    kept = StepCache(tmp_path, "run")
 
     def again() -> Any:
         raise AssertionError("the step was done again")
@@ -203,7 +203,7 @@ def test_folder_belongs_to_the_run_that_began_it(tmp_path: Path) -> None:
 
 def test_line_is_read_back_only_as_it_was_written(tmp_path: Path) -> None:
     """What a stopped run left half written is cut off; every character that is changed is noticed."""
-    lines = SealedLines(tmp_path / "lines.jsonl")
+    lines = ChecksummedLines(tmp_path / "lines.jsonl")
     written: list[dict[str, Any]] = [{"id": "a", "scores": [[-1.5, 2]]}, {"id": "b", "text": "ünï"}]
     for line in written:
         lines.append(line)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from discovery.errors import DiscoveryError
-from discovery.jobs.sealed_steps import SUM, digest
+from discovery.jobs.checksummed_file import SUM, digest
 
 
-class SealedLines:
+class ChecksummedLines:
     """JSON objects in a file, each with its checksum. What a stopped run left of a last line is cut off."""
 
     def __init__(self, path: Path) -> None:
