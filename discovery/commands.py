@@ -190,7 +190,8 @@ def fit_gate(
 
     listed = read_data_list(data, data_folder)
     prompts = load_gate_data(listed, edit.seed)
-    fit = GateFit(frozen_model(settings, say), prompts, gate, edit, work, join)
+    store = settings.cache.dir / "activations"
+    fit = GateFit(frozen_model(settings, say), prompts, gate, edit, work, join, store)
     trained = fit.train()
     outcomes = fit.outcomes(trained, [*prompts.select, *prompts.test])
     write_atomically(work / "outcomes.json", json.dumps(outcomes).encode())

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from discovery.data.rewritten_requests import rewritten
+from discovery.data.sources import Prompt
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 
@@ -37,8 +38,24 @@ class Surroundings:
                 raise DiscoveryError(f"earlier_turns: {turn!r} has no line that begins with 'Assistant: '")
 
 
-def conversation(request: str, surroundings: Surroundings, chance: random.Random) -> list[Message]:
-    """The messages of one variant; most variants are only the unchanged request."""
+def messages_of(prompt: Prompt) -> list[Message]:
+    """A prompt as the messages of a chat, unchanged."""
+    turns = (("user", prompt),) if isinstance(prompt, str) else prompt
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def words_of(prompt: Prompt) -> str:
+    """All that the user says in a prompt."""
+    return "\n".join(message["content"] for message in messages_of(prompt) if message["role"] == "user")
+
+
+def conversation(request: Prompt, surroundings: Surroundings, chance: random.Random) -> list[Message]:
+    """The messages of one variant; most variants are only the unchanged request.
+
+    A request that is a conversation stays as it is.
+    """
+    if not isinstance(request, str):
+        return messages_of(request)
     text, at = request, chance.random()
     if at < 0.06:
         text = request.lower()

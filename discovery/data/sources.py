@@ -17,6 +17,8 @@ Kind = Literal["prompts", "text", "openings"]
 KINDS: tuple[Kind, ...] = ("prompts", "text", "openings")
 """Prompts get the chat format, text is read unchanged, openings are continued by the model."""
 MAX_BYTES = 2**30
+Prompt = str | tuple[tuple[str, str], ...]
+"""A user's words, or the (role, content) turns of a conversation that ends with them."""
 PROMPT_COLUMNS = ("prompt", "Prompt", "question", "Question", "instruction", "goal", "text")
 """Fields that may hold the prompt in objects and tables; the first one present is used."""
 ANSWER_COLUMNS = ("answer", "Answer", "reference", "target", "expected", "output", "completion", "response")
@@ -46,12 +48,25 @@ class Source:
     """Encode each prompt, with an instruction to follow it or a request to decode it."""
     field: str | None = None
     """The field with the prompt in objects and tables; None for the first of `PROMPT_COLUMNS` present."""
+    where: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(field, values): only objects whose field has one of the values are used."""
+    bury: tuple[int, int] | None = None
+    """Put each prompt before, into or after ordinary text of this many words (least, most)."""
+    turns: bool = False
+    """Use the whole conversation of an object that has one (`conversation`), not its last user turn."""
 
     def record(self) -> dict[str, Any]:
         """The source's entry in a run record: file name and sha256, never its folder."""
         entry = asdict(self) | {"path": self.path.name, "sha256": sha256_of_file(self.path)}
-        plain = {"name": "", "limit": None, "wrap": False, "part": (0.0, 1.0), "field": None, "times": 1}
-        plain |= {"templates": "", "each": 1, "code": ""}
+        plain: dict[str, Any] = {
+            "name": "",
+            "limit": None,
+            "wrap": False,
+            "part": (0.0, 1.0),
+            "field": None,
+            "times": 1,
+        }
+        plain |= {"templates": "", "each": 1, "code": "", "where": (), "turns": False, "bury": None}
         return {key: value for key, value in entry.items() if key not in plain or value != plain[key]}
 
 
@@ -106,6 +121,9 @@ def _source(entry: Any, where: str, roots: tuple[Path, Path]) -> Source:
         "templates",
         "each",
         "code",
+        "where",
+        "turns",
+        "bury",
     }
     if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= allowed:
         raise DiscoveryError(f"{where} = {entry!r}, but must be an object with path and of {sorted(allowed)}")
@@ -121,7 +139,17 @@ def _source(entry: Any, where: str, roots: tuple[Path, Path]) -> Source:
     part = entry.get("part", [0.0, 1.0])
     if not isinstance(part, list) or len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
         raise DiscoveryError(f"{where}.part = {part!r}, but must be [low, high] with 0 <= low < high <= 1")
+    if not isinstance(entry.get("turns", False), bool):
+        raise DiscoveryError(f"{where}.turns = {entry['turns']!r}, but must be true or false")
+    bury = entry.get("bury")
+    if bury is not None and not (
+        isinstance(bury, list) and [type(words) for words in bury] == [int, int] and 0 < bury[0] <= bury[1]
+    ):
+        raise DiscoveryError(f"{where}.bury = {bury!r}, but must be [least, most] words, at least 1")
     return Source(
+        bury=None if bury is None else (bury[0], bury[1]),
+        where=_filter(entry.get("where", {}), f"{where}.where"),
+        turns=entry.get("turns", False),
         path=beside if beside.exists() else roots[1] / str(entry["path"]),
         kind=entry.get("kind", "prompts"),
         licence=str(entry.get("licence", "not stated")),
@@ -134,6 +162,18 @@ def _source(entry: Any, where: str, roots: tuple[Path, Path]) -> Source:
         wrap=bool(entry.get("wrap", False)),
         limit=None if entry.get("limit") is None else int(entry["limit"]),
     )
+
+
+def _filter(entry: Any, where: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    if not isinstance(entry, dict):
+        raise DiscoveryError(f"{where} = {entry!r}, but must map fields to a value or a list of values")
+    found = {}
+    for name, values in entry.items():
+        listed = values if isinstance(values, list) else [values]
+        if not listed or not all(isinstance(value, str) for value in listed):
+            raise DiscoveryError(f"{where}.{name} = {values!r}, but must be a text or a list of texts")
+        found[str(name)] = tuple(listed)
+    return tuple(found.items())
 
 
 def refuse_noncommercial(sources: Iterable[Source], *, purpose: str) -> None:
@@ -168,6 +208,42 @@ def read_prompts(source: Source, columns: tuple[str, ...] = PROMPT_COLUMNS) -> l
 
     columns  fields to try in order, unless the source names one
     """
+    objects = columns != PROMPT_COLUMNS
+    columns = columns if source.field is None else (source.field,)
+    items = _items(source)
+    for where, item in items:
+        if objects and not isinstance(item, dict):
+            raise DiscoveryError(f"{where} must be an object with any of {columns}")
+    return [_prompt(item, where, columns) for where, item in items]
+
+
+def read_conversations(source: Source) -> list[Prompt]:
+    """As `read_prompts`; with ``turns``, whole conversations up to their last user turn."""
+    columns = PROMPT_COLUMNS if source.field is None else (source.field,)
+    prompts: list[Prompt] = []
+    for where, item in _items(source):
+        turns = item.get("conversation") if source.turns and isinstance(item, dict) else None
+        prompts.append(_turns(turns, where) if turns else _prompt(item, where, columns))
+    return prompts
+
+
+def _turns(turns: Any, where: str) -> Prompt:
+    allowed = ("system", "user", "assistant")
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and turn.get("role") in allowed and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
+        raise DiscoveryError(f"{where}.conversation must be a list of objects with role and content")
+    kept = [(turn["role"], turn["content"]) for turn in turns]
+    while kept and kept[-1][0] != "user":
+        kept.pop()
+    if not kept:
+        raise DiscoveryError(f"{where}.conversation has no user turn")
+    return tuple(kept)
+
+
+def _items(source: Source) -> list[tuple[str, Any]]:
+    """The entries of a file that the source uses, each with its place in the file."""
     path, suffix = source.path, source.path.suffix.lower()
     if suffix in (".yaml", ".yml"):
         _read(path)
@@ -180,19 +256,20 @@ def read_prompts(source: Source, columns: tuple[str, ...] = PROMPT_COLUMNS) -> l
         items = chosen if isinstance(chosen, list) else lists[0] if len(lists) == 1 else None
     if not isinstance(items, list):
         raise DiscoveryError(f"{path}: must hold a list of prompts (of strings, or of objects with a prompt)")
-    objects = columns != PROMPT_COLUMNS
-    columns = columns if source.field is None else (source.field,)
-    for index, item in enumerate(items):
-        if objects and not isinstance(item, dict):
-            raise DiscoveryError(f"{path}: [{index}] must be an object with any of {columns}")
-    prompts = [_prompt(item, f"{path}: [{index}]", columns) for index, item in enumerate(items)]
+    placed = [(f"{path}: [{index}]", item) for index, item in enumerate(items)]
+    for name, values in source.where:
+        for place, item in placed:
+            if not isinstance(item, dict) or name not in item:
+                raise DiscoveryError(f"{place} has no field {name!r}, which 'where' names")
+        placed = [(place, item) for place, item in placed if str(item[name]) in values]
     if source.part != (0.0, 1.0) or source.limit is not None:
-        random.Random(path.name).shuffle(prompts)  # noqa: S311 (an order, no secret)
-        low, high = (round(len(prompts) * share) for share in source.part)
-        prompts = prompts[low:high][: source.limit]
-    if not prompts:
-        raise DiscoveryError(f"{path}: holds no prompts (part {source.part}, limit {source.limit})")
-    return prompts
+        random.Random(path.name).shuffle(placed)  # noqa: S311 (an order, no secret)
+        low, high = (round(len(placed) * share) for share in source.part)
+        placed = placed[low:high][: source.limit]
+    if not placed:
+        chosen = f"part {source.part}, limit {source.limit}, where {dict(source.where)}"
+        raise DiscoveryError(f"{path}: holds no prompts ({chosen})")
+    return placed
 
 
 def _parse(path: Path, suffix: str, text: str) -> Any:
@@ -200,7 +277,8 @@ def _parse(path: Path, suffix: str, text: str) -> Any:
         if suffix == ".json":
             return json.loads(text)
         if suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            # Not splitlines: a JSON text may hold U+2028, which is no end of a line there.
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise DiscoveryError(f"{path}: not valid {suffix[1:].upper()} ({error})") from error
     if suffix in (".csv", ".tsv"):

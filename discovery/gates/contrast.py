@@ -10,6 +10,7 @@ from pydantic import Field, Strict, ValidationError, model_validator
 
 from discovery.circuits.pairs import read_pairs
 from discovery.circuits.search_settings import Reading
+from discovery.data.prompt_variants import words_of
 from discovery.data.sources import (
     Source,
     read_data_list,
@@ -19,7 +20,7 @@ from discovery.data.sources import (
     sha256_of_file,
 )
 from discovery.errors import DiscoveryError
-from discovery.gates.gate_data import is_harmful, load_gate_data
+from discovery.gates.gate_data import Groups, is_harmful, load_gate_data
 from interpretops.files.schema_faults import describe_faults
 from interpretops.files.strict_yaml import read_yaml
 from interpretops.policy.fields import Fraction, Identifier, StrictModel
@@ -221,7 +222,7 @@ def _from_data_list(path: Path, folder: Path | None, seed: int, target_class: st
     listed = read_data_list(path, folder)
     data = load_gate_data(listed, seed)
     prompts: dict[Part, dict[Side, tuple[str, ...]]] = {}
-    chosen: tuple[tuple[Part, dict[str, list[str]]], ...] = (
+    chosen: tuple[tuple[Part, Groups], ...] = (
         ("discovery", data.train),
         ("selection", data.select),
     )
@@ -229,7 +230,7 @@ def _from_data_list(path: Path, folder: Path | None, seed: int, target_class: st
         sides: dict[Side, list[str]] = {"target": [], "benign": [], "borderline": []}
         for name, texts in groups.items():
             side: Side = "target" if is_harmful(name) else "borderline" if "borderline" in name else "benign"
-            sides[side] += texts
+            sides[side] += [words_of(prompt) for prompt in texts]
         prompts[part] = {side: tuple(dict.fromkeys(texts)) for side, texts in sides.items()}
     used = {name: entries for name, entries in listed.record().items() if not name.startswith("test_")}
     record = [

@@ -17,7 +17,7 @@ from discovery.data.prompt_variants import conversation, conversation_ids
 from discovery.data.trace import batches
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel, norm_bound
-from discovery.gates.gate_data import GateData, format_groups, is_harmful
+from discovery.gates.gate_data import GateData, Groups, format_groups, formatted, is_harmful
 from discovery.gates.gate_probe import auroc
 from discovery.gates.gate_settings import EditSettings, GateSettings
 from discovery.gates.gated_answers import edited_answers
@@ -56,8 +56,13 @@ class GateFit:
         edit: EditSettings,
         work: Path,
         join: Sequence[Path] = (),
+        store: Path | None = None,
     ) -> None:
-        """join  existing probe files, each of which adds one probe"""
+        """join  existing probe files, each of which adds one probe
+
+        store  folder of activations, shared by runs; else in ``work``
+        """
+        store = work / "activations" if store is None else store
         model.check_layers([*gate.layers, *edit.layers])
         if min(edit.layers) < gate.layers[-1]:
             raise DiscoveryError(
@@ -81,7 +86,7 @@ class GateFit:
         self.norms, self.max_norm = self._measure_norms(sorted({*gate.layers, *edit.layers}))
         chance = random.Random(gate.seed)  # noqa: S311 (sampling)
         examples = [self._draw(chance) for _ in range(gate.examples)]
-        activations = PromptActivations(model, [ids for ids, _ in examples], gate.layers, work)
+        activations = PromptActivations(model, [ids for ids, _ in examples], gate.layers, store)
         bounds = [self.max_norm[layer] for layer in gate.layers]
         of_class = [wanted for _, wanted in examples]
         probes = train_probes(gate, activations, bounds, of_class, work, self.identity, model.device)
@@ -117,7 +122,7 @@ class GateFit:
         prompts = [prompt for group in self.data.train.values() for prompt in group]
         some = random.Random(0).sample(prompts, min(MEASURED, len(prompts)))  # noqa: S311 (sampling)
         found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        for batch in batches([self.model.chat_ids(prompt, LONGEST_TRAINED) for prompt in some]):
+        for batch in batches([list(formatted(self.model, prompt, LONGEST_TRAINED)) for prompt in some]):
             tokens, mask = self.model.pad([ids for _, ids in batch])
             for layer, x in self.model.residuals(tokens, mask, layers).items():
                 found[layer].append(x.float().norm(dim=-1)[mask.bool()].cpu())
@@ -184,7 +189,7 @@ class GateFit:
 
     def _hard_benign(self) -> list[Example]:
         listed = [p for name, group in self.data.train.items() if not is_harmful(name) for p in group]
-        all_ids = [tuple(self.model.chat_ids(prompt)) for prompt in listed]
+        all_ids = [formatted(self.model, prompt) for prompt in listed]
         ids = [prompt for prompt in all_ids if len(prompt) <= LONGEST_TRAINED]
         order = self.gate.readings(self.model, ids).argsort(descending=True)[:HARD_BENIGN].tolist()
         prompts = [ids[index] for index in order]
@@ -281,7 +286,7 @@ class GateFit:
             }
         return table
 
-    def probe_auroc(self, groups: dict[str, list[str]]) -> float:
+    def probe_auroc(self, groups: Groups) -> float:
         """AUROC of the gate over the harmful and benign prompts of these groups."""
         sides: dict[bool, list[Tensor]] = {True: [], False: []}
         for name in groups:

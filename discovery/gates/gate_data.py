@@ -4,22 +4,31 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from discovery.data.buried_requests import buried
 from discovery.data.coded_requests import decoded, followed
-from discovery.data.prompt_variants import Surroundings
+from discovery.data.prompt_variants import Surroundings, conversation_ids, messages_of, words_of
 from discovery.data.rewritten_requests import rewritten
-from discovery.data.sources import DataList, Source, read_prompts, read_text, refuse_noncommercial
+from discovery.data.sources import (
+    DataList,
+    Prompt,
+    Source,
+    read_conversations,
+    read_prompts,
+    read_text,
+    refuse_noncommercial,
+)
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 
 CONTEXT = 1024
 
-Groups = dict[str, list[str]]
+Groups = dict[str, list[Prompt]]
 
 
 PIECE_CHARACTERS = 500
 REWRITTEN = 0.25
 """Share of the wrapped requests that are rewritten, see `rewritten`."""
-SPECIAL = ("wrappers", "select_wrappers", "system_prompts", "earlier_turns", "answer_openings")
+SPECIAL = ("wrappers", "select_wrappers", "system_prompts", "earlier_turns", "answer_openings", "passages")
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class GateData:
     openings: tuple[str, ...] = ()
     """Openings from which the model writes benign texts."""
 
-    def sides(self, groups: Groups) -> tuple[list[str], list[str]]:
+    def sides(self, groups: Groups) -> tuple[list[Prompt], list[Prompt]]:
         """(harmful, benign) prompts of these groups, in order."""
         harmful = [prompt for name, prompts in groups.items() if is_harmful(name) for prompt in prompts]
         benign = [prompt for name, prompts in groups.items() if not is_harmful(name) for prompt in prompts]
@@ -52,8 +61,9 @@ def load_gate_data(data: DataList, seed: int) -> GateData:
 
     Groups are named ``harmful…``, ``benign…``, ``select_…`` and ``test_…``. ``wrappers`` and
     ``select_wrappers`` hold templates with ``{request}`` for sources with ``wrap: true``; ``system_prompts``
-    and ``earlier_turns`` may precede a training prompt, ``answer_openings`` may follow it. Benign text
-    sources give plain text; benign openings give text that the model writes.
+    and ``earlier_turns`` may precede a training prompt, ``answer_openings`` may follow it. ``passages`` holds
+    ordinary text for sources with ``bury``. Benign text sources give plain text; benign openings give text
+    that the model writes.
     """
     special = {name: _special(data, name) for name in SPECIAL}
     for name in ("wrappers", "select_wrappers"):
@@ -70,7 +80,7 @@ def load_gate_data(data: DataList, seed: int) -> GateData:
         if not name.startswith("test_"):
             refuse_noncommercial(sources, purpose="a learned edit")
         wrappers = special["select_wrappers" if name.startswith("select_") else "wrappers"]
-        prompts: list[str] = []
+        prompts: list[Prompt] = []
         for source in sources:
             if source.kind == "text":
                 text = read_text(source)
@@ -79,7 +89,7 @@ def load_gate_data(data: DataList, seed: int) -> GateData:
             if source.kind == "openings":
                 openings += read_prompts(source) * source.times
                 continue
-            prompts += _rendered(name, source, wrappers, chance)
+            prompts += _rendered(name, source, wrappers, special["passages"], chance)
         if prompts:
             groups[name] = list(dict.fromkeys(prompts))
     test = {name: prompts for name, prompts in groups.items() if name.startswith("test_")}
@@ -105,9 +115,17 @@ def _special(data: DataList, name: str) -> list[str]:
     return [text for source in data.groups.get(name, ()) for text in read_prompts(source)]
 
 
-def _rendered(group: str, source: Source, wrappers: list[str], chance: random.Random) -> list[str]:
-    """The prompts of a source, in the templates and wrappers that it asks for."""
+def _rendered(
+    group: str, source: Source, wrappers: list[str], passages: list[str], chance: random.Random
+) -> list[Prompt]:
+    """The prompts of a source, in the templates, wrappers and passages that it asks for."""
+    if source.turns:
+        return read_conversations(source)
     found = read_prompts(source)
+    if source.bury is not None:
+        if not passages:
+            raise DiscoveryError(f"{group}: {source.path.name} has bury, but there are no passages")
+        return [buried(prompt, passages, chance.randint(*source.bury), chance) for prompt in found]
     if source.templates:
         templates = read_prompts(replace(source, name=source.templates, part=(0.0, 1.0), limit=None))
         found = [
@@ -119,7 +137,7 @@ def _rendered(group: str, source: Source, wrappers: list[str], chance: random.Ra
         put = followed if source.code == "follow" else decoded
         return [put(prompt, chance) for prompt in found]
     if not source.wrap:
-        return found
+        return list(found)
     if not wrappers:
         raise DiscoveryError(f"{group}: {source.path.name} has wrap: true, but there are no wrappers")
     each = 1 if source.templates else source.each
@@ -134,18 +152,19 @@ NEAR = 0.75
 """Prompts with a larger share of words in common count as the same prompt."""
 
 
-def _plain(prompt: str) -> str:
-    return " ".join("".join(letter if letter.isalnum() else " " for letter in prompt.lower()).split())
+def _plain(prompt: Prompt) -> str:
+    words = words_of(prompt).lower()
+    return " ".join("".join(letter if letter.isalnum() else " " for letter in words).split())
 
 
-def _without(groups: Groups, others: Mapping[str, list[str]]) -> Groups:
+def _without(groups: Groups, others: Mapping[str, list[Prompt]]) -> Groups:
     """The groups without prompts that are the same, or nearly the same, as one in ``others``."""
     seen = {_plain(prompt) for prompts in others.values() for prompt in prompts}
     by_size: dict[int, list[set[str]]] = {}
     for words in (set(prompt.split()) for prompt in seen):
         by_size.setdefault(len(words), []).append(words)
 
-    def is_new(prompt: str) -> bool:
+    def is_new(prompt: Prompt) -> bool:
         plain = _plain(prompt)
         own = set(plain.split())
         sizes = range(int(len(own) * NEAR), int(len(own) / NEAR) + 2) if len(own) <= 40 else ()
@@ -158,4 +177,11 @@ def _without(groups: Groups, others: Mapping[str, list[str]]) -> Groups:
 
 def format_groups(model: FrozenModel, groups: Groups) -> dict[str, list[tuple[int, ...]]]:
     """The prompts in the model's chat format."""
-    return {name: [tuple(model.chat_ids(p, CONTEXT)) for p in prompts] for name, prompts in groups.items()}
+    return {name: [formatted(model, prompt) for prompt in prompts] for name, prompts in groups.items()}
+
+
+def formatted(model: FrozenModel, prompt: Prompt, most: int = CONTEXT) -> tuple[int, ...]:
+    """A prompt in the model's chat format. A text is cut so that all is at most ``most`` tokens long."""
+    if isinstance(prompt, str):
+        return tuple(model.chat_ids(prompt, most))
+    return conversation_ids(model, messages_of(prompt))

@@ -20,6 +20,8 @@ class GateSettings:
     """Heads of the probe at each of its layers."""
     probes: int = Field(default=1, ge=1)
     """Probes trained apart, each from its own beginning; the gate reads their mean."""
+    window: int | None = Field(default=None, ge=8)
+    """Tokens of the windows whose largest reading decides; none: one reading of the whole prompt."""
     examples: int = Field(default=16_000, ge=2)
     """Prompts that are drawn from the training groups to train the probe on."""
     epochs: int = Field(default=12, ge=1)

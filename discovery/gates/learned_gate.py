@@ -7,6 +7,7 @@ and values (`interpretops.plan.Gate`). So the reading does not depend on what a 
 token is edited before the gate opens. The model runs once to collect the activations, not during training.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,11 +31,31 @@ SOFTENED = 0.01
 UNSEEN_TOKENS = 0.1
 """Share of the prompt's tokens that a training step drops."""
 WEIGHT_DECAY = 0.05
+UNREAD = -1e9
+"""Score of tokens that are not read."""
 SAMPLED = 50
 """Every n-th prompt is used for the mean and spread that standardise activations."""
 
 Labelled = tuple[tuple[int, ...], bool]
 """A formatted prompt, and whether it belongs to the class."""
+
+
+def _pooled(score: Tensor, value: Tensor, tokens: Tensor, window: int | None) -> Tensor:
+    """Readings [B] of prompts of ``tokens`` [B] from score and value [B, L, T, H]; the largest of windows."""
+    if window is None or score.shape[2] <= window:
+        return (score.softmax(2) * value).sum((1, 2, 3))
+    step = max(1, window // 4)
+    count = math.ceil((score.shape[2] - window) / step) + 1
+    starts = torch.minimum(
+        torch.arange(count, device=score.device)[None] * step, (tokens - window).clamp(min=0)[:, None]
+    )
+    places = (starts[:, :, None] + torch.arange(window, device=score.device)).flatten(1)  # [B, C W]
+    index = places[:, None, :, None].expand(-1, score.shape[1], -1, score.shape[3])
+    shape = (*score.shape[:2], count, window, score.shape[3])
+    scores, values = (array.gather(2, index).view(shape) for array in (score, value))
+    # A window of sinks alone contributes nothing, as in the op.
+    read = (scores > UNREAD / 2).any(3)
+    return ((scores.softmax(3) * values).sum(3) * read).sum((1, 3)).amax(1)
 
 
 class LearnedGate(nn.Module):
@@ -68,8 +89,8 @@ class LearnedGate(nn.Module):
         both = torch.cat([self.query, self.value], dim=1) * scale[:, :, None]  # [B, L, 2 H, D]
         score, value = torch.matmul(x.transpose(1, 2), both.transpose(2, 3)).chunk(2, dim=3)  # [B, L, T, H]
         shift = self.bias - torch.einsum("blhd,ld->blh", both[:, :, len(self.bias[0]) :], self.mean)
-        score = score.masked_fill(~seen.transpose(1, 2)[..., None], -1e9)
-        return (score.softmax(2) * (value + shift[:, :, None])).sum((1, 2, 3))
+        score = score.masked_fill(~seen.transpose(1, 2)[..., None], UNREAD)
+        return _pooled(score, value + shift[:, :, None], real.sum(1), self.settings.window)
 
     @torch.no_grad()
     def numbers(self) -> dict[int, dict[str, Tensor]]:

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import random
 from pathlib import Path
 
 import pytest
 
+from discovery.data.buried_requests import buried
 from discovery.data.sources import (
     Source,
     licence_of_weights,
+    read_conversations,
     read_data_list,
     read_prompts,
     read_text,
@@ -97,6 +100,83 @@ def test_data_list_names_wrong_entry(tmp_path: Path) -> None:
     path.write_text("harmful:\n  - path: a.json\n  - path: b.json\n    colour: red\n")
     with pytest.raises(DiscoveryError, match=r"harmful\[1\]"):
         read_data_list(path)
+
+
+LINES = [
+    {"prompt": "eins", "label": "benign", "lang": "de"},
+    {"prompt": "zwei\u2028drei", "label": "harmful", "lang": "de"},
+    {"prompt": "two", "label": "benign", "lang": "en"},
+    {
+        "prompt": "and now?",
+        "label": "benign",
+        "lang": "en",
+        "conversation": [
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "1"},
+            {"role": "user", "content": "and now?"},
+            {"role": "assistant", "content": "2"},
+        ],
+    },
+]
+
+
+def _lines(folder: Path) -> Path:
+    path = folder / "lines.jsonl"
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in LINES))
+    return path
+
+
+def test_where_takes_the_lines_with_these_values(tmp_path: Path) -> None:
+    """A filter keeps lines whose fields have one of its values, and U+2028 does not end a line."""
+    listed = tmp_path / "data.yaml"
+    _lines(tmp_path)
+    listed.write_text("a:\n- {path: lines.jsonl, where: {lang: de, label: [harmful, benign]}}\n")
+    (source,) = read_data_list(listed).groups["a"]
+    assert read_prompts(source) == ["eins", "zwei\u2028drei"]
+    assert source.record()["where"] == (("lang", ("de",)), ("label", ("harmful", "benign")))
+    with pytest.raises(DiscoveryError, match=r"\[0\] has no field 'colour', which 'where' names"):
+        read_prompts(Source(tmp_path / "lines.jsonl", "prompts", where=(("colour", ("red",)),)))
+    with pytest.raises(DiscoveryError, match=r"holds no prompts .*where \{'lang': \('fr',\)\}"):
+        read_prompts(Source(tmp_path / "lines.jsonl", "prompts", where=(("lang", ("fr",)),)))
+
+
+def test_turns_are_read_up_to_the_last_of_the_user(tmp_path: Path) -> None:
+    """With turns, a line with a conversation gives its messages without the answer at its end."""
+    found = read_conversations(Source(_lines(tmp_path), "prompts", turns=True))
+    assert found[2:] == ["two", (("user", "one"), ("assistant", "1"), ("user", "and now?"))]
+    (tmp_path / "bad.jsonl").write_text(
+        '{"prompt": "a", "conversation": [{"role": "assistant", "content": "x"}]}'
+    )
+    with pytest.raises(DiscoveryError, match=r"\[0\]\.conversation has no user turn"):
+        read_conversations(Source(tmp_path / "bad.jsonl", "prompts", turns=True))
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("where: [a]", r"where = \['a'\], but must map fields"),
+        ("where: {lang: 3}", r"where\.lang = 3, but must be a text or a list"),
+        ("turns: 1", r"turns = 1, but must be true or false"),
+        ("bury: [9, 2]", r"bury = \[9, 2\], but must be \[least, most\] words"),
+    ],
+)
+def test_bad_choice_of_lines_is_refused(tmp_path: Path, entry: str, expected: str) -> None:
+    """A filter, turns or bury of the wrong form is refused, with the entry's place."""
+    path = tmp_path / "data.yaml"
+    path.write_text(f"a:\n- {{path: p.jsonl, {entry}}}\n")
+    with pytest.raises(DiscoveryError, match=r"a\[0\]\." + expected):
+        read_data_list(path)
+
+
+def test_request_is_buried_whole_in_as_many_words_as_asked() -> None:
+    """A buried request stands unchanged among passages, sometimes first, last and between."""
+    passages, places = ["one two three", "four five six seven"], set()
+    for seed in range(40):
+        text = buried("DO it", passages, 9, random.Random(seed))
+        assert len(text.split()) == 11
+        parts = text.split("\n\n")
+        places.add((parts.index("DO it") > 0) + (parts[-1] == "DO it"))
+    assert places == {0, 1, 2}
 
 
 def test_noncommercial_data_is_refused() -> None:

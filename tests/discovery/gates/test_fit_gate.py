@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from discovery.data.coded_requests import CODES, decoded, encode, followed
-from discovery.data.prompt_variants import Surroundings, conversation, conversation_ids
+from discovery.data.prompt_variants import Surroundings, conversation, conversation_ids, words_of
 from discovery.data.rewritten_requests import REWRITINGS, rewritten
 from discovery.data.sequences import batches
 from discovery.data.sources import DataList, Source, sha256_of_file
@@ -21,7 +21,7 @@ from discovery.frozen_model import FrozenModel
 from discovery.gates import learned_gate, prompt_activations
 from discovery.gates.fit_gate import GateFit
 from discovery.gates.gate_artifact import policy_text, write_gate
-from discovery.gates.gate_data import load_gate_data
+from discovery.gates.gate_data import Groups, load_gate_data
 from discovery.gates.gate_probe import auroc, fit_probe, prompt_end_features, threshold_at
 from discovery.gates.gate_settings import EditSettings, GateSettings
 from discovery.gates.gate_trade import trade
@@ -90,7 +90,8 @@ def test_no_prompt_is_on_two_sides(listed: DataList) -> None:
     assert not train & test
     assert not select & test
     assert len(test) == 16
-    assert any(prompt.startswith("Well. BREAK") or prompt.endswith("NOW Thanks.") for prompt in train)
+    texts = [words_of(prompt) for prompt in train]
+    assert any(text.startswith("Well. BREAK") or text.endswith("NOW Thanks.") for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_joined_probe_is_read_with_the_others(tiny: FrozenModel, listed: DataLis
 def test_group_with_a_weight_is_drawn_more_often(tiny: FrozenModel, listed: DataList, tmp_path: Path) -> None:
     """A weight of nine moves a group of the same size to nine of ten draws; an unknown group is named."""
     data = load_gate_data(listed, 0)
-    groups = {
+    groups: Groups = {
         "benign_a": [f"move slowly {n}" for n in range(40)],
         "benign_b": [f"take {n}" for n in range(40)],
     }
@@ -365,7 +366,10 @@ def test_killed_gate_training_ends_with_the_same_gate(
 def test_activations_are_computed_once(
     tiny: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run killed between batches goes on behind the last one kept; a finished one runs no model."""
+    """A run killed between batches resumes after the last one stored; a finished one runs no model, and
+    neither does another choice from the same prompts.
+    """
+    monkeypatch.setattr(prompt_activations, "SHARD_BATCHES", 1)
     prompts = [tuple(tiny.chat_ids("x" * n)) for n in range(1, 60)]
     monkeypatch.setattr(prompt_activations, "batches", lambda listed: list(batches(listed, 96)))
     whole = PromptActivations(tiny, prompts, (1, 2), tmp_path / "whole")
@@ -381,12 +385,52 @@ def test_activations_are_computed_once(
     with pytest.raises(KeyboardInterrupt):
         PromptActivations(tiny, prompts, (1, 2), tmp_path / "broken")
     parts = prompt_activations.batches([list(ids) for ids in prompts])  # type: ignore[attr-defined]
-    left[0] = len(list(parts)) - 10
+    left[0] = len(list(parts)) - 14
     resumed = PromptActivations(tiny, prompts, (1, 2), tmp_path / "broken")
     assert left[0] == 0
     for place in range(len(prompts)):
         np.testing.assert_array_equal(resumed.of(place), whole.of(place))
-    PromptActivations(tiny, prompts, (1, 2), tmp_path / "broken")
+    some = PromptActivations(tiny, [prompts[30], prompts[3], prompts[3]], (1, 2), tmp_path / "broken")
+    np.testing.assert_array_equal(some.of(1), whole.of(3))
+    np.testing.assert_array_equal(some.of(2), whole.of(3))
+    assert left[0] == 0
+
+
+def test_damaged_activations_are_refused(tiny: FrozenModel, tmp_path: Path) -> None:
+    """A shard whose bytes changed, and a record that was cut, are named, with what to do."""
+    prompts = [tuple(tiny.chat_ids("x" * n)) for n in range(1, 9)]
+    PromptActivations(tiny, prompts, (1, 2), tmp_path)
+    (shard,) = tmp_path.glob("*/*.npy")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(DiscoveryError, match=r"npy: was changed or damaged; delete it and its .json"):
+        PromptActivations(tiny, prompts, (1, 2), tmp_path).of(0)
+    (record,) = tmp_path.glob("*/*.json")
+    record.write_bytes(record.read_bytes()[:-9])
+    with pytest.raises(DiscoveryError, match=r"json: is (no finished step|damaged)"):
+        PromptActivations(tiny, prompts, (1, 2), tmp_path)
+
+
+def test_longest_window_decides_and_short_prompts_are_one(tiny: FrozenModel, tmp_path: Path) -> None:
+    """With a window the reading is the largest over windows of the reading of those tokens alone, in a padded
+    batch too; a prompt that is no longer than the window reads as without.
+    """
+    gate = _trained(tiny, GATE, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 41, 2, tiny.spec.hidden_size, generator=generator)
+    lengths = [41, 23, 8]
+    real = torch.arange(41)[None] < torch.tensor(lengths)[:, None]
+    plain = [float(gate(x[row : row + 1, :n], real[row : row + 1, :n])) for row, n in enumerate(lengths)]
+    gate.settings = replace(GATE, window=8)
+    found = gate(x, real)
+    for row, n in enumerate(lengths):
+        starts = sorted({*range(0, n - 7, 2), n - 8})
+        parts = [x[row : row + 1, start : start + 8] for start in starts]
+        ones = torch.ones(1, 8, dtype=torch.bool)
+        assert float(found[row]) == pytest.approx(max(float(gate(part, ones)) for part in parts), abs=1e-4)
+    assert float(found[2]) == pytest.approx(plain[2], abs=1e-4)
+    assert float(found[0]) != pytest.approx(plain[0], abs=1e-3)
 
 
 def test_every_prompt_is_in_one_batch_of_its_length() -> None:
@@ -529,7 +573,7 @@ def test_session_decides_as_the_gate_was_trained(tiny_folder: Path, listed: Data
     data = load_gate_data(listed, 0)
     fit = GateFit(tiny, data, replace(GATE, epochs=6), EDIT, tmp_path / "work")
     names = ["test_harmful", "test_benign"]
-    prompts = [prompt for name in names for prompt in data.test[name]]
+    prompts = [words_of(prompt) for name in names for prompt in data.test[name]]
     readings = torch.cat([fit.readings[name] for name in names])
     threshold = round(float(readings.median()), 3)
     folder = tmp_path / "artifacts" / tiny.spec.name / "adapters" / "tiny-refusal"
