@@ -9,19 +9,17 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from helm_chart import Helm, Render
 
 LOCK = Path(__file__).with_name("tools.txt")
 SCHEMAS = "kubernetes_validate/kubernetes-json-schema/v{}-local-strict/_definitions.json"
 KUBERNETES = ("1.32.0", "1.37.0")
 """Kubernetes versions whose schemas the chart must satisfy."""
-
-Render = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +67,7 @@ def _put(path: Path, data: bytes) -> None:
 
 
 @pytest.fixture(scope="session")
-def helm(tools: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def helm(tools: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Helm:
     """Run helm on our chart with values over its own; returns the `subprocess.run` result."""
     chart, home = repository / "deploy" / "helm" / "interpretops", tmp_path_factory.mktemp("helm")
 
@@ -87,7 +85,7 @@ def helm(tools: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def render(helm: Callable[..., Any]) -> Render:
+def render(helm: Helm) -> Render:
     """The documents rendered from the chart with some values."""
 
     @functools.cache

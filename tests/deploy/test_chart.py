@@ -1,12 +1,13 @@
 """The Helm chart, rendered by helm and checked against Kubernetes' schemas and our settings."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import yaml
+from helm_chart import Helm, Render
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
@@ -73,7 +74,7 @@ def settings_of(documents: list[dict[str, Any]], tmp_path: Path) -> Settings:
     return load_settings(path, environ={})
 
 
-def test_chart_is_linted(helm: Callable[..., Any]) -> None:
+def test_chart_is_linted(helm: Helm) -> None:
     """helm's linter reports nothing."""
     done = helm("lint")
     assert done.returncode == 0, done.stdout
@@ -81,7 +82,7 @@ def test_chart_is_linted(helm: Callable[..., Any]) -> None:
 
 
 @variants
-def test_documents_fit_kubernetes_schemas(values, render, tools) -> None:
+def test_documents_fit_kubernetes_schemas(values: dict[str, Any], render: Render, tools: Path) -> None:
     """Kubernetes 1.32 and 1.37 accept every document, without unknown keys."""
     documents = [each for each in render(**values) if each["kind"] not in OPERATORS]
     assert len(documents) >= 9
@@ -105,7 +106,7 @@ def test_documents_fit_kubernetes_schemas(values, render, tools) -> None:
 
 
 @variants
-def test_gateway_accepts_the_charts_settings(values, render, tmp_path) -> None:
+def test_gateway_accepts_the_charts_settings(values: dict[str, Any], render: Render, tmp_path: Path) -> None:
     """The chart's configuration loads, with the ports, engine and key file of the pods."""
     documents = render(**values)
     settings = settings_of(documents, tmp_path)
@@ -122,7 +123,7 @@ def test_gateway_accepts_the_charts_settings(values, render, tmp_path) -> None:
     assert (settings.gateway.tls_cert is not None) == ("tls" in mounts.values())
 
 
-def test_own_settings_win_over_the_charts(render, tmp_path) -> None:
+def test_own_settings_win_over_the_charts(render: Render, tmp_path: Path) -> None:
     """Values in `config` win; the rest of a section stays as the chart set it."""
     documents = render(config={"gateway": {"shutdown_grace_s": 20}, "tenants": [{"id": "a"}], "bindings": []})
     settings = settings_of(documents, tmp_path)
@@ -131,7 +132,9 @@ def test_own_settings_win_over_the_charts(render, tmp_path) -> None:
 
 
 @variants
-def test_pods_are_locked_down_but_can_write_where_needed(values, render, tmp_path) -> None:
+def test_pods_are_locked_down_but_can_write_where_needed(
+    values: dict[str, Any], render: Render, tmp_path: Path
+) -> None:
     """No root, capability, writable root file system, token, or service links as settings."""
     documents = render(**values)
     settings = settings_of(documents, tmp_path)
@@ -156,7 +159,7 @@ def test_pods_are_locked_down_but_can_write_where_needed(values, render, tmp_pat
 
 
 @variants
-def test_only_gateways_can_reach_the_engine(values, render) -> None:
+def test_only_gateways_can_reach_the_engine(values: dict[str, Any], render: Render) -> None:
     """One rule admits only the gateway's pods; nothing may go out."""
     documents = render(**values)
     policy = one(documents, "NetworkPolicy", "guard-engine")["spec"]
@@ -173,7 +176,7 @@ def test_only_gateways_can_reach_the_engine(values, render) -> None:
     assert pod_labels["gateway"] != pod_labels["engine"]
 
 
-def test_only_monitoring_can_reach_the_admin_listener(render) -> None:
+def test_only_monitoring_can_reach_the_admin_listener(render: Render) -> None:
     """The rule that opens the admin port names one namespace; the endpoint's clients may be named."""
     documents = render(**FULL)
     rules = one(documents, "NetworkPolicy", "guard-gateway")["spec"]["ingress"]
@@ -184,7 +187,7 @@ def test_only_monitoring_can_reach_the_admin_listener(render) -> None:
     }
 
 
-def test_alerts_and_dashboard_are_those_of_the_repository(render, repository) -> None:
+def test_alerts_and_dashboard_are_those_of_the_repository(render: Render, repository: Path) -> None:
     """The operator's rules and Grafana's dashboard equal the files; the job name matches theirs."""
     documents = render(**FULL)
     deploy = repository / "deploy"
@@ -198,7 +201,7 @@ def test_alerts_and_dashboard_are_those_of_the_repository(render, repository) ->
     assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
 
 
-def test_autoscaler_asks_for_a_metric_that_the_adapter_serves(render, repository) -> None:
+def test_autoscaler_asks_for_a_metric_that_the_adapter_serves(render: Render, repository: Path) -> None:
     """The adapter's rules define the metric, with the kind that the autoscaler asks for."""
     rules = yaml.safe_load((repository / "deploy/prometheus/adapter.yaml").read_bytes())["rules"]
     scaler = one(render(**FULL), "HorizontalPodAutoscaler", "guard-gateway")["spec"]
@@ -220,14 +223,14 @@ def test_autoscaler_asks_for_a_metric_that_the_adapter_serves(render, repository
         ({"policies": {"source": "git"}}, "/policies/source"),
     ],
 )
-def test_wrong_values_are_refused_by_name(values, named, helm) -> None:
+def test_wrong_values_are_refused_by_name(values: dict[str, Any], named: str, helm: Helm) -> None:
     """The schema refuses wrong values, and says where they are."""
     done = helm("template", values)
     assert done.returncode != 0
     assert named in done.stderr
 
 
-def test_image_with_a_digest_ignores_the_tag(render, helm) -> None:
+def test_image_with_a_digest_ignores_the_tag(render: Render, helm: Helm) -> None:
     """A digest fixes the image: the tag is ignored, and a malformed digest is refused."""
     digest = "sha256:" + "0" * 64
     images = {

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 import typer
 import yaml
+from helm_chart import Render
 
 from interpretops.settings import Settings, load_settings
 from interpretops.settings.environment import NOT_SETTINGS
@@ -40,7 +41,9 @@ def texts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
-def test_dockerfile_copies_what_exists_and_the_ignore_file_lets_through(dockerfile: Path, repository) -> None:
+def test_dockerfile_copies_what_exists_and_the_ignore_file_lets_through(
+    dockerfile: Path, repository: Path
+) -> None:
     """Each COPY from the build context names an existing path that is sent to the builder."""
     let_through = [
         line[1:] for line in (repository / ".dockerignore").read_text().splitlines() if line.startswith("!")
@@ -58,7 +61,7 @@ def test_dockerfiles_are_linted(tools: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_base_images_are_pinned_by_digest(compose) -> None:
+def test_base_images_are_pinned_by_digest(compose: dict[str, dict[str, Any]]) -> None:
     """Every image that is not built here is named by digest, so that a moved tag changes nothing."""
     images = [
         line.split()[1]
@@ -109,7 +112,7 @@ def test_everything_that_pip_fetches_is_checked_by_its_hash(dockerfile: Path) ->
         ), call
 
 
-def test_lock_is_added_to_an_image_that_holds_some_of_it(tmp_path: Path, repository) -> None:
+def test_lock_is_added_to_an_image_that_holds_some_of_it(tmp_path: Path, repository: Path) -> None:
     """Only missing packages are installed, with hashes; an unsupported version stops the build."""
     lock = tmp_path / "lock.txt"
     entry = "{}==1.0 \\\n    --hash=sha256:" + "0" * 64 + "\n    # via x\n"
@@ -135,7 +138,7 @@ def test_lock_is_added_to_an_image_that_holds_some_of_it(tmp_path: Path, reposit
     assert re.fullmatch(r"ours needs aiohttp>=99, but \S+ is installed\n", wrong.stderr)
 
 
-def test_gateway_image_holds_no_torch(repository) -> None:
+def test_gateway_image_holds_no_torch(repository: Path) -> None:
     """It installs only the gateway's lock, and runs as an unprivileged user."""
     text = (DEPLOY / "docker" / "gateway.Dockerfile").read_text()
     assert re.findall(r"/opt/interpretops/bin/pip install .*-r (\S+)", text) == ["locks/gateway.txt"]
@@ -156,7 +159,7 @@ def test_docker_compose_accepts_the_files(files: tuple[str, ...], tools: Path, t
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_compose_mounts_what_exists(compose) -> None:
+def test_compose_mounts_what_exists(compose: dict[str, dict[str, Any]]) -> None:
     """Mounted files and folders exist in the repository; secrets are created first."""
     folder = DEPLOY / "compose"
     document = yaml.safe_load((folder / "compose.yaml").read_bytes())
@@ -171,7 +174,7 @@ def test_compose_mounts_what_exists(compose) -> None:
             assert (DEPLOY.parent / service["build"]["dockerfile"]).is_file()
 
 
-def test_compose_gateway_accepts_its_settings(compose) -> None:
+def test_compose_gateway_accepts_its_settings(compose: dict[str, dict[str, Any]]) -> None:
     """The settings load; ports, engine and folders match the containers."""
     settings = load_settings(DEPLOY / "compose" / "gateway.yaml", environ={})
     (address,) = settings.engine.url
@@ -186,7 +189,7 @@ def test_compose_gateway_accepts_its_settings(compose) -> None:
         assert any(Path(str(path)).is_relative_to(mount) for mount in mounts), path
 
 
-def test_compose_engine_shares_a_network_only_with_the_gateway(compose) -> None:
+def test_compose_engine_shares_a_network_only_with_the_gateway(compose: dict[str, dict[str, Any]]) -> None:
     """Only the gateway can reach the engine, and the engine can reach nothing outside."""
     document = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_bytes())
     assert compose["engine"]["networks"] == ["engine"]
@@ -198,7 +201,9 @@ def test_compose_engine_shares_a_network_only_with_the_gateway(compose) -> None:
     assert document["networks"]["engine"] == {"internal": True}
 
 
-def test_engines_are_started_as_the_gateway_starts_one(compose, default_model_dir, render) -> None:
+def test_engines_are_started_as_the_gateway_starts_one(
+    compose: dict[str, dict[str, Any]], default_model_dir: Path, render: Render
+) -> None:
     """The flags equal those of the gateway's own engine, with an address instead of the private socket."""
     settings = load_settings(environ={}, overrides={"model.device": "cpu"})
     flags = [part for part in engine_command(settings, default_model_dir, Path("s")) if part.startswith("--")]

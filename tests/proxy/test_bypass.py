@@ -3,9 +3,13 @@
 import itertools
 import json
 import typing
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
 from multidict import CIMultiDict
+from running_gateway import Start
 
 from interpretops.settings.access import Route
 from proxy.openai_api.routes import ROUTES, UNGUARDED
@@ -67,7 +71,7 @@ WAYS = {
 }
 
 
-def check(answer, text, steered):
+def check(answer: Any, text: str, steered: str) -> None:
     """The answer must be steered, or an error in OpenAI's format."""
     assert answer.status in (200, 400, 403, 404), text
     if answer.status == 200:
@@ -79,7 +83,9 @@ def check(answer, text, steered):
 
 @pytest.mark.parametrize("route", CONTENT)
 @pytest.mark.parametrize("stream", [False, True])
-async def test_no_way_past_a_mandatory_policy(start, engine, route, stream):
+async def test_no_way_past_a_mandatory_policy(
+    start: Start, engine: FakeEngine, route: str, stream: bool
+) -> None:
     """No answer to any attempt is unsteered, and the engine runs nothing under another revision."""
     front = await start("calm", "other", bindings=BINDINGS)
     active = front.apps.gateway.catalogue.entries["calm"].active.revision
@@ -110,7 +116,7 @@ async def test_no_way_past_a_mandatory_policy(start, engine, route, stream):
     assert steered >= 3
 
 
-def test_matrix_knows_every_route_on_which_the_model_runs():
+def test_matrix_knows_every_route_on_which_the_model_runs() -> None:
     """A new route must be added to the matrix above, or to the settings."""
     assert {path for path, route in ROUTES.items() if route.generates} == CONTENT.keys()
     assert set(ROUTES) == set(typing.get_args(Route))
@@ -126,7 +132,9 @@ def test_matrix_knows_every_route_on_which_the_model_runs():
         ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "hi"}]}),
     ],
 )
-async def test_routes_without_a_model_run_generate_nothing(start, engine, path, body):
+async def test_routes_without_a_model_run_generate_nothing(
+    start: Start, engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
     """Counting tokens needs no policy, and cannot be made to generate."""
     front = await start("calm", bindings=BINDINGS)
     async with front.public.post(path, json={"model": "tiny-model", **body}) as answer:
@@ -139,7 +147,7 @@ async def test_routes_without_a_model_run_generate_nothing(start, engine, path, 
     assert engine.plain == [{"model": "tiny-model", **body}]
 
 
-async def test_unproven_engine_counts_no_tokens_either(start, engine):
+async def test_unproven_engine_counts_no_tokens_either(start: Start, engine: FakeEngine) -> None:
     """On no route does a restarted engine's answer reach anyone before it is proven."""
     front = await start("calm")
     await engine.restart()
@@ -166,7 +174,9 @@ async def test_unproven_engine_counts_no_tokens_either(start, engine):
         ("OPTIONS", "/v1/completions", 405, "method_not_allowed"),
     ],
 )
-async def test_all_else_is_refused_in_openai_shape(start, engine, method, path, status, code):
+async def test_all_else_is_refused_in_openai_shape(
+    start: Start, engine: FakeEngine, method: str, path: str, status: int, code: str
+) -> None:
     """Default deny: other engine routes, plugin routes and admin routes are not available here."""
     front = await start("calm")
     async with front.public.request(method, path, json={"model": "tiny-model", "input": "hi"}) as answer:
@@ -204,7 +214,9 @@ async def test_all_else_is_refused_in_openai_shape(start, engine, method, path, 
         ("/v1/messages", {"mcp_servers": [{"url": "http://x"}]}),
     ],
 )
-async def test_content_that_makes_the_engine_fetch_is_refused(start, engine, route, fields):
+async def test_content_that_makes_the_engine_fetch_is_refused(
+    start: Start, engine: FakeEngine, route: str, fields: dict[str, Any]
+) -> None:
     """No URL, stored item or remote tool of a client is ever followed."""
     front = await start()
     body = {"model": "tiny-model", **CONTENT[route], **fields}
@@ -215,7 +227,7 @@ async def test_content_that_makes_the_engine_fetch_is_refused(start, engine, rou
     assert engine.seen == []
 
 
-async def test_answers_are_never_stored_by_the_engine(start, engine):
+async def test_answers_are_never_stored_by_the_engine(start: Start, engine: FakeEngine) -> None:
     """Whatever the client says, the engine is told not to store the response."""
     front = await start()
     body = {"model": "tiny-model", "input": "hi", "store": True}
@@ -226,7 +238,9 @@ async def test_answers_are_never_stored_by_the_engine(start, engine):
 
 @pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages"])
 @pytest.mark.parametrize("trick", ["", "wrong_revision", "no_done", "dies"])
-async def test_named_streams_end_only_when_proven(start, engine, route, trick):
+async def test_named_streams_end_only_when_proven(
+    start: Start, engine: FakeEngine, route: str, trick: str
+) -> None:
     """The end event follows the receipt; without proof, an error event is sent instead."""
     front = await start("calm")
     engine.trick = trick
@@ -244,7 +258,7 @@ async def test_named_streams_end_only_when_proven(start, engine, route, trick):
         assert last.startswith(end)
 
 
-async def test_tenants_share_no_cache(start, engine, tmp_path):
+async def test_tenants_share_no_cache(start: Start, engine: FakeEngine, tmp_path: Path) -> None:
     """One tenant never gets prefix-cache hits on another's prompts, whatever salt it sends."""
     from interpretops.records.api_keys import make_key, write_keys
 

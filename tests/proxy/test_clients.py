@@ -4,11 +4,16 @@ import asyncio
 import json
 import os
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from engines import EngineServer
+from fake_engine import FakeEngine
 from faults.marker import steered_only
 from faults.stand import make_stand
+from running_gateway import Start, Until
 
 CLIENTS = Path(__file__).parents[1] / "clients"
 PYTHON = CLIENTS / ".venv/bin/python"
@@ -18,7 +23,7 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arg
 
 
 @pytest.fixture(params=(*PYTHON_CLIENTS, *NPM_CLIENTS))
-def tour(request):
+def tour(request: pytest.FixtureRequest) -> Any:
     """The command of one client's test program; skipped where the programs are not installed."""
     client = request.param
     if client in NPM_CLIENTS:
@@ -30,7 +35,7 @@ def tour(request):
     return [*command, client]
 
 
-async def take(tour, *arguments):
+async def take(tour: Any, *arguments: Any) -> Any:
     return await asyncio.create_subprocess_exec(
         *tour,
         *arguments,
@@ -41,11 +46,11 @@ async def take(tour, *arguments):
     )
 
 
-async def line_of(process):
+async def line_of(process: Any) -> Any:
     return json.loads(await asyncio.wait_for(process.stdout.readline(), 240))
 
 
-def script(body):
+def script(body: Any) -> Any:
     """vLLM's answer to a chat, streamed or not, with a tool call if there are tools."""
     head = {"id": "chatcmpl-1", "created": 1, "model": body["model"]}
     usage = {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
@@ -64,7 +69,9 @@ def script(body):
     return [{**head, "object": "chat.completion", "choices": [choice], "usage": usage}]
 
 
-async def test_client_gets_answers_and_the_errors_it_knows(start, engine, until, tour):
+async def test_client_gets_answers_and_the_errors_it_knows(
+    start: Start, engine: FakeEngine, until: Until, tour: Any
+) -> None:
     """Answers, streams and tools work; a mandatory policy gives 403, an unknown model 404, no engine 503."""
     engine.script = script
     front = await start("calm", bindings=[{"policy": "calm", "mode": "mandatory"}])
@@ -79,7 +86,7 @@ async def test_client_gets_answers_and_the_errors_it_knows(start, engine, until,
     engine.trick = "unhealthy"
     engine.boot_id = "second"
 
-    async def lost():
+    async def lost() -> Any:
         return not await front.engine_ready()
 
     await until(lost)
@@ -91,7 +98,7 @@ async def test_client_gets_answers_and_the_errors_it_knows(start, engine, until,
 
 
 @pytest.fixture
-async def stand(engine_server, default_model_dir, tmp_path):
+async def stand(engine_server: EngineServer, default_model_dir: Path, tmp_path: Path) -> AsyncIterator[Any]:
     """A real gateway and engine under a policy that allows only one word."""
     engine = {"engine_socket": str(engine_server.socket), "engine_pid": engine_server.process.pid}
     async with make_stand(tmp_path, default_model_dir, **engine) as running:
@@ -99,7 +106,7 @@ async def stand(engine_server, default_model_dir, tmp_path):
 
 
 @pytest.mark.engine
-async def test_client_is_steered_by_a_real_engine(stand, tour):
+async def test_client_is_steered_by_a_real_engine(stand: Any, tour: Any) -> None:
     """The client's user reads the policy's words, streamed or not."""
     process = await take(tour, f"{stand.url}/v1", stand.model)
     seen = await line_of(process)
@@ -110,7 +117,7 @@ async def test_client_is_steered_by_a_real_engine(stand, tour):
     assert await process.wait() == 0
 
 
-def test_lock_of_npm_programs_names_no_registry():
+def test_lock_of_npm_programs_names_no_registry() -> None:
     """The lock file works with any registry that npm is configured for."""
     lock = json.loads((CLIENTS / "package-lock.json").read_text())
     assert [name for name, package in lock["packages"].items() if "resolved" in package] == []

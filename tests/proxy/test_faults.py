@@ -5,12 +5,16 @@ import json
 import os
 import threading
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from aiohttp import web
+from engines import EngineServer
+from fake_engine import FakeEngine
 from faults.answers import Judgement, judge
 from faults.breakages import breakages
 from faults.gateway_program import state
@@ -21,6 +25,7 @@ from faults.raw_requests import malformed
 from faults.run import Outcome, check_audit, run_faults
 from faults.stand import FAKETIME, make_stand
 from faults.traffic import Traffic
+from running_gateway import Start, Until
 
 from proxy.serve import POOL_THREADS, new_loop
 
@@ -32,7 +37,7 @@ WHOLE = {"Content-Type": "application/json", "X-Steering-Policy": LABEL, "X-Stee
 STREAM = {"Content-Type": "text/event-stream", "X-Steering-Policy": LABEL}
 
 
-def stream(*events, word=WORD):
+def stream(*events: str, word: str = WORD) -> str:
     delta = json.dumps({"choices": [{"delta": {"content": word}}]})
     return "".join(f"{event}\n\n" for event in (f"data: {delta}", *events))
 
@@ -57,12 +62,14 @@ def stream(*events, word=WORD):
         ("misshapen", 400, {"X-Request-Id": "r"}, "Bad Request"),
     ],
 )
-def test_answers_are_judged_by_receipt_and_by_words(kind, status, headers, text):
+def test_answers_are_judged_by_receipt_and_by_words(
+    kind: str, status: int, headers: dict[str, str], text: str
+) -> None:
     """Only a proven answer with nothing but the policy's word counts as steered."""
     assert judge(status, headers, text).kind == kind
 
 
-def test_engine_failure_is_reported_with_its_cause():
+def test_engine_failure_is_reported_with_its_cause() -> None:
     """The error response or a stream's last event gives the cause; other refusals are the guard's own."""
     error = {**json.loads(ERROR)["error"], "code": "engine_failed", "message": "too slow"}
     failed = json.dumps({"error": error})
@@ -88,28 +95,28 @@ FIGURES = Figures(3, 20, 6, 4, 1, 0, 1, 0, 80.0, Counter(["a", "b", "b"]))
         ({"tasks": 4, "task_names": Counter(["a", "b", "b", "c"])}, {"tasks": {"c": 1}}),
     ],
 )
-def test_growth_is_reported_as_a_leak(changed, leaks):
+def test_growth_is_reported_as_a_leak(changed: dict[str, Any], leaks: dict[str, Any]) -> None:
     """Any growth after a fault is a leak, except a pool that fills up and memory within its tolerance."""
     outcome = Outcome(counts=Counter(), before=FIGURES, after=replace(FIGURES, **changed))
     assert outcome.leaks == leaks
     assert outcome.summary()["leaks"] == len(leaks)
 
 
-def test_pool_threads_count_only_while_busy():
+def test_pool_threads_count_only_while_busy() -> None:
     """Threads of the gateway's pool count only while they do not return from their work."""
     release, all_there = threading.Event(), threading.Barrier(POOL_THREADS)
 
-    def counted(pool_idle):
+    def counted(pool_idle: int) -> int | None:
         reported = state()
         return reported["threads"] - reported["pool_idle"] if reported["pool_idle"] == pool_idle else None
 
-    async def once(pool_idle):
+    async def once(pool_idle: int) -> int:
         async with asyncio.timeout(10):
             while (found := counted(pool_idle)) is None:  # noqa: ASYNC110 - other threads' state
                 await asyncio.sleep(0.01)
         return found
 
-    async def run():
+    async def run() -> list[int]:
         before = await once(0)
         await asyncio.gather(*(asyncio.to_thread(all_there.wait) for _ in range(POOL_THREADS)))
         filled = await once(POOL_THREADS)
@@ -128,7 +135,7 @@ def test_pool_threads_count_only_while_busy():
 
 
 @pytest.fixture
-async def scripted_stand(start, engine):
+async def scripted_stand(start: Start, engine: FakeEngine) -> AsyncIterator[Any]:
     """A gateway with the scripted engine, fault-free, and short stall timeouts."""
     front = await start("calm", **{"gateway.body_timeout_s": 1})
     runner = front.runners[0]
@@ -137,7 +144,7 @@ async def scripted_stand(start, engine):
     watch.cancel()
 
 
-async def test_only_requests_without_an_end_of_headers_get_no_answer(scripted_stand):
+async def test_only_requests_without_an_end_of_headers_get_no_answer(scripted_stand: Any) -> None:
     """Every malformed request gets a response, except one that was closed before it was complete."""
     traffic = Traffic(scripted_stand)
     await send_malformed(scripted_stand, traffic, 300)
@@ -148,12 +155,14 @@ async def test_only_requests_without_an_end_of_headers_get_no_answer(scripted_st
     assert traffic.counts["refused"] > 250
 
 
-async def test_client_disconnect_always_stops_the_engine(scripted_stand, engine, until):
+async def test_client_disconnect_always_stops_the_engine(
+    scripted_stand: Any, engine: FakeEngine, until: Until
+) -> None:
     """Before headers, before a token, midway, or unstreamed: nothing keeps running for a disconnected
     client."""
     ended = []
 
-    async def answer(request, body, revision):
+    async def answer(request: web.Request, body: dict[str, Any], revision: str) -> None:
         try:
             if body["stream"]:
                 response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -167,7 +176,7 @@ async def test_client_disconnect_always_stops_the_engine(scripted_stand, engine,
     traffic = Traffic(scripted_stand)
     await disconnect(scripted_stand, traffic, 40)
 
-    async def all_stopped():
+    async def all_stopped() -> bool:
         return len(ended) == len(engine.seen)
 
     await until(all_stopped)
@@ -178,7 +187,9 @@ async def test_client_disconnect_always_stops_the_engine(scripted_stand, engine,
 
 @pytest.mark.engine
 @pytest.mark.timeout(1200)
-async def test_faults_end_in_no_unsteered_answer_and_no_leak(engine_server, default_model_dir, tmp_path):
+async def test_faults_end_in_no_unsteered_answer_and_no_leak(
+    engine_server: EngineServer, default_model_dir: Path, tmp_path: Path
+) -> None:
     """Whatever breaks: answers are steered or refused, nothing leaks, and the audit log is intact."""
     faults = [fault for fault in breakages(malformed=90, disconnects=24) if not fault.needs_own_engine]
     assert FAKETIME.exists() or not os.environ.get("CI")

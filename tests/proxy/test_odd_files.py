@@ -8,10 +8,14 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
+from fake_engine import FakeEngine
+from running_gateway import Front, PolicyWriter, Start, Until
 
 from interpretops.artifacts.dictionary.manifest import read_manifest, sha256_of
 from interpretops.errors import ConfigError
@@ -25,22 +29,22 @@ from proxy.observe.audit_log import AuditLog
 from proxy.observe.metrics import Metrics
 from proxy.policies import policy_reading
 from proxy.policies.drift import _read as read_baselines
-from proxy.policies.policy_files import file_digest
-from proxy.policies.policy_folders import PolicyFolders
+from proxy.policies.policy_files import Revision, file_digest
+from proxy.policies.policy_folders import Listing, PolicyFolders
 from proxy.process.file_reader import Reader
 from proxy.tenants.budget import _read as read_budgets
 from proxy.verification.canary import read_suite
 
 
-def a_pipe(path):
+def a_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-def a_folder(path):
+def a_folder(path: Path) -> None:
     path.mkdir()
 
 
-def a_socket(path):
+def a_socket(path: Path) -> None:
     here = Path.cwd()
     os.chdir(path.parent)
     try:
@@ -50,15 +54,15 @@ def a_socket(path):
         os.chdir(here)
 
 
-def an_endless_device(path):
+def an_endless_device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-def a_link_to_itself(path):
+def a_link_to_itself(path: Path) -> None:
     path.symlink_to(path)
 
 
-def a_huge_file(path):
+def a_huge_file(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(2**40)
 
@@ -66,13 +70,15 @@ def a_huge_file(path):
 ODD = (a_pipe, a_folder, a_socket, an_endless_device, a_link_to_itself, a_huge_file)
 
 
-async def reload(front):
+async def reload(front: Front) -> dict[str, Any]:
     async with asyncio.timeout(20), front.admin.post("/admin/reload") as answer:
         return await answer.json()
 
 
 @pytest.mark.parametrize("odd", ODD)
-async def test_special_file_among_policies_affects_only_itself(start, engine, policy_writer, odd):
+async def test_special_file_among_policies_affects_only_itself(
+    start: Start, engine: FakeEngine, policy_writer: PolicyWriter, odd: Callable[..., Any]
+) -> None:
     """The report names it; all other policies are reloaded, and nothing waits for it."""
     front = await start("calm", **{"gateway.watch_policies": False})
     (front.policies / "sub").mkdir()
@@ -116,7 +122,7 @@ READERS = {
 }
 
 
-def test_every_file_that_a_gateway_reads_is_refused_at_once(tmp_path):
+def test_every_file_that_a_gateway_reads_is_refused_at_once(tmp_path: Path) -> None:
     """No reader opens a pipe or device and waits: each raises at once."""
     program = "\n".join(
         [
@@ -156,7 +162,7 @@ OWN = {
 """Modules of a gateway that open files directly, and why they may."""
 
 
-def test_nothing_else_in_a_gateway_opens_files():
+def test_nothing_else_in_a_gateway_opens_files() -> None:
     """New code that opens files written by others must use the same function."""
     program = (
         "import sys, proxy.serve, interpretops.artifacts.adapter, interpretops.compile\n"
@@ -178,7 +184,9 @@ def test_nothing_else_in_a_gateway_opens_files():
     assert opening == OWN.keys()
 
 
-async def test_rollback_does_not_wait_for_a_file_that_hangs(start, policy_writer, monkeypatch, until):
+async def test_rollback_does_not_wait_for_a_file_that_hangs(
+    start: Start, policy_writer: PolicyWriter, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
     """While a reload hangs in the file system the catalogue's lock is free: requests are answered and a
     rollback works at once. The reload ends with an error that names the folder, and the watch continues."""
     front = await start("calm", **{"gateway.watch_policies": False})
@@ -187,7 +195,7 @@ async def test_rollback_does_not_wait_for_a_file_that_hangs(start, policy_writer
     held, hanging = threading.Event(), threading.Event()
     look = PolicyFolders.scan
 
-    def hang(folders):
+    def hang(folders: PolicyFolders) -> Listing:
         hanging.set()
         held.wait(30)
         return look(folders)
@@ -204,19 +212,21 @@ async def test_rollback_does_not_wait_for_a_file_that_hangs(start, policy_writer
     assert "the folder: could not be read within 3 s" in report["failed"][str(front.policies)]
     held.set()
 
-    async def well():  # once the thread that hung has ended
+    async def well() -> bool:  # once the thread that hung has ended
         return (await reload(front))["ok"]
 
     await until(well)
 
 
-async def test_hanging_or_crashing_file_affects_only_itself(start, engine, policy_writer, monkeypatch):
+async def test_hanging_or_crashing_file_affects_only_itself(
+    start: Start, engine: FakeEngine, policy_writer: PolicyWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file whose compilation hangs, and one that raises an unexpected error, are reported without the
     error's text; the others are loaded."""
     front = await start("calm", **{"gateway.watch_policies": False})
     held, compile_file = threading.Event(), policy_reading.compile_file
 
-    def odd(path, *arguments):
+    def odd(path: Path, *arguments: Any) -> Revision:
         if path.name == "a-hangs.yaml":
             held.wait(30)
         if path.name == "b-fails.yaml":

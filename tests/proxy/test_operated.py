@@ -11,12 +11,17 @@ import ssl
 import sys
 import termios
 import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 from certificates import write_certificate
+from fake_engine import FakeEngine
+from running_gateway import PolicyWriter, Until
 
 from interpretops.records.api_keys import make_key, write_keys
 from interpretops.records.audit_chain import verify
@@ -41,7 +46,14 @@ PROGRAM = "from mechctl.main import app; app()"
 
 
 @asynccontextmanager
-async def serving(engine, tmp_path, policy_writer, config=CONFIG, before="", **how):
+async def serving(
+    engine: FakeEngine,
+    tmp_path: Path,
+    policy_writer: PolicyWriter,
+    config: str = CONFIG,
+    before: str = "",
+    **how: Any,
+) -> AsyncIterator[Any]:
     """A gateway in its own process with the fake engine; its URLs, keys and trust.
 
     before  code that the process runs before `mechctl`
@@ -83,26 +95,28 @@ async def serving(engine, tmp_path, policy_writer, config=CONFIG, before="", **h
 FEW_FILES = 128
 
 
-def _allow_few_files():
+def _allow_few_files() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (FEW_FILES, hard))
 
 
 @pytest.fixture
-async def served(engine, tmp_path, policy_writer):
+async def served(engine: FakeEngine, tmp_path: Path, policy_writer: PolicyWriter) -> AsyncIterator[Any]:
     """A gateway as configured above."""
     async with serving(engine, tmp_path, policy_writer) as running:
         yield running
 
 
-async def test_serve_raises_its_limit_of_open_files(served):
+async def test_serve_raises_its_limit_of_open_files(served: Any) -> None:
     """With a shell's soft limit, a few hundred requests in progress reset connections."""
     process, *_ = served
     soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
     assert soft == min(open_files.MAX_OPEN_FILES, hard) > FEW_FILES
 
 
-async def test_stop_under_load_completes_requests_and_records(served, engine, tmp_path):
+async def test_stop_under_load_completes_requests_and_records(
+    served: Any, engine: FakeEngine, tmp_path: Path
+) -> None:
     """After SIGTERM no new connection is accepted, a running stream completes, and the exit status is 0."""
     process, url, admin, headers, trust = served
     assert url.startswith("https://127.0.0.1:")
@@ -142,7 +156,9 @@ async def test_stop_under_load_completes_requests_and_records(served, engine, tm
 QUIET = CONFIG.replace("  port: 0\n", "  port: 0\n  watch_policies: false\n", 1)
 
 
-async def test_sighup_reloads_everything_and_interrupts_nothing(engine, tmp_path, policy_writer, until):
+async def test_sighup_reloads_everything_and_interrupts_nothing(
+    engine: FakeEngine, tmp_path: Path, policy_writer: PolicyWriter, until: Until
+) -> None:
     """SIGHUP reloads like the admin API, policies and audit file included; a stream continues."""
     async with serving(engine, tmp_path, policy_writer, QUIET) as (process, url, admin, headers, trust):
         body = {"model": "tiny-model", "messages": [], "stream": True}
@@ -152,7 +168,7 @@ async def test_sighup_reloads_everything_and_interrupts_nothing(engine, tmp_path
             session.post(route, json=body, headers=headers["tenant"]) as running,
         ):
 
-            async def fresh_policy():
+            async def fresh_policy() -> bool:
                 async with session.get(f"{admin}/admin/policies", headers=headers["viewer"]) as answer:
                     return "fresh" in {entry["id"] for entry in (await answer.json())["policies"]}
 
@@ -171,7 +187,7 @@ async def test_sighup_reloads_everything_and_interrupts_nothing(engine, tmp_path
     assert verify(tmp_path / "audit.jsonl").intact
 
 
-async def test_renewed_certificate_is_taken_while_running(served, tmp_path, until):
+async def test_renewed_certificate_is_taken_while_running(served: Any, tmp_path: Path, until: Until) -> None:
     """Both listeners use it within seconds, and the metric shows its expiry."""
     _, url, admin, headers, _ = served
     cert, _ = write_certificate(tmp_path, ends=timedelta(days=90))
@@ -179,7 +195,7 @@ async def test_renewed_certificate_is_taken_while_running(served, tmp_path, unti
     text = ""
     for address in (f"{url}/healthz", f"{admin}/metrics"):
 
-        async def answered(address=address):
+        async def answered(address: str = address) -> bool:
             nonlocal text
             try:
                 async with (
@@ -197,7 +213,9 @@ async def test_renewed_certificate_is_taken_while_running(served, tmp_path, unti
     assert all(float(value) == pytest.approx(time.time() + 90 * 86400, abs=60) for _, value in found)
 
 
-async def test_connections_that_never_start_tls_time_out(engine, tmp_path, policy_writer):
+async def test_connections_that_never_start_tls_time_out(
+    engine: FakeEngine, tmp_path: Path, policy_writer: PolicyWriter
+) -> None:
     """On both listeners, under the production event loop: closed after `gateway.body_timeout_s`."""
     config = CONFIG + "  body_timeout_s: 1\n"
     async with serving(engine, tmp_path, policy_writer, config) as (_, *urls, _, _):
@@ -237,7 +255,9 @@ def loop():
 """
 
 
-async def test_stop_with_idle_threads_is_quick_and_silent(engine, tmp_path, policy_writer):
+async def test_stop_with_idle_threads_is_quick_and_silent(
+    engine: FakeEngine, tmp_path: Path, policy_writer: PolicyWriter
+) -> None:
     """Idle pool threads end with the gateway; nothing is reported as hanging."""
     async with serving(engine, tmp_path, policy_writer) as (process, *_):
         process.send_signal(signal.SIGTERM)
@@ -247,13 +267,15 @@ async def test_stop_with_idle_threads_is_quick_and_silent(engine, tmp_path, poli
 
 
 @pytest.mark.parametrize(("where", "status"), [("thread", 0), ("pool", 0), ("loop", 130)])
-async def test_stop_is_bounded_whatever_hangs(engine, tmp_path, policy_writer, where, status, until):
+async def test_stop_is_bounded_whatever_hangs(
+    engine: FakeEngine, tmp_path: Path, policy_writer: PolicyWriter, where: str, status: int, until: Until
+) -> None:
     """A hanging thread is abandoned; a hanging event loop is killed; both are reported."""
     os.mkfifo(tmp_path / "pipe")
     before = HANGING + f"{where}()\n"
     async with serving(engine, tmp_path, policy_writer, SHORT, before, cwd=tmp_path) as (process, *_):
 
-        async def hangs():
+        async def hangs() -> bool:
             return (tmp_path / "hangs").exists()
 
         (tmp_path / "now").touch()
@@ -267,11 +289,13 @@ async def test_stop_is_bounded_whatever_hangs(engine, tmp_path, policy_writer, w
         assert '"event":"gateway_stopped"' in (tmp_path / "audit.jsonl").read_text()
 
 
-async def test_closing_the_terminal_ends_the_gateway(engine, tmp_path, policy_writer):
+async def test_closing_the_terminal_ends_the_gateway(
+    engine: FakeEngine, tmp_path: Path, policy_writer: PolicyWriter
+) -> None:
     """A hangup because the terminal closed is not a reload: nobody could stop the gateway otherwise."""
     master, slave = os.openpty()
 
-    def own_terminal():
+    def own_terminal() -> None:
         # Ignored in a job that nohup or a shell's background started, and so inherited.
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)

@@ -105,7 +105,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path) ->
             process.wait(60)
 
 
-def test_official_client_works_unchanged(served):
+def test_official_client_works_unchanged(served: Any) -> None:
     """Chat, completion, stream and model list through the `openai` package."""
     assert {model.id for model in served.client.models.list()} == {
         MODEL,
@@ -125,7 +125,7 @@ def test_official_client_works_unchanged(served):
     assert completed.choices[0].text
 
 
-def test_policy_changes_the_answer_repeatably(served):
+def test_policy_changes_the_answer_repeatably(served: Any) -> None:
     """The same prompt gets different answers under `none` and a policy, each repeatable."""
     answers = [
         [served.say(model=model).choices[0].message.content for _ in range(2)]
@@ -137,7 +137,7 @@ def test_policy_changes_the_answer_repeatably(served):
     assert len({plain, silent, loud}) == 3
 
 
-def test_receipt_reports_what_the_engine_did(served):
+def test_receipt_reports_what_the_engine_did(served: Any) -> None:
     """Header and alias select the same revision; the receipt counts tokens and edits."""
     raw = served.client.chat.completions.with_raw_response
     asked = {"messages": PROMPT, "max_tokens": 8, "temperature": 0}
@@ -154,7 +154,7 @@ def test_receipt_reports_what_the_engine_did(served):
     assert json.loads(without.headers["X-Steering-Receipt"])["edits_applied"] == 0
 
 
-def test_several_choices_are_all_steered(served):
+def test_several_choices_are_all_steered(served: Any) -> None:
     """With `n` choices, the receipt covers all of them."""
     raw = served.client.chat.completions.with_raw_response
     answer = raw.create(model=f"{MODEL}+loud", messages=PROMPT, max_tokens=4, n=3)
@@ -184,7 +184,7 @@ STREAMS = (
 
 
 @pytest.mark.parametrize("name", COMPLETIONS)
-def test_every_correct_answer_is_proven(served, name):
+def test_every_correct_answer_is_proven(served: Any, name: Any) -> None:
     """Streamed or not, cached or not: no correct answer is withheld."""
     for stream in (*STREAMS, *STREAMS):
         body = {"model": f"{MODEL}+silent", "temperature": 0, **COMPLETIONS[name], **stream}
@@ -195,7 +195,7 @@ def test_every_correct_answer_is_proven(served, name):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("route", ["completions", "responses", "messages"])
-def test_every_route_is_steered_and_proven(served, route, stream):
+def test_every_route_is_steered_and_proven(served: Any, route: Any, stream: Any) -> None:
     """On every route the real engine's receipt proves the policy, and the text differs from the unsteered
     one."""
     fields = {
@@ -224,7 +224,7 @@ def test_every_route_is_steered_and_proven(served, route, stream):
     assert texts[0] != texts[1]
 
 
-def test_tokens_are_counted_without_a_policy(served):
+def test_tokens_are_counted_without_a_policy(served: Any) -> None:
     """Tokenizing, detokenizing and counting are passed to the engine and run no model."""
 
     def post(path: str, **body: Any) -> Any:
@@ -237,7 +237,7 @@ def test_tokens_are_counted_without_a_policy(served):
     assert post("/v1/messages/count_tokens", messages=PROMPT)["input_tokens"] > 10
 
 
-def test_anthropics_client_works_unchanged(served):
+def test_anthropics_client_works_unchanged(served: Any) -> None:
     """The `anthropic` package gets a message, a stream and errors of the types it knows."""
     import anthropic
 
@@ -250,7 +250,7 @@ def test_anthropics_client_works_unchanged(served):
         client.messages.create(**{**asked, "model": "claude"})
 
 
-def test_clients_cannot_reach_the_engines_own_switches(served):
+def test_clients_cannot_reach_the_engines_own_switches(served: Any) -> None:
     """A client's `extra_body` never decides the revision; its mistakes get an error."""
     with pytest.raises(openai.BadRequestError, match="vllm_xargs") as refused:
         served.say(extra_body={"vllm_xargs": {"interpretops_revision": "none"}})
@@ -263,7 +263,7 @@ def test_clients_cannot_reach_the_engines_own_switches(served):
 
 async def stream(
     served: Served, session: aiohttp.ClientSession, model: str, tokens: int, began: asyncio.Event
-):
+) -> Any:
     """One raw stream: its policy header and its text."""
     body = {"model": model, "messages": PROMPT, "stream": True, "max_tokens": tokens, "ignore_eos": True}
     async with session.post(f"{served.url}/v1/chat/completions", json=body) as answer:
@@ -274,7 +274,7 @@ async def stream(
         return answer.headers["X-Steering-Policy"], text.decode()
 
 
-async def test_edit_under_load_interrupts_no_stream(served):
+async def test_edit_under_load_interrupts_no_stream(served: Any) -> None:
     """Eight streams continue under their revision while new requests get the edited one, then a broken
     one."""
     path = served.policies / "loud.yaml"
@@ -322,7 +322,7 @@ async def test_edit_under_load_interrupts_no_stream(served):
 @pytest.mark.parametrize(
     "victim", ["core", *(pytest.param(part, marks=pytest.mark.long) for part in ("keeper", "server"))]
 )
-async def test_engine_killed_in_mid_stream(served, victim):
+async def test_engine_killed_in_mid_stream(served: Any, victim: Any) -> None:
     """The stream ends in an error without end marker; nobody is served until the engine is proven again."""
     await asyncio.to_thread(wait_for, served.ready, 120, "ready")
     async with aiohttp.ClientSession() as session:
@@ -356,7 +356,7 @@ async def test_engine_killed_in_mid_stream(served, victim):
         await asyncio.to_thread(wait_for, lambda: gone(before), 20, "the old engine's processes are gone")
 
 
-def test_interrupt_leaves_nothing_behind(served):
+def test_interrupt_leaves_nothing_behind(served: Any) -> None:
     """Ctrl-C ends the gateway and all engine processes, with status 0."""
     wait_for(served.ready, 180, "ready")
     processes = [psutil.Process(served.process.pid), *served.engine_processes()]
@@ -366,7 +366,7 @@ def test_interrupt_leaves_nothing_behind(served):
     wait_for(lambda: gone(processes), 10, "all processes gone")
 
 
-def test_killed_gateway_leaves_nothing_behind(tmp_path, default_model_dir):
+def test_killed_gateway_leaves_nothing_behind(tmp_path: Path, default_model_dir: Path) -> None:
     """A gateway that is killed, here while its engine starts, leaves no process behind."""
     process = start_serve(tmp_path, stderr=tmp_path / "stderr.txt")
     mine = psutil.Process(process.pid)
@@ -393,7 +393,7 @@ def fail(tmp_path: Path, *flags: str, config: str = "{}", timeout_s: float = 60)
     return ended.stderr.strip().splitlines()[-1]
 
 
-def test_port_in_use_is_one_line(tmp_path):
+def test_port_in_use_is_one_line(tmp_path: Path) -> None:
     """A port in use is reported, with the flag that changes it, before anything slow."""
     import socket
 
@@ -407,20 +407,20 @@ def test_port_in_use_is_one_line(tmp_path):
         )
 
 
-def test_missing_model_is_one_line(tmp_path):
+def test_missing_model_is_one_line(tmp_path: Path) -> None:
     """A model that cannot be found is named."""
     reported = fail(tmp_path, "--model", "no-such-model", "--port", "0", "--admin-port", "0")
     assert reported.startswith("model.name = 'no-such-model', but that is neither a folder")
 
 
-def test_too_little_memory_is_one_line(tmp_path, default_model_dir):
+def test_too_little_memory_is_one_line(tmp_path: Path, default_model_dir: Path) -> None:
     """An engine that would not fit in memory is refused before it starts."""
     config = "engine: {kv_cache_gib: 900000}"
     reported = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config)
     assert re.match(r"engine.kv_cache_gib = 900000: .* needs about 9\d+\.\d GiB, but", reported)
 
 
-def test_engine_that_dies_while_starting_is_one_line(tmp_path, default_model_dir):
+def test_engine_that_dies_while_starting_is_one_line(tmp_path: Path, default_model_dir: Path) -> None:
     """The error gives the engine's own reason, and no process is left."""
     config = "engine: {extra_args: ['--max-num-batched-tokens=1']}"
     reported = fail(tmp_path, "--port", "0", "--admin-port", "0", config=config, timeout_s=180)

@@ -7,7 +7,7 @@ TESTS = Path(__file__).resolve().parents[1]
 PAGE = TESTS.parent / "docs" / "threat-model.md"
 
 
-def test_every_named_test_exists():
+def test_every_named_test_exists() -> None:
     """Each trap in the threat model names a test that exists."""
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "`test_" in line]
     named = {name for row in rows for name in re.findall(r"`(test_\w+)`", row)}

@@ -1,5 +1,7 @@
 """Bodies of admin requests: each error is one line that names the field."""
 
+from typing import Any
+
 import pytest
 
 from proxy.admin.bodies import Promotion, ResolveRequest, Rollback
@@ -47,7 +49,9 @@ NAMED = "0123456789ab"
         (ResolveRequest, {"model": 1}, "model", "model = 1, but must be a valid string"),
     ],
 )
-def test_error_is_one_line_that_names_the_field(kind, body, param, reported):
+def test_error_is_one_line_that_names_the_field(
+    kind: Any, body: dict[str, Any], param: str, reported: str
+) -> None:
     """Unknown, missing, ill-typed or too long fields: the message says what would be valid."""
     with pytest.raises(InvalidRequest) as raised:
         kind.read(body)
@@ -56,7 +60,7 @@ def test_error_is_one_line_that_names_the_field(kind, body, param, reported):
     assert "\n" not in str(raised.value)
 
 
-def test_missing_fields_have_defaults():
+def test_missing_fields_have_defaults() -> None:
     """Defaults: promote to active, roll back to the previous revision, resolve a chat request."""
     promotion = Promotion.read({"revision": NAMED, "override": {"by": "ada", "why": "outage"}})
     assert promotion.to == "active"

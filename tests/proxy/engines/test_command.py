@@ -6,8 +6,10 @@ import os
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from running_gateway import Until
 
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
@@ -30,7 +32,7 @@ def option(command: list[str], name: str) -> str:
     return command[command.index(name) + 1]
 
 
-def test_engine_listens_on_its_private_socket_only(model):
+def test_engine_listens_on_its_private_socket_only(model: Path) -> None:
     """The engine gets a unix socket, but no host and no port."""
     settings = load_settings(overrides={"model.name": str(model), "model.device": "cpu"}, environ={})
     command = engine_command(settings, model, Path("/run/e.sock"))
@@ -51,7 +53,9 @@ def test_engine_listens_on_its_private_socket_only(model):
         ({"engine.extra_args": ("--no-enable-chunked-prefill",)}, []),
     ],
 )
-def test_step_on_a_cpu_is_short_unless_the_operator_says_otherwise(model, set_to, steps):
+def test_step_on_a_cpu_is_short_unless_the_operator_says_otherwise(
+    model: Path, set_to: dict[str, Any], steps: list[str]
+) -> None:
     """A step has few tokens, but at least one per sequence. The operator's own setting wins."""
     settings = load_settings(
         overrides={"model.name": str(model), "model.device": "cpu", **set_to}, environ={}
@@ -73,7 +77,7 @@ def test_step_on_a_cpu_is_short_unless_the_operator_says_otherwise(model, set_to
         ("", "bfloat16", False),
     ],
 )
-def test_cpu_without_bfloat16_is_reported(tmp_path, flags, dtype, reported):
+def test_cpu_without_bfloat16_is_reported(tmp_path: Path, flags: str, dtype: str, reported: bool) -> None:
     """On a CPU without bfloat16 instructions, the operator is told that float32 is faster."""
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor : 0\n{flags}\n")
@@ -84,7 +88,9 @@ def test_cpu_without_bfloat16_is_reported(tmp_path, flags, dtype, reported):
 
 
 @pytest.mark.parametrize("cpu_build", [True, False])
-def test_unavailable_gpu_is_refused(tmp_path, model, monkeypatch, cpu_build):
+def test_unavailable_gpu_is_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, cpu_build: bool
+) -> None:
     """`device: cuda` with the CPU engine or without a device is an error that says what to write instead."""
     monkeypatch.setattr(command_module, "_is_cpu_build", lambda: cpu_build)
     monkeypatch.setattr(command_module, "_GPU_DEVICES", (tmp_path / "nvidiactl",))
@@ -96,7 +102,7 @@ def test_unavailable_gpu_is_refused(tmp_path, model, monkeypatch, cpu_build):
     engine_command(load_settings(overrides=asked | {"model.device": "auto"}, environ={}), model, Path("e"))
 
 
-def test_available_gpu_is_accepted(tmp_path, model, monkeypatch):
+def test_available_gpu_is_accepted(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the GPU engine and a device that the driver reports, there is no error."""
     monkeypatch.setattr(command_module, "_is_cpu_build", lambda: False)
     monkeypatch.setattr(command_module, "_GPU_DEVICES", (tmp_path,))
@@ -104,7 +110,7 @@ def test_available_gpu_is_accepted(tmp_path, model, monkeypatch):
     assert "--enforce-eager" not in engine_command(load_settings(None, asked, environ={}), model, Path("e"))
 
 
-def test_environment_cannot_disable_the_plugin():
+def test_environment_cannot_disable_the_plugin() -> None:
     """Whatever the environment holds, the plugin is named and development routes stay off."""
     hostile = {"VLLM_PLUGINS": "", "VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": "k", "HOME": "/h"}
     settings = load_settings(overrides={"model.device": "cpu", "engine.kv_cache_gib": 3}, environ={})
@@ -128,7 +134,7 @@ SECRETS = {
 }
 
 
-def test_engine_sees_what_it_needs_and_nothing_else():
+def test_engine_sees_what_it_needs_and_nothing_else() -> None:
     """vLLM, torch and device variables pass; others only if the operator names them."""
     needed = {
         "PATH": "/bin",
@@ -155,7 +161,7 @@ def test_engine_sees_what_it_needs_and_nothing_else():
 @pytest.mark.parametrize(
     "name", ["VLLM_PLUGINS", "VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "VLLM_RPC_BASE_PATH"]
 )
-def test_operator_cannot_disable_the_plugin_either(name):
+def test_operator_cannot_disable_the_plugin_either(name: str) -> None:
     """Variables that the guard sets itself are refused by name, without quoting values."""
     with pytest.raises(
         ConfigError, match=f"environment.{name} is given, but the guard sets it itself"
@@ -167,7 +173,7 @@ def test_operator_cannot_disable_the_plugin_either(name):
     assert "hunter2" not in str(refused.value)
 
 
-def environment_of(pid):
+def environment_of(pid: int) -> bytes:
     return Path(f"/proc/{pid}/environ").read_bytes()
 
 
@@ -182,7 +188,9 @@ time.sleep(600)
 """
 
 
-async def test_processes_of_the_engine_hold_no_secret_and_are_private(tmp_path, model, monkeypatch, until):
+async def test_processes_of_the_engine_hold_no_secret_and_are_private(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
     """The reaper and its children get none of our secrets; folder and sockets are private to our user."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
@@ -199,7 +207,7 @@ async def test_processes_of_the_engine_hold_no_secret_and_are_private(tmp_path, 
         os.umask(before)
     try:
 
-        async def begun():
+        async def begun() -> bool:
             return (tmp_path / "pid").exists()
 
         await until(begun)
@@ -216,7 +224,9 @@ async def test_processes_of_the_engine_hold_no_secret_and_are_private(tmp_path, 
         await engine.stop()
 
 
-async def test_process_that_finds_the_model_holds_only_the_key_for_that(tmp_path, monkeypatch):
+async def test_process_that_finds_the_model_holds_only_the_key_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It may download from Hugging Face, but sees none of our other secrets."""
     program = tmp_path / "program.py"
     program.write_text("import os\nfor item in sorted(os.environ.items()): print(*item)\nprint('folder: /f')")
@@ -229,7 +239,7 @@ async def test_process_that_finds_the_model_holds_only_the_key_for_that(tmp_path
     assert not [line for line in seen if "hunter2" in line]
 
 
-def test_memory_is_checked_against_weights_and_cache(model):
+def test_memory_is_checked_against_weights_and_cache(model: Path) -> None:
     """The check counts weights, KV cache and the engine's own memory."""
     settings = load_settings(overrides={"model.device": "cpu", "engine.kv_cache_gib": 3}, environ={})
     check_memory(settings, model, available_bytes=6 * GIB)
@@ -258,7 +268,9 @@ def test_memory_is_checked_against_weights_and_cache(model):
         ("WARNING [x.py:1] this may raise `OSError: too many files`\nKilled\n", None),
     ],
 )
-def test_reason_for_exit_is_the_first_error_in_the_log(tmp_path, model, log, cause):
+def test_reason_for_exit_is_the_first_error_in_the_log(
+    tmp_path: Path, model: Path, log: str, cause: str | None
+) -> None:
     """From a long log, the line that gives the reason is shown."""
     engine = LocalEngine(load_settings(environ={}), model, tmp_path / "engine.log")
     assert engine._cause() is None

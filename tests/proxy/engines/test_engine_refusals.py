@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Start, Until
 
 from interpretops.engine_api import STATUS, EngineCode
 
@@ -11,7 +13,9 @@ UNWATCHED = {"bindings": MANDATORY, "gateway.watch_policies": False, "gateway.br
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_revision_that_is_no_longer_resident_is_503_and_loaded_again(start, engine, until, stream):
+async def test_revision_that_is_no_longer_resident_is_503_and_loaded_again(
+    start: Start, engine: FakeEngine, until: Until, stream: bool
+) -> None:
     """The caller gets `policy_unavailable`, the breaker stays closed, and the plan is reloaded
     automatically."""
     front = await start("calm", **UNWATCHED)
@@ -23,7 +27,7 @@ async def test_revision_that_is_no_longer_resident_is_503_and_loaded_again(start
         assert headers["Retry-After"] == "1"
         assert front.apps.gateway.fleet.links[str(engine.socket)].breaker.state == "closed"
 
-        async def serves():
+        async def serves() -> bool:
             return (await front.chat())[0] == 200
 
         await until(serves)
@@ -40,7 +44,9 @@ async def test_revision_that_is_no_longer_resident_is_503_and_loaded_again(start
         ("a code of a newer plugin", (502, "engine_failed")),
     ],
 )
-async def test_every_refusal_of_a_request_has_its_status(start, engine, code, answer):
+async def test_every_refusal_of_a_request_has_its_status(
+    start: Start, engine: FakeEngine, code: EngineCode | str, answer: tuple[int, str]
+) -> None:
     """No refusal is blamed on the caller, quotes the engine, or opens the breaker."""
     front = await start("calm", **UNWATCHED)
     engine.refusal = code
@@ -53,20 +59,22 @@ async def test_every_refusal_of_a_request_has_its_status(start, engine, code, an
     assert front.apps.gateway.fleet.links[str(engine.socket)].breaker.state == "closed"
 
 
-def test_every_code_has_a_status():
+def test_every_code_has_a_status() -> None:
     """Every engine code maps to a status."""
     assert STATUS.keys() == set(EngineCode)
     assert EngineCode.of("table_full") is EngineCode.TABLE_FULL
     assert EngineCode.of("strange") is EngineCode.FAILED
 
 
-async def test_own_requests_notice_a_lost_revision_too(start, engine, until):
+async def test_own_requests_notice_a_lost_revision_too(
+    start: Start, engine: FakeEngine, until: Until
+) -> None:
     """A canary may notice first: it fails, and the plan is loaded again."""
     front = await start("calm", **UNWATCHED, **{"canary.interval_s": 3600})
     engine.plans.clear()
     await front.apps.gateway.canary.step("calm")
 
-    async def loaded():
+    async def loaded() -> bool:
         return bool(engine.plans)
 
     await until(loaded)

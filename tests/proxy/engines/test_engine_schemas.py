@@ -1,10 +1,12 @@
 """The engine's request classes read every field that we send, including the seal."""
 
 import hashlib
+from typing import Any
 
 import httpx
 import pytest
-from engines import vector_plan
+from engines import EngineServer, vector_plan
+from fake_engine import FakeEngine
 
 from interpretops.engine_api import (
     ATTEST_ROUTE,
@@ -42,7 +44,7 @@ BODIES = {
 
 
 @pytest.fixture(scope="module")
-def schemas():
+def schemas() -> dict[str, tuple[Any, ...]]:
     """The engine's request class for each route; several where the body decides."""
     from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -62,7 +64,9 @@ def schemas():
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_every_field_that_passes_is_one_the_engine_reads(schemas, path):
+def test_every_field_that_passes_is_one_the_engine_reads(
+    schemas: dict[str, tuple[Any, ...]], path: str
+) -> None:
     """The engine would silently drop a listed field that it does not know."""
     known = set().union(*(schema.model_fields for schema in schemas[path]))
     assert ROUTES[path].fields.keys() - known == set()
@@ -70,7 +74,9 @@ def test_every_field_that_passes_is_one_the_engine_reads(schemas, path):
 
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("stream", [False, True])
-def test_seal_reaches_the_sampling_parameters(schemas, path, stream):
+def test_seal_reaches_the_sampling_parameters(
+    schemas: dict[str, tuple[Any, ...]], path: str, stream: bool
+) -> None:
     """On every route the plugin sees exactly the seal that the gateway set."""
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 
@@ -87,13 +93,13 @@ def test_seal_reaches_the_sampling_parameters(schemas, path, stream):
     assert request.cache_salt == "s"
 
 
-def test_every_generating_route_is_read(schemas):
+def test_every_generating_route_is_read(schemas: dict[str, tuple[Any, ...]]) -> None:
     """Every generating route is covered here."""
     assert {path for path, route in ROUTES.items() if route.generates} == BODIES.keys()
     assert schemas.keys() == ROUTES.keys()
 
 
-def refused_calls():
+def refused_calls() -> Any:
     """Refused calls, by name: method, path and payload."""
     lost, sealed = {**SEAL, REVISION_KEY: "f" * 64}, {NONCE_HEADER: SEAL[NONCE_KEY]}
     chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -120,7 +126,7 @@ def refused_calls():
     }
 
 
-def whole(kind, reported):
+def whole(kind: Any, reported: Any) -> Any:
     """Parse a message, and check that it has exactly the declared fields."""
     message = kind.parse(reported)
     assert message.body() == reported
@@ -129,7 +135,9 @@ def whole(kind, reported):
 
 @pytest.mark.engine
 @pytest.mark.slow
-async def test_fake_engine_answers_as_the_real_one_does(engine_server, engine):
+async def test_fake_engine_answers_as_the_real_one_does(
+    engine_server: EngineServer, engine: FakeEngine
+) -> None:
     """Both send exactly the declared fields, so tests on the fake read nothing that the real engine does not
     send."""
     for socket in (engine_server.socket, engine.socket):
@@ -154,11 +162,13 @@ async def test_fake_engine_answers_as_the_real_one_does(engine_server, engine):
 
 @pytest.mark.engine
 @pytest.mark.slow
-async def test_fake_engine_refuses_as_the_real_one_does(engine_server, engine):
+async def test_fake_engine_refuses_as_the_real_one_does(
+    engine_server: EngineServer, engine: FakeEngine
+) -> None:
     """The fake's refusals match the real plugin's in status, code and format, so tests on the fake are
     valid."""
 
-    async def answers(socket):
+    async def answers(socket: Any) -> Any:
         found = {}
         transport = httpx.AsyncHTTPTransport(uds=str(socket))
         async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=120) as client:

@@ -2,9 +2,14 @@
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Front, PolicyWriter, Start, Until
 
 from interpretops.engine_api import SpecialTokenList
 from proxy.engines import fleet_loop
@@ -14,7 +19,7 @@ STEERED = "tiny-model+calm"
 
 
 @pytest.fixture
-async def other(engine, tmp_path):
+async def other(engine: FakeEngine, tmp_path: Path) -> AsyncIterator[Any]:
     """A second engine, not running yet."""
     async with AsyncExitStack() as stack:
         other = type(engine)(tmp_path / "o.sock")
@@ -23,11 +28,11 @@ async def other(engine, tmp_path):
 
 
 @pytest.fixture
-async def pair(start, engine, other, until):
+async def pair(start: Start, engine: FakeEngine, other: Any, until: Until) -> Callable[..., Awaitable[Front]]:
     """A gateway with two ready engines."""
     await other.up()
 
-    async def run(**sections):
+    async def run(**sections: Any) -> Front:
         front = await start("calm", **{"engine.url": [engine.url, other.url], **sections})
         await until(ready(front, 2))
         return front
@@ -35,33 +40,35 @@ async def pair(start, engine, other, until):
     return run
 
 
-def ready(front, number):
-    async def enough():
+def ready(front: Front, number: int) -> Callable[..., Any]:
+    async def enough() -> bool:
         return sum(shown["ready"] for shown in await engines(front)) == number
 
     return enough
 
 
-async def engines(front):
+async def engines(front: Front) -> list[dict[str, Any]]:
     async with front.admin.get("/admin/engines") as answer:
         return (await answer.json())["engines"]
 
 
-async def reload(front):
+async def reload(front: Front) -> dict[str, Any]:
     async with front.admin.post("/admin/reload") as answer:
         return await answer.json()
 
 
-async def served(front):
+async def served(front: Front) -> str:
     status, headers, _ = await front.chat(model=STEERED)
     return headers["X-Steering-Policy"].removeprefix("calm@") if status == 200 else status
 
 
-def metric(front, text):
+def metric(front: Front, text: str) -> bool:
     return text in front.apps.gateway.metrics.render().decode()
 
 
-async def test_least_busy_engine_is_asked(pair, engine, other, until):
+async def test_least_busy_engine_is_asked(
+    pair: Callable[..., Awaitable[Front]], engine: FakeEngine, other: Any, until: Until
+) -> None:
     """Requests go to the engine with fewer in progress, and alternate when equal."""
     front = await pair()
     for _ in range(4):
@@ -70,7 +77,7 @@ async def test_least_busy_engine_is_asked(pair, engine, other, until):
     engine.trick = other.trick = "hold"
     held = [asyncio.create_task(front.chat(model=STEERED)) for _ in range(6)]
 
-    async def all_there():
+    async def all_there() -> bool:
         return len(engine.seen) + len(other.seen) == 10
 
     await until(all_there)
@@ -83,7 +90,9 @@ async def test_least_busy_engine_is_asked(pair, engine, other, until):
     assert [shown["outstanding"] for shown in await engines(front)] == [0, 0]
 
 
-async def test_revision_that_one_engine_cannot_hold_serves_nowhere(pair, engine, other, policy_writer):
+async def test_revision_that_one_engine_cannot_hold_serves_nowhere(
+    pair: Callable[..., Awaitable[Front]], engine: FakeEngine, other: Any, policy_writer: PolicyWriter
+) -> None:
     """A full table at one engine cancels the change: the old revision keeps serving on both."""
     front = await pair(**{"gateway.watch_policies": False})
     first = await served(front)
@@ -98,8 +107,12 @@ async def test_revision_that_one_engine_cannot_hold_serves_nowhere(pair, engine,
 
 
 async def test_engine_that_attests_another_digest_gets_no_requests_of_it(
-    pair, engine, other, policy_writer, until
-):
+    pair: Callable[..., Awaitable[Front]],
+    engine: FakeEngine,
+    other: Any,
+    policy_writer: PolicyWriter,
+    until: Until,
+) -> None:
     """The change applies where it is attested; the other engine is skipped until it attests it too."""
     front = await pair(**{"gateway.watch_policies": False})
     first = await served(front)
@@ -117,19 +130,23 @@ async def test_engine_that_attests_another_digest_gets_no_requests_of_it(
     assert other.seen
 
 
-async def test_engine_that_lost_a_plan_gets_its_requests_only_after_reloading(pair, engine, other, until):
+async def test_engine_that_lost_a_plan_gets_its_requests_only_after_reloading(
+    pair: Callable[..., Awaitable[Front]], engine: FakeEngine, other: Any, until: Until
+) -> None:
     """A plan that an engine no longer attests is loaded again, with or without a file watch."""
     front = await pair(**{"gateway.watch_policies": False})
     other.plans.clear()
 
-    async def mended():
+    async def mended() -> bool:
         return len(other.plans) == 1
 
     await until(mended)
     assert any(line["event"] == "revisions_lost" for line in front.log)
 
 
-async def test_request_goes_to_another_engine_when_the_first_cannot_be_reached(pair, engine, other):
+async def test_request_goes_to_another_engine_when_the_first_cannot_be_reached(
+    pair: Callable[..., Awaitable[Front]], engine: FakeEngine, other: Any
+) -> None:
     """Nothing has started there, so nothing runs twice; the client sees no error."""
     front = await pair()
     await other.runner.cleanup()
@@ -138,7 +155,9 @@ async def test_request_goes_to_another_engine_when_the_first_cannot_be_reached(p
     assert metric(front, "interpretops_engine_retries_total{")
 
 
-async def test_request_goes_to_another_engine_when_the_first_refuses_it(pair, engine, other):
+async def test_request_goes_to_another_engine_when_the_first_refuses_it(
+    pair: Callable[..., Awaitable[Front]], engine: FakeEngine, other: Any
+) -> None:
     """503 before any work: another engine is tried. With none left, the caller gets an error."""
     front = await pair()
     other.trick = "busy"
@@ -148,7 +167,9 @@ async def test_request_goes_to_another_engine_when_the_first_refuses_it(pair, en
     assert (await front.chat(model=STEERED))[0] in (502, 503)
 
 
-async def test_started_answer_is_not_retried_elsewhere(pair, engine, other):
+async def test_started_answer_is_not_retried_elsewhere(
+    pair: Callable[..., Awaitable[Front]], engine: FakeEngine, other: Any
+) -> None:
     """If an engine dies during a stream, the stream ends in an error and no other engine is asked."""
     front = await pair()
     engine.trick = other.trick = "dies"
@@ -157,19 +178,21 @@ async def test_started_answer_is_not_retried_elsewhere(pair, engine, other):
     assert len(engine.seen) + len(other.seen) == 1
 
 
-async def test_failing_engine_is_skipped_and_tried_again(pair, engine, other, until):
+async def test_failing_engine_is_skipped_and_tried_again(
+    pair: Callable[..., Awaitable[Front]], engine: FakeEngine, other: Any, until: Until
+) -> None:
     """After several failures in a row its breaker opens; one successful request closes it again."""
     front = await pair(**{"gateway.breaker_failures": 2, "gateway.breaker_open_s": 0.2})
     other.trick = "busy"
 
-    async def is_open():
+    async def is_open() -> bool:
         await served(front)
         return (await engines(front))[1]["breaker"] != "closed"
 
     await until(is_open)
     other.trick = ""
 
-    async def closed():
+    async def closed() -> bool:
         await served(front)
         return (await engines(front))[1]["breaker"] == "closed"
 
@@ -177,7 +200,7 @@ async def test_failing_engine_is_skipped_and_tried_again(pair, engine, other, un
     assert other.seen
 
 
-def test_half_open_breaker_lets_one_request_through():
+def test_half_open_breaker_lets_one_request_through() -> None:
     """Closed, open, half open: one request passes, and its result decides."""
     now = [0.0]
     breaker = Breaker(2, 5.0, lambda: now[0])
@@ -202,14 +225,16 @@ def test_half_open_breaker_lets_one_request_through():
     assert (breaker.state, breaker.allows) == ("closed", True)
 
 
-async def test_engine_that_joins_is_proven_and_loaded_before_it_is_asked(start, engine, other, until):
+async def test_engine_that_joins_is_proven_and_loaded_before_it_is_asked(
+    start: Start, engine: FakeEngine, other: Any, until: Until
+) -> None:
     """While the other engine serves. An engine that fails its self-test does not join."""
     front = await start("calm", **{"engine.url": [engine.url, other.url]})
     first = await served(front)
     other.trick = "selftest_fails"
     await other.up()
 
-    async def tried():
+    async def tried() -> bool:
         return any("nothing changed" in (shown["reason"] or "") for shown in await engines(front))
 
     await until(tried)
@@ -222,13 +247,15 @@ async def test_engine_that_joins_is_proven_and_loaded_before_it_is_asked(start, 
     assert other.seen
 
 
-async def test_engine_with_other_special_tokens_does_not_join(start, engine, other, until):
+async def test_engine_with_other_special_tokens_does_not_join(
+    start: Start, engine: FakeEngine, other: Any, until: Until
+) -> None:
     """All engines must neutralize the caller's text in the same way."""
     front = await start("calm", **{"engine.url": [engine.url, other.url]})
     other.special = SpecialTokenList(ids={"<|other|>": 0})
     await other.up()
 
-    async def reported():
+    async def reported() -> bool:
         return any("other special tokens" in (shown["reason"] or "") for shown in await engines(front))
 
     await until(reported)
@@ -236,13 +263,15 @@ async def test_engine_with_other_special_tokens_does_not_join(start, engine, oth
     assert other.seen == []
 
 
-async def test_engine_of_another_model_does_not_join(start, engine, other, until):
+async def test_engine_of_another_model_does_not_join(
+    start: Start, engine: FakeEngine, other: Any, until: Until
+) -> None:
     """All engines must serve one model; the error names the engine that serves another."""
     front = await start("calm", **{"engine.url": [engine.url, other.url]})
     other.trick = "other_model"
     await other.up()
 
-    async def reported():
+    async def reported() -> bool:
         reasons = [shown["reason"] or "" for shown in await engines(front)]
         return any("all engines of a gateway must serve one model" in reason for reason in reasons)
 
@@ -250,7 +279,9 @@ async def test_engine_of_another_model_does_not_join(start, engine, other, until
     assert await front.engine_ready()
 
 
-async def test_gateway_is_ready_while_one_engine_is(pair, engine, other, until):
+async def test_gateway_is_ready_while_one_engine_is(
+    pair: Callable[..., Awaitable[Front]], engine: FakeEngine, other: Any, until: Until
+) -> None:
     """The gateway becomes not ready only when the last engine is lost."""
     front = await pair()
     other.trick = "unhealthy"
@@ -263,7 +294,9 @@ async def test_gateway_is_ready_while_one_engine_is(pair, engine, other, until):
     assert metric(front, "interpretops_ready 0.0")
 
 
-async def test_engines_follow_a_dns_name(start, engine, other, until, monkeypatch):
+async def test_engines_follow_a_dns_name(
+    start: Start, engine: FakeEngine, other: Any, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each address of the DNS name is an engine; a removed one finishes its requests."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -273,7 +306,7 @@ async def test_engines_follow_a_dns_name(start, engine, other, until, monkeypatc
     await other.up()
     real = socket.getaddrinfo
 
-    def resolve(host, *args, **kwargs):
+    def resolve(host: str, *args: Any, **kwargs: Any) -> list[tuple[Any, ...]]:
         if host != "engines.internal":
             return real(host, *args, **kwargs)
         if not listed:
@@ -301,7 +334,7 @@ async def test_engines_follow_a_dns_name(start, engine, other, until, monkeypatc
     assert not metric(front, 'engine="127.0.0.1')
     listed.clear()
 
-    async def unresolved():
+    async def unresolved() -> bool:
         return any(line["event"] == "engines_not_resolved" for line in front.log)
 
     await until(unresolved)
@@ -309,7 +342,7 @@ async def test_engines_follow_a_dns_name(start, engine, other, until, monkeypatc
     assert metric(front, "interpretops_engines_unresolved 1.0")
     listed.append("127.0.0.2")
 
-    async def resolved():
+    async def resolved() -> bool:
         return any(line["event"] == "engines_resolved" for line in front.log)
 
     await until(resolved)
@@ -318,7 +351,9 @@ async def test_engines_follow_a_dns_name(start, engine, other, until, monkeypatc
     assert reported == ["engines_not_resolved", "engines_resolved"]
 
 
-async def test_engine_that_lost_a_revision_leaves_its_requests_to_the_other(pair, engine, other, until):
+async def test_engine_that_lost_a_revision_leaves_its_requests_to_the_other(
+    pair: Callable[..., Awaitable[Front]], engine: FakeEngine, other: Any, until: Until
+) -> None:
     """No request fails: the other engine answers, neither breaker opens, and the plan is loaded again."""
     front = await pair(**{"gateway.watch_policies": False, "gateway.breaker_failures": 1})
     engine.plans.clear()
@@ -327,13 +362,15 @@ async def test_engine_that_lost_a_revision_leaves_its_requests_to_the_other(pair
     shown = {entry["name"]: entry for entry in await engines(front)}
     assert {entry["breaker"] for entry in shown.values()} == {"closed"}
 
-    async def loaded():
+    async def loaded() -> bool:
         return bool(engine.plans)
 
     await until(loaded)
 
 
-async def test_engine_that_cannot_hold_a_plan_joins_without_it(start, engine, other, until):
+async def test_engine_that_cannot_hold_a_plan_joins_without_it(
+    start: Start, engine: FakeEngine, other: Any, until: Until
+) -> None:
     """A full table keeps an engine from serving one revision, but not the others."""
     front = await start("calm", **{"engine.url": [engine.url, other.url]})
     other.trick = "table_full"

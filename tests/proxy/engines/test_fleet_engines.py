@@ -6,10 +6,14 @@ import os
 import shutil
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import pytest
 from engines import EngineServer
+from running_gateway import Front, PolicyWriter, Start, Until
 from tiny_families import save_family
 
 pytestmark = pytest.mark.engine
@@ -20,7 +24,7 @@ UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def model(default_model_dir, tmp_path_factory):
+def model(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny model with random weights and the default model's tokenizer."""
     folder = save_family(
         "LlamaForCausalLM", tmp_path_factory.mktemp("model"), vocab_size=49152, max_position_embeddings=256
@@ -32,7 +36,7 @@ def model(default_model_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def servers(model, tmp_path_factory):
+def servers(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two engines, started together."""
     folders = [tmp_path_factory.mktemp(name) for name in ("a", "b")]
     running = [EngineServer(model, folder, "tiny-model", UNBOUND) for folder in folders]
@@ -48,13 +52,13 @@ def servers(model, tmp_path_factory):
 class Load:
     """Sends requests continuously, and records label and text of each answer."""
 
-    def __init__(self, fronts):
+    def __init__(self, fronts: Any) -> None:
         self.answers = Counter()
         self.lost = []
         self._stop = False
         self._tasks = [asyncio.create_task(self._ask(front)) for front in fronts for _ in range(WORKERS)]
 
-    async def _ask(self, front):
+    async def _ask(self, front: Front) -> None:
         turn = 0
         while not self._stop:
             turn += 1
@@ -66,16 +70,16 @@ class Load:
             else:
                 self.answers[headers["X-Steering-Policy"], text] += 1
 
-    async def end(self):
+    async def end(self) -> None:
         self._stop = True
         await asyncio.gather(*self._tasks)
 
 
-async def ask(front, model="tiny-model+calm", **fields):
+async def ask(front: Front, model: Any = "tiny-model+calm", **fields: Any) -> Any:
     return await front.chat(model=model, max_tokens=12, temperature=0, ignore_eos=True, **fields)
 
 
-def text_of(body, stream):
+def text_of(body: Any, stream: Any) -> Any:
     """The text of an answer; None for a stream that did not end properly."""
     if not stream:
         return body["choices"][0]["message"]["content"]
@@ -85,18 +89,20 @@ def text_of(body, stream):
     return "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"])
 
 
-async def ready(front):
+async def ready(front: Front) -> Any:
     async with front.admin.get("/admin/engines") as answer:
         return sum(shown["ready"] for shown in (await answer.json())["engines"])
 
 
-async def test_nothing_goes_unsteered_while_an_engine_dies_and_returns(start, servers, until, policy_writer):
+async def test_nothing_goes_unsteered_while_an_engine_dies_and_returns(
+    start: Start, servers: Any, until: Until, policy_writer: PolicyWriter
+) -> None:
     """Only requests at the dead engine fail; it takes requests again once it attests the policy."""
     urls = [server.url for server in servers]
     wish = {"engine.url": urls, "gateway.shutdown_grace_s": 5}
     fronts = [await start("calm", wait=False, **wish), await start(wait=False, **wish)]
 
-    async def all_ready(number=2):
+    async def all_ready(number: Any = 2) -> Any:
         return [await ready(front) for front in fronts] == [number] * 2
 
     await until(all_ready, 120)
@@ -109,10 +115,10 @@ async def test_nothing_goes_unsteered_while_an_engine_dies_and_returns(start, se
 
     load = Load(fronts)
 
-    async def answered(more):
+    async def answered(more: Any) -> Any:
         wanted = load.answers.total() + more
 
-        async def enough():
+        async def enough() -> Any:
             return load.answers.total() >= wanted
 
         await until(enough, 120)
@@ -139,7 +145,7 @@ async def test_nothing_goes_unsteered_while_an_engine_dies_and_returns(start, se
 
     policy_writer(fronts[0].policies, "calm", 0.0)
 
-    async def both_changed():
+    async def both_changed() -> Any:
         found = [(await ask(front))[1]["X-Steering-Policy"] for front in fronts]
         return old[0] not in found
 

@@ -1,11 +1,14 @@
 """The engine's answers are read completely or fail, however the bytes arrive."""
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from proxy.engines.http_connection import EngineDisconnectedError, EngineHttp, EngineUnreachableError
+from proxy.engines.http_connection import Answer, EngineDisconnectedError, EngineHttp, EngineUnreachableError
 
 LONG = 30.0
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 5\r\nX-Note: a\r\n\r\nhello"
@@ -17,12 +20,12 @@ CHUNKED = (
 class Script:
     """An engine that sends a script, and records what it received."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requests = []
         self.gone = asyncio.Event()
         self.connections = 0
 
-    async def play(self, reader, writer):
+    async def play(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
@@ -34,12 +37,12 @@ class Script:
         finally:
             writer.close()
 
-    async def answer(self, reader, writer):
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(WHOLE)
 
 
 @asynccontextmanager
-async def engine(tmp_path, answer=None):
+async def engine(tmp_path: Path, answer: Callable[..., Any] | None = None) -> AsyncIterator[Any]:
     script = Script()
     if answer is not None:
         script.answer = answer
@@ -53,11 +56,18 @@ async def engine(tmp_path, answer=None):
         server.close()
 
 
-async def post(http, body=b"{}", *, total=LONG, idle=None, headers=None):
+async def post(
+    http: EngineHttp,
+    body: bytes = b"{}",
+    *,
+    total: float = LONG,
+    idle: float | None = None,
+    headers: dict[str, str] | None = None,
+) -> Answer:
     return await http.post("/v1/x", body, headers or {}, total_timeout_s=total, idle_timeout_s=idle)
 
 
-async def test_connection_is_reused(tmp_path):
+async def test_connection_is_reused(tmp_path: Path) -> None:
     """One connection serves successive requests; each gets its own complete answer."""
     async with engine(tmp_path) as (script, http, made):
         for body in (b'{"a":1}', b"{}"):
@@ -71,10 +81,10 @@ async def test_connection_is_reused(tmp_path):
         assert (script.connections, len(made)) == (1, 1)
 
 
-async def test_answer_in_single_bytes_is_the_same(tmp_path):
+async def test_answer_in_single_bytes_is_the_same(tmp_path: Path) -> None:
     """How the bytes are split in transit makes no difference."""
 
-    async def drip(_reader, writer):
+    async def drip(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for byte in CHUNKED + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n":
             writer.write(bytes([byte]))
             await writer.drain()
@@ -87,11 +97,11 @@ async def test_answer_in_single_bytes_is_the_same(tmp_path):
         assert script.connections == 1
 
 
-async def test_requests_at_once_have_connections_of_their_own(tmp_path):
+async def test_requests_at_once_have_connections_of_their_own(tmp_path: Path) -> None:
     """A request never waits for another one's answer."""
     both = asyncio.Barrier(2)
 
-    async def meet(_reader, writer):
+    async def meet(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await both.wait()
         writer.write(WHOLE)
 
@@ -109,10 +119,12 @@ async def test_requests_at_once_have_connections_of_their_own(tmp_path):
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", b"abc"),
     ],
 )
-async def test_truncated_answer_is_an_error_after_the_received_part(tmp_path, sent, before):
+async def test_truncated_answer_is_an_error_after_the_received_part(
+    tmp_path: Path, sent: bytes, before: bytes
+) -> None:
     """The received part of a broken answer is passed on, then an error; it never looks complete."""
 
-    async def die(_reader, writer):
+    async def die(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(sent)
         await writer.drain()
         writer.close()
@@ -134,10 +146,10 @@ async def test_truncated_answer_is_an_error_after_the_received_part(tmp_path, se
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000,
     ],
 )
-async def test_answer_without_a_definite_end_is_refused(tmp_path, sent):
+async def test_answer_without_a_definite_end_is_refused(tmp_path: Path, sent: bytes) -> None:
     """Not HTTP, no length, an upgrade, endless headers: an error before anything is passed on."""
 
-    async def speak(_reader, writer):
+    async def speak(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(sent)
         await writer.drain()
         writer.close()
@@ -147,10 +159,10 @@ async def test_answer_without_a_definite_end_is_refused(tmp_path, sent):
             await post(http)
 
 
-async def test_connection_with_extra_bytes_is_not_reused(tmp_path):
+async def test_connection_with_extra_bytes_is_not_reused(tmp_path: Path) -> None:
     """Extra bytes after an answer could be mistaken for the next one, so the connection is dropped."""
 
-    async def twice(_reader, writer):
+    async def twice(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(WHOLE + WHOLE)
 
     async with engine(tmp_path, twice) as (script, http, _):
@@ -159,11 +171,11 @@ async def test_connection_with_extra_bytes_is_not_reused(tmp_path):
         assert script.connections == 2
 
 
-async def test_silence_is_noticed_and_ends_the_connection(tmp_path):
+async def test_silence_is_noticed_and_ends_the_connection(tmp_path: Path) -> None:
     """The total timeout ends any exchange, the idle timeout only a silent one; the engine sees the
     disconnect."""
 
-    async def begin(reader, writer):
+    async def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(CHUNKED)
         for _ in range(4):
             await asyncio.sleep(0.2)
@@ -182,10 +194,10 @@ async def test_silence_is_noticed_and_ends_the_connection(tmp_path):
             await (await post(http, total=0.5)).read(2**30)
 
 
-async def test_closing_an_answer_tells_the_engine(tmp_path):
+async def test_closing_an_answer_tells_the_engine(tmp_path: Path) -> None:
     """Closing an answer early closes its connection."""
 
-    async def hold(reader, writer):
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(CHUNKED)
         await reader.read()
         raise ConnectionError
@@ -195,11 +207,11 @@ async def test_closing_an_answer_tells_the_engine(tmp_path):
         await asyncio.wait_for(script.gone.wait(), 5)
 
 
-async def test_request_that_is_cancelled_tells_the_engine(tmp_path):
+async def test_request_that_is_cancelled_tells_the_engine(tmp_path: Path) -> None:
     """Cancelling a request before its headers arrive closes its connection."""
     asked = asyncio.Event()
 
-    async def hold(reader, _writer):
+    async def hold(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
         asked.set()
         await reader.read()
         raise ConnectionError
@@ -211,12 +223,12 @@ async def test_request_that_is_cancelled_tells_the_engine(tmp_path):
         await asyncio.wait_for(script.gone.wait(), 5)
 
 
-async def test_reader_that_does_not_read_stops_the_engine_from_sending(tmp_path):
+async def test_reader_that_does_not_read_stops_the_engine_from_sending(tmp_path: Path) -> None:
     """At most a bounded part of an unread answer is buffered."""
     sent = 0
     size = 64 * 1024 * 1024
 
-    async def pour(_reader, writer):
+    async def pour(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal sent
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
         while sent < size:
@@ -236,10 +248,10 @@ async def test_reader_that_does_not_read_stops_the_engine_from_sending(tmp_path)
         assert len(await answer.read(2**30)) == size
 
 
-async def test_closed_pool_fails_its_readers_and_serves_nobody(tmp_path):
+async def test_closed_pool_fails_its_readers_and_serves_nobody(tmp_path: Path) -> None:
     """Closing fails every answer in progress, and no further request is sent."""
 
-    async def hold(reader, writer):
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(CHUNKED)
         await reader.read()
 
@@ -254,7 +266,7 @@ async def test_closed_pool_fails_its_readers_and_serves_nobody(tmp_path):
             await post(http)
 
 
-async def test_unreachable_engine_is_distinguished_from_a_broken_answer(tmp_path):
+async def test_unreachable_engine_is_distinguished_from_a_broken_answer(tmp_path: Path) -> None:
     """If nothing listens at the address, the request was certainly not started."""
     for address in (f"unix://{tmp_path}/none.sock", "http://127.0.0.1:1"):
         http = EngineHttp(address, connect_timeout_s=5, made=lambda: None)
@@ -262,7 +274,7 @@ async def test_unreachable_engine_is_distinguished_from_a_broken_answer(tmp_path
             await post(http)
 
 
-async def test_header_with_a_line_end_is_refused(tmp_path):
+async def test_header_with_a_line_end_is_refused(tmp_path: Path) -> None:
     """A header value cannot start another header."""
     async with engine(tmp_path) as (script, http, _):
         with pytest.raises(ValueError, match="line end"):

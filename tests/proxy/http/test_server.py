@@ -4,14 +4,17 @@ import asyncio
 import json
 import logging
 import re
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
 from faults.raw_requests import AMBIGUOUS, BODY, CANARY, LENGTH, POST
+from running_gateway import Front, Start
 
 CHAT = b'{"model": "%s", "messages": [{"role": "user", "content": "hi"}], "stream": %s}'
 
 
-async def _exchange(front, data: bytes, listener: str = "public") -> bytes:
+async def _exchange(front: Front, data: bytes, listener: str = "public") -> bytes:
     url = getattr(front, listener)._base_url
     reader, writer = await asyncio.open_connection(url.host, url.port)
     writer.write(data)
@@ -26,7 +29,13 @@ async def _exchange(front, data: bytes, listener: str = "public") -> bytes:
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
-async def test_bytes_that_could_smuggle_reach_no_engine(start, engine, caplog, capfd, name):
+async def test_bytes_that_could_smuggle_reach_no_engine(
+    start: Start,
+    engine: FakeEngine,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
     """One error in OpenAI's format, then the connection closes; nothing reaches the engine or a log."""
     front = await start("calm")
     caplog.set_level(logging.DEBUG)
@@ -42,7 +51,9 @@ async def test_bytes_that_could_smuggle_reach_no_engine(start, engine, caplog, c
     assert CANARY not in shown
 
 
-async def test_request_line_without_a_version_gets_an_http_1_1_error(start, engine):
+async def test_request_line_without_a_version_gets_an_http_1_1_error(
+    start: Start, engine: FakeEngine
+) -> None:
     """aiohttp would treat it as HTTP/0.9. It is refused, also as the only request on its connection."""
     front = await start("calm")
     answer = await _exchange(front, AMBIGUOUS["no version"])
@@ -51,7 +62,7 @@ async def test_request_line_without_a_version_gets_an_http_1_1_error(start, engi
     assert not engine.seen
 
 
-async def test_connections_without_valid_http_are_counted(start):
+async def test_connections_without_valid_http_are_counted(start: Start) -> None:
     """Each is counted as a refusal by its code."""
     front = await start("calm")
     await _exchange(front, AMBIGUOUS["no HTTP"])
@@ -90,7 +101,9 @@ def _chat(*, model: bytes = b"tiny-model+calm", stream: bytes = b"false") -> byt
     ],
     ids=lambda value: value[:40] if isinstance(value, bytes) else value,
 )
-async def test_server_header_names_no_version(start, listeners, status, data):
+async def test_server_header_names_no_version(
+    start: Start, listeners: str, status: bytes, data: bytes
+) -> None:
     """Answers, streams, refusals and low-level errors: `Server` names the product but no version."""
     front = await start("calm")
     for listener in listeners.split():
@@ -101,11 +114,11 @@ async def test_server_header_names_no_version(start, listeners, status, data):
         assert not re.search(rb"(?i)aiohttp|python", head)
 
 
-async def test_unforeseen_error_names_no_version(start, monkeypatch):
+async def test_unforeseen_error_names_no_version(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unexpected error, in a route or outside all routes, names no version either."""
     front = await start("calm")
 
-    def fail(*_told, **_named):
+    def fail(*_told: Any, **_named: Any) -> None:
         raise RuntimeError("of nobody's making")
 
     monkeypatch.setattr(type(front.apps.gateway.readiness), "reasons", fail)

@@ -2,10 +2,13 @@
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 import structlog
 from aiohttp import web
+from running_gateway import Start, Until
 
 from interpretops.settings import load_settings
 from proxy.http.stall_guard import StallGuard
@@ -20,12 +23,12 @@ class Clock:
 
     now = 0.0
 
-    def __call__(self):
+    def __call__(self) -> float:
         return self.now
 
 
 @pytest.fixture
-async def site():
+async def site() -> AsyncIterator[Any]:
     """A listener whose only route sends endlessly, its stall guard, and the guard's clock."""
     clock, metrics = Clock(), Metrics()
     settings = load_settings(
@@ -34,7 +37,7 @@ async def site():
     watch = StallGuard(settings, metrics, LOG, clock)
     ended = asyncio.Event()
 
-    async def endless(request):
+    async def endless(request: web.Request) -> None:
         response = web.StreamResponse()
         await response.prepare(request)
         try:
@@ -49,7 +52,7 @@ async def site():
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
 
-    def look():
+    def look() -> int:
         for connection in runner.server.connections:
             watch.check(connection)
         return len(runner.server.connections)
@@ -58,7 +61,9 @@ async def site():
     await runner.cleanup()
 
 
-async def connect(address, until, runner_look, first=b""):
+async def connect(
+    address: tuple[str, int], until: Until, runner_look: Callable[..., Any], first: bytes = b""
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
     raw.setblocking(False)
@@ -69,7 +74,7 @@ async def connect(address, until, runner_look, first=b""):
     return reader, writer
 
 
-async def closed(reader):
+async def closed(reader: asyncio.StreamReader) -> bool:
     try:
         return await asyncio.wait_for(reader.read(1), 5) == b""
     except ConnectionResetError:
@@ -77,12 +82,12 @@ async def closed(reader):
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
-async def test_request_that_never_completes_is_closed(site, until, sent):
+async def test_request_that_never_completes_is_closed(site: Any, until: Until, sent: bytes) -> None:
     """A connection that sends nothing, or endless headers, is closed, but not before the timeout."""
     address, look, clock, metrics, _ = site
     reader, writer = await connect(address, until, look, sent)
 
-    async def arrived():
+    async def arrived() -> bool:
         return look() == 1
 
     await until(arrived)
@@ -97,7 +102,7 @@ async def test_request_that_never_completes_is_closed(site, until, sent):
     writer.close()
 
 
-async def test_unread_answer_is_closed(site, until):
+async def test_unread_answer_is_closed(site: Any, until: Until) -> None:
     """A client that stops reading loses its connection and request; one that keeps reading keeps both."""
     address, look, clock, metrics, ended = site
     reader, writer = await connect(address, until, look, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -116,7 +121,7 @@ async def test_unread_answer_is_closed(site, until):
     writer.close()
 
 
-async def test_connection_that_was_used_waits_longer_for_its_next_request(start, until):
+async def test_connection_that_was_used_waits_longer_for_its_next_request(start: Start, until: Until) -> None:
     """The keep-alive time exceeds that of load balancers, which could otherwise send on a closing
     connection."""
     front = await start("calm")
@@ -128,7 +133,7 @@ async def test_connection_that_was_used_waits_longer_for_its_next_request(start,
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
 
-    def look():
+    def look() -> None:
         for connection in front.runners[0].server.connections:
             watch.check(connection)
 

@@ -7,8 +7,11 @@ import shutil
 import socket
 import ssl
 import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
 
 import pytest
 import structlog
@@ -20,7 +23,7 @@ from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
 from proxy.http.certificate import validity
 from proxy.http.server import Site
-from proxy.http.tls import make_tls_listeners
+from proxy.http.tls import TlsListeners, make_tls_listeners
 from proxy.observe.metrics import Metrics
 
 DAY = timedelta(days=1)
@@ -28,19 +31,19 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     """A folder with `cert.pem` and `key.pem`, valid for ten days."""
     write_certificate(tmp_path, ends=10 * DAY)
     return tmp_path
 
 
-def doors(folder):
+def doors(folder: Path) -> TlsListeners:
     pair = {"gateway.tls_cert": folder / "cert.pem", "gateway.tls_key": folder / "key.pem"}
     return make_tls_listeners(load_settings(overrides=pair, environ={}).gateway)
 
 
 @asynccontextmanager
-async def listening(made, timeout_s=5.0):
+async def listening(made: TlsListeners, timeout_s: float = 5.0) -> AsyncIterator[Any]:
     """A TLS listener: its port, and a connect function whose connections are closed at the end."""
     runner = web.AppRunner(web.Application(), shutdown_timeout=0)
     await runner.setup()
@@ -48,7 +51,7 @@ async def listening(made, timeout_s=5.0):
     await Site(runner, sock, made.context("public"), timeout_s).start()
     port, clients = sock.getsockname()[1], []
 
-    async def connect(name=None):
+    async def connect(name: str | None = None) -> Self:
         clients.append(await Client.connect(port, name))
         return clients[-1]
 
@@ -63,11 +66,11 @@ async def listening(made, timeout_s=5.0):
 class Client:
     """A persistent connection."""
 
-    def __init__(self, reader, writer):
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
 
     @classmethod
-    async def connect(cls, port, name=None):
+    async def connect(cls, port: int, name: str | None = None) -> Self:
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         # Without a name the handshake carries no SNI.
@@ -75,26 +78,28 @@ class Client:
         return cls(*await asyncio.open_connection("127.0.0.1", port, ssl=context, **host))
 
     @property
-    def certificate(self):
+    def certificate(self) -> bytes:
         return self.writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
 
-    async def ask(self):
+    async def ask(self) -> bytes:
         self.writer.write(REQUEST)
         head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 5)
         await self.reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r")[0]))
         return head[:12]
 
 
-def on_disk(folder):
+def on_disk(folder: Path) -> bytes:
     return ssl.PEM_cert_to_DER_cert((folder / "cert.pem").read_text())
 
 
-def sample(metrics, name):
+def sample(metrics: Metrics, name: str) -> float:
     return metrics.registry.get_sample_value(f"interpretops_tls_certificate_{name}", {"listener": "public"})
 
 
 @pytest.mark.parametrize("name", [None, "localhost"])
-async def test_new_connections_get_the_renewed_certificate_and_open_ones_stay(folder, name):
+async def test_new_connections_get_the_renewed_certificate_and_open_ones_stay(
+    folder: Path, name: str | None
+) -> None:
     """New connections use the new certificate without a restart; open ones keep the old one."""
     made, metrics, log = doors(folder), Metrics(), structlog.get_logger()
     made.refresh(metrics, log)
@@ -123,7 +128,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-async def test_unusable_pair_leaves_the_old_one(folder, how):
+async def test_unusable_pair_leaves_the_old_one(folder: Path, how: str) -> None:
     """Log and metric report it until a valid pair is there; clients notice nothing."""
     made, metrics, capture = doors(folder), Metrics(), structlog.testing.LogCapture()
     log = structlog.wrap_logger(None, processors=[capture])
@@ -147,7 +152,7 @@ async def test_unusable_pair_leaves_the_old_one(folder, how):
     assert sample(metrics, "broken") == 0
 
 
-async def test_unusable_pair_prevents_start_up(folder):
+async def test_unusable_pair_prevents_start_up(folder: Path) -> None:
     """The error names field and file; a pipe does not block it."""
     (folder / "key.pem").unlink()
     os.mkfifo(folder / "key.pem")
@@ -158,7 +163,7 @@ async def test_unusable_pair_prevents_start_up(folder):
 
 
 @pytest.mark.parametrize("first", [b"", b"\x16\x03\x01\x02\x00\x01"])
-async def test_connection_that_never_starts_tls_is_closed(folder, first):
+async def test_connection_that_never_starts_tls_is_closed(folder: Path, first: bytes) -> None:
     """A connection that sends nothing or half a handshake is closed in time; others are served meanwhile."""
     async with listening(doors(folder), timeout_s=0.5) as (port, connect):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -173,7 +178,7 @@ async def test_connection_that_never_starts_tls_is_closed(folder, first):
 
 
 @pytest.mark.parametrize(("begins", "ends"), [(-DAY, DAY), (-3 * DAY, -DAY), (DAY, 20_000 * DAY)])
-def test_validity_is_what_the_certificate_says(tmp_path, begins, ends):
+def test_validity_is_what_the_certificate_says(tmp_path: Path, begins: Any, ends: Any) -> None:
     """A chain is valid while all its certificates are; dates after 2049 use another encoding."""
     pem = write_certificate(tmp_path, begins, ends)[0].read_bytes()
     meant = x509.load_pem_x509_certificate(pem)
@@ -185,7 +190,7 @@ def test_validity_is_what_the_certificate_says(tmp_path, begins, ends):
 
 
 @pytest.mark.parametrize("cut", [20, 60, 100])
-def test_truncated_certificate_has_no_validity(tmp_path, cut):
+def test_truncated_certificate_has_no_validity(tmp_path: Path, cut: int) -> None:
     """Truncated bytes raise the intended error."""
     der = ssl.PEM_cert_to_DER_cert(write_certificate(tmp_path)[0].read_text())
     with pytest.raises(ValueError, match="cannot be read"):

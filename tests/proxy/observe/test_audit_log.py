@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
+from fake_engine import FakeEngine
+from running_gateway import Start
 from typer.testing import CliRunner
 
 from interpretops.errors import ConfigError
@@ -29,11 +34,11 @@ from proxy.observe.metrics import Metrics
 LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
 
 
-def open_log(path, **settings):
+def open_log(path: Path, **settings: int) -> AuditLog:
     return AuditLog(path, AuditSettings(path=path, **settings), Metrics(), LOG)
 
 
-async def write(path, records, **settings):
+async def write(path: Path, records: int, **settings: int) -> None:
     log = open_log(path, **settings)
     for index in range(records):
         log.append("request", request_id=f"r{index}", status=200)
@@ -41,14 +46,14 @@ async def write(path, records, **settings):
 
 
 @pytest.fixture
-async def log(tmp_path):
+async def log(tmp_path: Path) -> Path:
     """A log of nine records."""
     path = tmp_path / "audit.jsonl"
     await write(path, 9)
     return path
 
 
-async def test_intact_log_is_verified(log):
+async def test_intact_log_is_verified(log: Path) -> None:
     """A written log verifies as intact, across a restart, by library and command line."""
     await write(log, 3)
     found = verify(log)
@@ -58,7 +63,7 @@ async def test_intact_log_is_verified(log):
     assert "12 records, 1 to 12, are as they were written" in ended.stdout
 
 
-def forged(lines, seq, prev=None):
+def forged(lines: list[bytes], seq: int, prev: str | None = None) -> bytes:
     line, _ = make_line(seq, prev or json.loads(lines[seq - 2])["hash"], "t", "request", {"status": 200})
     return line
 
@@ -78,7 +83,7 @@ def forged(lines, seq, prev=None):
         (lambda rows: rows[1:], 1, "record 1 was removed before record 2"),
     ],
 )
-async def test_altered_line_is_reported(log, spoil, line, got):
+async def test_altered_line_is_reported(log: Path, spoil: Callable[..., Any], line: int, got: str) -> None:
     """A line that was changed, removed, inserted, forged or swapped is reported with file and line."""
     rows = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(spoil(rows)))
@@ -90,7 +95,7 @@ async def test_altered_line_is_reported(log, spoil, line, got):
     assert (ended.exit_code, ended.stdout.splitlines()[0]) == (1, found.faults[0])
 
 
-async def test_truncated_log_is_reported_and_not_continued(log):
+async def test_truncated_log_is_reported_and_not_continued(log: Path) -> None:
     """A truncated log is not intact, and no gateway continues it."""
     rows = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(rows[:6]))
@@ -107,7 +112,7 @@ async def test_truncated_log_is_reported_and_not_continued(log):
     assert verify(log).intact
 
 
-async def test_log_without_its_head_is_not_intact(log):
+async def test_log_without_its_head_is_not_intact(log: Path) -> None:
     """Without the head file a truncated end would not show, so its absence is a fault."""
     head_path(log).unlink()
     assert "is missing or unreadable" in verify(log).faults[0]
@@ -125,7 +130,9 @@ async def test_log_without_its_head_is_not_intact(log):
         lambda head: head.write_text('{"seq": "000000000000006", "hash": "x"}'),
     ],
 )
-async def test_log_without_its_readable_head_is_not_continued(log, spoil, kept_rows):
+async def test_log_without_its_readable_head_is_not_continued(
+    log: Path, spoil: Callable[..., Any], kept_rows: int
+) -> None:
     """Continuing would store a new head and hide a truncated end. So start-up is refused, with the remedy,
     whether or not lines are missing. A new log starts only if log and head file are both empty."""
     rows = log.read_bytes().splitlines(keepends=True)
@@ -148,7 +155,7 @@ async def test_log_without_its_readable_head_is_not_continued(log, spoil, kept_r
     assert verify(log).intact
 
 
-async def test_log_of_a_killed_process_can_always_be_continued(tmp_path):
+async def test_log_of_a_killed_process_can_always_be_continued(tmp_path: Path) -> None:
     """The head file exists before the first record: a process killed at any later moment leaves a log that
     the next one continues, with everything that was written."""
     path = tmp_path / "audit.jsonl"
@@ -168,7 +175,7 @@ async def test_log_of_a_killed_process_can_always_be_continued(tmp_path):
     assert (verify(path).intact, verify(path).records) == (True, 6)
 
 
-def abandon(log):
+def abandon(log: Path) -> None:
     """End like a killed process: flush nothing, release all locks."""
     os.close(log._file.descriptor)
     log._note.close()
@@ -176,7 +183,7 @@ def abandon(log):
 
 
 @pytest.mark.parametrize("cut", [6, 9])
-async def test_replaced_lines_are_detected_and_not_continued(log, cut):
+async def test_replaced_lines_are_detected_and_not_continued(log: Path, cut: int) -> None:
     """A forged end with the right number of records is detected by the stored hash, and changes after the
     stored head by the chain."""
     rows = log.read_bytes().splitlines(keepends=True)[:cut]
@@ -189,13 +196,13 @@ async def test_replaced_lines_are_detected_and_not_continued(log, cut):
     assert not verify(log).intact
 
 
-async def test_head_kept_elsewhere_proves_what_the_files_cannot(log):
+async def test_head_kept_elsewhere_proves_what_the_files_cannot(log: Path) -> None:
     """Someone with all files can truncate the log and store another head. A head kept elsewhere reveals it,
     by library and command line. A matching head passes, and replaces a lost head file."""
     rows = log.read_bytes().splitlines(keepends=True)
     kept = Head(9, json.loads(rows[8])["hash"])
 
-    def command(head):
+    def command(head: str) -> tuple[int, str]:
         ended = CliRunner().invoke(app, ["audit", "verify", str(log), "--head", head])
         return ended.exit_code, ended.stdout
 
@@ -219,7 +226,7 @@ async def test_head_kept_elsewhere_proves_what_the_files_cannot(log):
         assert ended.exit_code != 0
 
 
-async def test_chain_continues_in_the_next_file(tmp_path):
+async def test_chain_continues_in_the_next_file(tmp_path: Path) -> None:
     """Full files are rotated; all are verified as one log, and a missing one is noticed."""
     path = tmp_path / "audit.jsonl"
     await write(path, 100, rotate_bytes=4096)
@@ -236,7 +243,7 @@ async def test_chain_continues_in_the_next_file(tmp_path):
     assert len(verify(path, first=first_of_second).faults) == 1
 
 
-async def test_line_truncated_by_a_crash_is_reported(log):
+async def test_line_truncated_by_a_crash_is_reported(log: Path) -> None:
     """A partial last line stays in place, and the next record reports it."""
     with log.open("ab") as file:
         file.write(b'{"seq":10,"prev":"')
@@ -246,7 +253,7 @@ async def test_line_truncated_by_a_crash_is_reported(log):
     assert found.notes == [f"{log}:10: was truncated by a crash, and recorded as such"]
 
 
-async def test_only_one_gateway_may_write(log):
+async def test_only_one_gateway_may_write(log: Path) -> None:
     """A second writer of the same log is refused at start-up."""
     first = open_log(log)
     with pytest.raises(ConfigError, match="another gateway writes"):
@@ -254,29 +261,31 @@ async def test_only_one_gateway_may_write(log):
     await first.close()
 
 
-def displaced(metrics, how):
+def displaced(metrics: Metrics, how: str) -> float:
     return metrics.registry.get_sample_value("interpretops_audit_displaced_total", {"file": how})
 
 
 class Written:
     """A log being written, with its metrics and log lines."""
 
-    def __init__(self, path, **settings):
+    def __init__(self, path: Path, **settings: Any) -> None:
         self.path, self.metrics, capture = path, Metrics(), structlog.testing.LogCapture()
         self.got = capture.entries
         log = structlog.wrap_logger(None, processors=[capture])
         self.audit = AuditLog(path, AuditSettings(path=path, **settings), self.metrics, log)
 
-    def append(self, records=1):
+    def append(self, records: int = 1) -> None:
         for _ in range(records):
             self.audit.append("request", status=200)
 
-    def events(self, path=None):
+    def events(self, path: Path | None = None) -> list[str]:
         return [json.loads(line)["event"] for line in (path or self.path).read_text().splitlines()]
 
 
 @pytest.mark.parametrize("seconds_first", [True, False])
-async def test_removed_log_is_noticed_and_the_chain_continues_in_a_new_file(tmp_path, seconds_first):
+async def test_removed_log_is_noticed_and_the_chain_continues_in_a_new_file(
+    tmp_path: Path, seconds_first: bool
+) -> None:
     """With or without traffic: the new file's first record names the last record before it; the metric counts
     it."""
     log = Written(tmp_path / "audit.jsonl")
@@ -303,7 +312,7 @@ async def test_removed_log_is_noticed_and_the_chain_continues_in_a_new_file(tmp_
 
 @pytest.mark.parametrize("made_anew", [False, True])
 @pytest.mark.parametrize("name", ["audit.jsonl.1", "audit.jsonl-20261130"])
-async def test_log_is_rotated_by_another_program(tmp_path, name, made_anew):
+async def test_log_is_rotated_by_another_program(tmp_path: Path, name: str, made_anew: bool) -> None:
     """Renamed as logrotate does, with or without an empty new file: nothing is lost or refused, and
     verification and the next start succeed."""
     log = Written(tmp_path / "audit.jsonl")
@@ -327,7 +336,7 @@ async def test_log_is_rotated_by_another_program(tmp_path, name, made_anew):
     assert verify(log.path).intact, "a copy adds nothing"
 
 
-async def test_log_moved_elsewhere_is_verified_by_naming_both(tmp_path):
+async def test_log_moved_elsewhere_is_verified_by_naming_both(tmp_path: Path) -> None:
     """In any order. Without the older file, the fault says so."""
     log = Written(tmp_path / "audit.jsonl")
     log.append(3)
@@ -352,7 +361,7 @@ async def test_log_moved_elsewhere_is_verified_by_naming_both(tmp_path):
         lambda path: path.write_bytes(path.read_bytes() + b"not ours"),
     ],
 )
-async def test_log_changed_by_another_program_is_renamed(tmp_path, spoil):
+async def test_log_changed_by_another_program_is_renamed(tmp_path: Path, spoil: Callable[..., Any]) -> None:
     """Truncated or appended to by another program: we append nothing to it, and verification reports it."""
     log = Written(tmp_path / "audit.jsonl")
     log.append(3)
@@ -365,7 +374,7 @@ async def test_log_changed_by_another_program_is_renamed(tmp_path, spoil):
     assert verify(log.path).last.seq == 6
 
 
-async def test_foreign_file_in_the_logs_place_is_neither_overwritten_nor_appended_to(tmp_path):
+async def test_foreign_file_in_the_logs_place_is_neither_overwritten_nor_appended_to(tmp_path: Path) -> None:
     """It is renamed next to the log."""
     log = Written(tmp_path / "audit.jsonl")
     log.append(3)
@@ -377,7 +386,7 @@ async def test_foreign_file_in_the_logs_place_is_neither_overwritten_nor_appende
     assert (verify(log.path).intact, verify(log.path).records) == (True, 5)
 
 
-async def test_requests_are_refused_while_the_log_has_no_folder(tmp_path):
+async def test_requests_are_refused_while_the_log_has_no_folder(tmp_path: Path) -> None:
     """While no new file can be created, requests are refused; recording resumes when it can."""
     log = Written(tmp_path / "log" / "audit.jsonl")
     log.append(3)
@@ -406,7 +415,7 @@ async def test_requests_are_refused_while_the_log_has_no_folder(tmp_path):
         lambda head: head.write_bytes(head.read_bytes() + b"}"),
     ],
 )
-async def test_head_file_is_restored(log, spoil):
+async def test_head_file_is_restored(log: Path, spoil: Callable[..., Any]) -> None:
     """Removed, moved or corrupted while the gateway runs: it is restored within a second, and counted."""
     written = Written(log)
     written.append()
@@ -421,7 +430,7 @@ async def test_head_file_is_restored(log, spoil):
     assert verify(log).intact
 
 
-async def test_lost_lock_is_retaken_or_writing_stops(log):
+async def test_lost_lock_is_retaken_or_writing_stops(log: Path) -> None:
     """Without its lock file a second gateway could write the same log, so this one stops writing."""
     written = Written(log)
     lock = log.with_name(log.name + ".lock")
@@ -482,7 +491,7 @@ asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
 
 
 @pytest.mark.parametrize(("on_failure", "got"), [("refuse", "refused 503"), ("continue", "served")])
-def test_full_disk(tmp_path, on_failure, got):
+def test_full_disk(tmp_path: Path, on_failure: str, got: str) -> None:
     """While nothing can be written, requests are refused or served as set, no record is lost, and the chain
     holds."""
     path = tmp_path / "audit.jsonl"
@@ -495,7 +504,9 @@ def test_full_disk(tmp_path, on_failure, got):
     assert (found.intact, found.records) == (True, 4)
 
 
-async def test_requests_are_recorded_without_their_content(start, engine, tmp_path):
+async def test_requests_are_recorded_without_their_content(
+    start: Start, engine: FakeEngine, tmp_path: Path
+) -> None:
     """Each request's caller, policy, revision and outcome are recorded; no prompt, answer or key is."""
     path = tmp_path / "log" / "audit.jsonl"
     front = await start("calm", **{"audit.path": path})
@@ -518,7 +529,7 @@ async def test_requests_are_recorded_without_their_content(start, engine, tmp_pa
     assert (got["records"], got["hash"], got["failing"]) == (5, records[-1]["hash"], None)
 
 
-async def test_no_answer_goes_unrecorded_when_the_log_is_removed(start, tmp_path):
+async def test_no_answer_goes_unrecorded_when_the_log_is_removed(start: Start, tmp_path: Path) -> None:
     """The next request goes to a new file, after a record that explains it; the metric exists beforehand."""
     path = tmp_path / "audit.jsonl"
     front = await start("calm", **{"audit.path": path})
@@ -532,7 +543,9 @@ async def test_no_answer_goes_unrecorded_when_the_log_is_removed(start, tmp_path
     assert displaced(metrics, "removed") == 1
 
 
-async def test_request_that_could_not_be_recorded_is_refused(start, engine, tmp_path):
+async def test_request_that_could_not_be_recorded_is_refused(
+    start: Start, engine: FakeEngine, tmp_path: Path
+) -> None:
     """While the log fails, no request reaches the engine."""
     front = await start("calm", **{"audit.path": tmp_path / "audit.jsonl"})
     front.apps.gateway.audit.failing = "No space left on device"

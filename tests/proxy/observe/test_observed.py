@@ -9,16 +9,18 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from aiohttp import ClientSession
+from fake_engine import FakeEngine
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+from running_gateway import Start, Until
 
 from interpretops.records.transcript_file import make_key
 from proxy.observe.audit_file import DISPLACED
@@ -57,7 +59,7 @@ def _rules() -> list[dict[str, Any]]:
     return [rule for group in yaml.safe_load(RULES.read_bytes())["groups"] for rule in group["rules"]]
 
 
-async def test_receipts_count_by_policy(start, engine):
+async def test_receipts_count_by_policy(start: Start, engine: FakeEngine) -> None:
     """A policy's tokens, edits and gate counts equal those in the engine's receipts."""
     front = await start("calm")
     for receipt in ({"edits_applied": 5, "gates_fired": 2}, {"edits_applied": 1}):
@@ -74,7 +76,7 @@ async def test_receipts_count_by_policy(start, engine):
         assert line in shown
 
 
-async def test_time_between_streamed_events_is_observed(start, engine):
+async def test_time_between_streamed_events_is_observed(start: Start, engine: FakeEngine) -> None:
     """Every batch of streamed events after the first adds to its policy's inter-token latency."""
     front = await start("calm")
     engine.trick = "hold_stream"
@@ -120,7 +122,9 @@ def test_alerts_and_panels_name_metrics_that_exist() -> None:
     assert asked - _exposed() == set()
 
 
-async def test_alert_counters_exist_before_their_first_event(start, engine, tmp_path, monkeypatch):
+async def test_alert_counters_exist_before_their_first_event(
+    start: Start, engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every counter that an alert uses exists with 0 from the start, for all label values.
 
     Prometheus sees no increase in a series that appears with its first event.
@@ -243,8 +247,13 @@ async def prometheus(tmp_path: Path, until: Any) -> AsyncIterator[Any]:
 
 @needs_prometheus
 async def test_every_panel_query_works_in_a_real_prometheus(
-    start, engine, prometheus, until, tmp_path, monkeypatch
-):
+    start: Start,
+    engine: FakeEngine,
+    prometheus: Callable[..., Awaitable[list[dict[str, Any]]]],
+    until: Until,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Prometheus scrapes the gateway, accepts every query, and returns data where there was traffic."""
     monkeypatch.setenv("KEPT", make_key())
     tenant = {"id": "anonymous", "transcripts": {"key": "env:KEPT"}}

@@ -2,8 +2,12 @@
 
 import errno
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Front, Start, Until
 
 from proxy.errors import Refusal
 from proxy.observe.readiness import CODES
@@ -19,7 +23,7 @@ CAUSES = {
 """Errors that can affect every request, and the readiness reasons that report them."""
 
 
-async def readiness(front):
+async def readiness(front: Front) -> list[str]:
     """The readiness codes, after checking that log and both gauges agree."""
     async with front.public.get("/readyz") as answer:
         reported = await answer.json()
@@ -35,12 +39,12 @@ async def readiness(front):
     return reported["reasons"]
 
 
-async def refused(front):
+async def refused(front: Front) -> str | None:
     status, _, body = await front.chat()
     return None if status == 200 else body["error"]["code"]
 
 
-def test_every_error_that_can_affect_all_requests_has_a_reason():
+def test_every_error_that_can_affect_all_requests_has_a_reason() -> None:
     """A new 503 error without a readiness reason fails here."""
     kinds = list(Refusal.__subclasses__())
     for kind in kinds:
@@ -49,7 +53,7 @@ def test_every_error_that_can_affect_all_requests_has_a_reason():
     assert set().union(*CAUSES.values()) <= set(CODES)
 
 
-async def test_wrong_name_of_a_mandatory_policy_is_reported_everywhere(start):
+async def test_wrong_name_of_a_mandatory_policy_is_reported_everywhere(start: Start) -> None:
     """A binding names a policy that does not exist: every source reports not ready, with the reason."""
     front = await start("calm", bindings=[{"policy": "clam", "mode": "mandatory"}])
     assert await refused(front) == "policy_unavailable"
@@ -63,13 +67,13 @@ async def test_wrong_name_of_a_mandatory_policy_is_reported_everywhere(start):
     assert listed["not_ready"] == "bindings require policies that are not loaded: clam"
 
 
-async def test_change_is_logged_once(start, engine, until):
+async def test_change_is_logged_once(start: Start, engine: FakeEngine, until: Until) -> None:
     """One line when the gateway becomes not ready, one when it is ready again, none in between."""
     front = await start("calm", bindings=MANDATORY)
     assert await readiness(front) == []
     engine.trick = "unhealthy"
 
-    async def lost():
+    async def lost() -> bool:
         return not await front.engine_ready()
 
     await until(lost)
@@ -90,12 +94,12 @@ async def test_change_is_logged_once(start, engine, until):
 
 
 @pytest.fixture
-def disk(monkeypatch):
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A disk that is full while the list is not empty."""
     full = []
     real = os.write
 
-    def write(descriptor, data):
+    def write(descriptor: int, data: bytes) -> int:
         if full and data.startswith(b'{"seq"'):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(descriptor, data)
@@ -105,7 +109,9 @@ def disk(monkeypatch):
 
 
 @pytest.mark.parametrize("on_failure", ["refuse", "continue"])
-async def test_audit_log_that_cannot_be_written(start, tmp_path, disk, until, on_failure):
+async def test_audit_log_that_cannot_be_written(
+    start: Start, tmp_path: Path, disk: list[Any], until: Until, on_failure: str
+) -> None:
     """Not ready while every request is refused for it, and ready again by itself; otherwise always ready."""
     settings = {"audit.path": tmp_path / "audit.jsonl", "audit.on_failure": on_failure}
     front = await start("calm", **settings)
@@ -121,7 +127,9 @@ async def test_audit_log_that_cannot_be_written(start, tmp_path, disk, until, on
     assert await refused(front) is None
 
 
-async def test_failed_audit_log_recovers_without_requests(start, tmp_path, disk, until):
+async def test_failed_audit_log_recovers_without_requests(
+    start: Start, tmp_path: Path, disk: list[Any], until: Until
+) -> None:
     """A change refused because it could not be recorded is not recorded later; the log recovers on its
     own."""
     front = await start("calm", **{"audit.path": tmp_path / "audit.jsonl"})
@@ -137,7 +145,7 @@ async def test_failed_audit_log_recovers_without_requests(start, tmp_path, disk,
     assert '"event":"audit_recovered"' in (tmp_path / "audit.jsonl").read_text()
 
 
-async def test_not_ready_while_all_breakers_are_open(start, engine, until):
+async def test_not_ready_while_all_breakers_are_open(start: Start, engine: FakeEngine, until: Until) -> None:
     """While every engine is skipped, all requests are refused; then one request is tried."""
     front = await start("calm", **{"gateway.breaker_failures": 2, "gateway.breaker_open_s": 0.5})
     engine.trick = "busy"
@@ -149,7 +157,7 @@ async def test_not_ready_while_all_breakers_are_open(start, engine, until):
     assert await readiness(front) == []
 
 
-async def test_not_ready_while_a_mandatory_policy_is_suspended(start):
+async def test_not_ready_while_a_mandatory_policy_is_suspended(start: Start) -> None:
     """A suspended policy refuses everyone for whom it is mandatory, and readiness reports it."""
     front = await start("calm", bindings=MANDATORY)
     catalogue = front.apps.gateway.catalogue

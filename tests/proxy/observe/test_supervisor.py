@@ -2,11 +2,15 @@
 
 import ast
 import asyncio
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import structlog
 import watchfiles
+from running_gateway import Start, Until
 
 import proxy
 from interpretops.errors import EngineError
@@ -57,7 +61,7 @@ class Gone:
     transport = None
 
 
-def calls_in_the_gateway(*names):
+def calls_in_the_gateway(*names: str) -> Iterator[Any]:
     """(file, call) of every call of a function or method of these names."""
     for path in sorted(Path(proxy.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -67,13 +71,13 @@ def calls_in_the_gateway(*names):
                     yield path.name, node
 
 
-def test_every_task_is_started_by_the_supervisor():
+def test_every_task_is_started_by_the_supervisor() -> None:
     """Nothing else in the gateway starts tasks, so none can fail unnoticed."""
     starters = ("create_task", "ensure_future", "TaskGroup", "run_coroutine_threadsafe", "Task")
     assert {file for file, _ in calls_in_the_gateway(*starters)} == {"supervisor.py"}
 
 
-def test_every_declared_task_is_started_and_tested():
+def test_every_declared_task_is_started_and_tested() -> None:
     """The declared task names match the tasks that exist."""
     started = {
         node.args[0].value
@@ -85,7 +89,7 @@ def test_every_declared_task_is_started_and_tested():
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten pauses that are not under test."""
     for module, name in ((watch, "_POLL_S"), (budget, "_SAVE_EVERY_S"), (audit, "_SYNC_EVERY_S")):
         monkeypatch.setattr(module, name, 0.02)
@@ -97,11 +101,11 @@ def quick(monkeypatch):
     monkeypatch.setattr("proxy.engines.fleet_loop._RESOLVE_EVERY_S", 0.02)
 
 
-def break_on_demand(monkeypatch, owner, name):
+def break_on_demand(monkeypatch: pytest.MonkeyPatch, owner: ModuleType | type, name: str) -> dict[str, int]:
     """Make a function raise while ``broken`` is set; counts its successful calls."""
     original, state = getattr(owner, name), {"broken": False, "well": 0}
 
-    def replaced(*args, **kwargs):
+    def replaced(*args: Any, **kwargs: int) -> Any:
         if state["broken"]:
             raise RuntimeError(SECRET)
         state["well"] += 1
@@ -116,7 +120,9 @@ def break_on_demand(monkeypatch, owner, name):
 
 @pytest.mark.usefixtures("quick", "engine")
 @pytest.mark.parametrize("task", KEPT)
-async def test_failed_task_is_logged_counted_and_restarted(start, monkeypatch, tmp_path, until, task):
+async def test_failed_task_is_logged_counted_and_restarted(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, until: Until, task: str
+) -> None:
     """Whatever a task raises: the log names task, type and place, never the text; a metric counts it; the
     task resumes when it can; and while an enforcing task keeps failing, the gateway is not ready."""
     write_keys(tmp_path / "keys.yaml", [make_key(role="viewer")[1]])
@@ -143,7 +149,7 @@ async def test_failed_task_is_logged_counted_and_restarted(start, monkeypatch, t
         "reloads", lambda alive: reload.reload_on_signal(signal, gateway, alive)
     )
 
-    def shown(metric):
+    def shown(metric: str) -> float:
         (value,) = (
             float(line.rsplit(" ", 1)[1])
             for line in gateway.metrics.render().decode().splitlines()
@@ -151,7 +157,7 @@ async def test_failed_task_is_logged_counted_and_restarted(start, monkeypatch, t
         )
         return value
 
-    def nudge():
+    def nudge() -> None:
         signal.set()
         if task == "shared limits":
             gateway.limiter._shared._has_pending.set()
@@ -161,11 +167,11 @@ async def test_failed_task_is_logged_counted_and_restarted(start, monkeypatch, t
         if task == "policy notifications":
             (front.policies / "calm.yaml").touch()
 
-    async def failed():
+    async def failed() -> bool:
         nudge()
         return shown("interpretops_task_failures_total") >= 3
 
-    async def ready():
+    async def ready() -> bool:
         nudge()
         return await front.engine_ready() and not shown("interpretops_task_down")
 
@@ -188,13 +194,13 @@ async def test_failed_task_is_logged_counted_and_restarted(start, monkeypatch, t
 
 
 @pytest.fixture
-def watched():
+def watched() -> tuple[Supervisor, list[Any], list[Any]]:
     """A supervisor with no pauses, its metrics and its log."""
     log = structlog.testing.LogCapture()
     metrics = Metrics()
     pauses = []
 
-    async def pause(seconds):
+    async def pause(seconds: float) -> None:
         pauses.append(seconds)
         await asyncio.sleep(0)
 
@@ -202,13 +208,15 @@ def watched():
 
 
 @pytest.mark.parametrize("ending", ["raises", "returns", "group", "cancelled inside"])
-async def test_task_is_restarted_however_it_ends(watched, ending):
+async def test_task_is_restarted_however_it_ends(
+    watched: tuple[Supervisor, list[Any], list[Any]], ending: str
+) -> None:
     """An exception, an exception group, a return, and a cancellation of what it awaits all count as
     failures."""
     tasks, log, pauses = watched
     turns, over = [], asyncio.Event()
 
-    async def run(alive):
+    async def run(alive: Callable[..., Any]) -> None:
         turns.append(ending)
         if len(turns) > 9:
             alive()
@@ -235,12 +243,14 @@ async def test_task_is_restarted_however_it_ends(watched, ending):
     assert task.cancelled()
 
 
-async def test_task_is_down_only_while_no_iteration_succeeds(watched):
+async def test_task_is_down_only_while_no_iteration_succeeds(
+    watched: tuple[Supervisor, list[Any], list[Any]],
+) -> None:
     """Two failures in a row are tolerated, three mean down; one successful iteration ends it."""
     tasks, _, _ = watched
     seen, over = [], asyncio.Event()
 
-    async def run(alive):
+    async def run(alive: Callable[..., Any]) -> None:
         seen.append(tasks.down)
         if len(seen) == 5:
             alive()
@@ -255,11 +265,11 @@ async def test_task_is_down_only_while_no_iteration_succeeds(watched):
     await end(task)
 
 
-async def test_expected_exception_ends_the_task(watched):
+async def test_expected_exception_ends_the_task(watched: tuple[Supervisor, list[Any], list[Any]]) -> None:
     """Exceptions meant for the starter are raised to it, without a retry."""
     tasks, log, _ = watched
 
-    async def run(_alive):
+    async def run(_alive: Callable[..., Any]) -> None:
         raise EngineError("no engine comes up")
 
     with pytest.raises(EngineError):
@@ -267,11 +277,11 @@ async def test_expected_exception_ends_the_task(watched):
     assert log == []
 
 
-async def test_failure_of_a_short_task_is_logged(watched):
+async def test_failure_of_a_short_task_is_logged(watched: tuple[Supervisor, list[Any], list[Any]]) -> None:
     """The exception of an unawaited task is logged and counted; cancellation is not a failure."""
     tasks, log, _ = watched
 
-    async def fail():
+    async def fail() -> None:
         raise KeyError(SECRET)
 
     with pytest.raises(KeyError):
@@ -284,16 +294,16 @@ async def test_failure_of_a_short_task_is_logged(watched):
 
 
 @pytest.mark.usefixtures("engine")
-async def test_event_loop_errors_are_logged_without_their_text(start, until):
+async def test_event_loop_errors_are_logged_without_their_text(start: Start, until: Until) -> None:
     """An event-loop callback that raises is logged and counted, without its arguments."""
     front = await start()
 
-    def callback(_text):
+    def callback(_text: str) -> None:
         raise KeyError(SECRET)
 
     asyncio.get_running_loop().call_soon(callback, SECRET)
 
-    async def logged():
+    async def logged() -> bool:
         return any(line["event"] == "task_failed" and line["task"] == "stray" for line in front.log)
 
     await until(logged)
@@ -301,17 +311,17 @@ async def test_event_loop_errors_are_logged_without_their_text(start, until):
     assert b'interpretops_task_failures_total{task="stray"} 1.0' in front.apps.gateway.metrics.render()
 
 
-async def test_first_of_several_ends_the_others():
+async def test_first_of_several_ends_the_others() -> None:
     """The result is that of the finished coroutine, or of the first in order; the others are cancelled."""
     ended = []
 
-    async def slow():
+    async def slow() -> None:
         try:
             await asyncio.Event().wait()
         finally:
             ended.append("slow")
 
-    async def fast(value):
+    async def fast(value: int) -> int:
         return value
 
     assert await first_of(slow(), fast(1)) == (1, 1)

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from fake_engine import FakeEngine
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from running_gateway import Start
 
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
@@ -44,7 +46,9 @@ def _attributes(span: Any) -> dict[str, Any]:
     }
 
 
-async def test_request_is_a_span_in_its_callers_trace(start, engine, collector, monkeypatch):
+async def test_request_is_a_span_in_its_callers_trace(
+    start: Start, engine: FakeEngine, collector: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The span continues the caller's trace, and names model, policy and receipt but no content."""
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
     address, spans = collector
@@ -72,7 +76,9 @@ async def test_request_is_a_span_in_its_callers_trace(start, engine, collector, 
     assert engine.traced[-1].split("-")[1:3] == ["ab" * 16, span.span_id.hex()]
 
 
-async def test_refusal_is_an_error_of_its_span(start, engine, collector, monkeypatch):
+async def test_refusal_is_an_error_of_its_span(
+    start: Start, engine: FakeEngine, collector: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A withheld answer and an invalid request end their spans with the error code."""
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
     address, spans = collector
@@ -86,7 +92,9 @@ async def test_refusal_is_an_error_of_its_span(start, engine, collector, monkeyp
     assert (_attributes(span)["error.type"], span.status.code) == ("model_not_found", 0)
 
 
-async def test_request_that_is_not_traced_is_answered(start, engine, collector):
+async def test_request_that_is_not_traced_is_answered(
+    start: Start, engine: FakeEngine, collector: Any
+) -> None:
     """Requests of unsampled traces, or with share 0, are answered and send no span."""
     address, spans = collector
     front = await start("calm", **{"tracing.endpoint": address, "tracing.share": 0.0})
@@ -97,7 +105,7 @@ async def test_request_that_is_not_traced_is_answered(start, engine, collector):
     assert spans.empty()
 
 
-async def test_unreachable_collector_costs_no_answer(start, monkeypatch):
+async def test_unreachable_collector_costs_no_answer(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no collector at the address, requests are answered and the gateway stops in time."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     front = await start("calm", **{"tracing.endpoint": "http://127.0.0.1:9"})
@@ -105,7 +113,9 @@ async def test_unreachable_collector_costs_no_answer(start, monkeypatch):
     assert status == 200
 
 
-async def test_without_an_endpoint_the_library_is_not_needed(start, monkeypatch):
+async def test_without_an_endpoint_the_library_is_not_needed(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """OpenTelemetry is imported only if tracing is on; if it is missing then, the error names the remedy."""
     import builtins
     import sys

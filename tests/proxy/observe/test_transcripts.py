@@ -4,9 +4,14 @@ import asyncio
 import json
 import sys
 import threading
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Front, Start, Until
 from typer.testing import CliRunner
 
 from interpretops.errors import ConfigError
@@ -14,6 +19,7 @@ from interpretops.records.transcript_file import Vault, append, delete_old, make
 from interpretops.settings import load_settings
 from mechctl.main import app
 from proxy.observe import transcripts as transcripts_module
+from proxy.observe.transcripts import _Kept
 from proxy.openai_api.routes import ROUTES
 
 WORDS = ("write to a", "@b.exam", "ple or not")
@@ -22,13 +28,13 @@ SECRET = "the canary sings at midnight, mail canary@birds.example"
 
 
 @pytest.fixture
-def key(monkeypatch):
+def key(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("ACME_KEYS", make_key())
     return "env:ACME_KEYS"
 
 
 @pytest.fixture
-async def front(start, tmp_path, key):
+async def front(start: Start, tmp_path: Path, key: str) -> Front:
     tenants = [{"id": "anonymous", "transcripts": {"key": key}}]
     folder, audit = tmp_path / "kept", tmp_path / "audit.jsonl"
     state = tmp_path / "state"
@@ -36,10 +42,10 @@ async def front(start, tmp_path, key):
     return await start("calm", tenants=tenants, **sections)
 
 
-async def kept(front, until, number):
+async def kept(front: Front, until: Until, number: int) -> list[dict[str, Any]]:
     settings = front.apps.gateway.settings
 
-    async def stored():
+    async def stored() -> bool:
         reported = front.apps.gateway.metrics.render().decode()
         return f'interpretops_transcripts_total{{result="stored",tenant="anonymous"}} {number}.0' in reported
 
@@ -48,7 +54,9 @@ async def kept(front, until, number):
     return [vault.open(line) for _, line in read(settings.transcripts_dir, "anonymous")]
 
 
-async def test_request_and_answer_are_stored_redacted_and_encrypted(front, engine, until, tmp_path):
+async def test_request_and_answer_are_stored_redacted_and_encrypted(
+    front: Front, engine: FakeEngine, until: Until, tmp_path: Path
+) -> None:
     """With the key they read as sent except for personal data; without it nothing can be read."""
     messages = [{"role": "user", "content": SECRET}]
     await front.chat(model="tiny-model+calm", messages=messages)
@@ -74,7 +82,7 @@ ASKED = {
 }
 
 
-def answer_of(path):
+def answer_of(path: str) -> Callable[..., Any]:
     """The engine's answer on a route: one body, or events."""
     text = "".join(WORDS)
     output = [{"type": "message", "content": [{"type": "output_text", "text": text}]}]
@@ -109,7 +117,9 @@ def answer_of(path):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [path for path, route in ROUTES.items() if route.generates])
-async def test_every_generating_route_is_stored(front, engine, until, tmp_path, path, stream):
+async def test_every_generating_route_is_stored(
+    front: Front, engine: FakeEngine, until: Until, tmp_path: Path, path: str, stream: bool
+) -> None:
     """On every route, streamed or not: redacted across stream pieces, encrypted, in the file due for
     deletion."""
     engine.script = answer_of(path)
@@ -128,7 +138,9 @@ async def test_every_generating_route_is_stored(front, engine, until, tmp_path, 
 
 
 @pytest.mark.parametrize("path", ASKED)
-async def test_truncated_stream_is_stored_up_to_its_end(front, engine, until, path):
+async def test_truncated_stream_is_stored_up_to_its_end(
+    front: Front, engine: FakeEngine, until: Until, path: str
+) -> None:
     """If the engine dies midway, what was sent until then is stored, with the reason."""
     engine.trick = "dies"
     async with front.public.post(path, json={"model": "tiny-model", "stream": True, **ASKED[path]}) as answer:
@@ -138,7 +150,7 @@ async def test_truncated_stream_is_stored_up_to_its_end(front, engine, until, pa
 
 
 @pytest.mark.parametrize("prompt", [[5, 6], [[5, 6], [7]]])
-async def test_prompt_token_ids_are_not_stored(front, until, prompt):
+async def test_prompt_token_ids_are_not_stored(front: Front, until: Until, prompt: list[Any]) -> None:
     """Token ids could hide text from redaction, so only the fact that there were some is stored."""
     async with front.public.post("/v1/completions", json={"model": "tiny-model", "prompt": prompt}) as answer:
         assert answer.status == 200
@@ -146,7 +158,7 @@ async def test_prompt_token_ids_are_not_stored(front, until, prompt):
     assert record["request"]["prompt"] == ("[TOKENS]" if prompt == [5, 6] else ["[TOKENS]"] * 2)
 
 
-async def test_start_logs_which_routes_are_stored(front, engine, until):
+async def test_start_logs_which_routes_are_stored(front: Front, engine: FakeEngine, until: Until) -> None:
     """The log names tenants and routes. Routes that run no model are not stored."""
     (said,) = [line for line in front.log if line["event"] == "requests_are_kept"]
     assert (said["tenants"], said["routes"]) == (["anonymous"], [*ASKED])
@@ -158,7 +170,9 @@ async def test_start_logs_which_routes_are_stored(front, engine, until):
     assert record["route"] == "/v1/chat/completions"
 
 
-async def test_content_appears_nowhere_but_in_transcripts(front, engine, until):
+async def test_content_appears_nowhere_but_in_transcripts(
+    front: Front, engine: FakeEngine, until: Until
+) -> None:
     """With transcripts on, log, metrics and error responses still contain no content."""
     messages = [{"role": "user", "content": SECRET}]
     answers = [await front.chat(messages=messages, unknown=SECRET), await front.chat(model=SECRET)]
@@ -171,7 +185,7 @@ async def test_content_appears_nowhere_but_in_transcripts(front, engine, until):
     assert "canary sings" not in json.dumps([body for _, _, body in answers[::2]])
 
 
-async def test_nothing_is_stored_without_opt_in(start, tmp_path):
+async def test_nothing_is_stored_without_opt_in(start: Start, tmp_path: Path) -> None:
     """By default nothing is stored, and no folder is created."""
     front = await start("calm", **{"paths.state": tmp_path / "state"})
     await front.chat()
@@ -179,19 +193,21 @@ async def test_nothing_is_stored_without_opt_in(start, tmp_path):
     assert not (tmp_path / "state").exists()
 
 
-async def test_full_disk_loses_the_record_and_not_the_answer(front, until, tmp_path):
+async def test_full_disk_loses_the_record_and_not_the_answer(
+    front: Front, until: Until, tmp_path: Path
+) -> None:
     """A transcript that cannot be stored is counted; the caller still gets the answer."""
     (tmp_path / "kept").write_text("no folder")
     assert (await front.chat())[0] == 200
 
-    async def lost():
+    async def lost() -> bool:
         reported = front.apps.gateway.metrics.render().decode()
         return 'interpretops_transcripts_total{result="lost",tenant="anonymous"} 1.0' in reported
 
     await until(lost)
 
 
-def test_old_days_are_deleted(tmp_path):
+def test_old_days_are_deleted(tmp_path: Path) -> None:
     """For every tenant, also former ones; nothing is kept beyond the retention time."""
     today = date(2026, 11, 25)
     for age in (0, 13, 14, 40):
@@ -201,19 +217,19 @@ def test_old_days_are_deleted(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.jsonl")) == ["2026-11-12.jsonl", "2026-11-25.jsonl"]
 
 
-async def test_gateway_deletes_at_its_start(start, tmp_path, until):
+async def test_gateway_deletes_at_its_start(start: Start, tmp_path: Path, until: Until) -> None:
     """Old files are deleted even if no tenant opts in any more."""
     old = (datetime.now(UTC) - timedelta(days=15)).date()
     append(tmp_path / "state" / "transcripts", "acme", old, b"{}\n")
     await start("calm", **{"paths.state": tmp_path / "state"})
 
-    async def gone():
+    async def gone() -> bool:
         return not list(tmp_path.rglob("*.jsonl"))
 
     await until(gone)
 
 
-def test_keys_can_be_rotated_and_separate_tenants(monkeypatch):
+def test_keys_can_be_rotated_and_separate_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first key encrypts; older ones still decrypt. Another key or tenant, or a changed line, fails."""
     old, new = make_key(), make_key()
     monkeypatch.setenv("OLD", old)
@@ -232,7 +248,7 @@ def test_keys_can_be_rotated_and_separate_tenants(monkeypatch):
         assert vault.open(spoiled) is None
 
 
-def test_truncated_line_damages_no_other(tmp_path):
+def test_truncated_line_damages_no_other(tmp_path: Path) -> None:
     """After a truncated record, the next one starts on its own line."""
     append(tmp_path, "acme", date(2026, 11, 25), b'{"id": "ha')
     append(tmp_path, "acme", date(2026, 11, 25), b"{}\n")
@@ -249,7 +265,7 @@ def test_truncated_line_damages_no_other(tmp_path):
         ),
     ],
 )
-def test_invalid_settings_prevent_start_up(sections, message):
+def test_invalid_settings_prevent_start_up(sections: dict[str, Any], message: str) -> None:
     """A retention of 0 days, and a key where a reference belongs."""
     tenants = [{"id": "acme", "transcripts": {"key": "env:ACME_KEYS"}}]
     with pytest.raises(ConfigError, match=message) as caught:
@@ -257,7 +273,9 @@ def test_invalid_settings_prevent_start_up(sections, message):
     assert "hunter2" not in str(caught.value)
 
 
-def test_missing_or_wrong_key_is_named_without_its_text(monkeypatch, tmp_path):
+def test_missing_or_wrong_key_is_named_without_its_text(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The reference is named with the remedy; the content of the variable or file never is."""
     monkeypatch.setenv("BAD", "hunter2")
     for reference, message in (
@@ -271,7 +289,9 @@ def test_missing_or_wrong_key_is_named_without_its_text(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "phonenumbers", "stdnum"])
-async def test_missing_package_prevents_start_up_and_is_named(start, key, monkeypatch, missing):
+async def test_missing_package_prevents_start_up_and_is_named(
+    start: Start, key: str, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
     """Without the packages, a gateway with opted-in tenants refuses to start; others start."""
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ConfigError, match=rf"needs? {missing}.*; pip install 'interpretops\[transcripts\]'"):
@@ -279,14 +299,14 @@ async def test_missing_package_prevents_start_up_and_is_named(start, key, monkey
     await start("calm")
 
 
-def test_key_cannot_be_made_without_the_package(monkeypatch):
+def test_key_cannot_be_made_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """`mechctl transcripts key` says in one line what to install."""
     monkeypatch.setitem(sys.modules, "cryptography", None)
     with pytest.raises(ConfigError, match=r"needs cryptography; pip install 'interpretops\[transcripts\]'"):
         make_key()
 
 
-def test_command_makes_keys_and_reads_back(tmp_path, monkeypatch):
+def test_command_makes_keys_and_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`mechctl transcripts key` and `read`: by day, by request; a line that cannot be decrypted gives status
     1."""
     runner = CliRunner()
@@ -310,17 +330,17 @@ def test_command_makes_keys_and_reads_back(tmp_path, monkeypatch):
     assert runner.invoke(app, ask).exit_code == 1
 
 
-async def test_burst_is_stored(front, until):
+async def test_burst_is_stored(front: Front, until: Until) -> None:
     """Requests that end simultaneously are all stored: the queue is bounded by size, not number."""
     await asyncio.gather(*(front.chat() for _ in range(300)))
     assert len(await kept(front, until, 300)) == 300
     assert not [line for line in front.log if line["event"] == "transcript_lost"]
 
 
-async def lost(front, until, number):
+async def lost(front: Front, until: Until, number: int) -> list[dict[str, str]]:
     """The log lines of lost transcripts, once the metric has counted that many."""
 
-    async def counted():
+    async def counted() -> bool:
         reported = front.apps.gateway.metrics.render().decode()
         return f'interpretops_transcripts_total{{result="lost",tenant="anonymous"}} {number}.0' in reported
 
@@ -328,13 +348,15 @@ async def lost(front, until, number):
     return [line for line in front.log if line["event"] == "transcript_lost"]
 
 
-async def test_every_lost_transcript_is_logged(front, until, monkeypatch):
+async def test_every_lost_transcript_is_logged(
+    front: Front, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each lost transcript is logged with id and reason, also when the queue is full."""
     monkeypatch.setattr(transcripts_module, "_MAX_WAITING_BYTES", 1000)
     release = threading.Event()
     real = front.apps.gateway.transcripts._write
 
-    def wait(kept):
+    def wait(kept: _Kept) -> None:
         assert release.wait(20)
         real(kept)
 
@@ -349,11 +371,13 @@ async def test_every_lost_transcript_is_logged(front, until, monkeypatch):
     assert len(await kept(front, until, 9 - len(lines))) == 9 - len(lines) > 1
 
 
-async def test_failed_write_loses_no_other_transcript(front, until, monkeypatch):
+async def test_failed_write_loses_no_other_transcript(
+    front: Front, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An unexpected error loses one transcript, which is logged and counted, but not those behind it."""
     real, called = front.apps.gateway.transcripts._write, []
 
-    def fail(kept):
+    def fail(kept: _Kept) -> None:
         called.append(kept)
         if len(called) == 1:
             raise KeyError(SECRET)
@@ -368,13 +392,15 @@ async def test_failed_write_loses_no_other_transcript(front, until, monkeypatch)
     assert SECRET not in str(front.log)
 
 
-async def test_stop_during_a_write_loses_nothing(front, until, monkeypatch):
+async def test_stop_during_a_write_loses_nothing(
+    front: Front, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a thread is writing when the gateway stops is written once, and so is the queue behind it."""
     begun, release = threading.Event(), threading.Event()
     transcripts = front.apps.gateway.transcripts
     real = transcripts._write
 
-    def wait(kept):
+    def wait(kept: _Kept) -> None:
         begun.set()
         assert release.wait(20)
         real(kept)
@@ -389,12 +415,14 @@ async def test_stop_during_a_write_loses_nothing(front, until, monkeypatch):
     assert len(await kept(front, until, 2)) == 2
 
 
-async def test_missing_thread_loses_only_one_transcript(front, until, monkeypatch):
+async def test_missing_thread_loses_only_one_transcript(
+    front: Front, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If no thread can be started, one transcript is lost, logged and counted, but not those behind it."""
     loop, transcripts = asyncio.get_running_loop(), front.apps.gateway.transcripts
     real, refused = loop.run_in_executor, []
 
-    def refuse(executor, work, *arguments):
+    def refuse(executor: None, work: Callable[..., Any], *arguments: _Kept) -> Any:
         if work == transcripts._write and not refused:
             refused.append(work)
             raise RuntimeError("can't start new thread")

@@ -1,6 +1,8 @@
 """The generated text of every route is found once, complete, streamed or not."""
 
 import json
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -31,7 +33,7 @@ REQUEST = {"model": "m", "instructions": "be kind", "text": {"format": {"type": 
         ([{"output_index": 0, "delta": "a"}, {"output_index": 0, "delta": "b"}], True, ["ab"]),
     ],
 )
-def test_text_pieces_of_every_route_are_joined(answer, streamed, texts):
+def test_text_pieces_of_every_route_are_joined(answer: Any, streamed: bool, texts: list[str]) -> None:
     """Chat, completions, responses and messages, streamed or not; personal data may span events."""
     raw = json.dumps(answer).encode()
     if streamed:
@@ -39,11 +41,11 @@ def test_text_pieces_of_every_route_are_joined(answer, streamed, texts):
     assert answer_texts(raw + b"data: [DONE]\n\n" if streamed else raw, streamed=streamed) == texts
 
 
-def lines(events):
+def lines(events: list[Any]) -> bytes:
     return b"".join(b"data: %s\n\n" % event.model_dump_json().encode() for event in events)
 
 
-def test_streamed_response_yields_each_text_once():
+def test_streamed_response_yields_each_text_once() -> None:
     """Its last events repeat the whole text, and its first ones repeat the request."""
     from vllm.entrypoints.openai.responses import streaming_events as engine
 
@@ -59,7 +61,7 @@ def test_streamed_response_yields_each_text_once():
     assert answer_texts(stream, streamed=True) == ["hmm", "ice cream"]
 
 
-async def test_streamed_message_yields_each_text_once():
+async def test_streamed_message_yields_each_text_once() -> None:
     """Its blocks start empty; tool arguments arrive in pieces, but are an object when not streamed."""
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
@@ -70,7 +72,7 @@ async def test_streamed_message_yields_each_text_once():
     chunk = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
 
-    async def chat():
+    async def chat() -> AsyncIterator[Any]:
         for delta in deltas:
             yield f"data: {json.dumps({**chunk, 'choices': [{'index': 0, 'delta': delta}]})}\n\n"
         yield f"data: {json.dumps({**chunk, 'choices': [], 'usage': usage})}\n\n"
@@ -87,7 +89,7 @@ async def test_streamed_message_yields_each_text_once():
         assert answer_texts(raw.encode(), streamed=streamed) == ["ice cream", '{"x": "a"}']
 
 
-def test_unexpected_types_break_nothing():
+def test_unexpected_types_break_nothing() -> None:
     """A value of an unexpected type breaks nothing: the rest is read."""
     answer = json.dumps({"content": [{"type": ["tool_use"], "input": {"text": "a"}}]}).encode()
     assert answer_texts(answer, streamed=False) == ["a"]

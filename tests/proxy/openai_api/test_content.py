@@ -2,17 +2,21 @@
 
 import copy
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import anthropic
 import openai
 import pytest
+from fake_engine import FakeEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
+from running_gateway import Start
 
 from proxy.errors import FieldNotAllowed, InvalidRequest, Refusal
 from proxy.openai_api.request_body import clean, serialize
-from proxy.openai_api.routes import ROUTES
+from proxy.openai_api.routes import ROUTES, Route
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -24,7 +28,7 @@ CHAT, RESPONSES, ANTHROPIC = (
 )
 
 
-def content_of(part):
+def content_of(part: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {"messages": [{"role": "user", "content": [part]}]}
 
 
@@ -53,7 +57,7 @@ SHAPES = {
 }
 
 
-def refusal_of(route, body):
+def refusal_of(route: Route, body: dict[str, Any]) -> FieldNotAllowed | InvalidRequest | None:
     try:
         serialize(clean(route, body))
     except Refusal as refusal:
@@ -61,7 +65,7 @@ def refusal_of(route, body):
     return None
 
 
-def places(value, path=()):
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[Any]:
     """Every path in a JSON value."""
     yield path
     children = (
@@ -71,7 +75,7 @@ def places(value, path=()):
         yield from places(child, (*path, name))
 
 
-def put(value, path, new):
+def put(value: list[Any], path: tuple[Any, ...], new: Any) -> Any:
     """A copy of the value with one path replaced."""
     if not path:
         return new
@@ -87,7 +91,7 @@ def put(value, path, new):
 @pytest.mark.parametrize("path", ROUTES)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_any_json_anywhere_is_answered_or_refused(path, data):
+def test_any_json_anywhere_is_answered_or_refused(path: str, data: Any) -> None:
     """Any JSON in any field, at any depth, gives an answer or an error, never a 500."""
     route = ROUTES[path]
     name = data.draw(st.sampled_from(sorted(route.fields)))
@@ -102,7 +106,7 @@ def test_any_json_anywhere_is_answered_or_refused(path, data):
         assert str(refused.param or name).split("[")[0].split(".")[0] in (name, "input")
 
 
-async def test_unexpected_types_cause_no_internal_error(start, engine):
+async def test_unexpected_types_cause_no_internal_error(start: Start, engine: FakeEngine) -> None:
     """A list or object in place of a type name is refused on every route of a listener."""
     front = await start("calm")
     odd = [["text"], {"text": 1}, None, 7, True, "\ud800"]
@@ -151,20 +155,20 @@ async def test_unexpected_types_cause_no_internal_error(start, engine):
         (RESPONSES, {"input": [{"role": "user", "content": "hi", "image_url": "http://x"}]}),
     ],
 )
-def test_other_content_cannot_hide_in_a_text_part(route, fields):
+def test_other_content_cannot_hide_in_a_text_part(route: Route, fields: dict[str, Any]) -> None:
     """A content part or message with text holds no other content under any name that an engine reads."""
     with pytest.raises(FieldNotAllowed, match="only text is supported"):
         clean(route, {"model": "m", **fields})
 
 
 @pytest.mark.parametrize("note", [{"phase": "final_answer"}, {"state": "done"}, {"parsed": {"a": 1}}])
-def test_client_keys_on_a_part_are_removed(note):
+def test_client_keys_on_a_part_are_removed(note: dict[str, Any]) -> None:
     """Unknown keys of a part are removed: they never reach the engine, and refuse no request."""
     kept = clean(CHAT, {"model": "m", **content_of({"type": "text", "text": "hi", **note})})
     assert kept["messages"] == content_of({"type": "text", "text": "hi"})["messages"]
 
 
-def test_app_labels_on_a_message_are_removed():
+def test_app_labels_on_a_message_are_removed() -> None:
     """A message may carry a `source` of the app's own, as a plain value that is not content."""
     messages = [{"role": "user", "content": "hi", "source": "slack", "document": 7}]
     assert clean(CHAT, {"model": "m", "messages": messages})["messages"] == [
@@ -174,21 +178,21 @@ def test_app_labels_on_a_message_are_removed():
         clean(CHAT, {"model": "m", "messages": [{"role": "user", "content": "hi", "source": {"url": "x"}}]})
 
 
-def test_null_field_is_ignored():
+def test_null_field_is_ignored() -> None:
     """Clients send unset fields as null; only values are refused."""
     body = {"model": "m", "messages": [], "functions": None, "best_of": None}
     assert clean(CHAT, body) == {"model": "m", "messages": []}
 
 
 @pytest.mark.parametrize("content", [7, True, {"type": "text"}])
-def test_content_is_text_or_a_list(content):
+def test_content_is_text_or_a_list(content: Any) -> None:
     """Other types of content are refused with their path."""
     messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": content}]
     with pytest.raises(InvalidRequest, match=r"messages\[1\].content must be"):
         clean(CHAT, {"model": "m", "messages": messages})
 
 
-def test_client_keys_on_messages_are_removed():
+def test_client_keys_on_messages_are_removed() -> None:
     """Ids and times that a client keeps on its messages, and empty fields of any name, are removed without an
     error."""
     noted = {"id": "m1", "createdAt": "2026-01-01", "task": "action", "audio": None, "images": []}
@@ -198,7 +202,7 @@ def test_client_keys_on_messages_are_removed():
     assert clean(CHAT, body)["messages"] == [{"role": "user", "content": [sent]}]
 
 
-def test_official_clients_content_is_accepted():
+def test_official_clients_content_is_accepted() -> None:
     """Answers of the official packages, sent back as history, are accepted unchanged."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     said = ChatCompletionMessage(role="assistant", content=None, tool_calls=[call], annotations=[])

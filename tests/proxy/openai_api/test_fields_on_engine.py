@@ -4,9 +4,14 @@ import asyncio
 import itertools
 import json
 import shutil
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from engines import EngineServer
+from running_gateway import Front, Start
 from safetensors.numpy import save_file
 
 from interpretops.refusal_detector import is_refusal
@@ -105,7 +110,9 @@ TELLING = {"echo", "include", "logprob_token_ids", "logprobs", "n", "prompt_logp
 
 
 @pytest.fixture
-async def serve(start, engine_server, tmp_path, repository):
+async def serve(
+    start: Start, engine_server: EngineServer, tmp_path: Path, repository: Path
+) -> Callable[..., Awaitable[Any]]:
     """Start a gateway with the shared engine, under one mandatory policy or, for ``none``, without any."""
     folder = tmp_path / "policies"
     folder.mkdir()
@@ -113,7 +120,7 @@ async def serve(start, engine_server, tmp_path, repository):
     save_file({"ones": np.ones(576, np.float32)}, folder / "ones.safetensors")
     shutil.copy(repository / "policies/jailbreak.yaml", folder)
 
-    async def run(policy):
+    async def run(policy: Any) -> Any:
         front = await start(
             wait=False,
             bindings=[{"policy": policy, "mode": "mandatory"}],
@@ -125,7 +132,7 @@ async def serve(start, engine_server, tmp_path, repository):
     return run
 
 
-async def post(front, path, **body):
+async def post(front: Front, path: Any, **body: Any) -> Any:
     greedy = {"temperature": 0} if ROUTES[path].generates else {}
     async with front.public.post(path, json={"model": "m", **greedy, **body}) as answer:
         text = await answer.text()
@@ -137,7 +144,7 @@ async def post(front, path, **body):
 CANDIDATE = {"token", "logprob"}
 
 
-def distributions(got):
+def distributions(got: Any) -> Iterator[Any]:
     """Every map from token to log-probability in an answer, one per position."""
     if isinstance(got, list):
         # Entries that contain further entries are positions, not candidates for one.
@@ -156,13 +163,13 @@ def distributions(got):
             yield from distributions(value)
 
 
-def same(one, other):
+def same(one: Any, other: Any) -> Any:
     """Whether two maps can be the same distribution: bfloat16 differs slightly between batches."""
     shared = one.keys() & other.keys()
     return len(shared) >= 2 and all(abs(one[token] - other[token]) < 0.05 for token in shared)
 
 
-def base(path, sofar):
+def base(path: Any, sofar: Any) -> Any:
     """A request for all log-probabilities of a route, with the unsteered answer so far as prompt."""
     said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": sofar}]
     return {
@@ -185,7 +192,7 @@ def base(path, sofar):
     }[path]
 
 
-async def unsteered(front):
+async def unsteered(front: Front) -> Any:
     """The unsteered answer and its distributions, on both routes that return log-probabilities."""
     chat = {"messages": [{"role": "user", "content": QUESTION}], "logprobs": True, "top_logprobs": TOP}
     texts, maps = {}, []
@@ -202,14 +209,14 @@ async def unsteered(front):
     return texts, maps
 
 
-async def test_no_field_shows_the_unsteered_distribution(serve):
+async def test_no_field_shows_the_unsteered_distribution(serve: Callable[..., Awaitable[Any]]) -> None:
     """With every field at its most revealing value, no answer contains an unsteered distribution."""
     texts, maps = await unsteered(await serve("none"))
     front = await serve("gated")
     limit = asyncio.Semaphore(12)
     answered = dict.fromkeys((path for path, route in ROUTES.items() if route.generates), 0)
 
-    async def ask(path, name, value, stream):
+    async def ask(path: Any, name: Any, value: Any, stream: Any) -> None:
         sofar = texts.get(path, texts["/v1/chat/completions"])
         async with limit:
             status, got, _ = await post(front, path, **{**base(path, sofar), "stream": stream, name: value})
@@ -228,7 +235,7 @@ async def test_no_field_shows_the_unsteered_distribution(serve):
     assert min(answered.values()) > 10
 
 
-async def test_attack_loop_reads_nothing(serve):
+async def test_attack_loop_reads_nothing(serve: Callable[..., Awaitable[Any]]) -> None:
     """Send prompt plus answer so far and read one token, repeatedly: 0 tokens leak, on each route."""
     front = await serve("jailbreak")
     harmful = read_suite(None).harmful[0]
@@ -254,12 +261,12 @@ async def test_attack_loop_reads_nothing(serve):
     assert read == []
 
 
-async def test_special_tokens_in_content_do_not_change_the_gate(serve):
+async def test_special_tokens_in_content_do_not_change_the_gate(serve: Callable[..., Awaitable[Any]]) -> None:
     """With a special token between all words the shipped gate opens as without them."""
     front = await serve("jailbreak")
     harmful = read_suite(None).harmful
 
-    async def fired(text):
+    async def fired(text: Any) -> Any:
         said = {"messages": [{"role": "user", "content": text}]}
         status, (answer,), receipt = await post(
             front, "/v1/chat/completions", max_tokens=1, return_token_ids=True, **said
@@ -276,7 +283,7 @@ async def test_special_tokens_in_content_do_not_change_the_gate(serve):
     assert sum(plain) >= len(harmful) - 1
 
 
-async def test_no_route_turns_content_into_special_tokens(serve):
+async def test_no_route_turns_content_into_special_tokens(serve: Callable[..., Awaitable[Any]]) -> None:
     """Routes that return ids show no special tokens; others count as many tokens as for the same plain
     text."""
     front = await serve("none")

@@ -3,10 +3,15 @@
 import asyncio
 import json
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from engines import EngineServer
+from fake_engine import FakeEngine
 from faults.stand import make_stand
+from running_gateway import Start
 
 from proxy.openai_api.openapi import openapi_document
 from proxy.openai_api.request_body import clean
@@ -20,7 +25,7 @@ STRICT = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 
 @pytest.fixture
-def fuzz():
+def fuzz() -> Callable[..., Awaitable[Any]]:
     """Run schemathesis with a document against a URL; skipped if it is not installed."""
     if not (CLIENTS / ".venv/stamp").exists() and "CI" not in os.environ:
         pytest.skip("schemathesis: tests/clients/install.sh has not run, or failed")
@@ -42,7 +47,7 @@ def fuzz():
     return run
 
 
-async def test_document_names_what_is_served_and_nothing_else(start):
+async def test_document_names_what_is_served_and_nothing_else(start: Start) -> None:
     """Every route of the app is in the served document, and every documented route is in the app."""
     front = await start()
     async with front.public.get("/openapi.json") as answer:
@@ -56,7 +61,7 @@ async def test_document_names_what_is_served_and_nothing_else(start):
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_every_field_of_the_document_passes(path):
+def test_every_field_of_the_document_passes(path: str) -> None:
     """No documented field is refused as not allowed."""
     got = openapi_document()["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     body = dict.fromkeys(got["properties"]) | {"model": "m", "input": "hi"}
@@ -64,7 +69,9 @@ def test_every_field_of_the_document_passes(path):
     clean(route, {name: value for name, value in body.items() if name in got["properties"]})
 
 
-async def test_our_document_describes_every_response(start, engine, fuzz, tmp_path):
+async def test_our_document_describes_every_response(
+    start: Start, engine: FakeEngine, fuzz: Callable[..., Awaitable[Any]], tmp_path: Path
+) -> None:
     """Any input, valid or not, gets a documented response in its documented format, and never a 5xx."""
     front = await start("calm", bindings=[{"policy": "calm", "mode": "mandatory"}])
     file = tmp_path / "ours.json"
@@ -83,7 +90,9 @@ async def test_our_document_describes_every_response(start, engine, fuzz, tmp_pa
 
 @pytest.mark.engine
 @pytest.mark.timeout(900)
-async def test_engines_document_makes_no_5xx(engine_server, default_model_dir, fuzz, tmp_path):
+async def test_engines_document_makes_no_5xx(
+    engine_server: EngineServer, default_model_dir: Path, fuzz: Callable[..., Awaitable[Any]], tmp_path: Path
+) -> None:
     """Input allowed or forbidden by the engine's own document, sent to the gateway with a real engine."""
     with engine_server.client() as client:
         document = client.get("/openapi.json").json()

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Start
 
 from interpretops.engine_api import SpecialTokenList
 from interpretops.errors import EngineError
@@ -80,7 +82,7 @@ PASSED = {"stop": [END], "model": END, "cache_salt": END, "bad_words": [END], "s
 
 
 @pytest.mark.parametrize("path", [path for path in ROUTES if path != "/detokenize"])
-def test_every_string_of_the_prompt_is_neutralized(path):
+def test_every_string_of_the_prompt_is_neutralized(path: str) -> None:
     """On every route, in every field that becomes part of the prompt, at any depth, keys included."""
     route, body = ROUTES[path], WRITTEN[path]
     assert set(body) == {name for name, field in route.fields.items() if field.text}
@@ -95,13 +97,13 @@ def test_every_string_of_the_prompt_is_neutralized(path):
 
 
 @pytest.mark.parametrize("path", WRITTEN)
-def test_other_content_passes_unchanged(path):
+def test_other_content_passes_unchanged(path: str) -> None:
     """Text without special tokens reaches the engine unchanged."""
     plain = json.loads(json.dumps(WRITTEN[path]).replace(END, "if a < b: <b>x</b> \u2060"))
     assert neutralize_special_tokens(ROUTES[path], plain, SPECIAL) == plain
 
 
-def test_operators_in_schemas_reach_the_grammar_unchanged():
+def test_operators_in_schemas_reach_the_grammar_unchanged() -> None:
     """`<` starts every special token, but in schemas and tool arguments it is quoted."""
     schema = {"properties": {"op": {"enum": ["=", "<", ">", "<=", "|"]}}, "required": ["op"]}
     chat = {
@@ -129,7 +131,7 @@ def test_operators_in_schemas_reach_the_grammar_unchanged():
 @pytest.mark.parametrize(
     "escaped", [r"\u003c|end|>", r"<\u007cend|>", r"\u003c\u007c\u0065nd|>", r"<|end|\u003e"]
 )
-def test_escapes_in_arguments_spell_no_special_token(escaped):
+def test_escapes_in_arguments_spell_no_special_token(escaped: str) -> None:
     """The engine parses tool arguments as JSON, and templates write the parsed value."""
     call = {
         "role": "assistant",
@@ -157,7 +159,7 @@ def test_escapes_in_arguments_spell_no_special_token(escaped):
 
 @pytest.mark.parametrize("blank", ["", " ", "\n\t ", "\u00a0"])
 @pytest.mark.parametrize("cut", range(1, len(END)))
-def test_parts_that_a_template_trims_join_into_no_special_token(blank, cut):
+def test_parts_that_a_template_trims_join_into_no_special_token(blank: str, cut: int) -> None:
     """Some templates trim every part and append it to the one before."""
     parts = [f"hello {END[:cut]}{blank}", f"{blank}{END[cut:]} there"]
     messages = [{"role": "user", "content": [{"type": "text", "text": part} for part in parts]}]
@@ -166,7 +168,7 @@ def test_parts_that_a_template_trims_join_into_no_special_token(blank, cut):
     assert END not in rendered
 
 
-def test_text_that_the_answer_continues_keeps_its_end():
+def test_text_that_the_answer_continues_keeps_its_end() -> None:
     """With `continue_final_message` no text follows the last message."""
     body = {"messages": [{"role": "assistant", "content": "Here it is: <"}], "continue_final_message": True}
     assert neutralize_special_tokens(ROUTES["/v1/chat/completions"], body, SPECIAL) == body
@@ -183,7 +185,7 @@ def test_text_that_the_answer_continues_keeps_its_end():
         ([[5], [1, 7, 1]], "prompt[1][2]"),
     ],
 )
-def test_special_tokens_among_token_ids_are_refused_by_name(prompt, param):
+def test_special_tokens_among_token_ids_are_refused_by_name(prompt: list[Any], param: str) -> None:
     """The error gives index, id and text. Only the tokenizer's own first token may come first."""
     with pytest.raises(FieldNotAllowed, match=r"is the special token '<\|") as refused:
         neutralize_special_tokens(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL)
@@ -193,14 +195,14 @@ def test_special_tokens_among_token_ids_are_refused_by_name(prompt, param):
 @pytest.mark.parametrize(
     "prompt", [[0.0], [False], [[5], ["0"]], [[5, 0.0]], [5, "0"], ["a", 0], [[5], 0], [[[0]]], {"a": 0}, 0]
 )
-def test_values_the_engine_would_read_as_token_ids_are_refused(prompt):
+def test_values_the_engine_would_read_as_token_ids_are_refused(prompt: Any) -> None:
     """The engine's parser turns 0.0, false and "0" into token 0; only integers pass."""
     with pytest.raises(InvalidRequest, match="prompt"):
         neutralize_special_tokens(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL)
 
 
 @pytest.mark.parametrize("prompt", ["x", ["x", "y"], [1, 5, 7], [[1, 5], [7]], []])
-def test_texts_and_ordinary_token_ids_pass(prompt):
+def test_texts_and_ordinary_token_ids_pass(prompt: Any) -> None:
     """OpenAI's four kinds of prompt."""
     assert neutralize_special_tokens(ROUTES["/v1/completions"], {"prompt": prompt}, SPECIAL) == {
         "prompt": prompt
@@ -209,7 +211,7 @@ def test_texts_and_ordinary_token_ids_pass(prompt):
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize"])
 @pytest.mark.parametrize("role", ["end", "|end|", "assistant\n", ["user"], {"a": 1}, 7, "User"])
-def test_role_that_no_template_knows_is_refused(path, role):
+def test_role_that_no_template_knows_is_refused(path: str, role: Any) -> None:
     """Templates build special tokens from roles, so an unknown role could spell one."""
     name = "input" if path == "/v1/responses" else "messages"
     with pytest.raises(Refusal, match=rf"{name}\[1\].role") as refused:
@@ -217,13 +219,13 @@ def test_role_that_no_template_knows_is_refused(path, role):
     assert refused.value.status == 400
 
 
-def test_field_without_a_reason_cannot_be_declared():
+def test_field_without_a_reason_cannot_be_declared() -> None:
     """The field reference gives a reason for every field."""
     with pytest.raises(ValueError, match="reason"):
         Field("  ")
 
 
-async def test_engine_gets_neutralized_text_on_every_kind_of_route(start, engine):
+async def test_engine_gets_neutralized_text_on_every_kind_of_route(start: Start, engine: FakeEngine) -> None:
     """Generating and counting routes, and token ids, which are refused before the engine is called."""
     front = await start("calm")
     await front.chat(messages=[{"role": "user", "content": END}])
@@ -245,7 +247,9 @@ async def test_engine_gets_neutralized_text_on_every_kind_of_route(start, engine
         (SpecialTokenList.model_construct(ids=["x"]), "malformed"),  # type: ignore[arg-type]
     ],
 )
-async def test_engine_that_lists_no_special_tokens_serves_nobody(start, engine, special, why):
+async def test_engine_that_lists_no_special_tokens_serves_nobody(
+    start: Start, engine: FakeEngine, special: SpecialTokenList | None, why: str
+) -> None:
     """An older plugin, or a tokenizer whose special tokens cannot be neutralized, is not proven; the reason
     is given."""
     engine.special = special

@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
 from hypothesis import given
 from hypothesis import strategies as st
+from running_gateway import Start
 
 from proxy.errors import FieldNotAllowed, InvalidRequest, Refusal, TooLarge
 from proxy.openai_api import request_body as sanitize
 from proxy.openai_api.request_body import MAX_DEPTH, clean, parse_strict, serialize
-from proxy.openai_api.routes import ROUTES
+from proxy.openai_api.routes import ROUTES, Route
 
 CHAT = ROUTES["/v1/chat/completions"]
 JSON = {"Content-Type": "application/json"}
@@ -36,7 +40,7 @@ FORBIDDEN = [
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
 @pytest.mark.parametrize("name", FORBIDDEN)
-def test_field_that_clients_may_not_set_is_refused_by_name(route, name):
+def test_field_that_clients_may_not_set_is_refused_by_name(route: Route, name: str) -> None:
     """Fields that are not known to be safe are refused, however they are spelled."""
     with pytest.raises(FieldNotAllowed, match="may not be set") as refused:
         clean(route, {"model": "m", name: {"interpretops_revision": "none"}})
@@ -64,25 +68,25 @@ def test_field_that_clients_may_not_set_is_refused_by_name(route, name):
         "\ufeff{}",
     ],
 )
-def test_what_two_parsers_could_read_differently_is_refused(text):
+def test_what_two_parsers_could_read_differently_is_refused(text: str) -> None:
     """Duplicate keys, NaN, infinity, half characters and deep nesting are refused, never guessed."""
     with pytest.raises((InvalidRequest, TooLarge)):
         serialize(parse_strict(text.encode("utf-8", "surrogatepass")))
 
 
-def test_utf16_is_refused():
+def test_utf16_is_refused() -> None:
     """A body in another encoding is refused, although Python's parser would read it."""
     with pytest.raises(InvalidRequest):
         parse_strict('{"model": "a"}'.encode("utf-16"))
 
 
-def test_nesting_within_the_bound_is_read():
+def test_nesting_within_the_bound_is_read() -> None:
     """The limit is on depth alone."""
     text = '{"tools": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}"
     assert "tools" in parse_strict(text.encode())
 
 
-def many(part, number, head='{"tools": [', tail="]}"):
+def many(part: str, number: int, head: str = '{"tools": [', tail: str = "]}") -> bytes:
     return (head + ",".join([part] * number) + tail).encode()
 
 
@@ -98,7 +102,7 @@ def many(part, number, head='{"tools": [', tail="]}"):
         many("[" * 60 + "]" * 60, 500),
     ],
 )
-def test_body_of_too_many_values_is_not_parsed(data, monkeypatch):
+def test_body_of_too_many_values_is_not_parsed(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that would block other requests is refused by counting, before it is parsed."""
     monkeypatch.setattr(sanitize, "_DECODER", None)
     with pytest.raises(TooLarge, match=r"more than 200000 values \(gateway.max_body_values"):
@@ -114,7 +118,7 @@ def test_body_of_too_many_values_is_not_parsed(data, monkeypatch):
         {"prompt": "\\" * 100_001 + '"[{,' * 100_000},
     ],
 )
-def test_body_of_many_texts_or_tokens_is_read(body):
+def test_body_of_many_texts_or_tokens_is_read(body: dict[str, Any]) -> None:
     """Long prompts pass; characters inside strings do not count, however they are quoted."""
     assert parse_strict(json.dumps(body).encode()) == body
 
@@ -123,11 +127,11 @@ def test_body_of_many_texts_or_tokens_is_read(body):
     value=st.recursive(st.integers(0, 9) | st.text('\\"[{,:', max_size=5), st.lists, max_leaves=20),
     quoted=st.booleans(),
 )
-def test_count_equals_the_parsers(value, quoted):
+def test_count_equals_the_parsers(value: Any, quoted: bool) -> None:
     """The count equals the number of values found by parsing."""
     data = json.dumps({"stop": json.dumps(value) if quoted else value}, separators=(",", ":")).encode()
 
-    def values(part):
+    def values(part: Any) -> int:
         if isinstance(part, dict):
             return 8 + sum(4 + values(child) for child in part.values()) + max(0, len(part) - 1)
         if isinstance(part, list):
@@ -141,7 +145,7 @@ def test_count_equals_the_parsers(value, quoted):
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=20))
-def test_values_reach_the_engine_as_sent(value):
+def test_values_reach_the_engine_as_sent(value: Any) -> None:
     """Parsing and encoding a body changes no value."""
     raw = json.dumps({"model": "m", "stop": value}).encode()
     if value is not None and "\\ud" not in raw.decode():
@@ -168,7 +172,7 @@ def test_values_reach_the_engine_as_sent(value):
         ("messages", [{"role": "user", "content": [{"image_url": "http://x"}]}]),
     ],
 )
-def test_wrong_value_names_its_field(field, value):
+def test_wrong_value_names_its_field(field: str, value: Any) -> None:
     """A value of the wrong type is refused with the field's name."""
     with pytest.raises(Refusal) as refused:
         clean(CHAT, {"model": "m", field: value})
@@ -176,7 +180,7 @@ def test_wrong_value_names_its_field(field, value):
     assert refused.value.status == 400
 
 
-def test_fields_meaningless_to_the_engine_are_dropped():
+def test_fields_meaningless_to_the_engine_are_dropped() -> None:
     """OpenAI's bookkeeping fields are accepted but not passed on."""
     body = {"model": "m", "messages": [], "user": "u", "metadata": {}, "store": False, "cache_salt": "s-1"}
     assert clean(CHAT, body) == {"model": "m", "messages": [], "cache_salt": "s-1"}
@@ -191,7 +195,9 @@ def test_fields_meaningless_to_the_engine_are_dropped():
         ({"Content-Type": "application/json", "x-INTERPRETOPS-nonce": "0"}, 400),
     ],
 )
-async def test_internal_headers_are_refused(start, engine, headers, status):
+async def test_internal_headers_are_refused(
+    start: Start, engine: FakeEngine, headers: dict[str, str], status: int
+) -> None:
     """Internal headers, and bodies that are not plain JSON, are refused before the body is read."""
     front = await start("calm")
     body = b'{"model": "tiny-model", "messages": []}'
@@ -201,11 +207,11 @@ async def test_internal_headers_are_refused(start, engine, headers, status):
     assert engine.seen == []
 
 
-async def test_body_over_the_bound_is_refused(start, engine):
+async def test_body_over_the_bound_is_refused(start: Start, engine: FakeEngine) -> None:
     """A body over the limit is never read to its end, with or without Content-Length."""
     front = await start(**{"gateway.max_body_bytes": 2000})
 
-    async def endless():
+    async def endless() -> AsyncIterator[Any]:
         for _ in range(100):
             yield b" " * 1000
 
@@ -217,12 +223,12 @@ async def test_body_over_the_bound_is_refused(start, engine):
             assert (await answer.json())["error"]["code"] == "request_too_large"
 
 
-async def test_slow_body_is_refused(start, engine):
+async def test_slow_body_is_refused(start: Start, engine: FakeEngine) -> None:
     """A client that does not finish its body gets an error and holds no resources."""
     front = await start(**{"gateway.body_timeout_s": 0.2})
     done = asyncio.Event()
 
-    async def stuck():
+    async def stuck() -> AsyncIterator[Any]:
         yield b"{"
         await done.wait()
 
@@ -233,7 +239,7 @@ async def test_slow_body_is_refused(start, engine):
     done.set()
 
 
-async def test_engine_sees_only_our_seal(start, engine):
+async def test_engine_sees_only_our_seal(start: Start, engine: FakeEngine) -> None:
     """The engine gets the client's fields, the model without alias, and the gateway's revision and nonce."""
     front = await start("calm")
     await front.chat(model="tiny-model+calm", temperature=0.5, user="u", cache_salt="abc")
@@ -263,7 +269,9 @@ async def test_engine_sees_only_our_seal(start, engine):
         ("POST", "/v1/load_lora_adapter", 404),
     ],
 )
-async def test_what_is_not_guarded_is_not_served(start, engine, method, path, status):
+async def test_what_is_not_guarded_is_not_served(
+    start: Start, engine: FakeEngine, method: str, path: str, status: int
+) -> None:
     """All other routes are refused in OpenAI's format, and never forwarded."""
     front = await start("calm")
     async with front.public.request(method, path, json={}) as answer:

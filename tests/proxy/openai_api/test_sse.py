@@ -1,5 +1,7 @@
 """Splitting of event streams."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ EVENTS = [b'data: {"text":"[DONE]"}\n\n', b'data: {"text":"\\n\\n error"}\n\n', 
 
 
 @given(st.lists(st.sampled_from(EVENTS), max_size=8), st.data())
-def test_events_survive_any_cut_of_the_bytes(events, data):
+def test_events_survive_any_cut_of_the_bytes(events: list[bytes], data: Any) -> None:
     """However the bytes are split, all events come out complete and in order; only the end marker is held
     back."""
     whole = b"".join(events) + DONE
@@ -29,7 +31,7 @@ def test_events_survive_any_cut_of_the_bytes(events, data):
 
 
 @given(st.integers(1, 20))
-def test_error_event_is_seen_in_any_cut(size):
+def test_error_event_is_seen_in_any_cut(size: int) -> None:
     """An error event is passed on and noted."""
     whole = b'data: {"a":1}\n\ndata: {"error": {"message": "x"}}\n\ndata: [DONE]\n\n'
     splitter = SseSplitter(b"data: [DONE]")
@@ -40,7 +42,7 @@ def test_error_event_is_seen_in_any_cut(size):
 
 
 @pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages"])
-def test_only_the_end_event_is_held_back(route):
+def test_only_the_end_event_is_held_back(route: str) -> None:
     """The end event waits for the receipt; its name inside a text has no effect."""
     end = ROUTES[route].end
     text = b"event: x\ndata: " + end.strip() + b"\n\n"
@@ -53,7 +55,7 @@ def test_only_the_end_event_is_held_back(route):
     assert failed.failed
 
 
-def test_endless_event_is_refused(monkeypatch):
+def test_endless_event_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that never ends an event cannot fill the gateway's memory."""
     monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 10)
     with pytest.raises(SseOverflowError):

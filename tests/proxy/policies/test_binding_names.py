@@ -1,18 +1,23 @@
 """Every name in the settings must match something: a binding that never matches guards nobody."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Front, PolicyWriter, Start
 
 from interpretops.errors import ConfigError, EngineError
-from interpretops.records.api_keys import make_key, rotate_key, write_keys
+from interpretops.records.api_keys import ApiKey, make_key, rotate_key, write_keys
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 
 
 @pytest.fixture
-def keys(tmp_path):
+def keys(tmp_path: Path) -> dict[str, tuple[str, ApiKey]]:
     """A key file with two tenants' keys and a viewer's: stored keys by holder, and a function to rewrite
     it."""
     made = {
@@ -26,31 +31,35 @@ def keys(tmp_path):
 
 
 @pytest.fixture
-def guarded(start, tmp_path, keys):
+def guarded(
+    start: Start, tmp_path: Path, keys: dict[str, tuple[str, ApiKey]]
+) -> Callable[..., Awaitable[Front]]:
     """Start a gateway that requires keys."""
     tenants = [{"id": "acme"}, {"id": "other"}]
 
-    async def run(**sections):
+    async def run(**sections: Any) -> Front:
         return await start("calm", **{"tenants": tenants, "paths.keys": tmp_path / "keys.yaml", **sections})
 
     return run
 
 
-def bound(policy="calm", mode="mandatory", **match):
+def bound(policy: str = "calm", mode: str = "mandatory", **match: str) -> list[Any]:
     return [{"policy": policy, "mode": mode, "match": match}]
 
 
-def metrics_of(front):
+def metrics_of(front: Front) -> str:
     return front.apps.gateway.metrics.render().decode()
 
 
-async def reasons(front):
+async def reasons(front: Front) -> list[str]:
     async with front.public.get("/readyz") as answer:
         return (await answer.json())["reasons"]
 
 
 @pytest.mark.parametrize("mode", ["mandatory", "default", "optional"])
-async def test_binding_on_an_unknown_key_prevents_start_up(guarded, keys, mode):
+async def test_binding_on_an_unknown_key_prevents_start_up(
+    guarded: Callable[..., Awaitable[Front]], keys: dict[str, tuple[str, ApiKey]], mode: str
+) -> None:
     """A typo in `match.key` is reported with its location and the nearest key."""
     key = keys["acme"][1].id
     wrong = key[:-1] + ("0" if key[-1] != "0" else "1")
@@ -66,21 +75,34 @@ async def test_binding_on_an_unknown_key_prevents_start_up(guarded, keys, mode):
         ("other", {"tenant": "acme"}, "a key of tenant 'other', and match.tenant is 'acme'"),
     ],
 )
-async def test_binding_on_a_key_that_can_never_match_prevents_start_up(guarded, keys, holder, match, got):
+async def test_binding_on_a_key_that_can_never_match_prevents_start_up(
+    guarded: Callable[..., Awaitable[Front]],
+    keys: dict[str, tuple[str, ApiKey]],
+    holder: str,
+    match: dict[str, str],
+    got: str,
+) -> None:
     """Keys of an admin or another tenant can never make a matching request."""
     with pytest.raises(ConfigError, match=got):
         await guarded(bindings=bound(key=keys[holder][1].id, **match))
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("mandatory", ["binding_unmatched"]), ("optional", [])])
-async def test_expired_key_does_not_prevent_start_up(guarded, keys, mode, expected):
+async def test_expired_key_does_not_prevent_start_up(
+    guarded: Callable[..., Awaitable[Front]],
+    keys: dict[str, tuple[str, ApiKey]],
+    mode: str,
+    expected: list[str],
+) -> None:
     """An expired key must not prevent a restart: it is counted, and not ready if its binding enforces."""
     front = await guarded(bindings=bound(mode=mode, key=keys["old"][1].id))
     assert await reasons(front) == expected
     assert 'interpretops_names_unmatched{place="bindings"} 1.0' in metrics_of(front)
 
 
-async def test_gateway_is_not_ready_while_a_mandatory_binding_has_lost_its_key(guarded, keys, tmp_path):
+async def test_gateway_is_not_ready_while_a_mandatory_binding_has_lost_its_key(
+    guarded: Callable[..., Awaitable[Front]], keys: dict[str, tuple[str, ApiKey]], tmp_path: Path
+) -> None:
     """Revoked while running: not ready, and counted. A new secret under the same id fixes it."""
     _, kept = keys["acme"]
     front = await guarded(bindings=bound(key=kept.id))
@@ -100,7 +122,9 @@ async def test_gateway_is_not_ready_while_a_mandatory_binding_has_lost_its_key(g
     assert (await front.chat(headers={"Authorization": f"Bearer {keys['acme'][0]}"}))[0] == 401
 
 
-async def test_optional_binding_that_lost_its_key_is_counted_only(guarded, keys, tmp_path):
+async def test_optional_binding_that_lost_its_key_is_counted_only(
+    guarded: Callable[..., Awaitable[Front]], keys: dict[str, tuple[str, ApiKey]], tmp_path: Path
+) -> None:
     """Nobody relies on a choice that cannot be made."""
     front = await guarded(bindings=bound(mode="optional", key=keys["acme"][1].id))
     write_keys(tmp_path / "keys.yaml", [keys["other"][1]])
@@ -130,14 +154,16 @@ async def test_optional_binding_that_lost_its_key_is_counted_only(guarded, keys,
         ),
     ],
 )
-async def test_unknown_model_prevents_start_up_of_a_local_engine(start, sections, got):
+async def test_unknown_model_prevents_start_up_of_a_local_engine(
+    start: Start, sections: dict[str, Any], got: str
+) -> None:
     """The model name of a local engine is known before it starts."""
     own = {"engine.url": [], "model.name": "tiny-model"}
     with pytest.raises(ConfigError, match=got):
         await start(**own, **sections)
 
 
-async def test_engine_without_the_bound_model_names_never_joins(start, engine):
+async def test_engine_without_the_bound_model_names_never_joins(start: Start, engine: FakeEngine) -> None:
     """A remote engine's names are known once it is proven: the binding is reported, and nobody is served."""
     front = await start(
         *("calm",),
@@ -152,7 +178,7 @@ async def test_engine_without_the_bound_model_names_never_joins(start, engine):
     assert engine.seen == []
 
 
-async def test_broken_alias_removes_no_other_model_from_the_list(start, engine):
+async def test_broken_alias_removes_no_other_model_from_the_list(start: Start, engine: FakeEngine) -> None:
     """Only the alias is missing and gives 404; it is logged and counted, and all else is served and
     listed."""
     front = await start("calm", aliases=[{"name": "broken", "model": "gone"}, {"name": "bot"}])
@@ -171,7 +197,9 @@ async def test_broken_alias_removes_no_other_model_from_the_list(start, engine):
     assert 'interpretops_names_unmatched{place="aliases"} 1.0' in metrics_of(front)
 
 
-async def test_optional_binding_of_an_unknown_policy_is_reported(start, policy_writer):
+async def test_optional_binding_of_an_unknown_policy_is_reported(
+    start: Start, policy_writer: PolicyWriter
+) -> None:
     """An unknown policy is logged with the nearest id, and counted until its file exists."""
     front = await start("calm", bindings=bound("clam", "optional"))
     assert [line["why"] for line in front.log if line["event"] == "name_unmatched"] == [

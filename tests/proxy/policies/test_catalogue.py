@@ -2,28 +2,36 @@
 
 import asyncio
 import shutil
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Front, PolicyWriter, Start, Until
 
+from interpretops.plan.plan import Plan
+from interpretops.policy.schema import Policy
 from proxy.errors import PolicyUnavailable
 from proxy.policies import policy_files, policy_reading
+from proxy.policies.policy_files import Revision
 
 CHANGED = 0.25
 
 
-async def reload(front, status=200):
+async def reload(front: Front, status: int = 200) -> dict[str, Any]:
     async with front.admin.post("/admin/reload") as answer:
         assert answer.status == status
         return await answer.json()
 
 
-async def revision_of(front, policy):
+async def revision_of(front: Front, policy: str) -> str:
     return next(
         entry["revision"] for entry in (await front.policy_list())["policies"] if entry["id"] == policy
     )
 
 
-async def test_reload_has_taken_effect_when_it_responds(start, engine, policy_writer):
+async def test_reload_has_taken_effect_when_it_responds(
+    start: Start, engine: FakeEngine, policy_writer: PolicyWriter
+) -> None:
     """Every request sent after the reload's response gets the new revision."""
     front = await start("calm", **{"gateway.watch_policies": False})
     old = await revision_of(front, "calm")
@@ -36,7 +44,9 @@ async def test_reload_has_taken_effect_when_it_responds(start, engine, policy_wr
     assert new != old
 
 
-async def test_requests_in_flight_keep_their_revision(start, engine, policy_writer):
+async def test_requests_in_flight_keep_their_revision(
+    start: Start, engine: FakeEngine, policy_writer: PolicyWriter
+) -> None:
     """A request accepted before a reload finishes under its revision, which is retired only then."""
     front = await start("calm", **{"gateway.watch_policies": False})
     old = await revision_of(front, "calm")
@@ -65,7 +75,7 @@ async def test_requests_in_flight_keep_their_revision(start, engine, policy_writ
         "  - {type: head_scale, selector: {layer: 99, heads: [0]}, scale: 1}\n",
     ],
 )
-async def test_broken_edit_keeps_the_old_revision(start, engine, damage):
+async def test_broken_edit_keeps_the_old_revision(start: Start, engine: FakeEngine, damage: str) -> None:
     """A broken file changes nothing, and is reported in the list, the log and a metric."""
     front = await start("calm", **{"gateway.watch_policies": False})
     old = await revision_of(front, "calm")
@@ -83,7 +93,9 @@ async def test_broken_edit_keeps_the_old_revision(start, engine, damage):
 
 
 @pytest.mark.parametrize("trick", ["table_full", "wrong_digest", "same_half", "one_half"])
-async def test_revision_that_the_engine_does_not_attest_never_serves(start, engine, policy_writer, trick):
+async def test_revision_that_the_engine_does_not_attest_never_serves(
+    start: Start, engine: FakeEngine, policy_writer: PolicyWriter, trick: str
+) -> None:
     """If the engine cannot hold a plan or attests a wrong digest (or of two shards one twice, or none), the
     old revision stays."""
     front = await start("calm", **{"gateway.watch_policies": False})
@@ -97,7 +109,9 @@ async def test_revision_that_the_engine_does_not_attest_never_serves(start, engi
     assert await revision_of(front, "calm") != old
 
 
-async def test_new_file_that_does_not_compile_is_known_but_unavailable(start, engine, policy_writer):
+async def test_new_file_that_does_not_compile_is_known_but_unavailable(
+    start: Start, engine: FakeEngine, policy_writer: PolicyWriter
+) -> None:
     """A policy without a valid revision answers 503; a second file with its id changes nothing."""
     front = await start("calm", **{"gateway.watch_policies": False})
     policy_writer(front.policies, "bad", heads="[9]")
@@ -110,7 +124,9 @@ async def test_new_file_that_does_not_compile_is_known_but_unavailable(start, en
     assert (await front.chat(model="tiny-model+calm"))[0] == 200
 
 
-async def test_policy_named_none_is_refused(start, engine, policy_writer):
+async def test_policy_named_none_is_refused(
+    start: Start, engine: FakeEngine, policy_writer: PolicyWriter
+) -> None:
     """No policy may use the name that requests an unsteered answer."""
     front = await start(**{"gateway.watch_policies": False})
     policy_writer(front.policies, "none")
@@ -118,7 +134,9 @@ async def test_policy_named_none_is_refused(start, engine, policy_writer):
     assert engine.plans == {}
 
 
-async def test_deleted_file_withdraws_its_policy_unless_bindings_require_it(start, engine):
+async def test_deleted_file_withdraws_its_policy_unless_bindings_require_it(
+    start: Start, engine: FakeEngine
+) -> None:
     """A deleted optional policy is gone; a required one keeps serving, as do all if the folder disappears."""
     bindings = [{"policy": "strict", "mode": "default"}, {"policy": "*"}]
     front = await start("calm", "strict", bindings=bindings, **{"gateway.watch_policies": False})
@@ -135,7 +153,9 @@ async def test_deleted_file_withdraws_its_policy_unless_bindings_require_it(star
     assert headers["X-Steering-Policy"] == f"strict@{strict[:12]}"
 
 
-async def test_required_policy_cannot_be_renamed(start, engine, policy_writer):
+async def test_required_policy_cannot_be_renamed(
+    start: Start, engine: FakeEngine, policy_writer: PolicyWriter
+) -> None:
     """A new id in the file of a required policy is an error; of an optional one, it is another policy."""
     bindings = [{"policy": "strict", "mode": "default"}, {"policy": "*"}]
     front = await start("calm", "strict", bindings=bindings, **{"gateway.watch_policies": False})
@@ -150,13 +170,15 @@ async def test_required_policy_cannot_be_renamed(start, engine, policy_writer):
     assert await revision_of(front, "strict") == strict
 
 
-async def test_plan_refused_after_a_restart_is_loaded_later(start, engine, until):
+async def test_plan_refused_after_a_restart_is_loaded_later(
+    start: Start, engine: FakeEngine, until: Until
+) -> None:
     """After a restart a policy that the engine refuses is unavailable until the engine accepts it."""
     front = await start("calm", **{"gateway.watch_policies": False})
     engine.plans.clear()
     engine.trick, engine.boot_id = "table_full", "second"
 
-    async def status(wanted):
+    async def status(wanted: int) -> bool:
         return (await front.chat(model="tiny-model+calm"))[0] == wanted
 
     await until(lambda: front.policy_error("calm"))
@@ -171,7 +193,7 @@ async def test_plan_refused_after_a_restart_is_loaded_later(start, engine, until
     assert not await front.policy_error("calm")
 
 
-async def test_rollback_and_promote(start, engine, policy_writer):
+async def test_rollback_and_promote(start: Start, engine: FakeEngine, policy_writer: PolicyWriter) -> None:
     """Rollback serves the previous revision and keeps the newer one as candidate; promote restores it."""
     front = await start("calm", **{"gateway.watch_policies": False})
     old = await revision_of(front, "calm")
@@ -179,7 +201,7 @@ async def test_rollback_and_promote(start, engine, policy_writer):
     await reload(front)
     new = await revision_of(front, "calm")
 
-    async def change(what, status=200, **body):
+    async def change(what: str, status: int = 200, **body: str) -> dict[str, Any]:
         async with front.admin.post(f"/admin/policies/calm/{what}", json=body) as answer:
             assert answer.status == status
             return await answer.json()
@@ -199,7 +221,9 @@ async def test_rollback_and_promote(start, engine, policy_writer):
         assert answer.status == 400
 
 
-async def test_half_written_file_is_read_again(start, engine, monkeypatch):
+async def test_half_written_file_is_read_again(
+    start: Start, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file that changes while it is read is not reported as broken."""
     front = await start("calm", **{"gateway.watch_policies": False})
     path = front.policies / "calm.yaml"
@@ -207,7 +231,7 @@ async def test_half_written_file_is_read_again(start, engine, monkeypatch):
     path.write_text("meta: {id: ")
     compile_file = policy_reading.compile_file
 
-    def finish_writing(*args):
+    def finish_writing(*args: Any) -> Revision:
         try:
             return compile_file(*args)
         finally:
@@ -218,20 +242,22 @@ async def test_half_written_file_is_read_again(start, engine, monkeypatch):
     assert (report["ok"], len(report["loaded"])) == (True, 1)
 
 
-async def test_edit_is_noticed_without_a_reload_call(start, engine, policy_writer, until):
+async def test_edit_is_noticed_without_a_reload_call(
+    start: Start, engine: FakeEngine, policy_writer: PolicyWriter, until: Until
+) -> None:
     """Writing a file is enough; a file with unchanged content is not loaded again."""
     front = await start("calm")
     old = await revision_of(front, "calm")
     policy_writer(front.policies, "calm", CHANGED)
 
-    async def changed():
+    async def changed() -> bool:
         return await revision_of(front, "calm") != old
 
     await until(changed)
     (front.policies / "calm.yaml").touch()
     policy_writer(front.policies, "later")
 
-    async def later_is_there():
+    async def later_is_there() -> bool:
         return "later" in front.apps.gateway.catalogue.entries
 
     await until(later_is_there)
@@ -239,7 +265,7 @@ async def test_edit_is_noticed_without_a_reload_call(start, engine, policy_write
     assert active == ["calm", "calm", "later"]
 
 
-async def test_unloaded_policy_cannot_be_pinned(start, engine):
+async def test_unloaded_policy_cannot_be_pinned(start: Start, engine: FakeEngine) -> None:
     """A revision that is not resident in the engine is never used."""
     front = await start("calm")
     held = front.apps.gateway.catalogue
@@ -248,11 +274,13 @@ async def test_unloaded_policy_cannot_be_pinned(start, engine):
         pass
 
 
-async def test_file_that_crashes_the_compiler_affects_no_other(start, engine, policy_writer, monkeypatch):
+async def test_file_that_crashes_the_compiler_affects_no_other(
+    start: Start, engine: FakeEngine, policy_writer: PolicyWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An unexpected error is reported with file, type and place; later files are still served."""
     compile_policy = policy_files.compile_policy
 
-    def breaks(policy, **fields):
+    def breaks(policy: Policy, **fields: Any) -> Plan:
         if policy.meta.id == "calm":
             raise KeyError("secret")
         return compile_policy(policy, **fields)

@@ -1,8 +1,14 @@
 """Several policies mandatory together: one plan, swapped with its members, or nobody is served."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Front, Start, Until
 
 from interpretops.errors import EngineError
+from proxy.policies.policy_files import Revision
 
 BOTH = [
     {"policy": "calm", "mode": "mandatory"},
@@ -11,7 +17,7 @@ BOTH = [
 ]
 
 
-def write(folder, name, layer, scale=0.5):
+def write(folder: Path, name: str, layer: int, scale: float = 0.5) -> None:
     (folder / f"{name}.yaml").write_text(
         f"meta: {{id: {name}}}\ninterventions:\n"
         f"  - {{type: head_scale, selector: {{layer: {layer}, heads: [0]}}, scale: {scale}}}\n"
@@ -19,7 +25,7 @@ def write(folder, name, layer, scale=0.5):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     path = tmp_path / "policies"
     path.mkdir()
     write(path, "calm", 1)
@@ -27,16 +33,18 @@ def folder(tmp_path):
     return path
 
 
-async def reload(front):
+async def reload(front: Front) -> dict[str, Any]:
     async with front.admin.post("/admin/reload") as answer:
         return await answer.json()
 
 
-def sites(engine, revision):
+def sites(engine: FakeEngine, revision: str) -> list[int]:
     return sorted(site.layer for site in engine.plans[revision].edits)
 
 
-async def test_request_under_two_mandatory_policies_gets_both(start, engine, folder):
+async def test_request_under_two_mandatory_policies_gets_both(
+    start: Start, engine: FakeEngine, folder: Path
+) -> None:
     """One joint plan holds the edits of both; where only one is required, that one applies alone."""
     front = await start(bindings=BOTH)
     _, headers, _ = await front.chat()
@@ -51,7 +59,9 @@ async def test_request_under_two_mandatory_policies_gets_both(start, engine, fol
         assert status == 403 or headers["X-Steering-Policy"].startswith("calm+strict@")
 
 
-async def test_edit_of_one_member_updates_the_joint_plan_at_once(start, engine, folder):
+async def test_edit_of_one_member_updates_the_joint_plan_at_once(
+    start: Start, engine: FakeEngine, folder: Path
+) -> None:
     """After a reload both the single and the joint plan hold the edit, and old rows are freed."""
     front = await start(bindings=BOTH, **{"gateway.watch_policies": False})
     before = set(engine.plans)
@@ -64,7 +74,7 @@ async def test_edit_of_one_member_updates_the_joint_plan_at_once(start, engine, 
     assert len(before & set(engine.plans)) == 1
 
 
-async def test_conflicting_edit_changes_nothing(start, engine, folder):
+async def test_conflicting_edit_changes_nothing(start: Start, engine: FakeEngine, folder: Path) -> None:
     """Policies that edit the same place are not composed: the last good plans keep serving, and the error is
     reported."""
     front = await start(bindings=BOTH, **{"gateway.watch_policies": False})
@@ -79,7 +89,9 @@ async def test_conflicting_edit_changes_nothing(start, engine, folder):
 
 
 @pytest.mark.parametrize("trick", ["full", "silent"])
-async def test_partly_failed_composition_leaves_no_rows(start, engine, folder, until, trick):
+async def test_partly_failed_composition_leaves_no_rows(
+    start: Start, engine: FakeEngine, folder: Path, until: Until, trick: str
+) -> None:
     """If the last of several plans is refused or its load times out, those loaded before are freed, and
     everything continues as before."""
     write(folder, "third", 3)
@@ -95,7 +107,7 @@ async def test_partly_failed_composition_leaves_no_rows(start, engine, folder, u
     assert not (await reload(front))["ok"]
     engine.trick = ""
 
-    async def as_before():
+    async def as_before() -> bool:
         return set(engine.plans) == before
 
     await until(as_before)
@@ -109,11 +121,11 @@ async def test_partly_failed_composition_leaves_no_rows(start, engine, folder, u
     await until(lambda: held(engine, 5))
 
 
-async def held(engine, plans):
+async def held(engine: FakeEngine, plans: int) -> bool:
     return len(engine.plans) == plans
 
 
-async def test_conflicting_policies_serve_nobody(start, engine, folder):
+async def test_conflicting_policies_serve_nobody(start: Start, engine: FakeEngine, folder: Path) -> None:
     """If the policies cannot be composed, nothing is served; readiness and the list report it."""
     write(folder, "strict", 1)
     front = await start(bindings=BOTH)
@@ -125,14 +137,16 @@ async def test_conflicting_policies_serve_nobody(start, engine, folder):
     assert engine.seen == []
 
 
-async def test_restarted_engine_gets_the_composed_plan_again(start, engine, folder, until):
+async def test_restarted_engine_gets_the_composed_plan_again(
+    start: Start, engine: FakeEngine, folder: Path, until: Until
+) -> None:
     """After a restart nobody is served before the engine also holds the joint plan."""
     front = await start(bindings=BOTH)
     engine.plans.clear()
     engine.boot_id = "second"
     seen = set()
 
-    async def served():
+    async def served() -> bool:
         status, headers, _ = await front.chat()
         seen.add((status, headers.get("X-Steering-Policy", "").split("@")[0]))
         return status == 200 and len(engine.plans) == 3
@@ -141,7 +155,9 @@ async def test_restarted_engine_gets_the_composed_plan_again(start, engine, fold
     assert seen <= {(200, "calm+strict"), (502, ""), (503, "")}
 
 
-async def test_failed_restore_of_one_composition_affects_no_other(start, engine, folder, monkeypatch):
+async def test_failed_restore_of_one_composition_affects_no_other(
+    start: Start, engine: FakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If one of two lost joint plans is refused, the other serves again."""
     write(folder, "mild", 3)
     completions = {"policy": "mild", "mode": "mandatory", "match": {"route": "/v1/completions"}}
@@ -152,7 +168,7 @@ async def test_failed_restore_of_one_composition_affects_no_other(start, engine,
     assert second is not None
     load = catalogue.residency.load
 
-    async def refuse_one(revision):
+    async def refuse_one(revision: Revision) -> None:
         if revision is first:
             raise EngineError("no room")
         await load(revision)

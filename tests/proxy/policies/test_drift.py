@@ -2,8 +2,12 @@
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Front, Start
 
 from interpretops.errors import ConfigError
 from proxy.observe.request_context import RequestContext
@@ -11,12 +15,12 @@ from proxy.policies.drift import MIN_REQUESTS, WINDOW, psi
 
 
 @pytest.fixture
-async def front(start, tmp_path):
+async def front(start: Start, tmp_path: Path) -> Front:
     state, audit = tmp_path / "state", tmp_path / "audit.jsonl"
     return await start("calm", **{"paths.state": state, "audit.path": audit})
 
 
-def note(front, edits, times, policy="calm"):
+def note(front: Front, edits: int, times: int, policy: str = "calm") -> None:
     """Record requests with ten evaluated tokens each, as `record_request` does."""
     revision = front.apps.gateway.catalogue.entries["calm"].active.revision
     for _ in range(times):
@@ -25,16 +29,16 @@ def note(front, edits, times, policy="calm"):
         )
 
 
-def shown(front):
+def shown(front: Front) -> str:
     return front.apps.gateway.metrics.render().decode()
 
 
-async def pin(front):
+async def pin(front: Front) -> tuple[Any, ...]:
     async with front.admin.post("/admin/policies/calm/baseline") as answer:
         return answer.status, await answer.json()
 
 
-def test_psi_is_the_known_formula():
+def test_psi_is_the_known_formula() -> None:
     """Matches the textbook sum; equal histograms of different sizes give 0 apart from the half requests."""
     before, now = [80, 20], [50, 50]
     p, q = [80.5 / 101, 20.5 / 101], [50.5 / 101, 50.5 / 101]
@@ -44,7 +48,7 @@ def test_psi_is_the_known_formula():
     assert psi([500, 100], [1000, 200]) < 1e-5
 
 
-async def test_drift_shows_and_ends_with_a_new_baseline(front):
+async def test_drift_shows_and_ends_with_a_new_baseline(front: Front) -> None:
     """Changed firing raises the gauge; pinning a new baseline of the same traffic resets it."""
     note(front, 0, MIN_REQUESTS - 1)
     assert (await pin(front))[0] == 409
@@ -61,7 +65,7 @@ async def test_drift_shows_and_ends_with_a_new_baseline(front):
     assert 'interpretops_policy_drift_psi{policy="calm"} 0.0' in shown(front)
 
 
-async def test_answered_requests_are_counted(front, engine):
+async def test_answered_requests_are_counted(front: Front, engine: FakeEngine) -> None:
     """Every answer with a receipt counts for its own policy only; pass-through counts for none."""
     engine.more = {"edits_applied": 1}
     await front.chat(model="tiny-model+calm")
@@ -72,7 +76,9 @@ async def test_answered_requests_are_counted(front, engine):
     assert entry["drift"]["counts"] == [0, 0, 0, 0, 1, 0]
 
 
-async def test_baseline_outlasts_a_restart_and_belongs_to_its_revision(front, start, tmp_path):
+async def test_baseline_outlasts_a_restart_and_belongs_to_its_revision(
+    front: Front, start: Start, tmp_path: Path
+) -> None:
     """Another gateway finds it in the state folder; it does not apply to another revision."""
     note(front, 0, MIN_REQUESTS)
     await pin(front)
@@ -86,7 +92,9 @@ async def test_baseline_outlasts_a_restart_and_belongs_to_its_revision(front, st
     assert 'drift_psi{policy="calm"}' not in shown(again)
 
 
-async def test_pinning_is_recorded_and_a_malformed_file_is_reported(front, start, tmp_path):
+async def test_pinning_is_recorded_and_a_malformed_file_is_reported(
+    front: Front, start: Start, tmp_path: Path
+) -> None:
     """The audit log records who pinned; a malformed baselines file prevents start-up."""
     note(front, 0, MIN_REQUESTS)
     await pin(front)

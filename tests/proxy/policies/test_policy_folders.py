@@ -5,19 +5,23 @@ import ctypes
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from running_gateway import Front, PolicyWriter, Start
 
 from interpretops.artifacts import Artifacts
 from interpretops.plan import ModelSpec
+from proxy.policies.entry import ReloadReport
 from proxy.policies.policy_folders import SOURCES, PolicyFolders
 
 NOBODY = 65534
 MODEL = ModelSpec("tiny-model", "f" * 64, "LlamaForCausalLM", 8, 4, 2, 2, 4, 32)
 
 
-def broken(front):
+def broken(front: Front) -> dict[str, float]:
     """The metric's values other than 0."""
     sample = front.apps.gateway.metrics.registry.get_sample_value
     counted = {source: sample("interpretops_policy_sources_broken", {"source": source}) for source in SOURCES}
@@ -25,7 +29,7 @@ def broken(front):
     return {source: value for source, value in counted.items() if value}
 
 
-async def reported(front, path):
+async def reported(front: Front, path: Path) -> tuple[Any, ...]:
     """The error of a file or folder in the list and, once, in the log."""
     listed = (await front.policy_list())["file_errors"].get(str(path))
     logged = [
@@ -34,7 +38,7 @@ async def reported(front, path):
     return listed, logged
 
 
-async def look(front, times=3):
+async def look(front: Front, times: int = 3) -> ReloadReport:
     """Reload repeatedly, as the watch does."""
     for _ in range(times):
         report = await front.apps.gateway.intake.reload()
@@ -44,7 +48,7 @@ async def look(front, times=3):
 QUIET = {"gateway.watch_policies": False, "bindings": [{"policy": "calm", "mode": "mandatory"}]}
 
 
-async def serves(front):
+async def serves(front: Front) -> bool:
     """Mandatory and optional policies still answer."""
     status, headers, _ = await front.chat()
     return status == 200 and headers["X-Steering-Policy"].startswith("calm@")
@@ -59,7 +63,9 @@ VANISH = {
 
 
 @pytest.mark.parametrize("how", VANISH)
-async def test_lost_policy_folder_is_reported_and_withdraws_nothing(start, policy_writer, how):
+async def test_lost_policy_folder_is_reported_and_withdraws_nothing(
+    start: Start, policy_writer: PolicyWriter, how: str
+) -> None:
     """All policies keep serving, mandatory or not; list, log and metric report the error until the folder is
     back."""
     front = await start("calm", "other", **QUIET)
@@ -83,7 +89,7 @@ async def test_lost_policy_folder_is_reported_and_withdraws_nothing(start, polic
 
 
 @contextlib.contextmanager
-def without_rights(*folders):
+def without_rights(*folders: Path) -> Iterator[Any]:
     """Run without read permission on the folders; root temporarily uses another uid."""
     for folder in folders:
         folder.chmod(0)
@@ -98,14 +104,14 @@ def without_rights(*folders):
 
 
 @pytest.fixture
-def open_folder():
+def open_folder() -> Iterator[Path]:
     """A folder accessible to all users, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
-def test_unreadable_folder_is_not_an_empty_one(open_folder, policy_writer):
+def test_unreadable_folder_is_not_an_empty_one(open_folder: Path, policy_writer: PolicyWriter) -> None:
     """Files in an unreadable folder are hidden, not treated as deleted."""
     policies, artifacts = open_folder / "policies", open_folder / "artifacts"
     for folder in (policies / "nested", policies / "cards", artifacts / "model"):
@@ -138,7 +144,9 @@ def test_unreadable_folder_is_not_an_empty_one(open_folder, policy_writer):
         assert text in Artifacts(artifacts, MODEL)._what_there_is()
 
 
-async def test_policy_in_an_unreadable_folder_keeps_serving(start, monkeypatch, policy_writer):
+async def test_policy_in_an_unreadable_folder_keeps_serving(
+    start: Start, monkeypatch: pytest.MonkeyPatch, policy_writer: PolicyWriter
+) -> None:
     """The policy stays active although its file cannot be seen."""
     front = await start(**{"gateway.watch_policies": False})
     nested = front.policies / "nested"
@@ -147,7 +155,7 @@ async def test_policy_in_an_unreadable_folder_keeps_serving(start, monkeypatch, 
     await look(front)
     scandir = os.scandir
 
-    def denied(folder):
+    def denied(folder: Path) -> Any:
         if Path(folder) == nested:
             raise PermissionError(13, "Permission denied")
         return scandir(folder)
@@ -171,7 +179,7 @@ async def test_policy_in_an_unreadable_folder_keeps_serving(start, monkeypatch, 
         ),
     ],
 )
-async def test_new_unusable_file_is_reported(start, content, source):
+async def test_new_unusable_file_is_reported(start: Start, content: str, source: str) -> None:
     """A file that is not a policy, or whose id is taken, is counted until it is fixed or deleted."""
     front = await start("calm", **QUIET)
     new = front.policies / "new.yaml"
@@ -187,7 +195,7 @@ async def test_new_unusable_file_is_reported(start, content, source):
     assert broken(front) == {}
 
 
-async def test_unreadable_file_is_reported(start):
+async def test_unreadable_file_is_reported(start: Start) -> None:
     """A new file is counted; a known one sets its policy's own metric, and its revision keeps serving."""
     front = await start("calm", **QUIET)
     (front.policies / "new.yaml").mkdir()
@@ -199,7 +207,9 @@ async def test_unreadable_file_is_reported(start):
     assert await serves(front)
 
 
-async def test_file_whose_id_was_taken_serves_when_the_other_is_deleted(start, policy_writer):
+async def test_file_whose_id_was_taken_serves_when_the_other_is_deleted(
+    start: Start, policy_writer: PolicyWriter
+) -> None:
     """It is tried again without being changed."""
     front = await start("other", **QUIET | {"bindings": [{"policy": "*"}]})
     policy_writer(front.policies, "other", scale=0.25).rename(front.policies / "second.yaml")
@@ -213,7 +223,7 @@ async def test_file_whose_id_was_taken_serves_when_the_other_is_deleted(start, p
     assert (entry["file"], entry["error"]) == (str(front.policies / "second.yaml"), None)
 
 
-async def test_file_of_a_required_policy_may_be_renamed(start):
+async def test_file_of_a_required_policy_may_be_renamed(start: Start) -> None:
     """The new file replaces the deleted one, and no request is refused meanwhile."""
     front = await start("calm", **QUIET)
     (front.policies / "calm.yaml").rename(front.policies / "renamed.yaml")
@@ -225,7 +235,7 @@ async def test_file_of_a_required_policy_may_be_renamed(start):
 
 
 @pytest.mark.parametrize("source", ["artifacts", "cards"])
-async def test_lost_artifact_and_card_folders_are_reported(start, tmp_path, source):
+async def test_lost_artifact_and_card_folders_are_reported(start: Start, tmp_path: Path, source: str) -> None:
     """A folder that never existed is optional; a lost one is reported, and loaded policies keep serving."""
     folder = tmp_path / ("policies/cards" if source == "cards" else "artifacts")
     front = await start("calm", **QUIET, **{"paths.artifacts": tmp_path / "artifacts"})

@@ -1,8 +1,12 @@
 """A revision becomes active on a Risk Card that meets its criteria, or by an override that is recorded."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Front, PolicyWriter, Start
 
 from interpretops.policy import SuccessCriteria
 from interpretops.records.audit_chain import verify
@@ -21,7 +25,7 @@ from interpretops.riskcard.measures import absent, rate
 CRITERIA = "evaluation: {success_criteria: {collateral_damage_max: 0.05}}\n"
 
 
-def write_strict(front, scale):
+def write_strict(front: Front, scale: float) -> None:
     """A policy that states criteria."""
     path = front.policies / "calm.yaml"
     path.write_text(
@@ -30,7 +34,7 @@ def write_strict(front, scale):
     )
 
 
-def write_card(front, revision, harmed, **more):
+def write_card(front: Front, revision: str, harmed: int, **more: Any) -> None:
     """Write a Risk Card with ``harmed`` of 400 benign prompts harmed, and further measures."""
     measures = {name: absent("not asked for") for name in MEASURES}
     measures |= {"collateral_damage": rate(harmed, 400), **more}
@@ -53,28 +57,28 @@ def write_card(front, revision, harmed, **more):
     save_card(card, card_path("calm", front.policies))
 
 
-async def reload(front):
+async def reload(front: Front) -> dict[str, Any]:
     async with front.admin.post("/admin/reload") as answer:
         return await answer.json()
 
 
-async def entry(front):
+async def entry(front: Front) -> dict[str, Any]:
     return (await front.policy_list())["policies"][0]
 
 
-async def promote(front, **body):
+async def promote(front: Front, **body: Any) -> tuple[Any, ...]:
     body = {"revision": (await entry(front))["candidate"], **body}
     async with front.admin.post("/admin/policies/calm/promote", json=body) as answer:
         return answer.status, await answer.json()
 
 
-async def served(front):
+async def served(front: Front) -> int | str:
     status, headers, _ = await front.chat(model="tiny-model+calm")
     return headers["X-Steering-Policy"].removeprefix("calm@") if status == 200 else status
 
 
 @pytest.fixture
-async def front(start, engine, tmp_path):
+async def front(start: Start, engine: FakeEngine, tmp_path: Path) -> Front:
     """A gateway with an active policy whose file has been changed to state criteria, and that has no Risk
     Card."""
     front = await start(
@@ -86,7 +90,7 @@ async def front(start, engine, tmp_path):
     return front
 
 
-async def test_revision_without_a_card_waits(front):
+async def test_revision_without_a_card_waits(front: Front) -> None:
     """The active revision keeps serving; the new one is a candidate and reports what it waits for."""
     found = await entry(front)
     assert (found["revision"], found["error"]) == (front.first, None)
@@ -100,7 +104,7 @@ async def test_revision_without_a_card_waits(front):
     assert await served(front) == front.first[:12]
 
 
-async def test_passing_card_activates_the_candidate(front):
+async def test_passing_card_activates_the_candidate(front: Front) -> None:
     """A passing card of exactly this revision is needed; other revisions' or failing ones do not count."""
     waiting = (await entry(front))["candidate"]
     write_card(front, front.first, 0)
@@ -116,7 +120,7 @@ async def test_passing_card_activates_the_candidate(front):
     assert found["unproven"] is None
 
 
-async def test_promised_benign_loss_gates_a_revision(front):
+async def test_promised_benign_loss_gates_a_revision(front: Front) -> None:
     """`constraints.max_benign_loss_pct` alone, without other criteria, keeps a revision waiting until a card
     shows that answers, exact matches and BLEU are not lost."""
     path = front.policies / "calm.yaml"
@@ -135,7 +139,7 @@ async def test_promised_benign_loss_gates_a_revision(front):
     assert await served(front) == waiting[:12]
 
 
-async def test_override_is_recorded_before_it_is_done(front, tmp_path):
+async def test_override_is_recorded_before_it_is_done(front: Front, tmp_path: Path) -> None:
     """The audit log records who overrode and why, and the policy is shown as unproven."""
     waiting = (await entry(front))["candidate"]
     for wrong in ({"override": {}}, {"override": {"by": "x", "why": " "}}, {"override": 1}, {"force": True}):
@@ -158,11 +162,13 @@ async def test_override_is_recorded_before_it_is_done(front, tmp_path):
     assert verify(path).intact
 
 
-async def test_override_that_cannot_be_recorded_is_not_done(front, monkeypatch):
+async def test_override_that_cannot_be_recorded_is_not_done(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a full disk or no audit log, an override activates nothing."""
     audit = front.apps.gateway.audit
 
-    def full(*_):
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(audit, "_write", full)
@@ -175,7 +181,7 @@ async def test_override_that_cannot_be_recorded_is_not_done(front, monkeypatch):
     assert (await entry(front))["revision"] == front.first
 
 
-async def test_rolled_back_revision_needs_a_promotion(front):
+async def test_rolled_back_revision_needs_a_promotion(front: Front) -> None:
     """A passing card does not reactivate a rolled-back revision; a promotion does."""
     waiting = (await entry(front))["candidate"]
     write_card(front, waiting, 2)
@@ -188,14 +194,16 @@ async def test_rolled_back_revision_needs_a_promotion(front):
     assert await served(front) == waiting[:12]
 
 
-async def test_file_changed_back_leaves_no_candidate(front, policy_writer):
+async def test_file_changed_back_leaves_no_candidate(front: Front, policy_writer: PolicyWriter) -> None:
     """The candidate is dropped when the file is changed back to the active content."""
     policy_writer(front.policies, "calm")
     await reload(front)
     assert (await entry(front))["candidate"] is None
 
 
-async def test_first_start_serves_without_a_card_and_warns(start, engine, tmp_path):
+async def test_first_start_serves_without_a_card_and_warns(
+    start: Start, engine: FakeEngine, tmp_path: Path
+) -> None:
     """By default a policy without a Risk Card is served, with a warning and a metric."""
     folder = tmp_path / "policies"
     folder.mkdir()
@@ -210,7 +218,9 @@ async def test_first_start_serves_without_a_card_and_warns(start, engine, tmp_pa
     assert b'interpretops_policy_unproven{policy="calm"} 1.0' in front.apps.gateway.metrics.render()
 
 
-async def test_cards_can_be_required_from_the_first_start(start, engine, tmp_path):
+async def test_cards_can_be_required_from_the_first_start(
+    start: Start, engine: FakeEngine, tmp_path: Path
+) -> None:
     """With `policies.require_cards` nothing is served without a passing card, even at the first start."""
     folder = tmp_path / "policies"
     folder.mkdir()
@@ -225,7 +235,7 @@ async def test_cards_can_be_required_from_the_first_start(start, engine, tmp_pat
     assert await served(front) == (await entry(front))["revision"][:12]
 
 
-async def test_promotion_activates_the_reviewed_revision_or_nothing(front, tmp_path):
+async def test_promotion_activates_the_reviewed_revision_or_nothing(front: Front, tmp_path: Path) -> None:
     """If the candidate changed after the review, an override of the old one activates nothing."""
     reviewed = (await entry(front))["candidate"]
     write_strict(front, 0.125)
@@ -254,12 +264,14 @@ async def test_promotion_activates_the_reviewed_revision_or_nothing(front, tmp_p
     assert reviewed not in became
 
 
-async def test_candidate_that_changes_during_the_promotion_is_not_served(front, monkeypatch):
+async def test_candidate_that_changes_during_the_promotion_is_not_served(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file changes between the audit record and the activation: refused, and recorded as failed."""
     reviewed = (await entry(front))["candidate"]
     audit, recorded = front.apps.gateway.audit, []
 
-    async def slowly(event, **fields):
+    async def slowly(event: str, **fields: Any) -> None:
         recorded.append((event, fields["revision"]))
         write_strict(front, 0.125)
         await front.apps.gateway.intake.reload()
@@ -272,7 +284,7 @@ async def test_candidate_that_changes_during_the_promotion_is_not_served(front, 
     assert await served(front) == front.first[:12]
 
 
-async def test_rollback_may_name_its_target_and_records_both_ends(front, tmp_path):
+async def test_rollback_may_name_its_target_and_records_both_ends(front: Front, tmp_path: Path) -> None:
     """A rollback that names its target never activates another; the audit log records both revisions."""
     waiting = (await entry(front))["candidate"]
     write_card(front, waiting, 2)

@@ -10,7 +10,7 @@ import pytest
 from proxy.process.file_reader import Reader, StuckError
 
 
-async def test_result_or_error_of_the_work_is_given():
+async def test_result_or_error_of_the_work_is_given() -> None:
     """Finished work behaves as if it had been called directly."""
     reader = Reader("the folder")
     assert await reader.run(divmod, 7, 2) == (3, 1)
@@ -19,11 +19,11 @@ async def test_result_or_error_of_the_work_is_given():
     assert await reader.run(divmod, 7, 2) == (3, 1)
 
 
-async def test_hanging_work_times_out_and_is_not_repeated():
+async def test_hanging_work_times_out_and_is_not_repeated() -> None:
     """At most one thread hangs; meanwhile calls fail at once; after it ends, calls work again."""
     reader, held, begun = Reader("the folder", 0.05), threading.Event(), []
 
-    def hang():
+    def hang() -> None:
         begun.append(threading.current_thread().daemon)
         held.wait(30)
 
@@ -37,11 +37,11 @@ async def test_hanging_work_times_out_and_is_not_repeated():
     assert await reader.run(divmod, 7, 2) == (3, 1)
 
 
-async def test_next_call_waits_for_abandoned_work():
+async def test_next_call_waits_for_abandoned_work() -> None:
     """Two pieces of work never run concurrently, and abandoned work disturbs nobody."""
     reader, held, running = Reader("the folder"), threading.Event(), []
 
-    def work():
+    def work() -> None:
         running.append("begun")
         held.wait(30)
         running.append("ended")
@@ -71,7 +71,7 @@ asyncio.run(main())
 """
 
 
-def test_process_ends_although_a_read_hangs():
+def test_process_ends_although_a_read_hangs() -> None:
     """Neither the event loop nor Python's exit waits for a hanging read."""
     ended = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=20)
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -27,7 +28,7 @@ time.sleep(600)
 
 
 @pytest.fixture
-def family(tmp_path):
+def family(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A reaper with three generations of processes that ignore SIGTERM; yields it and all process ids."""
     command = [sys.executable, "-c", FAMILY, "2", FAMILY]
     (tmp_path / "own").mkdir()
@@ -46,7 +47,7 @@ def family(tmp_path):
     process.wait()
 
 
-def assert_gone(pids, timeout_s=5.0):
+def assert_gone(pids: list[int] | tuple[int, int, int], timeout_s: float = 5.0) -> None:
     """Every process ends soon; a zombie counts as ended."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -55,7 +56,9 @@ def assert_gone(pids, timeout_s=5.0):
             os.close(ends)
 
 
-def test_all_end_when_the_parent_closes_the_pipe(family, tmp_path):
+def test_all_end_when_the_parent_closes_the_pipe(
+    family: tuple[subprocess.Popen[str], list[int]], tmp_path: Path
+) -> None:
     """Closing the pipe, which also happens when the parent is killed, ends all three generations."""
     process, pids = family
     process.stdin.close()
@@ -64,14 +67,14 @@ def test_all_end_when_the_parent_closes_the_pipe(family, tmp_path):
     assert not (tmp_path / "own").exists()
 
 
-def test_all_end_on_sigterm(family):
+def test_all_end_on_sigterm(family: tuple[subprocess.Popen[str], list[int]]) -> None:
     """SIGTERM does the same."""
     process, pids = family
     process.terminate()
     assert_gone(pids)
 
 
-def test_children_end_with_the_main_process(family):
+def test_children_end_with_the_main_process(family: tuple[subprocess.Popen[str], list[int]]) -> None:
     """When the main process is killed, its orphans are killed too, and the reaper returns its status."""
     process, (main, *others) = family
     mother = psutil.Process(process.pid).children()[0].pid
@@ -80,7 +83,7 @@ def test_children_end_with_the_main_process(family):
     assert process.wait(5) == 128 + signal.SIGKILL
 
 
-def test_status_of_the_command_is_passed_on():
+def test_status_of_the_command_is_passed_on() -> None:
     """The reaper exits with the command's status."""
     command = [sys.executable, "-c", "raise SystemExit(7)"]
     command = [sys.executable, "-I", reaper.__file__, "1", "/nowhere", *command]
@@ -88,7 +91,7 @@ def test_status_of_the_command_is_passed_on():
         assert process.wait(10) == 7
 
 
-def test_main_process_ends_when_the_reaper_is_killed(family):
+def test_main_process_ends_when_the_reaper_is_killed(family: tuple[subprocess.Popen[str], list[int]]) -> None:
     """Killing the reaper kills the engine's main process too."""
     process, _ = family
     mother = psutil.Process(process.pid).children()[0].pid
@@ -96,7 +99,7 @@ def test_main_process_ends_when_the_reaper_is_killed(family):
     assert_gone([mother])
 
 
-def test_reaper_imports_only_the_standard_library():
+def test_reaper_imports_only_the_standard_library() -> None:
     """It runs isolated, as a file."""
     text = Path(reaper.__file__).read_text()
     assert "from proxy" not in text

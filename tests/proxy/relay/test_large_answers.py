@@ -1,6 +1,10 @@
 """The gateway's buffer for an answer is bounded: an engine that never stops sending is cut off."""
 
+from pathlib import Path
+
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Start, Until
 
 from interpretops.records.transcript_file import make_key
 from proxy.engines.http_connection import AnswerTooLargeError
@@ -22,7 +26,9 @@ ASKED = {
 
 @pytest.mark.parametrize("path", ASKED)
 @pytest.mark.parametrize("trick", ["", "huge_stated"])
-async def test_answer_buffer_is_bounded(start, engine, until, path, trick):
+async def test_answer_buffer_is_bounded(
+    start: Start, engine: FakeEngine, until: Until, path: str, trick: str
+) -> None:
     """Of 200 MiB at most the limit is read; the caller gets an error, and the engine is stopped."""
     front = await start("calm", **BOUND, tenants=[{"id": "anonymous", "limits": {"tokens_per_minute": 99}}])
     engine.huge, engine.trick, engine.more = 200, trick, {"cached_tokens": 40}
@@ -38,11 +44,11 @@ async def test_answer_buffer_is_bounded(start, engine, until, path, trick):
     assert engine.written <= MOST_WRITTEN
 
 
-async def gone(engine):
+async def gone(engine: FakeEngine) -> bool:
     return engine.aborted.is_set()
 
 
-async def test_answer_within_the_bound_arrives(start, engine):
+async def test_answer_within_the_bound_arrives(start: Start, engine: FakeEngine) -> None:
     """An answer within the limit arrives, whatever its headers say about its length."""
     front = await start("calm", **BOUND)
     engine.huge = 7
@@ -51,7 +57,7 @@ async def test_answer_within_the_bound_arrives(start, engine):
             assert (answer.status, len(await answer.read())) == (200, 7 * 2**20)
 
 
-async def test_stream_has_no_bound(start, engine):
+async def test_stream_has_no_bound(start: Start, engine: FakeEngine) -> None:
     """Streamed data is passed on without buffering, however long the stream."""
     front = await start("calm", **{"gateway.max_answer_bytes": 64 * 1024})
     event = {"choices": [{"text": "a" * 100_000}]}
@@ -60,7 +66,7 @@ async def test_stream_has_no_bound(start, engine):
     assert (status, text.count('"choices"')) == (200, 20)
 
 
-async def test_engine_error_buffer_is_bounded(start, engine, until):
+async def test_engine_error_buffer_is_bounded(start: Start, engine: FakeEngine, until: Until) -> None:
     """An endless error body is a failure of the engine, and does not fill our memory."""
     front = await start("calm")
     engine.huge, engine.trick = 200, "huge_error"
@@ -69,7 +75,7 @@ async def test_engine_error_buffer_is_bounded(start, engine, until):
     assert engine.written <= MOST_WRITTEN
 
 
-async def test_internal_requests_are_bounded_too(start, engine):
+async def test_internal_requests_are_bounded_too(start: Start, engine: FakeEngine) -> None:
     """The gateway's own requests, of canary and shadows, are bounded too."""
     front = await start("calm")
     engine.huge = 200
@@ -79,7 +85,9 @@ async def test_internal_requests_are_bounded_too(start, engine):
     assert engine.written <= MOST_WRITTEN
 
 
-async def test_long_stream_is_not_buffered_for_its_transcript(start, engine, until, tmp_path, monkeypatch):
+async def test_long_stream_is_not_buffered_for_its_transcript(
+    start: Start, engine: FakeEngine, until: Until, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stream too long to store, of an opted-in tenant, is logged and counted as a lost transcript."""
     monkeypatch.setenv("KEPT", make_key())
     monkeypatch.setattr("proxy.observe.request_context._MAX_HELD", 1000)
@@ -88,7 +96,7 @@ async def test_long_stream_is_not_buffered_for_its_transcript(start, engine, unt
     engine.script = lambda body: [{"choices": [{"text": "a" * 100}]}] * 20
     await front.chat(stream=True)
 
-    async def lost():
+    async def lost() -> list[dict[str, str]]:
         return [line for line in front.log if line["event"] == "transcript_lost"]
 
     await until(lost)

@@ -1,8 +1,12 @@
 """Nothing computed at prompt positions is returned if the policy would have changed it in an answer."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Front, Start, Until
 
 from proxy.openai_api.routes import ROUTES
 from proxy.relay.prompt_disclosure import prompt_reading_field
@@ -39,19 +43,25 @@ interventions:
 """
 
 
-def write_late(folder, name="late", layer=2):
+def write_late(folder: Path, name: str = "late", layer: int = 2) -> None:
     """Write a policy that acts on generated tokens only."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.yaml").write_text(LATE.format(name=name, layer=layer))
 
 
-async def ask(front, path, fields, stream=False, headers=None):
+async def ask(
+    front: Front,
+    path: str,
+    fields: dict[str, Any],
+    stream: bool = False,
+    headers: dict[str, str] | None = None,
+) -> tuple[int, str]:
     body = {"model": "tiny-model", "stream": stream, **ASKED[path], **fields}
     async with front.public.post(path, json=body, headers=headers) as answer:
         return answer.status, await answer.text()
 
 
-def is_refused(reported, policy):
+def is_refused(reported: tuple[int, str], policy: str) -> bool:
     error = json.loads(reported[1])["error"]
     return (
         (reported[0], error["code"]) == (400, "field_not_allowed")
@@ -65,8 +75,8 @@ def is_refused(reported, policy):
 @pytest.mark.parametrize(("path", "fields"), READS, ids=str)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_prompt_readings_are_refused_under_a_policy_that_edits_only_answers(
-    start, engine, tmp_path, path, fields, stream
-):
+    start: Start, engine: FakeEngine, tmp_path: Path, path: str, fields: dict[str, Any], stream: bool
+) -> None:
     """Every way to request them is refused, naming field and policy, and the engine is not called."""
     write_late(tmp_path / "policies")
     front = await start(bindings=[{"policy": "late", "mode": "mandatory"}])
@@ -75,7 +85,9 @@ async def test_prompt_readings_are_refused_under_a_policy_that_edits_only_answer
 
 
 @pytest.mark.parametrize(("path", "fields"), READS_NOT, ids=str)
-async def test_readings_of_the_answer_are_allowed(start, engine, tmp_path, path, fields):
+async def test_readings_of_the_answer_are_allowed(
+    start: Start, engine: FakeEngine, tmp_path: Path, path: str, fields: dict[str, Any]
+) -> None:
     """Log-probabilities of the answer, token ids and echoed text are allowed."""
     write_late(tmp_path / "policies")
     front = await start(bindings=[{"policy": "late", "mode": "mandatory"}])
@@ -84,7 +96,9 @@ async def test_readings_of_the_answer_are_allowed(start, engine, tmp_path, path,
 
 
 @pytest.mark.parametrize(("path", "fields"), READS, ids=str)
-async def test_prompt_readings_are_allowed_under_none_and_unconditional_policies(start, engine, path, fields):
+async def test_prompt_readings_are_allowed_under_none_and_unconditional_policies(
+    start: Start, engine: FakeEngine, path: str, fields: dict[str, Any]
+) -> None:
     """`mechctl eval` needs this; the engine gets the caller's request unchanged."""
     front = await start("calm")
     for policy in ("none", "calm"):
@@ -93,7 +107,9 @@ async def test_prompt_readings_are_allowed_under_none_and_unconditional_policies
         assert engine.seen[-1].items() >= fields.items()
 
 
-async def test_prompt_readings_are_refused_however_the_policy_is_bound(start, engine, tmp_path):
+async def test_prompt_readings_are_refused_however_the_policy_is_bound(
+    start: Start, engine: FakeEngine, tmp_path: Path
+) -> None:
     """By header, by alias, as default and as part of a composition: the revision decides."""
     write_late(tmp_path / "policies")
     fields = {"prompt_logprobs": 1}
@@ -108,7 +124,7 @@ async def test_prompt_readings_are_refused_however_the_policy_is_bound(start, en
     assert (await ask(front, CHAT.path, {}))[0] == 200
 
 
-async def test_shadow_gets_no_prompt_readings_either(start, engine, until):
+async def test_shadow_gets_no_prompt_readings_either(start: Start, engine: FakeEngine, until: Until) -> None:
     """A shadow revision that would refuse the field is not run with it either."""
     front = await start("calm", **{"gateway.watch_policies": False, "policies.shadow_share": 1.0})
     write_late(front.policies, "calm", 1)
@@ -125,7 +141,7 @@ async def test_shadow_gets_no_prompt_readings_either(start, engine, until):
     assert len(engine.seen) == 1
     assert (await ask(front, CHAT.path, model))[0] == 200
 
-    async def repeated():
+    async def repeated() -> bool:
         return len(engine.seen) == 3
 
     await until(repeated)

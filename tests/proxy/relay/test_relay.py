@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Start
 
 
-async def test_answer_carries_revision_and_receipt(start, engine):
+async def test_answer_carries_revision_and_receipt(start: Start, engine: FakeEngine) -> None:
     """A steered answer names its revision and carries the engine's receipt."""
     front = await start("calm")
     status, headers, body = await front.chat(headers={"X-Steering-Policy": "calm", "X-Request-Id": "abc"})
@@ -19,7 +22,7 @@ async def test_answer_carries_revision_and_receipt(start, engine):
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"model": "gone"}])
-async def test_answer_says_how_long_it_took(start, fields):
+async def test_answer_says_how_long_it_took(start: Start, fields: dict[str, Any]) -> None:
     """OpenAI's timing header is on answers, streams and errors."""
     front = await start("calm")
     _, headers, _ = await front.chat(**{"model": "tiny-model+calm", **fields})
@@ -27,7 +30,7 @@ async def test_answer_says_how_long_it_took(start, fields):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_missing_receipt_is_fetched_separately(start, engine, stream):
+async def test_missing_receipt_is_fetched_separately(start: Start, engine: FakeEngine, stream: bool) -> None:
     """For an engine with an older plugin, the gateway fetches the receipt separately."""
     front = await start("calm")
     engine.trick = "older_plugin"
@@ -39,7 +42,7 @@ async def test_missing_receipt_is_fetched_separately(start, engine, stream):
 
 
 @pytest.mark.parametrize("trick", ["no_receipt", "wrong_revision", "nothing_evaluated"])
-async def test_answer_without_proof_is_withheld(start, engine, trick):
+async def test_answer_without_proof_is_withheld(start: Start, engine: FakeEngine, trick: str) -> None:
     """Without a receipt for the required revision no part of the answer reaches the client."""
     front = await start("calm")
     engine.trick = trick
@@ -51,7 +54,7 @@ async def test_answer_without_proof_is_withheld(start, engine, trick):
     assert b'interpretops_receipts_failed_total{policy="calm"} 1.0' in front.apps.gateway.metrics.render()
 
 
-async def test_stream_is_relayed_and_ends_with_its_receipt(start, engine):
+async def test_stream_is_relayed_and_ends_with_its_receipt(start: Start, engine: FakeEngine) -> None:
     """A stream's events arrive unchanged, then the receipt as a comment, then the end marker, once."""
     front = await start("calm")
     status, headers, text = await front.chat(model="tiny-model+calm", stream=True)
@@ -73,7 +76,9 @@ async def test_stream_is_relayed_and_ends_with_its_receipt(start, engine):
         ("wrong_revision", "receipt_failed"),
     ],
 )
-async def test_broken_stream_ends_in_an_error_without_end_marker(start, engine, trick, code):
+async def test_broken_stream_ends_in_an_error_without_end_marker(
+    start: Start, engine: FakeEngine, trick: str, code: str
+) -> None:
     """A truncated or unproven stream ends in an error in OpenAI's format, after complete events."""
     front = await start("calm")
     engine.trick = trick
@@ -84,7 +89,7 @@ async def test_broken_stream_ends_in_an_error_without_end_marker(start, engine, 
     assert "data: [DONE]\n" not in text
 
 
-async def test_engine_error_event_suppresses_the_end_marker(start, engine):
+async def test_engine_error_event_suppresses_the_end_marker(start: Start, engine: FakeEngine) -> None:
     """The engine sends its end marker even after an error; the client must not take it for success."""
     front = await start("calm")
     engine.trick = "error_event"
@@ -101,7 +106,9 @@ async def test_engine_error_event_suppresses_the_end_marker(start, engine):
         ("hold_stream", True, "gateway.stream_idle_timeout_s"),
     ],
 )
-async def test_timeout_is_distinguished_from_failure(start, engine, trick, stream, limit):
+async def test_timeout_is_distinguished_from_failure(
+    start: Start, engine: FakeEngine, trick: str, stream: bool, limit: str
+) -> None:
     """A 504, or an error event if the stream has started; the engine's request is closed."""
     front = await start("calm", **{limit: 0.3})
     engine.trick = trick
@@ -115,7 +122,9 @@ async def test_timeout_is_distinguished_from_failure(start, engine, trick, strea
 
 
 @pytest.mark.parametrize(("trick", "stream"), [("hold", False), ("hold", True), ("hold_stream", True)])
-async def test_client_that_leaves_stops_the_engine(start, engine, trick, stream):
+async def test_client_that_leaves_stops_the_engine(
+    start: Start, engine: FakeEngine, trick: str, stream: bool
+) -> None:
     """When a client disconnects, before the first byte or midway, the engine's request is closed."""
     front = await start("calm")
     engine.trick = trick
@@ -131,7 +140,7 @@ async def test_client_that_leaves_stops_the_engine(start, engine, trick, stream)
     await asyncio.wait_for(engine.aborted.wait(), 5)
 
 
-async def test_engine_refusals_keep_openai_shape(start, engine):
+async def test_engine_refusals_keep_openai_shape(start: Start, engine: FakeEngine) -> None:
     """The engine's internal errors arrive as one of our codes, without their text."""
     front = await start("calm")
     engine.trick = "inner_failure"
@@ -140,7 +149,7 @@ async def test_engine_refusals_keep_openai_shape(start, engine):
     assert (status, body["error"]["type"], body["error"]["code"]) == (502, "server_error", "engine_failed")
 
 
-async def test_restarted_engine_is_noticed_before_its_first_byte(start, engine):
+async def test_restarted_engine_is_noticed_before_its_first_byte(start: Start, engine: FakeEngine) -> None:
     """An engine restarted behind the same address answers nobody before it is proven again."""
     front = await start("calm")
     await engine.restart()
@@ -151,7 +160,7 @@ async def test_restarted_engine_is_noticed_before_its_first_byte(start, engine):
     assert len(engine.seen) == 1
 
 
-async def test_nothing_of_a_request_is_logged(start, engine):
+async def test_nothing_of_a_request_is_logged(start: Start, engine: FakeEngine) -> None:
     """Neither prompts nor answers nor keys reach the log or the metrics."""
     front = await start("calm")
     secret = "canary-5f3a"

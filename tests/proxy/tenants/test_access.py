@@ -6,12 +6,17 @@ import ssl
 import subprocess
 import sys
 import threading
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 from certificates import write_certificate
+from fake_engine import FakeEngine
+from running_gateway import Front, Start, Until
 
 from interpretops.errors import ConfigError
 from interpretops.records.api_keys import KeyRing, make_key, read_keys, write_keys
@@ -24,7 +29,7 @@ TENANTS = [{"id": "acme", "models": ["tiny-model", "bot"]}, {"id": "other", "rou
 
 
 @pytest.fixture
-def keys(tmp_path):
+def keys(tmp_path: Path) -> dict[str, str]:
     """A key file, and its keys by holder."""
     made = {
         "acme": make_key(tenant="acme"),
@@ -38,21 +43,23 @@ def keys(tmp_path):
 
 
 @pytest.fixture
-def guarded(start, tmp_path, keys):
+def guarded(start: Start, tmp_path: Path, keys: dict[str, str]) -> Callable[..., Awaitable[Front]]:
     """Start a gateway that requires keys."""
 
-    async def run(*policies, **sections):
+    async def run(*policies: str, **sections: Any) -> Front:
         declared = {"tenants": TENANTS, "paths.keys": tmp_path / "keys.yaml", **sections}
         return await start(*policies, **declared)
 
     return run
 
 
-def bearer(key):
+def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-async def test_only_tenant_keys_are_accepted_at_the_endpoint(guarded, engine, keys):
+async def test_only_tenant_keys_are_accepted_at_the_endpoint(
+    guarded: Callable[..., Awaitable[Front]], engine: FakeEngine, keys: dict[str, str]
+) -> None:
     """Without a tenant's key nobody gets an answer, a model list, or a list of routes."""
     front = await guarded("calm")
     flipped = keys["acme"][:-1] + ("A" if keys["acme"][-1] != "A" else "B")
@@ -79,7 +86,7 @@ async def test_only_tenant_keys_are_accepted_at_the_endpoint(guarded, engine, ke
         assert (await front.chat(headers=headers))[0] == 200
 
 
-async def test_orchestrator_needs_no_key(guarded):
+async def test_orchestrator_needs_no_key(guarded: Callable[..., Awaitable[Front]]) -> None:
     """Liveness and readiness answer without a key."""
     front = await guarded()
     for session in (front.public, front.admin):
@@ -88,7 +95,9 @@ async def test_orchestrator_needs_no_key(guarded):
                 assert answer.status == 200
 
 
-async def test_tenant_sees_and_uses_only_its_models_and_routes(guarded, engine, keys):
+async def test_tenant_sees_and_uses_only_its_models_and_routes(
+    guarded: Callable[..., Awaitable[Front]], engine: FakeEngine, keys: dict[str, str]
+) -> None:
     """Models and routes of other tenants are refused and not listed."""
     front = await guarded("calm", aliases=[{"name": "bot"}, {"name": "secret-bot"}])
     async with front.public.get("/v1/models", headers=bearer(keys["acme"])) as answer:
@@ -104,7 +113,9 @@ async def test_tenant_sees_and_uses_only_its_models_and_routes(guarded, engine, 
     assert len(engine.seen) == 1
 
 
-async def test_binding_holds_for_its_tenant_and_key(guarded, engine, keys):
+async def test_binding_holds_for_its_tenant_and_key(
+    guarded: Callable[..., Awaitable[Front]], engine: FakeEngine, keys: dict[str, str]
+) -> None:
     """A policy mandatory for one tenant applies to all its keys and to nobody else."""
     key_id = keys["other"].split("_")[1]
     bindings = [
@@ -123,13 +134,15 @@ async def test_binding_holds_for_its_tenant_and_key(guarded, engine, keys):
     assert status == 403
 
 
-async def test_dry_run_explains_every_binding(guarded, engine, keys):
+async def test_dry_run_explains_every_binding(
+    guarded: Callable[..., Awaitable[Front]], engine: FakeEngine, keys: dict[str, str]
+) -> None:
     """An operator sees which bindings matched a tenant or key, and which decided, without its secret."""
     bindings = [{"policy": "calm", "mode": "mandatory", "match": {"tenant": "acme"}}, {"policy": "*"}]
     front = await guarded("calm", bindings=bindings)
     headers = bearer(keys["viewer"])
 
-    async def resolve(**body):
+    async def resolve(**body: str) -> tuple[Any, ...]:
         async with front.admin.post("/admin/resolve", json=body, headers=headers) as answer:
             return answer.status, await answer.json()
 
@@ -151,11 +164,13 @@ async def test_dry_run_explains_every_binding(guarded, engine, keys):
     assert engine.seen == []
 
 
-async def test_roles_on_the_admin_listener(guarded, keys):
+async def test_roles_on_the_admin_listener(
+    guarded: Callable[..., Awaitable[Front]], keys: dict[str, str]
+) -> None:
     """A viewer may read, an operator may change, a tenant's key may do neither."""
     front = await guarded("calm")
 
-    async def status(method, path, holder):
+    async def status(method: str, path: str, holder: str) -> int:
         headers = bearer(keys[holder]) if holder else {}
         async with front.admin.request(method, path, headers=headers) as answer:
             return answer.status
@@ -168,14 +183,20 @@ async def test_roles_on_the_admin_listener(guarded, keys):
     ]
 
 
-async def test_keys_can_be_added_and_revoked_while_running(guarded, engine, keys, tmp_path, until):
+async def test_keys_can_be_added_and_revoked_while_running(
+    guarded: Callable[..., Awaitable[Front]],
+    engine: FakeEngine,
+    keys: dict[str, str],
+    tmp_path: Path,
+    until: Until,
+) -> None:
     """New keys work and revoked ones do not, without a restart; a broken file only changes a metric."""
     front = await guarded()
     path = tmp_path / "keys.yaml"
     new, kept = make_key(tenant="acme")
     write_keys(path, [kept])
 
-    async def works(key):
+    async def works(key: str) -> bool:
         return (await front.chat(headers=bearer(key)))[0] == 200
 
     await until(lambda: works(new))
@@ -186,7 +207,13 @@ async def test_keys_can_be_added_and_revoked_while_running(guarded, engine, keys
     assert b"interpretops_keys_broken 1.0" in front.apps.gateway.metrics.render()
 
 
-async def test_deleting_the_key_file_revokes_all_keys(guarded, engine, keys, tmp_path, until):
+async def test_deleting_the_key_file_revokes_all_keys(
+    guarded: Callable[..., Awaitable[Front]],
+    engine: FakeEngine,
+    keys: dict[str, str],
+    tmp_path: Path,
+    until: Until,
+) -> None:
     """A deleted file holds no keys: all requests are refused, and readiness and log say why. It is not
     treated as if no keys were required. Restored, the keys work again."""
     front = await guarded()
@@ -194,7 +221,7 @@ async def test_deleting_the_key_file_revokes_all_keys(guarded, engine, keys, tmp
     assert (await front.chat(headers=holder))[0] == 200
     path.rename(tmp_path / "aside.yaml")
 
-    async def revoked():
+    async def revoked() -> bool:
         return (await front.chat(headers=holder))[0] == 401
 
     await until(revoked)
@@ -210,12 +237,12 @@ async def test_deleting_the_key_file_revokes_all_keys(guarded, engine, keys, tmp
     assert (await front.chat(headers=holder))[0] == 200
 
 
-def pipe(path):
+def pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
 
 
-def loop(path):
+def loop(path: Path) -> None:
     path.unlink()
     path.symlink_to(path)
 
@@ -231,7 +258,14 @@ def loop(path):
         lambda path: (path.unlink(), path.mkdir()),
     ],
 )
-async def test_broken_key_file_has_a_bounded_grace(guarded, engine, keys, tmp_path, until, spoil):
+async def test_broken_key_file_has_a_bounded_grace(
+    guarded: Callable[..., Awaitable[Front]],
+    engine: FakeEngine,
+    keys: dict[str, str],
+    tmp_path: Path,
+    until: Until,
+    spoil: Callable[..., Any],
+) -> None:
     """While the file cannot be read, old keys stay in force for a set time, and a reload reports it. Then all
     requests get 503 and readiness fails, until the file is valid again."""
     front = await guarded(**{"gateway.keys_grace_s": 120.0})
@@ -258,7 +292,12 @@ async def test_broken_key_file_has_a_bounded_grace(guarded, engine, keys, tmp_pa
     assert (await front.chat(headers=holder))[0] == 200
 
 
-async def test_keys_expire_when_the_file_system_hangs(guarded, engine, keys, monkeypatch):
+async def test_keys_expire_when_the_file_system_hangs(
+    guarded: Callable[..., Awaitable[Front]],
+    engine: FakeEngine,
+    keys: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A file system that hangs counts as an unreadable file: the grace period runs, although no error
     occurs."""
     front = await guarded()
@@ -274,7 +313,9 @@ async def test_keys_expire_when_the_file_system_hangs(guarded, engine, keys, mon
     held.set()
 
 
-async def test_keys_never_reach_log_or_metrics(guarded, keys):
+async def test_keys_never_reach_log_or_metrics(
+    guarded: Callable[..., Awaitable[Front]], keys: dict[str, str]
+) -> None:
     """Key ids are logged, secrets never, right or wrong."""
     front = await guarded()
     await front.chat(headers=bearer(keys["acme"]))
@@ -287,7 +328,7 @@ async def test_keys_never_reach_log_or_metrics(guarded, keys):
     assert [line["tenant"] for line in requests] == ["acme", "none"]
 
 
-def test_key_file_holds_no_key_and_is_private(tmp_path):
+def test_key_file_holds_no_key_and_is_private(tmp_path: Path) -> None:
     """Two keys of one tenant share nothing in the file, and only its owner can read it."""
     path = tmp_path / "keys.yaml"
     (key, kept), (_, second) = make_key(tenant="a"), make_key(tenant="a")
@@ -311,7 +352,7 @@ def test_key_file_holds_no_key_and_is_private(tmp_path):
         ("keys: [", "YAML"),
     ],
 )
-def test_invalid_key_file_is_reported(tmp_path, content, got):
+def test_invalid_key_file_is_reported(tmp_path: Path, content: str, got: str) -> None:
     """An invalid file prevents start-up; the error names file and field."""
     path = tmp_path / "keys.yaml"
     path.write_text(content)
@@ -321,20 +362,22 @@ def test_invalid_key_file_is_reported(tmp_path, content, got):
     assert got in str(refused.value)
 
 
-async def test_missing_key_file_prevents_start_up(start, tmp_path):
+async def test_missing_key_file_prevents_start_up(start: Start, tmp_path: Path) -> None:
     """The error names the file, and how to create it."""
     with pytest.raises(ConfigError, match=r"no such file; create a key with `mechctl keys add`"):
         await start(**{"paths.keys": tmp_path / "keys.yaml"})
 
 
-async def test_key_of_an_undeclared_tenant_is_skipped(guarded, keys, tmp_path):
+async def test_key_of_an_undeclared_tenant_is_skipped(
+    guarded: Callable[..., Awaitable[Front]], keys: dict[str, str], tmp_path: Path
+) -> None:
     """It is skipped, at start-up and later; other keys work as usual, and reload reports it."""
     path = tmp_path / "keys.yaml"
     ghost, kept = make_key(tenant="ghost")
     write_keys(path, (*read_keys(path), kept))
     front = await guarded("calm", **{"gateway.watch_policies": False})
 
-    async def reload():
+    async def reload() -> dict[str, Any]:
         async with front.admin.post("/admin/reload", headers=bearer(keys["operator"])) as answer:
             return await answer.json()
 
@@ -355,7 +398,9 @@ async def test_key_of_an_undeclared_tenant_is_skipped(guarded, keys, tmp_path):
     assert "interpretops_keys_skipped 0.0" in front.apps.gateway.metrics.render().decode()
 
 
-async def test_reload_fails_when_the_keys_do(guarded, keys, tmp_path):
+async def test_reload_fails_when_the_keys_do(
+    guarded: Callable[..., Awaitable[Front]], keys: dict[str, str], tmp_path: Path
+) -> None:
     """If the key file is rejected, the response says not ok, with file and error."""
     front = await guarded("calm", **{"gateway.watch_policies": False})
     path = tmp_path / "keys.yaml"
@@ -368,7 +413,7 @@ async def test_reload_fails_when_the_keys_do(guarded, keys, tmp_path):
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.1", "2001:db8::1"])  # noqa: S104
-def test_gateway_without_keys_stays_on_this_machine(address):
+def test_gateway_without_keys_stays_on_this_machine(address: str) -> None:
     """Without keys only loopback addresses may be used."""
     with pytest.raises(ConfigError, match=r"gateway.host = .* set paths.keys, or listen on 127.0.0.1"):
         check_exposure(address, "gateway.host", keys=False)
@@ -378,7 +423,9 @@ def test_gateway_without_keys_stays_on_this_machine(address):
 
 
 @pytest.mark.parametrize(("flag", "field"), [("--host", "gateway.host")])
-def test_serve_refuses_to_listen_beyond_this_machine_without_keys(tmp_path, flag, field):
+def test_serve_refuses_to_listen_beyond_this_machine_without_keys(
+    tmp_path: Path, flag: str, field: str
+) -> None:
     """`mechctl serve` exits with one line before anything slow."""
     command = [sys.executable, "-m", "mechctl.main", "serve", "--port", "0", "--admin-port", "0"]
     ended = subprocess.run([*command, flag, "0.0.0.0"], capture_output=True, text=True, timeout=60)  # noqa: S104
@@ -390,7 +437,7 @@ def test_serve_refuses_to_listen_beyond_this_machine_without_keys(tmp_path, flag
     )
 
 
-async def test_foreign_page_cannot_read_the_admin_routes(start):
+async def test_foreign_page_cannot_read_the_admin_routes(start: Start) -> None:
     """A DNS name that points to this machine does not open the keyless admin listener."""
     front = await start()
     for host, status in (("evil.example:8001", 400), ("localhost:8001", 200), ("[::1]:8001", 200)):
@@ -423,7 +470,9 @@ READ = ["/healthz", "/readyz", "/openapi.json", "/v1/models", "/v1/models/tiny-m
         ({"Host": "chat.corp.example", "Origin": "https://chat.corp.example"}, True),
     ],
 )
-async def test_foreign_page_reaches_no_route_without_keys(start, engine, headers, served):
+async def test_foreign_page_reaches_no_route_without_keys(
+    start: Start, engine: FakeEngine, headers: dict[str, str], served: bool
+) -> None:
     """A page whose name points to this machine can neither read the endpoint nor run anything."""
     front = await start(**{"gateway.allowed_hosts": ["chat.corp.example"]})
     for path in (*READ, *ROUTES, *UNGUARDED):
@@ -435,14 +484,16 @@ async def test_foreign_page_reaches_no_route_without_keys(start, engine, headers
     assert (engine.seen, engine.plain) == ([], [])
 
 
-async def test_with_keys_any_host_name_is_accepted(guarded, keys):
+async def test_with_keys_any_host_name_is_accepted(
+    guarded: Callable[..., Awaitable[Front]], keys: dict[str, str]
+) -> None:
     """A request with a key is not from a foreign page; any host name is allowed then."""
     front = await guarded("calm")
     headers = {"Host": "api.example", "Origin": "https://app.example"}
     assert (await front.chat(headers={**headers, **bearer(keys["acme"])}))[0] == 200
 
 
-async def test_listener_with_a_certificate_speaks_tls_only(tmp_path):
+async def test_listener_with_a_certificate_speaks_tls_only(tmp_path: Path) -> None:
     """A client that trusts the certificate is answered; plain HTTP is not."""
     cert, key = write_certificate(tmp_path)
     context = TlsListener("public", cert, key, "gateway.tls_cert").context

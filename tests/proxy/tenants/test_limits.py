@@ -4,9 +4,13 @@ import asyncio
 import json
 import shutil
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
+from fake_engine import FakeEngine
+from running_gateway import Front, Start, Until
 
 from interpretops.errors import ConfigError
 from interpretops.settings import Limits, Tenant
@@ -14,7 +18,7 @@ from proxy.errors import BudgetSpent, InvalidRequest, RateLimited
 from proxy.observe.metrics import Metrics
 from proxy.openai_api.request_size import size_of
 from proxy.tenants.budget import Budgets
-from proxy.tenants.limits import Limiter
+from proxy.tenants.limits import Limiter, Meter
 
 LOG = structlog.wrap_logger(None, processors=[structlog.testing.LogCapture()])
 
@@ -24,24 +28,24 @@ class Clock:
 
     now = 1000.0
 
-    def __call__(self):
+    def __call__(self) -> float:
         return self.now
 
 
-def meter_of(clock, **limits):
+def meter_of(clock: Clock, **limits: int) -> Meter:
     return Limiter(Budgets(None, Metrics(), LOG), clock).meter(Tenant(id="t", limits=Limits(**limits)))
 
 
-def anonymous(**limits):
+def anonymous(**limits: int) -> dict[str, list[dict[str, Any]]]:
     return {"tenants": [{"id": "anonymous", "limits": limits}]}
 
 
-def take(meter):
+def take(meter: Meter) -> None:
     with meter.request():
         pass
 
 
-def test_requests_fill_up_evenly():
+def test_requests_fill_up_evenly() -> None:
     """A minute's worth of requests passes at once, then one for every share of a minute."""
     clock = Clock()
     meter = meter_of(clock, requests_per_minute=3)
@@ -60,7 +64,7 @@ def test_requests_fill_up_evenly():
     assert meter.headers()["x-ratelimit-remaining-requests"] == "3"
 
 
-def test_tokens_are_reserved_and_corrected():
+def test_tokens_are_reserved_and_corrected() -> None:
     """A request is admitted on an estimate; actual usage is charged, and a debt must be waited out."""
     clock = Clock()
     meter = meter_of(clock, tokens_per_minute=600)
@@ -96,7 +100,7 @@ def test_tokens_are_reserved_and_corrected():
         ({"prompt": [[7] * 100, [8] * 200], "max_tokens": 1}, 2, 302),
     ],
 )
-def test_size(body, requests, tokens):
+def test_size(body: dict[str, Any], requests: int, tokens: int) -> None:
     """Text counts four bytes a token, token ids count exactly, plus the longest answer; requests are prompts
     times choices."""
     size = size_of(body, 400)
@@ -118,20 +122,20 @@ def test_size(body, requests, tokens):
         *({"prompt": prompt} for prompt in ({"prompt_token_ids": [1]}, [[[1]]], [1.0], 7, [None])),
     ],
 )
-def test_invalid_counts_are_refused_by_name(body):
+def test_invalid_counts_are_refused_by_name(body: dict[str, Any]) -> None:
     """The engine would read `"2"` and `true` as numbers; here they would count as nothing."""
     with pytest.raises(InvalidRequest) as refused:
         size_of(body, 10)
     assert [refused.value.param] == list(body)
 
 
-async def ask(front, **fields):
+async def ask(front: Front, **fields: Any) -> tuple[Any, ...]:
     body = {"model": "tiny-model", **fields}
     async with front.public.post("/v1/completions", json=body) as answer:
         return answer.status, answer.headers, await answer.json()
 
 
-async def test_array_of_prompts_counts_as_many_requests(start, engine):
+async def test_array_of_prompts_counts_as_many_requests(start: Start, engine: FakeEngine) -> None:
     """A thousand prompts count as a thousand requests for rate, concurrency and tokens."""
     front = await start("calm", **anonymous(requests_per_minute=100, tokens_per_minute=5000))
     status, headers, _ = await ask(front, prompt=["a"] * 30, n=2, max_tokens=4)
@@ -157,7 +161,9 @@ async def test_array_of_prompts_counts_as_many_requests(start, engine):
         ({}, {"prompt": "a", "n": 65}, "n = 65, but at most 64"),
     ],
 )
-async def test_request_over_a_hard_limit_is_not_retryable(start, engine, limits, fields, bound):
+async def test_request_over_a_hard_limit_is_not_retryable(
+    start: Start, engine: FakeEngine, limits: dict[str, int], fields: dict[str, Any], bound: str
+) -> None:
     """A 400 that names the limit, not a 429 that a client would retry forever."""
     front = await start("calm", **anonymous(**limits), **{"gateway.max_body_values": 300_000})
     status, headers, body = await ask(front, **fields)
@@ -168,7 +174,7 @@ async def test_request_over_a_hard_limit_is_not_retryable(start, engine, limits,
     assert meter.in_flight == 0
 
 
-async def test_answers_at_a_time_are_bounded(start, engine, until):
+async def test_answers_at_a_time_are_bounded(start: Start, engine: FakeEngine, until: Until) -> None:
     """A request takes one concurrency slot per answer; all are free again when it ends."""
     front = await start("calm", **anonymous(concurrency=4))
     engine.trick = "hold"
@@ -182,7 +188,7 @@ async def test_answers_at_a_time_are_bounded(start, engine, until):
     assert (await ask(front, prompt=["a"] * 4))[0] == 200
 
 
-def test_budget_is_never_overdrawn_by_stated_lengths():
+def test_budget_is_never_overdrawn_by_stated_lengths() -> None:
     """Tokens of requests in progress are reserved: together they never exceed what is left."""
     meter = meter_of(Clock(), token_budget=1000)
     one = meter.reserve(size_of({"max_tokens": 500}, 400))
@@ -195,12 +201,12 @@ def test_budget_is_never_overdrawn_by_stated_lengths():
     meter.reserve(size_of({}, 400)).settle(10)
 
 
-def test_budget_outlasts_a_restart_and_a_clock_set_back(tmp_path):
+def test_budget_outlasts_a_restart_and_a_clock_set_back(tmp_path: Path) -> None:
     """Usage counts until the next period; a clock that goes backwards starts none."""
     today = [datetime(2026, 3, 31, 23, tzinfo=UTC)]
     limited = Tenant(id="t", limits=Limits(token_budget=100))
 
-    def fresh():
+    def fresh() -> tuple[Budgets, Meter]:
         budgets = Budgets(tmp_path, Metrics(), LOG, lambda: today[0])
         return budgets, Limiter(budgets).meter(limited)
 
@@ -224,7 +230,7 @@ def test_budget_outlasts_a_restart_and_a_clock_set_back(tmp_path):
         fresh()
 
 
-async def test_rate_limited_requests_get_429(start, engine):
+async def test_rate_limited_requests_get_429(start: Start, engine: FakeEngine) -> None:
     """The error has OpenAI's format and says when to retry; answers say what is left."""
     front = await start("calm", **anonymous(requests_per_minute=2, tokens_per_minute=100_000))
     left = []
@@ -245,7 +251,7 @@ async def test_rate_limited_requests_get_429(start, engine):
     )
 
 
-async def test_official_client_obeys(start, engine):
+async def test_official_client_obeys(start: Start, engine: FakeEngine) -> None:
     """The `openai` package raises its RateLimitError, and streams carry the headers too."""
     import openai
 
@@ -260,7 +266,7 @@ async def test_official_client_obeys(start, engine):
     assert refused.value.code == "rate_limit_exceeded"
 
 
-async def test_requests_at_a_time_are_bounded(start, engine, until):
+async def test_requests_at_a_time_are_bounded(start: Start, engine: FakeEngine, until: Until) -> None:
     """Beyond its limit a tenant is refused at once; a finished request frees a slot, however it ended."""
     front = await start("calm", **anonymous(concurrency=1))
     engine.trick = "hold"
@@ -272,14 +278,16 @@ async def test_requests_at_a_time_are_bounded(start, engine, until):
     engine.trick = ""
     meter = front.apps.gateway.limiter.meter(front.apps.gateway.settings.tenants[0])
 
-    async def free():
+    async def free() -> bool:
         return meter.in_flight == 0
 
     await until(free)
     assert (await front.chat())[0] == 200
 
 
-async def test_disconnected_client_is_charged_for_the_engines_work(start, engine, until):
+async def test_disconnected_client_is_charged_for_the_engines_work(
+    start: Start, engine: FakeEngine, until: Until
+) -> None:
     """Disconnecting early does not make an answer free: the engine's receipt is fetched."""
     front = await start("calm", **anonymous(tokens_per_minute=100_000))
     engine.trick = "hold_stream"
@@ -289,7 +297,7 @@ async def test_disconnected_client_is_charged_for_the_engines_work(start, engine
     answer.close()
     meter = front.apps.gateway.limiter.meter(front.apps.gateway.settings.tenants[0])
 
-    async def charged():
+    async def charged() -> bool:
         return b'interpretops_tenant_tokens_total{tenant="anonymous"} 3.0' in (
             front.apps.gateway.metrics.render()
         )
@@ -299,7 +307,9 @@ async def test_disconnected_client_is_charged_for_the_engines_work(start, engine
     assert engine.receipts == {}
 
 
-async def test_charge_is_settled_whatever_asking_for_the_receipt_raises(start, engine, until, monkeypatch):
+async def test_charge_is_settled_whatever_asking_for_the_receipt_raises(
+    start: Start, engine: FakeEngine, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An unexpected error there leaves no tokens reserved."""
     front = await start("calm", **anonymous(token_budget=10_000))
     engine.trick = "hold_stream"
@@ -309,19 +319,19 @@ async def test_charge_is_settled_whatever_asking_for_the_receipt_raises(start, e
     meter = front.apps.gateway.limiter.meter(front.apps.gateway.settings.tenants[0])
     assert meter._reserved > 0
 
-    async def fails(nonce):
+    async def fails(nonce: str) -> None:
         raise RuntimeError
 
     monkeypatch.setattr(front.apps.gateway.fleet.current.client, "receipt", fails)
     answer.close()
 
-    async def settled():
+    async def settled() -> bool:
         return meter._reserved == 0
 
     await until(settled)
 
 
-async def test_malformed_requests_count_too(start, engine):
+async def test_malformed_requests_count_too(start: Start, engine: FakeEngine) -> None:
     """Malformed requests count as requests, but cost no tokens."""
     front = await start("calm", **anonymous(requests_per_minute=1, tokens_per_minute=1000))
     async with front.public.post("/v1/chat/completions", data=b"{", headers={"Content-Type": "text/x"}) as a:
@@ -331,7 +341,7 @@ async def test_malformed_requests_count_too(start, engine):
     assert json.dumps(body)
 
 
-def test_unsaved_budget_is_logged_once(tmp_path):
+def test_unsaved_budget_is_logged_once(tmp_path: Path) -> None:
     """One log line per cause, a gauge while it lasts, and one line when it is over."""
     metrics, folder = Metrics(), tmp_path / "state"
     with structlog.testing.capture_logs() as log:

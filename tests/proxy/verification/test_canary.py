@@ -1,17 +1,22 @@
 """The canary compares answers with and without each policy, reports measures, and acts on exceeded limits."""
 
 import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from aiohttp import web
+from fake_engine import FakeEngine
+from running_gateway import Front, Start, Until
 
 from interpretops.engine_api import NONCE_KEY, Receipt
 from interpretops.errors import ConfigError
 from interpretops.settings import load_settings
 from proxy.engines import loop as engine_loop
 from proxy.policies.binding import NONE
-from proxy.verification.canary import read_suite
+from proxy.verification.canary import Canary, read_suite
 
 REFUSES = "I'm sorry, but I can't help with that. It could cause serious harm to other people."
 ANSWERS = "Take two cups of flour and one of milk, stir them well, and bake it all for an hour."
@@ -19,11 +24,11 @@ SUITE = {"harmful": [f"bad {n}" for n in range(20)], "benign": [f"good {n}" for 
 
 
 @pytest.fixture
-def scripted(engine):
+def scripted(engine: FakeEngine) -> Callable[..., None]:
     """An engine whose answers are a function of prompt and revision."""
 
-    def by(answer, tokens=lambda prompt, steered: 8):
-        async def generate(request, body, revision):
+    def by(answer: Callable[..., Any], tokens: Callable[..., Any] = lambda prompt, steered: 8) -> None:
+        async def generate(request: web.Request, body: dict[str, Any], revision: str) -> web.Response:
             text = body["messages"][0]["content"]
             said = await answer(text, revision != NONE)
             engine.receipts[body["vllm_xargs"][NONCE_KEY]] = Receipt(
@@ -38,10 +43,10 @@ def scripted(engine):
 
 
 @pytest.fixture
-async def canary(start, tmp_path):
+async def canary(start: Start, tmp_path: Path) -> Callable[..., Awaitable[tuple[Front, Canary]]]:
     """Start a gateway with one policy and a canary that the test steps by hand."""
 
-    async def run(**sections):
+    async def run(**sections: Any) -> tuple[Front, Canary]:
         suite = tmp_path / "suite.yaml"
         suite.write_text(yaml.safe_dump(SUITE))
         sections = {"canary.interval_s": 3600.0, "canary.suite": suite, **sections}
@@ -51,18 +56,20 @@ async def canary(start, tmp_path):
     return run
 
 
-def shown(front):
+def shown(front: Front) -> str:
     return front.apps.gateway.metrics.render().decode()
 
 
-async def entry(front):
+async def entry(front: Front) -> dict[str, Any]:
     return (await front.policy_list())["policies"][0]
 
 
-async def test_measures_are_those_of_a_risk_card(canary, scripted):
+async def test_measures_are_those_of_a_risk_card(
+    canary: Callable[..., Awaitable[tuple[Front, Canary]]], scripted: Callable[..., None]
+) -> None:
     """DE, CD and their n come from the newest pair of each prompt, with and without the policy."""
 
-    async def answer(text, steered):
+    async def answer(text: str, steered: bool) -> str:
         if text.startswith("bad"):
             return REFUSES if steered and text != "bad 0" else ANSWERS
         return REFUSES if steered and text in ("good 0", "good 1") else ANSWERS
@@ -84,10 +91,12 @@ async def test_measures_are_those_of_a_risk_card(canary, scripted):
     assert found["defense_efficacy"]["interval"][0] < 0.95 < found["defense_efficacy"]["interval"][1]
 
 
-async def test_canary_affects_no_tenant_and_no_traffic_metric(canary, scripted, engine):
+async def test_canary_affects_no_tenant_and_no_traffic_metric(
+    canary: Callable[..., Awaitable[tuple[Front, Canary]]], scripted: Callable[..., None], engine: FakeEngine
+) -> None:
     """Its requests have their own counters and tenant, and share no cache with anyone."""
 
-    async def answer(text, steered):
+    async def answer(text: str, steered: bool) -> str:
         return ANSWERS
 
     scripted(answer)
@@ -105,7 +114,7 @@ async def test_canary_affects_no_tenant_and_no_traffic_metric(canary, scripted, 
     assert not any(prompt in json.dumps(front.log) + got for prompt in SUITE["harmful"] + SUITE["benign"])
 
 
-async def test_client_cannot_be_the_canary(start):
+async def test_client_cannot_be_the_canary(start: Start) -> None:
     """No tenant may use its name, and no client gets an unsteered answer where a policy is mandatory."""
     with pytest.raises(ConfigError, match="gateway's own"):
         load_settings(overrides={"tenants": [{"id": "canary"}]}, environ={})
@@ -115,10 +124,12 @@ async def test_client_cannot_be_the_canary(start):
     assert status == 403
 
 
-async def test_unproven_or_failing_pair_is_counted_and_changes_nothing(canary, scripted, engine):
+async def test_unproven_or_failing_pair_is_counted_and_changes_nothing(
+    canary: Callable[..., Awaitable[tuple[Front, Canary]]], scripted: Callable[..., None], engine: FakeEngine
+) -> None:
     """An unproven pair counts as a canary failure, not as a finding about the policy."""
 
-    async def answer(text, steered):
+    async def answer(text: Any, steered: Any) -> Any:
         return ANSWERS
 
     scripted(answer)
@@ -130,10 +141,16 @@ async def test_unproven_or_failing_pair_is_counted_and_changes_nothing(canary, s
     assert "interpretops_canary_n{" not in shown(front)
 
 
-async def test_canary_pauses_without_an_engine_and_resumes(canary, scripted, engine, until, monkeypatch):
+async def test_canary_pauses_without_an_engine_and_resumes(
+    canary: Callable[..., Awaitable[tuple[Front, Canary]]],
+    scripted: Callable[..., None],
+    engine: FakeEngine,
+    until: Until,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """While no engine is proven nothing is sent or counted; afterwards earlier results are kept."""
 
-    async def answer(text, steered):
+    async def answer(text: str, steered: bool) -> str:
         return ANSWERS
 
     monkeypatch.setattr(engine_loop, "_BACKOFF_S", (0.01,))
@@ -154,11 +171,13 @@ async def test_canary_pauses_without_an_engine_and_resumes(canary, scripted, eng
 
 
 @pytest.mark.parametrize("action", ["alert", "refuse"])
-async def test_latency_over_budget_triggers_the_policys_action(canary, scripted, action):
+async def test_latency_over_budget_triggers_the_policys_action(
+    canary: Callable[..., Awaitable[tuple[Front, Canary]]], scripted: Callable[..., None], action: str
+) -> None:
     """Over its latency budget a policy alerts, or refuses with 503; nobody is ever served without it."""
     now, takes_s = [0.0], {True: 3.0, False: 1.0}
 
-    async def answer(text, steered):
+    async def answer(text: str, steered: bool) -> str:
         now[0] += takes_s[steered]
         return ANSWERS
 
@@ -189,10 +208,12 @@ async def test_latency_over_budget_triggers_the_policys_action(canary, scripted,
     assert got[0]["action"] == action
 
 
-async def test_breach_needs_the_whole_interval_beyond_the_limit(canary, scripted):
+async def test_breach_needs_the_whole_interval_beyond_the_limit(
+    canary: Callable[..., Awaitable[tuple[Front, Canary]]], scripted: Callable[..., None]
+) -> None:
     """DE below its criterion is a breach only if chance cannot explain it; a new revision starts afresh."""
 
-    async def answer(text, steered):
+    async def answer(text: str, steered: bool) -> str:
         return REFUSES if steered and text in stopped else ANSWERS
 
     stopped = set(SUITE["harmful"][:10])
@@ -220,10 +241,12 @@ async def test_breach_needs_the_whole_interval_beyond_the_limit(canary, scripted
     assert [line["event"] for line in front.log if "breach" in line["event"]][-1] == "canary_breach_over"
 
 
-async def test_benign_loss_limit_is_watched(canary, scripted):
+async def test_benign_loss_limit_is_watched(
+    canary: Callable[..., Awaitable[tuple[Front, Canary]]], scripted: Callable[..., None]
+) -> None:
     """Refused benign prompts violate `max_benign_loss_pct` like any criterion."""
 
-    async def answer(text, steered):
+    async def answer(text: str, steered: bool) -> str:
         return REFUSES if steered else ANSWERS
 
     scripted(answer)
@@ -237,10 +260,12 @@ async def test_benign_loss_limit_is_watched(canary, scripted):
     assert 'interpretops_canary_breach{measure="collateral_damage",policy="calm"} 1.0' in shown(front)
 
 
-async def test_every_pair_is_recorded(canary, scripted, tmp_path):
+async def test_every_pair_is_recorded(
+    canary: Callable[..., Awaitable[tuple[Front, Canary]]], scripted: Callable[..., None], tmp_path: Path
+) -> None:
     """The audit log records each pair, because no binding allows its unsteered half."""
 
-    async def answer(text, steered):
+    async def answer(text: str, steered: bool) -> str:
         return ANSWERS
 
     scripted(answer)
@@ -251,7 +276,7 @@ async def test_every_pair_is_recorded(canary, scripted, tmp_path):
     assert (got["event"], got["tenant"], got["policy"]) == ("canary", "canary", "calm")
 
 
-def test_shipped_suite_is_valid_and_a_wrong_one_is_reported(tmp_path):
+def test_shipped_suite_is_valid_and_a_wrong_one_is_reported(tmp_path: Path) -> None:
     """The shipped suite has as many benign as harmful prompts; a malformed file prevents start-up."""
     shipped = read_suite(None)
     assert len(shipped.harmful) == len(shipped.benign) == 8
@@ -262,11 +287,11 @@ def test_shipped_suite_is_valid_and_a_wrong_one_is_reported(tmp_path):
         read_suite(wrong)
 
 
-async def test_canary_runs_by_itself(start, engine, until):
+async def test_canary_runs_by_itself(start: Start, engine: FakeEngine, until: Until) -> None:
     """With an interval it runs from the start; without one it sends nothing."""
     await start("calm", **{"canary.interval_s": 0.01})
 
-    async def asked():
+    async def asked() -> bool:
         return len(engine.seen) >= 2
 
     await until(asked)

@@ -1,10 +1,13 @@
 """A receipt proves a whole answer: each of its engine requests, to the end, and every reported token."""
 
 import json
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
 from hypothesis import given
 from hypothesis import strategies as st
+from running_gateway import Start
 
 from interpretops.engine_api import Receipt
 from proxy.openai_api.request_size import Size
@@ -15,13 +18,15 @@ MANDATORY = [{"policy": "calm", "mode": "mandatory"}]
 REVISION = "ab" * 32
 
 
-def receipt(**fields):
+def receipt(**fields: int) -> Receipt:
     given = {"revision": REVISION, "requests": 1, "tokens_evaluated": 9, "finished": True, **fields}
     return Receipt.model_validate(given)
 
 
 @given(st.integers(1, 50), st.integers(1, 4), st.integers(1, 300), st.integers(0, 300), st.integers(0, 100))
-def test_correct_receipt_proves_and_one_token_less_does_not(prompts, choices, prompt, answer, again):
+def test_correct_receipt_proves_and_one_token_less_does_not(
+    prompts: int, choices: int, prompt: int, answer: int, again: int
+) -> None:
     """The minimum is prompt plus answer except each last token; recomputed tokens come on top."""
     size, requests = Size(prompts, choices), prompts * choices
     reported = AnswerUsage(prompts * prompt, requests * answer)
@@ -48,14 +53,16 @@ def test_correct_receipt_proves_and_one_token_less_does_not(prompts, choices, pr
         {"tokens_evaluated": 10},
     ],
 )
-async def test_receipt_that_proves_part_of_a_request_withholds_it(start, engine, short):
+async def test_receipt_that_proves_part_of_a_request_withholds_it(
+    start: Start, engine: FakeEngine, short: dict[str, Any]
+) -> None:
     """Two prompts with two choices each are four engine requests: if any is missing, nothing is sent."""
     front = await start("calm", bindings=MANDATORY)
     usage = {"prompt_tokens": 10, "completion_tokens": 8}
     engine.script = lambda body: [{"choices": [{"text": "leak"}], "usage": usage}]
     body = {"model": "tiny-model", "prompt": ["a", "b"], "n": 2}
 
-    async def ask():
+    async def ask() -> tuple[int, str]:
         async with front.public.post("/v1/completions", json=body) as answer:
             return answer.status, await answer.text()
 
@@ -67,7 +74,7 @@ async def test_receipt_that_proves_part_of_a_request_withholds_it(start, engine,
     assert "leak" not in text
 
 
-async def test_stream_longer_than_its_receipt_is_not_completed(start, engine):
+async def test_stream_longer_than_its_receipt_is_not_completed(start: Start, engine: FakeEngine) -> None:
     """Without `usage` a stream is bounded by its events, with it by its figures: no end marker is sent."""
     front = await start("calm", bindings=MANDATORY)
     engine.script = lambda body: [{"choices": [{"text": "x"}]}] * 40
@@ -85,7 +92,7 @@ async def test_stream_longer_than_its_receipt_is_not_completed(start, engine):
 
 
 @pytest.mark.parametrize("cut", [1, 7, 1000])
-def test_usage_of_named_streams_is_found(cut):
+def test_usage_of_named_streams_is_found(cut: int) -> None:
     """The Responses API reports usage in its last event, the Messages API in the one before."""
     responses = (
         b'event: response.output_text.delta\ndata: {"delta":"a"}\n\n'
@@ -102,7 +109,7 @@ def test_usage_of_named_streams_is_found(cut):
         assert stream_usage(splitter, named=True) == AnswerUsage(7, 3, 0)
 
 
-async def test_missing_usage_bounds_nothing_and_a_malformed_answer_raises():
+async def test_missing_usage_bounds_nothing_and_a_malformed_answer_raises() -> None:
     """Answers without usage are proven by requests and revision; a malformed answer raises."""
     for answer in ({}, {"usage": None}, {"usage": {"prompt_tokens": "7"}}, {"usage": []}):
         assert await answer_usage(json.dumps(answer).encode()) == AnswerUsage()

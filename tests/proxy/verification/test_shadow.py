@@ -1,12 +1,16 @@
 """A shadow repeats requests of the active revision, reaches nobody, and counts how answers differ."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
+from running_gateway import Front, PolicyWriter, Start, Until
 
 
 @pytest.fixture
-async def front(start, engine, tmp_path):
+async def front(start: Start, engine: FakeEngine, tmp_path: Path) -> Front:
     """A gateway with an active policy and a candidate that waits for its card; every request is sampled."""
     front = await start("calm", **{"gateway.watch_policies": False, "policies.shadow_share": 1.0})
     path = front.policies / "calm.yaml"
@@ -17,21 +21,21 @@ async def front(start, engine, tmp_path):
     return front
 
 
-async def entry(front):
+async def entry(front: Front) -> dict[str, Any]:
     return (await front.policy_list())["policies"][0]
 
 
-async def cast(front, **body):
+async def cast(front: Front, **body: str) -> int:
     body = {"revision": (await entry(front))["candidate"] or "0" * 12, "to": "shadow", **body}
     async with front.admin.post("/admin/policies/calm/promote", json=body) as answer:
         return answer.status
 
 
-def asked(engine):
+def asked(engine: FakeEngine) -> list[str]:
     return [seen["vllm_xargs"]["interpretops_revision"] for seen in engine.seen]
 
 
-async def test_shadow_answers_nobody_and_is_counted(front, engine, until):
+async def test_shadow_answers_nobody_and_is_counted(front: Front, engine: FakeEngine, until: Until) -> None:
     """The caller gets only the active revision's answer; the shadow's result is a count and a metric."""
     found = await entry(front)
     assert await cast(front) == 200
@@ -46,7 +50,7 @@ async def test_shadow_answers_nobody_and_is_counted(front, engine, until):
         assert headers["X-Steering-Policy"] == f"calm@{found['revision'][:12]}"
         assert found["candidate"] not in json.dumps(body)
 
-        async def counted(total=total):
+        async def counted(total: dict[str, int] = total) -> bool:
             tally = (await entry(front))["shadow"]
             return tally is not None and tally["requests"] == total
 
@@ -70,19 +74,21 @@ async def test_shadow_answers_nobody_and_is_counted(front, engine, until):
         {"output": [None, "x"]},
     ],
 )
-async def test_malformed_shadow_answer_is_counted(front, engine, until, answer):
+async def test_malformed_shadow_answer_is_counted(
+    front: Front, engine: FakeEngine, until: Until, answer: Any
+) -> None:
     """A malformed shadow answer is counted as failed, not ignored."""
     waiting = (await entry(front))["candidate"]
     assert await cast(front) == 200
 
-    def script(body):
+    def script(body: dict[str, Any]) -> list[Any]:
         shadow = body["vllm_xargs"]["interpretops_revision"] == waiting
         return [answer if shadow else {"choices": [], "usage": {}}]
 
     engine.script = script
     assert (await front.chat(model="tiny-model+calm", temperature=0))[0] == 200
 
-    async def counted():
+    async def counted() -> bool:
         tally = (await entry(front))["shadow"]
         return tally is not None and sum(tally["requests"].values()) == 1
 
@@ -90,21 +96,23 @@ async def test_malformed_shadow_answer_is_counted(front, engine, until, answer):
     assert not [line for line in front.log if line["event"] == "task_failed"]
 
 
-async def test_shadow_that_fails_disturbs_no_answer(front, engine, until):
+async def test_shadow_that_fails_disturbs_no_answer(front: Front, engine: FakeEngine, until: Until) -> None:
     """Whatever happens to the shadow, the caller gets the answer; the failure is counted."""
     await cast(front)
     candidate = (await entry(front))["candidate"]
     engine.plans.pop(candidate)
     assert (await front.chat(model="tiny-model+calm"))[0] == 200
 
-    async def counted():
+    async def counted() -> bool:
         tally = (await entry(front))["shadow"]
         return tally is not None and tally["requests"] == {"failed": 1}
 
     await until(counted)
 
 
-async def test_running_shadow_keeps_its_rows(front, engine, policy_writer, until):
+async def test_running_shadow_keeps_its_rows(
+    front: Front, engine: FakeEngine, policy_writer: PolicyWriter, until: Until
+) -> None:
     """A shadow's rows are freed only after its last request, as for any revision."""
     await cast(front)
     found = await entry(front)
@@ -112,7 +120,7 @@ async def test_running_shadow_keeps_its_rows(front, engine, policy_writer, until
     engine.trick = f"hold {candidate}"
     await front.chat(model="tiny-model+calm")
 
-    async def under_way():
+    async def under_way() -> bool:
         return candidate in asked(engine)
 
     await until(under_way)
@@ -120,21 +128,21 @@ async def test_running_shadow_keeps_its_rows(front, engine, policy_writer, until
     async with front.admin.post("/admin/reload"):
         pass
 
-    async def freed_the_active_one():
+    async def freed_the_active_one() -> bool:
         return before in engine.retired
 
     await until(freed_the_active_one)
     assert candidate in engine.plans
     engine.go_on.set()
 
-    async def freed():
+    async def freed() -> bool:
         return candidate not in engine.plans
 
     await until(freed)
     assert front.apps.gateway.shadows.tallies["calm"].requests == {"uncompared": 1}
 
 
-async def test_only_requests_of_its_policy_are_repeated(front, engine):
+async def test_only_requests_of_its_policy_are_repeated(front: Front, engine: FakeEngine) -> None:
     """Pass-through, other policies, and candidates that are not in shadow have no shadow requests."""
     await front.chat(model="tiny-model+calm")
     await cast(front)
@@ -142,7 +150,9 @@ async def test_only_requests_of_its_policy_are_repeated(front, engine):
     assert len(engine.seen) == 2
 
 
-async def test_shadow_ends_with_its_candidate(front, engine, policy_writer, until):
+async def test_shadow_ends_with_its_candidate(
+    front: Front, engine: FakeEngine, policy_writer: PolicyWriter, until: Until
+) -> None:
     """A changed file frees the shadow's rows; a promotion needs its card as before."""
     await cast(front)
     candidate = (await entry(front))["candidate"]
@@ -153,7 +163,7 @@ async def test_shadow_ends_with_its_candidate(front, engine, policy_writer, unti
     async with front.admin.post("/admin/reload"):
         pass
 
-    async def freed():
+    async def freed() -> bool:
         return candidate not in engine.plans
 
     await until(freed)
@@ -162,7 +172,9 @@ async def test_shadow_ends_with_its_candidate(front, engine, policy_writer, unti
     assert await cast(front, to="retired") == 400
 
 
-async def test_shadow_outlives_a_reload(front, engine, policy_writer, until):
+async def test_shadow_outlives_a_reload(
+    front: Front, engine: FakeEngine, policy_writer: PolicyWriter, until: Until
+) -> None:
     """Reading the same file again ends no shadow, and its rows are freed when the file changes then."""
     assert await cast(front) == 200
     candidate = (await entry(front))["candidate"]
@@ -173,7 +185,7 @@ async def test_shadow_outlives_a_reload(front, engine, policy_writer, until):
     async with front.admin.post("/admin/reload"):
         pass
 
-    async def freed():
+    async def freed() -> bool:
         return candidate not in engine.plans
 
     await until(freed)
