@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from discovery.errors import DiscoveryError
+from interpretops.model.device import pick_device
+from interpretops.model.source import resolve_model
+from interpretops.settings import Settings
 from interpretops.steering.causal_model import CausalModel
 
 Edit = Callable[[Tensor], Tensor]
@@ -86,6 +89,20 @@ class FrozenModel(CausalModel):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def open_frozen_model(
+    settings: Settings, say: Callable[[str], None], dtype: torch.dtype | None = None
+) -> FrozenModel:
+    """The model that the settings name, downloaded if need be.
+
+    dtype  of its weights; None: the settings', where "auto" is bfloat16
+    """
+    device = pick_device(settings.model.device)
+    folder = resolve_model(settings.model.name, settings.cache.dir, say, revision=settings.model.revision)
+    if dtype is None:
+        dtype = torch.bfloat16 if settings.model.dtype == "auto" else getattr(torch, settings.model.dtype)
+    return FrozenModel(folder, dtype, device)
 
 
 class _StopForward(Exception):  # noqa: N818 (not an error: it ends a forward pass early)

@@ -46,10 +46,10 @@ def fit_gate(
     config: Config = None,
 ) -> None:
     """Learn a conditional refusal: an attention probe that opens a gate, and a low-rank edit behind it."""
-    from discovery import commands as jobs
+    from discovery.gates.command import run_fit_gate
     from interpretops.settings import load_settings
 
-    jobs.fit_gate(
+    run_fit_gate(
         load_settings(config, {"model.name": model, "paths.artifacts": artifacts}),
         data=data,
         data_folder=data_folder,

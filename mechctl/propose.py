@@ -55,10 +55,10 @@ def propose(
     Strength and threshold are chosen on selection prompts that nothing else sees, within the budgets. The
     record beside the policy holds every point that was tried.
     """
-    from discovery.proposals.command import propose as run
+    from discovery.proposals.command import run_propose
     from interpretops.settings import load_settings
 
-    run(
+    run_propose(
         load_settings(config, {"model.name": model, "paths.artifacts": artifacts}),
         chosen,
         out=out,

@@ -17,10 +17,10 @@ def sae_eval(
     config: Config = None,
 ) -> None:
     """Measure a dictionary on held-out sequences, beside SAELens' own numbers for the same tokens."""
-    from discovery import commands as jobs
+    from discovery.sae.command import run_sae_eval
     from interpretops.settings import load_settings
 
-    jobs.sae_eval(
+    run_sae_eval(
         load_settings(config, {"model.name": model}),
         dictionary=dictionary,
         trace=trace,

@@ -38,10 +38,10 @@ def sae_train(
     config: Config = None,
 ) -> None:
     """Train a sparse dictionary on a trace with SAELens, and measure it on held-out text."""
-    from discovery import commands as jobs
+    from discovery.sae.command import run_sae_train
     from interpretops.settings import load_settings
 
-    jobs.sae_train(
+    run_sae_train(
         load_settings(config, {"model.name": model}),
         trace=trace,
         out=out,

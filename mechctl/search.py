@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from discovery.circuits.search_settings import Reading, SearchSettings, Taking
+from discovery.circuits.search_settings import PairFormat, PairSelection, SearchSettings
 from mechctl.from_model import LeftOut, Options, Spelled, options_from_models
 from mechctl.options import Artifacts, Config, Model
 
@@ -49,10 +49,12 @@ def search(
             "--quick", help=f"A first look: at most {QUICK_PAIRS} pairs and {QUICK_FEATURES} features."
         ),
     ] = False,
-    reading: Annotated[
-        Reading, Options({"answers": "--answer", "chat": Spelled(default="only with --prompts")})
+    pair_format: Annotated[
+        PairFormat, Options({"answers": "--answer", "chat": Spelled(default="only with --prompts")})
     ],
-    taking: Annotated[Taking, Options({"limit": Spelled(default=f"all; {PROMPT_PAIRS} of --prompts")})],
+    selection: Annotated[
+        PairSelection, Options({"limit": Spelled(default=f"all; {PROMPT_PAIRS} of --prompts")})
+    ],
     dictionary: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,23 +74,23 @@ def search(
     left_out: LeftOut,
 ) -> None:
     """Search the circuit that carries a behaviour, and measure how faithful and how stable it is."""
-    from discovery.circuits import command
+    from discovery.circuits.command import run_search
     from interpretops.settings import load_settings
 
-    if taking.limit is None:
+    if selection.limit is None:
         limit = QUICK_PAIRS if quick else PROMPT_PAIRS if prompts is not None else None
-        taking = replace(taking, limit=limit)
+        selection = replace(selection, limit=limit)
     if quick and "features" in left_out:
         chosen = replace(chosen, features=QUICK_FEATURES)
-    command.search(
+    run_search(
         load_settings(config, {"model.name": model, "paths.artifacts": artifacts}),
         pairs=pairs,
         prompts=prompts,
         target_class=target_class,
         out=out,
         work=work,
-        reading=reading,
-        taking=taking,
+        pair_format=pair_format,
+        selection=selection,
         chosen=chosen,
         dictionaries=dictionary or (),
         say=typer.echo,

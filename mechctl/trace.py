@@ -37,10 +37,10 @@ def trace(
     config: Config = None,
 ) -> None:
     """Run prompts and text through the model and write its residual stream to disk."""
-    from discovery import commands as jobs
+    from discovery.data.command import run_trace
     from interpretops.settings import load_settings
 
-    jobs.trace(
+    run_trace(
         load_settings(config, {"model.name": model}),
         prompts=prompts or [],
         text=text or [],

@@ -1,8 +1,10 @@
-"""The command `search`: turns pairs or prompts into a circuit file and a short summary."""
+"""`mechctl search`: turns pairs or prompts into a circuit file and a short summary."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+
+import torch
 
 from discovery.circuits.matching import match_prompts
 from discovery.circuits.pairs import (
@@ -13,10 +15,10 @@ from discovery.circuits.pairs import (
     split_pairs,
 )
 from discovery.circuits.search import CircuitSearch
-from discovery.circuits.search_settings import Reading, SearchSettings, Taking
+from discovery.circuits.search_settings import PairFormat, PairSelection, SearchSettings
 from discovery.data.sources import Source, read_prompts, sha256_of_file
 from discovery.errors import DiscoveryError
-from discovery.frozen_model import FrozenModel
+from discovery.frozen_model import FrozenModel, open_frozen_model
 from discovery.jobs.run_record import run_record
 from discovery.jobs.stopping import interruptible
 from interpretops.artifacts import Artifacts
@@ -30,7 +32,7 @@ from interpretops.settings import Settings
 Say = Callable[[str], None]
 
 
-def search(
+def run_search(
     settings: Settings,
     *,
     pairs: Path | None,
@@ -38,8 +40,8 @@ def search(
     target_class: str,
     out: Path,
     work: Path,
-    reading: Reading,
-    taking: Taking,
+    pair_format: PairFormat,
+    selection: PairSelection,
     chosen: SearchSettings,
     dictionaries: Sequence[str],
     say: Say,
@@ -57,30 +59,33 @@ def search(
         raise DiscoveryError("search needs --pairs or --prompts, and not both")
     source = pairs or prompts
     assert source is not None
-    reading = replace(reading, chat=prompts is not None if reading.chat is None else reading.chat)
+    pair_format = replace(
+        pair_format, chat=prompts is not None if pair_format.chat is None else pair_format.chat
+    )
     if pairs is not None:
-        reading = _with_class_answers(reading, target_class, pairs)
-        read_pairs(pairs, reading)  # report faults in the file before loading a model
+        pair_format = _with_class_answers(pair_format, target_class, pairs)
+        read_pairs(pairs, pair_format)  # report faults in the file before loading a model
     else:
         read_prompts(Source(source, "prompts"))
-    model = _model(settings, say)
+    # In bfloat16, rounding hides small effects, so the serving dtype does not count.
+    model = open_frozen_model(settings, say, torch.float32)
     opened = _dictionaries(settings, model, dictionaries)
     unmatched = 0
     if pairs is not None:
-        texts = read_pairs(pairs, reading, whole_years=len(model.text_ids("52")) == 1)
+        texts = read_pairs(pairs, pair_format, whole_years=len(model.text_ids("52")) == 1)
     else:
         texts, unmatched = match_prompts(
             model,
             source,
             target_class,
-            chat=bool(reading.chat),
-            most=taking.limit,
-            answers=reading.answers,
-            wrong=reading.wrong,
+            chat=bool(pair_format.chat),
+            most=selection.limit,
+            answers=pair_format.answers,
+            wrong=pair_format.wrong,
         )
-    encoded, skipped = encode_pairs(model, texts, reading)
+    encoded, skipped = encode_pairs(model, texts, pair_format)
     skipped += unmatched
-    discovery, evaluation = split_pairs(encoded, taking.held_out, taking.limit)
+    discovery, evaluation = split_pairs(encoded, selection.held_out, selection.limit)
     data = DataFile(
         name=source.name,
         sha256=sha256_of_file(source),
@@ -88,7 +93,7 @@ def search(
         evaluation_pairs=len(evaluation),
         skipped_pairs=skipped,
     )
-    options = asdict(chosen) | {"reading": asdict(reading)} | asdict(taking)
+    options = asdict(chosen) | {"reading": asdict(pair_format)} | asdict(selection)
     options |= {"dictionaries": list(dictionaries)}
     record = run_record("search", chosen.seed, options, data.model_dump())
     run = CircuitSearch(model, discovery, evaluation, chosen, work, opened)
@@ -178,22 +183,10 @@ def _in_folder(folder: Path, model: FrozenModel) -> Dictionary:
     return dictionary
 
 
-def _with_class_answers(reading: Reading, target_class: str, pairs: Path) -> Reading:
+def _with_class_answers(pair_format: PairFormat, target_class: str, pairs: Path) -> PairFormat:
     """Use the class's known answers if neither the file nor the command names any."""
-    given = reading.answers or reading.wrong or reading.layout != "pairs"
+    given = pair_format.answers or pair_format.wrong or pair_format.layout != "pairs"
     if given or target_class not in CLASS_ANSWERS or names_answers(pairs):
-        return reading
+        return pair_format
     answers, wrong = CLASS_ANSWERS[target_class]
-    return replace(reading, answers=answers, wrong=wrong)
-
-
-def _model(settings: Settings, say: Say) -> FrozenModel:
-    """The model in float32, whatever its serving dtype: in bfloat16, rounding hides small effects."""
-    import torch
-
-    from interpretops.model.device import pick_device
-    from interpretops.model.source import resolve_model
-
-    device = pick_device(settings.model.device)
-    folder = resolve_model(settings.model.name, settings.cache.dir, say, revision=settings.model.revision)
-    return FrozenModel(folder, torch.float32, device)
+    return replace(pair_format, answers=answers, wrong=wrong)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from discovery.circuits.search_settings import Reading
+from discovery.circuits.search_settings import PairFormat
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 
@@ -53,7 +53,7 @@ class Pair:
     topic: str = ""
 
 
-def read_pairs(path: Path, reading: Reading, *, whole_years: bool = True) -> list[TextPair]:
+def read_pairs(path: Path, pair_format: PairFormat, *, whole_years: bool = True) -> list[TextPair]:
     """Read the pairs in a file. ``whole_years``: the tokenizer encodes two digits as one token."""
     rows = _rows(path)
     found = []
@@ -62,16 +62,18 @@ def read_pairs(path: Path, reading: Reading, *, whole_years: bool = True) -> lis
         if not isinstance(row, dict):
             raise DiscoveryError(f"{where} = {str(row)[:60]!r}, but must be an object with clean, corrupted")
         clean = _prompt(row, "clean", where)
-        corrupted = _prompt(row, reading.corrupted_column, where)
+        corrupted = _prompt(row, pair_format.corrupted_column, where)
         if clean == corrupted:
-            raise DiscoveryError(f"{where}: clean and {reading.corrupted_column} are the same; contrast them")
-        if reading.layout == "ioi":
+            raise DiscoveryError(
+                f"{where}: clean and {pair_format.corrupted_column} are the same; contrast them"
+            )
+        if pair_format.layout == "ioi":
             answers, wrong = _ioi_names(clean, where)
-        elif reading.layout == "greater-than":
+        elif pair_format.layout == "greater-than":
             answers, wrong = _later_years(row.get("label"), where, whole_years)
         else:
-            answers = reading.answers or _texts(row, "answer", where)
-            wrong = reading.wrong or _texts(row, "wrong", where)
+            answers = pair_format.answers or _texts(row, "answer", where)
+            wrong = pair_format.wrong or _texts(row, "wrong", where)
         paraphrase, topic = (str(row.get(name) or "") for name in ("paraphrase", "topic"))
         found.append(TextPair(where, clean, corrupted, answers, wrong, paraphrase, topic))
     if not found:
@@ -146,9 +148,11 @@ def _later_years(label: Any, where: str, whole_years: bool) -> tuple[tuple[str, 
     return tuple(map(str, range(decade + 1, 10))), tuple(map(str, range(decade)))
 
 
-def encode_pairs(model: FrozenModel, texts: Sequence[TextPair], reading: Reading) -> tuple[list[Pair], int]:
+def encode_pairs(
+    model: FrozenModel, texts: Sequence[TextPair], pair_format: PairFormat
+) -> tuple[list[Pair], int]:
     """Pairs as tokens, and the number skipped. Refuses, or skips, pairs whose sides do not align."""
-    encode = model.chat_ids if reading.chat else model.text_ids
+    encode = model.chat_ids if pair_format.chat else model.text_ids
     found, reasons = [], []
     for text in texts:
         clean, corrupted = tuple(encode(text.clean)), tuple(encode(text.corrupted))
@@ -167,7 +171,7 @@ def encode_pairs(model: FrozenModel, texts: Sequence[TextPair], reading: Reading
             own, others = tuple(sorted(answers - wrong)), tuple(sorted(wrong - answers))
             found.append(Pair(clean, corrupted, own, others, text.paraphrase, text.topic))
             continue
-        if not reading.skip_unfit:
+        if not pair_format.skip_unfit:
             raise DiscoveryError(reasons[0])
     if not found:
         raise DiscoveryError(f"no pair is left ({len(reasons)} skipped); the first: {reasons[0]}")

@@ -12,7 +12,7 @@ Metric = Literal["logit_diff", "log_odds", "prob_diff"]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Reading:
+class PairFormat:
     """How a file's columns are read."""
 
     layout: Layout = "pairs"
@@ -30,7 +30,7 @@ class Reading:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Taking:
+class PairSelection:
     """Which pairs of a file are taken, and for what."""
 
     held_out: float = Field(default=0.5, gt=0, lt=1)

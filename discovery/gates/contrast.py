@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Strict, ValidationError, model_validator
 
 from discovery.circuits.pairs import read_pairs
-from discovery.circuits.search_settings import Reading
+from discovery.circuits.search_settings import PairFormat
 from discovery.data.prompt_variants import words_of
 from discovery.data.sources import (
     Source,
@@ -204,7 +204,7 @@ def _split(
 
 
 def _from_pairs(path: Path, seed: int, target_class: str) -> Contrast:
-    pairs = read_pairs(path, Reading(answers=("x",), wrong=("y",)))
+    pairs = read_pairs(path, PairFormat(answers=("x",), wrong=("y",)))
     sides: dict[Side, list[str]] = {
         "target": [pair.clean for pair in pairs],
         "benign": [pair.corrupted for pair in pairs],

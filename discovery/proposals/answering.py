@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discovery.commands import frozen_model
 from discovery.errors import DiscoveryError
-from discovery.frozen_model import FrozenModel
+from discovery.frozen_model import open_frozen_model
 from discovery.gates.contrast import PARTS, SIDES, Contrast, subset
 from discovery.jobs.checksummed_file import digest
 from discovery.jobs.progress import meter
@@ -75,7 +74,7 @@ class Answering:
         self.settings, self.chosen, self.contrast, self.places, self.say = (
             settings, chosen, contrast, places, say,
         )  # fmt: skip
-        self.model: FrozenModel = frozen_model(settings, say)
+        self.model = open_frozen_model(settings, say)
         self.origin = self._origin()
         self.dictionary = self._dictionary()
         self.prompts = {

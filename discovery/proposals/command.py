@@ -1,4 +1,4 @@
-"""What the command `propose` does: from settings, a contrast and a method to a policy with its record."""
+"""`mechctl propose`: turns a contrast into a policy and a record of how it was chosen."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from interpretops.settings import Settings
 Say = Callable[[str], None]
 
 
-def propose(
+def run_propose(
     settings: Settings,
     chosen: ProposeSettings,
     *,
@@ -22,7 +22,7 @@ def propose(
     work: Path,
     say: Say,
 ) -> None:
-    """Search strength and threshold on selection prompts, write the best policy; a stopped run goes on."""
+    """Search strength and threshold on selection prompts, write the best policy; resumes a stopped run."""
     contrast = read_contrast(chosen.contrast, chosen.data_folder, chosen.seed, chosen.target_class)
     if chosen.method == "word-rows" and contrast.aim != "avoid":
         raise DiscoveryError(

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from discovery import commands as jobs
 from discovery.errors import DiscoveryError
+from discovery.gates.command import run_fit_gate
 from discovery.gates.contrast import PARTS, SIDES, Contrast
 from discovery.gates.gate_settings import EditSettings, GateSettings
 from discovery.jobs.run_record import run_record
@@ -52,7 +52,7 @@ def propose_gated_edit(
     )
     read_at = max(min(layers) - 1, 0) if chosen.gate_layer is None else chosen.gate_layer
     draft = work / f"{places.policy_id}.draft.yaml"
-    jobs.fit_gate(
+    run_fit_gate(
         settings,
         data=_data_list(contrast, work / "data"),
         data_folder=None,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from discovery.circuits.search_settings import Reading, SearchSettings, Taking
+from discovery.circuits.search_settings import PairFormat, PairSelection, SearchSettings
 from discovery.data.trace_settings import TraceSettings
 from discovery.evaluation.options import JobOptions
 from discovery.gates.gate_settings import EditSettings, GateSettings
@@ -28,8 +28,8 @@ ALL: tuple[Any, ...] = (
     EditSettings,
     Budgets,
     ProposeSettings,
-    Reading,
-    Taking,
+    PairFormat,
+    PairSelection,
     SearchSettings,
 )
 Propose = partial(ProposeSettings, contrast=Path("classes/own.yaml"))
@@ -82,7 +82,7 @@ TRACED: Any = SimpleNamespace(record={"shards": [{"sha256": "0" * 64}]})
             "above 0",
         ),
         (EditSettings, {"layers": ()}, "layers = (), but must be at least one layer"),
-        (Taking, {"held_out": 1.0}, "held_out = 1.0, but must be less than 1"),
+        (PairSelection, {"held_out": 1.0}, "held_out = 1.0, but must be less than 1"),
         (SearchSettings, {"seeds": 4}, "seeds = 4, but must be at least 5"),
         (JobOptions, {"limit": 0}, "limit = 0, but must be at least 1"),
         (JobOptions, {"latency_rounds": -1}, "latency_rounds = -1, but must be at least 0"),

@@ -1,4 +1,4 @@
-"""`mechctl search`: what it takes when a line leaves out how many pairs and features."""
+"""`mechctl search`: how many pairs and features it uses when the command line leaves that out."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ from mechctl.main import main
         (("--pairs", "p.jsonl", "--quick", "--limit", "20", "--features", "32"), 20, 32, None),
     ],
 )
-def test_what_a_line_names_goes_before_quick(
+def test_options_on_the_command_line_override_quick(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     arguments: tuple[str, ...],
@@ -28,11 +28,12 @@ def test_what_a_line_names_goes_before_quick(
     features: int,
     chat: bool | None,
 ) -> None:
-    """`--quick` and `--prompts` decide only what the line leaves out, also where it names the default."""
+    """`--quick` and `--prompts` decide only what is left out; naming a default counts as naming it."""
     given: dict[str, Any] = {}
-    monkeypatch.setattr(command, "search", lambda settings, **chosen: given.update(chosen))
+    monkeypatch.setattr(command, "run_search", lambda settings, **chosen: given.update(chosen))
     monkeypatch.setattr(sys, "argv", ["mechctl", "search", "--out", str(tmp_path), *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    assert (given["taking"].limit, given["chosen"].features, given["reading"].chat) == (limit, features, chat)
+    found = given["selection"].limit, given["chosen"].features, given["pair_format"].chat
+    assert found == (limit, features, chat)

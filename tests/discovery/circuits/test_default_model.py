@@ -11,7 +11,7 @@ from discovery.circuits.decoder import GraphDecoder
 from discovery.circuits.faithfulness import Evaluator
 from discovery.circuits.graph import growth_order, prune, random_order
 from discovery.circuits.pairs import TextPair, encode_pairs
-from discovery.circuits.search_settings import Reading
+from discovery.circuits.search_settings import PairFormat
 from discovery.frozen_model import FrozenModel
 
 SENTENCES = (
@@ -24,12 +24,12 @@ SENTENCES = (
 def test_ioi_circuit_is_found_in_the_default_model(default_model_dir: Path) -> None:
     """The heads that matter most do so by exact patching, and the circuit beats random ones of its size."""
     model = FrozenModel(default_model_dir, torch.float32)
-    decoder, reading = GraphDecoder(model), Reading()
+    decoder, pair_format = GraphDecoder(model), PairFormat()
     texts = [
         TextPair("here", text.format(said), text.format(other), (f" {other}",), (f" {said}",))
         for text, said, other in SENTENCES
     ]
-    pairs, skipped = encode_pairs(model, texts, reading)
+    pairs, skipped = encode_pairs(model, texts, pair_format)
     assert skipped == 0
     scores = torch.stack([edge_scores(decoder, [pair], "logit_diff", 5)[0] for pair in pairs]).mean(0)
     by_node = node_scores(scores)

@@ -7,7 +7,7 @@ import pytest
 
 from discovery.circuits.matching import PROMPTS, match_prompts
 from discovery.circuits.pairs import encode_pairs
-from discovery.circuits.search_settings import Reading
+from discovery.circuits.search_settings import PairFormat
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 
@@ -34,7 +34,7 @@ def test_each_prompt_gets_a_partner_of_its_length(tiny: FrozenModel, asked: Path
     assert [pair.clean for pair in pairs] == ASKED[:3]
     assert left == 1
     assert len({pair.corrupted for pair in pairs}) == 3
-    encoded, skipped = encode_pairs(tiny, pairs, Reading(chat=True))
+    encoded, skipped = encode_pairs(tiny, pairs, PairFormat(chat=True))
     assert skipped == 0
     assert all(len(pair.clean) == len(pair.corrupted) for pair in encoded)
 

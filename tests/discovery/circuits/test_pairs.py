@@ -9,7 +9,7 @@ import torch
 
 from discovery.circuits.metric import measure
 from discovery.circuits.pairs import Pair, batches, encode_pairs, read_pairs, split_pairs
-from discovery.circuits.search_settings import Reading
+from discovery.circuits.search_settings import PairFormat
 from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 
@@ -26,20 +26,20 @@ def test_ioi_answer_is_the_name_said_once(tmp_path: Path) -> None:
     """The indices of another tokenizer are not used: the names are read from the prompt."""
     path = tmp_path / "ioi.csv"
     path.write_text(IOI)
-    pair = read_pairs(path, Reading(layout="ioi", corrupted_column="corrupted_hard"))[0]
+    pair = read_pairs(path, PairFormat(layout="ioi", corrupted_column="corrupted_hard"))[0]
     assert (pair.answers, pair.wrong) == ((" Amber",), (" Aaron",))
     assert pair.corrupted.endswith("Amber gave a drink to")
-    assert "Tiffany" in read_pairs(path, Reading(layout="ioi"))[0].corrupted
+    assert "Tiffany" in read_pairs(path, PairFormat(layout="ioi"))[0].corrupted
 
 
 def test_greater_than_follows_the_tokenizer(tmp_path: Path) -> None:
     """Years where two digits are one token, decades where each digit is one."""
     path = tmp_path / "years.csv"
     path.write_text("clean,corrupted,label\nfrom 1352 to 13,from 1301 to 13,52\n")
-    reading = Reading(layout="greater-than")
-    years = read_pairs(path, reading)[0]
+    pair_format = PairFormat(layout="greater-than")
+    years = read_pairs(path, pair_format)[0]
     assert (years.answers[0], years.answers[-1], len(years.wrong)) == ("53", "99", 53)
-    decades = read_pairs(path, reading, whole_years=False)[0]
+    decades = read_pairs(path, pair_format, whole_years=False)[0]
     assert (decades.answers, decades.wrong) == (tuple("6789"), tuple("01234"))
 
 
@@ -48,9 +48,9 @@ def test_chat_prompts_and_skipped_pairs(tiny: FrozenModel, tmp_path: Path) -> No
     path = tmp_path / "pairs.csv"
     path.write_text("clean,corrupted,answer,wrong\nhow,who,I|S,T\nhow,howl,I,S\n")
     with pytest.raises(DiscoveryError, match=r"row 2: clean has 3 tokens and corrupted 4"):
-        encode_pairs(tiny, read_pairs(path, Reading()), Reading())
-    reading = Reading(chat=True, skip_unfit=True)
-    found, skipped = encode_pairs(tiny, read_pairs(path, reading), reading)
+        encode_pairs(tiny, read_pairs(path, PairFormat()), PairFormat())
+    pair_format = PairFormat(chat=True, skip_unfit=True)
+    found, skipped = encode_pairs(tiny, read_pairs(path, pair_format), pair_format)
     assert (len(found), skipped) == (1, 1)
     assert list(found[0].clean) == tiny.chat_ids("how")
     assert len(found[0].answers) == 2
@@ -101,8 +101,8 @@ def test_shipped_pairs_fit_the_default_model(
     """None is of unequal length or without an answer of its own; wordings are many and equally frequent;
     the model itself favours the answers more on the clean prompt, on average and for nine in ten pairs."""
     model = FrozenModel(default_model_dir, torch.float32)
-    reading = Reading(chat=chat)
-    found, skipped = encode_pairs(model, read_pairs(SHIPPED / f"{name}.jsonl", reading), reading)
+    pair_format = PairFormat(chat=chat)
+    found, skipped = encode_pairs(model, read_pairs(SHIPPED / f"{name}.jsonl", pair_format), pair_format)
     assert skipped == 0
     assert len(found) >= fewest
     wordings = Counter(pair.paraphrase for pair in found)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from discovery.circuits import command
+from discovery import frozen_model
 from discovery.circuits import search as search_module
 from discovery.frozen_model import FrozenModel
 from discovery.jobs import whole_file
@@ -83,18 +83,18 @@ def test_stopped_run_goes_on_and_ends_the_same(  # type: ignore[no-untyped-def]
     assert (tmp_path / "a.json").read_text() == whole
 
 
-def test_search_is_in_float32_whatever_is_served(  # type: ignore[no-untyped-def]
+def test_search_runs_in_float32_whatever_the_serving_dtype(  # type: ignore[no-untyped-def]
     mechctl, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The settings' number format is the engine's; in bfloat16, small effects would drown in rounding."""
+    """Search ignores `model.dtype`, the engine's: in bfloat16, rounding would hide small effects."""
     seen = []
-    real = command.FrozenModel  # type: ignore[attr-defined]
+    real = frozen_model.FrozenModel
 
     def noting(folder: Path, dtype: torch.dtype, device: str) -> FrozenModel:
         seen.append(dtype)
         return real(folder, dtype, device)
 
-    monkeypatch.setattr(command, "FrozenModel", noting)
+    monkeypatch.setattr(frozen_model, "FrozenModel", noting)
     words = ("--pairs", pairs_file, "--edges", 3, "--out", tmp_path / "c.json", "--work", tmp_path / "work")
     assert mechctl(*words)[0] == 0
     assert seen == [torch.float32]
