@@ -28,7 +28,7 @@ VECTORS = "vectors"
 
 
 @dataclass(frozen=True)
-class Places:
+class ProposalPaths:
     """Where a proposal goes."""
 
     policy_id: str
@@ -53,7 +53,7 @@ def write_vectors(path: Path, vectors: dict[str, Tensor], spec: ModelSpec) -> No
 
 
 def write_rows(
-    places: Places,
+    paths: ProposalPaths,
     sites: Mapping[Site, AdapterSite],
     contrast: Contrast,
     spec: ModelSpec,
@@ -61,7 +61,7 @@ def write_rows(
     record: dict[str, Any],
 ) -> None:
     """Write rows as an adapter named after the policy; data, seed and commit join ``made``."""
-    folder = places.artifacts / spec.name / "adapters" / places.policy_id
+    folder = paths.artifacts / spec.name / "adapters" / paths.policy_id
     data = sorted({f"{entry['path']} ({entry.get('licence', 'own')})" for entry in contrast.record})
     training = made.model_copy(update={"data": tuple(data), "seed": record["seed"], "commit": commit()})
     try:
@@ -97,14 +97,14 @@ def policy_yaml(document: dict[str, Any], header: list[str], chosen: ProposeSett
     return comment + yaml.safe_dump(document, sort_keys=False, width=110)
 
 
-def write_policy(text: str, record: dict[str, Any], places: Places, spec: ModelSpec) -> str:
+def write_policy(text: str, record: dict[str, Any], paths: ProposalPaths, spec: ModelSpec) -> str:
     """Check that the policy compiles, write it and its record; returns the revision."""
-    document = parse_yaml(text.encode(), PolicyError, str(places.policy))
+    document = parse_yaml(text.encode(), PolicyError, str(paths.policy))
     plan = compile_policy(
-        policy_from_document(document, places.policy.parent), model=spec, artifacts=places.artifacts
+        policy_from_document(document, paths.policy.parent), model=spec, artifacts=paths.artifacts
     )
-    write_record(places.record, record | {"policy": places.policy_id, "revision": plan.revision})
-    write_whole(places.policy, text.encode())
+    write_record(paths.record, record | {"policy": paths.policy_id, "revision": plan.revision})
+    write_whole(paths.policy, text.encode())
     return plan.revision
 
 

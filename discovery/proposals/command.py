@@ -6,7 +6,7 @@ from pathlib import Path
 from discovery.errors import DiscoveryError
 from discovery.gates.contrast import read_contrast
 from discovery.jobs.stopping import interruptible
-from discovery.proposals.artifact import Places
+from discovery.proposals.artifact import ProposalPaths
 from discovery.proposals.settings import ProposeSettings
 from interpretops.settings import Settings
 
@@ -32,17 +32,17 @@ def run_propose(
     policy_id = chosen.policy_id or f"{contrast.name}-{chosen.method}"
     policy = work / f"{policy_id}.yaml" if out is None else out
     record = policy.parent / "records" / f"{policy_id}.json" if record is None else record
-    places = Places(policy_id, policy, record, settings.paths.artifacts)
+    paths = ProposalPaths(policy_id, policy, record, settings.paths.artifacts)
     with interruptible(f"finished steps are in {work}"):
         if contrast.aim == "avoid":
-            from discovery.proposals.avoid.avoid import propose_avoiding
+            from discovery.proposals.avoid.proposal import propose_avoid
 
-            propose_avoiding(settings, chosen, contrast, places, work, say)
+            propose_avoid(settings, chosen, contrast, paths, work, say)
         elif chosen.method == "gated-edit":
-            from discovery.proposals.gated import propose_gated_edit
+            from discovery.proposals.answer.gated_edit import propose_gated_edit
 
-            propose_gated_edit(settings, chosen, contrast, places, work, say)
+            propose_gated_edit(settings, chosen, contrast, paths, work, say)
         else:
-            from discovery.proposals.answering import Answering
+            from discovery.proposals.answer.proposal import AnswerProposal
 
-            Answering(settings, chosen, contrast, places, work, say).run()
+            AnswerProposal(settings, chosen, contrast, paths, work, say).run()

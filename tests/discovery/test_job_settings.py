@@ -16,7 +16,7 @@ from discovery.data.trace_settings import TraceSettings
 from discovery.evaluation.options import JobOptions
 from discovery.gates.gate_settings import EditSettings, GateSettings
 from discovery.jobs.job_settings import faults
-from discovery.proposals.answering import _that_decide
+from discovery.proposals.answer.proposal import _that_decide
 from discovery.proposals.settings import Budgets, ProposeSettings
 from discovery.sae.sae_train import train_digest
 from discovery.sae.train_settings import TrainSettings

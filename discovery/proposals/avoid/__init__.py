@@ -1,1 +1,1 @@
-"""Proposals for classes of answers to avoid: edits that read every token."""
+"""Proposals for classes whose aim is `avoid`: answers show a trait less; edits act on every token."""

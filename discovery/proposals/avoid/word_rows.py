@@ -1,15 +1,15 @@
-"""Rows against words, without training: each reads that a word is about to be said and lowers its next token.
+"""Rows against words, without training: each detects that a word has begun and lowers its next logit.
 
-For a struck token with unembedding ``u`` (through the final norm, less the mean token's), at a late layer:
+For a suppressed token with unembedding ``u`` (through the final norm, less the mean), at a late layer:
 
     read    C⁻¹ (m - o)     m: mean state in which the word has begun, o and C: mean and covariance of others
             C⁻¹ u           for a token that is a word by itself: its logit, whitened
     cut     fires on the share `WORD_RATE` of other tokens
-    write   -K⁻¹u / u·K⁻¹u  of all writes that lower this logit by one, the one that moves others' least;
+    write   -K⁻¹u / u·K⁻¹u  of all writes that lower this logit by one, the one that moves the others least;
                             K is the second moment of the unembeddings
 
-A row's gain is set by the states in which the model is likeliest to say the word: there, alpha is by how many
-nats the logit falls. Shape letters: N tokens, D width, P struck tokens, V vocabulary.
+A row's gain is set on the states in which the model is likeliest to say the word: there, the logit falls
+by alpha nats. Shape letters: N tokens, D width, P suppressed tokens, V vocabulary.
 """
 
 import random
@@ -24,12 +24,12 @@ from discovery.data.trace import batches
 from discovery.frozen_model import Edit, FrozenModel
 from discovery.jobs.progress import Meter
 from discovery.proposals.avoid.answer_trait import Sampled
-from discovery.proposals.avoid.struck_words import StruckPiece, Tokens
+from discovery.proposals.avoid.unwanted_words import SuppressedToken, Tokens
 
 WORD_RATE = 0.003
 """Share of other tokens on which a row fires."""
 CONTEXTS = 12
-"""Places in answers at which a beginning is put."""
+"""ProposalPaths in answers at which a beginning is put."""
 CONTEXT_TOKENS = 24
 LIKELIEST = 8
 """States that set a row's gain."""
@@ -41,12 +41,12 @@ LEAST_EXCESS = 0.5
 
 @dataclass(frozen=True, eq=False)
 class WordStates:
-    """The states in which struck words have begun."""
+    """Hidden states at which unwanted words have begun."""
 
     states: Mapping[int, Tensor]
     """[N, D] by layer"""
     piece: Tensor
-    """[N] which of the P struck tokens would come next"""
+    """[N] index of the suppressed token that would come next"""
     likely: Tensor
     """[N] its probability"""
 
@@ -60,12 +60,14 @@ class WordRows:
     write: Tensor
 
 
-def begun(samples: Sequence[Sampled], pieces: Sequence[StruckPiece], seed: int) -> list[tuple[int, Tokens]]:
-    """(struck token's number, ids): beginnings of unwanted words, put into answers at random places."""
+def begun(
+    samples: Sequence[Sampled], pieces: Sequence[SuppressedToken], seed: int
+) -> list[tuple[int, Tokens]]:
+    """(suppressed token's index, ids): beginnings of unwanted words at random places in answers."""
     chance = random.Random(seed)  # noqa: S311 (places, no secret)
     found = []
     for number, piece in enumerate(pieces):
-        # A word of one token begins anywhere: more places, of which the likeliest count.
+        # A word of one token may begin anywhere, so more places are tried; the likeliest count.
         for before in piece.after:
             for _ in range(CONTEXTS if before else CONTEXTS * 8):
                 sample = chance.choice(samples)
@@ -78,11 +80,11 @@ def begun(samples: Sequence[Sampled], pieces: Sequence[StruckPiece], seed: int) 
 def word_states(
     model: FrozenModel,
     places: Sequence[tuple[int, Tokens]],
-    pieces: Sequence[StruckPiece],
+    pieces: Sequence[SuppressedToken],
     layers: Sequence[int],
     progress: Meter,
 ) -> WordStates:
-    """Reads the state at the end of each place, and how likely its struck token is there."""
+    """The state at the end of each place, and how likely its suppressed token is there."""
     states = {layer: torch.zeros(len(places), model.spec.hidden_size) for layer in layers}
     likely = torch.zeros(len(places))
     numbers = torch.tensor([number for number, _ in places])
@@ -105,7 +107,7 @@ def word_states(
 
 
 def likeliest(found: WordStates, count: int, most: int) -> list[int]:
-    """Numbers of at most ``most`` of ``count`` struck tokens, the likeliest first."""
+    """Indices of at most ``most`` of ``count`` suppressed tokens, the likeliest first."""
     means = [float(found.likely[found.piece == number].mean()) for number in range(count)]
     return sorted(range(count), key=lambda number: -means[number])[:most]
 
@@ -114,12 +116,12 @@ def likeliest(found: WordStates, count: int, most: int) -> list[int]:
 def word_rows(
     model: FrozenModel,
     layer: int,
-    pieces: Sequence[StruckPiece],
+    pieces: Sequence[SuppressedToken],
     order: Sequence[int],
     found: WordStates,
     others: Tensor,
 ) -> WordRows:
-    """One row for each struck token in ``order``; ``others`` [N, D] are tokens that should be left alone."""
+    """One row for each suppressed token in ``order``; ``others`` [N, D] are tokens not to be edited."""
     unembed = centred_unembedding(model)
     spread = torch.cov(others.T)
     by_states, by_logit = (_inverse(spread, RIDGE[name]) for name in ("states", "logit"))
@@ -142,7 +144,7 @@ def word_rows(
 
 
 def centred_unembedding(model: FrozenModel) -> Tensor:
-    """[V, D] what a unit of the normalised stream adds to each logit, beyond what it adds to all."""
+    """[V, D] unembedding through the final norm, less its mean over the vocabulary."""
     network: Any = model.network
     norm = getattr(network.base_model, "norm", getattr(network.base_model, "final_layer_norm", None))
     unembed: Tensor = network.get_output_embeddings().weight.detach().float().cpu()

@@ -1,4 +1,4 @@
-"""Classes to avoid: where a trait begins, the struck goal, and all three methods on a tiny model."""
+"""Classes to avoid: where a trait begins, the training target, and all three methods on a tiny model."""
 
 import json
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from discovery.proposals.avoid.answer_trait import (
     trait_vocabulary,
 )
 from discovery.proposals.avoid.unlikelihood_edit import (
-    STRIKE,
-    StruckSettings,
+    SUPPRESSION,
+    UnlikelihoodSettings,
+    initial_rows,
     loss_of,
-    start,
-    struck_goal,
-    train_struck,
+    target_distribution,
+    train_edit,
 )
 from discovery.proposals.judging import shows
 from interpretops.compile import compile_policy
@@ -89,27 +89,29 @@ def test_tokens_before_the_trait_are_told_from_the_others(tiny: FrozenModel) -> 
     assert len(found["other/2"]) == len(answer)
 
 
-def test_struck_goal_moves_probability_from_the_words_to_the_rest() -> None:
-    """The goal is a distribution; struck tokens keep 1/50 of their odds, all others their proportions."""
+def test_target_moves_probability_from_the_words_to_the_rest() -> None:
+    """The target is a distribution; suppressed tokens keep 1/50 of their odds, others their proportions."""
     logits = torch.randn(1, 2, 6, generator=torch.Generator().manual_seed(0))
-    goal, struck = struck_goal(logits, torch.tensor([1]), [(0, 1, 4)])
+    target, suppressed = target_distribution(logits, torch.tensor([1]), [(0, 1, 4)])
     own = logits.softmax(-1)
-    torch.testing.assert_close(goal.exp().sum(-1), torch.ones(1, 2))
-    odds = (goal[0, 0, 1] - goal[0, 0, 0]).exp() / (own[0, 0, 1] / own[0, 0, 0])
-    assert float(odds) == pytest.approx(1 / STRIKE, rel=1e-4)
-    assert float((goal[0, 0, 4] - goal[0, 0, 0]).exp()) == pytest.approx(float(own[0, 0, 4] / own[0, 0, 0]))
-    assert float((goal[0, 1, 4] - goal[0, 1, 0]).exp()) < float(own[0, 1, 4] / own[0, 1, 0]) / 40
-    assert float(struck[0, 0]) == pytest.approx(float(own[0, 0, 1]) * (1 - 1 / STRIKE), rel=1e-4)
+    torch.testing.assert_close(target.exp().sum(-1), torch.ones(1, 2))
+    odds = (target[0, 0, 1] - target[0, 0, 0]).exp() / (own[0, 0, 1] / own[0, 0, 0])
+    assert float(odds) == pytest.approx(1 / SUPPRESSION, rel=1e-4)
+    assert float((target[0, 0, 4] - target[0, 0, 0]).exp()) == pytest.approx(
+        float(own[0, 0, 4] / own[0, 0, 0])
+    )
+    assert float((target[0, 1, 4] - target[0, 1, 0]).exp()) < float(own[0, 1, 4] / own[0, 1, 0]) / 40
+    assert float(suppressed[0, 0]) == pytest.approx(float(own[0, 0, 1]) * (1 - 1 / SUPPRESSION), rel=1e-4)
 
 
-def _edit(tiny: FrozenModel, settings: StruckSettings) -> LowRankRows:
+def _edit(tiny: FrozenModel, settings: UnlikelihoodSettings) -> LowRankRows:
     probe = Probe(torch.randn(tiny.spec.hidden_size, generator=torch.Generator().manual_seed(1)) * 0.1, 0.0)
-    return start(tiny, settings, {2: probe}, {2: 0.0}, {2: 5.0}, {2: 1e6})
+    return initial_rows(tiny, settings, {2: probe}, {2: 0.0}, {2: 5.0}, {2: 1e6})
 
 
 def test_killed_training_ends_with_the_same_rows(tiny: FrozenModel, tmp_path: Path) -> None:
-    """Training lowers the loss; a run that goes on from a checkpoint ends where an unbroken one ends."""
-    settings = StruckSettings((2,), rank=4, steps=40, batch=2, learning_rate=1e-2)
+    """Training lowers the loss; a run resumed from a checkpoint ends with an uninterrupted run's rows."""
+    settings = UnlikelihoodSettings((2,), rank=4, steps=40, batch=2, learning_rate=1e-2)
     prompts = [f"say {i}" for i in range(6)]
     samples = [
         Sampled(tuple(tiny.chat_ids(p)), tuple(a), None)
@@ -117,29 +119,25 @@ def test_killed_training_ends_with_the_same_rows(tiny: FrozenModel, tmp_path: Pa
         if a
     ]
     words = sorted({token for sample in samples for token in sample.answer})[:3]
-    struck = torch.tensor(words)
-    before = loss_of(tiny, _edit(tiny, settings), samples, struck).item()
-    whole = train_struck(tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "whole", "run")
-    assert loss_of(tiny, whole, samples, struck).item() < before
+    unwanted = torch.tensor(words)
+    before = loss_of(tiny, _edit(tiny, settings), samples, unwanted).item()
+    whole = train_edit(tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "whole", "run")
+    assert loss_of(tiny, whole, samples, unwanted).item() < before
 
     def dies(step: int) -> None:
         if step == 30:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_struck(
-            tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "broken", "run", dies
-        )
-    for run, parts, struck_words in (
+        train_edit(tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "broken", "run", dies)
+    for run, parts, other_words in (
         ("other", [samples], words),
         ("run", [samples[1:]], words),
         ("run", [samples], words[1:]),
     ):
         with pytest.raises(DiscoveryError, match=r"broken: is of another run: .*; delete it"):
-            train_struck(tiny, _edit(tiny, settings), parts, struck_words, settings, tmp_path / "broken", run)
-    resumed = train_struck(
-        tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "broken", "run"
-    )
+            train_edit(tiny, _edit(tiny, settings), parts, other_words, settings, tmp_path / "broken", run)
+    resumed = train_edit(tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "broken", "run")
     for (name, value), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         torch.testing.assert_close(other, value, rtol=0, atol=0, msg=name)
 

@@ -12,10 +12,10 @@ from discovery.errors import DiscoveryError
 from discovery.frozen_model import FrozenModel
 from discovery.gates.contrast import PARTS, SIDES, Judged, read_contrast, subset
 from discovery.gates.gate_probe import auroc
-from discovery.proposals.actions import Action, rank_features
 from discovery.proposals.activation_readings import answer_means, feature_auroc
-from discovery.proposals.gates import feature_gates, probe_gates
-from discovery.proposals.grid import Point, best
+from discovery.proposals.answer.edits import Action, rank_features
+from discovery.proposals.answer.gates import feature_gates, probe_gates
+from discovery.proposals.answer.grid import Point, best
 from discovery.proposals.judging import fails, shows
 from discovery.proposals.origin import from_circuit, from_features
 from interpretops.artifacts.dictionary import open_dictionary

@@ -1,4 +1,4 @@
-"""Rows against words: which tokens are struck, and what the rows do at a layer of a tiny model."""
+"""Rows against words: which tokens are suppressed, and what the rows do at a layer of a tiny model."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from discovery.frozen_model import FrozenModel
 from discovery.gates.contrast import Contrast, Judged
 from discovery.jobs.progress import Meter
 from discovery.proposals.avoid.answer_trait import Sampled
-from discovery.proposals.avoid.struck_words import (
-    StruckPiece,
+from discovery.proposals.avoid.unwanted_words import (
+    SuppressedToken,
     spellings,
-    struck_pieces,
+    suppressed_tokens,
     unwanted_words,
 )
 from discovery.proposals.avoid.word_rows import (
@@ -31,16 +31,16 @@ from discovery.proposals.avoid.word_rows import (
 WORDS = Judged(kind="words", words=("zzz", "yyy"))
 
 
-def test_word_is_struck_at_its_piece_that_is_used_least_elsewhere() -> None:
+def test_word_is_suppressed_at_the_token_that_is_used_least_elsewhere() -> None:
     """Of 7 8 9 the token 8 is the rarest; a beginning is needed, so the first token is never it."""
-    assert struck_pieces([(7, 8, 9)], {7: 0, 8: 1, 9: 5}) == [StruckPiece(8, ((7,),))]
-    assert struck_pieces([(7,)], {7: 100}) == [StruckPiece(7, ((),))]
+    assert suppressed_tokens([(7, 8, 9)], {7: 0, 8: 1, 9: 5}) == [SuppressedToken(8, ((7,),))]
+    assert suppressed_tokens([(7,)], {7: 100}) == [SuppressedToken(7, ((),))]
 
 
 def test_words_that_share_a_piece_share_its_row() -> None:
-    """One row strikes 8 after 7 and after 6; a word that goes on from a struck one needs no other."""
-    pieces = struck_pieces([(7, 8), (6, 8), (5, 7, 8), (7, 8, 9)], Counter({9: 0}))
-    assert pieces == [StruckPiece(8, ((6,), (7,)))]
+    """One row suppresses 8 after 7 and after 6; a word that contains a suppressed one needs no other."""
+    pieces = suppressed_tokens([(7, 8), (6, 8), (5, 7, 8), (7, 8, 9)], Counter({9: 0}))
+    assert pieces == [SuppressedToken(8, ((6,), (7,)))]
 
 
 def test_words_are_those_of_the_class_and_those_that_its_judge_marks_alone() -> None:
@@ -56,7 +56,7 @@ def test_words_are_those_of_the_class_and_those_that_its_judge_marks_alone() -> 
 
 
 def test_spellings_are_marked_by_the_judge_and_have_something_before_them(tiny: FrozenModel) -> None:
-    """A first name with a capital is no profanity, so only the judge's spelling is struck."""
+    """A first name with a capital is no profanity, so only the judge's spelling is suppressed."""
     found = [tiny.decode(tokens) for tokens in spellings(tiny, Judged(kind="toxicity"), ["dick"])]
     assert found
     assert all(text.endswith("dick") and text != "dick" for text in found)
@@ -67,7 +67,7 @@ def test_spellings_are_marked_by_the_judge_and_have_something_before_them(tiny: 
 def test_states_are_those_after_a_beginning_and_know_how_likely_the_word_is(tiny: FrozenModel) -> None:
     """State and probability are read at the end of each place, whatever its length and batch."""
     samples = [Sampled((1, 2, 3), tuple(range(30, 30 + length)), None) for length in (4, 9, 17)]
-    pieces = [StruckPiece(20, ((21,), (22, 23))), StruckPiece(50, ((),))]
+    pieces = [SuppressedToken(20, ((21,), (22, 23))), SuppressedToken(50, ((),))]
     places = begun(samples, pieces, 0)
     assert {ids[-1] for number, ids in places if number == 0} == {21, 23}
     found = word_states(tiny, places, pieces, [2], Meter("words", len(places), "places"))
@@ -87,7 +87,7 @@ def test_rows_lower_their_word_where_it_has_begun_and_spare_other_tokens(tiny: F
     others = torch.randn(4000, tiny.spec.hidden_size, generator=generator)
     begins = torch.randn(tiny.spec.hidden_size, generator=generator) * 1.5
     states = torch.randn(40, tiny.spec.hidden_size, generator=generator) + begins
-    pieces = [StruckPiece(20, ((21,),)), StruckPiece(50, ((),))]
+    pieces = [SuppressedToken(20, ((21,),)), SuppressedToken(50, ((),))]
     piece = torch.tensor([0] * 30 + [1] * 10)
     found = WordStates({2: states}, piece, torch.linspace(0.2, 0.4, 40))
     rows = word_rows(tiny, 2, pieces, [1, 0], found, others)

@@ -1,0 +1,1 @@
+"""Commands that run offline jobs and show their results."""

@@ -1,0 +1,1 @@
+"""Commands about policies: validate, compile, compare, try out."""

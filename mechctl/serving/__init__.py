@@ -1,0 +1,1 @@
+"""Commands that run and operate a gateway: serve, doctor, config, keys, audit, transcripts."""

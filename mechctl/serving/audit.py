@@ -1,0 +1,69 @@
+"""`mechctl audit`: checks that an audit log is as it was written."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mechctl.options.shared_options import Config
+
+audit_app = typer.Typer(name="audit", help="Check the gateway's audit log.", no_args_is_help=True)
+
+
+@audit_app.callback()
+def _options() -> None:
+    """Check the gateway's audit log."""
+
+
+@audit_app.command()
+def verify(
+    logs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="The log's file, with those that were moved elsewhere; else `audit.path` of the settings.",
+            show_default=False,
+        ),
+    ] = None,
+    first: Annotated[
+        int, typer.Option("--first", min=1, help="Number of the first record, after files were archived.")
+    ] = 1,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            "--head",
+            metavar="SEQ:HASH",
+            help="Number and hash of a record that were kept elsewhere (`GET /admin/audit`).",
+        ),
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Name every line that was changed, removed, inserted or cut off. Exit status 1 when there is one.
+
+    What has all files can write them anew. With --head nothing up to that record can be missing or other.
+    """
+    from interpretops.errors import ConfigError
+    from interpretops.records.audit_chain import head_path, parse_head
+    from interpretops.records.audit_chain import verify as check
+    from interpretops.settings import load_settings
+
+    kept = None if head is None else parse_head(head)
+    if head is not None and kept is None:
+        raise ConfigError(f"--head = {head!r}, but must be SEQ:HASH, a number and 64 hex digits")
+    named = logs or [path for path in (load_settings(config).audit.path,) if path is not None]
+    if not named:
+        raise ConfigError("audit.path is not set; set it in the file given with --config, or name the log")
+    for path in named:
+        if not path.parent.is_dir() or (len(named) > 1 and not path.is_file()):
+            raise ConfigError(f"{path}: there is no such log")
+    # The one that is still written has the note of the newest record beside it.
+    path = next((path for path in named if head_path(path).exists()), named[-1])
+    found = check(path, first=first, also=[other for other in named if other != path], kept=kept)
+    for line in (*found.notes, *found.faults):
+        typer.echo(line)
+    if not found.intact:
+        raise typer.Exit(1)
+    assert found.last is not None
+    typer.echo(
+        f"{path}: {found.records} records, {found.first} to {found.last.seq}, are as they were written; "
+        f"the last has hash {found.last.hash}"
+    )
