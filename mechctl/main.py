@@ -75,7 +75,7 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: a refusal is one line per fault on stderr and exit status 2, never a traceback."""
+    """Entry point. An error is one line per fault on stderr and exit status 2, never a traceback."""
     try:
         app()
     except InterpretOpsError as error:

@@ -1,4 +1,4 @@
-"""`mechctl baselines`: the baselines of a policy, as policies to serve."""
+"""`mechctl baselines`: writes a policy's baselines as policies that can be served."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,8 @@ def baselines(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write; it is made anew.", show_default=False)
+        Path | None,
+        typer.Option("--out", help="Folder to write; an existing one is replaced.", show_default=False),
     ] = None,
     model: Model = None,
     artifacts: Artifacts = None,
@@ -30,7 +31,7 @@ def baselines(
 ) -> None:
     """Write a policy's baselines as policies: ungated, random directions, DiffMean.
 
-    `mechctl eval` does so by itself when it starts its own gateway.
+    `mechctl eval` does this by itself when it starts its own gateway.
     """
     if not chosen.policy or out is None:
         raise ConfigError("baselines needs --policy and --out")

@@ -1,4 +1,4 @@
-"""`mechctl circuits`: what `mechctl search` has found here."""
+"""`mechctl circuits`: lists the circuits that `mechctl search` has found."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,14 +11,16 @@ if TYPE_CHECKING:
 
 
 def circuits(
-    latest: Annotated[bool, typer.Option("--latest", help="Only the newest one.")] = False,
-    id_only: Annotated[bool, typer.Option("--id-only", help="Only ids, one a line, for scripts.")] = False,
+    latest: Annotated[bool, typer.Option("--latest", help="Only the newest circuit.")] = False,
+    id_only: Annotated[
+        bool, typer.Option("--id-only", help="Print only ids, one per line, for scripts.")
+    ] = False,
     target_class: Annotated[
-        str | None, typer.Option("--class", help="Only those of this behaviour.", show_default=False)
+        str | None, typer.Option("--class", help="Only circuits of this behaviour.", show_default=False)
     ] = None,
     config: Config = None,
 ) -> None:
-    """List the circuits that were found here, newest first."""
+    """List the circuits that `mechctl search` has found, newest first."""
     from interpretops.circuit.store import CircuitStore, made_at
     from interpretops.errors import ConfigError
     from interpretops.settings import load_settings

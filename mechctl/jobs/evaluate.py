@@ -1,4 +1,4 @@
-"""`mechctl eval`: a policy measured through the gateway, a Risk Card out; run again to go on."""
+"""`mechctl eval`: measures policies through the gateway and writes Risk Cards; an interrupted run resumes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,9 @@ def evaluate(
         JobOptions,
         Options(
             {
-                "policy": Spelled(default="every active one"),
+                "policy": Spelled(default="all active policies"),
                 "suites": "--suite",
-                "out": Spelled(default="under runs/, by the policy's id"),
+                "out": Spelled(default="a folder under runs/ named after the policy"),
                 "data_folder": SUITE_FILES,
                 "baselines": Spelled(("--baseline",), metavar="KIND=ID"),
                 "latency_rounds": Spelled(default=f"{ROUNDS} with --policy, else 0"),
@@ -33,7 +33,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--report",
-            help="JSON file to write: each suite's metrics and the cards of all policies that were measured.",
+            help="JSON file to write: metrics by suite, and the cards of all measured policies.",
             show_default=False,
         ),
     ] = None,
@@ -46,10 +46,10 @@ def evaluate(
     config: Config = None,
     left_out: LeftOut,
 ) -> None:
-    """Measure a policy, or all active ones, through the gateway, as users meet it, and write its Risk Card.
+    """Measure a policy, or all active ones, through the gateway, as clients do, and write its Risk Card.
 
-    Every prompt is answered with and without the policy, and by its baselines. Answers are kept in `--out`;
-    the same command goes on where it stood.
+    Every prompt is answered with the policy, without it, and with its baselines. Answers are kept in `--out`,
+    so that the same command resumes an interrupted run.
     """
     if compare is not None:
         from interpretops.riskcard import load_card

@@ -1,4 +1,4 @@
-"""`mechctl fit-gate`: harmful and benign prompts in, a learned gate and edit out; run again to go on."""
+"""`mechctl fit-gate`: learns a gate and an edit from labelled prompts; an interrupted run resumes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,22 +14,23 @@ from mechctl.options.shared_options import Artifacts, Config, DataFolder, Model
 def fit_gate(
     *,
     data: Annotated[Path, typer.Option("--data", help="YAML list of prompt files, split by source.")],
-    adapter: Annotated[str, typer.Option("--adapter", help="Id of the adapter that is written.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="Id of the adapter to write.")],
     data_folder: DataFolder = None,
-    target_class: Annotated[str, typer.Option(help="Behaviour the edit is against.")] = "jailbreak",
-    policy_id: Annotated[str, typer.Option(help="Id of the policy that is written.")] = "jailbreak",
+    target_class: Annotated[str, typer.Option(help="Behaviour that the edit acts against.")] = "jailbreak",
+    policy_id: Annotated[str, typer.Option(help="Id of the policy to write.")] = "jailbreak",
     out: Annotated[
-        Path | None, typer.Option("--out", help="File of the policy; else in --work.", show_default=False)
+        Path | None,
+        typer.Option("--out", help="Policy file to write; default: in --work.", show_default=False),
     ] = None,
     work: Annotated[
-        Path, typer.Option("--work", help="Folder of checkpoints; an unfinished run goes on.")
+        Path, typer.Option("--work", help="Folder of checkpoints; an unfinished run resumes.")
     ] = Path("runs/fit-gate"),
     join: Annotated[
         list[Path] | None,
         typer.Option(
             "--join",
             metavar="<path>",
-            help="Probe file trained before; counts as one probe more. May be repeated.",
+            help="Probe file trained earlier, used as a further probe. May be repeated.",
             show_default=False,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""`mechctl propose`: from a contrast, features or a circuit to a policy; run again to go on."""
+"""`mechctl propose`: makes a policy from a contrast, features or a circuit; an interrupted run resumes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ def propose(
                 "start": "--from",
                 "policy_id": Spelled(default="class and method"),
                 "gate": Spelled(default="features for sae-feature, probe for the others"),
-                "gate_layer": Spelled(default="the edit's first"),
+                "gate_layer": Spelled(default="the edit's first layer"),
                 "layers": Spelled(default="by the model's depth"),
                 "strengths": Spelled(default="the method's own"),
                 "budgets.benign": "--benign-budget",
@@ -32,18 +32,18 @@ def propose(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="File of the policy.", show_default="in --work")
+        Path | None, typer.Option("--out", help="Policy file to write.", show_default="in --work")
     ] = None,
     record: Annotated[
         Path | None,
-        typer.Option("--record", help="Run record.", show_default="in records/ beside the policy"),
+        typer.Option("--record", help="Run record to write.", show_default="in records/ beside the policy"),
     ] = None,
     work: Annotated[
         Path | None,
         typer.Option(
             "--work",
-            help="Folder of finished steps; an unfinished run goes on.",
-            show_default="one of this contrast and method under runs/propose",
+            help="Folder of finished steps; an unfinished run resumes.",
+            show_default="under runs/propose, named after contrast and method",
         ),
     ] = None,
     model: Model = None,
@@ -52,8 +52,8 @@ def propose(
 ) -> None:
     """Make a policy against a class: fit a gate and an edit, search strength and threshold, write the best.
 
-    Strength and threshold are chosen on selection prompts that nothing else sees, within the budgets. The
-    record beside the policy holds every point that was tried.
+    Strength and threshold are chosen within the budgets, on selection prompts that are used for nothing else.
+    The record beside the policy holds every point that was tried.
     """
     from discovery.proposals.command import run_propose
     from interpretops.settings import load_settings

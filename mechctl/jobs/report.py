@@ -22,11 +22,15 @@ def report(
     form: Annotated[Form, typer.Option("--format", help="Markdown or one HTML file.")] = Form.MARKDOWN,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", "--out", help="File to write; else stdout.", show_default=False),
+        typer.Option(
+            "-o", "--output", "--out", help="File to write; default: standard output.", show_default=False
+        ),
     ] = None,
     circuit_id: Annotated[
         str | None,
-        typer.Option("--circuit-id", help="A circuit of `mechctl circuits`, as PDF.", show_default=False),
+        typer.Option(
+            "--circuit-id", help="Circuit to report on, as PDF (not in this version).", show_default=False
+        ),
     ] = None,
     config: Config = None,
 ) -> None:
@@ -41,7 +45,7 @@ def report(
             "version does not have; `mechctl report CARD` shows a Risk Card"
         )
     if card is None:
-        raise ConfigError("report needs a Risk Card (JSON), as policies/cards/jailbreak.json")
+        raise ConfigError("report needs a Risk Card (JSON), such as policies/cards/jailbreak.json")
     from interpretops.files.atomic_file import write_atomically
     from interpretops.riskcard import load_card
     from interpretops.riskcard.markdown import card_markdown

@@ -1,4 +1,4 @@
-"""`mechctl sae-eval`: what a dictionary costs the model, measured on text that it was not trained on."""
+"""`mechctl sae-eval`: measures what a dictionary costs the model, on text that it was not trained on."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +9,10 @@ from mechctl.options.shared_options import Config, MeasuredText, MeasuredTokens,
 
 
 def sae_eval(
-    dictionary: Annotated[Path, typer.Option("--dictionary", help="Folder of a dictionary with manifest.")],
-    trace: Annotated[Path, typer.Option("--trace", help="Trace whose held-out sequences are measured on.")],
+    dictionary: Annotated[
+        Path, typer.Option("--dictionary", help="Folder of a dictionary with its manifest.")
+    ],
+    trace: Annotated[Path, typer.Option("--trace", help="Trace whose held-out sequences to measure on.")],
     text: MeasuredText = None,
     measured_tokens: MeasuredTokens = 20_000,
     model: Model = None,

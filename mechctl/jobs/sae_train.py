@@ -1,4 +1,4 @@
-"""`mechctl sae-train`: a trace in, a sparse dictionary out; run again to go on."""
+"""`mechctl sae-train`: trains a sparse dictionary on a trace; an interrupted run resumes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,20 +14,22 @@ from mechctl.options.shared_options import Config, MeasuredText, MeasuredTokens,
 def sae_train(
     *,
     trace: Annotated[Path, typer.Option("--traces", "--trace", help="Folder of a finished trace.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the dictionary; its name is the id.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder to write the dictionary to; its name becomes the id.")
+    ],
     work: Annotated[
         Path | None,
         typer.Option(
             "--work",
-            help="Folder of the checkpoint; an unfinished training goes on.",
-            show_default="one of this training's own under runs/sae-train",
+            help="Folder of the checkpoint; an unfinished training resumes.",
+            show_default="a folder of its own under runs/sae-train",
         ),
     ] = None,
     chosen: Annotated[
         TrainSettings,
         Options(
             {
-                "layer": Spelled(default="the traced one nearest the middle"),
+                "layer": Spelled(default="the traced layer nearest the middle"),
                 "tokens": Spelled(default=f"{MOST_TOKENS}, at most {MOST_PASSES} passes over the trace"),
             }
         ),

@@ -1,4 +1,4 @@
-"""`mechctl search`: contrast pairs in, circuit out; run again to go on."""
+"""`mechctl search`: searches the circuit behind contrast pairs; an interrupted run resumes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from mechctl.options.from_settings import LeftOut, Options, Spelled, options_fro
 from mechctl.options.shared_options import Artifacts, Config, Model
 
 PROMPT_PAIRS = 12
-"""Pairs that are made of `--prompts` unless `--limit` says otherwise: a few minutes on two cores."""
+"""Most pairs made from `--prompts` unless `--limit` is given: a few minutes on two cores."""
 QUICK_PAIRS = 8
 QUICK_FEATURES = 8
 
@@ -21,9 +21,7 @@ def search(
     *,
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", help="Circuit file that is written (.json), or a folder: then it is named by its id."
-        ),
+        typer.Option("--out", help="Circuit file to write (.json), or a folder for a file named by its id."),
     ],
     pairs: Annotated[
         Path | None,
@@ -34,14 +32,15 @@ def search(
         typer.Option(
             "--prompts",
             help="Instead of pairs, prompts that show the behaviour: json, jsonl, csv, txt, yaml. Each is "
-            "set beside a harmless one of ours that has as many tokens.",
+            "paired with one of our harmless prompts that has as many tokens.",
         ),
     ] = None,
     target_class: Annotated[
-        str, typer.Option("--class", help="Behaviour that the pairs contrast; 'jailbreak' knows its answers.")
+        str,
+        typer.Option("--class", help="Behaviour that the pairs contrast; 'jailbreak' has built-in answers."),
     ] = "jailbreak",
     work: Annotated[
-        Path, typer.Option("--work", help="Folder of finished steps; an unfinished run goes on.")
+        Path, typer.Option("--work", help="Folder of finished steps; an unfinished run resumes.")
     ] = Path("runs/search"),
     quick: Annotated[
         bool,
@@ -61,7 +60,7 @@ def search(
             "--dictionary",
             "--sae",
             metavar="<str>",
-            help="Dictionary whose features are scored too, by id or folder. May be repeated.",
+            help="Dictionary, by id or folder, whose features are also scored. May be repeated.",
         ),
     ] = None,
     chosen: Annotated[

@@ -1,4 +1,4 @@
-"""`mechctl trace`: prompts and text in, activations out; run again to go on."""
+"""`mechctl trace`: stores activations of prompts and text; an interrupted run resumes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from mechctl.options.shared_options import Config, DataFolder, Model
 @options_from_models
 def trace(
     *,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the trace; an unfinished one goes on.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the trace; an unfinished one resumes.")],
     prompts: Annotated[
         list[Path] | None,
         typer.Option(

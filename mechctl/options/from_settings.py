@@ -1,10 +1,10 @@
-"""Makes command-line options of a job's settings, so that each is declared once, in its pydantic model.
+"""Makes command-line options from a job's settings, so that each is declared once, in its pydantic model.
 
     @options_from_models
     def trace(*, out: …, chosen: Annotated[TraceSettings, Options({"held_out_share": "--held-out"})]) -> None:
 
-gives the command an option for every field: its name, default and the first sentence of its docstring. The
-function receives the model. A value that the model refuses ends in one line that names the option.
+gives the command an option for every field, with the field's name, default and the first sentence of its
+docstring. The function receives the model. If the model refuses a value, one line names the option.
 """
 
 import inspect
@@ -26,38 +26,38 @@ from interpretops.errors import ConfigError
 
 @dataclass(frozen=True)
 class Spelled:
-    """How one field stands on the command line, where not as its name says."""
+    """How one field appears on the command line, if not under its own name."""
 
     names: tuple[str, ...] = ()
     default: str | None = None
-    """What is shown as the default of an option that is left out when the model, or the command, decides;
-    empty shows none."""
+    """Text shown as the default if the model or the command decides the value of an option that is left out.
+    Empty shows none."""
     metavar: str | None = None
     variable: str | None = None
-    """Environment variable that gives the value when the line does not."""
+    """Environment variable that gives the value if the option is left out."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a model's fields become options. A field inside another is named with a dot: `budgets.benign`."""
+    """How a model's fields become options. Nested fields are named with a dot: `budgets.benign`."""
 
     spelled: Mapping[str, str | Spelled] = field(default_factory=dict)
     without: tuple[str, ...] = ()
-    """Fields that keep their default, or that the command fills in itself."""
+    """Fields without an option: they keep their default, or the command fills them in."""
     only: tuple[str, ...] = ()
-    """If any are named, these fields alone have options."""
+    """If given, only these fields have options."""
 
 
 class LeftOut(frozenset[str]):
-    """For a command's parameter: the fields, by their paths, whose options the line leaves out.
+    """Type of the parameter that receives the paths of the fields whose options were left out.
 
-    Known of options that are shown with a default of their own, or have none.
+    Only options without a value of their own count: those that show a text (`Spelled.default`) or no default.
     """
 
 
 @dataclass(frozen=True)
 class _Field:
-    """One option: the field it fills, and how."""
+    """One option, and the field that it sets."""
 
     path: str
     names: tuple[str, ...]
@@ -75,7 +75,7 @@ class _Field:
 
     @property
     def repeated(self) -> bool:
-        """Given once for each value; numbers stand in one, with commas between."""
+        """Whether the option is repeated for each value. Numbers are separated by commas instead."""
         return get_origin(self.kind) is tuple and not self._with_commas
 
     @property
@@ -135,7 +135,7 @@ class _Field:
         return f"{text} May be repeated." if self.repeated else text
 
     def value(self, given: Any) -> Any:
-        """What the model is given for the option's value. Raises `ConfigError` when it cannot be read."""
+        """The option's value as the model takes it. Raises `ConfigError` if it cannot be parsed."""
         if self._with_commas:
             kind = self._each
             try:
@@ -143,7 +143,7 @@ class _Field:
             except ValueError:
                 example = "8,15" if kind is int else "0.5,2"
                 raise ConfigError(
-                    f"{self.names[0]} = {given!r}, but must be numbers with commas between, as {example}"
+                    f"{self.names[0]} = {given!r}, but must be numbers separated by commas, such as {example}"
                 ) from None
         if self.repeated and get_origin(self._each) is tuple:
             return tuple(self._named_number(text) for text in given)
@@ -155,12 +155,12 @@ class _Field:
             return name, float(number)
         except ValueError:
             raise ConfigError(
-                f"{self.names[0]} = {text!r}, but must be a name and a number, as {name or 'name'}=2"
+                f"{self.names[0]} = {text!r}, but must be a name and a number, such as {name or 'name'}=2"
             ) from None
 
 
 def options_from_models(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each field of the models among its parameters, where they stand."""
+    """The command, with an option for each field in place of each parameter that is a model."""
     hints = get_type_hints(command, include_extras=True)
     parameters: dict[str, inspect.Parameter] = {}
     models: dict[str, tuple[Any, list[_Field]]] = {}
@@ -177,7 +177,7 @@ def options_from_models(command: Callable[..., None]) -> Callable[..., None]:
         assert not unknown, f"{command.__name__}: {model.__name__} has no {', '.join(sorted(unknown))}"
         for option in models[name][1]:
             declared = option.declared()
-            # Two models may share an option: the first of them says what it is.
+            # Two models may share an option: the first one declares it.
             first = parameters.setdefault(option.parameter, declared)
             alone = option.parameter not in hints and first.default == declared.default
             assert alone, f"{command.__name__}: {option.names[0]} is declared twice"
@@ -205,14 +205,14 @@ def options_from_models(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**own, **chosen)
         except ValidationError as error:
-            # A job may fill in what was left out: the model then speaks again.
+            # A job may fill in what was left out; the model then checks it again.
             of = next((fields for model, fields in models.values() if model.__name__ == error.title), None)
             if of is None:
                 raise
             raise ConfigError("\n".join(_explain(error, of))) from None
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
-    # What must be given comes first in the help.
+    # Required options come first in the help.
     ordered = sorted(parameters.values(), key=lambda one: one.default is not inspect.Parameter.empty)
     run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
@@ -235,7 +235,7 @@ def _fields(model: Any, options: Options, prefix: str = "") -> Iterator[_Field]:
 
 
 def _paths(model: Any, prefix: str = "") -> Iterator[str]:
-    """Every field, those inside others included."""
+    """The paths of all fields, nested ones included."""
     for name, info in model.__pydantic_fields__.items():
         yield f"{prefix}{name}"
         if is_pydantic_dataclass(info.annotation):
@@ -250,7 +250,7 @@ def _without_none(kind: Any) -> tuple[Any, bool]:
 
 
 def _build(model: Any, fields: list[_Field], given: Mapping[str, Any]) -> Any:
-    """The model with what was given; what was not keeps the model's default."""
+    """The model made from the options that were given; other fields keep their defaults."""
     values: dict[str, Any] = {}
     for option in fields:
         if (value := given[option.parameter]) is None:
@@ -270,7 +270,7 @@ def _explain(error: ValidationError, fields: list[_Field]) -> Iterator[str]:
 
 
 def _as_typed(value: Any) -> str:
-    """A value about as the command line had it."""
+    """A value roughly as it was typed on the command line."""
     if isinstance(value, tuple):
         return ",".join("=".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value)
     return str(value) if isinstance(value, Path) else repr(value)

@@ -1,4 +1,4 @@
-"""`mechctl policy …`: checking, compiling and documenting policies."""
+"""`mechctl policy …`: checks, compiles and documents policies."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def validate(
     """Check policy files by themselves: keys, types, ranges, names.
 
     Needs no model. Every fault is one line with file, field, value and line number; exit status 2 if there
-    is any. Whether layers, heads and features exist is what `mechctl policy compile` checks.
+    are any. `mechctl policy compile` checks whether layers, heads and features exist.
     """
     from interpretops.policy import load_policy
 
@@ -46,14 +46,14 @@ def compile_(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="Folder to write the plan to; else paths.plans.", show_default=False
+            "-o", "--output", help="Folder to write the plan to; default: paths.plans.", show_default=False
         ),
     ] = None,
     model: Model = None,
     artifacts: Artifacts = None,
     config: Config = None,
 ) -> None:
-    """Compile a policy for a model and say what the plan does.
+    """Compile a policy for a model and show what the plan does.
 
     The plan is one safetensors file named by its sha256, the revision; the same inputs give the same bytes.
     With `-o`, or `paths.plans` in the settings, it is written, and its path is the last line.

@@ -1,4 +1,4 @@
-"""`mechctl policy diff`: what changes from one policy to another, and what was measured of each."""
+"""`mechctl policy diff`: shows how two policies and their Risk Cards differ."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,18 +18,17 @@ if TYPE_CHECKING:
 
 def diff(
     before: Annotated[str, typer.Argument(help="Policy file, or the id of a policy.", show_default=False)],
-    after: Annotated[str, typer.Argument(help="The one to compare with it.", show_default=False)],
+    after: Annotated[str, typer.Argument(help="Policy file or id to compare with it.", show_default=False)],
     model: Model = None,
     artifacts: Artifacts = None,
     config: Config = None,
 ) -> None:
     """Show how two policies differ: edits, gates, thresholds, criteria, and their Risk Cards.
 
-    Both are compiled for the model, so that a changed adapter or dictionary shows even where the files are
-    the same. A card is the one beside the file, in `cards/`. Exit status 1 when the policies differ, as of
-    `diff`.
+    Both are compiled for the model, so that a changed adapter or dictionary shows even if the files are the
+    same. Cards are read from `cards/` beside each file. Exit status 1 if the policies differ, as with `diff`.
 
-    To compare with a committed state: `git show main:policies/jailbreak.yaml > /tmp/before.yaml`.
+    To compare with a committed version: `git show main:policies/jailbreak.yaml > /tmp/before.yaml`.
     """
     from interpretops.compile import compile_policy
     from interpretops.compile.difference import plan_changes, policy_changes
@@ -68,7 +67,7 @@ def diff(
 
 
 def _find(name: str, settings: "Settings") -> Path:
-    """The file that is meant: a path, or a policy of `paths.policies` by its id."""
+    """The named file, or the policy of `paths.policies` with this id."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -76,7 +75,9 @@ def _find(name: str, settings: "Settings") -> Path:
     for found in (folder / f"{name}.yaml", folder / name / "policy.yaml"):
         if found.is_file():
             return found
-    raise PolicyError(f"{name}: is no file, and {folder} holds no policy of that id; name a file or an id")
+    raise PolicyError(
+        f"{name}: is not a file, and {folder} holds no policy with that id; name a file or an id"
+    )
 
 
 def _show(names: "Sequence[str]", changes: "Sequence[Change]", standings: "Sequence[Standing]") -> None:

@@ -1,4 +1,4 @@
-"""`mechctl steer`: prompts answered twice, as the model is and as a policy makes it."""
+"""`mechctl steer`: answers prompts twice, without and with a policy."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +18,13 @@ def steer(
         typer.Option(
             "--prompt",
             metavar="<str>",
-            help="What the user says; may be repeated.",
+            help="User message; may be repeated.",
             show_default="examples beside the policy, else two of ours",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
+    ] = 64,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as plain text, without the chat format.")
     ] = False,
@@ -32,8 +34,8 @@ def steer(
 ) -> None:
     """Show the answers to prompts without and with a policy, side by side.
 
-    Runs the model in this process, without engine or network, always taking the likeliest token. The last
-    line of each is the receipt: what the policy did.
+    Runs the model in this process, without engine or network, and decodes greedily. The last line for each
+    prompt is the receipt: what the policy did.
     """
     from rich.console import Console
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""`mechctl audit`: checks that an audit log is as it was written."""
+"""`mechctl audit`: checks that an audit log is unchanged."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,26 +20,27 @@ def verify(
     logs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="The log's file, with those that were moved elsewhere; else `audit.path` of the settings.",
+            help="The log file, with rotated files that were moved; default: `audit.path` of the settings.",
             show_default=False,
         ),
     ] = None,
     first: Annotated[
-        int, typer.Option("--first", min=1, help="Number of the first record, after files were archived.")
+        int, typer.Option("--first", min=1, help="Number of the first record, if older files were archived.")
     ] = 1,
     head: Annotated[
         str | None,
         typer.Option(
             "--head",
             metavar="SEQ:HASH",
-            help="Number and hash of a record that were kept elsewhere (`GET /admin/audit`).",
+            help="Number and hash of a record, noted earlier from `GET /admin/audit`.",
         ),
     ] = None,
     config: Config = None,
 ) -> None:
-    """Name every line that was changed, removed, inserted or cut off. Exit status 1 when there is one.
+    """List every line that was changed, removed, inserted or cut off. Exit status 1 if there are any.
 
-    What has all files can write them anew. With --head nothing up to that record can be missing or other.
+    Whoever can write all the files can rewrite them consistently. --head rules that out for every record up
+    to the given one.
     """
     from interpretops.errors import ConfigError
     from interpretops.records.audit_chain import head_path, parse_head
@@ -54,8 +55,8 @@ def verify(
         raise ConfigError("audit.path is not set; set it in the file given with --config, or name the log")
     for path in named:
         if not path.parent.is_dir() or (len(named) > 1 and not path.is_file()):
-            raise ConfigError(f"{path}: there is no such log")
-    # The one that is still written has the note of the newest record beside it.
+            raise ConfigError(f"{path}: does not exist; name an audit log")
+    # The file that is still written to has a note of its newest record beside it.
     path = next((path for path in named if head_path(path).exists()), named[-1])
     found = check(path, first=first, also=[other for other in named if other != path], kept=kept)
     for line in (*found.notes, *found.faults):
@@ -64,6 +65,6 @@ def verify(
         raise typer.Exit(1)
     assert found.last is not None
     typer.echo(
-        f"{path}: {found.records} records, {found.first} to {found.last.seq}, are as they were written; "
+        f"{path}: {found.records} records, {found.first} to {found.last.seq}, are unchanged; "
         f"the last has hash {found.last.hash}"
     )

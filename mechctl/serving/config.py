@@ -1,4 +1,4 @@
-"""`mechctl config`: what is set, and where."""
+"""`mechctl config`: shows the settings in force, and where each comes from."""
 
 import dataclasses
 import json
@@ -8,24 +8,26 @@ import typer
 
 from mechctl.options.shared_options import Config
 
-config_app = typer.Typer(help="Look at the settings in force.", no_args_is_help=True)
+config_app = typer.Typer(help="Show the settings in force.", no_args_is_help=True)
 
 
 @config_app.callback()
 def _config() -> None:
-    """Keep `config` a group: further commands may come."""
+    """Make `config` a group of commands, although it has only one yet."""
 
 
 @config_app.command("show")
 def show(
     config: Config = None,
-    changed: Annotated[bool, typer.Option("--changed", help="Only what is not the default.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only settings that differ from the default.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
     """Print every setting with its value and where it comes from.
 
-    A flag wins over a variable (INTERPRETOPS_GATEWAY_PORT), a variable over the file, the file over the
-    default. Secrets are hidden. docs/configuration.md says what each setting means.
+    A flag overrides an environment variable (INTERPRETOPS_GATEWAY_PORT), a variable overrides the file, and
+    the file overrides the default. Secrets are hidden. docs/configuration.md says what each setting means.
     """
     from interpretops.settings.origin import DEFAULT, effective_settings
 
@@ -39,4 +41,4 @@ def show(
         value = json.dumps(item.value, ensure_ascii=False)
         typer.echo(f"{item.field:<{width}}  {value}  {typer.style(f'# {item.source}', dim=True)}")
     if not found:
-        typer.echo("every setting is the default")
+        typer.echo("every setting has its default")

@@ -1,4 +1,4 @@
-"""`mechctl doctor`: checks all that `mechctl serve` needs, one line each, with the remedy."""
+"""`mechctl doctor`: checks everything that `mechctl serve` needs; each fault is a line with its remedy."""
 
 import asyncio
 import dataclasses
@@ -19,12 +19,12 @@ _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "fault": ("fa
 def doctor(
     config: Config = None,
     model: Model = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
     """Check machine, model, engine, listeners, keys, policies, cards and stores.
 
-    Starts nothing. A fault keeps `mechctl serve` from serving as the settings say, and its line names the
-    remedy; exit status 1 if there is any. A warning is worth knowing.
+    Starts nothing. A fault keeps `mechctl serve` from working as the settings say: its line names the remedy,
+    and the exit status is 1. Warnings leave the exit status 0.
     """
     from interpretops.settings import load_settings
     from proxy.serve import new_loop

@@ -1,4 +1,4 @@
-"""`mechctl keys`: makes, lists and revokes API keys; a key is shown once and kept as a hash."""
+"""`mechctl keys`: makes, lists and revokes API keys; a key is shown once and stored as a hash."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,26 +12,24 @@ keys_app = typer.Typer(name="keys", help="Make, list and revoke API keys.", no_a
 
 File = Annotated[
     Path | None,
-    typer.Option("--file", help="File of keys; else `paths.keys` of the settings.", show_default=False),
+    typer.Option("--file", help="Key file; default: `paths.keys` of the settings.", show_default=False),
 ]
 
 
 @keys_app.command()
 def add(
-    tenant: Annotated[
-        str | None, typer.Option("--tenant", help="The tenant whose requests the key opens.")
-    ] = None,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Tenant that the key authenticates.")] = None,
     role: Annotated[
         str | None, typer.Option("--role", help="For the admin listener: `viewer` or `operator`.")
     ] = None,
-    name: Annotated[str, typer.Option("--name", help="Who holds it.", show_default=False)] = "",
+    name: Annotated[str, typer.Option("--name", help="Name of the key's holder.", show_default=False)] = "",
     days: Annotated[
-        int | None, typer.Option("--days", min=1, help="Days until it expires; else never.")
+        int | None, typer.Option("--days", min=1, help="Days until it expires; default: never.")
     ] = None,
     file: File = None,
     config: Config = None,
 ) -> None:
-    """Make a key and show it, this once. A running gateway takes it within seconds."""
+    """Make a key and show it once. A running gateway accepts it within seconds."""
     from interpretops.errors import ConfigError
     from interpretops.records.api_keys import make_key, read_keys, write_keys
 
@@ -55,7 +53,7 @@ def add(
 
 @keys_app.command("list")
 def list_keys(file: File = None, config: Config = None) -> None:
-    """Show whose keys there are."""
+    """List the keys and whom they belong to."""
     from interpretops.records.api_keys import read_keys
 
     path, _ = _file(file, config)
@@ -71,7 +69,7 @@ def revoke(
     file: File = None,
     config: Config = None,
 ) -> None:
-    """Take a key out of use. A running gateway refuses it within seconds."""
+    """Revoke a key. A running gateway refuses it within seconds."""
     from interpretops.errors import ConfigError
     from interpretops.records.api_keys import read_keys, write_keys
 
@@ -88,15 +86,15 @@ def revoke(
 def rotate(
     key_id: Annotated[str, typer.Argument(help="The key's id, as `mechctl keys list` shows it.")],
     days: Annotated[
-        int | None, typer.Option("--days", min=1, help="Days until it expires; else as before.")
+        int | None, typer.Option("--days", min=1, help="Days until it expires; default: unchanged.")
     ] = None,
     file: File = None,
     config: Config = None,
 ) -> None:
-    """Give a key a new secret and show it, this once. Its id stays, and with it all that names it.
+    """Give a key a new secret and show it once. Its id stays, so bindings that name it still apply.
 
-    A running gateway takes the new secret and refuses the old one within seconds. To let both work for a
-    while, add a second key, and revoke the first later: bindings by key then name both.
+    A running gateway accepts the new secret and refuses the old one within seconds. To let both work for a
+    while, add a second key, name both in bindings by key, and revoke the first later.
     """
     from interpretops.errors import ConfigError
     from interpretops.records.api_keys import read_keys, rotate_key, write_keys
@@ -117,7 +115,7 @@ def rotate(
 
 
 def _note_reader(path: Path) -> None:
-    """Say who may read a new file, where its folder's owner may not: that may be the gateway's user."""
+    """Warn if the folder's owner, possibly the gateway's user, cannot read the new key file."""
     import os
 
     from interpretops.files.atomic_file import can_read
@@ -125,14 +123,14 @@ def _note_reader(path: Path) -> None:
     folder = path.absolute().parent.stat()
     if not can_read(folder.st_uid, path.stat()):
         typer.echo(
-            f"{path} is readable for user id {os.geteuid()} alone, and its folder belongs to user id "
-            f"{folder.st_uid}: if the gateway runs as that user, give it the file (chown)",
+            f"{path} is readable only by user id {os.geteuid()}, but its folder belongs to user id "
+            f"{folder.st_uid}: if the gateway runs as that user, make it the file's owner (chown)",
             err=True,
         )
 
 
 def _file(file: Path | None, config: Path | None) -> tuple[Path, list[str] | None]:
-    """The file of keys, and the tenants that the settings declare; None where no settings were asked for."""
+    """The key file, and the tenants that the settings declare; None if no settings were named."""
     from interpretops.errors import ConfigError
     from interpretops.settings import load_settings
 

@@ -14,25 +14,29 @@ def serve(
     model: Model = None,
     policies: Annotated[
         Path | None,
-        typer.Option("--policies", help="Folder of policies; else the settings'.", show_default=False),
+        typer.Option("--policies", help="Folder of policies; overrides the settings.", show_default=False),
     ] = None,
     artifacts: Artifacts = None,
     host: Annotated[
         str | None, typer.Option("--host", help="Address to listen on.", show_default="127.0.0.1")
     ] = None,
     port: Annotated[
-        int | None, typer.Option("--port", help="Port of the endpoint; 0: any free one.", show_default="8000")
+        int | None,
+        typer.Option("--port", help="Port of the endpoint; 0 picks a free one.", show_default="8000"),
     ] = None,
     admin_port: Annotated[
         int | None,
-        typer.Option("--admin-port", help="Port of admin routes and metrics; 0: any.", show_default="8001"),
+        typer.Option(
+            "--admin-port", help="Port of admin routes and metrics; 0 picks a free one.", show_default="8001"
+        ),
     ] = None,
     engine_url: Annotated[
         list[str] | None,
         typer.Option(
             "--engine-url",
             metavar="<url>",
-            help="A running `vllm serve` with our plugin; may be repeated. Else one is started here.",
+            help="URL of a running `vllm serve` with our plugin; may be repeated. Without it, an engine is "
+            "started here.",
             show_default=False,
         ),
     ] = None,
@@ -41,7 +45,7 @@ def serve(
     from interpretops.settings import load_settings
     from proxy.http.aiohttp_version import check_aiohttp
 
-    check_aiohttp()  # before the import of what another aiohttp may not have
+    check_aiohttp()  # before importing names that another aiohttp may lack
     from proxy.serve import serve as run
 
     overrides = {

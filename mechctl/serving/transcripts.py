@@ -1,4 +1,4 @@
-"""`mechctl transcripts`: makes keys for kept requests, and reads them back."""
+"""`mechctl transcripts`: makes keys for stored requests, and decrypts these."""
 
 from datetime import datetime
 from typing import Annotated
@@ -8,13 +8,13 @@ import typer
 from mechctl.options.shared_options import Config
 
 transcripts_app = typer.Typer(
-    name="transcripts", help="Requests that tenants have kept, sealed on disk.", no_args_is_help=True
+    name="transcripts", help="Requests stored for tenants, encrypted on disk.", no_args_is_help=True
 )
 
 
 @transcripts_app.callback()
 def _options() -> None:
-    """Requests that tenants have kept, sealed on disk."""
+    """Requests stored for tenants, encrypted on disk."""
 
 
 @transcripts_app.command()
@@ -27,17 +27,17 @@ def key() -> None:
 
 @transcripts_app.command()
 def read(
-    tenant: Annotated[str, typer.Option("--tenant", help="Whose requests.")],
+    tenant: Annotated[str, typer.Option("--tenant", help="Tenant whose requests to print.")],
     day: Annotated[
-        datetime | None, typer.Option("--day", formats=["%Y-%m-%d"], help="Of one day (UTC) only.")
+        datetime | None, typer.Option("--day", formats=["%Y-%m-%d"], help="Only this day (UTC).")
     ] = None,
-    request_id: Annotated[str | None, typer.Option("--request-id", help="One request only.")] = None,
+    request_id: Annotated[str | None, typer.Option("--request-id", help="Only this request.")] = None,
     key: Annotated[
-        str | None, typer.Option("--key", help="`env:NAME` or `file:PATH`; else the tenant's own setting.")
+        str | None, typer.Option("--key", help="`env:NAME` or `file:PATH`; default: the tenant's setting.")
     ] = None,
     config: Config = None,
 ) -> None:
-    """Print kept requests as JSON lines, oldest first. Exit status 1 when a line cannot be opened."""
+    """Print stored requests as JSON lines, oldest first. Exit status 1 if a line cannot be decrypted."""
     import json
 
     from interpretops.errors import ConfigError
@@ -60,7 +60,7 @@ def read(
         record = vault.open(line)
         if record is None:
             closed += 1
-            typer.echo(f"{place}: cannot be opened with these keys, or is broken", err=True)
+            typer.echo(f"{place}: cannot be decrypted with these keys, or is damaged", err=True)
         elif request_id is None or record.get("request_id") == request_id:
             typer.echo(json.dumps(record, ensure_ascii=False))
     if closed:

@@ -60,7 +60,7 @@ def test_spellings_are_marked_by_the_judge_and_have_something_before_them(tiny: 
     found = [tiny.decode(tokens) for tokens in spellings(tiny, Judged(kind="toxicity"), ["dick"])]
     assert found
     assert all(text.endswith("dick") and text != "dick" for text in found)
-    with pytest.raises(DiscoveryError, match="give the class file `words`"):
+    with pytest.raises(DiscoveryError, match="add `words` to the class file"):
         spellings(tiny, WORDS, ["harmless"])
 
 

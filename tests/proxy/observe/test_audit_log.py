@@ -60,7 +60,7 @@ async def test_intact_log_is_verified(log: Path) -> None:
     assert (found.intact, found.records, found.first, found.last.seq) == (True, 12, 1, 12)
     ended = CliRunner().invoke(app, ["audit", "verify", str(log)])
     assert ended.exit_code == 0
-    assert "12 records, 1 to 12, are as they were written" in ended.stdout
+    assert "12 records, 1 to 12, are unchanged" in ended.stdout
 
 
 def forged(lines: list[bytes], seq: int, prev: str | None = None) -> bytes:
@@ -350,7 +350,7 @@ async def test_log_moved_elsewhere_is_verified_by_naming_both(tmp_path: Path) ->
     assert "name the rotated files as well, or give --first" in alone.stdout
     for order in ([log.path, archived], [archived, log.path]):
         ended = run(app, ["audit", "verify", *map(str, order)])
-        assert (ended.exit_code, "5 records, 1 to 5, are as they" in ended.stdout) == (0, True), ended.stdout
+        assert (ended.exit_code, "5 records, 1 to 5, are unchanged" in ended.stdout) == (0, True), ended.stdout
 
 
 @pytest.mark.parametrize(
