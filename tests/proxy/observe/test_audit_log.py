@@ -350,7 +350,9 @@ async def test_log_moved_elsewhere_is_verified_by_naming_both(tmp_path: Path) ->
     assert "name the rotated files as well, or give --first" in alone.stdout
     for order in ([log.path, archived], [archived, log.path]):
         ended = run(app, ["audit", "verify", *map(str, order)])
-        assert (ended.exit_code, "5 records, 1 to 5, are unchanged" in ended.stdout) == (0, True), ended.stdout
+        assert (ended.exit_code, "5 records, 1 to 5, are unchanged" in ended.stdout) == (0, True), (
+            ended.stdout
+        )
 
 
 @pytest.mark.parametrize(
