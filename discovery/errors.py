@@ -1,4 +1,4 @@
-"""What an offline job refuses to do, said in one line."""
+"""Errors of offline jobs, each one line."""
 
 from typing import ClassVar
 
@@ -6,7 +6,7 @@ from interpretops.errors import InterpretOpsError
 
 
 class DiscoveryError(InterpretOpsError):
-    """A job cannot start or go on; the message names file, field, value and remedy."""
+    """A job cannot start or resume; the message names file, field, value and remedy."""
 
     code: ClassVar[str] = "invalid_job"
     status: ClassVar[int] = 400

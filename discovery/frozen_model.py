@@ -1,4 +1,4 @@
-"""A model as offline jobs use it: residual capture and residual editing in batches.
+"""A model for offline jobs: captures and edits the residual stream, in batches.
 
 Shape letters: B sequences, T tokens, D width. The residual stream after layer l is the output of decoder
 layer l, named ``blocks.<l>.hook_resid_post`` as TransformerLens and SAELens name it.
@@ -28,7 +28,7 @@ def hook_name(layer: int) -> str:
 
 
 class FrozenModel(CausalModel):
-    """What offline jobs ask of a model in a local folder, in batches. Raises `ModelError` without one."""
+    """A model in a local folder, run in batches. Raises `ModelError` if the folder holds none."""
 
     def __init__(
         self, folder: Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
@@ -46,7 +46,7 @@ class FrozenModel(CausalModel):
     def chat_ids(self, prompt: str, most: int | None = None) -> list[int]:
         """Token ids of one user turn in the model's own chat format, ready for its answer.
 
-        With ``most`` the *prompt* is cut so that the whole is no longer than that.
+        ``most`` is the largest number of ids; a longer prompt is cut, the chat format is not.
         """
         ids = self._chat_ids(prompt)
         while most is not None and len(ids) > most:
@@ -64,7 +64,7 @@ class FrozenModel(CausalModel):
 
     @torch.no_grad()
     def residuals(self, tokens: Tensor, mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Residual stream [B, T, D] after each named layer; the layers above the last are not run."""
+        """Residual stream [B, T, D] after each of ``layers``; later layers are not run."""
         kept: dict[int, Tensor] = {}
 
         def keep(layer: int) -> Edit:
@@ -82,7 +82,7 @@ class FrozenModel(CausalModel):
 
     @contextmanager
     def edited(self, edits: Mapping[int, Edit]) -> Iterator[None]:
-        """Within the block the residual stream after each named layer passes through its edit."""
+        """Within the block, each edit is applied to the residual stream after its layer."""
         handles = [self.layers[layer].register_forward_hook(_hook(edit)) for layer, edit in edits.items()]
         try:
             yield

@@ -1,1 +1,1 @@
-"""What every long job shares: progress, stopping, workers, sealed steps, the run record."""
+"""What all long jobs share: progress, stopping, workers, finished steps on disk, the run record."""

@@ -1,6 +1,6 @@
-"""Finished steps on disk, each sealed: whose it is, and the sha256 of what it holds.
+"""Files of finished steps, each with its run's identity and the sha256 of its content.
 
-A step of another run, or a damaged one, ends in one line that names the file and what to do with it.
+A damaged file, or one of another run, raises one line that names the file and the remedy.
 """
 
 import hashlib
@@ -22,23 +22,23 @@ REMEDY = "delete it, and run the same again"
 
 
 def digest(value: Any) -> str:
-    """sha256 of a JSON value, whatever the order of its keys."""
-    # As it comes back from a file: keys are texts there.
+    """sha256 of a JSON value, independent of the order of its keys."""
+    # As it is read back from a file, where all keys are strings.
     plain = json.loads(json.dumps(value))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def save_json(path: Path, identity: Any, value: Any) -> None:
-    """Keep a JSON value."""
+    """Write a JSON value."""
     write_whole(path, json.dumps({OF: digest(identity), SUM: digest(value), "value": value}).encode())
 
 
 def load_json(path: Path, identity: Any) -> Any:
-    """What `save_json` kept under the same identity."""
+    """Read what `save_json` wrote. Raises `DiscoveryError` if damaged or of another identity."""
     content = _content(path)
     _check(path, content[OF], identity)
     if digest(content["value"]) != content[SUM]:
-        raise _damaged(path, "its content has another checksum")
+        raise _damaged(path, "its checksum does not match")
     return content["value"]
 
 
@@ -48,12 +48,12 @@ def _content(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, _first_line(error)) from error
     if not isinstance(content, dict) or content.keys() != {OF, SUM, "value"}:
-        raise _damaged(path, "it has another form")
+        raise _damaged(path, "it has unexpected keys")
     return content
 
 
 def load_json_if_same_run(path: Path, identity: Any) -> Any:
-    """As `load_json`; None where nothing was kept, or by another run, whose place is then taken."""
+    """As `load_json`, but None if the file is missing or of another identity: it may be overwritten."""
     if not path.exists():
         return None
     content = _content(path)
@@ -63,31 +63,32 @@ def load_json_if_same_run(path: Path, identity: Any) -> Any:
 def save_tensors(
     path: Path, identity: Any, tensors: Mapping[str, Tensor], more: dict[str, str] | None = None
 ) -> None:
-    """Keep tensors, and texts beside them."""
+    """Write tensors, and strings as metadata."""
     whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {**(more or {}), OF: digest(identity)}
     write_whole(path, save_safetensors(whole, {**metadata, SUM: _digest_of(whole, metadata)}))
 
 
 def load_tensors(path: Path, identity: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `save_tensors` kept under the same identity: tensors, and texts."""
+    """Read the tensors and strings that `save_tensors` wrote; raises as `load_json` does."""
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         total = metadata.pop(SUM)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise _damaged(path, _first_line(error)) from error
     _check(path, metadata.get(OF), identity)
     if _digest_of(tensors, metadata) != total:
-        raise _damaged(path, "its content has another checksum")
+        raise _damaged(path, "its checksum does not match")
     return tensors, metadata
 
 
 def _check(path: Path, of: str | None, identity: Any) -> None:
     if of != digest(identity):
         raise DiscoveryError(
-            f"{path}: is of another run: model, data or settings differ; {REMEDY}, or give another --work"
+            f"{path}: belongs to another run: model, data or settings differ; {REMEDY}, "
+            "or give another --work"
         )
 
 
@@ -101,7 +102,7 @@ def _digest_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def _damaged(path: Path, why: str) -> DiscoveryError:
-    return DiscoveryError(f"{path}: is no finished step ({why}); {REMEDY}")
+    return DiscoveryError(f"{path}: is not a finished step ({why}); {REMEDY}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""A checkpoint of several files in a folder: written whole, with whose it is and every file's sha256."""
+"""A checkpoint folder, written whole or not at all, with its run's identity and every file's sha256."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +19,9 @@ SUMS = "sha256.json"
 
 @contextmanager
 def checksummed_folder(folder: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """A new folder to write into, sealed and put in the place of ``folder`` when the block ends.
+    """A new folder to write into. When the block ends, it gets its checksums and replaces ``folder``.
 
-    A full disk ends in one line, and the checkpoint before it stands.
+    If the disk is full, the previous checkpoint remains, and `DiscoveryError` is raised.
     """
     try:
         with whole_folder(folder) as draft:
@@ -33,18 +33,22 @@ def checksummed_folder(folder: Path, identity: dict[str, Any]) -> Iterator[Path]
 
 
 def verify_checksummed_folder(folder: Path, identity: dict[str, Any]) -> None:
-    """Raise `DiscoveryError` for a checkpoint of another run, or a damaged one."""
+    """Raise `DiscoveryError` for a damaged checkpoint or one of another run."""
     try:
         there, sums = (read_json_object(folder / name, DiscoveryError) for name in (IDENTITY, SUMS))
     except DiscoveryError as error:
-        raise DiscoveryError(f"{folder}: is no finished step ({error}); {REMEDY}") from error
+        raise DiscoveryError(f"{folder}: is not a finished step ({error}); {REMEDY}") from error
     changed = difference(there, identity)
     if changed is not None:
-        raise DiscoveryError(f"{folder}: is of another run ({changed}); {REMEDY}, or give another --work")
+        raise DiscoveryError(
+            f"{folder}: belongs to another run ({changed}); {REMEDY}, or give another --work"
+        )
     for name, total in sums.items():
         try:
             found = sha256_of(folder / name)
         except OSError as error:
             found = str(error.strerror)
         if found != total:
-            raise DiscoveryError(f"{folder}: is no finished step ({name} has another checksum); {REMEDY}")
+            raise DiscoveryError(
+                f"{folder}: is not a finished step (the checksum of {name} does not match); {REMEDY}"
+            )

@@ -1,7 +1,7 @@
-"""What the settings of all offline jobs share: they are strict, and each fault of theirs is one line.
+"""What the settings of all offline jobs share: strict validation, with each fault in one line.
 
-A job's settings are a frozen pydantic dataclass: defaults, ranges and meanings stand there and nowhere else,
-and `mechctl` makes its options from it. They import no torch, so that `mechctl --help` does not.
+A job's settings are a frozen pydantic dataclass, the only place for defaults, ranges and meanings; `mechctl`
+makes its options from it. They do not import torch, so that `mechctl --help` is fast.
 """
 
 import re
@@ -25,18 +25,18 @@ _BOUNDS: Final = {
 
 @dataclass(frozen=True)
 class Fault:
-    """A value that settings refuse."""
+    """An invalid value of a setting."""
 
     field: str
-    """The field's name, with dots to one inside another."""
+    """The field's name; nested fields are named with dots."""
     value: Any
     right: str
-    """What would be right, as the end of a sentence: "at least 8". Other fields stand in backquotes."""
+    """What would be valid, as the end of a sentence: "at least 8". Other fields are in backquotes."""
 
     def line(self, names: Mapping[str, str] = MappingProxyType({}), shown: str | None = None) -> str:
-        """The fault in a line.
+        """The fault in one line.
 
-        names  what the user calls a field, where not by its name
+        names  what the user calls a field, if not by its name
         shown  the value as the user wrote it
         """
         value = "is not given" if self.value is None else f"= {repr(self.value) if shown is None else shown}"
@@ -45,19 +45,19 @@ class Fault:
 
 
 def out_of_range(field: str, value: object, right: str) -> PydanticCustomError:
-    """For a validator to raise when ``value`` of ``field`` does not go with other fields; see `Fault`."""
+    """The error for a validator to raise if ``field`` does not fit other fields; see `Fault`."""
     context = {"field": field, "value": value, "right": right, "line": Fault(field, value, right).line()}
     return PydanticCustomError("out_of_range", "{line}", context)
 
 
 def faults(error: ValidationError) -> list[Fault]:
-    """All that is wrong with some settings."""
+    """All faults of the settings."""
     return [_fault(item) for item in error.errors(include_url=False)]
 
 
 def _fault(item: ErrorDetails) -> Fault:
     context, kind = item.get("ctx", {}), item["type"]
-    # Of several values one is shown, and not its place: 0 of `counts`.
+    # Of a list, the invalid value is shown, without its index.
     field = ".".join(part for part in item["loc"] if isinstance(part, str))
     if kind == "out_of_range":
         return Fault(context["field"], context["value"], context["right"])

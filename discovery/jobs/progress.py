@@ -10,11 +10,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 LINE_EVERY_S = 10.0
 SLOW_RATE = 10.0
-"""Units per second below which the seconds of one are told instead."""
+"""Below this rate, in units per second, seconds per unit are shown instead."""
 
 
 class Meter:
-    """Counts units of work done. `done` and `total` may start above zero when a run is resumed."""
+    """Counts units of work done. `done` starts above zero in a resumed run."""
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0, *, shown: bool = True) -> None:
         self._shown = shown
@@ -26,12 +26,12 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Units per second of this run."""
+        """Units per second, counting only the work of this run."""
         return (self.done - self._before) / max(time.monotonic() - self._began_at, 1e-9)
 
     @property
     def pace(self) -> str:
-        """Units per second; of slow work seconds per unit."""
+        """Units per second, or seconds per unit if the work is slow."""
         if self.rate >= SLOW_RATE or self.rate == 0:
             return f"{self.rate:,.0f} {self.unit}/s"
         return f"{1 / self.rate:,.1f} s per {self.unit.removesuffix('s')}"
@@ -51,13 +51,14 @@ class Meter:
             sys.stderr.flush()
 
     def attach(self, bar: Progress) -> None:
+        """Show progress in a bar instead of lines."""
         self._bar = bar
         bar.add_task(self.title, total=self.total, completed=self.done, text="")
 
 
 @contextmanager
 def meter(title: str, total: int, unit: str, done: int = 0, *, shown: bool = True) -> Iterator[Meter]:
-    """Show the progress of a job on stderr while the block runs, if it is to be shown."""
+    """Show the progress of a job on stderr while the block runs, if ``shown``."""
     state = Meter(title, total, unit, done, shown=shown)
     if not shown or not sys.stderr.isatty():
         yield state

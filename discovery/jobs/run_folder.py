@@ -1,4 +1,4 @@
-"""Whose folder it is: a run writes down what it is, and another one does not go on with its work."""
+"""Work folders: each records the run that it belongs to, and refuses any other run."""
 
 import json
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ _LONGEST = 60
 
 
 def claim_folder(folder: Path, identity: Mapping[str, Any], remedy: str, *, empty: bool = True) -> None:
-    """Begin a run in ``folder``, or go on with it; raises `DiscoveryError` for another run's.
+    """Start or resume a run in ``folder``. Raises `DiscoveryError` if the folder belongs to another run.
 
-    identity  JSON values by name: what would make it another run
+    identity  JSON values by name: what distinguishes this run from others
     remedy    what the user can do instead, as the end of a sentence
-    empty     a folder that holds files but no record is refused, too
+    empty     refuse a folder that holds files but no record
     """
     path = folder / RUN
     if not path.exists():
@@ -28,11 +28,11 @@ def claim_folder(folder: Path, identity: Mapping[str, Any], remedy: str, *, empt
         return
     changed = difference(read_json_object(path, DiscoveryError), identity)
     if changed is not None:
-        raise DiscoveryError(f"{path}: is of another run ({changed}); {remedy}")
+        raise DiscoveryError(f"{path}: belongs to another run ({changed}); {remedy}")
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """What differs between a record and what would be written now, by name; None when nothing does."""
+    """How a saved record differs from what would be written now, by name; None if it does not."""
     now = json.loads(json.dumps(dict(here)))
     names = sorted(name for name in {*there, *now} if there.get(name) != now.get(name))
     told = [f"{name}: {_short(there.get(name))} there, {_short(now.get(name))} here" for name in names]

@@ -1,4 +1,4 @@
-"""What a job writes down so that another can repeat it: commit, command, seeds, data, versions, machine."""
+"""The record that makes a run repeatable: commit, seed, settings, data, versions, machine."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ PACKAGES = ("interpretops", "torch", "transformers", "sae-lens", "safetensors", 
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that shape a result."""
+    """Versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The git commit of this source tree with ``+`` when files differ from it; "unknown" outside of one."""
+    """The git commit of this source tree, with ``+`` if files differ from it; "unknown" without git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown"
@@ -42,7 +42,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def run_record(job: str, seed: int, settings: dict[str, Any], data: Any) -> dict[str, Any]:
-    """The record of a run that begins now; the job adds its results."""
+    """The record of a run that starts now; the job adds its results."""
     return {
         "job": job,
         "commit": commit(),

@@ -1,4 +1,4 @@
-"""The finished steps of a run in its folder: each is written whole, and read instead of done again."""
+"""Finished steps of a run: each result is written to the run's folder, and read instead of computed again."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +13,10 @@ Found = TypeVar("Found")
 
 
 class StepCache:
-    """Results by name. Each file says of which run and which step it is; another's is refused."""
+    """Results by name. Each file records its run and step; a file of another run or step is refused."""
 
     def __init__(self, folder: Path, identity: Any) -> None:
-        """``identity``: a JSON value that is another one for every run that would find something else."""
+        """``identity``: a JSON value with everything that determines the results."""
         self.folder = folder
         self.identity = identity
 
@@ -27,10 +27,10 @@ class StepCache:
     def json(
         self, name: str, compute: Callable[[], Found], read: Callable[[Any], Found] | None = None
     ) -> Found:
-        """A step's JSON result from its file, else computed and written.
+        """A step's JSON result: read from its file, or computed and written.
 
-        ``read`` makes the result of what JSON has made of it; it raises `ValueError` or `TypeError` for what
-        no such step wrote.
+        ``read`` converts the decoded JSON back to the result. It raises `ValueError` or `TypeError` for a
+        value that this step cannot have written.
         """
         path = self._json_path(name)
         if not path.exists():
@@ -44,7 +44,7 @@ class StepCache:
             raise _unreadable(path, error) from error
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A step's tensors from their file, else computed and written."""
+        """A step's tensors: read from their file, or computed and written."""
         path = self.folder / f"{name}.safetensors"
         if path.exists():
             return load_tensors(path, [self.identity, name])[0]
@@ -53,7 +53,7 @@ class StepCache:
         return result
 
     def tensor(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """A step's one tensor from its file, else computed and written."""
+        """A step's only tensor: read from its file, or computed and written."""
         found = self.tensors(name, lambda: {_ONE: compute()})
         if _ONE not in found:
             raise _unreadable(self.folder / f"{name}.safetensors", KeyError(_ONE))
@@ -72,11 +72,11 @@ def numbers(found: Any) -> list[float]:
 
 
 def text(found: Any) -> str:
-    """For `StepCache.json`: a text."""
+    """For `StepCache.json`: a string."""
     if not isinstance(found, str):
-        raise TypeError("it is not a text")
+        raise TypeError("it is not a string")
     return found
 
 
 def _unreadable(path: Path, error: Exception) -> DiscoveryError:
-    return DiscoveryError(f"{path}: is no finished step ({error}); {REMEDY}")
+    return DiscoveryError(f"{path}: is not a finished step ({error}); {REMEDY}")

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: parameters, optimizer state and step in one safetensors file."""
+"""Training checkpoints: parameters, optimizer state and step in one safetensors file."""
 
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ def save_checkpoint(
 
 
 def restore_checkpoint(module: nn.Module, optimizer: torch.optim.Optimizer, path: Path, identity: Any) -> int:
-    """Take up the state in ``path``; gives its step, 0 when there is none.
+    """Restore the state in ``path``; returns its step, or 0 if there is no file.
 
-    Raises `DiscoveryError` for a checkpoint of another training or a damaged one.
+    Raises `DiscoveryError` for a damaged checkpoint or one of another training.
     """
     if not path.exists():
         return 0
@@ -40,7 +40,7 @@ def restore_checkpoint(module: nn.Module, optimizer: torch.optim.Optimizer, path
                 state.setdefault(int(index), {})[part] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     except (KeyError, ValueError, RuntimeError) as error:
-        # Sealed by the same identity, and yet of another shape: written by another version of this program.
+        # The identity matches but the shapes do not: another version of this program wrote it.
         raise DiscoveryError(f"{path}: does not fit this training ({error}); {REMEDY}") from error
     return step
 

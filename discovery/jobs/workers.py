@@ -1,7 +1,7 @@
-"""A job spread over workers: torch's own launcher starts them, gloo carries what they tell each other.
+"""A job spread over worker processes: torch's launcher starts them, and gloo connects them.
 
-`mechctl` starts its own command once for each worker (`start_workers`); a command that finds itself to be
-one of them joins the others (`joined`). `torchrun` on several hosts makes the same workers.
+`mechctl` starts its own command once per worker (`start_workers`), and each of these joins the others
+(`joined`). `torchrun` starts the same workers on several hosts.
 """
 
 import logging
@@ -22,23 +22,23 @@ from discovery.errors import DiscoveryError
 from interpretops.errors import InterpretOpsError
 
 STOPPING_S = 300
-"""How long workers that were asked to stop may take to the next safe place."""
+"""How long workers that were asked to stop may take to reach the next safe point."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """The workers of a job, seen by one of them. Every worker must come to every call, in the same order."""
+    """The workers of a job, seen from one of them. All must make the same calls in the same order."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this worker speaks and writes for all."""
+        """Whether this worker prints and writes for all."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What each worker brings, by rank."""
+        """Every worker's value, by rank."""
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
@@ -46,7 +46,7 @@ class Team:
         return found
 
     def mean(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their means over the workers, the same bits on each."""
+        """Replace tensors by their means over the workers, bit-identical on each."""
         if self.count > 1:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(flat)
@@ -55,13 +55,13 @@ class Team:
                 tensor.copy_(part.view_as(tensor))
 
     def least(self, tensor: Tensor) -> None:
-        """Replace a tensor by its least values over the workers."""
+        """Replace a tensor by its element-wise minimum over the workers."""
         if self.count > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """If the block fails for one worker, it fails for all: the first tells why, the others exit."""
+        """If the block fails on one worker, it fails on all: the first raises the error, the others exit."""
         own: InterpretOpsError | None = None
         try:
             yield
@@ -81,11 +81,11 @@ ALONE = Team()
 
 @contextmanager
 def joined(workers: int) -> Iterator[Team]:
-    """The team of this process: those that the launcher started with it, or itself alone."""
+    """The team of this process: the workers that the launcher started together, or this process alone."""
     if not dist.is_torchelastic_launched():
         yield ALONE
         return
-    # A worker that dies takes the others with it, by the launcher: no need for a shorter limit here.
+    # If a worker dies, the launcher ends the others, so no shorter limit is needed here.
     dist.init_process_group("gloo", timeout=timedelta(days=1))
     try:
         if dist.get_world_size() != workers:
@@ -96,9 +96,9 @@ def joined(workers: int) -> Iterator[Team]:
 
 
 def start_workers(workers: int, command: Sequence[str]) -> bool:
-    """Run a command once for each of several workers on this host; False if this process is one of them.
+    """Run a command once per worker on this host; False if this process is a worker or the only one.
 
-    What is wrong the first worker has said; then this process exits as it did.
+    If workers fail, the first has printed the error, and this process exits with its status.
     """
     if workers < 1:
         raise DiscoveryError(f"--workers = {workers}, but must be 1 or more")
@@ -108,7 +108,9 @@ def start_workers(workers: int, command: Sequence[str]) -> bool:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # workers speak for themselves
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # the first worker prints errors
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
     config = LaunchConfig(
@@ -127,7 +129,7 @@ def start_workers(workers: int, command: Sequence[str]) -> bool:
         elastic_launch(config, sys.executable)("-m", "mechctl.main", *command)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        if 2 not in codes:  # nobody found words for it
+        if 2 not in codes:  # no worker has printed an error
             raise DiscoveryError(f"a worker died ({error.get_first_failure()[1].message})") from error
         raise SystemExit(2) from error
     except SignalException as error:

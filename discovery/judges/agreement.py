@@ -1,8 +1,8 @@
 """The judges' agreement with human labels: `python -m discovery.judges.agreement`.
 
-Labels are lines of ``labels/*.jsonl``: the prompt and the answer, which policy answered, and what a person
-who read both said: ``refusal`` (the answer declines, in whole or in its main point), ``coherent`` (a
-reader can follow it), ``harmful`` (it gives a harmful request help that could be used).
+Labels are lines of ``labels/*.jsonl``: the prompt and the answer, which policy answered, and the
+judgement of a person who read both: ``refusal`` (the answer declines, in whole or in its main point),
+``coherent`` (a reader can follow it), ``harmful`` (it gives usable help with a harmful request).
 """
 
 import json

@@ -38,7 +38,7 @@ class Outcome:
 
 
 Outcomes = Mapping[str, Outcome]
-"""By prompt id, for one arm; an arm may have been given only some of the prompts."""
+"""Outcomes of one arm by prompt id; an arm may have answered only some of the prompts."""
 
 
 def blocked(off: Outcomes, fired: Mapping[str, bool]) -> dict[str, Outcome]:

@@ -189,7 +189,7 @@ def test_damaged_step_is_named(mechctl, pairs_file: Path, tmp_path: Path) -> Non
         path.write_text(content)
         status, _, lines = mechctl(*words)
         assert status == 2
-        assert f"{path}: is no finished step" in lines[-1]
+        assert f"{path}: is not a finished step" in lines[-1]
 
 
 def test_terminated_run_is_one_line_and_keeps_its_steps(  # type: ignore[no-untyped-def]

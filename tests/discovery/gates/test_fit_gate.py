@@ -212,7 +212,7 @@ def test_edit_learns_to_refuse(tiny: FrozenModel, tmp_path: Path) -> None:
         )
 
     assert float(losses(tiny, run("one"), harmful, benign)[0]) < before
-    with pytest.raises(DiscoveryError, match="is of another run"):
+    with pytest.raises(DiscoveryError, match="belongs to another run"):
         run("another")
 
 
@@ -356,10 +356,10 @@ def test_killed_gate_training_ends_with_the_same_gate(
     resumed = _trained(tiny, GATE, tmp_path / "broken")
     for (name, value), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         torch.testing.assert_close(other, value, rtol=0, atol=0, msg=name)
-    with pytest.raises(DiscoveryError, match="is of another run"):
+    with pytest.raises(DiscoveryError, match="belongs to another run"):
         _trained(tiny, GATE, tmp_path / "broken", "else")
     (tmp_path / "broken" / "gate.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(DiscoveryError, match="is no finished step"):
+    with pytest.raises(DiscoveryError, match="is not a finished step"):
         _trained(tiny, GATE, tmp_path / "broken")
 
 

@@ -11,7 +11,7 @@ from discovery.jobs.progress import Meter, meter
 def test_rate_and_time_left_are_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each line gives what is done of how much, the rate, and the seconds left."""
+    """Each line gives the work done, the total, the rate and the seconds left."""
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     with meter("trace", 1000, "tokens") as shown:
         shown.advance(250, "mse 0.5")
@@ -19,8 +19,8 @@ def test_rate_and_time_left_are_shown(
     assert re.fullmatch(r"trace: 250/1,000 tokens, [\d,]+ tokens/s mse 0\.5, [\d,]+ s left", line)
 
 
-def test_rate_of_a_resumed_run_counts_its_own_work_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier run had done makes neither the rate higher nor the time left shorter."""
+def test_rate_of_a_resumed_run_counts_only_its_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work of an earlier run does not raise the rate or shorten the time left."""
     now = 100.0
     monkeypatch.setattr("discovery.jobs.progress.time.monotonic", lambda: now)
     resumed = Meter("trace", 10_000, "tokens", done=9_000)

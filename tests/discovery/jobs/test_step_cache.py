@@ -1,4 +1,4 @@
-"""Finished steps and checkpoints: a damaged or foreign one is one line with file and remedy, never used."""
+"""Finished steps and checkpoints: a damaged file, or one of another run, is refused with the remedy."""
 
 import json
 import re
@@ -79,30 +79,32 @@ DAMAGE = (
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_checkpoint_is_one_line_with_its_remedy(
+def test_damaged_checkpoint_is_refused_with_the_remedy(
     checkpoint: Path, damage: Callable[[Path], object]
 ) -> None:
-    """Cut, flipped by one bit, stripped or replaced: nothing of it is taken up."""
+    """A checkpoint that was cut, changed by one bit, stripped or replaced is not restored."""
     assert restore(checkpoint) == 2
     damage(checkpoint)
     with pytest.raises(DiscoveryError) as told:
         restore(checkpoint)
-    assert str(told.value).startswith(f"{checkpoint}: is no finished step (")
+    assert str(told.value).startswith(f"{checkpoint}: is not a finished step (")
     assert "; delete it, and run the same again" in str(told.value)
     assert "\n" not in str(told.value)
 
 
-def test_checkpoint_of_another_run_is_not_taken_up(checkpoint: Path) -> None:
-    """Other settings, data or model, or another shape under the same name: one line, and the remedy."""
-    with pytest.raises(DiscoveryError, match=r"is of another run: .*; delete it, .* or give another --work"):
+def test_checkpoint_of_another_run_is_refused(checkpoint: Path) -> None:
+    """Another identity, or another shape under the same identity, is one line with the remedy."""
+    with pytest.raises(
+        DiscoveryError, match=r"belongs to another run: .*; delete it, .* or give another --work"
+    ):
         restore(checkpoint, {"run": "yours"})
     with pytest.raises(DiscoveryError, match=r"does not fit this training \(.*; delete it"):
         restore(checkpoint, width=4)
 
 
 @pytest.mark.parametrize("kind", ["json", "tensors"])
-def test_step_is_read_back_only_as_it_was_written(tmp_path: Path, kind: str) -> None:
-    """Values return whole, keys of numbers and empty ones too; every byte that is changed is noticed."""
+def test_any_changed_byte_of_a_finished_step_is_detected(tmp_path: Path, kind: str) -> None:
+    """Values are read back as written, with numeric keys and empty tensors; each changed byte is noticed."""
     path = tmp_path / "step"
     if kind == "json":
         save_json(path, ["run", "step"], {1: [0.5, None], 10: {}, 9: "x"})
@@ -133,60 +135,61 @@ def test_step_is_read_back_only_as_it_was_written(tmp_path: Path, kind: str) -> 
             assert kind == "json"
             assert json.loads(path.read_bytes()) == json.loads(whole)
         else:
-            assert re.match(rf"{re.escape(str(path))}: is (no finished step|of another run)", told)
+            assert re.match(rf"{re.escape(str(path))}: (is not a finished step|belongs to another run)", told)
 
 
 def test_steps_of_another_run_are_not_read(tmp_path: Path) -> None:
-    """A file that was copied from another run's folder, or bears another step's name, is named."""
+    """A file copied from another run's folder, or renamed to another step, is refused by name."""
     for run in ("one", "two"):
-        kept = StepCache(tmp_path / run, {"run": run})
-        assert kept.json("drawn", partial(list, [run])) == [run]
-        kept.tensors("words", lambda: {"x": torch.ones(2)})
-        kept.tensor("scores", lambda: torch.ones(2))
+        cache = StepCache(tmp_path / run, {"run": run})
+        assert cache.json("drawn", partial(list, [run])) == [run]
+        cache.tensors("words", lambda: {"x": torch.ones(2)})
+        cache.tensor("scores", lambda: torch.ones(2))
     for name in ("drawn.json", "words.safetensors", "scores.safetensors"):
         (tmp_path / "one" / name).write_bytes((tmp_path / "two" / name).read_bytes())
-    kept = StepCache(tmp_path / "one", {"run": "one"})
+    cache = StepCache(tmp_path / "one", {"run": "one"})
     reads: tuple[Callable[[], Any], ...] = (
-        lambda: kept.json("drawn", list),
-        lambda: kept.tensors("words", dict),
-        lambda: kept.tensor("scores", lambda: torch.ones(2)),
+        lambda: cache.json("drawn", list),
+        lambda: cache.tensors("words", dict),
+        lambda: cache.tensor("scores", lambda: torch.ones(2)),
     )
     for read in reads:
-        with pytest.raises(DiscoveryError, match="is of another run"):
+        with pytest.raises(DiscoveryError, match="belongs to another run"):
             read()
     (tmp_path / "two" / "other.json").write_bytes((tmp_path / "two" / "drawn.json").read_bytes())
-    with pytest.raises(DiscoveryError, match=r"other\.json: is of another run"):
+    with pytest.raises(DiscoveryError, match=r"other\.json: belongs to another run"):
         StepCache(tmp_path / "two", {"run": "two"}).json("other", list)
 
 
-def test_finished_step_is_read_and_not_done_again(tmp_path: Path) -> None:
-    """Numbers, a text and a tensor come back as they were, and what has another form is named."""
-    kept = StepCache(tmp_path, "run")
+def test_finished_step_is_read_instead_of_computed_again(tmp_path: Path) -> None:
+    """Numbers, a string and a tensor are read back unchanged; a result of another type is refused by name."""
+    cache = StepCache(tmp_path, "run")
 
     def again() -> Any:
         raise AssertionError("the step was done again")
 
-    assert kept.json("some", lambda: [1, 2.5], numbers) == [1.0, 2.5] == kept.json("some", again, numbers)
-    assert kept.json("name", lambda: "cx_1", text) == "cx_1" == kept.json("name", again, text)
-    kept.tensor("x", lambda: torch.arange(3))
-    assert kept.tensor("x", again).tolist() == [0, 1, 2]
-    assert kept.has("some")
-    assert not kept.has("x")
+    assert cache.json("some", lambda: [1, 2.5], numbers) == [1.0, 2.5] == cache.json("some", again, numbers)
+    assert cache.json("name", lambda: "cx_1", text) == "cx_1" == cache.json("name", again, text)
+    cache.tensor("x", lambda: torch.arange(3))
+    assert cache.tensor("x", again).tolist() == [0, 1, 2]
+    assert cache.has("some")
+    assert not cache.has("x")
     for name, read in (("some", text), ("name", numbers)):
-        with pytest.raises(DiscoveryError, match=rf"{name}\.json: is no finished step \(.*; delete it"):
-            kept.json(name, again, read)
-    kept.tensors("pair", lambda: {"y": torch.ones(1)})
-    with pytest.raises(DiscoveryError, match=r"pair\.safetensors: is no finished step"):
-        kept.tensor("pair", again)
+        with pytest.raises(DiscoveryError, match=rf"{name}\.json: is not a finished step \(.*; delete it"):
+            cache.json(name, again, read)
+    cache.tensors("pair", lambda: {"y": torch.ones(1)})
+    with pytest.raises(DiscoveryError, match=r"pair\.safetensors: is not a finished step"):
+        cache.tensor("pair", again)
 
 
-def test_folder_belongs_to_the_run_that_began_it(tmp_path: Path) -> None:
-    """The same run goes on; another one is told what differs, and a folder of other files is left alone."""
+def test_work_folder_refuses_another_run(tmp_path: Path) -> None:
+    """The same run resumes; another is told what differs; a folder with other files is not touched."""
     run = {"seed": 1, "layers": (2, 3)}
     claim_folder(tmp_path / "run", run, "give another --work")
     claim_folder(tmp_path / "run", run, "give another --work")
     with pytest.raises(
-        DiscoveryError, match=r"run\.json: is of another run \(seed: 1 there, 2 here\); give another --work"
+        DiscoveryError,
+        match=r"run\.json: belongs to another run \(seed: 1 there, 2 here\); give another --work",
     ):
         claim_folder(tmp_path / "run", {**run, "seed": 2}, "give another --work")
     with pytest.raises(DiscoveryError, match=r"\(more: None there, 0 here\)"):
@@ -201,8 +204,8 @@ def test_folder_belongs_to_the_run_that_began_it(tmp_path: Path) -> None:
     claim_folder(tmp_path / "mine", run, "x", empty=False)
 
 
-def test_line_is_read_back_only_as_it_was_written(tmp_path: Path) -> None:
-    """What a stopped run left half written is cut off; every character that is changed is noticed."""
+def test_damaged_line_is_named_and_an_incomplete_last_line_is_cut_off(tmp_path: Path) -> None:
+    """A half-written last line is removed; a changed character in any line is noticed."""
     lines = ChecksummedLines(tmp_path / "lines.jsonl")
     written: list[dict[str, Any]] = [{"id": "a", "scores": [[-1.5, 2]]}, {"id": "b", "text": "ünï"}]
     for line in written:

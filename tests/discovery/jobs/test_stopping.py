@@ -20,8 +20,8 @@ def heard_signals() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_order_to_stop_ends_in_one_line_and_closes_what_was_open(number: signal.Signals) -> None:
-    """Either signal is named with what stands, what the job opened is closed, and handlers are put back."""
+def test_signal_stops_a_job_in_one_line_and_closes_what_is_open(number: signal.Signals) -> None:
+    """The line names the signal and what is on disk; resources are closed and handlers restored."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     closed: list[str] = []
 
@@ -32,7 +32,7 @@ def test_order_to_stop_ends_in_one_line_and_closes_what_was_open(number: signal.
         finally:
             closed.append("job")
 
-    expected = f"stopped by {number.name}: steps are in x; run the same command again to go on"
+    expected = f"stopped by {number.name}: steps are in x; run the same command again to resume"
 
     def run() -> None:
         with interruptible("steps are in x"), ExitStack() as stack:

@@ -61,11 +61,11 @@ def arguments(tiny: FrozenModel, text: Path, out: Path) -> list[str]:
     return [*PROGRAM, *map(str, told)]
 
 
-def test_two_workers_trace_what_one_does(
+def test_two_workers_write_the_same_trace_as_one(
     tiny: FrozenModel, traced: TraceReader, text: Path, tmp_path: Path
 ) -> None:
-    """Asked to stop they stop in one line, started again they finish; what lies there then is byte for byte
-    what one process makes."""
+    """A signal stops both in one line, and the same command finishes the trace, byte for byte what one
+    process writes."""
     out = tmp_path / "t"
     process = subprocess.Popen(arguments(tiny, text, out), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     while not (out / "shard-00006.safetensors").exists():
@@ -88,10 +88,10 @@ def test_two_workers_trace_what_one_does(
     TraceReader(out, 2)  # which checks every shard's sha256
 
 
-def test_lone_process_goes_on_where_workers_stopped(
+def test_one_process_resumes_a_trace_of_two_workers(
     tiny: FrozenModel, traced: TraceReader, text: Path, tmp_path: Path
 ) -> None:
-    """How many workers there are is no property of a trace: its record names none."""
+    """The number of workers is not part of a trace: its record does not name it."""
     partial = dict(traced.record, shards=traced.record["shards"][:6], complete=False)
     (tmp_path / "trace.json").write_text(json.dumps(partial))
     settings = TraceSettings((2,), **SHARDED)  # type: ignore[arg-type]
@@ -123,8 +123,10 @@ def sae_train(traced: TraceReader, tiny: FrozenModel, work: Path, **options: Any
     return load_file(work / "checkpoint" / "sae_weights.safetensors")
 
 
-def test_two_workers_make_the_steps_of_one(traced: TraceReader, tiny: FrozenModel, tmp_path: Path) -> None:
-    """Where picking features within half a batch picks the same, the weights are those of one process."""
+def test_two_workers_train_the_same_weights_as_one(
+    traced: TraceReader, tiny: FrozenModel, tmp_path: Path
+) -> None:
+    """If each half of a batch selects the same features, the weights are those of one process."""
     found = sae_train(traced, tiny, tmp_path / "two", k=63.9)
     alone = train(traced, TrainSettings(k=63.9, **SETTINGS), tmp_path / "one")  # type: ignore[arg-type]
     expected = load_file(tmp_path / "one" / "checkpoint" / "sae_weights.safetensors")

@@ -135,7 +135,7 @@ def test_killed_training_ends_with_the_same_rows(tiny: FrozenModel, tmp_path: Pa
         ("run", [samples[1:]], words),
         ("run", [samples], words[1:]),
     ):
-        with pytest.raises(DiscoveryError, match=r"broken: is of another run: .*; delete it"):
+        with pytest.raises(DiscoveryError, match=r"broken: belongs to another run: .*; delete it"):
             train_edit(tiny, _edit(tiny, settings), parts, other_words, settings, tmp_path / "broken", run)
     resumed = train_edit(tiny, _edit(tiny, settings), [samples], words, settings, tmp_path / "broken", "run")
     for (name, value), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):

@@ -172,7 +172,7 @@ def test_folder_of_another_run_is_refused(
     status, _, errors = mechctl(*_arguments(other, tiny, tmp_path))
     (line,) = _lines(errors)
     assert status == 2
-    assert "is of another run (prompts: " in line
+    assert "belongs to another run (prompts: " in line
 
 
 def test_damaged_step_is_named(
@@ -185,7 +185,7 @@ def test_damaged_step_is_named(
     status, _, errors = mechctl(*arguments)
     (line,) = _lines(errors)
     assert status == 2
-    assert "own_answers.json: is no finished step" in line
+    assert "own_answers.json: is not a finished step" in line
 
 
 @pytest.mark.parametrize(

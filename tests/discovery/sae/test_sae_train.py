@@ -131,7 +131,9 @@ def test_damaged_checkpoint_is_named(traced: TraceReader, tmp_path: Path) -> Non
     whole = path.read_bytes()
     for damaged in (whole[:1000], whole[:-1] + bytes([whole[-1] ^ 1])):
         path.write_bytes(damaged)
-        with pytest.raises(DiscoveryError, match=r"checkpoint: is no finished step \(.*; delete it, and run"):
+        with pytest.raises(
+            DiscoveryError, match=r"checkpoint: is not a finished step \(.*; delete it, and run"
+        ):
             train(traced, SETTINGS, tmp_path)
 
 
