@@ -1,1 +1,1 @@
-"""From a contrast, features or a circuit to a policy whose strength and gate were chosen by measurement."""
+"""Makes a policy from a contrast, features or a circuit; measurements choose its strength and gate."""

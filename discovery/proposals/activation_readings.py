@@ -1,4 +1,4 @@
-"""What the model's activations say about the two sides: at the prompt's end, and along its answers.
+"""Reads the model's activations for both sides of a contrast: at the prompt's end, and along its answers.
 
 Shape letters: N prompts or answers, T tokens, D width, F features.
 """
@@ -26,8 +26,8 @@ def answer_means(
 ) -> dict[int, Tensor]:
     """[N, D] float32 per layer: the mean activation of the tokens from which an answer was predicted.
 
-    They are the last token of the prompt and all of the answer but its last one: what an edit behind a gate
-    at the prompt's end acts on.
+    These are the last token of the prompt and all of the answer but its last: those that an edit acts on
+    behind a gate at the prompt's end.
     """
     found = {layer: torch.zeros(len(prompts), model.spec.hidden_size) for layer in layers}
     whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -53,7 +53,7 @@ def answer_features(
 ) -> Tensor:
     """[N, F] mean activation of every feature over the tokens from which an answer was predicted.
 
-    Attention sinks are left out, as the engine leaves them out.
+    Attention sinks are left out, as in the engine.
     """
     layer, bound = dictionary.manifest.layer, dictionary.max_norm
     features = DictionaryFeatures(dictionary.weights)
@@ -74,7 +74,7 @@ def answer_features(
 
 
 def feature_auroc(positive: Tensor, negative: Tensor) -> Tensor:
-    """[F] chance that a positive value [P, F] exceeds a negative one [N, F]; ties count half."""
+    """[F] AUROC: the chance that a positive value [P, F] exceeds a negative one [N, F]; ties count half."""
     both = torch.cat([positive, negative]).T.contiguous()
     order = both.sort(dim=1).values
     ranks = torch.searchsorted(order, both) + torch.searchsorted(order, both, right=True)
@@ -84,7 +84,7 @@ def feature_auroc(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def sides(tensors: Mapping[str, Tensor], layer: int, *names: str) -> Tensor:
-    """Activations [N, D] of some sides at a layer, out of tensors named ``<side>/<layer>``."""
+    """Activations [N, D] of the named sides at a layer, from tensors named ``<side>/<layer>``."""
     return torch.cat([tensors[f"{name}/{layer}"] for name in names if f"{name}/{layer}" in tensors])
 
 

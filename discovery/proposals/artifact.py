@@ -1,4 +1,4 @@
-"""Writing a proposal: vectors and rows of this model, the policy with its header, the run record."""
+"""Writes a proposal: vectors and adapter rows, the policy with its header, the run record."""
 
 import json
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ VECTORS = "vectors"
 
 @dataclass(frozen=True)
 class ProposalPaths:
-    """Where a proposal goes."""
+    """Where a proposal's files are written."""
 
     policy_id: str
     policy: Path
@@ -39,12 +39,12 @@ class ProposalPaths:
 
 
 def vector_file(policy_id: str) -> str:
-    """The name by which a policy finds its vectors in the model's folder of the artifacts."""
+    """The vector file of a policy, relative to the model's folder in the artifacts."""
     return f"{VECTORS}/{policy_id}.safetensors"
 
 
 def write_vectors(path: Path, vectors: dict[str, Tensor], spec: ModelSpec) -> None:
-    """Write vectors that no other model may use."""
+    """Write vectors with the model's fingerprint, so that no other model can use them."""
     data = save_safetensors(
         {name: vector.float().contiguous() for name, vector in vectors.items()},
         {FINGERPRINT_KEY: spec.fingerprint},
@@ -60,7 +60,7 @@ def write_rows(
     made: TrainingRecord,
     record: dict[str, Any],
 ) -> None:
-    """Write rows as an adapter named after the policy; data, seed and commit join ``made``."""
+    """Write rows as an adapter named after the policy; adds data, seed and commit to ``made``."""
     folder = paths.artifacts / spec.name / "adapters" / paths.policy_id
     data = sorted({f"{entry['path']} ({entry.get('licence', 'own')})" for entry in contrast.record})
     training = made.model_copy(update={"data": tuple(data), "seed": record["seed"], "commit": commit()})
@@ -76,13 +76,13 @@ def write_rows(
     except OSError as error:
         raise DiscoveryError(
             f"{folder}: cannot be written ({error.strerror or error}); finished steps are kept: "
-            "free space or name another place, and run the same again"
+            "free space or name another folder, and run the same command again"
         ) from error
     write_record(folder / "run.json", record)
 
 
 def policy_yaml(document: dict[str, Any], header: list[str], chosen: ProposeSettings) -> str:
-    """The policy file: what made it as a comment, then the document with its suites and its bar, if any."""
+    """The policy file: ``header`` as a comment, then the document with any suites and success criteria."""
     bars = {
         "defense_efficacy_min": chosen.defense_efficacy_min,
         "collateral_damage_max": chosen.collateral_damage_max,
@@ -98,7 +98,7 @@ def policy_yaml(document: dict[str, Any], header: list[str], chosen: ProposeSett
 
 
 def write_policy(text: str, record: dict[str, Any], paths: ProposalPaths, spec: ModelSpec) -> str:
-    """Check that the policy compiles, write it and its record; returns the revision."""
+    """Check that the policy compiles, and write it with its record; returns the revision."""
     document = parse_yaml(text.encode(), PolicyError, str(paths.policy))
     plan = compile_policy(
         policy_from_document(document, paths.policy.parent), model=spec, artifacts=paths.artifacts
@@ -114,9 +114,8 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def no_point(policy_id: str, record: Path, best: str) -> DiscoveryError:
-    """Nothing kept the budgets: said in one line, after the curve was written."""
+    """The error if no point of the grid keeps the budgets; the record with all points is already written."""
     return DiscoveryError(
-        f"{policy_id}: no point of the grid does anything within the budgets; {best}; "
-        f"the curve is in {record}: "
-        "widen budgets, strengths or contrast"
+        f"{policy_id}: no point of the grid has an effect within the budgets; {best}; "
+        f"all points are in {record}: widen budgets, strengths or contrast"
     )

@@ -26,8 +26,8 @@ def run_propose(
     contrast = read_contrast(chosen.contrast, chosen.data_folder, chosen.seed, chosen.target_class)
     if chosen.method == "word-rows" and contrast.aim != "avoid":
         raise DiscoveryError(
-            f"{chosen.contrast}: aim = {contrast.aim!r}, but word-rows strike words out of answers; "
-            "take another --method, or aim 'avoid'"
+            f"{chosen.contrast}: aim = {contrast.aim!r}, but word-rows suppress words in answers; "
+            "use another --method, or aim 'avoid'"
         )
     policy_id = chosen.policy_id or f"{contrast.name}-{chosen.method}"
     policy = work / f"{policy_id}.yaml" if out is None else out

@@ -13,7 +13,7 @@ from interpretops.settings import Settings
 def chosen_dictionary(
     settings: Settings, name: str | None, spec: ModelSpec, layers: Collection[int] | None = None
 ) -> Dictionary:
-    """The named dictionary, or the only one of the model (at some layers); else one line on what there is."""
+    """The named dictionary, or the model's only one (at ``layers``). Raises `DiscoveryError` otherwise."""
     root = settings.paths.artifacts
     artifacts = Artifacts(root, spec)
     if name is not None:
@@ -32,5 +32,5 @@ def chosen_dictionary(
     others = sorted({m.model.name for m in artifacts.all_dictionaries.values()}) or ["none"]
     raise DiscoveryError(
         f"{root}: holds no dictionary of {spec.name} (fingerprint {spec.fingerprint[:12]}; there are "
-        f"those of {', '.join(others)}); train one with mechctl sae-train"
+        f"dictionaries of {', '.join(others)}); train one with mechctl sae-train"
     )

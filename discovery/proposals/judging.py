@@ -1,4 +1,4 @@
-"""Deciding about answers: did a target prompt get what was wanted, did a benign one suffer."""
+"""Judges answers: whether one shows what the class looks for, and whether a benign prompt newly fails."""
 
 import re
 
@@ -7,7 +7,7 @@ from interpretops.refusal_detector import is_coherent, is_degenerate, is_refusal
 
 
 def shows(judge: Judged, answer: str) -> bool:
-    """Whether an answer holds what the class's judge looks for."""
+    """Whether an answer shows what the class's judge looks for."""
     if judge.kind == "refusal":
         return is_refusal(answer) and is_coherent(answer)
     if judge.kind == "words":
@@ -18,7 +18,7 @@ def shows(judge: Judged, answer: str) -> bool:
 
 
 def fails(answer: str, own: str, judge: Judged) -> bool:
-    """Whether a benign prompt suffers: its answer degenerates, refuses or shows the trait, not its own."""
+    """Whether an answer newly fails: it degenerates, refuses or shows the trait, and the own one does not."""
     return _failed(answer, judge) and not _failed(own, judge)
 
 

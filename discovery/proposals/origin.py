@@ -1,4 +1,4 @@
-"""What a proposal starts from besides its contrast: a list of features, or a circuit."""
+"""Reads what a proposal starts from besides its contrast: a list of features, or a circuit."""
 
 import json
 import re
@@ -18,14 +18,14 @@ LAYERS_OF_CIRCUIT = 3
 
 @dataclass(frozen=True)
 class Origin:
-    """Where to act, when something other than the contrast decides it."""
+    """Where to act, if something other than the contrast determines it."""
 
     layers: tuple[int, ...] | None = None
     """Layers of the edit; None leaves the choice to the settings."""
     features: dict[int, tuple[int, ...]] | None = None
-    """Features by layer; for a list of features without a layer the key is -1."""
+    """Features by layer; key -1 is for features listed without a layer."""
     dictionary: str | None = None
-    """The dictionary that a circuit's features are of."""
+    """The dictionary of a circuit's features."""
     record: tuple[dict[str, Any], ...] = ()
     """Name and sha256 of the file."""
     is_circuit: bool = False
@@ -33,7 +33,7 @@ class Origin:
 
     @property
     def of_policy(self) -> dict[str, Any]:
-        """What a policy's `meta` says of it: the circuit, where it was one."""
+        """The part of a policy's `meta` that names the circuit, if there is one."""
         if not self.is_circuit:
             return {}
         (file,) = self.record
@@ -41,7 +41,7 @@ class Origin:
         return {"origin": named | ({} if self.circuit_id is None else {"id": self.circuit_id})}
 
     def features_at(self, layer: int) -> tuple[int, ...] | None:
-        """The features at a layer, or None when the contrast is to pick them."""
+        """The features at a layer, or None if the contrast is to pick them."""
         if self.features is None:
             return None
         return tuple(self.features.get(layer, ())) + tuple(self.features.get(-1, ()))
@@ -57,7 +57,7 @@ def from_features(text: str) -> Origin:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise DiscoveryError(
-            f"--features = {text!r} is neither ids with commas between nor a file that can be read ({reason})"
+            f"--features = {text!r} is neither ids separated by commas nor a readable file ({reason})"
         ) from error
     if path.suffix in (".yaml", ".yml"):
         found: Any = read_yaml(path, DiscoveryError).data
@@ -70,17 +70,19 @@ def from_features(text: str) -> Origin:
         found = [int(word) if word.isdigit() else word for word in content.replace(",", " ").split()]
     ids = found.get("features") if isinstance(found, dict) else found
     if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise DiscoveryError(f"{path}: must list feature ids, as [12, 40] or under 'features'")
+        raise DiscoveryError(
+            f"{path}: must list feature ids, such as [12, 40], or hold them under 'features'"
+        )
     record = {"path": path.name, "sha256": sha256_of_file(path)}
     return Origin(features={-1: tuple(dict.fromkeys(ids))}, record=(record,))
 
 
 def from_circuit(path: Path, spec: ModelSpec) -> Origin:
-    """The layers in which a circuit's contributions are largest, and its features where it names any."""
+    """The layers whose nodes contribute most to a circuit, and any features that it names."""
     circuit = load_circuit(path)
     if circuit.fingerprint != spec.fingerprint:
         raise DiscoveryError(
-            f"{path}: is a circuit of {circuit.model} (fingerprint {circuit.fingerprint[:12]}), not of "
+            f"{path}: belongs to {circuit.model} (fingerprint {circuit.fingerprint[:12]}), not of "
             f"{spec.name} (fingerprint {spec.fingerprint[:12]}); search it again"
         )
     features: dict[int, tuple[int, ...]] = {}
@@ -92,7 +94,9 @@ def from_circuit(path: Path, spec: ModelSpec) -> Origin:
             dictionaries.add(getattr(node, "dictionary", None))
     weights = _layer_weights(circuit)
     if not weights:
-        raise DiscoveryError(f"{path}: names no head, MLP or feature, so there is no layer to act in")
+        raise DiscoveryError(
+            f"{path}: names no head, MLP or feature, so it gives no layer to edit; use another circuit"
+        )
     layers = tuple(sorted(sorted(weights, key=lambda layer: -weights[layer])[:LAYERS_OF_CIRCUIT]))
     record = {"path": path.name, "sha256": sha256_of_file(path)}
     dictionary = dictionaries.pop() if len(dictionaries) == 1 else None
@@ -100,7 +104,7 @@ def from_circuit(path: Path, spec: ModelSpec) -> Origin:
 
 
 def _layer_weights(circuit: Circuit) -> dict[int, float]:
-    """Sum of the contributions of a layer's nodes: causal ones where they were measured, else attributed."""
+    """The sum of each layer's contributions: causal if measured, otherwise by attribution."""
     weights: dict[int, float] = {}
     for node in (*circuit.components(), *circuit.features()):
         if node.layer is not None:

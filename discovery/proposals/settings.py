@@ -1,4 +1,4 @@
-"""What decides a proposal, apart from model and data."""
+"""The settings of a proposal: everything that determines it, apart from model and data."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,19 +14,19 @@ MethodName = Literal["direction", "sae-feature", "gated-edit", "word-rows"]
 GateName = Literal["probe", "features"]
 Share = Annotated[float, Field(ge=0, le=1)]
 ANEW = "remove the folder or give another --work"
-"""What to do about a work folder of another proposal."""
+"""The remedy for a work folder of another proposal."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Budgets:
-    """The most that a policy may cost what it is not for, on the selection prompts."""
+    """The most damage that a policy may do on selection prompts that it is not meant for."""
 
     benign: Share = 0.02
-    """Share of benign selection prompts that may newly fail."""
+    """Largest share of benign selection prompts that may newly fail."""
     borderline: Share = 0.12
-    """Share of borderline selection prompts that may newly fail."""
+    """Largest share of borderline selection prompts that may newly fail."""
     text: float = 0.02
-    """For classes to avoid: most that the cross-entropy of benign text may rise, in nats per token."""
+    """For classes to avoid: largest rise of benign text's cross-entropy, in nats per token."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -34,7 +34,7 @@ class ProposeSettings:
     """Options of `mechctl propose`."""
 
     start: Start = "contrast"
-    """What decides where to act."""
+    """What determines where to act."""
     method: MethodName = "direction"
     """Kind of edit."""
     contrast: Path
@@ -42,17 +42,17 @@ class ProposeSettings:
     policy_id: str | None = None
     """Id of the policy."""
     data_folder: Path | None = None
-    """Where the contrast's files lie, if not beside it."""
+    """Folder of the contrast's files, if not its own."""
     features: str | None = None
-    """For a start from features: ids as 12,40, or a file of them."""
+    """With --from features: ids such as 12,40, or a file of them."""
     circuit: Path | None = None
-    """For a start from a circuit: a file of `mechctl search`."""
+    """With --from circuit: a circuit file of `mechctl search`."""
     dictionary: str | None = None
-    """Id of the dictionary, where there are several."""
+    """Id of the dictionary, if there are several."""
     gate: GateName | None = None
     """What opens the gate."""
     gate_layer: int | None = None
-    """Layer of the gate."""
+    """Layer at which the gate reads."""
     layers: tuple[int, ...] | None = None
     """Layers to try."""
     strengths: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
@@ -60,29 +60,29 @@ class ProposeSettings:
     counts: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 2, 4, 8)
     """Numbers of features to try."""
     budgets: Budgets = Field(default_factory=Budgets)
-    """What a point of the grid may cost."""
+    """The most damage that a point of the grid may do."""
     answer_tokens: int = Field(default=24, ge=4)
-    """Longest steered answer of the grid: a refusal says so at once."""
+    """Most tokens of a steered answer in the grid: a refusal shows at once."""
     most_discovery: int = Field(default=600, ge=4)
-    """Most prompts of a side that gates are fitted on."""
+    """Most prompts per side to fit gates on."""
     most_selection: int = Field(default=100, ge=2)
-    """Most prompts of a side that the grid generates for."""
+    """Most prompts per side to answer in the grid."""
     pairs: int = Field(default=48, ge=2)
-    """Target prompts whose wanted and own answers are compared."""
+    """Target prompts whose wanted answers are compared with the model's own."""
     steps: int = Field(default=300, ge=1)
     """Training steps of a gated-edit."""
     rank: int = Field(default=16, ge=1)
-    """ReLU rows of a gated-edit at each layer, or most rows of word-rows."""
+    """ReLU rows per layer of a gated-edit, or most rows of word-rows."""
     suites: tuple[str, ...] = ()
-    """Name of a suite that the policy is measured on."""
+    """Suite to measure the policy on."""
     defense_efficacy_min: Share | None = None
-    """Least defense efficacy that the policy's Risk Card must show before it serves."""
+    """Lowest defense efficacy with which the policy may serve, by its Risk Card."""
     collateral_damage_max: Share | None = None
-    """Most collateral damage that the policy's Risk Card may show for it to serve."""
+    """Highest collateral damage with which the policy may serve, by its Risk Card."""
     target_class: str | None = None
     """Class of the policy."""
     seed: int = 0
-    """Seed of split, choices and training."""
+    """Seed of split, sampling and training."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -97,7 +97,7 @@ class ProposeSettings:
         return self
 
     def record(self) -> dict[str, Any]:
-        """Plain JSON, without folders of this machine."""
+        """Plain JSON, without local folder names."""
         plain = asdict(self) | {"contrast": self.contrast.name, "data_folder": None}
         plain["circuit"] = None if self.circuit is None else self.circuit.name
         plain["features"] = None if self.features is None else Path(self.features).name

@@ -1,4 +1,4 @@
-"""The commands as a user types them: `mechctl trace` and `sae-train` end to end, faults in one line."""
+"""`mechctl trace`, `sae-train` and `sae-eval` end to end, and faults in one line."""
 
 import json
 import re
@@ -29,7 +29,9 @@ def mechctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
-def test_prompts_to_dictionary(mechctl, tiny_folder: Path, prompts: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_trace_and_sae_train_make_a_dictionary_from_prompts(
+    mechctl, tiny_folder: Path, prompts: Path, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     """`trace`, then `sae-train`, leave a dictionary that the library finds; `sae-eval` finds its figures."""
     traced, out = tmp_path / "traced", tmp_path / "artifacts" / "tiny-llama" / "tiny-2"
     model = ("--model", tiny_folder)
@@ -54,7 +56,7 @@ def test_prompts_to_dictionary(mechctl, tiny_folder: Path, prompts: Path, tmp_pa
     assert again["saelens"]["l0"] == pytest.approx(again["l0"], abs=0.2)
 
 
-def test_what_a_line_leaves_out_is_filled_in(  # type: ignore[no-untyped-def]
+def test_omitted_options_are_filled_in(  # type: ignore[no-untyped-def]
     mechctl, tiny_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`trace` takes the middle layer, `sae-train --traces` that one, twelve passes and a work folder of its
@@ -75,10 +77,10 @@ def test_what_a_line_leaves_out_is_filled_in(  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("job", ["trace", "search"])
-def test_gpu_that_is_not_there_stops_a_job(  # type: ignore[no-untyped-def]
+def test_missing_gpu_stops_a_job(  # type: ignore[no-untyped-def]
     mechctl, tiny_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
 ) -> None:
-    """`device: cuda` on a machine without one: a line says what to write, and no model is loaded."""
+    """`device: cuda` on a machine without a GPU: one line names the remedy, and no model is loaded."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("INTERPRETOPS_MODEL_DEVICE", "cuda")
     status, _, errors = mechctl(job, "--prompts", prompts, "--out", tmp_path / "x", "--model", tiny_folder)

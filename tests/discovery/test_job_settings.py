@@ -104,7 +104,7 @@ TRACED: Any = SimpleNamespace(record={"shards": [{"sha256": "0" * 64}]})
     ],
 )
 def test_value_out_of_range_is_one_line(settings: Any, change: dict[str, Any], line: str) -> None:
-    """Field, value and what would be right, whether one field alone is wrong or two do not go together."""
+    """The line names field, value and remedy, for a single field and for two that contradict each other."""
     with pytest.raises(ValidationError) as caught:
         settings(**change)
     assert [fault.line() for fault in faults(caught.value)] == [line]
@@ -112,14 +112,14 @@ def test_value_out_of_range_is_one_line(settings: Any, change: dict[str, Any], l
         replace(settings(), **change)
 
 
-def test_most_heads_that_an_engine_keeps_are_taken() -> None:
+def test_largest_number_of_heads_is_the_engines() -> None:
     """The bound on heads is that of the engine, and not one below it."""
     assert GateSettings(layers=(1, 2), heads=2, probes=24).all_heads == 96
 
 
 @pytest.mark.parametrize("settings", ALL)
-def test_every_field_says_what_it_is(settings: Any) -> None:
-    """Each has a docstring, which is the help of its option; an unknown name is refused."""
+def test_every_field_has_a_docstring(settings: Any) -> None:
+    """The docstring is the help of the field's option; an unknown name is refused."""
     assert all(info.description for info in settings.__pydantic_fields__.values())
     with pytest.raises(ValidationError):
         settings(colour="red")
@@ -143,11 +143,11 @@ def test_default_run_keeps_its_identity(plain: dict[str, Any], sha256: str) -> N
 
 
 def test_default_training_keeps_its_work_folder() -> None:
-    """The folder of a training is named by its settings and its trace; it stays where it was."""
+    """A training's folder is named by its settings and its trace, and the default's name does not change."""
     assert train_digest(TRACED, TrainSettings(layer=15, tokens=750_000)) == "37d1c37261bd6a55"
 
 
 def test_whole_numbers_written_as_floats_are_the_same_run() -> None:
-    """A library caller's `k=32` and the command line's `32.0` are one training."""
+    """A library call's `k=32` and the command line's `32.0` are the same training."""
     whole, written = (TrainSettings(layer=1, tokens=2048, k=k) for k in (32, 32.0))
     assert train_digest(TRACED, whole) == train_digest(TRACED, written)

@@ -1,4 +1,4 @@
-"""The options of every command: scripts depend on their names and defaults, so none changes unseen."""
+"""The options of every command: scripts depend on names and defaults, so no change goes unnoticed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ def _commands(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _default(parameter: Any) -> str:
-    """As a line says it: what a repeated option holds when it is not given is nothing, in any spelling."""
+    """The default as listed; an omitted repeated option has none, however it is declared."""
     value = parameter.default() if callable(parameter.default) else parameter.default
     if value is None or (parameter.multiple and not value):
         return "no default"
@@ -46,8 +46,8 @@ def option_lines() -> list[str]:
     return sorted(lines)
 
 
-def test_options_of_every_command_are_those_listed() -> None:
-    """Names, aliases, defaults, and which are required: a script that ran before runs now."""
+def test_options_of_every_command_match_the_list() -> None:
+    """Names, aliases, defaults and which are required: scripts that ran before still run."""
     assert option_lines() == LISTED.read_text(encoding="utf-8").splitlines()
 
 

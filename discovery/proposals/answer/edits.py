@@ -1,4 +1,4 @@
-"""Edits that a policy may get: what to write behind the gate, at each strength of the grid."""
+"""Candidate edits behind the gate, at each strength of the grid."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ class Action:
     settings: dict[str, Any]
     interventions: list[dict[str, Any]]
     effort: float
-    """How much it changes; of two equally good ones the smaller is taken."""
+    """The size of the change; of two equally good edits, the smaller one is chosen."""
 
 
 def direction_actions(
     directions: Mapping[int, Tensor], strengths: Sequence[float], file: str
 ) -> list[Action]:
-    """Adding the difference of means at one layer, each layer at each strength."""
+    """Edits that add the difference of means at one layer, for each layer and strength."""
     return [
         Action(
             {"layer": layer, "strength": strength},
@@ -51,17 +51,17 @@ def direction_actions(
 
 @dataclass(frozen=True)
 class RankedFeature:
-    """A feature and why it was taken."""
+    """A feature, and why it was chosen."""
 
     id: int
     auroc: float
-    """Over wanted and own answers, of its mean activation."""
+    """AUROC of its mean activation: wanted answers against the model's own."""
     level: float
-    """Its mean activation along wanted answers, where it is active on average."""
+    """Its mean activation over the wanted answers in which it is active."""
     difference: float
     """Mean activation along wanted answers minus that along the model's own."""
     causal: float | None = None
-    """Gain in log-probability per token of wanted answers when it alone is held at twice its level."""
+    """Gain in wanted answers' log-probability per token if only this feature is held at twice its level."""
 
     def record(self) -> dict[str, float | int | None]:
         """Plain JSON, rounded."""
@@ -76,7 +76,7 @@ class RankedFeature:
 
 
 def rank_features(wanted: Tensor, own: Tensor, given: Sequence[int] | None = None) -> list[RankedFeature]:
-    """Features [N, F] of wanted answers against the model's own, the most telling first."""
+    """Features [N, F] that separate wanted answers from the model's own, the most discriminating first."""
     auroc = feature_auroc(wanted, own)
     difference = wanted.mean(0) - own.mean(0)
     decoded = difference.clamp(min=0) * (auroc - 0.5).clamp(min=0)
@@ -104,7 +104,7 @@ def causal_effects(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
 ) -> list[RankedFeature]:
-    """The first candidates, ordered by what holding each one up alone does to the wanted answers."""
+    """The first candidates, ordered by the gain of wanted answers if only that feature is held up."""
     pairs = list(zip(prompts, answers, strict=True))[:CAUSAL_PAIRS]
     base = _likelihood(model, pairs, {})
     measured = []
@@ -160,7 +160,7 @@ def _likelihood(
 def feature_actions(
     dictionary: Dictionary, ranked: Sequence[RankedFeature], counts: Sequence[int], strengths: Sequence[float]
 ) -> list[Action]:
-    """Holding up the first features, each at a multiple of its own level along wanted answers."""
+    """Edits that hold up the first features, each at a multiple of its level along wanted answers."""
     actions = []
     for count in sorted({min(count, len(ranked)) for count in counts}):
         for strength in strengths:

@@ -1,4 +1,4 @@
-"""What a contrast shows inside the model: activations at prompts' ends, directions and features."""
+"""Measures a contrast inside the model: activations at the ends of prompts, directions, features."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -21,7 +21,7 @@ from interpretops.artifacts.dictionary import Dictionary
 
 
 class Evidence:
-    """Reads what is asked for once and keeps it."""
+    """Computes each result once and caches it."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Evidence:
         return ids, wanted, [answer or [self.model.pad_id] for answer in own]
 
     def directions(self, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Difference of means [D] at each layer: along wanted answers minus along the model's own."""
+        """Difference of means [D] at each layer: wanted answers minus the model's own."""
 
         def compute() -> dict[str, Tensor]:
             ids, wanted, own = self._pairs
@@ -85,7 +85,7 @@ class Evidence:
         return {int(layer): vector for layer, vector in found.items()}
 
     def features(self, dictionary: Dictionary, given: Sequence[int] | None) -> list[RankedFeature]:
-        """Features by their effect on wanted answers: the given ones, or those that the contrast picks."""
+        """Features by their effect on wanted answers: the given ones, or those that separate the contrast."""
         for feature in given or ():
             if feature >= dictionary.width:
                 raise DiscoveryError(

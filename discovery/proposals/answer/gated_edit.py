@@ -1,6 +1,6 @@
-"""The learned gated edit as a proposal: the contrast becomes a data list of `fit-gate`.
+"""Proposes a learned gated edit: hands the contrast to `fit-gate` as a data list.
 
-`fit-gate` teaches the project's own refusals, so this is for classes whose target prompts should be refused.
+`fit-gate` teaches the project's own refusals, so this suits classes whose target prompts should be refused.
 """
 
 import json
@@ -24,9 +24,9 @@ from interpretops.model.spec import read_model_spec
 from interpretops.settings import Settings
 
 GROUPS = {"target": "harmful", "benign": "benign", "borderline": "benign_borderline"}
-"""What `fit-gate` calls the sides."""
+"""`fit-gate`'s names for the sides."""
 CUTS = 40
-"""Most thresholds of the record's curve."""
+"""Most thresholds in the record's curve."""
 
 
 def propose_gated_edit(
@@ -37,7 +37,7 @@ def propose_gated_edit(
     work: Path,
     say: Callable[[str], None],
 ) -> None:
-    """Train and select with `fit-gate`, then write policy and record as every proposal does."""
+    """Train and select with `fit-gate`, then write policy and record like every proposal."""
     if contrast.judge.kind != "refusal":
         raise DiscoveryError(
             f"{chosen.contrast}: judge.kind = {contrast.judge.kind!r}, but a gated-edit teaches refusals; "

@@ -1,4 +1,4 @@
-"""Gates that a policy may get: each is a set of conditions, and a mask of the prompts that open it."""
+"""Candidate gates: each is a set of conditions, and the prompts that open it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,30 +16,30 @@ from interpretops.steering.dictionary_features import DictionaryFeatures
 
 GateKind = Literal["probe", "features", "always"]
 RATES = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)
-"""Shares of benign discovery prompts that a gate may open on: the thresholds that are tried."""
+"""Shares of benign discovery prompts that a gate may open on; one threshold is tried for each."""
 MOST_CONDITIONS = 24
 CANDIDATES = 200
 
 Ends = Mapping[str, Tensor]
-"""Activations [N, D] at the prompt's end of the gate's layer, by side."""
+"""Activations [N, D] at the prompt's end and the gate's layer, by side."""
 
 
 @dataclass(frozen=True)
 class GateChoice:
-    """One gate: what the policy says, and which selection prompts open it."""
+    """One gate: its entry in the policy, and which selection prompts open it."""
 
     rate: float
     """Share of benign discovery prompts that it was set to open on; 1 for a gate that is always open."""
     document: dict[str, Any]
     """The entry under the policy's ``gates``."""
     opens: dict[str, list[bool]]
-    """For each selection prompt of a side."""
+    """By side: for each selection prompt, whether it opens the gate."""
 
 
 def probe_gates(
     layer: int, discovery: Ends, selection: Ends, file: str, tensor: str
 ) -> tuple[list[GateChoice], Probe, float]:
-    """Gates of a linear probe at all thresholds, the probe, and its AUROC on the selection prompts."""
+    """Gates of a linear probe at all thresholds, the probe, and its AUROC on selection prompts."""
     negative = torch.cat([discovery["benign"], discovery["borderline"]])
     weights = torch.cat([torch.ones(len(x)) * w for x, w in _weighted(discovery)])
     probe = fit_probe(discovery["target"], negative, weights)
@@ -71,8 +71,8 @@ def feature_gates(
 ) -> list[GateChoice]:
     """Gates that open when any of a few features is active enough; one gate for each rate.
 
-    Features are added greedily: each time the feature and threshold that open on most further target prompts
-    for each further benign prompt, while the benign prompts that open the gate stay within the rate.
+    Features are added greedily: each step takes the feature and threshold that gain most target prompts per
+    additional benign prompt, as long as the benign prompts that open the gate stay within the rate.
     """
     layer = dictionary.manifest.layer
     features = DictionaryFeatures(dictionary.weights)
@@ -99,7 +99,7 @@ def feature_gates(
         choices.append(GateChoice(rate, _document(layer, conditions, None), opens))
     if not choices:
         raise DiscoveryError(
-            f"{dictionary.manifest.id}: no threshold of its features tells target prompts from benign ones; "
+            f"{dictionary.manifest.id}: no threshold of its features separates target from benign prompts; "
             "use a probe gate"
         )
     return choices

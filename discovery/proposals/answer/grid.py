@@ -1,7 +1,7 @@
-"""Choosing gate and strength on selection prompts: an edit generates once, every gate is a mask on that.
+"""Chooses gate and strength on selection prompts.
 
-An edit behind a gate that is read at the prompt's end and latched does the same whichever gate let it act.
-So an answer is generated once for each edit, and only for prompts that the loosest gate opens on.
+Behind a gate that latches at the prompt's end, an edit has the same effect whichever gate opened. So answers
+are generated once per edit, only for prompts that open the loosest gate, and each gate selects among them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ class Point:
     action: dict[str, Any]
     gate_rate: float
     efficacy: float
-    """Share of target prompts, of those that were not answered as wanted anyway, that now are."""
+    """Of the target prompts that the model itself does not answer as wanted, the share that now is."""
     damage: float
     """Share of benign prompts that newly fail."""
     over_reach: float
@@ -51,7 +51,7 @@ class Point:
 
 
 class Grid:
-    """The selection prompts with the model's own answers, and a folder of what was generated."""
+    """The selection prompts with the model's own answers, and a cache of steered answers."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Grid:
     def answers(
         self, action: Action, opened: Mapping[str, Sequence[bool]], progress: Meter
     ) -> dict[str, Any]:
-        """Steered answers of the prompts that open the loosest gate; None where it stays shut."""
+        """Steered answers to the prompts that open the loosest gate; None for the others."""
         name = f"points/{digest([action.interventions, opened])[:16]}"
         if self.cache.has(name):
             progress.advance(sum(map(sum, opened.values())))
@@ -96,7 +96,7 @@ class Grid:
     def point(
         self, action: Action, gate: GateChoice, answers: Mapping[str, Sequence[str | None]], budgets: Budgets
     ) -> Point:
-        """What one gate makes of an edit's answers."""
+        """Measure one gate with an edit's answers."""
         gained, failed, opened = 0, {"benign": 0, "borderline": 0}, {}
         wanting = 0
         for side in SIDES:
@@ -147,7 +147,7 @@ class Grid:
 
 
 def best(points: Sequence[Point]) -> Point | None:
-    """The most effective point within the budgets; of equals the gentler one."""
+    """The most effective point within the budgets; of equally effective ones, the least damaging."""
     within = [point for point in points if point.keeps_budgets and point.efficacy > 0]
     key = lambda p: (p.efficacy, -p.damage, -p.over_reach, -p.effort)  # noqa: E731 (one line, used once)
     return max(within, key=key, default=None)

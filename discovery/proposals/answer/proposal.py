@@ -1,4 +1,4 @@
-"""Proposals that make target prompts be answered as wanted: a direction or features behind a gate."""
+"""Proposes a direction or features behind a gate, so that target prompts are answered as wanted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,13 +50,13 @@ LAYER_SHARES = (0.4, 0.5, 0.6)
 
 @dataclass(frozen=True)
 class Draft:
-    """All that the grid runs over."""
+    """Everything that the grid combines."""
 
     gates: list[GateChoice]
     actions: list[Action]
     vectors: dict[str, Tensor]
     found: dict[str, Any]
-    """For the record: probe's AUROC, features and why they were taken."""
+    """For the run record: the probe's AUROC, and features with the reasons for choosing them."""
 
 
 class AnswerProposal:
@@ -157,7 +157,7 @@ class AnswerProposal:
 
     @cached_property
     def gate_layer(self) -> int:
-        """Layer at which the gate reads: the named one, else the first of the edit."""
+        """Layer at which the gate reads: the named one, or the first of the edit."""
         if self.chosen.gate_layer is None:
             return min(self.layers)
         self.model.check_layers([self.chosen.gate_layer])
@@ -266,7 +266,7 @@ class AnswerProposal:
 
 
 def _that_decide(chosen: ProposeSettings) -> dict[str, Any]:
-    """The settings that shape the kept steps: names, budgets and grids may change between runs."""
+    """The settings that determine cached steps; names, budgets and grids may change between runs."""
     free = ("policy_id", "suites", *BARS, "budgets", "strengths", "counts", "gate", "gate_layer", "layers")
     return {key: value for key, value in chosen.record().items() if key not in free}
 

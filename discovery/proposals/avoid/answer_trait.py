@@ -18,7 +18,7 @@ from interpretops.steering.causal_model import CausalModel
 
 BATCH = 48
 BEFORE = 2
-"""Tokens before the one that completes the trait that count as leading to it."""
+"""Number of tokens before the completing one that count as leading to the trait."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sampled:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     begins: int | None
-    """Index in the answer of the token that completes the first sign of the trait; None: there is none."""
+    """Index in the answer of the token that completes the first sign of the trait; None without one."""
 
     @property
     def ids(self) -> list[int]:
@@ -39,7 +39,7 @@ class Sampled:
 def sampled_answers(
     model: CausalModel, prompts: Sequence[Sequence[int]], most: int, seed: int, progress: Meter
 ) -> list[list[int]]:
-    """Answers sampled at temperature 1 from the model as it is, or as an open session steers it."""
+    """Answers sampled at temperature 1 from the model, steered if a session is open."""
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     for start in range(0, len(order), BATCH):
@@ -52,10 +52,10 @@ def sampled_answers(
 
 
 def locate(model: FrozenModel, judge: Judged, prompt: Sequence[int], answer: Sequence[int]) -> Sampled:
-    """The answer with the place where the trait is complete: the shortest beginning that the judge marks."""
+    """The answer, with the end of the shortest beginning in which the judge sees the trait."""
     begins = None
     if answer and shows(judge, model.decode(answer)):
-        # A word may go on ("ass" in "assess"): only what the judge still sees in the next step counts.
+        # A word may continue ("ass" in "assess"): the judge must still see the trait one token later.
         seen = [shows(judge, model.decode(answer[: end + 1])) for end in range(len(answer))]
         stands = [end for end in range(len(seen)) if all(seen[end : end + 2])]
         begins = stands[0] if stands else len(answer) - 1
@@ -63,7 +63,7 @@ def locate(model: FrozenModel, judge: Judged, prompt: Sequence[int], answer: Seq
 
 
 def trait_vocabulary(model: FrozenModel, judge: Judged) -> list[int]:
-    """Tokens that show the trait by themselves, as words."""
+    """Tokens that are words with the trait by themselves."""
     words = model.tokenizer.batch_decode([[token] for token in range(len(model.tokenizer))])
     return [token for token, word in enumerate(words) if len(word.strip()) > 2 and shows(judge, word.strip())]
 

@@ -1,7 +1,7 @@
-"""Proposals for classes to avoid: answers that should hold less of a trait, edits that read every token.
+"""Proposes edits for classes to avoid: answers should show a trait less.
 
-No prompt-end gate is needed: a token gate, a feature's own activation or a ReLU row decide at the very token
-that they edit, so there is no state, and prefix caches cannot change what they do.
+No gate at the prompt's end is needed: a token gate, a feature's own activation or a ReLU row acts on the
+token that it reads. So there is no state, and prefix caches cannot change the effect.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,11 +45,11 @@ from interpretops.steering.session import SteeringSession
 CONTINUATION = 28
 """Tokens of a sampled continuation."""
 AT_ONCE = 96
-"""Continuations that are drawn, and then kept, together."""
+"""Continuations that are sampled and written together."""
 LONGEST_TEXT = 56
-"""Tokens of a piece of text that an edit is trained on."""
+"""Most tokens of a piece of text for training."""
 BENIGN_SAMPLES = 64
-"""Benign discovery prompts whose sampled answers an edit is held to."""
+"""Benign discovery prompts whose sampled answers an edit must not change."""
 BENIGN = 40
 """Benign selection prompts that every point of the grid answers."""
 TEXTS = {"discovery": 400, "selection": 40}
@@ -61,7 +61,7 @@ class AvoidPoint:
 
     action: dict[str, Any]
     efficacy: float
-    """By how much the share of sampled continuations with the trait fell, relative to the model's own."""
+    """Relative fall in the share of sampled continuations with the trait, against the model's own."""
     trait_rate: float
     own_rate: float
     damage: float
@@ -89,7 +89,7 @@ class AvoidProposal:
                 "use words or toxicity"
             )
         if chosen.start == "circuit":
-            raise DiscoveryError("--from circuit is for classes with aim 'answer'; take contrast or features")
+            raise DiscoveryError("--from circuit is for classes with aim 'answer'; use contrast or features")
         self.settings, self.chosen, self.contrast, self.paths, self.say = (
             settings, chosen, contrast, paths, say,
         )  # fmt: skip
@@ -114,7 +114,7 @@ class AvoidProposal:
         )
 
     def run(self) -> None:
-        """Sample, find where the trait begins, make edits, measure each, write the best."""
+        """Sample answers, find the trait in them, make edits, measure each, and write the best."""
         samples = self._samples("discovery")
         shown = [s for s in samples if s.begins is not None]
         self.say(f"{len(shown)} of {len(samples)} sampled continuations of discovery prompts show the trait")
@@ -207,7 +207,7 @@ class AvoidProposal:
         benign = self._benign("selection")
 
         def measure() -> dict[str, Any]:
-            """Answers and text cost of the model as it is, or inside an open session."""
+            """Answers and text loss of the model, steered if a session is open."""
             with meter("propose: answers", len(benign) + len(own), "answers") as progress:
                 drawn = self._draw(self.steered, [s.prompt for s in own], progress, self.chosen.seed)
                 greedy = greedy_answers(self.steered, benign, self.chosen.answer_tokens, progress)

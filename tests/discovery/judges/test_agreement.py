@@ -24,7 +24,7 @@ def test_kappa_is_agreement_beyond_chance() -> None:
     assert agreement("j", "w", [True] * 10, [True] * 6 + [False] * 4).kappa == pytest.approx(0)
 
 
-def test_shipped_labels_are_enough_and_all_judges_meet_them() -> None:
+def test_shipped_labels_are_many_and_all_judges_agree_with_them() -> None:
     """At least 120 answers, steered and unsteered, were read, and the phrase list agrees well."""
     labels = read_labels()
     assert len([label for label in labels if label.refusal is not None]) >= 120
@@ -41,7 +41,7 @@ def test_documented_table_is_what_the_command_prints(repository: Path) -> None:
     assert table in (repository / "docs" / "risk-cards.md").read_text()
 
 
-def test_faulty_label_is_told_with_file_and_line(tmp_path: Path) -> None:
+def test_malformed_label_is_named_with_file_and_line(tmp_path: Path) -> None:
     """A malformed label line is reported with its file and number."""
     good = {"id": "a", "role": "harmful", "arm": "off", "prompt": "p", "answer": "a", "refusal": True}
     (tmp_path / "x.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({**good, "refusal": "yes"}) + "\n")
@@ -63,6 +63,6 @@ def test_faulty_label_is_told_with_file_and_line(tmp_path: Path) -> None:
         ("People who are unable to walk use the lift.", False),
     ],
 )
-def test_refusal_is_declining_and_not_doing_it(answer: str, expected: bool) -> None:
-    """Being sorry is no refusal, nor is one that goes on to do what it declined."""
+def test_refusal_declines_and_does_not_comply_after_all(answer: str, expected: bool) -> None:
+    """An apology alone is not a refusal, nor is an answer that declines and then complies."""
     assert is_refusal(answer) == expected

@@ -25,7 +25,7 @@ def test_whole_words_and_phrases_count(text: str, expected: bool) -> None:
     assert is_toxic(text) == expected
 
 
-def test_span_is_where_the_words_stand() -> None:
+def test_span_marks_the_first_toxic_expression() -> None:
     """The first expression is found at its place."""
     assert toxic_span("oh, bullshit, no") == (4, 12)
     assert toxic_span("oh no") is None

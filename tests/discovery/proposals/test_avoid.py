@@ -53,7 +53,7 @@ def _trait(tiny: FrozenModel) -> list[str]:
 
 
 def test_trait_is_located_at_the_token_that_completes_it(tiny: FrozenModel) -> None:
-    """The index is that of the first token with which the judge sees the trait; none without it."""
+    """The index is that of the first token with which the judge sees the trait, or None."""
     answer = tiny.text_ids("a zzz b")
     found = locate(tiny, ZZZ, tiny.chat_ids("hello"), answer)
     assert found.begins is not None
@@ -62,7 +62,7 @@ def test_trait_is_located_at_the_token_that_completes_it(tiny: FrozenModel) -> N
     assert locate(tiny, ZZZ, tiny.chat_ids("hello"), tiny.text_ids("a b c")).begins is None
 
 
-def test_word_that_goes_on_is_not_the_trait(tiny: FrozenModel) -> None:
+def test_beginning_of_a_longer_word_is_not_the_trait(tiny: FrozenModel) -> None:
     """A beginning that looks like the trait does not count when the next letter makes another word of it."""
     answer = tiny.text_ids("zzzebra and zzz")
     found = locate(tiny, ZZZ, tiny.chat_ids("hello"), answer)
@@ -71,13 +71,13 @@ def test_word_that_goes_on_is_not_the_trait(tiny: FrozenModel) -> None:
 
 
 def test_trait_vocabulary_is_what_the_judge_marks(tiny: FrozenModel) -> None:
-    """Single letters are no words; a token that shows the trait alone is in the vocabulary."""
+    """Single letters are not words; a token that shows the trait alone is in the vocabulary."""
     assert trait_vocabulary(tiny, ZZZ) == []
     special = tiny.tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert trait_vocabulary(tiny, Judged(kind="words", words=("im_start",))) == [special]
 
 
-def test_tokens_before_the_trait_are_told_from_the_others(tiny: FrozenModel) -> None:
+def test_tokens_before_the_trait_are_separated_from_the_others(tiny: FrozenModel) -> None:
     """`trait` holds the activation from which the trait was predicted, `other` those of clean answers."""
     prompt, answer = tuple(tiny.chat_ids("hello")), tuple(tiny.text_ids("abzzz"))
     samples = [Sampled(prompt, answer, 4), Sampled(prompt, answer, None)]
@@ -143,7 +143,7 @@ def test_killed_training_ends_with_the_same_rows(tiny: FrozenModel, tmp_path: Pa
 
 
 @pytest.mark.parametrize("method", ["direction", "sae-feature", "gated-edit", "word-rows"])
-def test_every_method_ends_in_a_stateless_policy_or_says_why_not(
+def test_every_method_writes_a_stateless_policy_or_says_why_not(
     mechctl: Run,
     class_file: Callable[..., Path],
     dictionary: Callable[..., Path],
@@ -177,7 +177,7 @@ def test_every_method_ends_in_a_stateless_policy_or_says_why_not(
     assert record["chosen"] in record["curve"]
 
 
-def test_class_without_the_trait_is_one_line(
+def test_class_whose_trait_never_shows_is_refused_in_one_line(
     mechctl: Run, class_file: Callable[..., Path], tiny: FrozenModel, tmp_path: Path
 ) -> None:
     """When no sampled answer shows the trait there is no contrast, and the line says so."""

@@ -32,8 +32,8 @@ NODES = [
 ]
 
 
-def test_no_prompt_is_in_two_places(class_file: Callable[..., Path]) -> None:
-    """Every prompt of every side lies in one part, and the same seed gives the same split."""
+def test_no_prompt_is_in_two_parts(class_file: Callable[..., Path]) -> None:
+    """Every prompt of every side is in one part, and the same seed gives the same split."""
     contrast = read_contrast(class_file(), None, 0)
     everything = [p for part in PARTS for side in SIDES for p in contrast[part, side]]
     assert len(everything) == len(set(everything)) == 38
@@ -43,7 +43,7 @@ def test_no_prompt_is_in_two_places(class_file: Callable[..., Path]) -> None:
     assert other["selection", "target"] != contrast["selection", "target"]
 
 
-def test_files_may_be_kept_to_one_part(class_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_file_can_be_used_for_one_part_only(class_file: Callable[..., Path], tmp_path: Path) -> None:
     """A file with `use` goes whole to that part; one under a non-commercial licence is refused."""
     (tmp_path / "more.json").write_text(json.dumps([f"DO IT {i}" for i in range(5)]))
     entry = {"path": "more.json", "licence": "MIT", "use": "selection"}
@@ -57,7 +57,7 @@ def test_files_may_be_kept_to_one_part(class_file: Callable[..., Path], tmp_path
         read_contrast(path, None, 0)
 
 
-def test_pairs_of_a_search_are_a_contrast(tmp_path: Path) -> None:
+def test_pairs_file_of_search_is_read_as_a_contrast(tmp_path: Path) -> None:
     """The clean prompts of a pairs file are its targets, the corrupted ones its benign side."""
     path = tmp_path / "theft.jsonl"
     rows = [{"clean": f"steal {i}", "corrupted": f"buy {i}"} for i in range(10)]
@@ -73,7 +73,7 @@ def test_pairs_of_a_search_are_a_contrast(tmp_path: Path) -> None:
 
 
 def test_subset_is_seeded_and_keeps_its_order() -> None:
-    """A choice of prompts is the same for the same seed, in the order they came in."""
+    """The same seed chooses the same prompts, in their original order."""
     prompts = [f"{i:02d}" for i in range(30)]
     assert subset(prompts, 10, 3) == sorted(subset(prompts, 10, 3)) == subset(prompts, 10, 3)
     assert subset(prompts, 10, 3) != subset(prompts, 10, 4)
@@ -131,7 +131,7 @@ def test_feature_gates_keep_their_rate_and_find_the_planted_feature(
     assert sum(gates[-1].opens["target"]) > 2 * sum(gates[-1].opens["benign"])
 
 
-def test_features_are_encoded_as_the_dictionary_says(dictionary: Callable[..., Path]) -> None:
+def test_features_below_their_threshold_count_as_zero(dictionary: Callable[..., Path]) -> None:
     """An activation below a feature's threshold counts as zero, above it as itself."""
     found = open_dictionary(dictionary() / "tiny-llama" / "tiny-2")
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
@@ -140,7 +140,7 @@ def test_features_are_encoded_as_the_dictionary_says(dictionary: Callable[..., P
     torch.testing.assert_close(DictionaryFeatures(found.weights).encode(x), u * (u > 0.1))
 
 
-def test_auroc_of_all_features_is_that_of_each() -> None:
+def test_vectorised_auroc_equals_that_of_each_feature() -> None:
     """The vectorised AUROC agrees with the one that works on a single reading, ties included."""
     generator = torch.Generator().manual_seed(0)
     positive, negative = (torch.randn(n, 6, generator=generator).relu() for n in (9, 13))
@@ -174,7 +174,7 @@ def _point(efficacy: float, keeps: bool, damage: float = 0.0, effort: float = 1.
 
 
 def test_best_point_is_the_most_effective_within_the_budgets() -> None:
-    """Budgets come first, then efficacy, then damage, then the smaller effort; idle is not good."""
+    """Budgets come first, then efficacy, damage, and effort; a point without effect is never best."""
     within, gentle = _point(0.8, True, effort=2.0), _point(0.8, True, effort=1.0)
     assert best([_point(0.9, False), within, gentle, _point(0.8, True, damage=0.01)]) is gentle
     assert best([_point(0.9, False), _point(0.0, True)]) is None
@@ -212,7 +212,7 @@ def _circuit(tmp_path: Path, spec: ModelSpec, **values: object) -> Path:
     return path
 
 
-def test_circuit_gives_the_layers_that_contribute(tmp_path: Path, tiny: FrozenModel) -> None:
+def test_circuit_gives_the_layers_that_contribute_most(tmp_path: Path, tiny: FrozenModel) -> None:
     """Layers come from the nodes by their causal contribution; another model's circuit is refused."""
     path = _circuit(tmp_path, tiny.spec)
     origin = from_circuit(path, tiny.spec)
@@ -235,7 +235,7 @@ def test_circuit_gives_the_layers_that_contribute(tmp_path: Path, tiny: FrozenMo
     [("f.txt", "12, 40\n12"), ("f.json", "[12, 40]"), ("f.yaml", "features: [12, 40]")],
 )
 def test_features_are_read_from_text_json_and_yaml(tmp_path: Path, name: str, content: str) -> None:
-    """Ids are taken once, in their order; on the command line they may stand themselves."""
+    """Ids are read once, in order; they can also be given on the command line."""
     (tmp_path / name).write_text(content)
     assert from_features(str(tmp_path / name)).features_at(15) == (12, 40)
     assert from_features("12, 40").features_at(15) == (12, 40)
@@ -245,10 +245,10 @@ def test_features_are_read_from_text_json_and_yaml(tmp_path: Path, name: str, co
     ("name", "content"),
     [("f.txt", "twelve"), ("f.json", "[1.5]"), ("f.json", "{"), ("f.yaml", "features: []")],
 )
-def test_list_of_something_else_is_refused(tmp_path: Path, name: str, content: str) -> None:
-    """What is no list of ids is named with its remedy."""
+def test_list_without_feature_ids_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    """A file that is not a list of ids is named with the remedy."""
     (tmp_path / name).write_text(content)
     with pytest.raises(DiscoveryError, match=name):
         from_features(str(tmp_path / name))
-    with pytest.raises(DiscoveryError, match="neither ids with commas"):
+    with pytest.raises(DiscoveryError, match="neither ids separated by commas"):
         from_features(str(tmp_path / "gone.txt"))

@@ -1,4 +1,4 @@
-"""`mechctl propose` on a tiny model: what it writes, how it goes on, and that faults are one line."""
+"""`mechctl propose` on a tiny model: what it writes, how it resumes, and that faults are one line."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_proposal_compiles_and_records_every_point(
     tmp_path: Path,
     method: str,
 ) -> None:
-    """Either a policy that compiles is written with its record, or no point kept the budgets."""
+    """Either a policy that compiles is written with its record, or no point keeps the budgets."""
     # A random model answers in arbitrary letters: what is wanted here is any of them.
     path = class_file(judge={"kind": "words", "words": list("abcdefghijklmnopqrstuvwxyz0123456789!?.,")})
     out = tmp_path / "policies" / "shout.yaml"
@@ -63,14 +63,14 @@ def _arguments(path: Path, tiny: FrozenModel, tmp_path: Path, *more: object) -> 
     return (*fixed, "--work", tmp_path / "work", "--layers", 2, "--strengths", "1,4", *SMALL, *more)
 
 
-def test_second_run_reads_what_the_first_finished(
+def test_second_run_reuses_the_finished_steps_of_the_first(
     mechctl: Run,
     class_file: Callable[..., Path],
     tiny: FrozenModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A run that dies at a grid point leaves the finished ones, and the next run does the rest alone."""
+    """A run that dies at a grid point keeps the finished points; the next run computes only the rest."""
     arguments = _arguments(class_file(), tiny, tmp_path, "--policy-id", "shout")
     real = sealed.write_whole  # type: ignore[attr-defined]
     written: list[str] = []
@@ -94,14 +94,14 @@ def test_second_run_reads_what_the_first_finished(
     assert {point["action"]["strength"] for point in record["curve"]} == {1.0, 4.0}
 
 
-def test_full_disk_is_one_line_and_the_next_run_goes_on(
+def test_full_disk_is_one_line_and_the_next_run_resumes(
     mechctl: Run,
     class_file: Callable[..., Path],
     tiny: FrozenModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No space left ends in one line that names the file; what was finished is read by the next run."""
+    """A full disk is one line that names the file; the next run reads the finished steps."""
     arguments = _arguments(class_file(), tiny, tmp_path)
     real = whole_file.write_atomically  # type: ignore[attr-defined]
 
@@ -124,14 +124,14 @@ def test_full_disk_is_one_line_and_the_next_run_goes_on(
     assert len(list((tmp_path / "work" / "points").glob("*.json"))) == 2
 
 
-def test_terminated_run_is_one_line_and_keeps_its_steps(
+def test_terminated_run_prints_one_line_and_keeps_its_steps(
     mechctl: Run,
     class_file: Callable[..., Path],
     tiny: FrozenModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SIGTERM in the middle ends in one line that names the folder of finished steps."""
+    """SIGTERM during the run prints one line that names the folder of finished steps."""
     real = whole_file.write_atomically  # type: ignore[attr-defined]
 
     def terminate(path: Path, data: bytes) -> None:
@@ -147,7 +147,7 @@ def test_terminated_run_is_one_line_and_keeps_its_steps(
     assert (tmp_path / "work" / "own_answers.json").exists()
 
 
-def test_nothing_within_the_budgets_is_one_line_and_the_curve_is_kept(
+def test_no_point_within_the_budgets_is_one_line_and_all_points_are_recorded(
     mechctl: Run, class_file: Callable[..., Path], tiny: FrozenModel, tmp_path: Path
 ) -> None:
     """When no point answers as wanted, no policy is written, and the record says what was tried."""
@@ -231,7 +231,7 @@ def test_fault_is_one_line(
     more: tuple[object, ...],
     expected: str,
 ) -> None:
-    """What is wrong with the contrast or an option ends in exit status 2 and one line that names it."""
+    """A fault in the contrast or an option ends in exit status 2 and one line that names it."""
     status, _, errors = mechctl(*_arguments(class_file(**values), tiny, tmp_path, *more))
     (line,) = _lines(errors)
     assert status == 2
@@ -239,7 +239,7 @@ def test_fault_is_one_line(
 
 
 def test_missing_contrast_file_is_one_line(mechctl: Run, tiny: FrozenModel, tmp_path: Path) -> None:
-    """A contrast file that is not there is named."""
+    """A missing contrast file is named."""
     status, _, errors = mechctl(*_arguments(tmp_path / "gone.yaml", tiny, tmp_path))
     (line,) = _lines(errors)
     assert status == 2

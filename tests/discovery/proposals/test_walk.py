@@ -32,7 +32,7 @@ def commands(repository: Path) -> list[str]:
 
 
 def test_page_shows_the_class_file_as_it_is(repository: Path) -> None:
-    """Every line of the page's excerpt stands in the example's class file."""
+    """Every line of the page's excerpt is in the example's class file."""
     page = (repository / "docs" / "new-risk-class.md").read_text(encoding="utf-8")
     (excerpt,) = re.findall(r"^(    name: medical-dosage\n(?:    .*\n)+)", page, re.MULTILINE)
     folder = repository / "docs" / "examples" / "medical-dosage"
@@ -77,7 +77,7 @@ def served(command: list[str], folder: Path) -> Iterator[str]:
 def test_the_walk_ends_in_a_served_policy_that_acts(
     repository: Path, tmp_path: Path, default_model_dir: Path, more: dict[str, list[str]]
 ) -> None:
-    """Search, propose, compile, serve and eval run; the policy refuses doses that it never saw."""
+    """Search, propose, compile, serve and eval run; the policy refuses doses not seen in training."""
     (tmp_path / "docs").symlink_to(repository / "docs")
     del default_model_dir
     typed = [shlex.split(line) for line in commands(repository)]

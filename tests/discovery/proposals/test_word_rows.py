@@ -37,13 +37,13 @@ def test_word_is_suppressed_at_the_token_that_is_used_least_elsewhere() -> None:
     assert suppressed_tokens([(7,)], {7: 100}) == [SuppressedToken(7, ((),))]
 
 
-def test_words_that_share_a_piece_share_its_row() -> None:
+def test_words_that_share_a_suppressed_token_share_its_row() -> None:
     """One row suppresses 8 after 7 and after 6; a word that contains a suppressed one needs no other."""
     pieces = suppressed_tokens([(7, 8), (6, 8), (5, 7, 8), (7, 8, 9)], Counter({9: 0}))
     assert pieces == [SuppressedToken(8, ((6,), (7,)))]
 
 
-def test_words_are_those_of_the_class_and_those_that_its_judge_marks_alone() -> None:
+def test_unwanted_words_come_from_the_class_and_from_what_its_judge_marks() -> None:
     """The judge's own come first, then the class file's, then the marked ones of the prompts by frequency."""
     prompts: dict[str, dict[str, tuple[str, ...]]] = {}
     contrast = Contrast("rude", "avoid", Judged(kind="toxicity"), (), prompts, words=("twats",))
@@ -55,8 +55,8 @@ def test_words_are_those_of_the_class_and_those_that_its_judge_marks_alone() -> 
     assert unwanted_words(plain, ["no such words"]) == ["zzz", "yyy"]
 
 
-def test_spellings_are_marked_by_the_judge_and_have_something_before_them(tiny: FrozenModel) -> None:
-    """A first name with a capital is no profanity, so only the judge's spelling is suppressed."""
+def test_spellings_are_marked_by_the_judge_and_follow_a_lead(tiny: FrozenModel) -> None:
+    """A first name with a capital is not profanity, so only the judge's spelling is suppressed."""
     found = [tiny.decode(tokens) for tokens in spellings(tiny, Judged(kind="toxicity"), ["dick"])]
     assert found
     assert all(text.endswith("dick") and text != "dick" for text in found)
@@ -64,7 +64,7 @@ def test_spellings_are_marked_by_the_judge_and_have_something_before_them(tiny: 
         spellings(tiny, WORDS, ["harmless"])
 
 
-def test_states_are_those_after_a_beginning_and_know_how_likely_the_word_is(tiny: FrozenModel) -> None:
+def test_state_and_probability_are_read_where_a_word_has_begun(tiny: FrozenModel) -> None:
     """State and probability are read at the end of each place, whatever its length and batch."""
     samples = [Sampled((1, 2, 3), tuple(range(30, 30 + length)), None) for length in (4, 9, 17)]
     pieces = [SuppressedToken(20, ((21,), (22, 23))), SuppressedToken(50, ((),))]
@@ -109,7 +109,7 @@ def test_rows_lower_their_word_where_it_has_begun_and_spare_other_tokens(tiny: F
 def test_word_rows_are_for_classes_to_avoid(
     mechctl: Callable[..., tuple[int, str, str]], class_file: Callable[..., Path]
 ) -> None:
-    """A class whose prompts want an answer has no words to strike: one line says so."""
+    """A class whose prompts want an answer has no words to suppress: one line says so."""
     status, _, errors = mechctl("propose", "--contrast", class_file(), "--method", "word-rows")
     assert status == 2
-    assert "aim = 'answer', but word-rows strike words out of answers" in errors
+    assert "aim = 'answer', but word-rows suppress words in answers" in errors

@@ -79,14 +79,14 @@ def test_circuits_are_listed_newest_first(mechctl, ids: list[str]) -> None:  # t
     assert "2027-01-15 08:00 UTC  jailbreak in tiny: 2 nodes, 1 edges" in out
 
 
-def test_latest_id_is_all_that_a_script_gets(mechctl, ids: list[str]) -> None:  # type: ignore[no-untyped-def]
+def test_latest_id_is_printed_alone_for_scripts(mechctl, ids: list[str]) -> None:  # type: ignore[no-untyped-def]
     """`--latest --id-only` prints one id and nothing else; `--class` chooses among all."""
     assert mechctl("circuits", "--latest", "--id-only")[:2] == (0, ids[2] + "\n")
     assert mechctl("circuits", "--latest", "--id-only", "--class", "toxicity")[:2] == (0, ids[1] + "\n")
 
 
-def test_no_circuit_is_one_line(mechctl) -> None:  # type: ignore[no-untyped-def]
-    """Before the first search the line says what finds one, and nothing goes to stdout."""
+def test_empty_store_is_one_line_with_the_remedy(mechctl) -> None:  # type: ignore[no-untyped-def]
+    """Before the first search, the line names `mechctl search`, and nothing goes to stdout."""
     status, out, errors = mechctl("circuits", "--latest", "--id-only")
     assert (status, out) == (2, "")
     assert len(errors.splitlines()) == 1
@@ -94,7 +94,7 @@ def test_no_circuit_is_one_line(mechctl) -> None:  # type: ignore[no-untyped-def
 
 
 @pytest.mark.parametrize("line", ["report", "serve-ui"])
-def test_what_the_control_plane_brings_says_so(mechctl, ids: list[str], line: str) -> None:  # type: ignore[no-untyped-def]
+def test_commands_of_the_missing_control_plane_say_so(mechctl, ids: list[str], line: str) -> None:  # type: ignore[no-untyped-def]
     """A circuit's report and the dashboard end in one clear line and a status that stops a script."""
     more = ("--circuit-id", ids[0], "--out", "report.pdf") if line == "report" else ()
     status, out, errors = mechctl(line, *more)
@@ -106,7 +106,7 @@ def test_what_the_control_plane_brings_says_so(mechctl, ids: list[str], line: st
 
 @pytest.mark.parametrize("identifier", ["cx_01JD8M0T5WABCDEFGHJKMNPQRS", "../../etc/passwd", ""])
 def test_report_of_an_unknown_circuit_names_it(mechctl, ids: list[str], identifier: str) -> None:  # type: ignore[no-untyped-def]
-    """An id that is not there, and what is no id at all, are refused before anything else."""
+    """An unknown id and a malformed one are refused before anything else."""
     status, _, errors = mechctl("report", "--circuit-id", identifier)
     assert status == 2
     assert "mechctl circuits" in errors

@@ -19,7 +19,7 @@ from mechctl.main import main
         (("--policy", "own", "--parts", "0"), 12, 0),
     ],
 )
-def test_cost_and_parts_are_measured_of_a_named_policy(
+def test_latency_and_contributions_are_measured_only_for_a_named_policy(
     monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], rounds: int, parts: int
 ) -> None:
     """Of all active policies neither is measured, unless the line asks for it; the data's folder is the

@@ -112,8 +112,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return start
 
 
-def test_what_is_not_given_keeps_the_models_default(run: Run) -> None:
-    """The function receives both models, its own parameters, and what the line left out."""
+def test_omitted_option_keeps_the_models_default(run: Run) -> None:
+    """The function receives both models, its own parameters, and which options were left out."""
     status, out, _ = run("--in", "here")
     left_out = ["cache", "layers", "limit", "strengths", "weights", "words"]
     assert status == 0
@@ -179,18 +179,18 @@ def test_help_is_the_first_sentence_of_the_docstring(run: Run) -> None:
 def test_refused_value_is_one_line_that_names_the_option(
     run: Run, arguments: tuple[str, ...], line: str
 ) -> None:
-    """As the user wrote it, with what would be right; also when the job fills in the value."""
+    """The line shows the value as typed and what would be valid, also if the job filled it in."""
     status, out, err = run("--in", "here", *arguments)
     assert (status, out, err) == (2, "", f"{line}\n")
 
 
 def test_two_faults_are_two_lines(run: Run) -> None:
-    """Each option that is wrong has its line, whichever model it is of."""
+    """Each invalid option has its own line, whichever model it belongs to."""
     _, _, err = run("--in", "here", "--count", "0", "--kind", "ten", "--size", "1")
     assert [line.split()[0] for line in err.splitlines()] == ["--count", "--kind", "--size"]
 
 
-def test_a_name_that_is_no_field_fails_when_the_command_is_declared() -> None:
+def test_spelling_of_an_unknown_field_fails_at_declaration() -> None:
     """A field that was renamed does not silently lose its spelling, nor does a hidden one appear."""
 
     def command(*, chosen: Annotated[Other, Options({"amount": "--count"}, without=("volume",))]) -> None: ...
@@ -199,7 +199,7 @@ def test_a_name_that_is_no_field_fails_when_the_command_is_declared() -> None:
         options_from_models(command)
 
 
-def test_one_option_for_two_defaults_fails_when_the_command_is_declared() -> None:
+def test_shared_option_with_two_defaults_fails_at_declaration() -> None:
     """Two models may share an option only when both have the same default, and none is the command's own."""
 
     def models(

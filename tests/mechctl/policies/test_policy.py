@@ -39,7 +39,7 @@ def test_faults_of_all_files_are_lines_on_stderr_without_traceback(tmp_path: Pat
     ]
 
 
-def test_schema_is_json_and_knows_every_kind() -> None:
+def test_json_schema_covers_every_kind_of_intervention() -> None:
     """Editors get a JSON Schema in which each kind of intervention appears, with descriptions."""
     schema = json.loads(mechctl("policy", "schema").stdout)
     kinds = schema["properties"]["interventions"]["items"]["discriminator"]["mapping"]
@@ -56,14 +56,14 @@ def test_schema_is_json_and_knows_every_kind() -> None:
             assert field.get("description") or "$ref" in field, f"{name}.{key} says nothing"
 
 
-def test_reference_page_is_the_schemas(repository: Path) -> None:
+def test_reference_page_matches_the_schema(repository: Path) -> None:
     """docs/policy-reference.md is what `mechctl policy reference` prints; run it when the schema changes."""
     assert (repository / "docs/policy-reference.md").read_text() == policy_reference()
     assert mechctl("policy", "reference").stdout == policy_reference()
 
 
 @pytest.mark.parametrize("command", ["validate", "compile", "schema", "reference"])
-def test_help_teaches(command: str) -> None:
+def test_help_explains_every_command(command: str) -> None:
     """Every command explains itself."""
     done = mechctl("policy", command, "--help")
     assert done.returncode == 0
@@ -73,7 +73,7 @@ def test_help_teaches(command: str) -> None:
 def test_compile_writes_the_plan_under_its_revision(
     tmp_path: Path, make_dictionary: Callable[..., Path]
 ) -> None:
-    """The summary goes to stdout, the plan to the folder, named by its sha256; a misfit is told by field."""
+    """The summary goes to stdout, the plan to the folder, named by its sha256; a misfit is named by field."""
     import numpy as np
     from safetensors.numpy import save_file
 

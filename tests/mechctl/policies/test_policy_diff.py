@@ -49,21 +49,21 @@ def test_threshold_strength_edits_and_cards_are_shown(changed: Path) -> None:
 
 @pytest.mark.usefixtures("default_model_dir")
 def test_same_policy_has_no_differences() -> None:
-    """Exit status 0 and one line, as of `diff`."""
+    """Exit status 0 and one line, as with `diff`."""
     done = diff("jailbreak", "jailbreak")
     assert (done.returncode, done.stdout.count("\n")) == (0, 1)
     assert done.stdout.startswith("the same: both are jailbreak@")
 
 
 def test_unknown_policy_is_one_line(tmp_path: Path) -> None:
-    """Neither a file nor an id: the line says what may be named."""
+    """For neither a file nor an id, the line says what to name."""
     done = diff("jailbrake", tmp_path / "none.yaml")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "name a file or an id" in done.stderr
 
 
 def test_added_and_removed_parts_are_changes(repository: Path) -> None:
-    """A gate or an intervention that only one of them has stands against a dash."""
+    """A gate or an intervention that only one policy has is shown beside a dash."""
     one = load_policy(repository / "policies/jailbreak.yaml")
     other = load_policy(repository / "policies/toxicity.yaml")
     changes = {(change.section, change.place): change for change in policy_changes(one, other)}

@@ -21,7 +21,7 @@ def show(*arguments: object, **variables: str) -> dict[str, tuple[object, str]]:
 
 
 def test_every_setting_has_its_source(tmp_path: Path) -> None:
-    """A variable wins over the file, the file over the default; a line of the file is named by its number."""
+    """A variable overrides the file, the file the default; the source names the line of the file."""
     file = tmp_path / "config.yaml"
     file.write_text("gateway:\n  port: 9000\n  admin_port: 9001\ntenants:\n  - id: acme\n")
     found = show("--config", file, INTERPRETOPS_GATEWAY_PORT="9100")
@@ -32,15 +32,15 @@ def test_every_setting_has_its_source(tmp_path: Path) -> None:
     assert {field.partition(".")[0] for field in found} == set(Settings.model_fields)
 
 
-def test_only_changes_are_shown_when_asked_for(tmp_path: Path) -> None:
-    """`--changed` leaves out what is the default."""
+def test_changed_shows_only_settings_that_differ_from_the_default(tmp_path: Path) -> None:
+    """`--changed` leaves out settings with their default."""
     file = tmp_path / "config.yaml"
     file.write_text("gateway: {port: 9000}\n")
     assert show("--config", file, "--changed") == {"gateway.port": (9000, f"{file}:1")}
 
 
 def test_secrets_are_hidden() -> None:
-    """Neither the password of Redis nor a variable of the engine is shown."""
+    """Neither the Redis password nor an environment variable of the engine is shown."""
     found = show(
         INTERPRETOPS_LIMITS_REDIS_URL="redis://user:geheim@127.0.0.1/0",
         INTERPRETOPS_ENGINE_ENVIRONMENT="{HF_TOKEN: geheim}",

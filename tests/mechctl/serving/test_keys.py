@@ -18,7 +18,7 @@ def run(*arguments: str) -> tuple[str, BaseException | None]:
 
 
 def test_key_is_shown_once_and_works(tmp_path: Path) -> None:
-    """`add` prints the key alone on standard output; the file knows it again, and `list` shows no secret."""
+    """`add` prints only the key on standard output; the file recognises it, and `list` shows no secret."""
     config = tmp_path / "config.yaml"
     config.write_text("tenants: [{id: acme}]\npaths: {keys: keys.yaml}\n")
     shown, failure = run("add", "--tenant", "acme", "--name", "CI", "--days", "30", "--config", str(config))
@@ -33,8 +33,8 @@ def test_key_is_shown_once_and_works(tmp_path: Path) -> None:
     assert key.split("_", 2)[2] not in listed
 
 
-def test_revoked_key_is_gone_and_others_stay(tmp_path: Path) -> None:
-    """`revoke` takes one key out; an unknown id is an error."""
+def test_revoked_key_is_removed_and_others_stay(tmp_path: Path) -> None:
+    """`revoke` removes one key; an unknown id is an error."""
     file = str(tmp_path / "keys.yaml")
     run("add", "--tenant", "acme", "--file", file)
     run("add", "--role", "operator", "--file", file)
@@ -46,8 +46,8 @@ def test_revoked_key_is_gone_and_others_stay(tmp_path: Path) -> None:
     assert f"holds no key {first.id!r}" in str(failure)
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
-    """A key for nobody, for two uses, for an unknown role or tenant is not made, nor one without a file."""
+def test_invalid_keys_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    """No key is made without a holder, for two uses, for an unknown role or tenant, or without a file."""
     config = tmp_path / "config.yaml"
     config.write_text("tenants: [{id: acme}]\n")
     file = ("--file", str(tmp_path / "keys.yaml"))
@@ -65,7 +65,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 
 
 def test_rotated_key_keeps_its_id_and_only_the_new_secret_works(tmp_path: Path) -> None:
-    """`rotate` shows the new secret once; id, tenant and name stay, other keys stay as they are."""
+    """`rotate` shows the new secret once; id, tenant and name stay, other keys do not change."""
     file = str(tmp_path / "keys.yaml")
     old, _ = run("add", "--tenant", "acme", "--name", "CI", "--file", file)
     run("add", "--role", "operator", "--file", file)
@@ -81,8 +81,8 @@ def test_rotated_key_keeps_its_id_and_only_the_new_secret_works(tmp_path: Path) 
     assert after[1] == before[1]
 
 
-def test_key_that_expired_is_rotated_with_days_only(tmp_path: Path) -> None:
-    """A new secret of an expired key would open nothing, and says so; so does an unknown id."""
+def test_expired_key_is_rotated_only_with_days(tmp_path: Path) -> None:
+    """Rotating an expired key without --days is refused; so is an unknown id."""
     path = tmp_path / "keys.yaml"
     _, expired = make_key(tenant="acme", expires=datetime(2020, 1, 1, tzinfo=UTC))
     write_keys(path, [expired])
