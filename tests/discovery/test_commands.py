@@ -29,9 +29,9 @@ def mechctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
-def test_trace_and_sae_train_make_a_dictionary_from_prompts(
+def test_trace_then_sae_train_make_a_dictionary(  # type: ignore[no-untyped-def]
     mechctl, tiny_folder: Path, prompts: Path, tmp_path: Path
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     """`trace`, then `sae-train`, leave a dictionary that the library finds; `sae-eval` finds its figures."""
     traced, out = tmp_path / "traced", tmp_path / "artifacts" / "tiny-llama" / "tiny-2"
     model = ("--model", tiny_folder)
