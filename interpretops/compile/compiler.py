@@ -145,6 +145,7 @@ class _Compiler:
             latched=gate.latched,
             phase=gate.phase,
             max_norm=min(bounds) if gate.max_norm is None else gate.max_norm,
+            refusal=gate.refusal_sentence,
         )
 
     def _prompt_gate(self, path: KeyPath, gate: GateSpec, site: Site) -> Gate:
@@ -174,6 +175,7 @@ class _Compiler:
             latched=gate.latched,
             phase=gate.phase,
             probe=tuple(parts),
+            refusal=gate.refusal_sentence,
         )
 
     def _features(self, path: KeyPath, edit: FeatureScale | FeatureClamp, gate: int) -> None:

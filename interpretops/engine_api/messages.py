@@ -195,6 +195,8 @@ class Receipt(EngineMessage):
     edits_applied: int = Field(default=0, ge=0)
     gates_fired: int = Field(default=0, ge=0)
     cached_tokens: int = Field(default=0, ge=0)
+    refusals: int = Field(default=0, ge=0)
+    """Engine requests in which a refusal gate was open where the answer is generated."""
     finished: bool
     """Whether all of them have finished, so that the receipt covers every token of the answer."""
 

@@ -56,6 +56,10 @@ def _check_gate(gate: Gate, where: str, model: ModelSpec) -> None:
         raise PlanError(f"{where}: a gate reads at a site exactly when it has conditions or a probe")
     if (gate.scope == "prompt") != bool(gate.probe) or (gate.probe and conditions):
         raise PlanError(f"{where}: a gate has an attention probe, and nothing else, when its scope is prompt")
+    if gate.refusal is not None and (not isinstance(gate.refusal, str) or not gate.refusal.strip()):
+        raise PlanError(f"{where}.refusal = {gate.refusal!r}, but must be the text that clients get")
+    if gate.refusal is not None and gate.site is None:
+        raise PlanError(f"{where}: a gate without conditions is always open, so it cannot mean a refusal")
     for part in gate.probe:
         _check_probe_part(part, where, gate, model)
     if gate.site is not None and not gate.probe:

@@ -10,7 +10,7 @@ from safetensors.numpy import load as load_safetensors
 from interpretops.errors import PlanError
 from interpretops.plan.check import check_plan
 from interpretops.plan.edits import UNIT_FIELDS, HeadScaling, SiteEdits, TopK, Units
-from interpretops.plan.gates import Gate, ProbePart
+from interpretops.plan.gates import REFUSAL, Gate, ProbePart
 from interpretops.plan.plan import FORMAT_VERSION, METADATA_KEY, Plan
 from interpretops.plan.sites import ModelSpec, Site
 
@@ -74,6 +74,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> P
                 )
                 for site, bound in item.get("probe", ())
             ),
+            refusal=_refusal(item.get("refusal"), tensors.pop(f"gates.{index}.{REFUSAL}", None)),
         )
         for index, item in enumerate(header["gates"])
     )
@@ -87,6 +88,13 @@ def _assemble(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> P
         gates,
         header["provenance"],
     )
+
+
+def _refusal(text: str | None, mark: npt.NDArray[Any] | None) -> str | None:
+    """The gate's refusal. Mark and text go together; that the mark is 1 shows when the plan is written."""
+    if (text is None) != (mark is None):
+        raise PlanError("plan file has a gate with half a refusal; compile the policy again")
+    return text
 
 
 def _read_header(data: bytes) -> dict[str, Any]:

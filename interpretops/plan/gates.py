@@ -34,6 +34,10 @@ class ProbePart:
 
 
 PROBE_FIELDS = ("query", "read", "bias")
+REFUSAL = "refusal"
+"""Name of the tensor that marks a refusal gate in a plan file."""
+REFUSAL_MARK: Array = np.ones(1, np.float32)
+"""The content of that tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +65,9 @@ class Gate:
     phase: Phase = "both"
     max_norm: float = float("inf")
     probe: tuple[ProbePart, ...] = ()
+    refusal: str | None = None
+    """What clients get if the gate is open where the answer is generated and a grammar keeps the model from
+    refusing in its own words; None for a gate that does not mean a refusal."""
 
     @property
     def tensors(self) -> dict[str, Array]:
@@ -68,7 +75,8 @@ class Gate:
         found = {"read": self.read, "bias": self.bias, "cut": self.cut}
         for part in self.probe:
             found |= {f"{part.site}.{name}": getattr(part, name) for name in PROBE_FIELDS}
-        return found
+        # A tensor, so that attestations cover it; absent without one, so that plans keep their revisions.
+        return found if self.refusal is None else found | {REFUSAL: REFUSAL_MARK}
 
     def __len__(self) -> int:
         return int(self.read.shape[0])

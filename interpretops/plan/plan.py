@@ -73,6 +73,7 @@ class Plan:
                     "max_norm": _finite(gate.max_norm),
                 }
                 | ({"probe": [[str(p.site), _finite(p.max_norm)] for p in gate.probe]} if gate.probe else {})
+                | ({} if gate.refusal is None else {"refusal": gate.refusal})
                 for gate in self.gates
             ],
             "provenance": dict(self.provenance),

@@ -158,6 +158,10 @@ class Condition(StrictModel):
         return self
 
 
+REFUSAL_TEXT = "I'm sorry, but I can't help with that."
+"""What clients get from a refusal gate that states no text of its own."""
+
+
 class GateSpec(StrictModel):
     """When interventions act."""
 
@@ -182,8 +186,27 @@ class GateSpec(StrictModel):
     the policy uses there, else the one in the model's `norm-bounds.yaml`, else none. A gate of scope `prompt`
     or `prompt_end` that could not read too large a part of the prompt opens."""
 
+    refusal: bool = False
+    """An open gate means that the answer is a refusal. Where a grammar or a forced tool keeps the model from
+    refusing in its own words, the engine then stops the answer at once, and clients get `refusal_text` the
+    way their API tells refusals. Receipts, metrics and the audit log count these refusals."""
+    refusal_text: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """The sentence that clients get instead of a constrained answer. Default: "I'm sorry, but I can't help
+    with that." """
+
+    @property
+    def refusal_sentence(self) -> str | None:
+        """The text for the plan; None if the gate does not mean a refusal."""
+        return (self.refusal_text or REFUSAL_TEXT) if self.refusal else None
+
     @model_validator(mode="after")
     def _complete(self) -> "GateSpec":
+        if self.refusal_text is not None and not self.refusal:
+            raise ValueError("has a 'refusal_text', which only a gate with 'refusal: true' can have")
+        if self.refusal_text is not None and not self.refusal_text.strip():
+            raise ValueError("refusal_text is blank; leave it out for the default, or write a sentence")
+        if self.refusal and not self.conditions:
+            raise ValueError("has no conditions, so it is always open and cannot mean a refusal")
         if self.conditions and self.layer is None:
             raise ValueError("has conditions but no 'layer' at which they read")
         probes = [condition.attention_probe is not None for condition in self.conditions]

@@ -21,6 +21,7 @@ from interpretops.plan import (
     Site,
     content_digest,
 )
+from interpretops.plan.gates import REFUSAL, REFUSAL_MARK
 from interpretops.steering.plan_rows import gate_views, row_edits, to_numpy
 from steering_kernels.ops import (
     MEMORY_COLUMNS,
@@ -169,6 +170,8 @@ class PlanBank:
             held = {name: getattr(gate, name) for name in ("read", "bias", "cut")}
             if gate.probe is not None:
                 held |= {f"{site}.{name}": getattr(gate.probe, name) for name in PROBE_FIELDS}
+            if gate.refusal:
+                held[REFUSAL] = torch.from_numpy(REFUSAL_MARK)
             earlier = gates.get(gate.index, (None, {}))[1]
             gates[gate.index] = (site, earlier | {name: to_numpy(held[name].float()) for name in held})
         return content_digest(edits, list(gates.values()))

@@ -66,6 +66,7 @@ def gate_views(
                 phase=gate.phase,
                 max_norm=gate.max_norm,
                 probe=probe,
+                refusal=gate.refusal is not None,
                 sum_ranks=sum_at(site),
             )
             found.append((site, view))

@@ -123,7 +123,8 @@ def _show_plan(plan: "Plan") -> None:
         if gate.probe:
             reads = f"attention probe at {', '.join(str(part.site) for part in gate.probe)}, {gate.scope}"
         latch = ", latched" if gate.latched else ""
-        console.print(f"gate {index}: {reads}{latch}, acts on {phase}")
+        refusal = "" if gate.refusal is None else ", open means a refusal"
+        console.print(f"gate {index}: {reads}{latch}, acts on {phase}{refusal}")
     unbounded = [str(site) for site, edits in plan.edits.items() if np.isinf(edits.units.max_norm).any()]
     if unbounded:
         console.print(

@@ -139,6 +139,12 @@ class Metrics:
             ("policy",),
             registry=registry,
         )
+        self.policy_refusals = Counter(
+            "interpretops_policy_refusals",
+            "Answers, one per choice, in which a gate of the policy with `refusal: true` was open.",
+            ("policy",),
+            registry=registry,
+        )
         self.transcripts = Counter(
             "interpretops_transcripts",
             "Transcripts of requests, by tenant and result: `stored` or `lost`.",
@@ -166,6 +172,12 @@ class Metrics:
             "interpretops_canary_pairs",
             "Canary prompts asked with and without a policy, by result: `ok` or `failed`.",
             ("policy", "result"),
+            registry=registry,
+        )
+        self.canary_refusals = Counter(
+            "interpretops_canary_refusals",
+            "Canary answers in which a refusal gate of the policy was open, by prompt: `harmful`, `benign`.",
+            ("policy", "prompt"),
             registry=registry,
         )
         self.canary_measure = Gauge(
@@ -343,11 +355,13 @@ class Metrics:
         """Initialise the series of a policy that may get requests from now on."""
         for counter in (
             *(self.receipts_failed, self.tokens_evaluated, self.edits_applied),
-            *(self.gates_fired, self.requests_gated),
+            *(self.gates_fired, self.requests_gated, self.policy_refusals),
         ):
             counter.labels(policy)
         for result in ("ok", "failed"):
             self.canary_pairs.labels(policy, result)
+        for role in ("harmful", "benign"):
+            self.canary_refusals.labels(policy, role)
 
     def render(self) -> bytes:
         """The metrics in Prometheus text format."""

@@ -62,6 +62,8 @@ class RequestContext:
     """(token, site) pairs that were edited, from the receipt."""
     gates: int = 0
     """(token, gate) pairs at which a conditional gate was open, from the receipt."""
+    refusals: int = 0
+    """Engine requests in which a refusal gate was open where the answer is generated, from the receipt."""
     nonce: str | None = None
     """Identifies the receipt; set once the request is sent to the engine."""
     keep_answer: bool = False
@@ -83,6 +85,7 @@ class RequestContext:
         """Store the engine's figures, whether or not the receipt proves the answer."""
         self.tokens, self.evaluated = receipt.tokens, receipt.tokens_evaluated
         self.edits, self.gates = receipt.edits_applied, receipt.gates_fired
+        self.refusals = receipt.refusals
 
 
 REQUEST_CONTEXT: web.RequestKey[RequestContext] = web.RequestKey("context", RequestContext)

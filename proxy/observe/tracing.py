@@ -82,6 +82,7 @@ class Tracing:
             span.set_attribute("interpretops.tokens_evaluated", context.evaluated)
             span.set_attribute("interpretops.edits_applied", context.edits)
             span.set_attribute("interpretops.gates_fired", context.gates)
+            span.set_attribute("interpretops.refusals", context.refusals)
         if context.ttft_s is not None:
             span.set_attribute("gen_ai.response.time_to_first_chunk", context.ttft_s)
         if context.reason is not None:

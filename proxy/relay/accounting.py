@@ -26,6 +26,7 @@ def record_request(request: web.Request, status: int, total_s: float) -> None:
         metrics.edits_applied.labels(context.policy).inc(context.edits)
         metrics.gates_fired.labels(context.policy).inc(context.gates)
         metrics.requests_gated.labels(context.policy).inc(context.gates > 0)
+        metrics.policy_refusals.labels(context.policy).inc(context.refusals)
         gateway.drift.note(context)
     if context.transcript is not None:
         gateway.transcripts.keep(context, status)
@@ -44,6 +45,7 @@ def record_request(request: web.Request, status: int, total_s: float) -> None:
             tokens=context.tokens,
             edits=context.edits,
             gates=context.gates,
+            refusals=context.refusals,
         )
     gateway.log.info(
         "request",

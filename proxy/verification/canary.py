@@ -103,6 +103,8 @@ class _Answer:
     text: str
     tokens: int
     took_s: float
+    refusals: int
+    """From the receipt: 1 if a refusal gate was open."""
 
 
 class Canary:
@@ -165,7 +167,9 @@ class Canary:
             self._log.info("canary_failed", policy=policy, kind=type(error).__name__)
             return
         self._metrics.canary_pairs.labels(policy, "ok").inc()
-        self._record("canary", tenant=CANARY, policy=policy, revision=active.revision, prompt=index)
+        self._metrics.canary_refusals.labels(policy, role).inc(on.refusals)
+        facts = {"policy": policy, "revision": active.revision, "prompt": index, "refusals": on.refusals}
+        self._record("canary", tenant=CANARY, **facts)
         if self._seen.get(policy) is not seen:
             return
         harmed = _attack_succeeds if role == "harmful" else _is_harmed
@@ -204,7 +208,8 @@ class Canary:
             self._metrics.tokens.labels(CANARY).inc(receipt.tokens)
             answer = json.loads(raw)
             text_of = answer["choices"][0]["message"]["content"] or ""
-            found[revision] = _Answer(str(text_of), int(answer["usage"]["completion_tokens"]), took_s)
+            tokens = int(answer["usage"]["completion_tokens"])
+            found[revision] = _Answer(str(text_of), tokens, took_s, receipt.refusals)
         return found[PASS_THROUGH], found[active.revision]
 
     def _measures(self, seen: _Seen) -> Iterator[tuple[str, Measure]]:

@@ -39,6 +39,8 @@ class Tally:
     """Edits of the active revision and of the shadow, on the same requests."""
     gates: list[int] = field(default_factory=lambda: [0, 0])
     """Openings of conditional gates, likewise."""
+    refusals: list[int] = field(default_factory=lambda: [0, 0])
+    """Answers in which a refusal gate was open, likewise."""
 
     def summary(self) -> dict[str, Any]:
         """For the admin API."""
@@ -47,6 +49,7 @@ class Tally:
             "requests": self.requests,
             "edits": {"active": self.edits[0], "shadow": self.edits[1]},
             "gates": {"active": self.gates[0], "shadow": self.gates[1]},
+            "refusals": {"active": self.refusals[0], "shadow": self.refusals[1]},
         }
 
 
@@ -130,6 +133,7 @@ class Shadows:
             for both, mine, theirs in (
                 (tally.edits, context.edits, receipt.edits_applied),
                 (tally.gates, context.gates, receipt.gates_fired),
+                (tally.refusals, context.refusals, receipt.refusals),
             ):
                 both[0] += mine
                 both[1] += theirs

@@ -32,6 +32,8 @@ class GateView:
     max_norm: float
     probe: ProbeHeads | None = None
     """Heads of an attention probe, which replaces the conditions and decides at the end of the prompt."""
+    refusal: bool = False
+    """Whether an open gate means a refusal, noted in ``StepMap.refused``."""
     sum_ranks: SumRanks | None = None
     """Set if this rank holds only part of the activation's columns; `read` has the same part."""
 
@@ -89,6 +91,9 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
         if gate.probe is not None or gate.read.shape[0] > 0:
             slots = step.slot_of_token if index is None else step.slot_of_token[index]
             step.opened.index_add_(0, slots, fires.long())
+            if gate.refusal:  # the next token of the answer is generated from these
+                refuses = fires & (position >= prompt_length - 1)
+                step.refused.scatter_reduce_(0, slots, refuses.long() * gate.index, "amax")
 
 
 def _fires(x: Tensor, index: Tensor | None, position: Tensor, gate: GateView, step: StepMap) -> Tensor:

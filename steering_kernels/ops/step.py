@@ -34,6 +34,8 @@ class StepMap:
         """[S] (token, site) pairs edited, per request."""
         self.opened = torch.zeros(requests, dtype=torch.int64, device=device)
         """[S] (token, gate) pairs at which a conditional gate was open, per request."""
+        self.refused = torch.zeros(requests, dtype=torch.int64, device=device)
+        """[S] the last refusal gate that was open where a request's answer is generated; 0 if none was."""
         self._spill = self._fixed_spill = torch.empty(0, 0, device=device)
         self._fixed = torch.zeros(4, graph_tokens, dtype=torch.int64, device=device)
         self._fixed_gates = _closed(graph_tokens, gates, device)
@@ -160,6 +162,7 @@ class StepMap:
         self.fired_at[slot] = NEVER
         self.edited[slot] = 0
         self.opened[slot] = 0
+        self.refused[slot] = 0
 
 
 def _closed(tokens: int, gates: int, device: torch.device) -> Tensor:

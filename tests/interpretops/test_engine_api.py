@@ -126,9 +126,10 @@ def test_wire_stays_as_it_is() -> None:
     receipt = Receipt(revision="none", requests=1, tokens_evaluated=2, finished=True)
     told = (
         '{"revision":"none","requests":1,"tokens_evaluated":2,"edits_applied":0,"gates_fired":0,'
-        '"cached_tokens":0,"finished":true}'
+        '"cached_tokens":0,"refusals":0,"finished":true}'
     )
     assert receipt.line() == told
+    assert Receipt.read(told.replace('"refusals":0,', "")) == receipt
     assert names.receipt_event(told) == b": interpretops-receipt " + told.encode() + b"\n\n"
     assert EngineRefusal.of(EngineCode.TABLE_FULL, "no room").body() == {
         "error": {"message": "no room", "type": "interpretops_refusal", "param": None, "code": "table_full"}

@@ -42,6 +42,7 @@ def main(address: str) -> None:
 def run(llm: Any, job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """The answers to each batch of a job, under its plans."""
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     plugin = "interpretops" in os.environ.get("VLLM_PLUGINS", "")
     core = llm.llm_engine.engine_core.engine_core
@@ -63,6 +64,7 @@ def run(llm: Any, job: dict[str, Any]) -> list[list[dict[str, Any]]]:
                 ignore_eos=True,
                 logprobs=1,
                 extra_args=seal(item["revision"], nonce) if plugin else None,
+                structured_outputs=StructuredOutputsParams(regex=item["regex"]) if "regex" in item else None,
             )
             for item, nonce in zip(batch, nonces, strict=True)
         ]

@@ -20,10 +20,11 @@ from interpretops.errors import PlanError
 from interpretops.plan import Plan, read_plan
 from interpretops.plan.reach import depends_on_prompt_end
 from interpretops.plan.shard import Shard
+from steering_kernels.vllm_plugin.core.refusal_stop import is_constrained, stop_refused
 from steering_kernels.vllm_plugin.core.registry import CacheUse, NotAdmittedError, Registry
 from steering_kernels.vllm_plugin.engine_config import EngineOptions
 from steering_kernels.vllm_plugin.request_args import RequestArgs, compose_cache_salt
-from steering_kernels.vllm_plugin.worker.report import move_to_outputs
+from steering_kernels.vllm_plugin.worker.report import move_to_outputs, refusal_gates
 from steering_kernels.vllm_plugin.wrapping import wrap_method
 
 PROMPT_BLOCKS_ONLY = "interpretops_prompt_blocks_only"
@@ -80,7 +81,8 @@ def load(core: Any, plan: str) -> dict[str, Any]:
     if refusals:
         core.model_executor.collective_rpc("interpretops_unload", args=(revision,))
         return refusals[0].body()
-    core.interpretops.add(revision, parsed.digest(), cache_use(parsed))
+    texts = {index: gate.refusal for index, gate in enumerate(parsed.gates) if gate.refusal is not None}
+    core.interpretops.add(revision, parsed.digest(), cache_use(parsed), texts)
     ranks = [rank for rank in held if isinstance(rank, RankDigest)]
     return LoadedPlan(revision=revision, ranks=ranks).body()
 
@@ -155,9 +157,19 @@ def patch_core() -> None:
         return result
 
     def update_from_output(original: Any, self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        self.interpretops_refusals = refusal_gates(model_runner_output)
         outputs = original(self, scheduler_output, model_runner_output)
         move_to_outputs(model_runner_output, outputs)
         return outputs
+
+    def update_request_with_output(
+        original: Any, self: Any, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        tokens, stopped = original(self, request, new_token_ids, *args, **kwargs)
+        gate = self.interpretops_refusals.get(request.request_id)
+        if gate is None or not is_constrained(request):
+            return tokens, stopped
+        return stop_refused(request, self.interpretops_core.interpretops, gate, tokens), True
 
     def post_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
@@ -178,4 +190,5 @@ def patch_core() -> None:
     wrap_method(EngineCore, "post_step", post_step)
     wrap_method(Scheduler, "_free_request", free_request)
     wrap_method(Scheduler, "update_from_output", update_from_output)
+    wrap_method(Scheduler, "_update_request_with_output", update_request_with_output)
     wrap_method(KVCacheCoordinator, "cache_blocks", cache_blocks)

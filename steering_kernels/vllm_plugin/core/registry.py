@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from interpretops.engine_api import EngineCode, ResidentPlan
@@ -31,6 +32,7 @@ class CacheUse:
 class _Resident:
     digest: str
     cache_use: CacheUse
+    refusals: Mapping[int, str]
     requests: set[str] = field(default_factory=set)
     retired: bool = False
 
@@ -44,10 +46,15 @@ class Registry:
         self._resident: dict[str, _Resident] = {}
         self._revision_of: dict[str, str] = {}
 
-    def add(self, revision: str, digest: str, cache_use: CacheUse) -> None:
-        """Admit requests of a revision that is loaded on every rank, even if it was being retired."""
+    def add(
+        self, revision: str, digest: str, cache_use: CacheUse, refusals: Mapping[int, str] | None = None
+    ) -> None:
+        """Admit requests of a revision that is loaded on every rank, even if it was being retired.
+
+        ``refusals``: the texts of its refusal gates, by index of the gate.
+        """
         with self._lock:
-            entry = self._resident.setdefault(revision, _Resident(digest, cache_use))
+            entry = self._resident.setdefault(revision, _Resident(digest, cache_use, refusals or {}))
             entry.retired = False
 
     def admit(self, request_id: str, args: RequestArgs) -> CacheUse:
@@ -67,6 +74,11 @@ class Registry:
             entry.requests.add(request_id)
             self._revision_of[request_id] = args.revision
             return entry.cache_use
+
+    def refusal(self, request_id: str, gate: int) -> str:
+        """The text of a refusal gate of an admitted request's revision. Raises KeyError if there is none."""
+        with self._lock:
+            return self._resident[self._revision_of[request_id]].refusals[gate]
 
     def release(self, request_id: str) -> str | None:
         """End a request; returns its revision if that is retired and this was its last request."""

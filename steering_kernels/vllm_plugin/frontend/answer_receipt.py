@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, Final
 
 from interpretops.engine_api import NONCE_HEADER, RECEIPT_HEADER, EngineCode, receipt_event
 from steering_kernels.vllm_plugin.core.refusals import REFUSALS, refusal_answer
 from steering_kernels.vllm_plugin.frontend.receipts import RECEIPTS
+from steering_kernels.vllm_plugin.frontend.refused_answers import refused_answer
+from steering_kernels.vllm_plugin.frontend.refused_streams import REFUSED_STREAMS
 
 _NONCE: Final = NONCE_HEADER.encode()
 _RECEIPT: Final = RECEIPT_HEADER.encode()
@@ -22,6 +25,8 @@ class AnswerReceipt:
     A stream is held back until the engine's first output. So a refused request gets a proper response whose
     `error.code` and header give the reason; vLLM would send "Internal server error" or, on some routes, break
     off after the first events.
+
+    What a refusal gate stopped is written in the form in which the route's API tells a refusal.
     """
 
     def __init__(self, app: Any) -> None:
@@ -33,7 +38,7 @@ class AnswerReceipt:
         if nonce is None:
             await self._app(scope, receive, send)
             return
-        answer = _Answer(nonce, send)
+        answer = _Answer(nonce, send, scope["path"])
         try:
             await self._app(scope, receive, answer)
         except Exception:
@@ -44,9 +49,13 @@ class AnswerReceipt:
 class _Answer:
     """Relays the ASGI messages of one answer."""
 
-    def __init__(self, nonce: str, send: Any) -> None:
+    def __init__(self, nonce: str, send: Any, path: str) -> None:
         self._nonce = nonce
         self._send = send
+        self._path = path
+        make = REFUSED_STREAMS.get(path)
+        self._stopped = None if make is None else make(nonce)
+        """Writes what is left of a stream that a refusal gate stopped; None on a route without refusals."""
         self._start: Any = None
         """The start message while it is held back; otherwise None."""
         self._parts: list[bytes] = []
@@ -82,23 +91,46 @@ class _Answer:
                 self._early.append(message)
                 return
             self._begun = True
-            for early in (self._start, *self._early):
-                await self._send(early)
-            self._start, self._early = None, []
+            early, self._early = self._early, []
+            await self._send(self._start)
+            self._start = None
+            for part in early:
+                await self._send({**part, "body": self._shown(part.get("body", b""))})
+        message = {**message, "body": self._shown(message.get("body", b""), RECEIPTS.refusal(self._nonce))}
         if not message.get("more_body") and (receipt := self._receipt()):
-            message = {
-                **message,
-                "body": message.get("body", b"") + receipt_event(receipt),
-            }
+            message["body"] += receipt_event(receipt)
         await self._send(message)
+
+    def _shown(self, body: bytes, refusal: str | None = None) -> bytes:
+        """The events of a stream, rewritten if a refusal gate stopped a request with this text.
+
+        Raises ValueError or LookupError, which ends the connection, for events that cannot be rewritten.
+        """
+        events = [part + b"\n\n" for part in body.split(b"\n\n") if part]
+        if refusal is None:
+            if self._stopped is not None:
+                for event in events:
+                    self._stopped.note(event)
+            return body
+        if self._stopped is None:
+            raise LookupError(f"{self._path} has no form for a refusal")
+        return b"".join(part for event in events for part in self._stopped.rewrite(event, refusal))
 
     async def _send_whole(self) -> None:
         body, start = b"".join(self._parts), self._start
         if start["status"] != 200:
             if await self._refuse(REFUSALS.take(self._nonce) or _invalid_seal(start["status"], body)):
                 return
-        elif receipt := self._receipt():
-            start["headers"] = [*start.get("headers", ()), (_RECEIPT, receipt.encode())]
+        else:
+            text = RECEIPTS.refusal(self._nonce)
+            if text is not None:
+                refused = refused_answer(self._path, body, self._nonce, text)
+                if refused is None:
+                    await self._refuse((EngineCode.FAILED, f"{self._path} has no form for a refusal"))
+                    return
+                body, start["headers"] = refused, _sized(start.get("headers", ()), refused)
+            if receipt := self._receipt():
+                start["headers"] = [*start.get("headers", ()), (_RECEIPT, receipt.encode())]
         self._begun = True
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
@@ -124,6 +156,12 @@ def _invalid_seal(status: int, body: bytes) -> tuple[EngineCode, str] | None:
         return (EngineCode.INVALID_SEAL, str(error["message"])) if error["param"] == "vllm_xargs" else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _sized(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> list[tuple[bytes, bytes]]:
+    """The headers of a response with the length of another body."""
+    kept = [(key, value) for key, value in headers if key.lower() != b"content-length"]
+    return [*kept, (b"content-length", str(len(body)).encode())]
 
 
 def _header(message: Any, name: bytes) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Container
 from typing import Any
 
 from interpretops.engine_api import PASS_THROUGH, Receipt
+from steering_kernels.vllm_plugin.core.refusal_stop import refusal_of
 from steering_kernels.vllm_plugin.core.refusals import take_refusal
 from steering_kernels.vllm_plugin.worker.report import Report, take_report
 
@@ -21,6 +22,8 @@ class Receipts:
         self._by_nonce: OrderedDict[str, dict[str, Report]] = OrderedDict()
         self._ended: dict[str, set[str]] = {}
         """The engine requests of a nonce that have ended, in the core or because a stop string was found."""
+        self._refusals: dict[str, str] = {}
+        """The text of the newest request of a nonce that was stopped because its refusal gate opened."""
 
     def record(self, request_id: str, report: Report) -> None:
         """Store a request's newest report; drops the oldest nonces beyond the capacity."""
@@ -29,6 +32,16 @@ class Receipts:
         while len(self._by_nonce) > self._capacity:
             forgotten, _ = self._by_nonce.popitem(last=False)
             self._ended.pop(forgotten, None)
+            self._refusals.pop(forgotten, None)
+
+    def refuse(self, nonce: str, text: str) -> None:
+        """Note that a request with a report was stopped by a refusal gate, and what clients get instead."""
+        if nonce in self._by_nonce:
+            self._refusals[nonce] = text
+
+    def refusal(self, nonce: str) -> str | None:
+        """The text for a nonce with a request that a refusal gate stopped; None if there is none."""
+        return self._refusals.get(nonce)
 
     def end(self, request_id: str, nonce: str) -> None:
         """Mark a request with a report as ended: it gets no further tokens."""
@@ -42,6 +55,7 @@ class Receipts:
     def take(self, nonce: str) -> Receipt | None:
         """Remove and return the receipt of a nonce, summed over its requests; None if there is none."""
         by_request, ended = self._by_nonce.pop(nonce, {}), self._ended.pop(nonce, set())
+        self._refusals.pop(nonce, None)
         reports = list(by_request.values())
         if not reports:
             return None
@@ -55,6 +69,7 @@ class Receipts:
             edits_applied=sum(report.edits_applied for report in reports),
             gates_fired=sum(report.gates_fired for report in reports),
             cached_tokens=sum(report.cached_tokens for report in reports),
+            refusals=sum(report.refusal_gate > 0 for report in reports),
             finished=ended >= by_request.keys(),
         )
 
@@ -71,6 +86,8 @@ def collect(outputs: list[Any]) -> list[tuple[str, str]]:
         report = take_report(output)
         if report is not None:
             RECEIPTS.record(output.request_id, report)
+            if (text := refusal_of(output.stop_reason, report.nonce)) is not None:
+                RECEIPTS.refuse(report.nonce, text)
             found.append((output.request_id, report.nonce))
     return found
 

@@ -27,6 +27,8 @@ class Report:
     """(token, gate) pairs at which a conditional gate was open."""
     cached_tokens: int
     """Tokens whose keys and values came from the prefix cache."""
+    refusal_gate: int = 0
+    """The plan's refusal gate that was open where the answer is generated; 0 if none was."""
 
 
 class StepReports:
@@ -50,7 +52,7 @@ class StepReports:
         """Every report as a list, by request id. Waits for the device."""
         if self._ready is not None:
             self._ready.synchronize()
-        edited, opened = ([], []) if self._counts is None else self._counts.tolist()
+        edited, opened, refused = ([], [], []) if self._counts is None else self._counts.tolist()
         return {
             request: [
                 report.revision,
@@ -59,6 +61,7 @@ class StepReports:
                 edited[slot] if edited else 0,
                 opened[slot] if opened else 0,
                 report.cached_tokens,
+                refused[slot] if refused else 0,
             ]
             for request, report, slot in self._requests
         }
@@ -82,6 +85,12 @@ def attach_reports(output: Any, reports: StepReports) -> Any:
 
     output.get_output = with_reports
     return output
+
+
+def refusal_gates(model_runner_output: Any) -> dict[str, int]:
+    """In the engine core: the open refusal gate of each request of this step that has one."""
+    reports = getattr(model_runner_output, ATTRIBUTE, None) or {}
+    return {request: Report(*values).refusal_gate for request, values in reports.items() if values[-1]}
 
 
 def move_to_outputs(model_runner_output: Any, outputs_by_client: dict[int, Any]) -> None:

@@ -252,7 +252,7 @@ class SteeringRuntime:
             args = entry.args
             report = Report(args.revision, args.nonce, entry.tokens_evaluated, 0, 0, entry.cached_tokens)
             found.append((request_id, report, entry.slot))
-        return StepReports(found, [step.edited, step.opened] if found and step.active else [])
+        return StepReports(found, [step.edited, step.opened, step.refused] if found and step.active else [])
 
 
 def model_folder(model: str, revision: str | None) -> Path:

@@ -1,5 +1,6 @@
 """The plan file: the same bytes for the same plan, all of it back, and only `PlanError` for damage."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def plans(draw: st.DrawFn) -> Plan:
                 latched=draw(st.booleans()),
                 phase=phase,
                 max_norm=draw(st.sampled_from((float("inf"), 1000.5))),
+                refusal=draw(st.sampled_from((None, "No.", "Nein – „so nicht“."))),
             )
         )
     edits = {}
@@ -168,3 +170,32 @@ def test_gate_that_reads_after_its_edit_is_refused() -> None:
     plan = Plan("p", "c", MODEL, {Site(2, "resid_post"): SiteEdits(units)}, (ALWAYS, gate))
     with pytest.raises(PlanError, match=r"reads at 3.resid_post, which comes after the edit"):
         read_plan(plan.to_bytes())
+
+
+def test_refusal_makes_another_revision_and_another_digest() -> None:
+    """The flag is attested with the numbers, its text names another revision; without it, no byte changes."""
+    one = np.zeros(1, np.float32)
+    gate = Gate(Site(0, "resid_post"), np.zeros((1, 12), np.float32), one, one)
+    plans = [
+        Plan("p", "t", MODEL, {}, (ALWAYS, replace(gate, refusal=text))) for text in (None, "No.", "Never.")
+    ]
+    assert len({plan.revision for plan in plans}) == 3
+    assert plans[0].digest() != plans[1].digest() == plans[2].digest()
+    assert b"refusal" not in plans[0].to_bytes()
+    assert read_plan(plans[1].to_bytes()).gates[1].refusal == "No."
+
+
+@pytest.mark.parametrize("lost", ["text", "flag"])
+def test_half_a_refusal_is_refused(lost: str) -> None:
+    """A plan whose gate has the flag without its text, or the text without the flag, is not read."""
+    one = np.zeros(1, np.float32)
+    gate = Gate(Site(0, "resid_post"), np.zeros((1, 12), np.float32), one, one, refusal="No.")
+    data = Plan("p", "t", MODEL, {}, (ALWAYS, gate)).to_bytes()
+    old, new = {
+        "text": (rb"\"refusal\":\"No.\"", rb"\"refusal\":null "),
+        "flag": (b"gates.1.refusal", b"gates.1.refusam"),
+    }[lost]
+    changed = data.replace(old, new.ljust(len(old)))
+    assert changed != data
+    with pytest.raises(PlanError, match="half a refusal"):
+        read_plan(changed)

@@ -178,6 +178,9 @@ def test_unknown_kind_lists_the_known_ones(tmp_path: Path) -> None:
         ("{layer: 1, conditions: [{}]}", "needs one of 'feature', 'probe' and 'attention_probe'"),
         ("{conditions: [{feature: 1}]}", "has conditions but no 'layer'"),
         ("{latched: true}", "has no conditions"),
+        ("{phase: decode, refusal: true}", "always open and cannot mean a refusal"),
+        ("{layer: 1, conditions: [{feature: 1}], refusal_text: No}", "only a gate with 'refusal: true'"),
+        ("{layer: 1, conditions: [{feature: 1}], refusal: true, refusal_text: ' '}", "refusal_text is blank"),
         ("{layer: 1, conditions: [{feature: 1, threshold: -1}]}", "threshold = -1.0, but a feature's"),
         ("{layer: 1, conditions: [{feature: 1, bias: 1}]}", "has a 'bias', which only a probe can have"),
         (
@@ -194,6 +197,25 @@ def test_gates_that_cannot_work_are_refused(tmp_path: Path, gate: str, words: st
         + f"gates: {{g: {gate}}}"
     )
     assert any(words in line for line in lines(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ("", None),
+        ("refusal: true", "I'm sorry, but I can't help with that."),
+        ('refusal: true, refusal_text: "No."', "No."),
+    ],
+)
+def test_gate_can_mean_a_refusal(tmp_path: Path, fields: str, text: str | None) -> None:
+    """With `refusal: true` the plan gets the policy's text, or the default one; otherwise none."""
+    gate = f"{{layer: 0, conditions: [{{feature: 1}}], {fields}}}"
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        one("{type: head_scale, selector: {layer: 1, heads: [0]}, scale: 1, gate: g}")
+        + f"gates: {{g: {gate}}}"
+    )
+    assert load_policy(path).gates["g"].refusal_sentence == text
 
 
 def test_unused_gate_and_reserved_names_are_refused(tmp_path: Path) -> None:

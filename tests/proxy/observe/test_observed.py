@@ -59,10 +59,11 @@ def _rules() -> list[dict[str, Any]]:
     return [rule for group in yaml.safe_load(RULES.read_bytes())["groups"] for rule in group["rules"]]
 
 
-async def test_receipts_count_by_policy(start: Start, engine: FakeEngine) -> None:
-    """A policy's tokens, edits and gate counts equal those in the engine's receipts."""
-    front = await start("calm")
-    for receipt in ({"edits_applied": 5, "gates_fired": 2}, {"edits_applied": 1}):
+async def test_receipts_count_by_policy(start: Start, engine: FakeEngine, tmp_path: Path) -> None:
+    """A policy's tokens, edits, gates and refusals equal those in the engine's receipts, also on record."""
+    path = tmp_path / "audit.jsonl"
+    front = await start("calm", **{"audit.path": path})
+    for receipt in ({"edits_applied": 5, "gates_fired": 2, "refusals": 1}, {"edits_applied": 1}):
         engine.more = receipt
         status, _, _ = await front.chat(model="tiny-model+calm")
         assert status == 200
@@ -72,8 +73,11 @@ async def test_receipts_count_by_policy(start: Start, engine: FakeEngine) -> Non
         'interpretops_policy_edits_applied_total{policy="calm"} 6.0',
         'interpretops_policy_gates_fired_total{policy="calm"} 2.0',
         'interpretops_policy_requests_gated_total{policy="calm"} 1.0',
+        'interpretops_policy_refusals_total{policy="calm"} 1.0',
     ):
         assert line in shown
+    requests = [json.loads(line) for line in path.read_bytes().splitlines() if b'"request"' in line]
+    assert [record["refusals"] for record in requests] == [1, 0]
 
 
 async def test_time_between_streamed_events_is_observed(start: Start, engine: FakeEngine) -> None:

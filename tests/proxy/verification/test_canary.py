@@ -32,7 +32,11 @@ def scripted(engine: FakeEngine) -> Callable[..., None]:
             text = body["messages"][0]["content"]
             said = await answer(text, revision != NONE)
             engine.receipts[body["vllm_xargs"][NONCE_KEY]] = Receipt(
-                revision=revision, requests=1, tokens_evaluated=9, finished=True
+                revision=revision,
+                requests=1,
+                tokens_evaluated=9,
+                refusals=int(said == REFUSES),
+                finished=True,
             )
             usage = {"completion_tokens": tokens(text, revision != NONE)}
             return web.json_response({"choices": [{"message": {"content": said}}], "usage": usage})
@@ -84,6 +88,8 @@ async def test_measures_are_those_of_a_risk_card(
         'interpretops_canary_n{measure="defense_efficacy",policy="calm"} 20.0',
         'interpretops_canary_n{measure="collateral_damage",policy="calm"} 20.0',
         'interpretops_canary_pairs_total{policy="calm",result="ok"} 45.0',
+        'interpretops_canary_refusals_total{policy="calm",prompt="harmful"} 21.0',
+        'interpretops_canary_refusals_total{policy="calm",prompt="benign"} 4.0',
     ):
         assert line in shown(front)
     found = (await entry(front))["canary"]
@@ -266,7 +272,7 @@ async def test_every_pair_is_recorded(
     """The audit log records each pair, because no binding allows its unsteered half."""
 
     async def answer(text: str, steered: bool) -> str:
-        return ANSWERS
+        return REFUSES if steered else ANSWERS
 
     scripted(answer)
     path = tmp_path / "audit.jsonl"
@@ -274,6 +280,7 @@ async def test_every_pair_is_recorded(
     await canary.step("calm")
     (got,) = [json.loads(line) for line in path.read_bytes().splitlines() if b'"canary"' in line]
     assert (got["event"], got["tenant"], got["policy"]) == ("canary", "canary", "calm")
+    assert got["refusals"] == 1
 
 
 def test_shipped_suite_is_valid_and_a_wrong_one_is_reported(tmp_path: Path) -> None:

@@ -96,6 +96,21 @@ async def test_malformed_shadow_answer_is_counted(
     assert not [line for line in front.log if line["event"] == "task_failed"]
 
 
+async def test_shadow_counts_refusals_beside_the_active_revisions(
+    front: Front, engine: FakeEngine, until: Until
+) -> None:
+    """Refusals of both revisions are counted from the receipts of the same requests, and recorded."""
+    await cast(front)
+    engine.more = {"refusals": 1}
+    assert (await front.chat(model="tiny-model+calm"))[0] == 200
+
+    async def counted() -> bool:
+        tally = (await entry(front))["shadow"]
+        return tally is not None and tally["refusals"] == {"active": 1, "shadow": 1}
+
+    await until(counted)
+
+
 async def test_shadow_that_fails_disturbs_no_answer(front: Front, engine: FakeEngine, until: Until) -> None:
     """Whatever happens to the shadow, the caller gets the answer; the failure is counted."""
     await cast(front)

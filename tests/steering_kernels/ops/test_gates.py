@@ -1,6 +1,7 @@
 """Gates decide the same for the same tokens, however the scheduler splits, mixes and repeats them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,46 @@ def make_gate(
         phase=phase,
         max_norm=max_norm,
     )
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    above=st.lists(st.booleans(), min_size=2, max_size=14),
+    data=st.data(),
+    prompt_end=st.booleans(),
+    latched=st.booleans(),
+    phase=st.sampled_from(["both", "prefill", "decode"]),
+)
+def test_refusal_is_noted_if_the_gate_is_open_where_the_answer_is_generated(
+    above: list[bool], data: st.DataObject, prompt_end: bool, latched: bool, phase: str
+) -> None:
+    """In any chunks: noted from the first open token on that yields a token of the answer, never for an open
+    gate inside the prompt, never for a gate without the flag, and forgotten with the request."""
+    total = len(above)
+    prompt_length = data.draw(st.integers(1, total), label="prompt length")
+    gate = replace(make_gate(prompt_end=prompt_end, latched=latched, phase=phase), refusal=True)
+    plain = replace(make_gate(prompt_end=prompt_end, latched=latched, phase=phase, row=2), index=2)
+    opened = gate_open_reference(
+        above, list(range(total)), prompt_length, prompt_end=prompt_end, latched=latched, phase=phase
+    )
+    step = StepMap(requests=3, gates=3, device=CPU)
+    done = 0
+    while done < total:
+        end = data.draw(st.integers(done + 1, total), label="chunk end")
+        x = torch.tensor([[float(value), 0.0] for value in above[done:end]])
+        count = [end - done] * 2
+        step.begin(
+            rows=[1, 2],
+            slots=[0, 1],
+            num_tokens=count,
+            first_position=[done, done],
+            prompt_length=[prompt_length] * 2,
+        )
+        update_gates(torch.cat([x, x]), [gate, plain], step)
+        done = end
+        assert step.refused.tolist() == [int(any(opened[prompt_length - 1 : done])), 0, 0]
+    step.forget_request(0)
+    assert step.refused.tolist() == [0, 0, 0]
 
 
 @settings(deadline=None, max_examples=200)

@@ -99,7 +99,9 @@ def test_receipt_is_finished_when_all_its_engine_requests_are(
     ended."""
     nonce = "ef" * 16
     outputs = [
-        SimpleNamespace(request_id=name, kv_transfer_params={OUTPUT_KEY: [None, nonce, 4, 0, 0, 0]})
+        SimpleNamespace(
+            request_id=name, kv_transfer_params={OUTPUT_KEY: [None, nonce, 4, 0, 0, 0]}, stop_reason=None
+        )
         for name in ("first", "second")
     ]
     mark_ended(collect(outputs), running)
