@@ -408,7 +408,7 @@ def test_damaged_activations_are_refused(tiny: FrozenModel, tmp_path: Path) -> N
         PromptActivations(tiny, prompts, (1, 2), tmp_path).of(0)
     (record,) = tmp_path.glob("*/*.json")
     record.write_bytes(record.read_bytes()[:-9])
-    with pytest.raises(DiscoveryError, match=r"json: is (no finished step|damaged)"):
+    with pytest.raises(DiscoveryError, match=r"json: is (not a finished step|damaged)"):
         PromptActivations(tiny, prompts, (1, 2), tmp_path)
 
 
