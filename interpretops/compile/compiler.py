@@ -176,6 +176,7 @@ class _Compiler:
             phase=gate.phase,
             probe=tuple(parts),
             refusal=gate.refusal_sentence,
+            window=gate.window,
         )
 
     def _features(self, path: KeyPath, edit: FeatureScale | FeatureClamp, gate: int) -> None:

@@ -18,7 +18,17 @@ from interpretops.plan.edits import (
     empty_units,
 )
 from interpretops.plan.file import read_plan
-from interpretops.plan.gates import ALWAYS, MAX_GATES, PROBE_FIELDS, Combine, Gate, Phase, ProbePart, Scope
+from interpretops.plan.gates import (
+    ALWAYS,
+    MAX_GATES,
+    MAX_WINDOW,
+    PROBE_FIELDS,
+    Combine,
+    Gate,
+    Phase,
+    ProbePart,
+    Scope,
+)
 from interpretops.plan.plan import Plan
 from interpretops.plan.sites import HEAD_POINTS, POINTS, ModelSpec, Point, Site
 
@@ -27,6 +37,7 @@ __all__ = [
     "HEAD_POINTS",
     "INT_FIELDS",
     "MAX_GATES",
+    "MAX_WINDOW",
     "POINTS",
     "PROBE_FIELDS",
     "UNIT_FIELDS",

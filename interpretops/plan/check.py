@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from interpretops.errors import PlanError
 from interpretops.plan.edits import INT_FIELDS, UNIT_FIELDS, SiteEdits
-from interpretops.plan.gates import MAX_GATES, Combine, Gate, Phase, ProbePart, Scope
+from interpretops.plan.gates import MAX_GATES, MAX_WINDOW, Combine, Gate, Phase, ProbePart, Scope
 from interpretops.plan.plan import Plan
 from interpretops.plan.sites import ModelSpec, Site
 
@@ -60,6 +60,10 @@ def _check_gate(gate: Gate, where: str, model: ModelSpec) -> None:
         raise PlanError(f"{where}.refusal = {gate.refusal!r}, but must be the text that clients get")
     if gate.refusal is not None and gate.site is None:
         raise PlanError(f"{where}: a gate without conditions is always open, so it cannot mean a refusal")
+    if gate.window is not None and not gate.probe:
+        raise PlanError(f"{where}.window = {gate.window!r}, but only an attention probe reads in windows")
+    if gate.window is not None and (type(gate.window) is not int or not 1 <= gate.window <= MAX_WINDOW):
+        raise PlanError(f"{where}.window = {gate.window!r}, but must be 1..{MAX_WINDOW} tokens")
     for part in gate.probe:
         _check_probe_part(part, where, gate, model)
     if gate.site is not None and not gate.probe:

@@ -75,6 +75,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> P
                 for site, bound in item.get("probe", ())
             ),
             refusal=_refusal(item.get("refusal"), tensors.pop(f"gates.{index}.{REFUSAL}", None)),
+            window=_window(f"gates.{index}.window", tensors),
         )
         for index, item in enumerate(header["gates"])
     )
@@ -95,6 +96,16 @@ def _refusal(text: str | None, mark: npt.NDArray[Any] | None) -> str | None:
     if (text is None) != (mark is None):
         raise PlanError("plan file has a gate with half a refusal; compile the policy again")
     return text
+
+
+def _window(name: str, tensors: dict[str, npt.NDArray[Any]]) -> int | None:
+    """The window of a gate, if it has one. `check_plan` judges the number."""
+    if name not in tensors:
+        return None
+    (window,) = tensors.pop(name).tolist()
+    if window != int(window):
+        raise PlanError(f"{name} = {window}, but must be a whole number of tokens; compile the policy again")
+    return int(window)
 
 
 def _read_header(data: bytes) -> dict[str, Any]:

@@ -17,6 +17,8 @@ Phase = Literal["both", "prefill", "decode"]
 
 MAX_GATES = 8
 """The most gates a plan may have, including the implicit always-open gate."""
+MAX_WINDOW = 1_000_000
+"""The most tokens of a window; as float32 all numbers up to it are exact."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,10 @@ class Gate:
 
         sum_k sum_t softmax_t(query[k] . x_t) (read[k] . x_t + bias[k])
 
-    must exceed cut[0].
+    must exceed cut[0]. With a ``window`` of W tokens, the largest of these sums over windows decides, where t
+    and the softmax run over the window alone. Windows start at positions 0, S, 2 S, ... with S = max(1,
+    W // 4), and the last one ends with the prompt. In a window, a part whose tokens are all above its
+    ``max_norm`` adds 0. A prompt of at most W tokens is one window.
     """
 
     site: Site | None
@@ -68,6 +73,8 @@ class Gate:
     refusal: str | None = None
     """What clients get if the gate is open where the answer is generated and a grammar keeps the model from
     refusing in its own words; None for a gate that does not mean a refusal."""
+    window: int | None = None
+    """Tokens of the windows in which the probe reads; None: the whole prompt."""
 
     @property
     def tensors(self) -> dict[str, Array]:
@@ -75,8 +82,12 @@ class Gate:
         found = {"read": self.read, "bias": self.bias, "cut": self.cut}
         for part in self.probe:
             found |= {f"{part.site}.{name}": getattr(part, name) for name in PROBE_FIELDS}
-        # A tensor, so that attestations cover it; absent without one, so that plans keep their revisions.
-        return found if self.refusal is None else found | {REFUSAL: REFUSAL_MARK}
+        # Arrays, so that attestations cover them; absent where unused, so that plans keep their revisions.
+        if self.refusal is not None:
+            found[REFUSAL] = REFUSAL_MARK
+        if self.window is not None:
+            found["window"] = np.array([self.window], np.float32)
+        return found
 
     def __len__(self) -> int:
         return int(self.read.shape[0])

@@ -8,7 +8,7 @@ from pydantic import Field, PrivateAttr, Strict, ValidationError, model_validato
 from interpretops.errors import PolicyError, refused_plainly
 from interpretops.files.schema_faults import describe_faults
 from interpretops.files.strict_yaml import Document, read_yaml
-from interpretops.plan import Combine, Phase, Scope
+from interpretops.plan import MAX_WINDOW, Combine, Phase, Scope
 from interpretops.policy.fields import (
     AdapterSelector,
     EditPoint,
@@ -185,6 +185,10 @@ class GateSpec(StrictModel):
     """Tokens with a larger norm (attention sinks) are not read. Default: the bound of the dictionaries that
     the policy uses there, else the one in the model's `norm-bounds.yaml`, else none. A gate of scope `prompt`
     or `prompt_end` that could not read too large a part of the prompt opens."""
+    window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] | None = None
+    """For scope `prompt`: read every window of this many tokens by itself, and let the largest reading
+    decide, so that a request does not drown in long text. Windows overlap by three quarters. Default: one
+    reading of the whole prompt. Train the probe with the same window (`mechctl fit-gate --window`)."""
 
     refusal: bool = False
     """An open gate means that the answer is a refusal. Where a grammar or a forced tool keeps the model from
@@ -214,6 +218,11 @@ class GateSpec(StrictModel):
             raise ValueError("scope 'prompt' goes with exactly one condition, an 'attention_probe'")
         if self.scope == "prompt" and self.max_norm is not None:
             raise ValueError("has a 'max_norm', but an attention probe brings its own")
+        if self.scope != "prompt" and self.window is not None:
+            raise ValueError(
+                f"window = {self.window}, but scope '{self.scope}' reads single tokens; leave it out, or use "
+                "scope 'prompt'"
+            )
         if not self.conditions and (self.layer is not None or self.latched or self.scope != "token"):
             raise ValueError("has no conditions, so 'layer', 'scope' and 'latched' mean nothing")
         return self

@@ -170,6 +170,8 @@ class PlanBank:
             held = {name: getattr(gate, name) for name in ("read", "bias", "cut")}
             if gate.probe is not None:
                 held |= {f"{site}.{name}": getattr(gate.probe, name) for name in PROBE_FIELDS}
+                if gate.probe.window is not None:
+                    held["window"] = torch.tensor([gate.probe.window])
             if gate.refusal:
                 held[REFUSAL] = torch.from_numpy(REFUSAL_MARK)
             earlier = gates.get(gate.index, (None, {}))[1]

@@ -48,7 +48,9 @@ def gate_views(
             before = tuple((other.column, len(other.bias)) for other in heads)
             last = part is gate.probe[-1]
             summed = (*before, (column, len(part.bias))) if last else ()
-            heads.append(ProbeHeads(**own, max_norm=part.max_norm, column=column, summed=summed))
+            heads.append(
+                ProbeHeads(**own, max_norm=part.max_norm, column=column, summed=summed, window=gate.window)
+            )
             column += 2 * len(part.bias)
         places: list[tuple[Site | None, ProbeHeads | None]] = [(gate.site, None)]
         if gate.probe:

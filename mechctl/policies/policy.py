@@ -122,6 +122,7 @@ def _show_plan(plan: "Plan") -> None:
         reads = "open" if gate.site is None else f"{gate.combine} of {len(gate)} at {gate.site}, {gate.scope}"
         if gate.probe:
             reads = f"attention probe at {', '.join(str(part.site) for part in gate.probe)}, {gate.scope}"
+            reads += f" in windows of {gate.window} tokens" if gate.window else ""
         latch = ", latched" if gate.latched else ""
         refusal = "" if gate.refusal is None else ", open means a refusal"
         console.print(f"gate {index}: {reads}{latch}, acts on {phase}{refusal}")

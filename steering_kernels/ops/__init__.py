@@ -12,6 +12,7 @@ from steering_kernels.ops.naive import (
     apply_edits_reference,
     attention_probe_reference,
     gate_open_reference,
+    windows_reference,
 )
 from steering_kernels.ops.prompt_memory import (
     MEMORY_COLUMNS,
@@ -20,6 +21,7 @@ from steering_kernels.ops.prompt_memory import (
     empty_slots,
     max_unread_tokens,
     new_memory,
+    window_readings,
 )
 from steering_kernels.ops.ranks import SumRanks
 from steering_kernels.ops.step import NEVER, StepMap
@@ -49,4 +51,6 @@ __all__ = [
     "max_unread_tokens",
     "new_memory",
     "update_gates",
+    "window_readings",
+    "windows_reference",
 ]

@@ -101,3 +101,11 @@ def attention_probe_reference(
         values = torch.stack([read[head].double() @ token + bias[head].double() for token in kept])
         reading += float(weights @ values)
     return reading
+
+
+def windows_reference(tokens: int, window: int | None) -> list[range]:
+    """The windows over a prompt of this many tokens."""
+    if window is None or tokens <= window:
+        return [range(tokens)]
+    starts = [*range(0, tokens - window, max(1, window // 4)), tokens - window]
+    return [range(start, start + window) for start in starts]

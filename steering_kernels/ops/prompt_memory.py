@@ -52,6 +52,8 @@ class ProbeHeads:
     summed: tuple[tuple[int, int], ...] = ()
     """(column, number of heads) of this site and earlier ones, whose sum decides here; empty if another site
     decides."""
+    window: int | None = None
+    """Tokens of the windows of which the largest reading decides; None: the whole prompt is one."""
 
 
 def max_unread_tokens(tokens: int) -> int:
@@ -90,20 +92,48 @@ def store_readings(x: Tensor, heads: ProbeHeads, parts: list[PromptPart], memory
         memory[part.slots[-part.count :], columns] = torch.cat([score, value], dim=1).float()
 
 
+def window_readings(score: Tensor, value: Tensor, window: int | None) -> Tensor:
+    """One part's readings over the windows of a prompt, in float64.
+
+    score    [T, H] of each token and head; -inf at all heads of a token that is not read
+    value    [T, H]
+    window   tokens of a window; None, or at least T: the whole prompt is one
+
+    Returns [N]: each window's ``sum_h sum_t softmax_t(score) value``. Windows start at every max(1, window //
+    4)th token, and the last one ends at the last token. A window without a token that is read gives 0.
+    """
+    score, value = score.double(), value.double()
+    tokens = len(score)
+    if window is None or tokens <= window:
+        return _attended(score, value)[None]
+    step = max(1, window // 4)
+    unread = (score == -torch.inf).all(dim=1).unfold(0, window, step).all(dim=1)
+    weights = score.unfold(0, window, step).softmax(dim=2)  # [N, H, window]
+    attended = (weights * value.unfold(0, window, step)).sum(dim=(1, 2))
+    found = torch.where(unread, 0.0, attended)
+    if (tokens - window) % step == 0:
+        return found
+    return torch.cat([found, _attended(score[-window:], value[-window:])[None]])
+
+
+def _attended(score: Tensor, value: Tensor) -> Tensor:
+    """The reading of a single window, from score and value [W, H]."""
+    return torch.where((score == -torch.inf).all(), 0.0, (score.softmax(dim=0) * value).sum())
+
+
 def probe_fires(heads: ProbeHeads, cut: Tensor, part: PromptPart, memory: Tensor) -> Tensor:
     """Bool tensor: whether the probe that decides with ``heads`` fires for a prompt that ends in this pass.
 
     It also fires if a reading is missing, or if more than `max_unread_tokens` tokens were skipped: a guard
     that cannot read must not let the request pass.
     """
-    reading = torch.zeros((), dtype=torch.float64, device=memory.device)
+    readings = torch.zeros((), dtype=torch.float64, device=memory.device)
     blind = torch.zeros((), dtype=torch.bool, device=memory.device)
     for column, count in heads.summed:
         kept = memory[part.slots, column : column + 2 * count].double()
         score, value = kept[:, :count], kept[:, count:]
         ignored = (score == -torch.inf).all(dim=1)
         blind |= ignored.sum() > max_unread_tokens(len(part.slots))
-        attended = (score.softmax(dim=0) * value).sum()
-        # Only sinks: this site contributes nothing.
-        reading = reading + torch.where(ignored.all(), 0.0, attended)
-    return ~(reading <= cut).all() | blind
+        readings = readings + window_readings(score, value, heads.window)
+    # A missing reading is NaN, and so is the largest then.
+    return ~(readings.max() <= cut).all() | blind

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from interpretops.artifacts.dictionary import Dictionary, ModelReference, open_d
 from interpretops.compile import compile_policy
 from interpretops.errors import PlanError, PolicyError
 from interpretops.plan import ModelSpec, Plan, Site, read_plan
+from interpretops.plan.check import check_plan
 from interpretops.policy import load_policy
 from interpretops.steering.plan_bank import PlanBank
 
@@ -322,10 +324,11 @@ def test_adapter_reads_the_named_heads_only(
     assert not read[:, [0, 2]].any()
 
 
-def _probe_policy(more: str = "") -> str:
+def _probe_policy(more: str = "", gate: str = "") -> str:
     return f"""
 gates:
-  g: {{layer: 2, scope: prompt, latched: true, conditions: [{{attention_probe: p.safetensors, {more}}}]}}
+  g: {{layer: 2, scope: prompt, latched: true, {gate}
+       conditions: [{{attention_probe: p.safetensors, {more}}}]}}
 interventions:
   - {{type: head_scale, selector: {{layer: 3, heads: [0]}}, scale: 0, gate: g}}
 """
@@ -361,6 +364,39 @@ def test_gate_of_the_whole_prompt_carries_its_probe(
     assert {site.layer for site in bank.active_sites} == {1, 2, 3}
     save_file(numbers | {"1.query": -numbers["1.query"]}, tmp_path / "p.safetensors")
     assert compile_text(_probe_policy("bias: 0.5, threshold: 2")).digest() != plan.digest()
+
+
+def test_window_is_part_of_the_plan_and_of_what_is_attested(
+    compile_text: Callable[[str], Plan], tmp_path: Path
+) -> None:
+    """The window comes back from the file, changes the digest, and the bank attests it; without one the file
+    says nothing about windows, so that plans keep their revisions."""
+    save_file(_probe_numbers(1, 2), tmp_path / "p.safetensors")
+    whole, *windowed = (compile_text(_probe_policy(gate=gate)) for gate in ("", "window: 64,", "window: 65,"))
+    assert b"window" not in whole.to_bytes()
+    assert whole.gates[1].window is None
+    assert [read_plan(plan.to_bytes()).gates[1].window for plan in windowed] == [64, 65]
+    assert len({plan.digest() for plan in (whole, *windowed)}) == 3
+    bank = PlanBank(whole.model, whole.edits, rows=4)
+    for plan in (whole, *windowed):
+        bank.load(plan)
+        assert bank.digest(plan.revision) == plan.digest()
+
+
+@pytest.mark.parametrize("window", [0, -1, 2_000_000, True, 1.5])
+def test_plan_with_a_senseless_window_is_refused(
+    compile_text: Callable[[str], Plan], tmp_path: Path, window: Any
+) -> None:
+    """A plan file's window must be a whole number of tokens, of a gate that has a probe."""
+    save_file(_probe_numbers(1, 2), tmp_path / "p.safetensors")
+    plan = compile_text(_probe_policy())
+    broken = replace(plan, gates=(plan.gates[0], replace(plan.gates[1], window=window)))
+    if window is True:  # as float32 it is written as 1
+        with pytest.raises(PlanError, match="window = True"):
+            check_plan(broken)
+        return
+    with pytest.raises(PlanError, match=r"gates\[?\.?1\]?\.window = "):
+        read_plan(broken.to_bytes())
 
 
 @pytest.mark.parametrize(

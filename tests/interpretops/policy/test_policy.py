@@ -188,6 +188,14 @@ def test_unknown_kind_lists_the_known_ones(tmp_path: Path) -> None:
             "exactly one condition, an 'attention_probe'",
         ),
         ("{layer: 1, conditions: [{attention_probe: p}]}", "scope 'prompt' goes with exactly one condition"),
+        ("{layer: 1, window: 8, conditions: [{feature: 1}]}", "window = 8, but scope 'token' reads single"),
+        ("{layer: 1, scope: prompt, window: 0, conditions: [{attention_probe: p}]}", "gates.g.window = 0"),
+        ("{layer: 1, scope: prompt, window: -4, conditions: [{attention_probe: p}]}", "gates.g.window = -4"),
+        (
+            "{layer: 1, scope: prompt, window: 2.5, conditions: [{attention_probe: p}]}",
+            "gates.g.window = 2.5",
+        ),
+        ("{layer: 1, scope: prompt, window: yes, conditions: [{attention_probe: p}]}", "gates.g.window = "),
     ],
 )
 def test_gates_that_cannot_work_are_refused(tmp_path: Path, gate: str, words: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,19 +21,28 @@ from steering_kernels.ops import (
     max_unread_tokens,
     new_memory,
     update_gates,
+    window_readings,
+    windows_reference,
 )
 
 CPU = torch.device("cpu")
 WIDTH, HEADS, PROMPT = 6, 2, 9
 
 
-def heads(*, column: int = 0, max_norm: float = math.inf, seed: int = 0, before: int = 0) -> ProbeHeads:
+def heads(
+    *,
+    column: int = 0,
+    max_norm: float = math.inf,
+    seed: int = 0,
+    before: int = 0,
+    window: int | None = None,
+) -> ProbeHeads:
     """``before``: number of heads at an earlier site, whose readings are in the columns before."""
     numbers = torch.Generator().manual_seed(seed)
     query, read = torch.randn(2, HEADS, WIDTH, generator=numbers, dtype=torch.float64)
     bias = torch.randn(HEADS, generator=numbers, dtype=torch.float64)
     summed = (*(((column - 2 * before, before),) if before else ()), (column, HEADS))
-    return ProbeHeads(query, read, bias, max_norm, column, summed)
+    return ProbeHeads(query, read, bias, max_norm, column, summed, window)
 
 
 def gate(found: ProbeHeads, cut: float, *, row: int = 1, index: int = 1, latched: bool = True) -> GateView:
@@ -51,10 +61,17 @@ def gate(found: ProbeHeads, cut: float, *, row: int = 1, index: int = 1, latched
     )
 
 
+def windowed(x: Tensor, found: ProbeHeads) -> list[float]:
+    """The reading of every window; 0 for one of sinks alone."""
+    numbers = (found.query, found.read, found.bias, found.max_norm)
+    return [
+        attention_probe_reference(x[span.start : span.stop], *numbers) or 0.0
+        for span in windows_reference(len(x), found.window)
+    ]
+
+
 def reference(x: Tensor, found: ProbeHeads) -> float:
-    reading = attention_probe_reference(x, found.query, found.read, found.bias, found.max_norm)
-    assert reading is not None
-    return reading
+    return max(windowed(x, found))
 
 
 def run(
@@ -84,18 +101,24 @@ def new_step() -> StepMap:
 
 
 @settings(deadline=None, max_examples=150)
-@given(data=st.data(), seed=st.integers(0, 10_000), bounded=st.booleans(), latched=st.booleans())
+@given(
+    data=st.data(),
+    seed=st.integers(0, 10_000),
+    bounded=st.booleans(),
+    latched=st.booleans(),
+    window=st.none() | st.integers(1, PROMPT + 1),
+)
 def test_probe_decision_equals_the_reference_under_chunks_cache_and_recompute(
-    data: st.DataObject, seed: int, bounded: bool, latched: bool
+    data: st.DataObject, seed: int, bounded: bool, latched: bool, window: int | None
 ) -> None:
-    """In any chunks and slots, beside others, partly cached: the decision equals that on the whole prompt."""
+    """In any windows, chunks and slots, beside others, partly cached: the decision is that on one pass."""
     numbers = torch.Generator().manual_seed(seed)
     x = torch.randn(PROMPT + 3, WIDTH, generator=numbers)
     # A bound that skips as many tokens as allowed, or one more, in which case the gate opens.
     ignored = data.draw(st.integers(1, max_unread_tokens(PROMPT) + 1), label="ignored")
     norms = x[:PROMPT].norm(dim=1).sort().values
     max_norm = float(norms[-ignored - 1] + norms[-ignored]) / 2 if bounded else math.inf
-    found = heads(max_norm=max_norm, seed=seed)
+    found = heads(max_norm=max_norm, seed=seed, window=window)
     reading = reference(x[:PROMPT], found)
     above = data.draw(st.booleans(), label="above the cut")
     opens = above or (bounded and ignored > max_unread_tokens(PROMPT))
@@ -199,6 +222,65 @@ def test_probe_sums_readings_of_earlier_sites(opens: bool) -> None:
             run(step, [gate(first, cut)], early[begin:end], begin, list(range(PROMPT)))
             update_gates(late[begin:end], [gate(second, cut)], step)  # the same pass, at the second site
         assert step.gate_open[-1, 1].item() is opens
+
+
+@settings(deadline=None, max_examples=100)
+@given(tokens=st.integers(1, 40), window=st.integers(1, 45), seed=st.integers(0, 10_000))
+def test_windows_are_read_as_the_reference_reads_them(tokens: int, window: int, seed: int) -> None:
+    """For any length and window, each window's reading is the reference's on those tokens alone; windows
+    cover the prompt, and a short prompt is one window."""
+    numbers = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, WIDTH, generator=numbers, dtype=torch.float64)
+    found = heads(max_norm=float(x.norm(dim=1).median()), seed=seed, window=window)
+    score = (x @ found.query.t()).masked_fill((x.norm(dim=1) > found.max_norm)[:, None], -math.inf)
+    readings = window_readings(score, x @ found.read.t() + found.bias, window)
+    torch.testing.assert_close(readings, torch.tensor(windowed(x, found), dtype=torch.float64))
+    spans = windows_reference(tokens, window)
+    assert {place for span in spans for place in span} == set(range(tokens))
+    assert {len(span) for span in spans} == {min(tokens, window)}
+    assert (len(spans) == 1) == (tokens <= window)
+    gaps = {after.start - before.start for before, after in pairwise(spans)}
+    assert all(0 < gap <= max(1, window // 4) for gap in gaps)
+
+
+def test_no_window_is_the_whole_prompt_to_the_last_bit() -> None:
+    """Without a window, or with one that the prompt fits in, the reading is the one of the whole prompt."""
+    numbers = torch.Generator().manual_seed(6)
+    score, value = torch.randn(2, 50, HEADS, generator=numbers, dtype=torch.float64)
+    whole = (score.softmax(dim=0) * value).sum()[None]
+    assert torch.equal(window_readings(score, value, None), whole)
+    assert torch.equal(window_readings(score, value, 50), whole)
+    assert len(window_readings(score, value, 49)) == 2
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_windows_of_two_sites_are_summed_window_by_window(opens: bool) -> None:
+    """The sites' readings of the same window add up; the largest sum decides, not the sum of the largest."""
+    numbers = torch.Generator().manual_seed(3)
+    early, late = (torch.randn(PROMPT, WIDTH, generator=numbers) for _ in range(2))
+    first = replace(heads(seed=4, window=3), summed=())
+    second = heads(seed=5, column=2 * HEADS, before=HEADS, window=3)
+    pairs = list(zip(windowed(early, first), windowed(late, second), strict=True))
+    largest = max(a + b for a, b in pairs)
+    assert largest < max(a for a, _ in pairs) + max(b for _, b in pairs) - 1e-2
+    cut = largest + (-1e-3 if opens else 1e-3)
+    step = new_step()
+    run(step, [gate(first, cut)], early, 0, list(range(PROMPT)))
+    update_gates(late, [gate(second, cut)], step)
+    assert step.gate_open[-1, 1].item() is opens
+
+
+def test_missing_reading_in_any_window_opens_the_gate() -> None:
+    """One unwritten slot is enough, also in a window whose reading is not the largest."""
+    x = torch.randn(PROMPT, WIDTH, generator=torch.Generator().manual_seed(1))
+    view = gate(heads(window=2), 1e6)
+    for missing in range(PROMPT - 1):
+        step = new_step()
+        assert run(step, [view], x, 0, list(range(PROMPT)))[-1] is False
+        step.forget_request(1)
+        assert step.memory is not None
+        step.memory[missing] = math.nan
+        assert run(step, [view], x[-1:], PROMPT - 1, list(range(PROMPT)))[-1] is True
 
 
 def test_pass_without_memory_does_not_run() -> None:
