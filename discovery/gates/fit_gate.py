@@ -36,6 +36,8 @@ SHARE_OF_TEXT = 0.2
 """Share of benign training examples that are pieces of plain text."""
 HARD_BENIGN = 600
 """Benign training prompts that constrain the edit: those nearest to opening the gate."""
+LEAST_OF_SOURCE = 100
+"""Prompts from which on a benign selection group must keep a budget of its own."""
 JUDGED_TOKENS = 32
 MEASURED = 96
 """Training prompts used to measure the norms of the residual stream."""
@@ -254,6 +256,8 @@ class GateFit:
         """The lowest threshold that keeps the budgets of plain and of borderline selection prompts.
 
         Groups of one kind count equally, whatever their size, so a group of 60 prompts does not decide alone.
+        A plain benign group of 100 or more must also keep a budget of its own: an average hides the source
+        that is refused most.
         """
         least = self._least_threshold()
         settings = self.gate_settings
@@ -271,7 +275,19 @@ class GateFit:
                 if share > budget + 1e-9:
                     least = max(least, reading)
                     break
-        return round(least + 5e-4, 3)
+        return round(max([least, *self._worst_sources(outcomes)]) + 5e-4, 3)
+
+    def _worst_sources(self, outcomes: dict[str, list[dict[str, Any]]]) -> list[float]:
+        """Thresholds that keep each plain benign selection group of enough prompts within its own budget."""
+        found = []
+        for name in self._budgets():
+            rows = outcomes[name]
+            if "borderline" in name or len(rows) < LEAST_OF_SOURCE:
+                continue
+            refused = sorted((row["reading"] for row in rows if row["refused"]), reverse=True)
+            allowed = int(self.gate_settings.source_budget * len(rows))
+            found += refused[allowed : allowed + 1]
+        return found
 
     def report(self, outcomes: dict[str, list[dict[str, Any]]], threshold: float) -> dict[str, Any]:
         """Per group: size, share that opens the gate, share refused, share of refusals that are coherent."""

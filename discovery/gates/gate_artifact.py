@@ -108,6 +108,7 @@ def policy_text(fit: GateFit, adapter: str, policy_id: str, target_class: str, t
                 "point": POINT,
                 "conditions": [{"attention_probe": f"adapters/{adapter}/{PROBE}", "threshold": threshold}],
                 "scope": "prompt",
+                **({} if fit.gate_settings.window is None else {"window": fit.gate_settings.window}),
                 "latched": True,
             }
         },

@@ -20,7 +20,7 @@ class GateSettings:
     """Heads of the probe at each of its layers."""
     probes: int = Field(default=1, ge=1)
     """Probes trained apart, each from its own beginning; the gate reads their mean."""
-    window: int | None = Field(default=None, ge=8)
+    window: int | None = Field(default=None, ge=8, le=65_536)
     """Tokens of the windows whose largest reading decides; none: one reading of the whole prompt."""
     examples: int = Field(default=16_000, ge=2)
     """Prompts that are drawn from the training groups to train the probe on."""
@@ -37,6 +37,8 @@ class GateSettings:
     benign_borderline=4."""
     benign_budget: float = Field(default=0.02, ge=0, le=1)
     """Share of the plain benign selection prompts that may newly be refused."""
+    source_budget: float = Field(default=0.02, ge=0, le=1)
+    """The same for each plain benign group of at least 100 selection prompts by itself."""
     borderline_budget: float = Field(default=0.12, ge=0, le=1)
     """The same for benign prompts that sound harmful, or come in a jailbreak's clothes."""
     seed: int = 0
@@ -49,7 +51,10 @@ class GateSettings:
 
     def trained(self) -> dict[str, Any]:
         """What decides the training; the budgets only choose the threshold afterwards."""
-        return {name: value for name, value in asdict(self).items() if not name.endswith("_budget")}
+        values = asdict(self)
+        if self.window is None:
+            del values["window"]  # trainings from before there were windows keep their identity
+        return {name: value for name, value in values.items() if not name.endswith("_budget")}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

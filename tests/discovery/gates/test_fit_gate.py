@@ -315,6 +315,25 @@ def test_threshold_keeps_each_budget_over_groups_that_count_the_same(
     assert fit.choose_threshold(outcomes) == pytest.approx(51.0, abs=1e-3)
 
 
+def test_threshold_keeps_the_budget_of_the_worst_source(
+    tiny: FrozenModel, listed: DataList, tmp_path: Path
+) -> None:
+    """A benign group of 100 prompts that is refused more than its budget raises the threshold until it is
+    not; one of 99 does not.
+    """
+    settings = replace(GATE, benign_budget=0.5, source_budget=0.02)
+    fit = GateFit(tiny, load_gate_data(listed, 0), settings, EDIT, tmp_path)
+    for size, expected in ((100, 97.0), (99, 0.0)):
+        names = {"select_benign_easy": [""] * 100, "select_benign_hard": [""] * size}
+        fit.data = replace(fit.data, select=dict(names))
+        fit.readings = {name: torch.arange(float(len(rows))) for name, rows in names.items()}
+        outcomes: dict[str, list[dict[str, Any]]] = {
+            "select_benign_easy": [{"reading": float(n), "refused": False} for n in range(100)],
+            "select_benign_hard": [{"reading": float(n), "refused": True} for n in range(size)],
+        }
+        assert fit.choose_threshold(outcomes) == pytest.approx(expected, abs=2e-3)
+
+
 def test_gates_numbers_read_plain_activations(tiny: FrozenModel, tmp_path: Path) -> None:
     """What goes into the policy gives the op's reference the readings that training saw."""
     gate = _trained(tiny, GATE, tmp_path)

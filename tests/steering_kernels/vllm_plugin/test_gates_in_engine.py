@@ -32,11 +32,14 @@ def make_gate(spec: ModelSpec, *, cut: float = 0.0, **options: Any) -> Gate:
 
 TURN_NAMES = [f"turn {turn}" for turn in range(2, TURNS + 1)]
 
-PROMPT_CUTS = (-200.0, -12.0, -6.0, 0.0, 6.0, 12.0, 200.0)
+# The whole prompt reads -4.4, its largest window of 32 tokens -0.3.
+PROMPT_CUTS = (-200.0, -12.0, -6.0, -2.0, 6.0, 12.0, 200.0)
 PROMPT_KINDS = [f"prompt {cut}" for cut in PROMPT_CUTS]
+WINDOW = 32
+WINDOW_KINDS = [f"windows {cut}" for cut in PROMPT_CUTS]
 
 
-def prompt_gate(spec: ModelSpec, cut: float) -> Gate:
+def prompt_gate(spec: ModelSpec, cut: float, window: int | None = None) -> Gate:
     """An attention probe of two heads after layer 3 and two after layer 6."""
     rng = np.random.default_rng(8)
     parts = []
@@ -55,6 +58,7 @@ def prompt_gate(spec: ModelSpec, cut: float) -> Gate:
         scope="prompt",
         latched=True,
         probe=tuple(parts),
+        window=window,
     )
 
 
@@ -76,6 +80,10 @@ def runs(
         **{
             kind: make_plan(80.0, gate=prompt_gate(spec, cut))
             for kind, cut in zip(PROMPT_KINDS, PROMPT_CUTS, strict=True)
+        },
+        **{
+            kind: make_plan(80.0, gate=prompt_gate(spec, cut, WINDOW))
+            for kind, cut in zip(WINDOW_KINDS, PROMPT_CUTS, strict=True)
         },
         "prefill": make_plan(80.0, gate=phase_gate("prefill")),
         "decode": make_plan(80.0, gate=phase_gate("decode")),
@@ -126,7 +134,17 @@ def runs(
 
 CACHED = ["chunked", "large blocks", "scarce"]
 ENGINES = ["plain second", *(f"{name} {half}" for name in CACHED for half in ("first", "second"))]
-KINDS = ["none", "token", "latched", "prompt_end", "closed", "prefill", "decode", *PROMPT_KINDS]
+KINDS = [
+    "none",
+    "token",
+    "latched",
+    "prompt_end",
+    "closed",
+    "prefill",
+    "decode",
+    *PROMPT_KINDS,
+    *WINDOW_KINDS,
+]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -147,7 +165,7 @@ def test_gates_on_a_conversation_do_not_depend_on_the_cache(
     """Later turns, whose prompts contain the engine's own answers, get the same decisions and answers."""
     ours, plain = runs[f"{engine} {turn}"][kind], runs[f"plain {turn}"][kind]
     assert ours["tokens"] == plain["tokens"]
-    if kind in PROMPT_KINDS and engine != "scarce":  # recomputed tokens count again
+    if kind in (*PROMPT_KINDS, *WINDOW_KINDS) and engine != "scarce":  # recomputed tokens count again
         assert ours["receipt"]["gates_fired"] == plain["receipt"]["gates_fired"]
 
 
@@ -169,6 +187,18 @@ def test_whole_prompt_is_read_from_the_cache_too(runs: dict[str, dict[str, Any]]
     assert opened == sorted(opened, reverse=True)
     assert {opened[0], opened[-1]} == {0, OUTPUT_TOKENS}
     assert all(runs["chunked second"][kind]["cached"] > 0 for kind in PROMPT_KINDS)
+
+
+def test_windows_open_gates_that_the_whole_prompt_does_not(runs: dict[str, dict[str, Any]]) -> None:
+    """The largest window opens the gate at cuts that the mean over the prompt does not reach."""
+    whole, windows = (
+        [runs["plain first"][kind]["receipt"]["gates_fired"] for kind in kinds]
+        for kinds in (PROMPT_KINDS, WINDOW_KINDS)
+    )
+    assert windows == sorted(windows, reverse=True)
+    assert {windows[0], windows[-1]} == {0, OUTPUT_TOKENS}
+    assert sum(windows) > sum(whole)
+    assert all(runs["chunked second"][kind]["cached"] > 0 for kind in WINDOW_KINDS)
 
 
 def test_latch_over_all_tokens_uses_no_cached_blocks(runs: dict[str, dict[str, Any]]) -> None:
