@@ -324,7 +324,7 @@ def test_threshold_keeps_the_budget_of_the_worst_source(
     settings = replace(GATE, benign_budget=0.5, source_budget=0.02)
     fit = GateFit(tiny, load_gate_data(listed, 0), settings, EDIT, tmp_path)
     for size, expected in ((100, 97.0), (99, 0.0)):
-        names = {"select_benign_easy": [""] * 100, "select_benign_hard": [""] * size}
+        names: Groups = {"select_benign_easy": [""] * 100, "select_benign_hard": [""] * size}
         fit.data = replace(fit.data, select=dict(names))
         fit.readings = {name: torch.arange(float(len(rows))) for name, rows in names.items()}
         outcomes: dict[str, list[dict[str, Any]]] = {
