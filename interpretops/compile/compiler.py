@@ -105,8 +105,8 @@ class _Compiler:
         if gate.layer is None or not self.sources.layer_fits((*path, "layer"), gate.layer):
             return Gate(None, ALWAYS.read, ALWAYS.bias, ALWAYS.cut, phase=gate.phase)
         site = Site(gate.layer, gate.point)
-        if gate.scope == "prompt":
-            return self._prompt_gate(path, gate, site)
+        if gate.scope in ("prompt", "answer"):
+            return self._probe_gate(path, gate, site)
         bounds = [self.sources.norm_bound(site)]
         rows, biases, cuts = [], [], []
         for index, condition in enumerate(gate.conditions):
@@ -148,7 +148,7 @@ class _Compiler:
             refusal=gate.refusal_sentence,
         )
 
-    def _prompt_gate(self, path: KeyPath, gate: GateSpec, site: Site) -> Gate:
+    def _probe_gate(self, path: KeyPath, gate: GateSpec, site: Site) -> Gate:
         (condition,) = gate.conditions
         assert condition.attention_probe is not None
         where = (*path, "conditions", 0, "attention_probe")
@@ -171,12 +171,14 @@ class _Compiler:
             ALWAYS.read,
             ALWAYS.bias,
             np.array([condition.threshold - condition.bias], np.float32),
-            scope="prompt",
+            scope=gate.scope,
             latched=gate.latched,
             phase=gate.phase,
             probe=tuple(parts),
             refusal=gate.refusal_sentence,
             window=gate.window,
+            beside=None if gate.beside is None else self.gate_index[gate.beside],
+            prompt_weight=float(np.float32(gate.prompt_weight or 0.0)),
         )
 
     def _features(self, path: KeyPath, edit: FeatureScale | FeatureClamp, gate: int) -> None:

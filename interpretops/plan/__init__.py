@@ -20,6 +20,7 @@ from interpretops.plan.edits import (
 from interpretops.plan.file import read_plan
 from interpretops.plan.gates import (
     ALWAYS,
+    MAX_ANSWER_WINDOW,
     MAX_GATES,
     MAX_WINDOW,
     PROBE_FIELDS,
@@ -36,6 +37,7 @@ __all__ = [
     "ALWAYS",
     "HEAD_POINTS",
     "INT_FIELDS",
+    "MAX_ANSWER_WINDOW",
     "MAX_GATES",
     "MAX_WINDOW",
     "POINTS",

@@ -8,7 +8,17 @@ import numpy.typing as npt
 
 from interpretops.errors import PlanError
 from interpretops.plan.edits import INT_FIELDS, UNIT_FIELDS, SiteEdits
-from interpretops.plan.gates import MAX_GATES, MAX_WINDOW, Combine, Gate, Phase, ProbePart, Scope
+from interpretops.plan.gates import (
+    MAX_ANSWER_WINDOW,
+    MAX_GATES,
+    MAX_WINDOW,
+    PROBE_SCOPES,
+    Combine,
+    Gate,
+    Phase,
+    ProbePart,
+    Scope,
+)
 from interpretops.plan.plan import Plan
 from interpretops.plan.sites import ModelSpec, Site
 
@@ -27,10 +37,33 @@ def check_plan(plan: Plan) -> None:
         raise PlanError("gates[0] must be the always-open gate")
     for index, gate in enumerate(plan.gates):
         _check_gate(gate, f"gates[{index}]", plan.model)
+        _check_answer_gate(gate, f"gates[{index}]", plan.gates)
     for site, edits in plan.edits.items():
         if site.layer >= plan.model.num_layers:
             raise PlanError(f"site {site}, but {plan.model.name} has layers 0..{plan.model.num_layers - 1}")
         _check_edits(site, edits, plan.model, plan.gates)
+
+
+def _check_answer_gate(gate: Gate, where: str, gates: tuple[Gate, ...]) -> None:
+    if gate.scope != "answer":
+        if gate.beside is not None or gate.prompt_weight:
+            raise PlanError(f"{where}.beside = {gate.beside!r}, but only a gate of scope answer has it")
+        return
+    if gate.window is None or not 1 <= gate.window <= MAX_ANSWER_WINDOW:
+        raise PlanError(f"{where}.window = {gate.window!r}, but must be 1..{MAX_ANSWER_WINDOW} for an answer")
+    if gate.refusal is not None:
+        raise PlanError(f"{where}: a gate of scope answer opens too late to mean a refusal")
+    if not gate.latched or gate.phase == "prefill":
+        raise PlanError(f"{where}: a gate of scope answer must be latched, and act on the answer")
+    if gate.beside is None:
+        if gate.prompt_weight:
+            raise PlanError(f"{where}.prompt_weight = {gate.prompt_weight!r}, but no gate stands beside it")
+        return
+    if not 1 <= gate.beside < len(gates) or gates[gate.beside].scope != "prompt":
+        raise PlanError(f"{where}.beside = {gate.beside!r}, but must be the index of a gate of scope prompt")
+    prompt = gates[gate.beside]
+    if prompt.site is None or gate.site is None or prompt.site.order > gate.site.order:
+        raise PlanError(f"{where}.beside: the prompt gate reads at {prompt.site}, after {gate.site}")
 
 
 def _check_model(model: ModelSpec) -> None:
@@ -54,8 +87,10 @@ def _check_gate(gate: Gate, where: str, model: ModelSpec) -> None:
         raise PlanError(f"{where}: unknown combine, scope, phase or latched")
     if (gate.site is None) != (conditions == 0 and not gate.probe):
         raise PlanError(f"{where}: a gate reads at a site exactly when it has conditions or a probe")
-    if (gate.scope == "prompt") != bool(gate.probe) or (gate.probe and conditions):
-        raise PlanError(f"{where}: a gate has an attention probe, and nothing else, when its scope is prompt")
+    if (gate.scope in PROBE_SCOPES) != bool(gate.probe) or (gate.probe and conditions):
+        raise PlanError(
+            f"{where}: a gate has an attention probe, and nothing else, when its scope is prompt or answer"
+        )
     if gate.refusal is not None and (not isinstance(gate.refusal, str) or not gate.refusal.strip()):
         raise PlanError(f"{where}.refusal = {gate.refusal!r}, but must be the text that clients get")
     if gate.refusal is not None and gate.site is None:

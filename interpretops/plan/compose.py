@@ -32,7 +32,10 @@ def compose_plans(plans: Sequence[Plan]) -> Plan:
     gates: list[Gate] = [parts[0].gates[0]]
     for plan in parts:
         shift = len(gates) - 1
-        gates.extend(plan.gates[1:])
+        gates.extend(
+            gate if gate.beside is None else replace(gate, beside=gate.beside + shift)
+            for gate in plan.gates[1:]
+        )
         for site, here in plan.edits.items():
             if site in owner:
                 raise PlanError(

@@ -76,6 +76,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> P
             ),
             refusal=_refusal(item.get("refusal"), tensors.pop(f"gates.{index}.{REFUSAL}", None)),
             window=_window(f"gates.{index}.window", tensors),
+            **_beside(f"gates.{index}.beside", tensors),
         )
         for index, item in enumerate(header["gates"])
     )
@@ -106,6 +107,14 @@ def _window(name: str, tensors: dict[str, npt.NDArray[Any]]) -> int | None:
     if window != int(window):
         raise PlanError(f"{name} = {window}, but must be a whole number of tokens; compile the policy again")
     return int(window)
+
+
+def _beside(name: str, tensors: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """The prompt gate beside a gate, if there is one. `check_plan` judges the numbers."""
+    if name not in tensors:
+        return {}
+    beside, weight = tensors.pop(name).tolist()
+    return {"beside": int(beside), "prompt_weight": weight}
 
 
 def _read_header(data: bytes) -> dict[str, Any]:

@@ -12,13 +12,17 @@ from interpretops.plan.edits import Array
 from interpretops.plan.sites import Site
 
 Combine = Literal["any", "all"]
-Scope = Literal["token", "prompt_end", "prompt"]
+Scope = Literal["token", "prompt_end", "prompt", "answer"]
+PROBE_SCOPES = ("prompt", "answer")
+"""Scopes of gates with an attention probe."""
 Phase = Literal["both", "prefill", "decode"]
 
 MAX_GATES = 8
 """The most gates a plan may have, including the implicit always-open gate."""
 MAX_WINDOW = 1_000_000
 """The most tokens of a window; as float32 all numbers up to it are exact."""
+MAX_ANSWER_WINDOW = 256
+"""The most tokens of the window of a gate of scope `answer`, which is read at every generated token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +60,10 @@ class Gate:
     and the softmax run over the window alone. Windows start at positions 0, S, 2 S, ... with S = max(1,
     W // 4), and the last one ends with the prompt. In a window, a part whose tokens are all above its
     ``max_norm`` adds 0. A prompt of at most W tokens is one window.
+
+    A gate of scope `answer` has such a probe too. It reads at each position p from the prompt's length on: t
+    runs over the last W positions up to p, without those of the prompt. If it stands ``beside`` a prompt
+    gate, ``prompt_weight`` times that gate's reading is added. It fires where the sum exceeds cut[0].
     """
 
     site: Site | None
@@ -64,7 +72,8 @@ class Gate:
     cut: Array
     combine: Combine = "any"
     scope: Scope = "token"
-    """`prompt_end` reads only the prompt's last token; `prompt` decides there, from the whole prompt."""
+    """`prompt_end` reads only the prompt's last token; `prompt` decides there, from the whole prompt;
+    `answer` decides at each generated token, from the latest of them."""
     latched: bool = False
     """Stay open from the first firing token to the end of the request; else open only at firing tokens."""
     phase: Phase = "both"
@@ -75,6 +84,9 @@ class Gate:
     refusing in its own words; None for a gate that does not mean a refusal."""
     window: int | None = None
     """Tokens of the windows in which the probe reads; None: the whole prompt."""
+    beside: int | None = None
+    """Index of the prompt gate whose reading is added, for scope `answer`."""
+    prompt_weight: float = 0.0
 
     @property
     def tensors(self) -> dict[str, Array]:
@@ -87,6 +99,8 @@ class Gate:
             found[REFUSAL] = REFUSAL_MARK
         if self.window is not None:
             found["window"] = np.array([self.window], np.float32)
+        if self.beside is not None:
+            found["beside"] = np.array([self.beside, self.prompt_weight], np.float32)
         return found
 
     def __len__(self) -> int:

@@ -11,9 +11,9 @@ def steers_prompt_alike(plan: Plan) -> bool:
     """Whether every edit acts at prompt positions exactly as it would at generated ones.
 
     True if each gate in use decides at every token separately (scope `token`) and in both phases, as the
-    always-open gate does. A gate of scope `prompt` or `prompt_end` opens at the prompt's last token. Earlier
-    positions are not edited, so the model would read an answer sent as a prompt without the policy. For a
-    composed plan, this must hold for every part.
+    always-open gate does. A gate of scope `prompt` or `prompt_end` opens at the prompt's last token, one of
+    scope `answer` after it. Earlier positions are not edited, so the model would read an answer sent as a
+    prompt without the policy. For a composed plan, this must hold for every part.
     """
     return all(_acts_alike(plan.gates[index]) for index in _gates_in_use(plan))
 

@@ -32,7 +32,7 @@ class Shard:
             split = [str(part.site) for part in gate.probe if part.site.point in HEAD_POINTS]
             if split:
                 raise PlanError(
-                    f"plan {plan.policy_id!r} has a gate of scope 'prompt' that reads at {split}, where "
+                    f"plan {plan.policy_id!r} has an attention probe that reads at {split}, where "
                     f"{self.count} tensor-parallel ranks split the heads; use another point, or one rank"
                 )
         spec = self.of_model(plan.model)

@@ -8,7 +8,7 @@ from pydantic import Field, PrivateAttr, Strict, ValidationError, model_validato
 from interpretops.errors import PolicyError, refused_plainly
 from interpretops.files.schema_faults import describe_faults
 from interpretops.files.strict_yaml import Document, read_yaml
-from interpretops.plan import MAX_WINDOW, Combine, Phase, Scope
+from interpretops.plan import MAX_ANSWER_WINDOW, MAX_WINDOW, Combine, Phase, Scope
 from interpretops.policy.fields import (
     AdapterSelector,
     EditPoint,
@@ -174,8 +174,9 @@ class GateSpec(StrictModel):
     combine: Combine = "any"
     """Whether `any` condition suffices or `all` must hold."""
     scope: Scope = "token"
-    """What is read: every `token`, the last token of the prompt (`prompt_end`), or the whole `prompt`. The
-    latter two decide at the prompt's last token."""
+    """What is read: every `token`, the last token of the prompt (`prompt_end`), the whole `prompt`, or the
+    `answer` while it is generated. `prompt_end` and `prompt` decide at the prompt's last token, `answer` at
+    each generated token, from the last `window` of them."""
     latched: bool = False
     """Once open, stay open until the end of the request."""
     phase: Phase = "both"
@@ -188,7 +189,12 @@ class GateSpec(StrictModel):
     window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] | None = None
     """For scope `prompt`: read every window of this many tokens by itself, and let the largest reading
     decide, so that a request does not drown in long text. Windows overlap by three quarters. Default: one
-    reading of the whole prompt. Train the probe with the same window (`mechctl fit-gate --window`)."""
+    reading of the whole prompt. Train the probe with the same window (`mechctl fit-gate --window`). For scope
+    `answer`: how many of the latest generated tokens are read, at most 256; required."""
+    beside: Identifier | None = None
+    """For scope `answer`: a gate of scope `prompt` whose reading, times `prompt_weight`, is added."""
+    prompt_weight: Number | None = None
+    """Factor on the reading of the gate named by `beside`."""
 
     refusal: bool = False
     """An open gate means that the answer is a refusal. Where a grammar or a forced tool keeps the model from
@@ -214,18 +220,44 @@ class GateSpec(StrictModel):
         if self.conditions and self.layer is None:
             raise ValueError("has conditions but no 'layer' at which they read")
         probes = [condition.attention_probe is not None for condition in self.conditions]
-        if (self.scope == "prompt" or any(probes)) and (self.scope != "prompt" or probes != [True]):
-            raise ValueError("scope 'prompt' goes with exactly one condition, an 'attention_probe'")
-        if self.scope == "prompt" and self.max_norm is not None:
+        probing = self.scope in ("prompt", "answer")
+        if (probing or any(probes)) and (not probing or probes != [True]):
+            raise ValueError(
+                "scope 'prompt' goes with exactly one condition, an 'attention_probe', and so does 'answer'"
+            )
+        if probing and self.max_norm is not None:
             raise ValueError("has a 'max_norm', but an attention probe brings its own")
-        if self.scope != "prompt" and self.window is not None:
+        if not probing and self.window is not None:
             raise ValueError(
                 f"window = {self.window}, but scope '{self.scope}' reads single tokens; leave it out, or use "
                 "scope 'prompt'"
             )
+        self._check_answer()
         if not self.conditions and (self.layer is not None or self.latched or self.scope != "token"):
             raise ValueError("has no conditions, so 'layer', 'scope' and 'latched' mean nothing")
         return self
+
+    def _check_answer(self) -> None:
+        if self.scope != "answer":
+            if self.beside is not None or self.prompt_weight is not None:
+                raise ValueError("has 'beside' or 'prompt_weight', which only scope 'answer' can have")
+            return
+        if self.window is None or self.window > MAX_ANSWER_WINDOW:
+            raise ValueError(
+                f"window = {self.window}, but scope 'answer' needs 1 to {MAX_ANSWER_WINDOW} tokens"
+            )
+        if not self.latched:
+            raise ValueError(
+                "latched = false, but a gate of scope 'answer' stays open; write 'latched: true'"
+            )
+        if self.refusal:
+            raise ValueError(
+                "refusal = true, but scope 'answer' opens when part of the answer is already sent"
+            )
+        if self.phase == "prefill":
+            raise ValueError("phase = 'prefill', but a gate of scope 'answer' opens after the prompt")
+        if (self.beside is None) != (self.prompt_weight is None):
+            raise ValueError("needs both of 'beside' and 'prompt_weight', or neither")
 
 
 class Policy(StrictModel):
@@ -260,8 +292,17 @@ class Policy(StrictModel):
                 name = f"interventions[{index}].gate = {intervention.gate!r}"
                 lines.append(f"{name}, but the gates are {', '.join(known)}")
         for name in self.gates:
-            if all(intervention.gate != name for intervention in self.interventions):
+            if all(intervention.gate != name for intervention in self.interventions) and all(
+                gate.beside != name for gate in self.gates.values()
+            ):
                 lines.append(f"gates.{name} is used by no intervention; remove it, or name it in a 'gate'")
+        prompts = [name for name, gate in self.gates.items() if gate.scope == "prompt"]
+        for name, gate in self.gates.items():
+            if gate.beside is not None and gate.beside not in prompts:
+                there = ", ".join(prompts) or "none"
+                lines.append(
+                    f"gates.{name}.beside = {gate.beside!r}, but the gates of scope 'prompt' are: {there}"
+                )
         if lines:
             raise ValueError("\n".join(lines))
         return self

@@ -25,6 +25,7 @@ from interpretops.plan.gates import REFUSAL, REFUSAL_MARK
 from interpretops.steering.plan_rows import gate_views, row_edits, to_numpy
 from steering_kernels.ops import (
     MEMORY_COLUMNS,
+    AnswerTokens,
     GateView,
     PromptPart,
     SiteTable,
@@ -36,8 +37,8 @@ from steering_kernels.ops import (
     update_gates,
 )
 
-SlotsOf = Callable[[int, int], Tensor]
-"""[n] int64: memory slots of the first n tokens of the request at a batch index."""
+SlotsOf = Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], Tensor]
+"""[N, P] int64: memory slots of tokens, from batch indices [N, 1] and positions [N, P] or [1, P]."""
 
 
 class PlanBank:
@@ -81,6 +82,8 @@ class PlanBank:
         self._sites_of: dict[int, frozenset[Site]] = {}
         self._reads_prompts: frozenset[int] = frozenset()
         """Rows with a gate that reads whole prompts."""
+        self._answer_window: dict[int, int] = {}
+        """Rows with a gate that reads answers, and the most tokens that it reads at once."""
         self._replayable: dict[int, bool] = {}
         """Rows that act in replayed graphs, and whether only after the prompt."""
         self._lock = threading.Lock()
@@ -174,9 +177,11 @@ class PlanBank:
                     held["window"] = torch.tensor([gate.probe.window])
             if gate.refusal:
                 held[REFUSAL] = torch.from_numpy(REFUSAL_MARK)
+            if gate.beside is not None:
+                held["beside"] = torch.tensor([gate.beside, gate.prompt_weight])
             earlier = gates.get(gate.index, (None, {}))[1]
             gates[gate.index] = (site, earlier | {name: to_numpy(held[name].float()) for name in held})
-        return content_digest(edits, list(gates.values()))
+        return content_digest(edits, [gates[index] for index in sorted(gates)])
 
     def begin_step(
         self,
@@ -208,12 +213,45 @@ class PlanBank:
                 if row in self._reads_prompts and begin < end:
                     if memory_slots is None:
                         raise RuntimeError("a gate reads whole prompts, but nobody says where they are kept")
-                    kept = memory_slots(place, end).to(self.device)
+                    at = np.array([[place]]), np.arange(end)[None]
+                    kept = memory_slots(*at)[0].to(self.device)
                     ends = end == prompt_length[place]
                     self.step.prompts.append(PromptPart(row, first, kept, end - begin, ends))
                 first += count
+        for row in set(rows) & set(self._answer_window):
+            self._lay_out_answers(row, rows, num_tokens, first_position, prompt_length, memory_slots)
         if self.step.active and self._siteless:
             update_gates(torch.zeros(self.step.num_tokens, 0, device=self.device), self._siteless, self.step)
+
+    def _lay_out_answers(
+        self,
+        row: int,
+        rows: Sequence[int],
+        num_tokens: Sequence[int],
+        first_position: Sequence[int],
+        prompt_length: Sequence[int],
+        memory_slots: SlotsOf | None,
+    ) -> None:
+        """Find the generated tokens of a row in the pass, and those that precede each of them."""
+        counts = np.asarray(num_tokens, np.int64)
+        place = np.repeat(np.arange(len(counts)), counts)
+        within = np.arange(len(place)) - (counts.cumsum() - counts)[place]
+        position, prompt = np.asarray(first_position)[place] + within, np.asarray(prompt_length)[place]
+        index = np.flatnonzero((np.asarray(rows)[place] == row) & (position >= prompt))
+        if not len(index):
+            return
+        if memory_slots is None:
+            raise RuntimeError("a gate reads answers, but nobody says where they are kept")
+        back = np.arange(self._answer_window[row] - 1, -1, -1)
+        window = position[index, None] - back
+        present = window >= prompt[index, None]
+        slots = memory_slots(place[index, None], np.maximum(window, prompt[index, None]))
+        self.step.answers[row] = AnswerTokens(
+            row,
+            torch.from_numpy(index).to(self.device),
+            slots.to(self.device),
+            torch.from_numpy(present).to(self.device),
+        )
 
     def compile_kernels(self, points: Iterable[Point], dtype: torch.dtype, *, pair: bool) -> None:
         """Compile the GPU kernels for tables at these points, so that no request waits for it.
@@ -293,8 +331,15 @@ class PlanBank:
         self.gates_at = {}
         self._siteless = []
         self._reads_prompts = frozenset(
-            row for row, gates in self._gates_of.items() if any(view.probe for _, view in gates)
+            row
+            for row, gates in self._gates_of.items()
+            if any(view.probe and not view.answer for _, view in gates)
         )
+        self._answer_window = {
+            row: max(windows)
+            for row, gates in self._gates_of.items()
+            if (windows := [view.probe.window or 0 for _, view in gates if view.probe and view.answer])
+        }
         found = {row: self._replays(row) for row in self._gates_of}
         self._replayable = {row: past_prompt for row, past_prompt in found.items() if past_prompt is not None}
         for gates in self._gates_of.values():

@@ -63,16 +63,20 @@ def gate_views(
                 bias=numbers["bias"],
                 cut=numbers["cut"],
                 require_all=gate.combine == "all",
-                prompt_end=gate.scope != "token",
+                prompt_end=gate.scope in ("prompt_end", "prompt"),
                 latched=gate.latched,
                 phase=gate.phase,
                 max_norm=gate.max_norm,
                 probe=probe,
                 refusal=gate.refusal is not None,
+                answer=gate.scope == "answer",
+                beside=gate.beside,
+                prompt_weight=gate.prompt_weight,
                 sum_ranks=sum_at(site),
             )
             found.append((site, view))
-    return found
+    # A gate beside another needs its reading, also where both read at one site.
+    return sorted(found, key=lambda item: item[1].answer)
 
 
 def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -194,17 +196,20 @@ class SteeringSession:
             num_tokens=[count for _, _, count, _ in layout],
             first_position=[position for _, _, _, position in layout],
             prompt_length=[self._prompt_length[slot] for _, slot, _, _ in layout],
-            memory_slots=lambda place, count: self._memory_slots(layout[place][1], count),
+            memory_slots=lambda place, position: self._memory_slots(
+                np.array([slot for _, slot, _, _ in layout])[place], position
+            ),
         )
         self._seen = past + tokens
         self._evaluated += sum(count for revision, _, count, _ in layout if revision is not None)
 
-    def _memory_slots(self, sequence: int, count: int) -> Tensor:
-        """Every sequence gets as many slots as the longest prompt has tokens."""
-        longest = max(self._prompt_length)
+    def _memory_slots(self, sequence: npt.NDArray[np.int64], position: npt.NDArray[np.int64]) -> Tensor:
+        """Slots of the sequences' tokens, in the order of their positions: they stay as texts grow."""
+        count = len(self._prompt_length)
         assert self._bank is not None
-        self._bank.keep_memory(longest * len(self._prompt_length))
-        return torch.arange(count) + sequence * longest
+        needed = (int(position.max()) + 1) * count
+        self._bank.keep_memory(1 << (needed - 1).bit_length())  # doubles, so that growing costs little
+        return torch.from_numpy(position * count + sequence)
 
     def _after_pass(self, _module: nn.Module, _args: Any, output: Any) -> None:
         assert self._bank is not None

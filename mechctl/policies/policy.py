@@ -123,6 +123,7 @@ def _show_plan(plan: "Plan") -> None:
         if gate.probe:
             reads = f"attention probe at {', '.join(str(part.site) for part in gate.probe)}, {gate.scope}"
             reads += f" in windows of {gate.window} tokens" if gate.window else ""
+            reads += f", {gate.prompt_weight:+g} x gate {gate.beside}" if gate.beside is not None else ""
         latch = ", latched" if gate.latched else ""
         refusal = "" if gate.refusal is None else ", open means a refusal"
         console.print(f"gate {index}: {reads}{latch}, acts on {phase}{refusal}")

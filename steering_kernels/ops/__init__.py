@@ -16,6 +16,7 @@ from steering_kernels.ops.naive import (
 )
 from steering_kernels.ops.prompt_memory import (
     MEMORY_COLUMNS,
+    AnswerTokens,
     ProbeHeads,
     PromptPart,
     empty_slots,
@@ -34,6 +35,7 @@ __all__ = [
     "MEMORY_COLUMNS",
     "NEVER",
     "OP_VERSION",
+    "AnswerTokens",
     "GateView",
     "ProbeHeads",
     "PromptPart",

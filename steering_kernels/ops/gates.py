@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steering_kernels.ops.prompt_memory import ProbeHeads, probe_fires, store_readings
+from steering_kernels.ops.prompt_memory import (
+    ProbeHeads,
+    answer_readings,
+    prompt_reading,
+    store_answer,
+    store_readings,
+)
 from steering_kernels.ops.ranks import SumRanks, norm, project
 from steering_kernels.ops.step import NEVER, StepMap
 
@@ -34,6 +40,11 @@ class GateView:
     """Heads of an attention probe, which replaces the conditions and decides at the end of the prompt."""
     refusal: bool = False
     """Whether an open gate means a refusal, noted in ``StepMap.refused``."""
+    answer: bool = False
+    """The probe decides at generated tokens instead."""
+    beside: int | None = None
+    """Index of the prompt gate whose reading, times `prompt_weight`, is added to the answer's."""
+    prompt_weight: float = 0.0
     sum_ranks: SumRanks | None = None
     """Set if this rank holds only part of the activation's columns; `read` has the same part."""
 
@@ -61,7 +72,7 @@ def update_gates(x: Tensor, gates: list[GateView], step: StepMap) -> None:
         if gate.row not in step.rows:
             continue
         if gate.probe is not None:
-            _store(x, gate.row, gate.probe, step)
+            _store(x, gate, gate.probe, step)
             if not gate.probe.summed:
                 continue
         index = step.tokens_of(gate.row)
@@ -119,17 +130,31 @@ def _fires(x: Tensor, index: Tensor | None, position: Tensor, gate: GateView, st
     return fires
 
 
-def _store(x: Tensor, row: int, heads: ProbeHeads, step: StepMap) -> None:
-    parts = [part for part in step.prompts if part.row == row]
-    if parts and step.memory is None:
-        raise RuntimeError("a gate reads whole prompts, but this engine has no prompt memory")
-    if step.memory is not None:
+def _store(x: Tensor, gate: GateView, heads: ProbeHeads, step: StepMap) -> None:
+    parts = [part for part in step.prompts if part.row == gate.row]
+    answer = step.answers.get(gate.row)
+    if (parts or answer is not None) and step.memory is None:
+        raise RuntimeError("a gate reads whole prompts or answers, but this engine has no prompt memory")
+    if step.memory is None:
+        return
+    if not gate.answer:
         store_readings(x, heads, parts, step.memory)
+    elif answer is not None:
+        store_answer(x, heads, answer, step.memory)
 
 
 def _probed(x: Tensor, index: Tensor | None, gate: GateView, heads: ProbeHeads, step: StepMap) -> Tensor:
     fires = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     for part in step.prompts:
-        if part.row == gate.row and part.ends and step.memory is not None:
-            fires[part.first + part.count - 1] = probe_fires(heads, gate.cut, part, step.memory)
+        if not gate.answer and part.row == gate.row and part.ends and step.memory is not None:
+            reading, last = prompt_reading(heads, part, step.memory), part.first + part.count - 1
+            fires[last] = ~(reading <= gate.cut).all()
+            step.prompt_reading[step.slot_of_token[last], gate.index] = reading
+    answer = step.answers.get(gate.row)
+    if gate.answer and answer is not None and step.memory is not None:
+        readings = answer_readings(heads, answer, step.memory)
+        if gate.beside is not None:
+            slots = step.slot_of_token[answer.index]
+            readings = readings + gate.prompt_weight * step.prompt_reading[slots, gate.beside]
+        fires[answer.index] = ~(readings <= gate.cut)
     return fires if index is None else fires[index]

@@ -11,12 +11,16 @@ generated, so a later turn that reused their blocks would lack the readings.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-MEMORY_COLUMNS = 192
+MEMORY_COLUMNS = 256
 """Numbers stored per token: two for each head of a row's attention probes."""
+
+
+Count = TypeVar("Count", int, Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,19 @@ class PromptPart:
     """How many of these tokens are in this pass: the last ones."""
     ends: bool
     """Whether the prompt ends in this pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerTokens:
+    """The generated tokens of a pass whose row has a gate of scope `answer`."""
+
+    row: int
+    index: Tensor
+    """[N] int64, their indices in the pass"""
+    slots: Tensor
+    """[N, W] int64: slots of the last W tokens of the answer up to each of them, itself last"""
+    present: Tensor
+    """[N, W] bool: False before the answer's first token"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +70,11 @@ class ProbeHeads:
     """(column, number of heads) of this site and earlier ones, whose sum decides here; empty if another site
     decides."""
     window: int | None = None
-    """Tokens of the windows of which the largest reading decides; None: the whole prompt is one."""
+    """Tokens of the windows of which the largest reading decides; None: the whole prompt is one. For scope
+    `answer`: of the one window that ends at a token."""
 
 
-def max_unread_tokens(tokens: int) -> int:
+def max_unread_tokens(tokens: Count) -> Count:
     """Most tokens of a prompt that a gate may skip for their norm. With more, it opens.
 
     A prompt starts with a sink, and a few more are normal (measured: docs/engine-integration.md).
@@ -82,14 +100,23 @@ def store_readings(x: Tensor, heads: ProbeHeads, parts: list[PromptPart], memory
     parts   the prompts of the probe's row
     memory  written at the slots of these tokens
     """
-    columns = slice(heads.column, heads.column + 2 * len(heads.bias))
     for part in parts:
-        wide = x[part.first : part.first + part.count].double()
-        score = wide @ heads.query.t()
-        value = torch.addmm(heads.bias, wide, heads.read.t())
-        if heads.max_norm != float("inf"):
-            score = score.masked_fill((wide.norm(dim=1) > heads.max_norm)[:, None], -torch.inf)
-        memory[part.slots[-part.count :], columns] = torch.cat([score, value], dim=1).float()
+        _store(x[part.first : part.first + part.count], heads, part.slots[-part.count :], memory)
+
+
+def store_answer(x: Tensor, heads: ProbeHeads, answer: AnswerTokens, memory: Tensor) -> None:
+    """As `store_readings`, for generated tokens."""
+    _store(x[answer.index], heads, answer.slots[:, -1], memory)
+
+
+def _store(x: Tensor, heads: ProbeHeads, slots: Tensor, memory: Tensor) -> None:
+    wide = x.double()
+    score = wide @ heads.query.t()
+    value = torch.addmm(heads.bias, wide, heads.read.t())
+    if heads.max_norm != float("inf"):
+        score = score.masked_fill((wide.norm(dim=1) > heads.max_norm)[:, None], -torch.inf)
+    columns = slice(heads.column, heads.column + 2 * len(heads.bias))
+    memory[slots, columns] = torch.cat([score, value], dim=1).float()
 
 
 def window_readings(score: Tensor, value: Tensor, window: int | None) -> Tensor:
@@ -121,11 +148,11 @@ def _attended(score: Tensor, value: Tensor) -> Tensor:
     return torch.where((score == -torch.inf).all(), 0.0, (score.softmax(dim=0) * value).sum())
 
 
-def probe_fires(heads: ProbeHeads, cut: Tensor, part: PromptPart, memory: Tensor) -> Tensor:
-    """Bool tensor: whether the probe that decides with ``heads`` fires for a prompt that ends in this pass.
+def prompt_reading(heads: ProbeHeads, part: PromptPart, memory: Tensor) -> Tensor:
+    """[] float64: the reading of the probe that decides with ``heads``, for a prompt that ends in this pass.
 
-    It also fires if a reading is missing, or if more than `max_unread_tokens` tokens were skipped: a guard
-    that cannot read must not let the request pass.
+    NaN, at which gates open, if a reading is missing, or if more than `max_unread_tokens` tokens were
+    skipped: a guard that cannot read must not let the request pass.
     """
     readings = torch.zeros((), dtype=torch.float64, device=memory.device)
     blind = torch.zeros((), dtype=torch.bool, device=memory.device)
@@ -136,4 +163,32 @@ def probe_fires(heads: ProbeHeads, cut: Tensor, part: PromptPart, memory: Tensor
         blind |= ignored.sum() > max_unread_tokens(len(part.slots))
         readings = readings + window_readings(score, value, heads.window)
     # A missing reading is NaN, and so is the largest then.
-    return ~(readings.max() <= cut).all() | blind
+    return torch.where(blind, torch.nan, readings.max())
+
+
+ANSWER_TOKENS_AT_ONCE = 256
+"""Bounds the memory of a pass that recomputes a long answer."""
+
+
+def answer_readings(heads: ProbeHeads, answer: AnswerTokens, memory: Tensor) -> Tensor:
+    """[N] float64: at each generated token, the reading over the window that ends there; NaN as above."""
+    assert heads.window is not None
+    slots, present = answer.slots[:, -heads.window :], answer.present[:, -heads.window :]
+    spans = [slice(i, i + ANSWER_TOKENS_AT_ONCE) for i in range(0, len(slots), ANSWER_TOKENS_AT_ONCE)]
+    return torch.cat([_answer_readings(heads, slots[span], present[span], memory) for span in spans])
+
+
+def _answer_readings(heads: ProbeHeads, slots: Tensor, present: Tensor, memory: Tensor) -> Tensor:
+    tokens = present.sum(dim=1)
+    reading = torch.zeros(len(slots), dtype=torch.float64, device=memory.device)
+    for column, count in heads.summed:
+        kept = memory[slots, column : column + 2 * count].double()  # [N, W, 2 H]
+        score, value = kept[..., :count], kept[..., count:]
+        skipped = (score == -torch.inf).all(dim=2) & present
+        score = score.masked_fill(~present[..., None], -torch.inf)
+        value = value.masked_fill(~present[..., None], 0.0)
+        attended = (score.softmax(dim=1) * value).sum(dim=(1, 2))
+        unread = skipped.sum(dim=1)
+        reading = reading + torch.where(unread == tokens, 0.0, attended)
+        reading = reading.masked_fill(unread > max_unread_tokens(tokens), torch.nan)
+    return reading

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from steering_kernels.ops.prompt_memory import PromptPart
+from steering_kernels.ops.prompt_memory import AnswerTokens, PromptPart
 
 NEVER = torch.iinfo(torch.int64).max
 """Value of ``fired_at`` for a gate that has not fired."""
@@ -30,6 +30,8 @@ class StepMap:
         self.gates = gates
         self.graph_tokens = graph_tokens
         self.fired_at = torch.full((requests, gates), NEVER, dtype=torch.int64, device=device)
+        self.prompt_reading = torch.full((requests, gates), torch.nan, dtype=torch.float64, device=device)
+        """What a gate of scope `prompt` read of a request's prompt. NaN before; persists across steps."""
         self.edited = torch.zeros(requests, dtype=torch.int64, device=device)
         """[S] (token, site) pairs edited, per request."""
         self.opened = torch.zeros(requests, dtype=torch.int64, device=device)
@@ -77,6 +79,8 @@ class StepMap:
         self._tokens_of: dict[int, Tensor | None] = {}
         self.prompts: list[PromptPart] = []
         """Prompts in this pass whose revision has a gate over whole prompts."""
+        self.answers: dict[int, AnswerTokens] = {}
+        """By row: generated tokens in this pass whose revision has a gate over answers."""
 
     def _erase_fixed(self) -> None:
         if self._fixed_in_use:
@@ -160,6 +164,7 @@ class StepMap:
     def forget_request(self, slot: int) -> None:
         """Reset a slot for another request."""
         self.fired_at[slot] = NEVER
+        self.prompt_reading[slot] = torch.nan
         self.edited[slot] = 0
         self.opened[slot] = 0
         self.refused[slot] = 0

@@ -16,8 +16,8 @@ def count_slots(runner: Any) -> int:
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
     if kinds != ["FullAttentionSpec"]:
         raise PlanError(
-            f"gates of scope 'prompt' need a single KV cache that holds whole prompts, but this model has "
-            f"{kinds}; use scope 'prompt_end'"
+            f"gates of scopes 'prompt' and 'answer' need one KV cache that holds whole prompts, but this "
+            f"model has {kinds}; use scope 'prompt_end'"
         )
     return int(runner.kv_cache_config.num_blocks * groups[0].kv_cache_spec.block_size)
 

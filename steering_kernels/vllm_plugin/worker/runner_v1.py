@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def patch_runner_v1() -> None:
             num_scheduled_tokens.tolist(),
             batch.num_computed_tokens_cpu[:count].tolist(),
             batch.num_prompt_tokens[:count].tolist(),
-            lambda place, tokens: _slots(batch.block_table[0], place, tokens),
+            lambda place, position: _slots(batch.block_table[0], place, position),
         )
         return original(self, scheduler_output, num_scheduled_tokens)
 
@@ -56,8 +57,7 @@ def patch_runner_v1() -> None:
     wrap_method(GPUModelRunner, "sample_tokens", sample_tokens)
 
 
-def _slots(table: Any, place: int, tokens: int) -> Tensor:
-    """KV-cache slots of a request's first ``tokens`` tokens (as `BlockTable.compute_slot_mapping`)."""
-    position = np.arange(tokens)
+def _slots(table: Any, place: npt.NDArray[np.int64], position: npt.NDArray[np.int64]) -> Tensor:
+    """KV-cache slots of tokens at batch indices and positions (as `BlockTable.compute_slot_mapping`)."""
     blocks = table.block_table.np[place, position // table.block_size].astype(np.int64)
     return torch.from_numpy(blocks * table.block_size + position % table.block_size)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def patch_runner_v2() -> None:
             batch.num_scheduled_tokens.tolist(),
             states.num_computed_tokens_np[index].tolist(),
             states.prompt_len.np[index].tolist(),
-            lambda place, tokens: _slots(self.block_tables, int(index[place]), tokens),
+            lambda place, position: _slots(self.block_tables, index[place], position),
             replayed=graph.cg_mode == CUDAGraphMode.FULL,
         )
         return batch
@@ -93,9 +95,9 @@ def patch_runner_v2() -> None:
     wrap_method(GPUModelRunner, "profile_cudagraph_memory", capture)
 
 
-def _slots(tables: Any, request: int, tokens: int) -> Tensor:
-    """KV-cache slots of a request's first ``tokens`` tokens (as `_compute_slot_mappings_kernel`)."""
-    table, size = tables.block_tables[0].gpu[request], tables.block_sizes[0]
-    position = torch.arange(tokens, device=table.device)
-    slots: Tensor = table[position // size].long() * size + position % size
+def _slots(tables: Any, request: npt.NDArray[np.int64], position: npt.NDArray[np.int64]) -> Tensor:
+    """KV-cache slots of tokens of requests at positions (as `_compute_slot_mappings_kernel`)."""
+    table, size = tables.block_tables[0].gpu, tables.block_sizes[0]
+    rows, places = (torch.from_numpy(np.asarray(x, np.int64)).to(table.device) for x in (request, position))
+    slots: Tensor = table[rows, places // size].long() * size + places % size
     return slots

@@ -93,10 +93,10 @@ class SteeringRuntime:
         """Make a plan resident; returns the digest read back from the tables."""
         own = self.shard.of_plan(plan)
         self._check_points(plan)
-        if any(gate.scope == "prompt" for gate in plan.gates):
+        if any(gate.probe for gate in plan.gates):
             if self._memory_slots is None:
                 raise PlanError(
-                    f"plan {plan.policy_id!r} has a gate of scope 'prompt', but the size of this model's KV "
+                    f"plan {plan.policy_id!r} has an attention probe, but the size of this model's KV "
                     "cache is unknown"
                 )
             self._keep_memory(self._memory_slots())
@@ -109,8 +109,8 @@ class SteeringRuntime:
             self.bank.keep_memory(slots)
         except torch.OutOfMemoryError as error:
             raise PlanError(
-                f"gates of scope 'prompt' need memory for the readings of {slots} KV-cache slots, but the "
-                "device has none left; lower --gpu-memory-utilization"
+                f"gates of scopes 'prompt' and 'answer' need memory for the readings of {slots} KV-cache "
+                "slots, but the device has none left; lower --gpu-memory-utilization"
             ) from error
 
     def _check_points(self, plan: Plan) -> None:

@@ -434,9 +434,9 @@ def test_probe_of_another_layer_is_refused(compile_text: Callable[[str], Plan], 
 
 def test_more_heads_than_are_kept_are_refused(compile_text: Callable[[str], Plan], tmp_path: Path) -> None:
     """A plan whose probes need more numbers a token than are kept does not load."""
-    save_file(_probe_numbers(1, 2, heads=49), tmp_path / "p.safetensors")
+    save_file(_probe_numbers(1, 2, heads=65), tmp_path / "p.safetensors")
     plan = compile_text(_probe_policy())
-    with pytest.raises(PlanError, match="probes of 98 heads together, but at most 96 are kept"):
+    with pytest.raises(PlanError, match="probes of 130 heads together, but at most 128 are kept"):
         PlanBank(plan.model, plan.edits, rows=4).load(plan)
 
 

@@ -175,7 +175,7 @@ def test_prompt_gate_on_split_heads_is_refused(point: Point) -> None:
         gate = Gate(site, none, np.zeros(0, np.float32), one, scope="prompt", latched=True, probe=(part,))
         return replace(plan, edits={}, gates=(ALWAYS, gate))
 
-    with pytest.raises(PlanError, match=rf"'prompt' that reads at \['0.{point}'\]"):
+    with pytest.raises(PlanError, match=rf"an attention probe that reads at \['0.{point}'\]"):
         Shard(0, 2).of_plan(gated(Site(0, point)))
     assert Shard().of_plan(gated(Site(0, point))).gates[1].probe
     assert Shard(0, 2).of_plan(gated(Site(0, "resid_post"))).gates[1].probe

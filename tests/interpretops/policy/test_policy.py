@@ -189,13 +189,46 @@ def test_unknown_kind_lists_the_known_ones(tmp_path: Path) -> None:
         ),
         ("{layer: 1, conditions: [{attention_probe: p}]}", "scope 'prompt' goes with exactly one condition"),
         ("{layer: 1, window: 8, conditions: [{feature: 1}]}", "window = 8, but scope 'token' reads single"),
+        (
+            "{layer: 1, scope: answer, latched: true, conditions: [{attention_probe: p}]}",
+            "window = None, but scope 'answer' needs 1 to 256 tokens",
+        ),
+        (
+            "{layer: 1, scope: answer, latched: true, window: 257, conditions: [{attention_probe: p}]}",
+            "window = 257, but scope 'answer' needs 1 to 256 tokens",
+        ),
+        (
+            "{layer: 1, scope: answer, window: 8, conditions: [{attention_probe: p}]}",
+            "latched = false, but",
+        ),
+        (
+            "{layer: 1, scope: answer, latched: true, window: 8, phase: prefill, "
+            "conditions: [{attention_probe: p}]}",
+            "opens after the prompt",
+        ),
+        (
+            "{layer: 1, scope: answer, latched: true, window: 8, beside: h, "
+            "conditions: [{attention_probe: p}]}",
+            "needs both of 'beside' and 'prompt_weight'",
+        ),
+        (
+            "{layer: 1, scope: answer, latched: true, window: 8, beside: h, prompt_weight: 1, "
+            "conditions: [{attention_probe: p}]}",
+            "gates.g.beside = 'h', but the gates of scope 'prompt' are: none",
+        ),
+        (
+            "{layer: 1, scope: answer, latched: true, window: 8, refusal: true, "
+            "conditions: [{attention_probe: p}]}",
+            "refusal = true, but scope 'answer' opens when",
+        ),
+        ("{layer: 1, beside: h, conditions: [{feature: 1}]}", "which only scope 'answer' can have"),
         ("{layer: 1, scope: prompt, window: 0, conditions: [{attention_probe: p}]}", "gates.g.window = 0"),
         ("{layer: 1, scope: prompt, window: -4, conditions: [{attention_probe: p}]}", "gates.g.window = -4"),
         (
             "{layer: 1, scope: prompt, window: 2.5, conditions: [{attention_probe: p}]}",
             "gates.g.window = 2.5",
         ),
-        ("{layer: 1, scope: prompt, window: yes, conditions: [{attention_probe: p}]}", "gates.g.window = "),
+        ("{layer: 1, scope: prompt, window: true, conditions: [{attention_probe: p}]}", "gates.g.window = "),
     ],
 )
 def test_gates_that_cannot_work_are_refused(tmp_path: Path, gate: str, words: str) -> None:
