@@ -37,7 +37,7 @@ def plan(model: HookedModel, stream: Array) -> Plan:
 
 
 def gates(model: HookedModel, stream: Array) -> dict[str, Gate]:
-    """One of each kind that depends on where the prompt ends, and a latch; all of them open on the prompt."""
+    """One of each kind that depends on where the prompt ends, and a latch; all of them open."""
     plan, site = gate_plan(model.spec, stream), Site(0, "resid_post")
     last = np.linalg.pinv(stream[:LENGTH].astype(np.float64))[:, -1].astype(np.float32)[None]
     zero, half = np.zeros(1, np.float32), np.full(1, 0.5, np.float32)
@@ -49,6 +49,16 @@ def gates(model: HookedModel, stream: Array) -> dict[str, Gate]:
         "prompt_end": Gate(site, last, zero, half, scope="prompt_end", latched=True),
         "prompt": Gate(
             site, plan.gates[0].read, zero[:0], half, scope="prompt", latched=True, probe=(probe,)
+        ),
+        "answer": Gate(
+            site,
+            plan.gates[0].read,
+            zero[:0],
+            half - 100,
+            scope="answer",
+            latched=True,
+            probe=(probe,),
+            window=4,
         ),
     }
 
@@ -65,7 +75,7 @@ def behind(plan: Plan, gate: Gate) -> Plan:
     return replace(plan, edits=edits, gates=(plan.gates[0], gate))
 
 
-@pytest.mark.parametrize("kind", ["prefill", "decode", "latched", "prompt_end", "prompt"])
+@pytest.mark.parametrize("kind", ["prefill", "decode", "latched", "prompt_end", "prompt", "answer"])
 def test_generating_without_a_cache_gives_what_the_cache_gives(
     model: HookedModel, stream: Array, plan: Plan, kind: str
 ) -> None:
@@ -98,11 +108,14 @@ def test_generating_without_a_cache_gives_what_the_cache_gives(
         return_dict_in_generate=True,
     )
     assert receipts[True].edits_applied > 0
-    assert not torch.allclose(found[True].logits[0], plain.logits[0], atol=1e-2) or kind == "decode"
+    assert not torch.allclose(found[True].logits[0], plain.logits[0], atol=1e-2) or kind in (
+        "decode",
+        "answer",
+    )
     assert found[True].sequences.tolist() != plain.sequences.tolist()
 
 
-@pytest.mark.parametrize("kind", ["prefill", "decode", "prompt_end", "prompt"])
+@pytest.mark.parametrize("kind", ["prefill", "decode", "prompt_end", "prompt", "answer"])
 @pytest.mark.parametrize("use_cache", [False, None])
 def test_loop_without_a_cache_is_refused_where_the_prompt_matters(
     model: HookedModel, stream: Array, plan: Plan, kind: str, use_cache: bool | None
