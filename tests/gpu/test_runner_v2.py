@@ -85,3 +85,33 @@ def test_mixed_batch_equals_pure_batches_and_vanilla(
     second = again[list(gates).index("prompt's end")]
     assert {answer["cached"] for answer in second} == {len(PROMPT)}
     assert [answer["receipt"]["edits_applied"] for answer in second] == [MOST + index for index in range(12)]
+
+
+@pytest.mark.parametrize("runner", ["v2", "v1"])
+@pytest.mark.parametrize("ahead", [True, False], ids=["async", "sync"])
+def test_refusal_gate_stops_a_constrained_request_at_its_first_token(
+    runner: str,
+    ahead: bool,
+    spec: ModelSpec,
+    make_plan: Callable[..., Plan],
+    run_engine: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With graphs, and with a step scheduled ahead: one token; neighbours and unconstrained ones run on."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1" if runner == "v2" else "0")
+    gates = [gate_of(spec, cut=cut, scope="prompt_end", latched=True, refusal="No.") for cut in (-1e9, 1e9)]
+    opens, shut = (make_plan(60.0, layer=6, seed=seed, gate=gate) for seed, gate in enumerate(gates))
+    form = {"max_tokens": MOST, "regex": "[a-z ]{90}"}
+    asked = [
+        {**form, "revision": opens.revision},
+        {**form, "revision": shut.revision},
+        {"max_tokens": MOST, "revision": opens.revision},
+        {**form, "revision": "none"},
+    ]
+    batch = [{**item, "prompt": [*PROMPT, 200 + index]} for index, item in enumerate(asked)]
+    settings = {"async_scheduling": ahead, "enforce_eager": False, "cudagraph_capture_sizes": [1, 2, 4]}
+    memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 * 2**30}
+    (answers,) = run_engine([batch], plans=[opens, shut], **settings, **memory)["batches"]
+    assert [len(answer["tokens"]) for answer in answers] == [1, MOST, MOST, MOST]
+    assert [answer["receipt"]["refusals"] for answer in answers] == [1, 0, 1, 0]
+    assert all(answer["receipt"]["finished"] for answer in answers)

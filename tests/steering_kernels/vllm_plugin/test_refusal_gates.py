@@ -277,11 +277,38 @@ def test_message_ends_with_a_refusal(
     assert (receipt["refusals"], receipt["finished"]) == (1, True)
 
 
+def test_gate_that_opens_in_the_answer_stops_it_there(
+    client: httpx.Client, load: Callable[[Gate], str], spec: ModelSpec
+) -> None:
+    """Tokens from before are streamed as ever; then the refusal ends the answer. A whole answer has only the
+    refusal."""
+    constraint = {"structured_outputs": {"regex": "[a-z ]{90}"}}
+    for seed in range(40):
+        read = np.random.default_rng(seed).normal(size=(1, spec.hidden_size)).astype(np.float32)
+        revision = load(refusal_gate(spec, -20.0, read=read, scope="token"))
+        first = ask(client, CHAT, revision, max_tokens=1, **constraint)[1]
+        answer, receipt = ask(client, CHAT, revision, **constraint)
+        if (first["refusals"], receipt["refusals"]) == (0, 1):
+            break
+        client.delete(f"/interpretops/v1/plans/{revision}")
+    used = answer.json()["usage"]["completion_tokens"]
+    assert 1 < used < 40
+    message = answer.json()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": None, "refusal": TEXT}
+    stream, receipt = ask(client, CHAT, revision, stream=True, **constraint)
+    deltas = [choice["delta"] for chunk in events(stream) for choice in chunk["choices"]]
+    assert "".join(delta.get("content") or "" for delta in deltas[:-2])
+    assert deltas[-2:] == [{"refusal": TEXT}, {}]
+    assert (receipt["refusals"], receipt["finished"]) == (1, True)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 def test_stopping_a_request_changes_no_bit_of_its_neighbours(
-    spec: ModelSpec, make_plan: Callable[..., Plan], run_engine: Callable[..., Any]
+    spec: ModelSpec, make_plan: Callable[..., Plan], run_engine: Callable[..., Any], ahead: bool
 ) -> None:
     """Neighbours in the batch, constrained or not, under the same plan or none, keep tokens and
-    log-probabilities, as if the stopped request had asked for one token."""
+    log-probabilities, as if the stopped request had asked for one token. Also where the engine schedules a
+    step ahead of its results, as on GPUs."""
     seed = next(SEEDS)
     stopping, counting = (
         make_plan(40.0, seed=seed, gate=refusal_gate(spec, refusal=r)) for r in (TEXT, None)
@@ -298,7 +325,7 @@ def test_stopping_a_request_changes_no_bit_of_its_neighbours(
     for plan, tokens in ((stopping, 30), (counting, 1)):
         first = {"revision": plan.revision, "max_tokens": tokens, "regex": "[a-z ]{60}"}
         batch = [{**item, "prompt": p} for item, p in zip([first, *neighbours], prompts, strict=True)]
-        result = run_engine([batch], plans=[plan, closed], dtype="float32")
+        result = run_engine([batch], plans=[plan, closed], dtype="float32", async_scheduling=ahead)
         (answers,) = result["batches"]
         assert len(answers[0]["tokens"]) == 1
         assert answers[0]["receipt"]["finished"]
