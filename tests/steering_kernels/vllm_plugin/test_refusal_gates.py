@@ -307,8 +307,8 @@ def test_stopping_a_request_changes_no_bit_of_its_neighbours(
     spec: ModelSpec, make_plan: Callable[..., Plan], run_engine: Callable[..., Any], ahead: bool
 ) -> None:
     """Neighbours in the batch, constrained or not, under the same plan or none, keep tokens and
-    log-probabilities, as if the stopped request had asked for one token. Also where the engine schedules a
-    step ahead of its results, as on GPUs."""
+    log-probabilities, as if the stopped request had asked for one token: for two, where the engine schedules
+    a step ahead of its results, as on GPUs."""
     seed = next(SEEDS)
     stopping, counting = (
         make_plan(40.0, seed=seed, gate=refusal_gate(spec, refusal=r)) for r in (TEXT, None)
@@ -322,12 +322,13 @@ def test_stopping_a_request_changes_no_bit_of_its_neighbours(
         {"revision": "none", "max_tokens": 14},
     ]
     found = []
-    for plan, tokens in ((stopping, 30), (counting, 1)):
+    steps = 2 if ahead else 1
+    for plan, tokens, kept in ((stopping, 30, 1), (counting, steps, steps)):
         first = {"revision": plan.revision, "max_tokens": tokens, "regex": "[a-z ]{60}"}
         batch = [{**item, "prompt": p} for item, p in zip([first, *neighbours], prompts, strict=True)]
         result = run_engine([batch], plans=[plan, closed], dtype="float32", async_scheduling=ahead)
         (answers,) = result["batches"]
-        assert len(answers[0]["tokens"]) == 1
+        assert len(answers[0]["tokens"]) == kept
         assert answers[0]["receipt"]["finished"]
         assert [answer["receipt"]["refusals"] for answer in answers] == [int(plan is stopping), 0, 0, 0, 0]
         found.append([[answer["tokens"], answer["logprobs"]] for answer in answers[1:]])
