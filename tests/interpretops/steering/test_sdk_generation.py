@@ -115,6 +115,16 @@ def test_generating_without_a_cache_gives_what_the_cache_gives(
     assert found[True].sequences.tolist() != plain.sequences.tolist()
 
 
+def test_sequences_of_a_batch_keep_their_own_readings(model: HookedModel, stream: Array, plan: Plan) -> None:
+    """A prompt that opens the gate beside one that does not: each is read as it is alone."""
+    prompts, counts = [PROMPT[:LENGTH], [PROMPT[0]] * LENGTH], []
+    with SteeringSession(model, behind(plan, gates(model, stream)["prompt"])) as session:
+        for batch in ([prompts[0]], [prompts[1]], prompts):
+            model.network.generate(torch.tensor(batch), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+            counts.append(session.receipt.gates_fired)
+    assert counts == [4, 0, 4]
+
+
 @pytest.mark.parametrize("kind", ["prefill", "decode", "prompt_end", "prompt", "answer"])
 @pytest.mark.parametrize("use_cache", [False, None])
 def test_loop_without_a_cache_is_refused_where_the_prompt_matters(
