@@ -1,11 +1,12 @@
-"""From what was answered in a run to its Risk Card."""
+"""Makes the Risk Card of a run from its judged answers."""
 
 from discovery.evaluation.baselines.baselines import card_baselines
-from discovery.evaluation.forced import forced_items, forced_measures, score_items
+from discovery.evaluation.evaluation_run import Measured, Run
 from discovery.evaluation.measures.circuit_stability import circuit_of
 from discovery.evaluation.measures.contributions import contribution_measure, effect_of, score_effect
 from discovery.evaluation.measures.latency import latency_measure
-from discovery.evaluation.metrics import (
+from discovery.evaluation.measures.likelihoods import forced_items, forced_measures, score_items
+from discovery.evaluation.measures.metrics import (
     answer_measures,
     merge,
     stopped_attacks,
@@ -13,9 +14,8 @@ from discovery.evaluation.metrics import (
     task_measure,
     text_measure,
 )
-from discovery.evaluation.run import Measured, Run
 from discovery.evaluation.subject import without
-from discovery.evaluation.suite import LoadedSuite
+from discovery.evaluation.suites.suite import LoadedSuite
 from discovery.jobs.run_record import run_record
 from interpretops.riskcard import RiskCard
 from interpretops.riskcard.card import (

@@ -1,4 +1,4 @@
-"""What the command `eval` does: one policy, or all active ones behind one gateway, and their report."""
+"""`mechctl eval`: measures one policy, or all active ones behind one gateway, and writes the report."""
 
 import asyncio
 import hashlib
@@ -10,10 +10,10 @@ from pathlib import Path
 import aiohttp
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.endpoint import Endpoint
+from discovery.evaluation.answers.endpoint import Endpoint
+from discovery.evaluation.answers.own_gateway import own_gateway
 from discovery.evaluation.job import TIMEOUT_S, Evaluation, evaluate
 from discovery.evaluation.options import JobOptions
-from discovery.evaluation.own_gateway import own_gateway
 from discovery.evaluation.report_file import write_report
 from discovery.evaluation.subject import open_suites
 from interpretops.settings import Settings
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 def run_eval(settings: Settings, options: JobOptions, report: Path | None, say: Say) -> list[Evaluation]:
-    """Measure the policy of the options, or every active one, and write ``report`` if one is wanted."""
+    """Measure the policy that the options name, or every active one, and write ``report`` if it is given."""
     found = [evaluate(settings, options, say=say)] if options.policy else _active(settings, options, say)
     if report is not None:
         write_report(report, [(one.card, one.suites) for one in found])
@@ -31,10 +31,10 @@ def run_eval(settings: Settings, options: JobOptions, report: Path | None, say: 
 
 
 def _active(settings: Settings, options: JobOptions, say: Say) -> list[Evaluation]:
-    """All policies that a gateway offers, asked behind one: each starts no engine of its own.
+    """Measure all policies that a gateway offers, behind one gateway and one engine.
 
-    What is answered without a policy is asked once. Baselines that would have to be made and served are left
-    out; `--policy` has them.
+    Answers without a policy are asked for once. Baselines that need policies of their own are left out; use
+    `--policy` for them.
     """
     out = options.out or Path("runs") / f"eval-active-{_digest(settings, options)}"
     with ExitStack() as stack:
@@ -68,8 +68,7 @@ def _active(settings: Settings, options: JobOptions, say: Say) -> list[Evaluatio
 
 
 def _digest(settings: Settings, options: JobOptions) -> str:
-    """12 hex that name the suites as they are now: changed ones are another run. Faults of theirs show here,
-    before an engine is started."""
+    """12 hex digits that change with the suites. Faults in a suite show here, before an engine starts."""
     of = [settings.model.name, str(options.max_tokens), str(options.seed), str(options.limit)]
     if options.suites:
         loaded = open_suites(options.suites, None, options.data_folder, settings.store.s3_endpoint)
@@ -78,7 +77,7 @@ def _digest(settings: Settings, options: JobOptions) -> str:
 
 
 async def _offered(url: str) -> list[str]:
-    """Ids of the policies that callers may choose, which are the active ones."""
+    """Ids of the policies that clients may choose: the active ones."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         endpoint = Endpoint(session, url)

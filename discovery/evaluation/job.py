@@ -1,4 +1,4 @@
-"""`mechctl eval`: a policy and suites in, answers and a Risk Card out."""
+"""Measures one policy on its suites through a gateway, and writes its Risk Card."""
 
 import asyncio
 import hashlib
@@ -12,21 +12,21 @@ from typing import Any
 import aiohttp
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.answers import AnswerFile, Unsteered, prompts_digest
+from discovery.evaluation.answers.answer_file import AnswerFile, Unsteered, prompts_digest
+from discovery.evaluation.answers.collect import Arm, Sampling, collect
+from discovery.evaluation.answers.endpoint import NONE, Endpoint
+from discovery.evaluation.answers.own_gateway import own_gateway
 from discovery.evaluation.baselines.baseline_policies import Derived
 from discovery.evaluation.baselines.baselines import make_baselines, served_baselines
 from discovery.evaluation.card_of_run import make_card
-from discovery.evaluation.collect import Arm, Sampling, collect
-from discovery.evaluation.endpoint import NONE, Endpoint
-from discovery.evaluation.judging import Bench, judge_answers, write_outcomes
+from discovery.evaluation.evaluation_run import Measured, Run
+from discovery.evaluation.judging import JudgePanel, judge_answers, write_outcomes
 from discovery.evaluation.measures.circuit_stability import circuit_of
 from discovery.evaluation.measures.latency import Rounds, time_policy, why_not_here
 from discovery.evaluation.options import JobOptions
-from discovery.evaluation.own_gateway import own_gateway
 from discovery.evaluation.report_file import SuiteResult, suite_results
-from discovery.evaluation.run import Measured, Run
 from discovery.evaluation.subject import cut, open_subject, open_suites, without
-from discovery.evaluation.suite import LoadedSuite
+from discovery.evaluation.suites.suite import LoadedSuite
 from discovery.jobs.stopping import interruptible
 from interpretops.files.atomic_file import write_atomically
 from interpretops.riskcard import RiskCard, card_path, save_card, verdict
@@ -40,11 +40,11 @@ TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation."""
+    """A finished evaluation of one policy."""
 
     card: RiskCard
     suites: list[SuiteResult]
-    """Each suite by itself; the card is of all together."""
+    """The results of each suite; the card covers all suites together."""
     unsteered: Unsteered | None = None
 
 
@@ -62,12 +62,12 @@ def evaluate(
 ) -> Evaluation:
     """Measure a policy through the gateway and write its card to the folder ``options.out``.
 
-    unsteered: what the same gateway has answered already; taken where the prompts are the same
+    unsteered: answers that the same gateway gave before without a policy; reused for the same prompts
     """
     subject = open_subject(options.policy, settings, say)
     loaded = open_suites(options.suites, subject.policy, options.data_folder, settings.store.s3_endpoint)
     loaded = loaded if options.limit is None else cut(loaded, options.limit)
-    # A circuit that does not fit is told before hours of answers.
+    # Refuse a circuit that does not fit now, not after hours of answers.
     circuit_of(
         subject.policy, subject.model, options.circuit, settings.paths.artifacts, settings.circuits_dir
     )
@@ -84,7 +84,7 @@ def evaluate(
         settings.runtime.price_per_hour,
     )
     try:
-        with interruptible(f"what was answered is in {out}"):
+        with interruptible(f"the answers so far are in {out}"):
             with ExitStack() as stack:
                 made = None
                 if options.url is None:
@@ -103,8 +103,8 @@ def evaluate(
                 say(f"{published}: published")
     except OSError as error:
         raise DiscoveryError(
-            f"--out = {out}: cannot be written ({error.strerror or error}); what was answered is "
-            "kept, the same command goes on"
+            f"--out = {out}: cannot be written ({error.strerror or error}); the answers so far are "
+            "kept; run the same command to resume"
         ) from error
     counted = without(run.loaded, measured.answers.too_long)
     results = suite_results(counted, measured.judged, measured.answers.answers, options.seed)
@@ -170,7 +170,7 @@ async def measure(run: Run, made: Derived | None, unsteered: Unsteered | None = 
         await collect(endpoint, loaded.prompts, arms, sampling, answers, options.concurrency)
         loaded = without(loaded, answers.too_long)
         timed = await _time(run, endpoint, loaded, sampling)
-        bench = Bench(session, options)
+        bench = JudgePanel(session, options)
         judged = await judge_answers(loaded, answers, arms, bench, options.concurrency)
     write_outcomes(run.out / "outcomes.jsonl", judged)
     plain = tuple(answer for answer in answers.answers.values() if answer.policy == NONE)

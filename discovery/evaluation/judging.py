@@ -9,10 +9,10 @@ from pathlib import Path
 import aiohttp
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.answers import AnswerFile
-from discovery.evaluation.collect import Arm
+from discovery.evaluation.answers.answer_file import AnswerFile
+from discovery.evaluation.answers.collect import Arm
 from discovery.evaluation.options import JobOptions
-from discovery.evaluation.suite import ASKED, LoadedSuite, Prompt
+from discovery.evaluation.suites.suite import ASKED, LoadedSuite, Prompt
 from discovery.jobs.progress import meter
 from discovery.judges.answer_judges import Judge, ModelJudge, Moderation, PhraseJudge
 from discovery.judges.outcome import Outcome
@@ -22,7 +22,7 @@ from interpretops.files.atomic_file import write_atomically
 from interpretops.refusal_detector import is_coherent, is_degenerate
 
 
-class Bench:
+class JudgePanel:
     """The judges of one run."""
 
     def __init__(self, session: aiohttp.ClientSession, options: JobOptions) -> None:
@@ -72,7 +72,7 @@ def _judge(session: aiohttp.ClientSession, options: JobOptions) -> Judge:
 
 
 async def judge_answers(
-    loaded: LoadedSuite, answers: AnswerFile, arms: Sequence[Arm], bench: Bench, concurrency: int
+    loaded: LoadedSuite, answers: AnswerFile, arms: Sequence[Arm], bench: JudgePanel, concurrency: int
 ) -> dict[str, dict[str, Outcome]]:
     """Outcomes by arm and prompt id."""
     judged: dict[str, dict[str, Outcome]] = {arm.name: {} for arm in arms}

@@ -25,7 +25,7 @@ class JobOptions:
     url: str | None = None
     """A running gateway; else one is started for this run. Only then are baselines made for it."""
     out: Path | None = None
-    """Folder of answers and card; an unfinished run goes on."""
+    """Folder of answers and card; an unfinished run is resumed."""
     data_folder: str | None = None
     """Folder or URL of the suites' files, if not beside them."""
     max_tokens: int = Field(default=40, ge=1)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.answers import Answer
-from discovery.evaluation.metrics import answer_measures, task_measure, text_measure
-from discovery.evaluation.suite import EvaluationSuite, LoadedSuite
+from discovery.evaluation.answers.answer_file import Answer
+from discovery.evaluation.measures.metrics import answer_measures, task_measure, text_measure
+from discovery.evaluation.suites.suite import EvaluationSuite, LoadedSuite
 from discovery.judges.outcome import Outcomes
 from interpretops.files.atomic_file import write_atomically
 from interpretops.riskcard import RiskCard, verdict

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.suite import LoadedSuite, Role
-from discovery.evaluation.suite_files import join_suites, load_suites, local_copy
+from discovery.evaluation.suites.suite import LoadedSuite, Role
+from discovery.evaluation.suites.suite_files import join_suites, load_suites, local_copy
 from interpretops.compile import compile_policy
 from interpretops.errors import PolicyError
 from interpretops.model.source import resolve_model

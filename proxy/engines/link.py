@@ -154,7 +154,7 @@ class EngineLink:
             *(tuple(await client.models()), attested, own),
         )
         if self._former is not None:
-            # It may be the same process as before and still hold plans retired in the plannedime.
+            # It may be the same process as before and still hold plans retired in the meantime.
             held = {*self._former.resident, *self._former.unfreed}
             engine.unfreed |= held & attested.revisions()
         progress("Loading policies")

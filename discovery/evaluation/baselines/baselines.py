@@ -8,11 +8,11 @@ import yaml
 
 from discovery.data.sources import sha256_of_file
 from discovery.errors import DiscoveryError
-from discovery.evaluation.answers import AnswerFile
+from discovery.evaluation.answers.answer_file import AnswerFile
 from discovery.evaluation.baselines.baseline_policies import SUFFIX, Derived, baseline_id, derive_baselines
-from discovery.evaluation.metrics import answer_measures, text_measure
+from discovery.evaluation.measures.metrics import answer_measures, text_measure
 from discovery.evaluation.subject import Subject
-from discovery.evaluation.suite import LoadedSuite
+from discovery.evaluation.suites.suite import LoadedSuite
 from discovery.jobs.whole_file import write_json
 from discovery.judges.outcome import Outcomes, blocked
 from interpretops.files.json_file import read_json_object

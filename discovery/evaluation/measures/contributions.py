@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from discovery.evaluation.answers import Answer
-from discovery.evaluation.forced import Item, Scores, score_answers
+from discovery.evaluation.answers.answer_file import Answer
+from discovery.evaluation.measures.likelihoods import Item, Scores, score_answers
 from discovery.evaluation.measures.policy_parts import Part, parts_of, without_part
 from discovery.evaluation.options import MOST_PARTS
-from discovery.evaluation.suite import ASKED, LoadedSuite, Prompt, spread
+from discovery.evaluation.suites.suite import ASKED, LoadedSuite, Prompt, spread
 from discovery.jobs.progress import meter
 from interpretops.plan import Plan
 from interpretops.policy import Policy

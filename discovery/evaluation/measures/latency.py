@@ -11,9 +11,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.collect import Sampling
-from discovery.evaluation.endpoint import NONE, Endpoint
-from discovery.evaluation.suite import ASKED, LoadedSuite, Prompt, spread
+from discovery.evaluation.answers.collect import Sampling
+from discovery.evaluation.answers.endpoint import NONE, Endpoint
+from discovery.evaluation.suites.suite import ASKED, LoadedSuite, Prompt, spread
 from discovery.jobs.progress import meter
 from interpretops.machine import machine_name
 from interpretops.riskcard.card import Interval, Latency, Measure, Source
@@ -45,7 +45,7 @@ class Round:
 
 
 class Rounds:
-    """Rounds of one run, a line each in a file, so that a run that was stopped goes on."""
+    """Rounds of one run, a line each in a file, so that a stopped run resumes."""
 
     def __init__(self, path: Path, machine: str, requests: int) -> None:
         self.path = path
@@ -69,7 +69,7 @@ class Rounds:
                 file.write("\n" + json.dumps(asdict(one)) + "\n")
         except OSError as error:
             raise DiscoveryError(
-                f"{self.path}: cannot be written ({error.strerror}); the same command goes on"
+                f"{self.path}: cannot be written ({error.strerror}); run the same command to resume"
             ) from error
         self.found.append(one)
 

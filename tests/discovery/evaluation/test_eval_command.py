@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from discovery.errors import DiscoveryError
+from discovery.evaluation.answers.own_gateway import own_gateway
 from discovery.evaluation.job import evaluate_policy
 from discovery.evaluation.options import JobOptions
-from discovery.evaluation.own_gateway import own_gateway
 from interpretops.policy import load_policy
 from interpretops.riskcard import card_for, load_card
 from interpretops.settings import load_settings

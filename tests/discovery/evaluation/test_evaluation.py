@@ -15,16 +15,16 @@ from scripted_gateway import ANSWER, REFUSAL, REVISION, Gateway, served
 
 from discovery.data.sources import sha256_of_file
 from discovery.errors import DiscoveryError
-from discovery.evaluation import endpoint as endpoint_module
+from discovery.evaluation.answers import endpoint as endpoint_module
+from discovery.evaluation.answers.endpoint import Endpoint, UnprovenAnswerError
 from discovery.evaluation.card_of_run import make_card
-from discovery.evaluation.endpoint import Endpoint, UnprovenAnswerError
+from discovery.evaluation.evaluation_run import Run
 from discovery.evaluation.job import evaluate_policy, measure
 from discovery.evaluation.measures.circuit_stability import circuit_of
 from discovery.evaluation.options import JobOptions
-from discovery.evaluation.run import Run
 from discovery.evaluation.subject import Subject
-from discovery.evaluation.suite import EvaluationSuite
-from discovery.evaluation.suite_files import load_suite
+from discovery.evaluation.suites.suite import EvaluationSuite
+from discovery.evaluation.suites.suite_files import load_suite
 from discovery.judges.answer_judges import ModelJudge, PhraseJudge
 from interpretops.compile import compile_policy
 from interpretops.model.spec import read_model_spec
@@ -259,7 +259,7 @@ async def test_engine_that_is_started_again_is_waited_for(
     assert card.measures["defense_efficacy"].n == 20
     monkeypatch.setattr(endpoint_module, "PATIENCE_S", 0.0)
     gateway.not_ready = 200
-    with pytest.raises(DiscoveryError, match=r"not ready.*the same command goes on"):
+    with pytest.raises(DiscoveryError, match=r"not ready.*run the same command to resume"):
         await run(suite, subject, gateway, tmp_path / "other", concurrency=1)
 
 

@@ -10,13 +10,13 @@ from scripted_gateway import ANSWER, REVISION, Gateway, served
 
 from discovery.errors import DiscoveryError
 from discovery.evaluation.card_of_run import make_card
-from discovery.evaluation.forced import Item, Scores, forced_items, forced_measures
+from discovery.evaluation.evaluation_run import Run
 from discovery.evaluation.job import measure
+from discovery.evaluation.measures.likelihoods import Item, Scores, forced_items, forced_measures
 from discovery.evaluation.options import JobOptions
-from discovery.evaluation.run import Run
 from discovery.evaluation.subject import Subject, cut, open_suites
-from discovery.evaluation.suite import LoadedSuite
-from discovery.evaluation.suite_files import join_suites, load_suite
+from discovery.evaluation.suites.suite import LoadedSuite
+from discovery.evaluation.suites.suite_files import join_suites, load_suite
 from discovery.judges.text_scores import bleu, bleu_loss, contains_answer, similarity
 from interpretops.plan import ModelSpec
 from interpretops.policy import load_policy

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from discovery.evaluation.forced import Item, forced_items, score_items
-from discovery.evaluation.suite import Prompt
-from discovery.evaluation.suite_files import load_suite
+from discovery.evaluation.measures.likelihoods import Item, forced_items, score_items
+from discovery.evaluation.suites.suite import Prompt
+from discovery.evaluation.suites.suite_files import load_suite
 from discovery.frozen_model import FrozenModel
 from interpretops.compile import compile_policy
 from interpretops.plan import ALWAYS, Plan

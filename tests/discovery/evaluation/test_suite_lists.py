@@ -13,7 +13,7 @@ from aiohttp.test_utils import TestServer
 
 from discovery.errors import DiscoveryError
 from discovery.evaluation.subject import open_suites
-from discovery.evaluation.suite_files import load_suites
+from discovery.evaluation.suites.suite_files import load_suites
 
 REFERENCE = Path(__file__).resolve().parents[2] / "fixtures" / "reference-suites.yaml"
 DATA = Path(__file__).resolve().parents[3] / "data"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from discovery.evaluation.answers import Answer
+from discovery.evaluation.answers.answer_file import Answer
 from discovery.evaluation.measures.contributions import (
     changed_items,
     contribution_measure,
@@ -18,8 +18,8 @@ from discovery.evaluation.measures.contributions import (
 )
 from discovery.evaluation.measures.policy_parts import parts_of, without_part
 from discovery.evaluation.options import MOST_PARTS
-from discovery.evaluation.suite import LoadedSuite, spread
-from discovery.evaluation.suite_files import load_suite
+from discovery.evaluation.suites.suite import LoadedSuite, spread
+from discovery.evaluation.suites.suite_files import load_suite
 from discovery.frozen_model import FrozenModel
 from interpretops.artifacts.adapter import AdapterSite, write_adapter
 from interpretops.compile import compile_policy

@@ -10,15 +10,15 @@ import yaml
 from scripted_gateway import REVISION, Gateway, served
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation import endpoint as endpoint_module
+from discovery.evaluation.answers import endpoint as endpoint_module
 from discovery.evaluation.card_of_run import make_card
+from discovery.evaluation.evaluation_run import Run
 from discovery.evaluation.job import measure
 from discovery.evaluation.measures import latency as latency_module
 from discovery.evaluation.measures.latency import REQUESTS, TOKENS, why_not_here
 from discovery.evaluation.options import JobOptions
-from discovery.evaluation.run import Run
 from discovery.evaluation.subject import Subject
-from discovery.evaluation.suite_files import load_suite
+from discovery.evaluation.suites.suite_files import load_suite
 from interpretops.plan import ModelSpec
 from interpretops.policy import load_policy
 from interpretops.riskcard import RiskCard

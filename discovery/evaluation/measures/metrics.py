@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from discovery.evaluation.answers import Answer
-from discovery.evaluation.suite import LoadedSuite, Prompt, Role
+from discovery.evaluation.answers.answer_file import Answer
+from discovery.evaluation.suites.suite import LoadedSuite, Prompt, Role
 from discovery.judges.outcome import Outcome, Outcomes
 from discovery.judges.text_scores import bleu, bleu_loss
 from interpretops.riskcard.card import Measure, MeasureName, Measures, Pairs, Source

@@ -39,14 +39,14 @@ class PromptTooLongError(DiscoveryError):
 
 
 class PromptNotToldError(DiscoveryError):
-    """The policy acts otherwise on a prompt than on an answer, so that nothing of the prompt is told."""
+    """The policy edits prompts and answers differently, so the gateway tells no prompt log-probabilities."""
 
     code = "prompt_not_told"
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What the gateway said it did for one request."""
+    """What the gateway's headers state about one answer."""
 
     revision: str
     """64 hex, or `none`."""
@@ -110,7 +110,7 @@ class Endpoint:
             attempts += not waits
             if attempts == ATTEMPTS:
                 raise DiscoveryError(
-                    f"{self.url}{route}: {why}; when it serves again, the same command goes on"
+                    f"{self.url}{route}: {why}; when it serves again, run the same command to resume"
                 )
             await asyncio.sleep(FIRST_PAUSE_S * 2 ** (ATTEMPTS - 2 if waits else attempts - 1))
 

@@ -1,20 +1,20 @@
-"""One evaluation: what is measured, how, and what was answered."""
+"""One evaluation: what is measured, how, and the answers."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from discovery.evaluation.answers import AnswerFile, Unsteered
+from discovery.evaluation.answers.answer_file import AnswerFile, Unsteered
 from discovery.evaluation.measures.latency import Rounds
 from discovery.evaluation.options import JobOptions
 from discovery.evaluation.subject import Subject
-from discovery.evaluation.suite import LoadedSuite
+from discovery.evaluation.suites.suite import LoadedSuite
 from discovery.judges.outcome import Outcomes
 from interpretops.riskcard.card import BaselineKind
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was answered, and what the judges said."""
+    """The answers and the judges' verdicts."""
 
     answers: AnswerFile
     judged: dict[str, Outcomes]
@@ -24,7 +24,7 @@ class Measured:
     timed: Rounds | str = "not asked for: --latency-rounds 0"
     """Times with and without the policy, or why there are none."""
     unsteered: Unsteered | None = None
-    """What was answered without a policy."""
+    """Answers without a policy."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from discovery.data.sources import (
     sha256_of_file,
 )
 from discovery.errors import DiscoveryError
-from discovery.evaluation.remote_file import fetch
-from discovery.evaluation.suite import EvaluationSuite, LoadedSuite, Prompt, Role, SuiteSource
-from discovery.evaluation.suite_list import SuiteList
+from discovery.evaluation.suites.remote_file import fetch
+from discovery.evaluation.suites.suite import EvaluationSuite, LoadedSuite, Prompt, Role, SuiteSource
+from discovery.evaluation.suites.suite_list import SuiteList
 from interpretops.files.schema_faults import describe_faults
 from interpretops.files.strict_yaml import read_yaml
 

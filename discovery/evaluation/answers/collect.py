@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from discovery.errors import DiscoveryError
-from discovery.evaluation.answers import Answer, AnswerFile
-from discovery.evaluation.endpoint import NONE, Endpoint, PromptNotToldError, PromptTooLongError
-from discovery.evaluation.suite import ASKED, Prompt
+from discovery.evaluation.answers.answer_file import Answer, AnswerFile
+from discovery.evaluation.answers.endpoint import NONE, Endpoint, PromptNotToldError, PromptTooLongError
+from discovery.evaluation.suites.suite import ASKED, Prompt
 from discovery.jobs.progress import Meter, meter
 
 

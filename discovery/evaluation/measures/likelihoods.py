@@ -1,8 +1,8 @@
-"""Likelihoods of given answers with and without the policy, on the engine's own op over a Hugging Face model.
+"""Likelihoods of given answers with and without the policy, by the engine's op on a Hugging Face model.
 
-An endpoint scores only prompts. An edit that begins at the end of the prompt, as most gated ones do, acts on
-what follows: here a given answer follows the prompt, token by token, and its probability is read. Of a piece
-of plain text the second half follows the first.
+An endpoint scores only prompts. Most gated policies edit from the end of the prompt on, so their effect shows
+only on what follows. Here a given answer follows the prompt, and each of its tokens gets its probability. Of a
+piece of plain text, the second half follows the first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from discovery.evaluation.metrics import merge
-from discovery.evaluation.suite import LoadedSuite, Prompt
+from discovery.evaluation.measures.metrics import merge
+from discovery.evaluation.suites.suite import LoadedSuite, Prompt
 from discovery.jobs.checksummed_file import digest
 from discovery.jobs.checksummed_lines import ChecksummedLines
 from discovery.jobs.progress import Meter, meter
@@ -41,16 +41,16 @@ class Item:
     answers: tuple[str, ...]
 
     def digest(self) -> str:
-        """Another one for another text under the same id."""
+        """Changes with the text, even under the same id."""
         return digest([self.prompt.text, self.answers])
 
 
 def forced_items(
     loaded: LoadedSuite, own_answers: dict[str, str], most_answers: int, plan: Plan | None = None
 ) -> list[Item]:
-    """What is scored: own unsteered answers to benign prompts (at most so many), options, pairs.
+    """What is scored: unsteered answers to benign prompts (at most ``most_answers``), options and pairs.
 
-    And plain text, where under ``plan`` an endpoint cannot score it.
+    Plain text too, if an endpoint cannot score it under ``plan``.
     """
     benign = [prompt for prompt in loaded.of("benign") if own_answers.get(prompt.id, "").strip()]
     step = max(1, len(benign) // max(most_answers, 1))
@@ -63,7 +63,7 @@ def forced_items(
 
 
 def score_items(items: Sequence[Item], plan: Plan, folder: Path, dtype: str, out: Path) -> "Scores":
-    """Score every item under both arms; what stands in ``out`` already is not scored again."""
+    """Score every item with and without the plan; scores that are in ``out`` already are reused."""
     scores = Scores(out, items)
     todo = [(arm, item) for arm in ARMS for item in items if (arm, item.prompt.id) not in scores.found]
     if not todo:
@@ -86,7 +86,7 @@ def score_answers(
     scores: "Scores",
     progress: Meter,
 ) -> None:
-    """Score the answers of every item under a plan, or under none, and keep them as those of ``arm``."""
+    """Score the answers of every item under a plan, or under none, and store them for ``arm``."""
     from interpretops.steering.session import SteeringSession
 
     with ExitStack() as stack:
@@ -138,7 +138,7 @@ def forced_measures(
 
 
 def _wins(scored: Sequence[tuple[float, int]], per_token: bool) -> bool:
-    """Whether the first is the likeliest: by its sum, or by its mean per token where lengths differ."""
+    """Whether the first answer is the likeliest: by its sum, or by its mean per token."""
     values = [total / count if per_token else total for total, count in scored]
     return all(values[0] > value for value in values[1:])
 
@@ -174,10 +174,10 @@ def _score(
 
 
 class Scores:
-    """Scores by (arm, prompt id), one line each in a file, so that a run that was stopped goes on."""
+    """Scores by (arm, prompt id), one line each in a file, so that a stopped run can resume."""
 
     def __init__(self, path: Path, items: Sequence[Item]) -> None:
-        """Read what was scored of just these items: another prompt or answer under the same id is not."""
+        """Read the stored scores of exactly these items, and ignore those of changed prompts or answers."""
         self._lines = ChecksummedLines(path)
         self._of = {item.prompt.id: item.digest() for item in items}
         self.found: dict[tuple[str, str], list[tuple[float, int]]] = {}
@@ -189,7 +189,7 @@ class Scores:
                 raise self._lines.damaged(number, "it holds no scores") from error
 
     def add(self, arm: str, key: str, scores: list[tuple[float, int]]) -> None:
-        """Keep the scores of one item: on disk when this returns."""
+        """Store the scores of one item; they are on disk when this returns."""
         self._lines.append({"arm": arm, "id": key, "of": self._of[key], "scores": scores})
         self.found[arm, key] = scores
 

@@ -1,4 +1,4 @@
-"""The answers of a run on disk: one line each, so that a run that was stopped goes on without loss."""
+"""The answers of a run on disk: one line each, so that a stopped run resumes without loss."""
 
 import hashlib
 import json

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, Strict, model_validator
 
-from discovery.evaluation.suite import SYSTEM_PROMPT, EvaluationSuite, Role, SuiteSource
+from discovery.evaluation.suites.suite import SYSTEM_PROMPT, EvaluationSuite, Role, SuiteSource
 from interpretops.policy.fields import Identifier, StrictModel
 
 SuiteMetric = Literal[

@@ -1,0 +1,1 @@
+"""Asks a gateway for answers, and keeps them."""

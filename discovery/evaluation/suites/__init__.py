@@ -1,0 +1,1 @@
+"""What a policy is measured on: suites, their files and lists, local or remote."""
