@@ -1,8 +1,8 @@
 """Likelihoods of given answers with and without the policy, by the engine's op on a Hugging Face model.
 
-An endpoint scores only prompts. Most gated policies edit from the end of the prompt on, so their effect shows
-only on what follows. Here a given answer follows the prompt, and each of its tokens gets its probability. Of a
-piece of plain text, the second half follows the first.
+An endpoint scores only prompts. Most gated policies edit from the end of the prompt on, so their effect
+shows only on what follows. Here a given answer follows the prompt, and each of its tokens gets its
+probability. Of a piece of plain text, the second half follows the first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
