@@ -104,7 +104,7 @@ def test_examples_were_not_trained_on() -> None:
         for name in ("harmful", "benign")
         for prompt in read_prompts(Source(prompts / "contrast.yaml", "prompts", name=name))
     } | {prompt.casefold() for prompt in read_prompts(Source(prompts / "self-asked.json", "prompts"))}
-    for path in (prompts / "written").glob("*.yaml"):
+    for path in (prompts / "written").rglob("*.yaml"):
         for name in ("harmful", "borderline", "benign") if path.stem != "wrappers" else ():
             if name in yaml.safe_load(path.read_text()):
                 trained |= {prompt.casefold() for prompt in read_prompts(Source(path, "prompts", name=name))}
