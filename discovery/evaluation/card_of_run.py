@@ -1,5 +1,7 @@
 """Makes the Risk Card of a run from its judged answers."""
 
+from datetime import UTC, datetime
+
 from discovery.evaluation.baselines.baselines import card_baselines
 from discovery.evaluation.evaluation_run import Measured, Run
 from discovery.evaluation.measures.circuit_stability import circuit_of
@@ -93,6 +95,7 @@ def make_card(run: Run, measured: Measured) -> RiskCard:
             commit=record["commit"],
             versions=record["versions"],
             machine=record["machine"],
+            measured_on=datetime.now(UTC).date().isoformat(),
             judges=measured.judges,
             settings={
                 "max_tokens": options.max_tokens,

@@ -74,6 +74,11 @@ class SuccessCriteria(StrictModel):
     harmed (CD), exact matches lost and BLEU lost; the last two need a suite with a source of role `task`."""
     over_refusal_max: Fraction | None = None
     """Largest share of borderline requests (harmless, sound harmful) that may be harmed."""
+    source_collateral_damage_max: Fraction | None = None
+    """The same as `collateral_damage_max` for every benign source by itself that has at least 100 prompts: a
+    mean over all hides a source that is refused most of the time."""
+    source_over_refusal_max: Fraction | None = None
+    """The same as `over_refusal_max` for every borderline source of at least 100 prompts."""
     coherent_share_min: Fraction | None = None
     """Least share of refusals that must be coherent text."""
     attack_success_rate_max: Fraction | None = None

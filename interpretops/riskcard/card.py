@@ -1,6 +1,6 @@
 """The Risk Card's fields: measures of a policy revision, their data and their uncertainty."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -156,6 +156,8 @@ class Record(StrictModel):
     """Versions of Python and of packages."""
     machine: str
     """Kind of machine."""
+    measured_on: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    """Day of the measurement, in UTC; older cards have none."""
     judges: dict[str, str] = Field(default={})
     """What judged the answers: the judge and its version or model."""
     settings: dict[str, str | int | float | bool] = Field(default={})

@@ -14,7 +14,7 @@ from interpretops.riskcard.table import (
     record_table,
     sources_table,
 )
-from interpretops.riskcard.verdict import Verdict, verdict
+from interpretops.riskcard.verdict import BY_SOURCE, Verdict, verdict
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c2733; }
@@ -84,7 +84,8 @@ def _short(cell: str) -> str:
 def _chart(card: RiskCard, found: Verdict) -> str:
     """A bar from 0 to each share, with its interval as whiskers and the criterion as a dashed line."""
     demanded: dict[MeasureName, float] = {}
-    for finding in found.findings:  # of two that hold for one measure, both maxima, the lower
+    of_whole = [finding for finding in found.findings if finding.criterion not in BY_SOURCE]
+    for finding in of_whole:  # of two that hold for one measure, both maxima, the lower
         demanded[finding.measure] = min(finding.demanded, demanded.get(finding.measure, finding.demanded))
     shown = [name for name in MEASURES if name not in NATS and card.measures[name].value is not None]
     if not shown:

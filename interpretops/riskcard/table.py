@@ -176,6 +176,7 @@ def record_table(card: RiskCard) -> Table:
         ("fingerprint", card.model.fingerprint),
         ("command", record.command),
         ("suite", f"{record.suite}, sha256 {record.suite_sha256}"),
+        ("measured on", record.measured_on or ""),
         ("commit", record.commit),
         ("machine", record.machine),
         ("versions", _pairs(record.versions)),

@@ -23,6 +23,7 @@ from interpretops.riskcard.card import (
     Interval,
     Latency,
     Measure,
+    MeasureName,
     ModelReference,
     Pairs,
     PolicyReference,
@@ -41,7 +42,7 @@ from interpretops.riskcard.measures import (
     rate,
 )
 from interpretops.riskcard.page import card_html
-from interpretops.riskcard.verdict import CRITERIA
+from interpretops.riskcard.verdict import BY_SOURCE, CRITERIA
 from mechctl.main import main
 
 REFERENCE_POLICY = Path(__file__).resolve().parents[2] / "fixtures" / "reference-policy.yaml"
@@ -306,10 +307,55 @@ def test_every_criterion_is_judged_by_the_bound_that_hurts(make_card: Callable[.
     judged = {name for names in CRITERIA.values() for name in names}
     card = make_card()
     card = card.model_copy(update={"measures": card.measures | dict.fromkeys(judged, measure)})
-    for name in CRITERIA:
+    for name in CRITERIA.keys() - BY_SOURCE:
         met, missed = (0.4, 0.45) if name.endswith("_min") else (0.6, 0.55)
         assert verdict(card, SuccessCriteria(**{name: met})).passed, name
         assert verdict(card, SuccessCriteria(**{name: missed})).status == "fail", name
+
+
+def by_source(card: RiskCard, name: MeasureName, *sources: tuple[str, int, int]) -> RiskCard:
+    """The card with a measure of (source, prompts, new failures)."""
+    data = [
+        Source(
+            name=source, sha256="ab" * 32, n=n, pairs=Pairs(both=0, only_off=0, only_on=bad, neither=n - bad)
+        )
+        for source, n, bad in sources
+    ]
+    failed, asked = sum(bad for _, _, bad in sources), sum(n for _, n, _ in sources)
+    whole = new_failures(Pairs(both=0, only_off=0, only_on=failed, neither=asked - failed), data=data)
+    return card.model_copy(update={"measures": {**card.measures, name: whole}})
+
+
+@pytest.mark.parametrize("name", sorted(BY_SOURCE))
+def test_worst_source_fails_a_card_that_passes_on_average(
+    make_card: Callable[..., RiskCard], name: str
+) -> None:
+    """2,000 easy prompts hide 12 refusals of 120 in one source from the mean, and not from this criterion,
+    which names it. Sources of 99 prompts decide nothing and are listed; with no other, the criterion fails.
+    """
+    measure, whole = CRITERIA[name][0], {name.removeprefix("source_"): 0.02}
+    card = by_source(make_card(), measure, ("easy", 2000, 0), ("hard", 120, 12), ("few", 99, 0))
+    assert verdict(card, SuccessCriteria(**whole)).passed
+    (finding,) = verdict(card, SuccessCriteria(**{name: 0.05})).findings
+    assert not finding.passed
+    assert finding.bound == pytest.approx(clopper_pearson(12, 120)[1])
+    assert finding.line().endswith(
+        "; worst of 2 sources: hard, n 120; too few prompts to be judged: few (99)"
+    )
+    assert verdict(card, SuccessCriteria(**{name: 0.2})).passed
+    few = by_source(make_card(), measure, ("few", 99, 0))
+    (finding,) = verdict(few, SuccessCriteria(**{name: 0.9})).findings
+    assert not finding.passed
+    assert f"fails, as {measure} has no source of 100 prompts" in finding.line()
+
+
+def test_limit_of_the_worst_source_is_not_drawn_at_the_bar_of_all(make_card: Callable[..., RiskCard]) -> None:
+    """The chart's dashed line is the limit of the measure that the bar shows."""
+    card = by_source(make_card(), "collateral_damage", ("hard", 120, 12))
+    plain = card_html(card.model_copy(update={"criteria": SuccessCriteria()}))
+    drawn = card_html(card.model_copy(update={"criteria": SuccessCriteria(source_collateral_damage_max=0.3)}))
+    assert plain.count("stroke-dasharray") == drawn.count("stroke-dasharray") == 0
+    assert "worst of 1 source: hard" in drawn
 
 
 def measured_tasks(card: RiskCard, only_off: int, bleu_high: float) -> RiskCard:
