@@ -60,9 +60,9 @@ TRACED: Any = SimpleNamespace(record={"shards": [{"sha256": "0" * 64}]})
         (TrainSettings, {"layer": "ten"}, "layer = 'ten', but must be a whole number"),
         (
             GateSettings,
-            {"layers": (1, 2), "heads": 49},
-            "heads = 49, but must be fewer: heads x probes x layers is 49 x 1 x 2 = 98, and an engine "
-            "keeps 96",
+            {"layers": (1, 2), "heads": 65},
+            "heads = 65, but must be fewer: heads x probes x layers is 65 x 1 x 2 = 130, and an engine "
+            "keeps 128",
         ),
         (
             GateSettings,

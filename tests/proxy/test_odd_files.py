@@ -143,7 +143,11 @@ def test_every_file_that_a_gateway_reads_is_refused_at_once(tmp_path: Path) -> N
         odd(tmp_path / odd.__name__ / "manifest.yaml")
     folders = [*map(str, sorted(tmp_path.iterdir()))]
     command = [sys.executable, "-c", program, str(Path(__file__).parent), *folders]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    support = Path(__file__).resolve().parents[1] / "support"
+    paths = os.pathsep.join([str(support), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": paths}
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
 
 

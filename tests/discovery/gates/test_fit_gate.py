@@ -269,9 +269,9 @@ def test_joined_probe_is_read_with_the_others(tiny: FrozenModel, listed: DataLis
     joined = json.loads((tmp_path / "second" / "run.json").read_text())["settings"]["joined"]
     assert joined == [{"file": "probe.safetensors", "sha256": sha256_of_file(probe)}]
     with pytest.raises(
-        DiscoveryError, match=r"^92 heads to train and 8 of joined probes, but an engine keeps"
+        DiscoveryError, match=r"^124 heads to train and 8 of joined probes, but an engine keeps"
     ):
-        GateFit(tiny, data, replace(GATE, heads=23, probes=2), EDIT, tmp_path / "2", [probe, probe])
+        GateFit(tiny, data, replace(GATE, heads=31, probes=2), EDIT, tmp_path / "2", [probe, probe])
     with pytest.raises(DiscoveryError, match=r"reads at layers \[1, 2\], but the gate at \[0, 2\]"):
         read_numbers(probe, tiny.spec, (0, 2))
     with pytest.raises(DiscoveryError, match="was trained on another model than"):

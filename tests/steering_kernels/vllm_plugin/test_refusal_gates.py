@@ -303,7 +303,7 @@ def test_gate_that_opens_in_the_answer_stops_it_there(
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_stopping_a_request_changes_no_bit_of_its_neighbours(
+def test_stopping_a_request_leaves_its_neighbours_alone(
     spec: ModelSpec, make_plan: Callable[..., Plan], run_engine: Callable[..., Any], ahead: bool
 ) -> None:
     """Neighbours in the batch, constrained or not, under the same plan or none, keep tokens and
@@ -333,7 +333,11 @@ def test_stopping_a_request_changes_no_bit_of_its_neighbours(
         assert [answer["receipt"]["refusals"] for answer in answers] == [int(plan is stopping), 0, 0, 0, 0]
         found.append([[answer["tokens"], answer["logprobs"]] for answer in answers[1:]])
     assert [len(tokens) for tokens, _ in found[0]] == [16, 12, 16, 14]
-    assert found[0] == found[1]
+    for (ours, our_logs), (theirs, their_logs) in zip(*found, strict=True):
+        assert ours == theirs
+        # Not to the bit: in which step a request joins the batch depends on time, and a float32 product on
+        # the size of the batch. An edit of this size moves log-probabilities by more than 0.1.
+        assert our_logs == pytest.approx(their_logs, abs=1e-4)
 
 
 def test_stop_string_that_looks_like_the_mark_changes_nothing(
